@@ -1,0 +1,264 @@
+"""Stage folders: whole or absent, each with a manifest, a key and what made it; one writer a build at a time.
+
+In: a folder, the key's fields, a function that fills a scratch folder. Out: the folder under its final name,
+`manifest.json` written last inside, everything synced, then one rename. A killed run leaves a `.partial`, never a half.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from tutor.errors import ArtifactError, HostError, LockError
+
+MANIFEST = "manifest.json"
+PARTIAL = ".partial"
+OLD = ".old"
+HASHES = ".hashes.json"
+CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What made a folder, and what is in it."""
+
+    stage: str
+    key: str  # sha256 over `fields`
+    fields: dict[str, Any]  # recipe part, inputs' hashes, versions of code and tools
+    outputs: dict[str, dict[str, Any]]  # relative path -> size in bytes, sha256
+    results: dict[str, Any]  # what the stage found out; small
+    started: str  # UTC
+    seconds: float
+    host: str
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the names and contents of the outputs: equal bytes, equal fingerprint, whoever made them."""
+        return digest({name: entry["sha256"] for name, entry in self.outputs.items()})
+
+
+def digest(value: Any) -> str:
+    """sha256 of a value's canonical JSON."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's content. Raises ArtifactError when it cannot be read."""
+    try:
+        with path.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror}") from None
+
+
+def cached_sha256(path: Path, cache: Path) -> str:
+    """sha256 of an input file, looked up by size, mtime and inode: 16 GB of weights are read once, not each time."""
+    stat = path.stat()
+    seen = f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}"
+    known = _read_json(cache) or {}
+    entry = known.get(str(path.resolve()))
+    if entry and entry["seen"] == seen:
+        return str(entry["sha256"])
+    value = file_sha256(path)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    write_json(cache, {**known, str(path.resolve()): {"seen": seen, "sha256": value}})
+    return value
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all, readable by other users (the next service may have another uid)."""
+    text = json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="utf-8", delete=False) as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    Path(handle.name).chmod(0o644)
+    Path(handle.name).replace(path)
+    _sync(path.parent)
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a whole folder, or None. Raises ArtifactError when it is there and damaged."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    value = _read_json(path)
+    try:
+        return Manifest(**(value or {}))
+    except TypeError:
+        raise ArtifactError(f"{path} is damaged", f"rm -r {folder} and run again") from None
+
+
+def check(folder: Path, *, content: bool = False) -> list[str]:
+    """What differs between a folder and its manifest: missing files, other sizes, with `content` other hashes."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return [f"{folder / MANIFEST} is missing"]
+    problems = []
+    for name, entry in manifest.outputs.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif path.stat().st_size != entry["size"]:
+            problems.append(f"{path} has {path.stat().st_size} bytes instead of {entry['size']}")
+        elif content and file_sha256(path) != entry["sha256"]:
+            problems.append(f"{path} has another content than when it was made")
+    return problems
+
+
+def require(folder: Path, stage: str) -> Manifest:
+    """The manifest of a stage that must have run. Raises ArtifactError naming the command that makes it."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise ArtifactError(f"{folder} is not there", f"run: tutor {stage}")
+    if problems := check(folder):
+        raise ArtifactError(problems[0], f"run: tutor {stage}")
+    return manifest
+
+
+@contextlib.contextmanager
+def writing(folder: Path, stage: str, fields: Mapping[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield a scratch folder and a dict for the results; on a clean exit both become `folder`, else nothing changes.
+
+    Raises HostError when the disk is full or cannot be written.
+    """
+    partial = folder.with_name(folder.name + PARTIAL)
+    started = datetime.datetime.now(datetime.UTC)
+    clock = _Clock()
+    try:
+        _remove(partial)
+        _finish_interrupted_swap(folder)
+        partial.mkdir(parents=True)
+        results: dict[str, Any] = {}
+        yield partial, results
+        outputs = _seal(partial)
+        manifest = Manifest(
+            stage=stage,
+            key=digest(dict(fields)),
+            fields=dict(fields),
+            outputs=outputs,
+            results=results,
+            started=started.isoformat(timespec="seconds"),
+            seconds=round(clock.seconds(), 3),
+            host=platform.node(),
+        )
+        write_json(partial / MANIFEST, asdict(manifest))
+        _swap(partial, folder)
+    except OSError as error:
+        _remove(partial)
+        if error.errno in _DISK_FAULTS:
+            free = shutil.disk_usage(folder.parent).free if folder.parent.exists() else 0
+            raise HostError(
+                f"cannot write {partial}: {error.strerror}",
+                f"{free / 1e9:.1f} GB are free in {folder.parent}",
+            ) from error
+        raise
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+_DISK_FAULTS = frozenset({28, 30, 13, 122, 1})  # ENOSPC, EROFS, EACCES, EDQUOT, EPERM
+
+
+class _Clock:
+    """Seconds since it was made, whatever happens to the wall clock."""
+
+    def __init__(self) -> None:
+        self._start = os.times().elapsed
+
+    def seconds(self) -> float:
+        return os.times().elapsed - self._start
+
+
+def _seal(partial: Path) -> dict[str, dict[str, Any]]:
+    """Make every file readable (safetensors writes 0600), sync it, and record size and hash."""
+    outputs = {}
+    for path in sorted(partial.rglob("*")):
+        if path.is_dir():
+            path.chmod(0o755)
+        else:
+            path.chmod(0o644)
+            _sync(path)
+            name = path.relative_to(partial).as_posix()
+            outputs[name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+    return outputs
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _swap(partial: Path, folder: Path) -> None:
+    """Put the new folder in place of the old one: between the two renames the name is absent, never half."""
+    _sync(partial)
+    old = folder.with_name(folder.name + OLD)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    _sync(folder.parent)
+    _remove(old)
+
+
+def _finish_interrupted_swap(folder: Path) -> None:
+    """A kill between the two renames leaves `.old`: the whole older folder gets its name back."""
+    old = folder.with_name(folder.name + OLD)
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a build folder. Raises LockError at once, with the holder, when another run has it.
+
+    The kernel frees the lock when its holder ends, so that a killed run never blocks the next one.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HostError(
+            f"cannot make {folder}: {error.strerror}", "give --build a folder that can be written"
+        ) from None
+    lock, holder = folder / ".lock", folder / ".lock.json"
+    try:
+        with FileLock(lock, timeout=0):
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            write_json(holder, {"pid": os.getpid(), "host": platform.node(), "since": now})
+            yield
+    except Timeout:
+        who = {"pid": "?", "host": "?", "since": "?"} | (_read_json(holder) or {})
+        raise LockError(
+            f"{folder} is in use by process {who['pid']} on {who['host']} since {who['since']}",
+            "wait for it, or end it",
+        ) from None
+    except PermissionError as error:
+        raise HostError(f"cannot write {error.filename}: {error.strerror}") from None

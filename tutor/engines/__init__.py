@@ -1,0 +1,1 @@
+"""Who answers: transformers, llama.cpp's programs, Ollama."""

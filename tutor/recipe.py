@@ -1,0 +1,208 @@
+"""The recipe: one strict TOML file with every setting of a run. In: a path. Out: a frozen `Recipe`.
+
+Each default is written once, here, and is the specification's number unless its comment says otherwise.
+"""
+
+import difflib
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from tutor.errors import RecipeError
+
+RETIRED = {
+    "warmup_ratio": "warmup",
+    "logging_dir": "nothing: metrics go to adapter/metrics.jsonl",
+    "overwrite_output_dir": "nothing: a stage's folder is replaced when its inputs change",
+    "evaluation_strategy": "nothing: the held-out rows are scored before and after training",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulation",
+    "num_train_epochs": "epochs",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "r": "rank",
+}
+"""Names of the specification and of older transformers, and what they are called here."""
+
+MODEL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}")
+"""A model name that Ollama accepts (ollama.md 2.1), without host, namespace and tag."""
+
+
+class Settings(BaseModel):
+    """Strict and frozen: unknown keys and wrong types are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _existing_style(value: str) -> str:
+    if not value.strip():
+        raise ValueError("is empty")
+    if len(value) > 4096:
+        raise ValueError(f"has {len(value)} characters; a path has at most 4096")
+    return value
+
+
+RelativePath = Annotated[str, AfterValidator(_existing_style)]
+"""A path, relative to the recipe's own folder; `~` is the home folder."""
+
+
+class DataSettings(Settings):
+    """Which rows."""
+
+    train: RelativePath = "tutor.jsonl"
+    eval: RelativePath = "eval.jsonl"
+    held_out: float = Field(0.1, gt=0, lt=0.5)  # share of the rows kept from training, by category
+    rows: int = Field(0, ge=0)  # 0: all; else a part of so many rows, in proportion by category and topic
+
+
+class BaseSettings(Settings):
+    """Which model is tuned."""
+
+    # "hub:OWNER/NAME@40-HEX", "path:FOLDER", "package:MODULE/FILE.gguf" or "tiny"
+    source: str = "hub:deepseek-ai/DeepSeek-R1-Distill-Llama-8B@6a6f4aa4197940add57724a7707d069478df56b1"
+
+
+def _linear_layer(name: str) -> str:
+    if name == "lm_head":
+        raise ValueError("lm_head cannot be adapted: a GGUF adapter and a tied embedding have no place for it")
+    return name
+
+
+class TrainSettings(Settings):
+    """QLoRA."""
+
+    rank: int = Field(8, ge=1, le=1024)
+    alpha: int = Field(16, ge=1)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    target_modules: list[Annotated[str, AfterValidator(_linear_layer)]] = Field(
+        default=["q_proj", "k_proj", "v_proj", "o_proj"], min_length=1
+    )
+    quantization: Literal["nf4", "none"] = "nf4"  # of the frozen base while training; nf4 is double-quantized
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    batch_size: int = Field(1, ge=1)
+    accumulation: int = Field(10, ge=1)
+    epochs: int = Field(6, ge=1)
+    learning_rate: float = Field(2e-4, gt=0, lt=1)  # not in the specification; TRL's 2e-5 is too low for LoRA
+    warmup: float = Field(0.03, ge=0, lt=1)  # share of the steps
+    max_length: int = Field(1024, ge=16)  # tokens of prompt, answer and EOS; a longer row is an error
+    logging_steps: int = Field(50, ge=1)
+    save_steps: int = Field(500, ge=1)
+
+
+class ConvertSettings(Settings):
+    """GGUF files beside F16."""
+
+    quantizations: list[Literal["Q4_K_M", "Q5_K_M", "Q8_0", "Q6_K", "Q5_K_S", "Q4_K_S", "Q4_0", "Q5_0"]] = Field(
+        default=["Q4_K_M", "Q5_K_M", "Q8_0"], min_length=1
+    )
+    base: bool = True  # also the untuned base, to compare with
+
+
+class GenerateSettings(Settings):
+    """How the served model answers; evaluation replaces temperature by 0."""
+
+    max_new_tokens: int = Field(515, ge=1)
+    temperature: float = Field(0.003, ge=0, le=2)
+    top_p: float = Field(0.85, gt=0, le=1)
+    repetition_penalty: float = Field(1.15, ge=1, le=2)
+    context: int = Field(4096, ge=64)  # always explicit: Ollama's default goes from 4k to 256k with the card
+
+
+class OllamaSettings(Settings):
+    """What is published."""
+
+    model: str = "tutor"
+    quantization: str = "Q4_K_M"  # which of convert.quantizations is served
+
+
+class Recipe(Settings):
+    """A whole run."""
+
+    seed: int = Field(42, ge=0, lt=2**32)
+    system: str = ""  # stands in every training sample and in the Modelfile, or (empty) in neither
+    data: DataSettings = DataSettings()
+    base: BaseSettings = BaseSettings()
+    train: TrainSettings = TrainSettings()
+    convert: ConvertSettings = ConvertSettings()
+    generate: GenerateSettings = GenerateSettings()
+    ollama: OllamaSettings = OllamaSettings()
+    path: Path = Field(default=Path(), exclude=True)  # where it was read; not a setting
+
+    @property
+    def name(self) -> str:
+        """The recipe file's stem: the folder under `build/`."""
+        return self.path.stem
+
+    def resolve(self, relative: str) -> Path:
+        """A path of this recipe, seen from its own folder."""
+        return (self.path.parent / Path(relative).expanduser()).resolve()
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read and check a recipe. Raises RecipeError naming the file, the key and its neighbours."""
+    try:
+        text = path.read_text("utf-8")
+        values = tomllib.loads(text)
+    except IsADirectoryError:
+        raise RecipeError(
+            f"{path} is a folder, not a recipe", "give a .toml file, for example data/demo.toml"
+        ) from None
+    except OSError as error:
+        raise RecipeError(f"cannot read recipe {path}: {error.strerror}", "give --recipe data/demo.toml") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8 (byte {error.start})", "save it as UTF-8") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise RecipeError(f"{path} is not valid TOML: {error or 'nested too deeply'}") from None
+    if "path" in values:
+        raise RecipeError(f"{path}: unknown setting path; {_neighbours(('path',))}")
+    try:
+        recipe = Recipe.model_validate(values).model_copy(update={"path": path.resolve()})
+    except ValidationError as error:
+        raise RecipeError(f"{path}: " + "; ".join(_explain(item) for item in error.errors())) from None
+    _check_together(recipe)
+    return recipe
+
+
+def _check_together(recipe: Recipe) -> None:
+    known = (*recipe.convert.quantizations, "F16")
+    if recipe.ollama.quantization not in known:
+        raise RecipeError(
+            f"{recipe.path}: ollama.quantization is {recipe.ollama.quantization!r}; converted are {', '.join(known)}"
+        )
+    if not MODEL_NAME.fullmatch(recipe.ollama.model) or recipe.ollama.model == "deepseek-r1":
+        raise RecipeError(
+            f"{recipe.path}: ollama.model is {recipe.ollama.model!r}",
+            "letters, digits, '_', '-' and '.', at most 80, and not deepseek-r1, which Ollama treats specially",
+        )
+    if recipe.generate.max_new_tokens >= recipe.generate.context:
+        raise RecipeError(
+            f"{recipe.path}: generate.max_new_tokens ({recipe.generate.max_new_tokens}) leaves no room for a prompt "
+            f"in generate.context ({recipe.generate.context})"
+        )
+
+
+def _explain(item: Any) -> str:
+    """One problem of pydantic's, in the recipe's own words."""
+    where = tuple(str(part) for part in item["loc"])
+    name = ".".join(where)
+    if item["type"] == "extra_forbidden":
+        return f"unknown setting {name}; {_neighbours(where)}"
+    value = item["input"]
+    shown = repr(value) if isinstance(value, str | int | float | bool) else type(value).__name__
+    return f"{name} is {shown}: {item['msg'].removeprefix('Value error, ')}"
+
+
+def _neighbours(where: tuple[str, ...]) -> str:
+    """The settings that exist beside an unknown one; a retired name's successor first."""
+    model: Any = Recipe
+    for part in where[:-1]:
+        field = model.model_fields.get(part)
+        model = field.annotation if field else Recipe
+    known = sorted(set(model.model_fields) - {"path"})
+    if where[-1] in RETIRED:
+        return f"it is called {RETIRED[where[-1]]} here"
+    close = difflib.get_close_matches(where[-1], known, n=1)
+    return (f"did you mean {close[0]}? " if close else "") + f"known: {', '.join(known)}"

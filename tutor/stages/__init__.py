@@ -1,0 +1,1 @@
+"""One module a stage, in the pipeline's order; none imports another."""

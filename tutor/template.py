@@ -1,0 +1,173 @@
+"""The prompt contract, once: training ids and mask, Jinja for the tokenizer, Go for Ollama, stops, the plain text.
+
+    [system\\n\\n]Instrucción: {question}\\nRespuesta:     the prompt; loss on nothing of it
+     {answer}<EOS>                                       the completion; loss on all of it
+
+A later turn follows its predecessor after one blank line. The prompt ends without a blank: the model itself
+produces ` {answer}`, so history is sent as it came, blank included. No template here writes BOS text for
+llama.cpp or Ollama: their tokenizers add it exactly where training had it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from tutor.errors import DataError
+
+QUESTION = "Instrucción: "
+CUE = "\nRespuesta:"
+TURN_END = "\n\n"
+STOPS = ("\nInstrucción:",)
+"""Textual guard beside EOS: a model that opens the next question itself is stopped there."""
+
+GO_TEMPLATE = (
+    "{{ if .System }}{{ .System }}"
+    + TURN_END
+    + "{{ end }}"
+    + QUESTION
+    + "{{ .Prompt }}"
+    + CUE
+    + "{{ .Response }}"
+    + TURN_END
+)
+"""Ollama's legacy form: executed once a turn, and cut after `.Response` in the last one (its template.go)."""
+
+JINJA_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'system' -%}{{- message['content'] + '\\n\\n' -}}"
+    "{%- elif message['role'] == 'user' -%}{{- 'Instrucción: ' + message['content'] + '\\nRespuesta:' -}}"
+    "{%- else -%}{{- message['content'] -}}{%- if not loop.last -%}{{- '\\n\\n' -}}{%- endif -%}"
+    "{%- endif -%}{%- endfor -%}"
+)
+BOS_PREFIX = "{{- bos_token -}}"
+"""apply_chat_template adds no BOS by itself; llama.cpp strips this one again before its tokenizer adds its own."""
+
+CAPABILITY_WORDS = ("tools", "tool_call", "<think>", "</think>")
+"""What makes Ollama >= 0.30 prefer a GGUF's template to the Modelfile's (pitfalls.md, F1)."""
+
+Message = Mapping[str, str]
+"""`role` (system, user or assistant) and `content`."""
+
+
+class Tokenizer(Protocol):
+    """What the contract needs of a transformers tokenizer."""
+
+    bos_token_id: int | None
+    eos_token_id: int | None
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Mapping[str, list[int]]:
+        """`input_ids` of a text, with the tokenizer's own special tokens or without."""
+        ...
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One training row: token ids, and 1 where an id carries loss."""
+
+    ids: list[int]
+    mask: list[int]
+
+    @property
+    def n_prompt(self) -> int:
+        """How many ids come before the completion."""
+        return self.mask.index(1)
+
+
+def chat_template(*, add_bos: bool) -> str:
+    """The Jinja template for a tokenizer that adds a BOS to plain text, or one that does not."""
+    return (BOS_PREFIX if add_bos else "") + JINJA_TEMPLATE
+
+
+def conversation(question: str, system: str = "") -> list[Message]:
+    """One question as messages; an empty system text is no message."""
+    opening: list[Message] = [{"role": "system", "content": system}] if system else []
+    return [*opening, {"role": "user", "content": question}]
+
+
+def render(messages: Sequence[Message]) -> str:
+    """The exact prompt text, without BOS, of a conversation: `system` at most first, then users and assistants in turn.
+
+    A last assistant message is a prefill: the answer goes on from it.
+    Raises ValueError where roles do not alternate or a text is empty (Ollama would silently drop a turn).
+    """
+    _check(messages)
+    parts: list[str] = []
+    for index, message in enumerate(messages):
+        content = message["content"]
+        if message["role"] == "system":
+            parts.append(content + TURN_END)
+        elif message["role"] == "user":
+            parts.append(QUESTION + content + CUE)
+        else:
+            parts.append(content + (TURN_END if index + 1 < len(messages) else ""))
+    return "".join(parts)
+
+
+def _check(messages: Sequence[Message]) -> None:
+    turns = list(messages)
+    if turns and turns[0]["role"] == "system":
+        if not turns[0]["content"]:
+            raise ValueError("an empty system text is no message: leave it out")
+        turns = turns[1:]
+    if not turns:
+        raise ValueError("a conversation needs a question")
+    for index, message in enumerate(turns):
+        expected = "assistant" if index % 2 else "user"
+        if message["role"] != expected:
+            raise ValueError(f"turn {index + 1} must be from the {expected}, got {message['role']!r}")
+        if not message["content"]:
+            raise ValueError(f"turn {index + 1} ({expected}) is empty")
+
+
+def completion(answer: str) -> str:
+    """What training asks for after the cue: the answer behind one blank. EOS follows as an id, never as text."""
+    return " " + answer.strip()
+
+
+def shown(answer: str) -> str:
+    """An answer as a person reads it: without the blank that belongs to the contract."""
+    return answer.strip()
+
+
+def encode(tokenizer: Tokenizer, question: str, answer: str, system: str = "") -> Encoded:
+    """Ids and loss mask of one row, from one walk: prompt ids as served, then the completion's ids and EOS.
+
+    Raises DataError when the tokenizer has no EOS.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DataError("the base's tokenizer has no EOS token, so no answer could learn to end")
+    prompt = list(tokenizer(render(conversation(question, system)))["input_ids"])
+    target = list(tokenizer(completion(answer), add_special_tokens=False)["input_ids"])
+    target.append(tokenizer.eos_token_id)
+    return Encoded(prompt + target, [0] * len(prompt) + [1] * len(target))
+
+
+def adds_bos(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer puts a BOS before plain text: what it does, not what its configuration says."""
+    ids = list(tokenizer("a")["input_ids"])
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+
+
+def audit(row: Encoded, prompt_ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+    """What is wrong with a row as the trainer will see it; empty when the contract holds.
+
+    `prompt_ids` is what an engine sends for the same question. The checks are those that ruin a model without a
+    sound (pitfalls.md, pains 2, 15, 20): EOS not learnt, no or doubled BOS, another prompt than the served one.
+    """
+    problems = []
+    supervised = [token for token, on in zip(row.ids, row.mask, strict=True) if on]
+    if not supervised:
+        return ["no token carries loss"]
+    if supervised[-1] != tokenizer.eos_token_id or row.mask[-1] != 1:
+        problems.append("EOS is not supervised at the end")
+    if supervised.count(tokenizer.eos_token_id or -1) > 1:
+        problems.append("EOS is supervised more than once")
+    expected = 1 if adds_bos(tokenizer) else 0
+    found = row.ids.count(tokenizer.bos_token_id) if tokenizer.bos_token_id is not None else 0
+    if tokenizer.bos_token_id == tokenizer.eos_token_id:
+        found -= supervised.count(tokenizer.eos_token_id or -1)
+    if found != expected:
+        problems.append(f"{found} BOS tokens instead of {expected}")
+    if list(row.ids[: row.n_prompt]) != list(prompt_ids):
+        problems.append("the served prompt is not a prefix of the row")
+    return problems
