@@ -1,0 +1,163 @@
+"""chat.py: whole transcripts with a scripted engine; what was asked of the engine is part of each."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+
+from tutor.chat import HELP, PROMPT, Terminal, converse
+from tutor.engines.answer import Answer, Finish, Generation
+from tutor.errors import ServiceError
+from tutor.template import Message, render
+
+GENERATION = Generation(max_new_tokens=50, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=1)
+CTRL_C = KeyboardInterrupt()
+CTRL_D = EOFError()
+
+
+@dataclass
+class Scripted:
+    """Says one script entry an answer, in pieces of three characters; an exception in it is raised where it stands."""
+
+    script: list[list[str | BaseException]]
+    finish: Finish = "stop"
+    tokens: int = 5
+    name: str = "scripted"
+    asked: list[str] = field(default_factory=list)
+
+    def answer(
+        self, messages: Sequence[Message], generation: Generation, on_text: Callable[[str], None] | None = None
+    ) -> Answer:
+        prompt = render(messages)  # what cannot be rendered must not be asked
+        self.asked.append(prompt)
+        assert on_text is not None
+        text = ""
+        for part in self.script.pop(0):
+            if isinstance(part, BaseException):
+                raise part
+            for start in range(0, len(part), 3):
+                on_text(part[start : start + 3])
+            text += part
+        return Answer(text, self.finish, len(prompt), self.tokens, 1.0, 5.0)
+
+
+@dataclass
+class Person:
+    """Types lines, or an exception that a key makes; keeps the screen and the notes."""
+
+    lines: list[str | BaseException]
+    screen: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def read(self, prompt: str) -> str:
+        self.screen += prompt
+        line = self.lines.pop(0)
+        if isinstance(line, BaseException):
+            raise line
+        self.screen += line + "\n"
+        return line
+
+    def write(self, piece: str) -> None:
+        self.screen += piece
+
+    @property
+    def terminal(self) -> Terminal:
+        return Terminal(self.read, self.write, self.notes.append)
+
+
+def talk(engine: Scripted, lines: list[str | BaseException], system: str = "", context: int | None = None) -> Person:
+    person = Person(lines)
+    assert converse(engine, GENERATION, person.terminal, system=system, context=context) == 0
+    assert not person.lines, "the chat ended early"
+    return person
+
+
+def test_a_conversation_shows_trimmed_answers_and_sends_them_as_they_came() -> None:
+    engine = Scripted([[" Una interfaz.\n\n", "Dos.\n"], [" Sí."]])
+    person = talk(engine, ["¿Qué es?", "¿Seguro?", "/salir"])
+    assert person.screen == (f"{PROMPT}¿Qué es?\nUna interfaz.\n\nDos.\n{PROMPT}¿Seguro?\nSí.\n{PROMPT}/salir\n")
+    assert engine.asked == [
+        "Instrucción: ¿Qué es?\nRespuesta:",
+        "Instrucción: ¿Qué es?\nRespuesta: Una interfaz.\n\nDos.\n\n\nInstrucción: ¿Seguro?\nRespuesta:",
+    ]
+
+
+def test_the_system_text_opens_every_prompt() -> None:
+    engine = Scripted([[" a"], [" b"]])
+    talk(engine, ["x", "y", CTRL_D], system="Eres un tutor.")
+    assert all(prompt.startswith("Eres un tutor.\n\nInstrucción: x") for prompt in engine.asked)
+
+
+def test_nuevo_forgets_and_ayuda_and_unknown_commands_are_not_asked() -> None:
+    engine = Scripted([[" a"], [" b"]])
+    person = talk(engine, ["x", "/nuevo", "/ayuda", "/nada", "y", "/salir"])
+    assert engine.asked[1] == "Instrucción: y\nRespuesta:"
+    assert person.notes[:3] == [HELP, "Conversación nueva.", HELP]
+    assert person.notes[3].startswith("No conozco /nada.")
+
+
+def test_a_question_may_begin_with_a_slash() -> None:
+    engine = Scripted([[" a"]])
+    talk(engine, ["/* ¿qué es esto? */", "/salir"])
+    assert "/* ¿qué es esto? */" in engine.asked[0]
+
+
+def test_blank_lines_are_not_asked() -> None:
+    engine = Scripted([])
+    talk(engine, ["", "  \t", CTRL_D])
+    assert engine.asked == []
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat_and_what_came_stays() -> None:
+    engine = Scripted([[" Una inter", CTRL_C], [" b"]])
+    person = talk(engine, ["x", "y", "/salir"])
+    assert "Una inter\n" in person.screen
+    assert "Respuesta interrumpida." in person.notes
+    assert engine.asked[1] == "Instrucción: x\nRespuesta: Una inter\n\nInstrucción: y\nRespuesta:"
+
+
+def test_ctrl_c_before_the_first_word_drops_the_question() -> None:
+    engine = Scripted([[CTRL_C], [" b"]])
+    talk(engine, ["x", "y", "/salir"])
+    assert engine.asked[1] == "Instrucción: y\nRespuesta:"
+
+
+@pytest.mark.parametrize("nothing", ["", " ", "\n"])
+def test_an_empty_answer_drops_its_question_and_says_so(nothing: str) -> None:
+    engine = Scripted([[" a"], [nothing], [" c"]])
+    person = talk(engine, ["x", "y", "z", "/salir"])
+    assert engine.asked[2] == "Instrucción: x\nRespuesta: a\n\nInstrucción: z\nRespuesta:"
+    assert "no ha respondido nada" in person.notes[1]
+
+
+def test_ctrl_c_at_the_prompt_asks_once_and_leaves_the_second_time() -> None:
+    engine = Scripted([[" a"]])
+    person = talk(engine, [CTRL_C, "x", CTRL_C, "", CTRL_C, CTRL_C])
+    assert len(engine.asked) == 1
+    assert person.notes.count("Otra vez Ctrl-C para salir.") == 3
+
+
+def test_a_cut_answer_says_so_beside_the_text() -> None:
+    person = talk(Scripted([[" a"]], finish="length", tokens=50), ["x", "/salir"])
+    assert person.notes[-1] == "Respuesta cortada a los 50 tokens (generate.max_new_tokens)."
+    assert "cortada" not in person.screen
+
+
+def test_what_no_longer_fits_the_context_is_forgotten_oldest_first() -> None:
+    engine = Scripted([[" a"] for _ in range(4)])
+    # The scripted engine counts characters as tokens: two exchanges and the answer's room fit, three do not.
+    person = talk(engine, ["u", "v", "w", "x", "/salir"], context=50 + 75)
+    assert engine.asked[2].startswith("Instrucción: u")
+    assert engine.asked[3].startswith("Instrucción: w")
+    assert len([note for note in person.notes if "olvido" in note]) == 1
+
+
+def test_broken_characters_of_a_terminal_are_replaced() -> None:
+    engine = Scripted([[" a"]])
+    talk(engine, ["¿qu\udce9?", "/salir"])
+    engine.asked[0].encode("utf-8")
+
+
+def test_an_engine_that_fails_ends_the_chat() -> None:
+    with pytest.raises(ServiceError):
+        talk(Scripted([[ServiceError("gone")]]), ["x"])

@@ -1,0 +1,176 @@
+"""judges/format.py and judges/language.py: what passes, what does not, and what must not be mistaken for a fault."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tutor.judges.format import judge_format, loops
+from tutor.judges.language import is_spanish, prose
+
+GOOD = """ Una interfaz describe la forma de un objeto: qué propiedades tiene y de qué tipo es cada una.
+
+```ts
+interface Libro {
+  readonly titulo: string;
+  paginas?: number;
+}
+```
+
+**Cuándo usarlo:** cuando varias funciones comparten la misma estructura.
+
+**Error habitual:** confundir `interface` con una clase; no existe en ejecución."""
+
+
+def test_a_good_answer_passes_everything() -> None:
+    verdict = judge_format(GOOD, "stop")
+    assert all(verdict.values())
+    assert verdict["characters"] == len(GOOD) - 1
+    json.dumps(verdict)
+
+
+def test_each_fault_is_named_and_no_other() -> None:
+    def faults(text: str, finish: str = "stop") -> set[str]:
+        return {name for name, good in judge_format(text, finish).items() if not good}
+
+    assert faults(GOOD, "length") == {"stopped"}
+    assert faults("Solo palabras.") == {"code_block"}
+    assert faults(" \n") == {"answered", "code_block", "characters"}
+    assert faults(GOOD + "\n```ts\nconst a = 1;") == {"fences_closed"}
+    assert faults(GOOD + "\nInstrucción: otra") == {"no_leak"}
+    assert faults(GOOD + "\n\nUna interfaz define la forma de un objeto." * 4) == {"no_loop"}
+
+
+@pytest.mark.parametrize(
+    ("text", "closed"),
+    [
+        ("```ts\na\n```", True),
+        ("```\n```", True),
+        ("```ts\na\n```\n\nfin", True),
+        ("```ts\r\na\r\n```\r\n", True),
+        ("~~~~\n~~~\n~~~~", True),
+        ("- x\n  ```ts\n  a\n  ```\n- y", True),
+        ("> ```\n> a\n> ```", True),
+        ("sin código, con `comillas`", True),
+        ("```", False),
+        ("```ts\na", False),
+        ("```ts\na\n\n\n", False),
+        ("```ts\na\n```ts\nb", False),
+        ("```ts\na\n    ```", False),
+        ("~~~~\n~~~", False),
+        ("- x\n  ```ts\n  a\n\nfin", False),
+    ],
+)
+def test_a_fence_is_closed_as_commonmark_says(text: str, closed: bool) -> None:  # noqa: FBT001
+    assert judge_format(text, "stop")["fences_closed"] is closed
+
+
+@given(st.lists(st.sampled_from(["a", "", "const x = 1;", "  ```ts", "~~~"]), max_size=8))
+def test_a_closed_fence_is_closed_whatever_it_holds(lines: list[str]) -> None:
+    content = "\n".join(lines)
+    assert judge_format(f"````ts\n{content}\n````\nfin", "stop")["fences_closed"]
+    assert not judge_format(f"````ts\n{content}", "stop")["fences_closed"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\nRespuesta: sí",
+        "Instrucción: ¿Qué es?",
+        "<think>\nVeamos",
+        "fin</think>",
+        "<｜end▁of▁sentence｜>",
+        "<|im_end|>",
+        "ya está</s> ",
+        "[INST] hola [/INST]",
+    ],
+)
+def test_template_text_and_special_tokens_are_leaks(text: str) -> None:
+    assert not judge_format(text, "stop")["no_leak"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "La instrucción: usa `keyof`. Su respuesta: un tipo unión.",
+        "type A = Record<string, Array<s>>; const f = <T,>(x: T) => x;",
+        "type B =\n  | 'a'\n  | 'b'; if (a < b || c > d) {}",
+        "**Respuesta:** depende.",
+    ],
+)
+def test_code_and_prose_that_look_like_template_text_are_no_leaks(text: str) -> None:
+    assert judge_format(text, "stop")["no_leak"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "la interfaz define " * 8,
+        "tipo " * 24,
+        "La unión acepta varios tipos de valor a la vez.\n" * 3,
+        "\n".join(f"{n}. Los genéricos permiten reutilizar código con tipos." for n in range(1, 6)),
+        "```ts\n" + "const a: string = 1;\n" * 8,
+        "!" * 60,
+        "jajaja" * 40,
+    ],
+)
+def test_a_stuck_answer_is_a_loop(text: str) -> None:
+    assert loops(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD,
+        "no, no, no y no " * 2,
+        "-" * 200 + "\n" + "=" * 80,
+        "| --- " * 40,
+        "enum Mes {\n" + "".join(f"  M{n} = {n},\n" for n in range(40)) + "}",
+        "if (a) {\n" * 3 + "}\n" * 20,
+        "const tabla = [" + ", ".join(str(n) for n in range(60)) + "];",
+        " " * 500,
+    ],
+)
+def test_code_and_rules_that_repeat_for_a_reason_are_no_loop(text: str) -> None:
+    assert not loops(text)
+
+
+@given(st.text(max_size=300), st.sampled_from(["stop", "length"]))
+def test_any_text_gets_every_verdict(text: str, finish: str) -> None:
+    assert set(judge_format(text, finish)) == set(judge_format("", "stop"))
+
+
+def test_prose_leaves_code_and_identifiers_out() -> None:
+    words = "Usa `keyof T` o Array<number> (por ejemplo) con miVariable y fs.readFile."
+    assert prose(words + "\n\n```ts\nconst x = 1;\n```\n\n    more()") == "Usa o (por ejemplo) con y"
+
+
+def test_an_answer_in_spanish_is_spanish_however_much_english_its_code_has() -> None:
+    code = "```ts\n// the user asked for the list of all the books\nexport function getBooks(): Book[] {}\n```\n"
+    assert is_spanish(GOOD)[0]
+    assert is_spanish(code * 10 + GOOD)[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "An interface describes the shape of an object and the type of each property.",
+        "Uma interface descreve a forma de um objeto e diz quais propriedades ele tem.",
+        "Un'interfaccia descrive la forma di un oggetto e dice quali proprietà ha.",
+        "Une interface décrit la forme d'un objet et le type de chacune de ses propriétés.",
+        "Una interfície descriu la forma d'un objecte i diu quines propietats té.",
+    ],
+)
+def test_other_languages_are_not_spanish(text: str) -> None:
+    assert is_spanish(text) == (False, pytest.approx(0, abs=0.2))
+
+
+@pytest.mark.parametrize("text", ["", "Sí.", "```ts\nconst nombre = 'una interfaz en español';\n```", "`a` `b` `c`"])
+def test_too_little_prose_is_no_verdict(text: str) -> None:
+    assert is_spanish(text) == (False, 0.0)
+
+
+def test_an_answer_that_thinks_aloud_in_english_first_is_not_spanish() -> None:
+    thinking = "Okay, so the user is asking about interfaces. I need to explain what they are and give an example. "
+    assert not is_spanish(thinking * 2 + "Una interfaz es un contrato.")[0]

@@ -1,0 +1,107 @@
+"""A Hugging Face model folder: its configuration, its tokenizer, what makes it unfit. Changes nothing in it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tutor.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WEIGHTS = "*.safetensors"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+CANARIES = (
+    "¿Qué es una interfaz en TypeScript? El niño preguntó: «¿y los genéricos?».",
+    "function suma(a: number): number {\n  if (a > 0) {\n    return a + 1;\n  }\n\treturn 0;\n}\n",
+    "  dos espacios, 12345 números, `código` y … ¡ñandú!\r\nÁÉÍÓÚ ü 👩‍💻",
+)
+"""transformers 5.3.0 to 5.21.1 gave the first one back without its blanks, and training ran on (pitfalls.md, F2)."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What later stages need to know of the base; base.json."""
+
+    source: str
+    model: str  # the 16-bit folder, relative to the stage's folder or absolute
+    weights: str  # sha256 over names and contents of the weight files: the base's identity
+    vocabulary: int  # rows of the embedding
+    add_bos: bool
+    bos: int | None
+    eos: int
+    pad: int | None
+    pre_tokenizer: str  # llama.cpp's name for the splitting of a byte-level BPE; "" for SentencePiece
+
+
+def read_facts(base: Path) -> tuple[Facts, Path]:
+    """The facts that the base stage wrote, and the 16-bit folder that they speak of."""
+    values = read_json(base / "base.json")
+    if set(values) != {field.name for field in fields(Facts)}:
+        raise ArtifactError(f"{base / 'base.json'} is of another version", "run: tutor base")
+    facts = Facts(**values)
+    return facts, (base / facts.model).resolve()
+
+
+def refuse(model: Path) -> None:
+    """Raise ArtifactError for a base that cannot be tuned: quantized, pickled, with code, incomplete, not a Llama."""
+    config = read_json(model / "config.json")
+    refuse_config(config, str(model))
+    if not list(model.glob(WEIGHTS)):
+        pickles = [path.name for pattern in PICKLES for path in model.glob(pattern)]
+        if pickles:
+            raise ArtifactError(
+                f"{model} has its weights as pickles ({pickles[0]}), which can run code when loaded",
+                "convert them to safetensors first",
+            )
+        raise ArtifactError(f"{model} holds no {WEIGHTS}")
+    index = model / "model.safetensors.index.json"
+    if index.exists():
+        wanted = set(read_json(index)["weight_map"].values())
+        if missing := sorted(name for name in wanted if not (model / name).is_file()):
+            raise ArtifactError(f"{model} lacks {', '.join(missing)}, which its index names", "fetch them again")
+
+
+def refuse_config(config: Mapping[str, Any], where: str) -> None:
+    """The refusals that the configuration alone decides, so that they come before a download."""
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise ArtifactError(f"{where} is already quantized ({method}); the base must be 16-bit", "name the original")
+    if "auto_map" in config:
+        raise ArtifactError(f"{where} brings code of its own (auto_map), which is never run", "name another base")
+    if config.get("model_type") != "llama":
+        raise ArtifactError(f"{where} is a {config.get('model_type')!r} model; tutor tunes Llamas")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a model folder. Raises ArtifactError when it is missing or damaged."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is damaged: {error}") from None
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path} is not a JSON object")
+    return value
+
+
+def load_tokenizer(model: Path) -> "PreTrainedTokenizerBase":
+    """The base's tokenizer, after the round-trip canary. Raises ArtifactError showing what came back."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"cannot load the tokenizer of {model}: {str(error).partition(chr(10))[0]}") from error
+    for text in CANARIES:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        if back != text:
+            raise ArtifactError(
+                f"the tokenizer of {model} does not give a text back: {text!r} became {back!r}",
+                "another transformers version reads it wrongly: make install",
+            )
+    return tokenizer

@@ -1,0 +1,287 @@
+"""The stages in order: what each reads, what is up to date, what runs.
+
+In: a recipe and a build folder. Out: stage folders (artifacts.py). A stage's key is a hash over the part of the recipe
+that it reads, the content of its inputs, and the versions of its code and tools; same key, nothing to do.
+"""
+
+import importlib
+import importlib.metadata
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tutor import artifacts
+from tutor.engines import llamacpp_build
+from tutor.errors import RecipeError
+from tutor.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+PACKAGE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step: a module, a folder, and all that decides whether it has to run."""
+
+    name: str
+    folder: str
+    about: str
+    needs: tuple[str, ...]
+    settings: Callable[[Recipe], dict[str, Any]]
+    sources: tuple[str, ...]  # files of tutor/ whose change means another result
+    packages: tuple[str, ...] = ()
+    llamacpp: bool = False
+
+    @property
+    def module(self) -> Any:
+        """The stage's module, imported now: some bring torch."""
+        return importlib.import_module(f"tutor.stages.{self.name}")
+
+
+def _data(recipe: Recipe) -> dict[str, Any]:
+    return {**recipe.data.model_dump(exclude={"train", "eval"}), "seed": recipe.seed}
+
+
+def _base(recipe: Recipe) -> dict[str, Any]:
+    made_here = {"seed": recipe.seed} if recipe.base.source == "tiny" else {}
+    return {"source": recipe.base.source, **made_here}
+
+
+def _train(recipe: Recipe) -> dict[str, Any]:
+    return {**recipe.train.model_dump(), "system": recipe.system, "seed": recipe.seed}
+
+
+def _convert(recipe: Recipe) -> dict[str, Any]:
+    return {**recipe.convert.model_dump(), "served": recipe.ollama.quantization}
+
+
+def _modelfile(recipe: Recipe) -> dict[str, Any]:
+    served = {"generate": recipe.generate.model_dump(), "ollama": recipe.ollama.model_dump()}
+    return {**served, "system": recipe.system, "seed": recipe.seed}
+
+
+def _evaluate(recipe: Recipe) -> dict[str, Any]:
+    limits = {"max_new_tokens": recipe.generate.max_new_tokens, "context": recipe.generate.context}
+    return {**limits, "served": recipe.ollama.quantization, "system": recipe.system, "seed": recipe.seed}
+
+
+STAGES = (
+    Stage(
+        "data",
+        "data",
+        "check the rows and split them",
+        needs=(),
+        settings=_data,
+        sources=("stages/data.py", "stages/rows.py", "stages/jsonl.py"),
+        packages=("pydantic", "markdown-it-py"),
+    ),
+    Stage(
+        "base",
+        "base",
+        "fetch or make the base model and check it",
+        needs=(),
+        settings=_base,
+        sources=("stages/base.py", "stages/tiny.py", "modelfolder.py"),
+        packages=("transformers", "tokenizers", "torch", "gguf"),
+    ),
+    Stage(
+        "train",
+        "adapter",
+        "train the LoRA adapter",
+        needs=("data", "base"),
+        settings=_train,
+        sources=("stages/train.py", "engines/hf.py", "template.py"),
+        packages=("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets"),
+    ),
+    Stage(
+        "merge",
+        "merged",
+        "merge the adapter into the 16-bit base",
+        needs=("base", "train"),
+        settings=lambda _: {},
+        sources=("stages/merge.py", "template.py"),
+        packages=("torch", "safetensors"),
+    ),
+    Stage(
+        "convert",
+        "gguf",
+        "convert to GGUF and quantize",
+        needs=("base", "merge"),
+        settings=_convert,
+        sources=("stages/convert.py", "engines/llamacpp.py", "engines/llamacpp_src/convert.py", "template.py"),
+        packages=("transformers", "gguf"),
+        llamacpp=True,
+    ),
+    Stage(
+        "modelfile",
+        "model",
+        "render the Modelfile",
+        needs=("base", "convert"),
+        settings=_modelfile,
+        sources=("stages/modelfile.py", "template.py"),
+        packages=("jinja2",),
+    ),
+    Stage(
+        "evaluate",
+        "eval",
+        "answer the held-out prompts and judge",
+        needs=("data", "base", "convert"),
+        settings=_evaluate,
+        sources=(
+            "stages/evaluate.py",
+            "engines/llamacpp.py",
+            "judges/format.py",
+            "judges/language.py",
+            "template.py",
+        ),
+        packages=("markdown-it-py",),
+        llamacpp=True,
+    ),
+)
+BY_NAME = {stage.name: stage for stage in STAGES}
+
+
+@dataclass(frozen=True)
+class State:
+    """One stage now: what it would be made of, and whether its folder is exactly that."""
+
+    stage: Stage
+    folder: Path
+    manifest: artifacts.Manifest | None
+    fields: dict[str, Any] | None  # None where an input does not exist yet
+    problems: tuple[str, ...]  # damage of the folder
+
+    @property
+    def condition(self) -> str:
+        """missing, damaged, stale or up to date."""
+        if self.manifest is None:
+            return "missing"
+        if self.problems:
+            return "damaged"
+        if self.fields is None or self.manifest.key != artifacts.digest(self.fields):
+            return "stale"
+        return "up to date"
+
+
+def inspect(recipe: Recipe, build: Path, *, content: bool = False) -> list[State]:
+    """The state of every stage, in order. `content` hashes every output instead of trusting its size."""
+    states: dict[str, State] = {}
+    for stage in STAGES:
+        folder = build / recipe.name / stage.folder
+        manifest = artifacts.read_manifest(folder)
+        problems = tuple(artifacts.check(folder, content=content)) if manifest else ()
+        whole = all(states[need].manifest and not states[need].problems for need in stage.needs)
+        fields = key_fields(stage, recipe, build, states) if whole else None
+        states[stage.name] = State(stage, folder, manifest, fields, problems)
+    return list(states.values())
+
+
+def key_fields(stage: Stage, recipe: Recipe, build: Path, states: Mapping[str, State]) -> dict[str, Any]:
+    """What decides a stage's result, flat, so that two of them can be compared line by line."""
+    fields: dict[str, Any] = {f"recipe.{name}": value for name, value in stage.settings(recipe).items()}
+    cache = build / recipe.name / artifacts.HASHES
+    if not stage.needs:
+        files = stage.module.input_files(recipe)
+        fields |= {f"file.{name}": artifacts.cached_sha256(path, cache) for name, path in files.items()}
+    for need in stage.needs:
+        manifest = states[need].manifest
+        assert manifest is not None
+        fields[f"input.{need}"] = manifest.fingerprint
+    for source in stage.sources:
+        fields[f"code.{source}"] = artifacts.file_sha256(PACKAGE / source)[:16]
+    for package in stage.packages:
+        fields[f"version.{package}"] = _version(package)
+    if stage.llamacpp:
+        fields["version.llama.cpp"] = llamacpp_build.build_key()
+    return fields
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def differences(state: State) -> list[str]:
+    """Why a stage is not up to date, a line a reason; empty when it is."""
+    if state.manifest is None:
+        return [f"{state.folder} is not there"]
+    if state.problems:
+        return list(state.problems)
+    if state.fields is None:
+        return [f"needs {', '.join(state.stage.needs)} first"]
+    before, now = state.manifest.fields, state.fields
+    lines = []
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            lines.append(f"{name}: {_short(before.get(name))} -> {_short(now.get(name))}")
+    return lines
+
+
+def _short(value: Any) -> str:
+    text = "(absent)" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:16]}…"
+
+
+def run_all(recipe: Recipe, build: Path, *, until: str | None = None) -> list[str]:
+    """Run what is not up to date, in order, at most to the stage `until`; the names of the stages that ran."""
+    ran = []
+    with artifacts.locked(build / recipe.name):
+        for stage in STAGES:
+            state = {found.stage.name: found for found in inspect(recipe, build)}[stage.name]
+            if state.condition != "up to date":
+                _run(stage, recipe, build, state)
+                ran.append(stage.name)
+            if stage.name == until:
+                break
+    return ran
+
+
+def run_one(name: str, recipe: Recipe, build: Path) -> bool:
+    """Run one stage where it is not up to date; whether it ran. Raises ArtifactError when an input is missing."""
+    stage = BY_NAME[name]
+    with artifacts.locked(build / recipe.name):
+        states = {found.stage.name: found for found in inspect(recipe, build)}
+        for need in stage.needs:
+            artifacts.require(states[need].folder, need)
+            if states[need].condition == "stale":
+                log.warning("%s is out of date with the recipe or its inputs; tutor why %s says why", need, need)
+        if states[name].condition == "up to date":
+            return False
+        _run(stage, recipe, build, states[name])
+    return True
+
+
+def _run(stage: Stage, recipe: Recipe, build: Path, state: State) -> None:
+    assert state.fields is not None, f"{stage.name} lacks an input"
+    with _announced(stage), artifacts.writing(state.folder, stage.name, state.fields) as (out, results):
+        inputs = {need: build / recipe.name / BY_NAME[need].folder for need in stage.needs}
+        results.update(stage.module.run(recipe, inputs, out))
+
+
+@contextmanager
+def _announced(stage: Stage) -> Iterator[None]:
+    log.info("%s: %s", stage.name, stage.about, extra={"stage": stage.name})
+    yield
+    log.info("%s: done", stage.name, extra={"stage_done": stage.name})
+
+
+def clean(recipe: Recipe, build: Path, names: tuple[str, ...]) -> list[Path]:
+    """Remove the folders of the named stages, or of all; what was removed."""
+    if unknown := [name for name in names if name not in BY_NAME]:
+        raise RecipeError(f"no stage {unknown[0]!r}; known: {', '.join(BY_NAME)}")
+    removed = []
+    with artifacts.locked(build / recipe.name):
+        for name in names or tuple(BY_NAME):
+            folder = build / recipe.name / BY_NAME[name].folder
+            for path in (folder, folder.with_name(folder.name + artifacts.PARTIAL)):
+                if path.exists():
+                    shutil.rmtree(path)
+                    removed.append(path)
+    return removed

@@ -1,0 +1,162 @@
+"""The base stage: a model that can be tuned, wherever it comes from, checked before anything is spent on it.
+
+In: `base.source` of the recipe. Out: `base/base.json` (where the 16-bit folder is, its identity, its tokenizer's
+facts) and, where it has to be made, `base/model/`. Does not quantize and does not change a hub repository's files.
+"""
+
+import importlib.util
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tutor.artifacts import digest, file_sha256
+from tutor.engines.llamacpp import pre_tokenizer
+from tutor.errors import ArtifactError, HostError, RecipeError, ServiceError
+from tutor.modelfolder import WEIGHTS, Facts, load_tokenizer, read_json, refuse, refuse_config
+from tutor.template import adds_bos
+
+if TYPE_CHECKING:
+    from tutor.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+HUB = re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
+PACKAGE = re.compile(r"package:(?P<module>\w+)/(?P<file>[\w.-]+\.gguf)")
+FILES = (WEIGHTS, "*.json", "*.jinja", "tokenizer.model", "LICENSE*", "NOTICE*")
+
+
+def input_files(recipe: "Recipe") -> dict[str, Path]:
+    """The files outside `build/` whose content decides what this stage makes."""
+    source = recipe.base.source
+    if source == "tiny":
+        return {"text": recipe.resolve(recipe.data.train)}
+    if found := PACKAGE.fullmatch(source):
+        return {"gguf": _package_file(found["module"], found["file"])}
+    if source.startswith("path:"):
+        folder = _local_folder(recipe, source)
+        return {path.name: path for pattern in (WEIGHTS, "*.json", "*.jinja") for path in sorted(folder.glob(pattern))}
+    return {}
+
+
+def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
+    """Fetch or make the base into `out`, check it, write base.json; its facts."""
+    del inputs
+    source = recipe.base.source
+    model = out / "model"
+    if source == "tiny":
+        from tutor.stages.tiny import make_tiny
+
+        make_tiny(model, recipe.resolve(recipe.data.train).read_text("utf-8"), recipe.seed)
+    elif found := PACKAGE.fullmatch(source):
+        _from_gguf(_package_file(found["module"], found["file"]), model)
+    elif found := HUB.fullmatch(source):
+        model = _from_hub(found["repo"], found["revision"])
+    else:
+        model = _local_folder(recipe, source)
+    refuse(model)
+    facts = inspect(model, source, "model" if model == out / "model" else str(model))
+    (out / "base.json").write_text(json.dumps(asdict(facts), ensure_ascii=False, indent=1) + "\n", "utf-8")
+    return asdict(facts)
+
+
+def _local_folder(recipe: "Recipe", source: str) -> Path:
+    kind, _, rest = source.partition(":")
+    if kind != "path" or not rest:
+        raise RecipeError(
+            f"{recipe.path}: base.source is {source!r}",
+            "known: hub:OWNER/NAME@40-HEX-REVISION, path:FOLDER, package:MODULE/FILE.gguf, tiny",
+        )
+    folder = recipe.resolve(rest)
+    if not folder.is_dir():
+        raise RecipeError(f"{recipe.path}: base.source names {folder}, which is not a folder")
+    return folder
+
+
+def _package_file(module: str, name: str) -> Path:
+    """A file inside an installed package, found without importing the package."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise HostError(f"the package {module} is not installed", "make install (requirements/demo.txt brings it)")
+    path = Path(spec.origin).parent / name
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing", f"install {module} again")
+    return path
+
+
+def _from_hub(repo: str, revision: str) -> Path:
+    """The hub's snapshot folder of exactly this revision, from its cache where it is whole; configuration first."""
+    import huggingface_hub as hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.utils import httpx
+
+    try:
+        config = Path(hub.hf_hub_download(repo, "config.json", revision=revision))
+        refuse_config(json.loads(config.read_text("utf-8")), f"{repo}@{revision}")
+        log.info("fetching %s@%s: about 16 GB for 8 billion parameters, once", repo, revision[:12])
+        folder = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=list(FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ServiceError(
+            f"cannot fetch {repo}@{revision} from the model hub: {reason}",
+            "check the network, or name a local copy: base.source = 'path:FOLDER'",
+        ) from error
+    for path in sorted(folder.glob(WEIGHTS)):
+        # The hub's cache names a large file's blob by its sha256.
+        name = path.resolve().name
+        if re.fullmatch(r"[0-9a-f]{64}", name) and file_sha256(path) != name:
+            raise ArtifactError(f"{path} is damaged: its hash is not {name[:12]}…", f"rm {path.resolve()}, run again")
+    return folder
+
+
+def _from_gguf(gguf: Path, model: Path) -> None:
+    """A quantized GGUF as a plain 16-bit folder: weights that were once quantized, said so, and nothing hidden."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    log.info("reading %s", gguf.name)
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    settings = loaded.config.to_dict()
+    # The loaded model refuses .half() and keeps this key: its state goes into a plain model without it.
+    settings.pop("quantization_config", None)
+    config = type(loaded.config).from_dict({**settings, "dtype": "float16"})
+    plain = LlamaForCausalLM(config)
+    plain.load_state_dict(loaded.state_dict())
+    plain.to(torch.float16).save_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.save_pretrained(model)
+    path = model / "tokenizer_config.json"
+    labels = json.loads(path.read_text("utf-8"))
+    for name in ("is_local", "local_files_only", "backend"):
+        labels.pop(name, None)
+    # transformers 4 (llama.cpp's own pin) knows this name, and not version 5's.
+    labels["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(labels, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    card = f"# Weights of {gguf.name}\n\nOnce quantized as the file's name says; here they are 16-bit again.\n"
+    (model / "README.md").write_text(card, "utf-8")
+
+
+def inspect(model: Path, source: str, name: str) -> Facts:
+    """The facts of a base. Raises ArtifactError when its tokenizer fails the canary or does not fit the weights."""
+    tokenizer = load_tokenizer(model)
+    config = read_json(model / "config.json")
+    if len(tokenizer) > config["vocab_size"]:
+        raise ArtifactError(f"{model}: the tokenizer has {len(tokenizer)} tokens, the weights {config['vocab_size']}")
+    if tokenizer.eos_token_id is None:
+        raise ArtifactError(f"{model}: the tokenizer has no EOS token, so no answer could learn to end")
+    log.info("hashing the weights")
+    weights = {path.name: file_sha256(path) for path in sorted(model.glob(WEIGHTS))}
+    return Facts(
+        source=source,
+        model=name,
+        weights=digest(weights),
+        vocabulary=config["vocab_size"],
+        add_bos=adds_bos(tokenizer),
+        bos=tokenizer.bos_token_id,
+        eos=tokenizer.eos_token_id,
+        pad=tokenizer.pad_token_id,
+        pre_tokenizer=pre_tokenizer(model / "tokenizer.json"),
+    )

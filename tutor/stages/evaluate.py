@@ -1,0 +1,218 @@
+"""The evaluate stage: every prompt to the base and to the tutor, greedily; verdicts; perplexity of every GGUF.
+
+In: data/ (prompts.jsonl, held_out.jsonl), base/ (its tokenizer), convert/ (the GGUF files).
+Out: answers.json (all answers side by side) and perplexity.json. Does not decide whether that is good enough.
+"""
+
+import json
+import logging
+import math
+import os
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tutor.artifacts import write_json
+from tutor.engines.answer import Answer, Engine, Generation, greedy
+from tutor.engines.llamacpp import score, serve
+from tutor.errors import ArtifactError, ServiceError
+from tutor.judges.format import judge_format
+from tutor.judges.language import is_spanish
+from tutor.modelfolder import load_tokenizer, read_facts
+from tutor.template import conversation, encode
+
+if TYPE_CHECKING:
+    from tutor.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+ANSWERS, PERPLEXITY = "answers.json", "perplexity.json"
+RATES = ("stopped", "answered", "fences_closed", "code_block", "no_loop", "no_leak", "spanish")
+"""The verdicts that are yes or no, as they are counted; yes is good."""
+STARTS = 2
+"""How often a model's server is started: one that died is given one more chance, at the prompt it died on."""
+
+Record = dict[str, Any]
+"""An answer with its verdicts, or `error`: why there is none."""
+
+
+def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
+    """Ask, judge and score into `out`; the summary: rates by model and category, tokens/s, perplexities.
+
+    Raises ArtifactError when a file is missing, ServiceError when a model's server cannot be kept alive.
+    """
+    prompts = read_rows(inputs["data"] / "prompts.jsonl")
+    files = served_files(inputs["convert"], recipe.ollama.quantization, base=recipe.convert.base)
+    generation = greedy(recipe.generate, recipe.seed)
+    threads = len(os.sched_getaffinity(0))
+    records = {}
+    for name, gguf in files.items():
+        start = partial(serve, gguf, context=recipe.generate.context, threads=threads, log=out / f"{name}.log")
+        records[name] = ask_all(start, prompts, generation, recipe.system, name)
+    write_json(out / ANSWERS, side_by_side(prompts, records))
+    rows = held_out_rows(inputs["data"] / "held_out.jsonl", inputs["base"], recipe.system)
+    perplexities = {}
+    for gguf in sorted(inputs["convert"].glob("*.gguf")):
+        scores = score(gguf, rows, threads=threads)
+        perplexities[gguf.stem] = perplexity([item.logprobs for item in scores])
+        log.info("held-out perplexity of %s: %.3f", gguf.stem, perplexities[gguf.stem]["perplexity"])
+    write_json(out / PERPLEXITY, perplexities)
+    return {
+        "generation": asdict(generation),
+        "models": {name: {"file": files[name].stem, **summarise(prompts, records[name])} for name in files},
+        "perplexity": perplexities,
+    }
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file that the data stage wrote. Raises ArtifactError when it is missing or damaged."""
+    try:
+        return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"cannot read {path}: {error}", "run: tutor data") from None
+
+
+def served_files(convert: Path, quantization: str, *, base: bool) -> dict[str, Path]:
+    """Whose answers are compared: the tutor as it is served and, where converted, the base at the same quantization."""
+    files = {name: convert / f"{name}-{quantization}.gguf" for name in (("base",) if base else ()) + ("tutor",)}
+    for path in files.values():
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing", "run: tutor convert")
+    return files
+
+
+def ask_all(
+    start: Callable[[], AbstractContextManager[Engine]],
+    prompts: Sequence[Mapping[str, Any]],
+    generation: Generation,
+    system: str,
+    name: str,
+) -> list[Record]:
+    """A record a prompt, from an engine that is started again once when it dies. Raises ServiceError when it dies on.
+
+    `name` is the model's, for the progress lines.
+    """
+    records: list[Record] = []
+    for _ in range(STARTS):
+        with start() as engine:
+            records += ask(engine, prompts[len(records) :], generation, system, name)
+        if len(records) == len(prompts):
+            return records
+        log.warning("%s: the server died at prompt %d of %d", name, len(records) + 1, len(prompts))
+    raise ServiceError(
+        f"{name}: the server died {STARTS} times, the last time at prompt {len(records) + 1} of {len(prompts)}",
+        "memory may be short: try a smaller ollama.quantization or generate.context",
+    )
+
+
+def ask(
+    engine: Engine, prompts: Sequence[Mapping[str, Any]], generation: Generation, system: str, name: str
+) -> list[Record]:
+    """A record a prompt; fewer when the engine is dead, that is fails on a prompt and then on a warm-up request too."""
+    warm_up = partial(engine.answer, conversation("Hola"), replace(generation, max_new_tokens=1))
+    warm_up()
+    records: list[Record] = []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            answer = engine.answer(conversation(prompt["instruction"], system), generation)
+        except ServiceError as error:
+            if _fails(warm_up):
+                break
+            records.append({"error": error.message})
+            log.warning("%s: no answer to %r: %s", name, prompt["instruction"][:60], error)
+            continue
+        records.append(judged(answer))
+        log.info("%s %d/%d: %d tokens, %s", name, number, len(prompts), answer.tokens, answer.finish)
+    return records
+
+
+def _fails(request: Callable[[], object]) -> bool:
+    try:
+        request()
+    except ServiceError:
+        return True
+    return False
+
+
+def judged(answer: Answer) -> Record:
+    """An answer with its verdicts."""
+    spanish, confidence = is_spanish(answer.text)
+    verdicts = {**judge_format(answer.text, answer.finish), "spanish": spanish, "spanish_confidence": confidence}
+    return {**asdict(answer), "verdicts": verdicts}
+
+
+def side_by_side(prompts: Sequence[Mapping[str, Any]], records: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
+    """One entry a prompt: the prompt's own keys, and `answers` by model."""
+    return [
+        {**prompt, "answers": {name: answers[index] for name, answers in records.items()}}
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def held_out_rows(held_out: Path, base: Path, system: str) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, answer ids with EOS) of the held-out rows, by the base's own tokenizer and the prompt contract."""
+    _, model = read_facts(base)
+    tokenizer = load_tokenizer(model)
+    encoded = [encode(tokenizer, row["instruction"], row["response"], system) for row in read_rows(held_out)]
+    return [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in encoded]
+
+
+def perplexity(logprobs: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Mean negative log-likelihood (nats) over all tokens of all rows, its exponential, and how many tokens.
+
+    Raises ArtifactError where it is no number: a model with broken weights.
+    """
+    tokens = sum(len(row) for row in logprobs)
+    loss = -math.fsum(value for row in logprobs for value in row) / tokens if tokens else math.nan
+    if not loss < 700:  # e^710 is no float; NaN compares as false
+        raise ArtifactError(
+            f"the held-out loss over {tokens} tokens is {loss}", "the weights may be broken: convert again"
+        )
+    return {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens}
+
+
+def summarise(prompts: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> dict[str, Any]:
+    """Verdict rates over all prompts and by category, and the median speed in tokens/s (None without an answer)."""
+    categories: dict[str, list[Record]] = {}
+    for prompt, record in zip(prompts, records, strict=True):
+        categories.setdefault(prompt["category"], []).append(record)
+    speeds = [record["tokens_per_second"] for record in records if record.get("tokens", 0) > 1]
+    return {
+        "all": rates(records),
+        "categories": {name: rates(members) for name, members in sorted(categories.items())},
+        "tokens_per_second": round(statistics.median(speeds), 2) if speeds else None,
+    }
+
+
+def rates(records: Sequence[Record]) -> dict[str, Any]:
+    """How many prompts, errors and, for each verdict, passes with their share; no answer passes nothing."""
+    verdicts = [record["verdicts"] for record in records if "verdicts" in record]
+    passes = {name: sum(verdict[name] for verdict in verdicts) for name in RATES}
+    return {
+        "n": len(records),
+        "errors": len(records) - len(verdicts),
+        **{name: {"n": n, "share": round(n / len(records), 4) if records else 0.0} for name, n in passes.items()},
+    }
+
+
+def compare_table(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The summary's few numbers for a terminal: a header with the models' names, then a row a property."""
+    models = summary["models"]
+    lines: Iterable[tuple[str, Callable[[Mapping[str, Any]], str]]] = (
+        ("in Spanish", lambda model: _share(model, "spanish")),
+        ("ended by itself", lambda model: _share(model, "stopped")),
+        ("with a code block", lambda model: _share(model, "code_block")),
+        ("without a loop", lambda model: _share(model, "no_loop")),
+        ("held-out perplexity", lambda model: f"{summary['perplexity'][model['file']]['perplexity']:.2f}"),
+        ("tokens/s", lambda model: "-" if model["tokens_per_second"] is None else f"{model['tokens_per_second']:.1f}"),
+    )
+    return [("", *models), *((label, *(shown(model) for model in models.values())) for label, shown in lines)]
+
+
+def _share(model: Mapping[str, Any], verdict: str) -> str:
+    rate = model["all"][verdict]
+    return f"{100 * rate['share']:.0f} % ({rate['n']}/{model['all']['n']})"

@@ -1,0 +1,317 @@
+"""The train stage: QLoRA on the train split. In: data/ and base/. Out: adapter/ (LoRA safetensors, metrics.jsonl).
+
+TRL's SFTTrainer trains on ids and labels that the prompt contract made; before the first step every row is read back
+as the trainer will feed it, and a row that breaks the contract stops the run. Does not merge and does not answer.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from tutor.errors import ArtifactError, DataError, HostError
+from tutor.modelfolder import load_tokenizer, read_facts
+from tutor.template import Encoded, Tokenizer, audit, conversation, encode, render
+
+if TYPE_CHECKING:
+    from tutor.recipe import Recipe, TrainSettings
+
+log = logging.getLogger(__name__)
+
+IGNORED = -100
+"""The label of an id without loss, by PyTorch's cross entropy."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
+    """Train an adapter into `out`; held-out loss before and after, counts, the base's identity."""
+    settings = recipe.train
+    facts, model_folder = read_facts(inputs["base"])
+    tokenizer = load_tokenizer(model_folder)
+    train = encode_rows(tokenizer, read_rows(inputs["data"] / "train.jsonl"), recipe.system, settings.max_length)
+    held_out = encode_rows(tokenizer, read_rows(inputs["data"] / "held_out.jsonl"), recipe.system, settings.max_length)
+    precision = choose_precision(settings.precision)
+    set_seed(recipe.seed)
+    model = load_base(model_folder, settings.quantization, precision)
+    trainer = make_trainer(model, tokenizer, train, settings, precision, recipe.seed, out)
+    audited = audit_labels(trainer, train, tokenizer)
+    trainable, total = count_parameters(trainer.model)
+    log.info(
+        "%d rows audited: EOS supervised, BOS as served, prompts are prefixes; %s of %s parameters train (%.2f %%)",
+        audited, f"{trainable:,}", f"{total:,}", 100 * trainable / total,
+    )  # fmt: skip
+    before = mean_loss(trainer.model, held_out)
+    log.info("held-out loss before training: %.4f (perplexity %.2f)", before, math.exp(before))
+    refuse_packed(trainer.model)
+    clock = time.monotonic()
+    trainer.train()
+    seconds = time.monotonic() - clock
+    if trainer.state.global_step != trainer.state.max_steps:
+        raise ArtifactError(f"training ended at step {trainer.state.global_step} of {trainer.state.max_steps}")
+    after = mean_loss(trainer.model, held_out)
+    log.info("held-out loss after training: %.4f (perplexity %.2f)", after, math.exp(after))
+    save_adapter(trainer.model, facts.source, out)
+    tokens = sum(len(row.ids) for row in train)
+    return {
+        "base_source": facts.source,
+        "base_weights": facts.weights,
+        "precision": precision,
+        "quantization": settings.quantization,
+        "rows": len(train),
+        "steps": trainer.state.global_step,
+        "tokens_per_epoch": tokens,
+        "trainable_parameters": trainable,
+        "held_out": {
+            "rows": len(held_out),
+            "tokens": sum(sum(row.mask) for row in held_out),
+            "loss_before": before,
+            "loss_after": after,
+            "perplexity_before": math.exp(before),
+            "perplexity_after": math.exp(after),
+        },
+        "samples_per_second": round(len(train) * settings.epochs / seconds, 3),
+        "tokens_per_second": round(tokens * settings.epochs / seconds, 1),
+    }
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a split, as the data stage wrote them."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def encode_rows(tokenizer: Tokenizer, rows: Sequence[Mapping[str, str]], system: str, max_length: int) -> list[Encoded]:
+    """Ids and masks of all rows, none cut. Raises DataError naming the rows that are longer than `max_length`."""
+    encoded = [encode(tokenizer, row["instruction"], row["response"], system) for row in rows]
+    long = [
+        f"{len(row.ids)} tokens: {source['instruction'][:60]!r}"
+        for row, source in zip(encoded, rows, strict=True)
+        if len(row.ids) > max_length
+    ]
+    if long:
+        raise DataError(
+            f"{len(long)} of {len(rows)} rows are longer than train.max_length ({max_length} tokens)",
+            "raise it, or shorten them: a cut row would never show the model its end",
+            problems=tuple(long[:20]),
+        )
+    return encoded
+
+
+def choose_precision(wanted: str) -> str:
+    """bf16, fp16 or fp32: as wanted, or what this machine computes natively. Raises HostError where it cannot.
+
+    bf16 needs compute capability 8.0; PyTorch's own is_bf16_supported() says yes to emulation (pitfalls.md, 16).
+    """
+    if not torch.cuda.is_available():
+        if wanted == "fp16":
+            raise HostError("fp16 training needs a GPU", "set train.precision to auto, bf16 or fp32")
+        return "fp32" if wanted == "auto" else wanted
+    native = torch.cuda.get_device_capability() >= (8, 0)
+    if wanted == "bf16" and not native:
+        raise HostError("this GPU has no native bf16 (compute capability below 8.0)", "set train.precision to auto")
+    return ("bf16" if native else "fp16") if wanted == "auto" else wanted
+
+
+def load_base(folder: Path, quantization: str, precision: str) -> Any:
+    """The frozen base, in 4 bits (NF4, double-quantized) or as it is, computing in `precision`."""
+    dtype = DTYPES[precision]
+    config = None
+    if quantization == "nf4":
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    device = {"": 0} if torch.cuda.is_available() else {"": "cpu"}
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        quantization_config=config,
+        device_map=device,
+        attn_implementation="sdpa",
+        trust_remote_code=False,
+    )
+
+
+def make_trainer(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Encoded],
+    settings: "TrainSettings",
+    precision: str,
+    seed: int,
+    out: Path,
+) -> SFTTrainer:
+    """TRL's trainer over rows that are already ids and labels, with fp32 adapters whatever the base computes in."""
+    cuda = torch.cuda.is_available()
+    dataset = datasets.Dataset.from_list([{"input_ids": row.ids, "labels": labels(row)} for row in rows])
+    config = SFTConfig(
+        output_dir=str(out / "checkpoints"),
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup,
+        logging_steps=settings.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        save_total_limit=2,
+        max_length=None,
+        packing=False,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        use_cpu=not cuda,
+        gradient_checkpointing=cuda,
+        dataloader_pin_memory=cuda,
+        optim="adamw_torch",
+        report_to="none",
+        seed=seed,
+        data_seed=seed,
+    )
+    lora = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=list(settings.target_modules),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=lora,
+        callbacks=[Metrics(out / "metrics.jsonl")],
+    )
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            # TRL casts them to bf16 over a 4-bit base: small updates would round away, and fp16 cannot unscale them.
+            parameter.data = parameter.data.float()
+    return trainer
+
+
+def labels(row: Encoded) -> list[int]:
+    """A row's ids where they carry loss, IGNORED elsewhere."""
+    return [token if on else IGNORED for token, on in zip(row.ids, row.mask, strict=True)]
+
+
+def audit_labels(trainer: SFTTrainer, rows: Sequence[Encoded], tokenizer: Any) -> int:
+    """Read every row back from the trainer's own collator and hold it against the contract; how many were read.
+
+    Raises DataError naming the first rows that break it: a library that drops, cuts or masks is caught here.
+    """
+    dataset = trainer.train_dataset
+    if len(dataset) != len(rows):
+        raise DataError(f"the trainer kept {len(dataset)} of {len(rows)} rows", "this is a library's doing: report it")
+    problems = []
+    for number, (item, row) in enumerate(zip(dataset, rows, strict=True), 1):
+        batch = trainer.data_collator([item])
+        ids = batch["input_ids"][0].tolist()
+        mask = [0 if label == IGNORED else 1 for label in batch["labels"][0].tolist()]
+        found = audit(Encoded(ids, mask), row.ids[: row.n_prompt], tokenizer)
+        problems += [f"train row {number}: {problem}" for problem in found]
+    if problems:
+        raise DataError(f"{len(problems)} breaches of the prompt contract", problems=tuple(problems[:20]))
+    return len(rows)
+
+
+def served_prompt_ids(tokenizer: Any, question: str, system: str) -> list[int]:
+    """What an engine sends for one question."""
+    return list(tokenizer(render(conversation(question, system)))["input_ids"])
+
+
+def count_parameters(model: Any) -> tuple[int, int]:
+    """Trainable and all parameters; a 4-bit weight counts as the numbers it stands for."""
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return trainable, int(model.num_parameters())
+
+
+@contextlib.contextmanager
+def scoring(model: Any) -> Iterator[None]:
+    """No dropout and no gradients inside, and the model afterwards exactly as it was.
+
+    bitsandbytes 0.50 repacks a 4-bit layer for the CPU the first time it runs in eval mode, for good, and the packed
+    kernel has no gradient: training after it goes on with wrong ones. So 4-bit layers never see eval mode.
+    """
+    training = model.training
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.train()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def refuse_packed(model: Any) -> None:
+    """Raise ArtifactError when a 4-bit layer is packed for inference: its gradients would be wrong without a word."""
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ArtifactError(f"{name} is packed for inference and cannot pass gradients on")
+
+
+def mean_loss(model: Any, rows: Sequence[Encoded]) -> float:
+    """Mean negative log-likelihood (nats) over all supervised tokens of all rows, teacher-forced, in fp32."""
+    total, count = 0.0, 0
+    with scoring(model):
+        for row in rows:
+            ids = torch.tensor([row.ids], device=model.device)
+            start = row.n_prompt
+            logits = model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1].float()
+            total += torch.nn.functional.cross_entropy(logits, ids[0, start:], reduction="sum").item()
+            count += len(row.ids) - start
+    return total / count
+
+
+def save_adapter(model: Any, source: str, out: Path) -> None:
+    """The adapter in PEFT's format, naming its base by source and not by this machine's path."""
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = source
+    model.save_pretrained(out, safe_serialization=True)
+    (out / "README.md").unlink(missing_ok=True)
+
+
+class Metrics(TrainerCallback):  # type: ignore[misc]
+    """Append what the trainer logs to a JSONL file, a step a line, and stop at a loss that is no number."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._start = time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        """Write one line. Raises ArtifactError when the loss is NaN or infinite."""
+        values = {name: value for name, value in (logs or {}).items() if name in {"loss", "grad_norm", "learning_rate"}}
+        if "loss" not in values:
+            return
+        if not math.isfinite(values["loss"]):
+            raise ArtifactError(
+                f"the loss is {values['loss']} at step {state.global_step}", "lower train.learning_rate"
+            )
+        line = {
+            "step": state.global_step,
+            "epoch": round(state.epoch or 0.0, 3),
+            **values,
+            "seconds": round(time.monotonic() - self._start, 2),
+        }
+        with self._path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(line) + "\n")
+        log.info("step %d/%d: loss %.4f", state.global_step, state.max_steps, values["loss"])
