@@ -106,8 +106,9 @@ def test_code_and_prose_that_look_like_template_text_are_no_leaks(text: str) -> 
 @pytest.mark.parametrize(
     "text",
     [
-        "la interfaz define " * 8,
-        "tipo " * 24,
+        "la interfaz define " * 6,
+        "tipo " * 18,
+        "\n".join(f"{letter}. Es una función" for letter in "ABCDEF"),
         "La unión acepta varios tipos de valor a la vez.\n" * 3,
         "\n".join(f"{n}. Los genéricos permiten reutilizar código con tipos." for n in range(1, 6)),
         "```ts\n" + "const a: string = 1;\n" * 8,
@@ -124,6 +125,7 @@ def test_a_stuck_answer_is_a_loop(text: str) -> None:
     [
         GOOD,
         "no, no, no y no " * 2,
+        "la interfaz define " * 5,
         "-" * 200 + "\n" + "=" * 80,
         "| --- " * 40,
         "enum Mes {\n" + "".join(f"  M{n} = {n},\n" for n in range(40)) + "}",

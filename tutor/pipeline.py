@@ -217,11 +217,11 @@ def differences(state: State) -> list[str]:
     if state.fields is None:
         return [f"needs {', '.join(state.stage.needs)} first"]
     before, now = state.manifest.fields, state.fields
-    lines = []
-    for name in sorted({*before, *now}):
-        if before.get(name) != now.get(name):
-            lines.append(f"{name}: {_short(before.get(name))} -> {_short(now.get(name))}")
-    return lines
+    return [
+        f"{name}: {_short(before.get(name))} -> {_short(now.get(name))}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
 
 
 def _short(value: Any) -> str:

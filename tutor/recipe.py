@@ -56,6 +56,7 @@ class DataSettings(Settings):
     eval: RelativePath = "eval.jsonl"
     held_out: float = Field(0.1, gt=0, lt=0.5)  # share of the rows kept from training, by category
     rows: int = Field(0, ge=0)  # 0: all; else a part of so many rows, in proportion by category and topic
+    prompts: int = Field(0, ge=0)  # the same for the prompts of data.eval
 
 
 class BaseSettings(Settings):

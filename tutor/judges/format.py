@@ -13,11 +13,11 @@ from markdown_it.token import Token
 from tutor.template import CUE, QUESTION
 
 LOOP_REPEATS = 3
-LOOP_WORDS = 24
-"""A loop: the same words at least three times back to back, over 24 words or more.
+LOOP_WORDS = 18
+"""A loop: the same words at least three times back to back, over 18 words or more.
 
-Prose and code repeat short runs for good reasons (table rules, closing braces, parallel cases), and none of the
-answers of data/tutor.jsonl comes near both numbers; a model that is stuck passes them within its 515 tokens.
+Prose and code repeat short runs for good reasons (parallel cases, a table of zeros), but no answer of data/tutor.jsonl
+says anything three times running; a model that is stuck passes both numbers well within its 515 tokens.
 """
 LOOP_PERIOD = 120
 """Longest repeated unit that is looked for, in words: three of it are more than 515 tokens."""
@@ -26,7 +26,7 @@ _STUCK = re.compile(r"(\S{1,8}?)\1{29,}")
 """One to eight signs without a blank, thirty times: `!!!!`."""
 _RULE = re.compile(r"[=*_|:+~#.─═—-]+")
 """Lines drawn with signs, table rules and rows of dots are no loop."""
-_NUMBERED = re.compile(r"^\s*\d+[.)]", re.MULTILINE)
+_NUMBERED = re.compile(r"^\s*(?:\d+|[A-Za-z])[.)]\s", re.MULTILINE)
 
 _LEAKS = re.compile(
     rf"^\s*(?:{re.escape(QUESTION.strip())}|{re.escape(CUE.strip())})"
@@ -74,8 +74,8 @@ def loops(text: str) -> bool:
     """Whether a text repeats itself back to back: LOOP_REPEATS times over LOOP_WORDS words, or one sign for ever."""
     if any(not _RULE.fullmatch(stuck.group()) for stuck in _STUCK.finditer(text)):
         return True
-    # A stuck list still counts on: its numbers are not part of what repeats.
-    words = [word for word in _NUMBERED.sub(" ", text).split() if not _RULE.fullmatch(word)]
+    # A stuck list still counts on: its numbers are not part of what repeats. Braces and dashes are no words.
+    words = [word for word in _NUMBERED.sub(" ", text).split() if re.search(r"\w", word)]
     return any(_repeats(words, period) for period in range(1, min(LOOP_PERIOD, len(words) // LOOP_REPEATS) + 1))
 
 

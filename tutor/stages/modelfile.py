@@ -20,7 +20,7 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from tutor.errors import ArtifactError, RecipeError
 from tutor.recipe import MODEL_NAME, Recipe
-from tutor.template import CUE
+from tutor.template import CUE, GO_TEMPLATE, STOPS
 
 Parameter = int | float | bool | str | list[str]
 Kind = type[int] | type[float] | type[bool] | type[list[str]]
@@ -384,17 +384,17 @@ def parameters(generate: Mapping[str, int | float], seed: int, stops: Sequence[s
     }
 
 
-def run(recipe: Recipe, gguf: Path, template: str, stops: tuple[str, ...], out: Path) -> dict[str, Any]:
+def run(recipe: Recipe, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
     """Write `out`/Modelfile and `out`/create.json; what they say, in short. Raises what `render` does.
 
     create.json is the request, with each file's path from `out` where its digest will stand.
     """
-    settings = parameters(recipe.generate.model_dump(), recipe.seed, stops)
-    spec = ModelSpec(recipe.ollama.model, gguf, template, settings, system=recipe.system)
+    gguf = inputs["convert"] / f"tutor-{recipe.ollama.quantization}.gguf"
+    settings = parameters(recipe.generate.model_dump(), recipe.seed, STOPS)
+    spec = ModelSpec(recipe.ollama.model, gguf, GO_TEMPLATE, settings, system=recipe.system)
     text = render(spec, out)
     place = _location(gguf, out)
     create = {"name": spec.name, **_body(spec, {gguf: place})}
-    out.mkdir(parents=True, exist_ok=True)
     (out / "Modelfile").write_bytes(text.encode())
     (out / "create.json").write_text(json.dumps(create, indent=1, ensure_ascii=False) + "\n", "utf-8")
     return {"model": spec.name, "gguf": place, "system": spec.system, "parameters": settings}

@@ -243,9 +243,10 @@ def _check(found: Any, model: type[Row], dropped: Counter[str], *, strict: bool)
 def _depth_exceeds(value: Any, most: int) -> bool:
     """Whether lists and objects lie deeper inside each other than a row needs: what reads them later may recurse."""
     level = [value]
-    for _ in range(most):
+    while level and most:
         groups = [node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list)]
         level = [child for group in groups for child in group]
+        most -= 1
     return bool(level)
 
 

@@ -314,4 +314,5 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
         }
         with self._path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(line) + "\n")
-        log.info("step %d/%d: loss %.4f", state.global_step, state.max_steps, values["loss"])
+        counted = {"done": state.global_step, "total": state.max_steps}
+        log.info("step %d/%d: loss %.4f", state.global_step, state.max_steps, values["loss"], extra=counted)

@@ -1,0 +1,485 @@
+"""The commands, in pipeline order, and the one place where an error becomes a line and an exit code.
+
+Everything heavy is imported inside the commands: `tutor --help` must not wait for torch.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from tutor.errors import DataError, TutorError
+
+if TYPE_CHECKING:
+    from tutor.engines.answer import Engine
+    from tutor.recipe import Recipe
+
+EXIT_CODES = """\b
+Exit codes: 0 ok · 1 a bug · 2 usage or recipe · 3 bad data · 4 this machine
+(GPU, memory, disk, programs) · 5 an artifact is damaged or does not match ·
+6 a service · 7 another run holds the lock · 8 a gate said no · 130 Ctrl-C ·
+143 SIGTERM."""
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+MODELS = ("tutor", "base", "adapter")
+
+
+def recipe_option(command: Command) -> Command:
+    """--recipe and --build: where the settings are, and where everything is made."""
+    recipe = click.option(
+        "-r",
+        "--recipe",
+        "recipe_path",
+        type=click.Path(path_type=Path),
+        default=Path("data/tutor.toml"),
+        show_default=True,
+        envvar="TUTOR_RECIPE",
+        show_envvar=True,
+        help="The TOML file with every setting of a run.",
+    )
+    build = click.option(
+        "-b",
+        "--build",
+        type=click.Path(path_type=Path, file_okay=False),
+        default=Path("build"),
+        show_default=True,
+        envvar="TUTOR_BUILD",
+        show_envvar=True,
+        help="Where stages write, in a folder named after the recipe.",
+    )
+    return recipe(build(command))
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+
+
+class InOrder(click.Group):
+    """A group that lists its commands as they are written: in pipeline order."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands' names."""
+        del ctx
+        return list(self.commands)
+
+
+@click.group(
+    cls=InOrder, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(package_name="tutor")
+@click.option("--debug", is_flag=True, envvar="TUTOR_DEBUG", help="Show the traceback of an error.")
+@click.option("-q", "--quiet", is_flag=True, help="Only warnings on stderr.")
+@click.pass_context
+def cli(context: click.Context, *, debug: bool, quiet: bool) -> None:
+    """From a JSONL file of questions and answers to `ollama run tutor`, stage by stage.
+
+    `tutor run` does what is not up to date, in order. A flag wins over its environment variable, and that over the
+    default; settings of the model itself stand only in the recipe.
+    """
+    context.obj = {"debug": debug, "quiet": quiet}
+
+
+@cli.group()
+def data() -> None:
+    """The rows: check them, count them, split them."""
+
+
+@data.command("check")
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--strict", is_flag=True, help="Unknown keys and questions shared with the prompts are errors.")
+@recipe_option
+@json_option
+def data_check(files: tuple[Path, ...], recipe_path: Path, build: Path, *, strict: bool, as_json: bool) -> None:
+    """Check FILES (or the recipe's) row by row; every fault with its file and line."""
+    del build
+    from tutor.stages import data as stage
+
+    checked = []
+    if files:
+        for path in files:
+            examples, notes = stage.read_examples(path, strict=strict)
+            checked.append({"file": str(path), "rows": len(examples), "notes": notes.warnings()})
+    else:
+        recipe = _read(recipe_path)
+        inputs = stage.input_files(recipe)
+        examples, notes = stage.read_examples(inputs["train"], strict=strict)
+        prompts, prompt_notes = stage.read_prompts(inputs["eval"], strict=strict)
+        _, leaks = stage.without_leaks(examples, prompts)
+        if leaks and strict:
+            raise DataError(f"{inputs['train']}: {len(leaks)} rows ask what {inputs['eval']} asks")
+        shared = [f"{len(leaks)} rows are also prompts, and will not be trained on"] if leaks else []
+        checked.append({"file": str(inputs["train"]), "rows": len(examples), "notes": [*notes.warnings(), *shared]})
+        checked.append({"file": str(inputs["eval"]), "rows": len(prompts), "notes": prompt_notes.warnings()})
+    lines = [f"{item['file']}: {item['rows']} rows ok" for item in checked]
+    lines += [f"  note: {note}" for item in checked for note in item["notes"]]
+    _print(checked, lines, as_json=as_json)
+
+
+@data.command("stats")
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@recipe_option
+@json_option
+def data_stats(file: Path | None, recipe_path: Path, build: Path, *, as_json: bool) -> None:
+    """Count FILE (or the recipe's training rows) by category and topic, with lengths."""
+    del build
+    from tutor.stages import data as stage
+
+    path = file or stage.input_files(_read(recipe_path))["train"]
+    counts = stage.statistics(stage.read_examples(path)[0])
+    _print(counts, _tree(counts), as_json=as_json)
+
+
+@data.command("split")
+@recipe_option
+@json_option
+@click.pass_obj
+def data_split(flags: dict[str, bool], recipe_path: Path, build: Path, *, as_json: bool) -> None:
+    """Write the train and held-out split: the pipeline's first stage."""
+    _stage("data", flags, recipe_path, build, as_json=as_json)
+
+
+def _stage_command(name: str, command: str, about: str) -> None:
+    @cli.command(command, help=about)
+    @recipe_option
+    @json_option
+    @click.pass_obj
+    def _(flags: dict[str, bool], recipe_path: Path, build: Path, *, as_json: bool) -> None:
+        _stage(name, flags, recipe_path, build, as_json=as_json)
+
+
+_stage_command("base", "base", "Fetch or make the base model, and check it.")
+_stage_command("train", "train", "Train the LoRA adapter (QLoRA), and score it on the held-out rows.")
+_stage_command("merge", "merge", "Merge the adapter into the 16-bit base.")
+_stage_command("convert", "convert", "Convert to GGUF and quantize, with the pinned llama.cpp.")
+_stage_command("modelfile", "modelfile", "Render the Modelfile for Ollama.")
+_stage_command("evaluate", "eval", "Answer the held-out prompts with the base and the tutor, and judge.")
+
+
+@cli.command("run")
+@click.option("--until", metavar="STAGE", help="Stop after this stage.")
+@recipe_option
+@json_option
+@click.pass_obj
+def run_command(flags: dict[str, bool], until: str | None, recipe_path: Path, build: Path, *, as_json: bool) -> None:
+    """Run every stage that is not up to date, in order, and sum up."""
+    from tutor import pipeline
+
+    if until is not None and until not in pipeline.BY_NAME:
+        raise click.BadParameter(f"{until!r}; known: {', '.join(pipeline.BY_NAME)}", param_hint="--until")
+    recipe = _read(recipe_path)
+    with _shown(flags):
+        ran = pipeline.run_all(recipe, build, until=until)
+    summary = {"ran": ran, **_summary(recipe, build)}
+    opening = [] if ran else ["Nothing to do: every stage is up to date."]
+    _print(summary, [*opening, *_summary_lines(recipe, build)], as_json=as_json)
+
+
+@cli.command("summary")
+@recipe_option
+@json_option
+def summary_command(recipe_path: Path, build: Path, *, as_json: bool) -> None:
+    """What the last run made: losses, files, speed, and answers side by side."""
+    recipe = _read(recipe_path)
+    _print(_summary(recipe, build), _summary_lines(recipe, build), as_json=as_json)
+
+
+@cli.command("status")
+@click.option("--verify", is_flag=True, help="Hash every output instead of trusting its size.")
+@recipe_option
+@json_option
+def status_command(recipe_path: Path, build: Path, *, verify: bool, as_json: bool) -> None:
+    """Every stage: up to date, stale, missing or damaged. Exit 5 when something is damaged."""
+    from tutor import pipeline
+    from tutor.errors import ArtifactError
+
+    states = pipeline.inspect(_read(recipe_path), build, content=verify)
+    rows = [
+        {
+            "stage": state.stage.name,
+            "condition": state.condition,
+            "folder": str(state.folder),
+            "seconds": state.manifest.seconds if state.manifest else None,
+            "made": state.manifest.started if state.manifest else None,
+        }
+        for state in states
+    ]
+    lines = [f"{row['stage']:<10} {row['condition']:<11} {row['folder']}" for row in rows]
+    _print(rows, lines, as_json=as_json)
+    if damaged := [problem for state in states for problem in state.problems]:
+        raise ArtifactError(damaged[0], "tutor run makes it again")
+
+
+@cli.command("why")
+@click.argument("stage")
+@recipe_option
+@json_option
+def why_command(stage: str, recipe_path: Path, build: Path, *, as_json: bool) -> None:
+    """Why STAGE is not up to date: what changed since it was made."""
+    from tutor import pipeline
+
+    if stage not in pipeline.BY_NAME:
+        raise click.BadParameter(f"{stage!r}; known: {', '.join(pipeline.BY_NAME)}", param_hint="STAGE")
+    states = {state.stage.name: state for state in pipeline.inspect(_read(recipe_path), build)}
+    reasons = pipeline.differences(states[stage])
+    lines = reasons or [f"{stage} is up to date"]
+    _print({"stage": stage, "condition": states[stage].condition, "reasons": reasons}, lines, as_json=as_json)
+
+
+@cli.command("clean")
+@click.argument("stages", nargs=-1)
+@recipe_option
+@json_option
+def clean_command(stages: tuple[str, ...], recipe_path: Path, build: Path, *, as_json: bool) -> None:
+    """Remove what STAGES made (all of them when none is named)."""
+    from tutor import pipeline
+
+    removed = [str(path) for path in pipeline.clean(_read(recipe_path), build, stages)]
+    _print({"removed": removed}, [f"removed {path}" for path in removed], as_json=as_json)
+
+
+def model_option(command: Command) -> Command:
+    """--model and --quantization: who answers."""
+    model = click.option(
+        "-m",
+        "--model",
+        type=click.Choice(MODELS),
+        default="tutor",
+        show_default=True,
+        help="tutor and base answer through llama.cpp; adapter is base + adapter in transformers.",
+    )
+    quantization = click.option("--quantization", help="Which GGUF answers; the recipe's ollama.quantization.")
+    return model(quantization(command))
+
+
+@cli.command("ask")
+@click.argument("question", required=False)
+@model_option
+@recipe_option
+@json_option
+@click.pass_obj
+def ask_command(  # noqa: PLR0913 - a command's options
+    flags: dict[str, bool],
+    question: str | None,
+    model: str,
+    quantization: str | None,
+    recipe_path: Path,
+    build: Path,
+    *,
+    as_json: bool,
+) -> None:
+    """Ask one QUESTION (or stdin) and print the answer."""
+    from dataclasses import asdict
+
+    from tutor.engines.answer import sampling
+    from tutor.template import conversation, shown
+
+    recipe = _read(recipe_path)
+    text = (question if question is not None else click.get_text_stream("stdin", "utf-8").read()).strip()
+    if not text:
+        raise click.UsageError("no question: give it as an argument or on stdin")
+    started = False
+
+    def write(piece: str) -> None:
+        nonlocal started
+        piece = piece if started else piece.lstrip()
+        started = started or bool(piece)
+        click.echo(piece, nl=False)
+
+    with _shown(flags), _engine(recipe, build, model, quantization) as engine:
+        answer = engine.answer(
+            conversation(text, recipe.system),
+            sampling(recipe.generate, recipe.seed),
+            None if as_json else write,
+        )
+    if as_json:
+        click.echo(json.dumps({**asdict(answer), "text": shown(answer.text)}, ensure_ascii=False))
+        return
+    click.echo()
+    if answer.finish == "length":
+        click.echo(f"(cut at {answer.tokens} tokens)", err=True)
+
+
+@cli.command("chat")
+@model_option
+@recipe_option
+@click.pass_obj
+def chat_command(flags: dict[str, bool], model: str, quantization: str | None, recipe_path: Path, build: Path) -> None:
+    """Talk with the model; /salir leaves, Ctrl-C stops an answer."""
+    from tutor.chat import Terminal, converse
+    from tutor.engines.answer import sampling
+
+    recipe = _read(recipe_path)
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - gives input() its line editing and history
+    terminal = Terminal(
+        read=input,
+        write=lambda piece: click.echo(piece, nl=False),
+        note=lambda line: click.echo(line, err=True),
+    )
+    with _shown({**flags, "quiet": True}), _engine(recipe, build, model, quantization) as engine:
+        converse(
+            engine,
+            sampling(recipe.generate, recipe.seed),
+            terminal,
+            system=recipe.system,
+            context=recipe.generate.context,
+        )
+
+
+@contextlib.contextmanager
+def _engine(recipe: "Recipe", build: Path, model: str, quantization: str | None) -> "Iterator[Engine]":
+    """The engine that answers for MODEL, stopped when done. Raises ArtifactError naming the stage that is missing."""
+    from tutor import artifacts, pipeline
+    from tutor.errors import RecipeError
+
+    folder = build / recipe.name
+    if model == "adapter":
+        from tutor.engines import hf
+        from tutor.modelfolder import read_facts
+
+        artifacts.require(folder / pipeline.BY_NAME["train"].folder, "train")
+        _, base = read_facts(folder / pipeline.BY_NAME["base"].folder)
+        yield hf.load(
+            base,
+            folder / pipeline.BY_NAME["train"].folder,
+            quantization=recipe.train.quantization,
+            precision=recipe.train.precision,
+        )
+        return
+    from tutor.engines import llamacpp
+
+    made = folder / pipeline.BY_NAME["convert"].folder
+    artifacts.require(made, "convert")
+    gguf = made / f"{model}-{quantization or recipe.ollama.quantization}.gguf"
+    if not gguf.is_file():
+        found = ", ".join(sorted(path.stem.partition("-")[2] for path in made.glob(f"{model}-*.gguf")))
+        raise RecipeError(f"{gguf} is not there", f"made for {model}: {found}")
+    with llamacpp.serve(
+        gguf, context=recipe.generate.context, threads=llamacpp.threads(), log=folder / "server.log"
+    ) as server:
+        yield server
+
+
+def _read(path: Path) -> "Recipe":
+    from tutor.recipe import read_recipe
+
+    return read_recipe(path)
+
+
+def _stage(name: str, flags: dict[str, bool], recipe_path: Path, build: Path, *, as_json: bool) -> None:
+    from tutor import artifacts, pipeline
+
+    recipe = _read(recipe_path)
+    with _shown(flags):
+        ran = pipeline.run_one(name, recipe, build)
+    folder = build / recipe.name / pipeline.BY_NAME[name].folder
+    manifest = artifacts.require(folder, name)
+    result = {"stage": name, "ran": ran, "folder": str(folder), "results": manifest.results}
+    lines = [f"{name}: {folder}" if ran else f"{name}: up to date, {folder}", *_tree(manifest.results)]
+    _print(result, lines, as_json=as_json)
+
+
+def _shown(flags: dict[str, bool]) -> contextlib.AbstractContextManager[None]:
+    from tutor.progress import quiet_libraries, shown
+
+    quiet_libraries()
+    return shown(quiet=flags["quiet"])
+
+
+def _summary(recipe: "Recipe", build: Path) -> dict[str, Any]:
+    from tutor import summary
+
+    return summary.collect(recipe, build)
+
+
+def _summary_lines(recipe: "Recipe", build: Path) -> list[str]:
+    from tutor import summary
+
+    return summary.lines(summary.collect(recipe, build), str(recipe.path))
+
+
+def _print(value: Any, lines: list[str], *, as_json: bool) -> None:
+    """The result on stdout: as JSON for programs, as lines for people."""
+    if as_json:
+        click.echo(json.dumps(value, ensure_ascii=False, indent=1))
+    else:
+        click.echo("\n".join(lines))
+
+
+def _tree(value: Any, indent: str = "  ") -> list[str]:
+    """Nested counts as indented lines."""
+    lines = []
+    for name, item in value.items():
+        if isinstance(item, dict):
+            lines += [f"{indent}{name}:", *_tree(item, indent + "  ")]
+        elif isinstance(item, list):
+            lines += [f"{indent}{name}: {len(item)}", *(f"{indent}  {entry}" for entry in item)]
+        else:
+            lines.append(f"{indent}{name}: {item}")
+    return lines
+
+
+def main() -> NoReturn:
+    """The console script: run a command, turn what it raises into one line and the exit code."""
+    signal.signal(signal.SIGTERM, _terminated)
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments or bool(os.environ.get("TUTOR_DEBUG"))
+    if not debug:
+        sys.excepthook = _bug
+    try:
+        code = cli.main(arguments, prog_name="tutor", standalone_mode=False)
+    except click.exceptions.Exit as ended:
+        code = ended.exit_code
+    except click.UsageError as error:
+        code = _fail(error.format_message(), 2, _command_help(error), as_json="--json" in arguments)
+    except click.Abort:
+        code = 130
+    except TutorError as error:
+        if debug:
+            raise
+        code = _fail(error.message, error.code, error.hint, as_json="--json" in arguments)
+        for problem in getattr(error, "problems", ()):
+            sys.stderr.write(f"  {problem}\n")
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        # `tutor ... | head` closed the pipe: nobody reads on, and nothing is wrong.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int, hint: str | None, *, as_json: bool) -> int:
+    if as_json:
+        sys.stdout.write(
+            json.dumps({"ok": False, "code": code, "error": message, "hint": hint}, ensure_ascii=False) + "\n"
+        )
+    line = f"{message}; {hint}" if hint else message
+    sys.stderr.write(f"Error: {line}\n")
+    return code
+
+
+def _command_help(error: click.UsageError) -> str | None:
+    return f"see {error.ctx.command_path} --help" if error.ctx else None
+
+
+def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
+    """SIGTERM: leave through every cleanup, with the shell's code for it."""
+    del frame
+    sys.exit(128 + signum)
+
+
+def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    place = ""
+    while trace is not None:
+        place = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    sys.stderr.write(
+        f"Error: a bug of tutor's: {kind.__name__}: {error} ({place}); tutor --debug shows all, report it\n"
+    )
