@@ -3,16 +3,20 @@
 import contextlib
 import json
 import math
+import stat
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tutor.engines.answer import Answer, Engine, Finish, Generation
+from tutor.engines.llamacpp_build import MARKER, PROGRAMS
 from tutor.errors import ArtifactError, ServiceError
+from tutor.recipe import Recipe
 from tutor.stages.evaluate import (
     RATES,
     ask,
@@ -22,6 +26,7 @@ from tutor.stages.evaluate import (
     perplexity,
     rates,
     read_rows,
+    run,
     side_by_side,
     summarise,
 )
@@ -161,7 +166,7 @@ def test_a_loss_that_is_no_number_is_an_error(rows: list[list[float]]) -> None:
         perplexity(rows)
 
 
-def test_rows_are_lines_and_nothing_else_is_a_line_end(tmp_path: Any) -> None:
+def test_rows_are_lines_and_nothing_else_is_a_line_end(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"instruction": "a\u2028b"}\n{"instruction": "c"}\n', "utf-8")
     assert [row["instruction"] for row in read_rows(path)] == ["a\u2028b", "c"]
@@ -181,3 +186,154 @@ def test_the_closing_table_compares_the_models() -> None:
     assert ("in Spanish", "0 % (0/4)", "100 % (4/4)") in table
     assert ("held-out perplexity", "7.39", "2.72") in table
     assert ("tokens/s", "20.0", "20.0") in table
+
+
+SERVER = """
+import json, os, socketserver, sys
+from http.server import BaseHTTPRequestHandler
+flags = dict(zip(sys.argv[1:], sys.argv[2:]))
+model = json.load(open(flags["-m"]))
+class Handler(BaseHTTPRequestHandler):
+    def address_string(self): return "test"
+    def log_message(self, *_): pass
+    def send(self, kind, body):
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def do_GET(self): self.send("application/json", b"{}")
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with open(model["asked"], "a") as file: file.write(json.dumps(request) + "\\n")
+        if model["dies_on"] and model["dies_on"] in request["prompt"]:
+            if not os.path.exists(model["asked"] + ".died"):
+                open(model["asked"] + ".died", "w").close()
+                os._exit(3)
+        event = {"content": model["says"], "stop": True, "stop_type": "eos", "tokens_evaluated": 9,
+                 "tokens_predicted": 21, "timings": {"predicted_per_second": 40.0}}
+        self.send("text/event-stream", b"data: " + json.dumps(event).encode() + b"\\n\\n")
+socketserver.UnixStreamServer(flags["--host"], Handler).serve_forever()
+"""
+SCORER = """
+import json, sys
+model = json.load(open(sys.argv[1]))
+for line in sys.stdin:
+    n, *ids = map(int, line.split())
+    answer = ids[n:]
+    with open(model["asked"], "a") as file: file.write(json.dumps({"scored": ids, "prompt": n}) + "\\n")
+    print(json.dumps({"logprobs": [model["logprob"]] * len(answer), "top": [[[0, -1.0]]] * len(answer)}))
+"""
+
+
+@pytest.fixture
+def llamacpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build folder whose server and scorer are small programs that do what the "GGUF" (JSON here) says."""
+    binaries = tmp_path / "llamacpp" / "bin"
+    binaries.mkdir(parents=True)
+    for name in PROGRAMS:
+        body = {"llama-server": SERVER, "tutor-score": SCORER}.get(name, "")
+        path = binaries / name
+        path.write_text(f"#!{sys.executable}\n{body}", "utf-8")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    sizes = {name: (binaries / name).stat().st_size for name in PROGRAMS}
+    (binaries.parent / MARKER).write_text(json.dumps({"sizes": sizes}), "utf-8")
+    monkeypatch.setenv("TUTOR_LLAMACPP", str(binaries.parent))
+
+
+def write_base(folder: Path) -> None:
+    """A base folder with a byte tokenizer: EOS is 256, no BOS."""
+    tokenizers = pytest.importorskip("tokenizers")
+    pytest.importorskip("transformers")
+    (folder / "model").mkdir(parents=True)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={sign: i for i, sign in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    core.add_special_tokens([tokenizers.AddedToken("<fin>", normalized=False, special=True)])
+    core.save(str(folder / "model" / "tokenizer.json"))
+    labels = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<fin>"}
+    (folder / "model" / "tokenizer_config.json").write_text(json.dumps(labels), "utf-8")
+    facts = {"source": "tiny", "model": "model", "weights": "0", "vocabulary": 257, "add_bos": False, "bos": None}
+    (folder / "base.json").write_text(json.dumps({**facts, "eos": 256, "pad": None, "pre_tokenizer": "x"}), "utf-8")
+
+
+def write_inputs(root: Path, **tutor: str) -> dict[str, Path]:
+    """The folders that the stage reads; `tutor` changes what the tutor's GGUF does."""
+    inputs = {name: root / name for name in ("data", "base", "convert")}
+    for name in ("data", "convert"):
+        inputs[name].mkdir()
+    rows = [{**prompt, "response": "Sí."} for prompt in PROMPTS[:2]]
+    for name, lines in (("prompts", PROMPTS), ("held_out", rows)):
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (inputs["data"] / f"{name}.jsonl").write_text(text, "utf-8")
+    write_base(inputs["base"])
+    base = {"says": ENGLISH, "logprob": -2.0, "asked": str(root / "base.asked"), "dies_on": ""}
+    tuned = {**base, "says": SPANISH, "logprob": -1.0, "asked": str(root / "tutor.asked"), **tutor}
+    for name, model in (("base-Q4_K_M", base), ("tutor-Q4_K_M", tuned), ("tutor-F16", tuned)):
+        (inputs["convert"] / f"{name}.gguf").write_text(json.dumps(model), "utf-8")
+    return inputs
+
+
+def asked(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+@pytest.mark.usefixtures("llamacpp")
+def test_a_run_asks_judges_and_scores_every_model(tmp_path: Path) -> None:
+    inputs = write_inputs(tmp_path)
+    out = tmp_path / "eval.partial"
+    out.mkdir()
+    summary = run(Recipe(seed=5), inputs, out)
+    assert sorted(path.name for path in out.iterdir()) == ["answers.json", "perplexity.json"]
+    answers = json.loads((out / "answers.json").read_text("utf-8"))
+    assert [entry["instruction"] for entry in answers] == [prompt["instruction"] for prompt in PROMPTS]
+    assert answers[0]["answers"]["tutor"]["text"] == SPANISH
+    assert answers[0]["answers"]["base"]["verdicts"]["spanish"] is False
+    perplexities = json.loads((out / "perplexity.json").read_text("utf-8"))
+    assert {name: value["loss"] for name, value in perplexities.items()} == {
+        "base-Q4_K_M": 2.0,
+        "tutor-F16": 1.0,
+        "tutor-Q4_K_M": 1.0,
+    }
+    assert summary["models"]["tutor"]["all"]["spanish"] == {"n": 4, "share": 1.0}
+    assert summary["models"]["base"]["all"]["spanish"] == {"n": 0, "share": 0.0}
+    assert summary["models"]["tutor"]["tokens_per_second"] == 40.0
+    json.dumps(summary, allow_nan=False)
+    assert compare_table(summary)[0] == ("", "base", "tutor")
+
+
+@pytest.mark.usefixtures("llamacpp")
+def test_a_run_is_greedy_with_the_seed_and_scores_the_answer_behind_its_blank_with_eos(tmp_path: Path) -> None:
+    inputs = write_inputs(tmp_path)
+    run(Recipe(seed=5), inputs, tmp_path / "data")
+    requests = [line for line in asked(tmp_path / "tutor.asked") if "prompt" in line and "scored" not in line]
+    assert all((line["temperature"], line["seed"]) == (0.0, 5) for line in requests)
+    assert [line["n_predict"] for line in requests] == [1, 515, 515, 515, 515]
+    scored = [line for line in asked(tmp_path / "tutor.asked") if "scored" in line]
+    for line in scored[:2]:
+        ids, n = line["scored"], line["prompt"]
+        assert isinstance(ids, list)
+        assert ids[-1] == 256
+        assert len(ids) - n == len(" Sí.".encode()) + 1
+
+
+@pytest.mark.usefixtures("llamacpp")
+def test_a_server_that_dies_once_costs_no_answer(tmp_path: Path) -> None:
+    inputs = write_inputs(tmp_path, dies_on="¿Qué es c?")
+    out = tmp_path / "eval.partial"
+    out.mkdir()
+    summary = run(Recipe(), inputs, out)
+    assert (tmp_path / "tutor.asked.died").exists()
+    assert summary["models"]["tutor"]["all"]["errors"] == 0
+    assert summary["models"]["tutor"]["all"]["stopped"]["n"] == 4
+
+
+@pytest.mark.usefixtures("llamacpp")
+def test_without_a_base_gguf_only_the_tutor_is_asked(tmp_path: Path) -> None:
+    inputs = write_inputs(tmp_path)
+    (inputs["convert"] / "base-Q4_K_M.gguf").unlink()
+    with pytest.raises(ArtifactError, match=r"base-Q4_K_M\.gguf is missing; run: tutor convert"):
+        run(Recipe(), inputs, tmp_path / "data")
+    recipe = Recipe.model_validate({"convert": {"base": False}})
+    assert list(run(recipe, inputs, tmp_path / "data")["models"]) == ["tutor"]

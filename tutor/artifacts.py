@@ -6,10 +6,12 @@ In: a folder, the key's fields, a function that fills a scratch folder. Out: the
 
 import contextlib
 import datetime
+import errno
 import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,13 +21,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from tutor.errors import ArtifactError, HostError, LockError
+from tutor.errors import ArtifactError, HostError, LockError, RecipeError, TutorError
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 OLD = ".old"
 HASHES = ".hashes.json"
-CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,13 @@ def cached_sha256(path: Path, cache: Path) -> str:
     seen = f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}"
     known = _read_json(cache) or {}
     entry = known.get(str(path.resolve()))
-    if entry and entry["seen"] == seen:
+    if isinstance(entry, dict) and entry.get("seen") == seen and "sha256" in entry:
         return str(entry["sha256"])
     value = file_sha256(path)
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    write_json(cache, {**known, str(path.resolve()): {"seen": seen, "sha256": value}})
+    # It only saves time: `tutor status` has to work on a disk that is full or read-only.
+    with contextlib.suppress(OSError):
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_json(cache, {**known, str(path.resolve()): {"seen": seen, "sha256": value}})
     return value
 
 
@@ -87,12 +90,18 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all, readable by other users (the next service may have another uid)."""
     text = json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="utf-8", delete=False) as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    Path(handle.name).chmod(0o644)
-    Path(handle.name).replace(path)
+    # A path whose name is not UTF-8 has half surrogates, which JSON can only hold escaped.
+    data = text.encode("utf-8", "backslashreplace")
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as handle:
+        try:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+            Path(handle.name).chmod(0o644)
+            Path(handle.name).replace(path)
+        except BaseException:
+            Path(handle.name).unlink(missing_ok=True)
+            raise
     _sync(path.parent)
 
 
@@ -101,11 +110,17 @@ def read_manifest(folder: Path) -> Manifest | None:
     path = folder / MANIFEST
     if not path.exists():
         return None
-    value = _read_json(path)
     try:
-        return Manifest(**(value or {}))
+        manifest = Manifest(**(_read_json(path) or {}))
     except TypeError:
-        raise ArtifactError(f"{path} is damaged", f"rm -r {folder} and run again") from None
+        manifest = None
+    if manifest is None or not all(map(_is_object, (manifest.fields, manifest.outputs, manifest.results))):
+        raise ArtifactError(f"{path} is damaged", f"rm -r {folder} and run again")
+    return manifest
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def check(folder: Path, *, content: bool = False) -> list[str]:
@@ -129,23 +144,33 @@ def require(folder: Path, stage: str) -> Manifest:
     """The manifest of a stage that must have run. Raises ArtifactError naming the command that makes it."""
     manifest = read_manifest(folder)
     if manifest is None:
-        raise ArtifactError(f"{folder} is not there", f"run: tutor {stage}")
+        raise ArtifactError(f"{folder} is not there", f"run: tutor run --until {stage}")
     if problems := check(folder):
-        raise ArtifactError(problems[0], f"run: tutor {stage}")
+        raise ArtifactError(problems[0], f"run: tutor run --until {stage}")
     return manifest
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise RecipeError for a folder that no stage made: it would be replaced or removed with all that is in it."""
+    if folder.is_dir() and not (folder / MANIFEST).exists() and any(folder.iterdir()):
+        raise RecipeError(
+            f"{folder} was not made by tutor: it holds files and no {MANIFEST}", "give another --build, or move it away"
+        )
 
 
 @contextlib.contextmanager
 def writing(folder: Path, stage: str, fields: Mapping[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yield a scratch folder and a dict for the results; on a clean exit both become `folder`, else nothing changes.
 
-    Raises HostError when the disk is full or cannot be written.
+    Raises HostError when the disk is full or cannot be written, RecipeError when `folder` is not one of ours,
+    ArtifactError when the scratch folder is removed meanwhile.
     """
     partial = folder.with_name(folder.name + PARTIAL)
     started = datetime.datetime.now(datetime.UTC)
     clock = _Clock()
+    refuse_foreign(folder)
     try:
-        _remove(partial)
+        remove(partial)
         _finish_interrupted_swap(folder)
         partial.mkdir(parents=True)
         results: dict[str, Any] = {}
@@ -163,21 +188,37 @@ def writing(folder: Path, stage: str, fields: Mapping[str, Any]) -> Iterator[tup
         )
         write_json(partial / MANIFEST, asdict(manifest))
         _swap(partial, folder)
-    except OSError as error:
-        _remove(partial)
-        if error.errno in _DISK_FAULTS:
-            free = shutil.disk_usage(folder.parent).free if folder.parent.exists() else 0
-            raise HostError(
-                f"cannot write {partial}: {error.strerror}",
-                f"{free / 1e9:.1f} GB are free in {folder.parent}",
-            ) from error
-        raise
-    except BaseException:
-        _remove(partial)
+    except BaseException as error:
+        fault = _disk_fault(error, partial)  # before the disk is freed
+        remove(partial)
+        if fault:
+            raise fault from error
         raise
 
 
-_DISK_FAULTS = frozenset({28, 30, 13, 122, 1})  # ENOSPC, EROFS, EACCES, EDQUOT, EPERM
+_DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO})
+_FULL = 1 << 20
+"""Bytes: with less left the disk is taken as full, whatever a library made of it (PyTorch does not say why)."""
+
+
+def _disk_fault(error: BaseException, partial: Path) -> TutorError | None:
+    """What happened to the disk, when that is why writing ended."""
+    if isinstance(error, TutorError) or not isinstance(error, Exception):
+        return None
+    # Rust libraries (safetensors) have errors of their own, with the number in the text.
+    named = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(named[1]) if named else None
+    if number in (errno.ENOENT, None) and not partial.exists():
+        return ArtifactError(f"{partial} was removed while it was written", "run again")
+    try:
+        free = shutil.disk_usage(partial.parent).free
+    except OSError:
+        free = 0
+    if number in _DISK_FAULTS or free < _FULL:
+        where = getattr(error, "filename", None) or partial
+        reason = os.strerror(number) if number in _DISK_FAULTS else os.strerror(errno.ENOSPC)
+        return HostError(f"{where}: {reason}", f"{free / 1e9:.1f} GB are free in {partial.parent}")
+    return None
 
 
 class _Clock:
@@ -193,6 +234,7 @@ class _Clock:
 def _seal(partial: Path) -> dict[str, dict[str, Any]]:
     """Make every file readable (safetensors writes 0600), sync it, and record size and hash."""
     outputs = {}
+    partial.chmod(0o755)
     for path in sorted(partial.rglob("*")):
         if path.is_dir():
             path.chmod(0o755)
@@ -220,7 +262,7 @@ def _swap(partial: Path, folder: Path) -> None:
         folder.rename(old)
     partial.rename(folder)
     _sync(folder.parent)
-    _remove(old)
+    remove(old)
 
 
 def _finish_interrupted_swap(folder: Path) -> None:
@@ -228,11 +270,14 @@ def _finish_interrupted_swap(folder: Path) -> None:
     old = folder.with_name(folder.name + OLD)
     if old.exists() and not folder.exists():
         old.rename(folder)
-    _remove(old)
+    remove(old)
 
 
-def _remove(path: Path) -> None:
-    if path.exists():
+def remove(path: Path) -> None:
+    """Remove a folder where there is one."""
+    if path.is_symlink():  # to another disk: the link goes, what it names stays
+        path.unlink()
+    elif path.exists():
         shutil.rmtree(path)
 
 
@@ -248,17 +293,24 @@ def locked(folder: Path) -> Iterator[None]:
         raise HostError(
             f"cannot make {folder}: {error.strerror}", "give --build a folder that can be written"
         ) from None
-    lock, holder = folder / ".lock", folder / ".lock.json"
+    lock, holder = FileLock(folder / ".lock"), folder / ".lock.json"
     try:
-        with FileLock(lock, timeout=0):
-            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            write_json(holder, {"pid": os.getpid(), "host": platform.node(), "since": now})
-            yield
+        lock.acquire(timeout=0)
     except Timeout:
         who = {"pid": "?", "host": "?", "since": "?"} | (_read_json(holder) or {})
         raise LockError(
             f"{folder} is in use by process {who['pid']} on {who['host']} since {who['since']}",
             "wait for it, or end it",
         ) from None
-    except PermissionError as error:
-        raise HostError(f"cannot write {error.filename}: {error.strerror}") from None
+    except OSError as error:
+        raise HostError(
+            f"cannot write {folder}: {error.strerror}", "give --build a folder that can be written"
+        ) from None
+    try:
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        # Only for the message above: a full disk must not keep `tutor clean` from emptying it.
+        with contextlib.suppress(OSError):
+            write_json(holder, {"pid": os.getpid(), "host": platform.node(), "since": now})
+        yield
+    finally:
+        lock.release()

@@ -4,18 +4,20 @@ Everything heavy is imported inside the commands: `tutor --help` must not wait f
 """
 
 import contextlib
+import io
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from tutor.errors import DataError, TutorError
+from tutor.errors import ArtifactError, DataError, HostError, TutorError
 
 if TYPE_CHECKING:
     from tutor.engines.answer import Engine
@@ -29,6 +31,19 @@ Exit codes: 0 ok · 1 a bug · 2 usage or recipe · 3 bad data · 4 this machine
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 MODELS = ("tutor", "base", "adapter")
+
+
+def _build_folder(context: click.Context, parameter: click.Parameter, value: Path) -> Path:
+    """--build, refused where nothing can or should be written."""
+    del context, parameter
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            value.stat()
+    except OSError as error:
+        raise click.BadParameter(f"{value}: {error.strerror}") from None
+    if value.resolve() == Path(value.resolve().anchor):
+        raise click.BadParameter(f"{value} is the root of the file system")
+    return value
 
 
 def recipe_option(command: Command) -> Command:
@@ -52,6 +67,7 @@ def recipe_option(command: Command) -> Command:
         show_default=True,
         envvar="TUTOR_BUILD",
         show_envvar=True,
+        callback=_build_folder,
         help="Where stages write, in a folder named after the recipe.",
     )
     return recipe(build(command))
@@ -100,7 +116,7 @@ def data_check(files: tuple[Path, ...], recipe_path: Path, build: Path, *, stric
     del build
     from tutor.stages import data as stage
 
-    checked = []
+    checked: list[dict[str, Any]] = []
     if files:
         for path in files:
             examples, notes = stage.read_examples(path, strict=strict)
@@ -193,10 +209,10 @@ def summary_command(recipe_path: Path, build: Path, *, as_json: bool) -> None:
 @click.option("--verify", is_flag=True, help="Hash every output instead of trusting its size.")
 @recipe_option
 @json_option
-def status_command(recipe_path: Path, build: Path, *, verify: bool, as_json: bool) -> None:
+@click.pass_context
+def status_command(context: click.Context, recipe_path: Path, build: Path, *, verify: bool, as_json: bool) -> None:
     """Every stage: up to date, stale, missing or damaged. Exit 5 when something is damaged."""
     from tutor import pipeline
-    from tutor.errors import ArtifactError
 
     states = pipeline.inspect(_read(recipe_path), build, content=verify)
     rows = [
@@ -206,13 +222,15 @@ def status_command(recipe_path: Path, build: Path, *, verify: bool, as_json: boo
             "folder": str(state.folder),
             "seconds": state.manifest.seconds if state.manifest else None,
             "made": state.manifest.started if state.manifest else None,
+            "problems": state.problems,
         }
         for state in states
     ]
     lines = [f"{row['stage']:<10} {row['condition']:<11} {row['folder']}" for row in rows]
     _print(rows, lines, as_json=as_json)
     if damaged := [problem for state in states for problem in state.problems]:
-        raise ArtifactError(damaged[0], "tutor run makes it again")
+        # The rows are the result and already on stdout: with --json they stay the only document there.
+        context.exit(_fail(damaged[0], ArtifactError.code, "tutor run makes it again", as_json=False))
 
 
 @cli.command("why")
@@ -280,7 +298,10 @@ def ask_command(  # noqa: PLR0913 - a command's options
     from tutor.template import conversation, shown
 
     recipe = _read(recipe_path)
-    text = (question if question is not None else click.get_text_stream("stdin", "utf-8").read()).strip()
+    try:
+        text = (question if question is not None else sys.stdin.read() if sys.stdin else "").strip()
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"the question on stdin is not UTF-8 (byte {error.start})") from None
     if not text:
         raise click.UsageError("no question: give it as an argument or on stdin")
     started = False
@@ -361,7 +382,7 @@ def _engine(recipe: "Recipe", build: Path, model: str, quantization: str | None)
         found = ", ".join(sorted(path.stem.partition("-")[2] for path in made.glob(f"{model}-*.gguf")))
         raise RecipeError(f"{gguf} is not there", f"made for {model}: {found}")
     with llamacpp.serve(
-        gguf, context=recipe.generate.context, threads=llamacpp.threads(), log=folder / "server.log"
+        gguf, context=recipe.generate.context, threads=len(os.sched_getaffinity(0)), log=folder / "server.log"
     ) as server:
         yield server
 
@@ -428,41 +449,64 @@ def _tree(value: Any, indent: str = "  ") -> list[str]:
 def main() -> NoReturn:
     """The console script: run a command, turn what it raises into one line and the exit code."""
     signal.signal(signal.SIGTERM, _terminated)
+    # UTF-8 whatever the locale says; a file name that is not is shown escaped, as JSON escapes it.
+    for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors=errors)
     arguments = sys.argv[1:]
-    debug = "--debug" in arguments or bool(os.environ.get("TUTOR_DEBUG"))
+    debug = "--debug" in arguments or os.environ.get("TUTOR_DEBUG", "") not in ("", "0", "false")
     if not debug:
         sys.excepthook = _bug
     try:
-        code = cli.main(arguments, prog_name="tutor", standalone_mode=False)
-    except click.exceptions.Exit as ended:
-        code = ended.exit_code
-    except click.UsageError as error:
-        code = _fail(error.format_message(), 2, _command_help(error), as_json="--json" in arguments)
-    except click.Abort:
-        code = 130
-    except TutorError as error:
-        if debug:
-            raise
-        code = _fail(error.message, error.code, error.hint, as_json="--json" in arguments)
-        for problem in getattr(error, "problems", ()):
-            sys.stderr.write(f"  {problem}\n")
-    except KeyboardInterrupt:
-        code = 130
+        code = _run(arguments, debug=debug)
+        sys.stdout.flush()
     except BrokenPipeError:
         # `tutor ... | head` closed the pipe: nobody reads on, and nothing is wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(code)
 
 
-def _fail(message: str, code: int, hint: str | None, *, as_json: bool) -> int:
+def _run(arguments: list[str], *, debug: bool) -> int:
+    """Run a command; its exit code. Raises BrokenPipeError, and whatever is a bug."""
+    as_json = "--json" in arguments
+    stdout = sys.stdout
+    try:
+        code = cli.main(arguments, prog_name="tutor", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return error.exit_code
+    except click.UsageError as error:
+        return _fail(error.format_message(), 2, _command_help(error), as_json=as_json)
+    except (click.Abort, KeyboardInterrupt):
+        return 130
+    except ModuleNotFoundError as error:
+        if debug or error.name is None or error.name.startswith("tutor"):
+            raise
+        return _fail(f"the package {error.name} is not installed", HostError.code, "make install", as_json=as_json)
+    except TutorError as error:
+        if debug:
+            traceback.print_exc()
+        return _fail(error.message, error.code, error.hint, as_json=as_json, problems=getattr(error, "problems", ()))
+    except SystemExit:
+        if sys.stdout is not stdout:  # click met a closed pipe: it wraps stdout, and would exit 1
+            raise BrokenPipeError from None
+        raise
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str, code: int, hint: str | None, *, as_json: bool, problems: Sequence[str] = ()) -> int:
     if as_json:
-        sys.stdout.write(
-            json.dumps({"ok": False, "code": code, "error": message, "hint": hint}, ensure_ascii=False) + "\n"
-        )
-    line = f"{message}; {hint}" if hint else message
-    sys.stderr.write(f"Error: {line}\n")
+        click.echo(json.dumps({"ok": False, "code": code, "error": message, "hint": hint}, ensure_ascii=False))
+    click.echo(f"Error: {_plain(f'{message}; {hint}' if hint else message)}", err=True)
+    for problem in problems:
+        click.echo(f"  {_plain(problem)}", err=True)
     return code
+
+
+def _plain(text: str) -> str:
+    """One line without control characters, whatever a file's name or content brought into the message."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def _command_help(error: click.UsageError) -> str | None:
@@ -480,6 +524,5 @@ def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType |
     while trace is not None:
         place = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
         trace = trace.tb_next
-    sys.stderr.write(
-        f"Error: a bug of tutor's: {kind.__name__}: {error} ({place}); tutor --debug shows all, report it\n"
-    )
+    line = f"a bug of tutor's: {kind.__name__}: {error} ({place}); tutor --debug shows all, report it"
+    click.echo(f"Error: {_plain(line)}", err=True)

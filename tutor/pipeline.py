@@ -7,8 +7,7 @@ that it reads, the content of its inputs, and the versions of its code and tools
 import importlib
 import importlib.metadata
 import logging
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +76,7 @@ STAGES = (
         "check the rows and split them",
         needs=(),
         settings=_data,
-        sources=("stages/data.py", "stages/rows.py", "stages/jsonl.py"),
+        sources=("stages/data.py", "stages/rows.py", "stages/jsonl.py", "template.py"),
         packages=("pydantic", "markdown-it-py"),
     ),
     Stage(
@@ -113,7 +112,13 @@ STAGES = (
         "convert to GGUF and quantize",
         needs=("base", "merge"),
         settings=_convert,
-        sources=("stages/convert.py", "engines/llamacpp.py", "engines/llamacpp_src/convert.py", "template.py"),
+        sources=(
+            "stages/convert.py",
+            "engines/llamacpp.py",
+            "engines/gguf_file.py",
+            "engines/llamacpp_src/convert.py",
+            "template.py",
+        ),
         packages=("transformers", "gguf"),
         llamacpp=True,
     ),
@@ -168,10 +173,15 @@ class State:
         return "up to date"
 
 
-def inspect(recipe: Recipe, build: Path, *, content: bool = False) -> list[State]:
-    """The state of every stage, in order. `content` hashes every output instead of trusting its size."""
+def inspect(
+    recipe: Recipe, build: Path, *, content: bool = False, names: Collection[str] = tuple(BY_NAME)
+) -> list[State]:
+    """The state of the named stages, in order, with `names` holding all that they need.
+
+    `content` hashes every output instead of trusting its size.
+    """
     states: dict[str, State] = {}
-    for stage in STAGES:
+    for stage in (BY_NAME[name] for name in BY_NAME if name in names):
         folder = build / recipe.name / stage.folder
         manifest = artifacts.read_manifest(folder)
         problems = tuple(artifacts.check(folder, content=content)) if manifest else ()
@@ -231,23 +241,24 @@ def _short(value: Any) -> str:
 
 def run_all(recipe: Recipe, build: Path, *, until: str | None = None) -> list[str]:
     """Run what is not up to date, in order, at most to the stage `until`; the names of the stages that ran."""
+    _refuse_early(recipe)
+    names = list(BY_NAME)[: list(BY_NAME).index(until) + 1] if until else list(BY_NAME)
     ran = []
     with artifacts.locked(build / recipe.name):
-        for stage in STAGES:
-            state = {found.stage.name: found for found in inspect(recipe, build)}[stage.name]
+        for name in names:
+            state = {found.stage.name: found for found in inspect(recipe, build, names=names)}[name]
             if state.condition != "up to date":
-                _run(stage, recipe, build, state)
-                ran.append(stage.name)
-            if stage.name == until:
-                break
+                _run(state.stage, recipe, build, state)
+                ran.append(name)
     return ran
 
 
 def run_one(name: str, recipe: Recipe, build: Path) -> bool:
     """Run one stage where it is not up to date; whether it ran. Raises ArtifactError when an input is missing."""
+    _refuse_early(recipe)
     stage = BY_NAME[name]
     with artifacts.locked(build / recipe.name):
-        states = {found.stage.name: found for found in inspect(recipe, build)}
+        states = {found.stage.name: found for found in inspect(recipe, build, names=_with_needs(name))}
         for need in stage.needs:
             artifacts.require(states[need].folder, need)
             if states[need].condition == "stale":
@@ -258,7 +269,26 @@ def run_one(name: str, recipe: Recipe, build: Path) -> bool:
     return True
 
 
+def _with_needs(name: str) -> set[str]:
+    """A stage and all before it that it depends on: another stage's fault must not stop this one."""
+    return {name}.union(*(_with_needs(need) for need in BY_NAME[name].needs))
+
+
+def _refuse_early(recipe: Recipe) -> None:
+    """Raise RecipeError for what only the last stages would refuse, after hours of training."""
+    from tutor.stages.modelfile import representable
+
+    if not representable(recipe.system):
+        raise RecipeError(
+            f"{recipe.path}: system has an invisible character that Ollama would drop, or a line ending in "
+            "three quotes, where a Modelfile would end it",
+            "rewrite it: a Modelfile has no escapes",
+        )
+
+
 def _run(stage: Stage, recipe: Recipe, build: Path, state: State) -> None:
+    for need in stage.needs:  # someone may have removed it since its stage ran
+        artifacts.require(build / recipe.name / BY_NAME[need].folder, need)
     assert state.fields is not None, f"{stage.name} lacks an input"
     with _announced(stage), artifacts.writing(state.folder, stage.name, state.fields) as (out, results):
         inputs = {need: build / recipe.name / BY_NAME[need].folder for need in stage.needs}
@@ -280,8 +310,9 @@ def clean(recipe: Recipe, build: Path, names: tuple[str, ...]) -> list[Path]:
     with artifacts.locked(build / recipe.name):
         for name in names or tuple(BY_NAME):
             folder = build / recipe.name / BY_NAME[name].folder
-            for path in (folder, folder.with_name(folder.name + artifacts.PARTIAL)):
+            artifacts.refuse_foreign(folder)
+            for path in (folder, *(folder.with_name(folder.name + end) for end in (artifacts.PARTIAL, artifacts.OLD))):
                 if path.exists():
-                    shutil.rmtree(path)
+                    artifacts.remove(path)
                     removed.append(path)
     return removed

@@ -23,6 +23,7 @@ def shown(*, quiet: bool = False) -> Iterator[None]:
     live = sys.stderr.isatty() and not quiet
     handler: logging.Handler = _Bars() if live else _Lines()
     handler.setLevel(logging.WARNING if quiet else logging.INFO)
+    level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -30,6 +31,8 @@ def shown(*, quiet: bool = False) -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
         handler.close()
 
 

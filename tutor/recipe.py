@@ -9,23 +9,28 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tutor.errors import RecipeError
 
 RETIRED = {
-    "warmup_ratio": "warmup",
-    "logging_dir": "nothing: metrics go to adapter/metrics.jsonl",
-    "overwrite_output_dir": "nothing: a stage's folder is replaced when its inputs change",
-    "evaluation_strategy": "nothing: the held-out rows are scored before and after training",
-    "per_device_train_batch_size": "batch_size",
-    "gradient_accumulation_steps": "accumulation",
-    "num_train_epochs": "epochs",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "r": "rank",
+    "warmup_ratio": "it is called train.warmup here",
+    "logging_dir": "nothing replaces it: metrics go to adapter/metrics.jsonl",
+    "overwrite_output_dir": "nothing replaces it: a stage's folder is replaced when its inputs change",
+    "evaluation_strategy": "nothing replaces it: the held-out rows are scored before and after training",
+    "per_device_train_batch_size": "it is called train.batch_size here",
+    "gradient_accumulation_steps": "it is called train.accumulation here",
+    "num_train_epochs": "it is called train.epochs here",
+    "lora_alpha": "it is called train.alpha here",
+    "lora_dropout": "it is called train.dropout here",
+    "r": "it is called train.rank here",
 }
-"""Names of the specification and of older transformers, and what they are called here."""
+"""Names of the specification and of older transformers, and what became of them here."""
+
+MAX_BYTES = 1 << 16
+"""A recipe is some lines: what is longer is another file, and a parser's time grows with the square of a key."""
+
+MAX_PROBLEMS = 5
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}")
 """A model name that Ollama accepts (ollama.md 2.1), without host, namespace and tag."""
@@ -35,6 +40,13 @@ class Settings(BaseModel):
     """Strict and frozen: unknown keys and wrong types are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @field_validator("*")
+    @classmethod
+    def _fits(cls, value: Any) -> Any:
+        if isinstance(value, int) and value.bit_length() > 63:
+            raise ValueError("TOML's numbers have 64 bits")
+        return value
 
 
 def _existing_style(value: str) -> str:
@@ -122,7 +134,7 @@ class OllamaSettings(Settings):
 class Recipe(Settings):
     """A whole run."""
 
-    seed: int = Field(42, ge=0, lt=2**32)
+    seed: int = Field(42, ge=0, lt=2**32 - 1)  # llama.cpp reads 2**32 - 1 as: any
     system: str = ""  # stands in every training sample and in the Modelfile, or (empty) in neither
     data: DataSettings = DataSettings()
     base: BaseSettings = BaseSettings()
@@ -138,36 +150,52 @@ class Recipe(Settings):
         return self.path.stem
 
     def resolve(self, relative: str) -> Path:
-        """A path of this recipe, seen from its own folder."""
-        return (self.path.parent / Path(relative).expanduser()).resolve()
+        """A path of this recipe, seen from its own folder. Raises RecipeError when it cannot be one."""
+        try:
+            return (self.path.parent / Path(relative).expanduser()).resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of links, an unknown user's ~, a NUL
+            raise RecipeError(f"{self.path}: {relative!r} is no path: {error}") from None
 
 
 def read_recipe(path: Path) -> Recipe:
     """Read and check a recipe. Raises RecipeError naming the file, the key and its neighbours."""
-    try:
-        text = path.read_text("utf-8")
-        values = tomllib.loads(text)
-    except IsADirectoryError:
-        raise RecipeError(
-            f"{path} is a folder, not a recipe", "give a .toml file, for example data/demo.toml"
-        ) from None
-    except OSError as error:
-        raise RecipeError(f"cannot read recipe {path}: {error.strerror}", "give --recipe data/demo.toml") from None
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not UTF-8 (byte {error.start})", "save it as UTF-8") from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise RecipeError(f"{path} is not valid TOML: {error or 'nested too deeply'}") from None
+    values = _load(path)
     if "path" in values:
         raise RecipeError(f"{path}: unknown setting path; {_neighbours(('path',))}")
     try:
         recipe = Recipe.model_validate(values).model_copy(update={"path": path.resolve()})
     except ValidationError as error:
-        raise RecipeError(f"{path}: " + "; ".join(_explain(item) for item in error.errors())) from None
+        problems = [_explain(item) for item in error.errors()]
+        more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
+        raise RecipeError(f"{path}: " + "; ".join([*problems[:MAX_PROBLEMS], *more])) from None
     _check_together(recipe)
     return recipe
 
 
+def _load(path: Path) -> dict[str, Any]:
+    """The values of a TOML file."""
+    try:
+        if not path.is_file() and path.exists():
+            # Opening a pipe would wait for its writer.
+            kind = "a folder" if path.is_dir() else "a pipe or a device"
+            raise RecipeError(f"{path} is {kind}, not a recipe", "give a .toml file, for example data/demo.toml")
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise RecipeError(f"cannot read recipe {path}: {error.strerror}", "give --recipe data/demo.toml") from None
+    if len(raw) > MAX_BYTES:
+        raise RecipeError(f"{path} has more than {MAX_BYTES} bytes: that is no recipe", "give --recipe data/demo.toml")
+    try:
+        return tomllib.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8 (byte {error.start})", "save it as UTF-8") from None
+    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
+        raise RecipeError(f"{path} is not valid TOML: {error}") from None
+
+
 def _check_together(recipe: Recipe) -> None:
+    if not recipe.name.strip("."):
+        raise RecipeError(f"{recipe.path} has no name, and the build folder is named after it", "call it NAME.toml")
     known = (*recipe.convert.quantizations, "F16")
     if recipe.ollama.quantization not in known:
         raise RecipeError(
@@ -188,12 +216,20 @@ def _check_together(recipe: Recipe) -> None:
 def _explain(item: Any) -> str:
     """One problem of pydantic's, in the recipe's own words."""
     where = tuple(str(part) for part in item["loc"])
-    name = ".".join(where)
+    name = _brief(".".join(where))
     if item["type"] == "extra_forbidden":
         return f"unknown setting {name}; {_neighbours(where)}"
-    value = item["input"]
-    shown = repr(value) if isinstance(value, str | int | float | bool) else type(value).__name__
-    return f"{name} is {shown}: {item['msg'].removeprefix('Value error, ')}"
+    return f"{name} is {_shown(item['input'])}: {item['msg'].removeprefix('Value error, ')}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, int) and value.bit_length() > 63:
+        return f"a number of {value.bit_length()} bits"
+    return _brief(repr(value)) if isinstance(value, str | int | float) else type(value).__name__
+
+
+def _brief(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _neighbours(where: tuple[str, ...]) -> str:
@@ -204,6 +240,6 @@ def _neighbours(where: tuple[str, ...]) -> str:
         model = field.annotation if field else Recipe
     known = sorted(set(model.model_fields) - {"path"})
     if where[-1] in RETIRED:
-        return f"it is called {RETIRED[where[-1]]} here"
+        return RETIRED[where[-1]]
     close = difflib.get_close_matches(where[-1], known, n=1)
     return (f"did you mean {close[0]}? " if close else "") + f"known: {', '.join(known)}"

@@ -160,12 +160,13 @@ def audit(row: Encoded, prompt_ids: Sequence[int], tokenizer: Tokenizer) -> list
         return ["no token carries loss"]
     if supervised[-1] != tokenizer.eos_token_id or row.mask[-1] != 1:
         problems.append("EOS is not supervised at the end")
-    if supervised.count(tokenizer.eos_token_id or -1) > 1:
+    ends = sum(token == tokenizer.eos_token_id for token in supervised)
+    if ends > 1:
         problems.append("EOS is supervised more than once")
     expected = 1 if adds_bos(tokenizer) else 0
     found = row.ids.count(tokenizer.bos_token_id) if tokenizer.bos_token_id is not None else 0
     if tokenizer.bos_token_id == tokenizer.eos_token_id:
-        found -= supervised.count(tokenizer.eos_token_id or -1)
+        found -= ends
     if found != expected:
         problems.append(f"{found} BOS tokens instead of {expected}")
     if list(row.ids[: row.n_prompt]) != list(prompt_ids):

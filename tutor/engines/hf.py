@@ -20,6 +20,9 @@ from tutor.template import Message, render
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
+"""Processor features (x86, Arm) that multiply in bf16 themselves; without them it is slower than fp32."""
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INCOMPLETE = "\ufffd"
 """What a decoder shows for bytes of a character whose rest is still to come."""
@@ -180,7 +183,8 @@ def choose_precision(wanted: str) -> str:
     if not torch.cuda.is_available():
         if wanted == "fp16":
             raise HostError("fp16 needs a GPU", "set train.precision to auto, bf16 or fp32")
-        return "fp32" if wanted == "auto" else wanted
+        native = any(torch.cpu.get_capabilities().get(name) for name in CPU_BF16)
+        return ("bf16" if native else "fp32") if wanted == "auto" else wanted
     native = torch.cuda.get_device_capability() >= (8, 0)
     if wanted == "bf16" and not native:
         raise HostError("this GPU has no native bf16 (compute capability below 8.0)", "set train.precision to auto")

@@ -24,7 +24,6 @@ __all__ = [
     "Limits",
     "Notes",
     "Prompt",
-    "fences",
     "input_files",
     "load_split",
     "normalise",
@@ -48,11 +47,12 @@ Kept = TypeVar("Kept", Example, Prompt)
 Key = TypeVar("Key", bound=Hashable)
 
 
-def run(recipe: Recipe, out: Path, *, strict: bool = False) -> dict[str, Any]:
+def run(recipe: Recipe, inputs: Mapping[str, Path], out: Path, *, strict: bool = False) -> dict[str, Any]:
     """Read, check, split and write the recipe's rows into `out`; a summary. Strict: unknown keys and leaks are errors.
 
     Raises RecipeError (no such file), DataError (rows that are not usable, or too few), ArtifactError (input changed).
     """
+    del inputs
     files = input_files(recipe)
     examples, notes = read_examples(files["train"], strict=strict)
     prompts, prompt_notes = read_prompts(files["eval"], strict=strict)
@@ -65,6 +65,7 @@ def run(recipe: Recipe, out: Path, *, strict: bool = False) -> dict[str, Any]:
         )
     chosen = sample(clean, recipe.data.rows, recipe.seed)
     train, held_out = split(chosen, recipe.data.held_out, recipe.seed)
+    asked = sample(prompts, recipe.data.prompts, recipe.seed)
     report = {
         "train": statistics(train),
         "held_out": statistics(held_out),
@@ -72,7 +73,7 @@ def run(recipe: Recipe, out: Path, *, strict: bool = False) -> dict[str, Any]:
         "notes": {"train": notes.as_dict(), "eval": prompt_notes.as_dict()},
     }
     out.mkdir(parents=True, exist_ok=True)
-    for name, rows in ((TRAIN, train), (HELD_OUT, held_out), (PROMPTS, prompts)):
+    for name, rows in ((TRAIN, train), (HELD_OUT, held_out), (PROMPTS, asked)):
         _write(out / name, (json.dumps(asdict(row), ensure_ascii=False) for row in rows))
     _write(out / STATISTICS, [json.dumps(report, ensure_ascii=False, indent=1)])
     removed = [f"{notes.file}: {len(leaks)} rows removed, for {prompt_notes.file} asks them too"] if leaks else []
@@ -80,7 +81,7 @@ def run(recipe: Recipe, out: Path, *, strict: bool = False) -> dict[str, Any]:
         "rows": notes.rows,
         "train": len(train),
         "held_out": len(held_out),
-        "prompts": len(prompts),
+        "prompts": len(asked),
         "notes": [*notes.warnings(), *prompt_notes.warnings(), *removed],
     }
 
@@ -98,7 +99,7 @@ def load_split(folder: Path) -> tuple[list[Example], list[Example], list[Prompt]
 
 def _read_back(path: Path, make: type[Kept]) -> list[Kept]:
     try:
-        with path.open(encoding="utf-8", newline="\n") as file:  # no other line end is one: U+2028 stays in a text
+        with path.open(encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]
         return [make(**{**row, "code": tuple(row["code"])}) for row in rows]
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -171,14 +172,9 @@ def without_leaks(
 ) -> tuple[list[Example], list[tuple[int, int]]]:
     """The examples that no prompt asks, and (line, prompt's line) of those left out."""
     asked = {normalise(prompt.instruction): prompt.line for prompt in prompts}
-    kept, leaks = [], []
-    for example in examples:
-        line = asked.get(normalise(example.instruction))
-        if line is None:
-            kept.append(example)
-        else:
-            leaks.append((example.line, line))
-    return kept, leaks
+    found = [(example, asked.get(normalise(example.instruction))) for example in examples]
+    leaks = [(example.line, line) for example, line in found if line is not None]
+    return [example for example, line in found if line is None], leaks
 
 
 def normalise(text: str) -> str:
@@ -201,8 +197,8 @@ def _fold(sign: re.Match[str]) -> str:
     return " " if category[0] in "PSZC" else sign[0]
 
 
-def sample(examples: Sequence[Example], rows: int, seed: int) -> list[Example]:
-    """So many examples in proportion by category and topic, in the file's order; all for 0 or more than there are."""
+def sample(examples: Sequence[Kept], rows: int, seed: int) -> list[Kept]:
+    """So many rows in proportion by category and topic, in the file's order; all for 0 or more than there are."""
     if not rows or rows >= len(examples):
         return list(examples)
     groups: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
@@ -211,7 +207,7 @@ def sample(examples: Sequence[Example], rows: int, seed: int) -> list[Example]:
     quota = _apportion(rows, {key: len(group) for key, group in groups.items()}, {})
     chosen: set[int] = set()
     for key, group in groups.items():
-        group.sort(key=lambda place: _rank(seed, f"{examples[place].instruction}\0{examples[place].response}"))
+        group.sort(key=lambda place: _rank(seed, f"{examples[place].instruction}\0{examples[place].line}"))
         chosen.update(group[: quota[key]])
     return [example for place, example in enumerate(examples) if place in chosen]
 

@@ -51,7 +51,9 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     threads = len(os.sched_getaffinity(0))
     records = {}
     for name, gguf in files.items():
-        start = partial(serve, gguf, context=recipe.generate.context, threads=threads, log=out / f"{name}.log")
+        # Beside `out`: what a server said must outlive a run that fails, whose folder is taken away.
+        said = out.parent / f"evaluate-{name}.log"
+        start = partial(serve, gguf, context=recipe.generate.context, threads=threads, log=said)
         records[name] = ask_all(start, prompts, generation, recipe.system, name)
     write_json(out / ANSWERS, side_by_side(prompts, records))
     rows = held_out_rows(inputs["data"] / "held_out.jsonl", inputs["base"], recipe.system)

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -21,15 +21,12 @@ from tutor.template import CUE, STOPS
 
 SPECIAL = re.compile(r"<[|｜][\w▁.:/-]{1,64}[|｜]>|</?think>")
 """Texts that the tokenizers of the Llama, Qwen, DeepSeek and SmolLM kin read as one id: a role, an end, a thought."""
+UNWRITABLE = re.compile("[\0\ud800-\udfff]")
+"""What JSON can escape and neither UTF-8 nor a C string can hold; pydantic lets both pass."""
 MAX_DEPTH = 16
 """Lists and objects inside each other; a row needs four."""
 ONE_TURN = "a row is one question and one answer, both text: multi-turn not supported"
-WANTED = {
-    "string_type": "a text",
-    "list_type": "a list",
-    "bool_type": "true or false",
-    "model_type": "an object",
-}
+WANTED = {"string_type": "a text", "list_type": "a list", "bool_type": "true or false", "model_type": "an object"}
 """pydantic's error types in a row's own words."""
 
 
@@ -99,8 +96,8 @@ class Notes:
 
 
 def _text(value: str) -> str:
-    if "\0" in value:
-        raise ValueError("holds a NUL character (\\u0000)")
+    if found := UNWRITABLE.search(value):
+        raise ValueError(f"holds {shown(found[0])}: a NUL, or half of a surrogate pair")
     if found := SPECIAL.search(value):
         raise ValueError(f"holds {found[0]}, which a tokenizer reads as a token of its own")
     return value.strip()
@@ -112,14 +109,6 @@ def _some_text(value: str) -> str:
     return value
 
 
-def _no_stop(value: str) -> str:
-    return _without(value, STOPS)
-
-
-def _no_turn(value: str) -> str:
-    return _without(value, (CUE, *STOPS))
-
-
 def _without(value: str, marks: tuple[str, ...]) -> str:
     for mark in marks:
         if mark in value:
@@ -129,6 +118,8 @@ def _without(value: str, marks: tuple[str, ...]) -> str:
 
 _Text = Annotated[str, AfterValidator(_text)]
 _Some = Annotated[_Text, AfterValidator(_some_text)]
+_NO_STOP = AfterValidator(partial(_without, marks=STOPS))
+_NO_TURN = AfterValidator(partial(_without, marks=(CUE, *STOPS)))
 
 
 class _Expect(BaseModel):
@@ -147,8 +138,8 @@ class PromptRow(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
     id: Any = None  # whatever the user keeps there
-    instruction: Annotated[_Some, AfterValidator(_no_turn)]
-    response: Annotated[_Text, AfterValidator(_no_stop)] = ""
+    instruction: Annotated[_Some, _NO_TURN]
+    response: Annotated[_Text, _NO_STOP] = ""
     category: _Text = ""
     topic: _Text = ""
     code: list[_Some] = []
@@ -161,8 +152,8 @@ class ExampleRow(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
     id: Any = None
-    instruction: Annotated[_Some, AfterValidator(_no_turn)]
-    response: Annotated[_Some, AfterValidator(_no_stop)]
+    instruction: Annotated[_Some, _NO_TURN]
+    response: Annotated[_Some, _NO_STOP]
     category: _Text = ""
     topic: _Text = ""
     code: list[_Some] = []
@@ -266,8 +257,6 @@ def _explain(item: Any) -> str:
         return f"lacks {name}"
     if item["type"] == "extra_forbidden":
         return f"unknown key {shown(name)}"
-    if item["type"] == "string_unicode":
-        return f"{name} holds half of a surrogate pair (\\ud800 to \\udfff)"
     if item["type"] == "too_short":
         return f"{name} is empty"
     if item["type"] in WANTED:

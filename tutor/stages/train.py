@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import math
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,22 +18,22 @@ import datasets
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from tutor.errors import ArtifactError, DataError, HostError
+from tutor.engines.hf import choose_precision, load_base, score
+from tutor.errors import ArtifactError, DataError
 from tutor.modelfolder import load_tokenizer, read_facts
-from tutor.template import Encoded, Tokenizer, audit, conversation, encode, render
+from tutor.template import Encoded, Tokenizer, audit, encode
 
 if TYPE_CHECKING:
     from tutor.recipe import Recipe, TrainSettings
 
 log = logging.getLogger(__name__)
 
+CHECKPOINTS = "checkpoints"
 IGNORED = -100
 """The label of an id without loss, by PyTorch's cross entropy."""
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
@@ -45,7 +46,9 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     precision = choose_precision(settings.precision)
     set_seed(recipe.seed)
     model = load_base(model_folder, settings.quantization, precision)
-    trainer = make_trainer(model, tokenizer, train, settings, precision, recipe.seed, out)
+    arguments = training_arguments(settings, precision, recipe.seed, out / CHECKPOINTS)
+    trainer = make_trainer(model, tokenizer, train, lora_config(settings), arguments)
+    trainer.add_callback(Metrics(out / "metrics.jsonl"))
     audited = audit_labels(trainer, train, tokenizer)
     trainable, total = count_parameters(trainer.model)
     log.info(
@@ -63,6 +66,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     after = mean_loss(trainer.model, held_out)
     log.info("held-out loss after training: %.4f (perplexity %.2f)", after, math.exp(after))
     save_adapter(trainer.model, facts.source, out)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     tokens = sum(len(row.ids) for row in train)
     return {
         "base_source": facts.source,
@@ -108,57 +112,11 @@ def encode_rows(tokenizer: Tokenizer, rows: Sequence[Mapping[str, str]], system:
     return encoded
 
 
-def choose_precision(wanted: str) -> str:
-    """bf16, fp16 or fp32: as wanted, or what this machine computes natively. Raises HostError where it cannot.
-
-    bf16 needs compute capability 8.0; PyTorch's own is_bf16_supported() says yes to emulation (pitfalls.md, 16).
-    """
-    if not torch.cuda.is_available():
-        if wanted == "fp16":
-            raise HostError("fp16 training needs a GPU", "set train.precision to auto, bf16 or fp32")
-        return "fp32" if wanted == "auto" else wanted
-    native = torch.cuda.get_device_capability() >= (8, 0)
-    if wanted == "bf16" and not native:
-        raise HostError("this GPU has no native bf16 (compute capability below 8.0)", "set train.precision to auto")
-    return ("bf16" if native else "fp16") if wanted == "auto" else wanted
-
-
-def load_base(folder: Path, quantization: str, precision: str) -> Any:
-    """The frozen base, in 4 bits (NF4, double-quantized) or as it is, computing in `precision`."""
-    dtype = DTYPES[precision]
-    config = None
-    if quantization == "nf4":
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    device = {"": 0} if torch.cuda.is_available() else {"": "cpu"}
-    return AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        quantization_config=config,
-        device_map=device,
-        attn_implementation="sdpa",
-        trust_remote_code=False,
-    )
-
-
-def make_trainer(
-    model: Any,
-    tokenizer: Any,
-    rows: Sequence[Encoded],
-    settings: "TrainSettings",
-    precision: str,
-    seed: int,
-    out: Path,
-) -> SFTTrainer:
-    """TRL's trainer over rows that are already ids and labels, with fp32 adapters whatever the base computes in."""
+def training_arguments(settings: "TrainSettings", precision: str, seed: int, checkpoints: Path) -> SFTConfig:
+    """TRL's arguments for the recipe's numbers; what it would do by itself to the rows (cut, pack, report) is off."""
     cuda = torch.cuda.is_available()
-    dataset = datasets.Dataset.from_list([{"input_ids": row.ids, "labels": labels(row)} for row in rows])
-    config = SFTConfig(
-        output_dir=str(out / "checkpoints"),
+    return SFTConfig(
+        output_dir=str(checkpoints),
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation,
         num_train_epochs=settings.epochs,
@@ -183,7 +141,11 @@ def make_trainer(
         seed=seed,
         data_seed=seed,
     )
-    lora = LoraConfig(
+
+
+def lora_config(settings: "TrainSettings") -> LoraConfig:
+    """PEFT's configuration of a plain LoRA."""
+    return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
@@ -191,13 +153,15 @@ def make_trainer(
         bias="none",
         task_type="CAUSAL_LM",
     )
+
+
+def make_trainer(
+    model: Any, tokenizer: Any, rows: Sequence[Encoded], lora: LoraConfig, arguments: SFTConfig
+) -> SFTTrainer:
+    """TRL's trainer over rows that are already ids and labels, with fp32 adapters whatever the base computes in."""
+    dataset = datasets.Dataset.from_list([{"input_ids": row.ids, "labels": labels(row)} for row in rows])
     trainer = SFTTrainer(
-        model=model,
-        args=config,
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        peft_config=lora,
-        callbacks=[Metrics(out / "metrics.jsonl")],
+        model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=lora
     )
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
@@ -229,11 +193,6 @@ def audit_labels(trainer: SFTTrainer, rows: Sequence[Encoded], tokenizer: Any) -
     if problems:
         raise DataError(f"{len(problems)} breaches of the prompt contract", problems=tuple(problems[:20]))
     return len(rows)
-
-
-def served_prompt_ids(tokenizer: Any, question: str, system: str) -> list[int]:
-    """What an engine sends for one question."""
-    return list(tokenizer(render(conversation(question, system)))["input_ids"])
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
@@ -271,15 +230,9 @@ def refuse_packed(model: Any) -> None:
 
 def mean_loss(model: Any, rows: Sequence[Encoded]) -> float:
     """Mean negative log-likelihood (nats) over all supervised tokens of all rows, teacher-forced, in fp32."""
-    total, count = 0.0, 0
     with scoring(model):
-        for row in rows:
-            ids = torch.tensor([row.ids], device=model.device)
-            start = row.n_prompt
-            logits = model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1].float()
-            total += torch.nn.functional.cross_entropy(logits, ids[0, start:], reduction="sum").item()
-            count += len(row.ids) - start
-    return total / count
+        scores = score(model, [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in rows])
+    return -math.fsum(value for row in scores for value in row) / sum(len(row) for row in scores)
 
 
 def save_adapter(model: Any, source: str, out: Path) -> None:
@@ -299,6 +252,7 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """Write one line. Raises ArtifactError when the loss is NaN or infinite."""
+        del args, control
         values = {name: value for name, value in (logs or {}).items() if name in {"loss", "grad_norm", "learning_rate"}}
         if "loss" not in values:
             return
