@@ -459,7 +459,6 @@ def main() -> NoReturn:
         sys.excepthook = _bug
     try:
         code = _run(arguments, debug=debug)
-        sys.stdout.flush()
     except BrokenPipeError:
         # `tutor ... | head` closed the pipe: nobody reads on, and nothing is wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

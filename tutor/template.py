@@ -160,6 +160,8 @@ def audit(row: Encoded, prompt_ids: Sequence[int], tokenizer: Tokenizer) -> list
         return ["no token carries loss"]
     if supervised[-1] != tokenizer.eos_token_id or row.mask[-1] != 1:
         problems.append("EOS is not supervised at the end")
+    elif 0 in row.mask[row.n_prompt :]:
+        problems.append("part of the completion carries no loss")
     ends = sum(token == tokenizer.eos_token_id for token in supervised)
     if ends > 1:
         problems.append("EOS is supervised more than once")

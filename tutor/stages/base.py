@@ -91,7 +91,7 @@ def _from_hub(repo: str, revision: str) -> Path:
     """The hub's snapshot folder of exactly this revision, from its cache where it is whole; configuration first."""
     import huggingface_hub as hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-    from huggingface_hub.utils import httpx
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # httpx2 from 2.0, httpx before
 
     try:
         config = Path(hub.hf_hub_download(repo, "config.json", revision=revision))

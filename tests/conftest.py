@@ -1,0 +1,118 @@
+"""Shared by the tests: the command line as a process, a small recipe in its own folder, tokenizers made on the spot.
+
+Nothing here needs a network, a GPU or a model.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TUTOR = Path(sys.executable).with_name("tutor")
+
+BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+SENTENCES = (
+    "Instrucción: ¿Qué es una interfaz en TypeScript?\nRespuesta: Una interfaz describe la forma de un objeto.",
+    "Instrucción: ¿Cómo se escribe un tipo genérico?\nRespuesta: Con un parámetro de tipo: `function id<T>(x: T): T`.",
+    "La función suma dos números y devuelve el resultado; el compilador comprueba los tipos antes de ejecutar nada.",
+    "```ts\ninterface Persona {\n  nombre: string;\n  edad: number;\n}\n```",
+    "Cuando una variable puede ser nula, hay que comprobarlo antes de leer sus propiedades.",
+)
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of a user who has set nothing of ours."""
+    ours = ("TUTOR_", "PYTHON", "NO_COLOR", "FORCE_COLOR")
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)} | extra
+
+
+@pytest.fixture
+def tutor() -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    """Run `tutor` with arguments as a user does; `env` adds variables, `stdin` is its input."""
+
+    def run(*arguments: str | Path, stdin: str = "", env: dict[str, str] | None = None, **options: Any) -> Any:
+        return subprocess.run(
+            [TUTOR, *arguments],
+            input=stdin,
+            env=environment(**(env or {})),
+            encoding="utf-8",
+            capture_output=True,
+            timeout=60,
+            check=False,
+            **{"cwd": ROOT, **options},
+        )
+
+    return run
+
+
+@pytest.fixture
+def start() -> Any:
+    """Start a program whose stdout can be read line by line; it is killed when the test ends."""
+    running = []
+
+    def run(*command: str | Path, **options: Any) -> "subprocess.Popen[str]":
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(
+            command, **{"cwd": ROOT, "stdout": pipe, "stderr": pipe, "env": environment(), "text": True, **options}
+        )
+        running.append(process)
+        return process
+
+    yield run
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    """A recipe of the tiny model with twelve rows of two categories and three prompts, all in `tmp_path`."""
+    write_rows(
+        tmp_path / "tutor.jsonl",
+        [
+            {
+                "instruction": f"¿Qué es el tipo {number}?",
+                "response": f"El número {number}.",
+                "category": "ab"[number % 2],
+            }
+            for number in range(12)
+        ],
+    )
+    write_rows(tmp_path / "eval.jsonl", [{"instruction": f"¿Y la unión {number}?"} for number in range(3)])
+    path = tmp_path / "small.toml"
+    path.write_text('[data]\nheld_out = 0.2\n[base]\nsource = "tiny"\n[convert]\nquantizations = ["Q4_K_M"]\n', "utf-8")
+    return path
+
+
+def make_tokenizer(*, add_bos: bool, pad: str | None = None) -> Any:
+    """A byte-level BPE of some Spanish sentences, with R1's special tokens, as transformers wraps it."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(SENTENCES, trainer)
+    made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (BOS, EOS)])
+    if add_bos:
+        ids = [(BOS, made.token_to_id(BOS))]
+        made.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token=BOS, eos_token=EOS, pad_token=pad)
+
+
+@pytest.fixture(scope="session", params=[True, False], ids=["adds BOS", "adds none"])
+def tokenizer(request: pytest.FixtureRequest) -> Any:
+    """Both kinds of base: one whose tokenizer puts a BOS before plain text, one whose does not."""
+    return make_tokenizer(add_bos=request.param)

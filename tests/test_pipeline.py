@@ -1,0 +1,238 @@
+"""What is up to date, why not, what runs: on a build folder where only the data stage has run (faults.md V15-V17)."""
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import write_rows
+
+from tutor import artifacts, pipeline
+from tutor.errors import ArtifactError, RecipeError
+from tutor.pipeline import BY_NAME, STAGES, clean, differences, inspect, run_all, run_one
+from tutor.recipe import Recipe, read_recipe
+
+
+@pytest.fixture
+def build(recipe_file: Path, tmp_path: Path) -> Path:
+    """A build folder where the data stage has run."""
+    assert run_one("data", read_recipe(recipe_file), tmp_path / "build")
+    return tmp_path / "build"
+
+
+def edited(recipe_file: Path, before: str, after: str) -> Recipe:
+    text = recipe_file.read_text()
+    assert before in text
+    recipe_file.write_text(text.replace(before, after))
+    return read_recipe(recipe_file)
+
+
+def state_of(name: str, recipe: Recipe, build: Path, **options: Any) -> pipeline.State:
+    return {state.stage.name: state for state in inspect(recipe, build, **options)}[name]
+
+
+def conditions(recipe: Recipe, build: Path) -> dict[str, str]:
+    return {state.stage.name: state.condition for state in inspect(recipe, build)}
+
+
+def test_only_the_stage_that_ran_is_up_to_date(recipe_file, build):
+    found = conditions(read_recipe(recipe_file), build)
+    assert found.pop("data") == "up to date"
+    assert set(found.values()) == {"missing"}
+    assert list(conditions(read_recipe(recipe_file), build)) == [stage.name for stage in STAGES]
+
+
+def test_nothing_runs_twice(recipe_file, tmp_path):
+    recipe = read_recipe(recipe_file)
+    assert run_all(recipe, tmp_path / "build", until="data") == ["data"]
+    made = (tmp_path / "build" / "small" / "data" / "manifest.json").stat()
+    assert run_all(recipe, tmp_path / "build", until="data") == []
+    assert not run_one("data", recipe, tmp_path / "build")
+    assert (tmp_path / "build" / "small" / "data" / "manifest.json").stat() == made
+
+
+def test_the_same_recipe_and_rows_give_the_same_bytes(recipe_file, tmp_path):
+    recipe = read_recipe(recipe_file)
+    for name in ("one", "two"):
+        run_one("data", recipe, tmp_path / name)
+    one, two = (artifacts.require(tmp_path / name / "small" / "data", "data") for name in ("one", "two"))
+    assert (one.key, one.outputs) == (two.key, two.outputs)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "reason"),
+    [
+        ("held_out = 0.2", "held_out = 0.3", "recipe.held_out: 0.2 -> 0.3"),
+        ("[data]", "seed = 43\n[data]", "recipe.seed: 42 -> 43"),
+        ("[data]", "[data]\nrows = 9", "recipe.rows: 0 -> 9"),
+    ],
+)
+def test_a_changed_setting_is_named_and_nothing_else(recipe_file, build, before, after, reason):
+    recipe = edited(recipe_file, before, after)
+    state = state_of("data", recipe, build)
+    assert state.condition == "stale"
+    assert differences(state) == [reason]
+    assert run_one("data", recipe, build)
+    assert differences(state_of("data", recipe, build)) == []
+
+
+@pytest.mark.parametrize(
+    "after", ["[train]\nrank = 4\n[data]", "system = 'x'\n[data]", "[ollama]\nmodel = 'b'\n[data]"]
+)
+def test_a_setting_of_another_stage_does_not_make_this_one_stale(recipe_file, build, after):
+    assert conditions(edited(recipe_file, "[data]", after), build)["data"] == "up to date"
+
+
+def test_every_setting_decides_the_key_of_a_stage():
+    """A setting that no stage's key holds could be changed without anything being made again."""
+    recipe = Recipe()
+    seen = {name for stage in STAGES for name in flat(stage.settings(recipe))}
+    wanted = set(flat(recipe.model_dump(exclude={"data": {"train", "eval"}})))
+    assert {name.rpartition(".")[2] for name in wanted} <= {name.rpartition(".")[2] for name in seen}
+
+
+def flat(values: dict[str, Any]) -> list[str]:
+    return [
+        name
+        for key, value in values.items()
+        for name in ([f"{key}.{inner}" for inner in value] if isinstance(value, dict) else [key])
+    ]
+
+
+def test_every_file_that_decides_a_stage_is_there_and_the_stages_own_is_among_them():
+    for stage in STAGES:
+        assert f"stages/{stage.name}.py" in stage.sources
+        assert all((pipeline.PACKAGE / source).is_file() for source in stage.sources), stage.name
+
+
+# Inputs
+
+
+def test_a_touched_file_changes_nothing_whatever_the_clock_says(recipe_file, build):
+    recipe = read_recipe(recipe_file)
+    for when in (0, 2_000_000_000):
+        for path in (*recipe_file.parent.glob("*.jsonl"), *(build / "small" / "data").iterdir()):
+            os.utime(path, (when, when))
+        assert run_all(recipe, build, until="data") == []
+
+
+def test_an_edited_row_makes_the_stage_stale(recipe_file, build):
+    rows = recipe_file.with_name("tutor.jsonl")
+    rows.write_text(rows.read_text().replace("El número 3.", "El número tres."))
+    state = state_of("data", read_recipe(recipe_file), build)
+    assert state.condition == "stale"
+    (reason,) = differences(state)
+    assert reason.startswith("file.train: ")
+    assert len(reason) < 60
+
+
+def test_the_same_rows_in_another_place_are_the_same(recipe_file, build, tmp_path):
+    recipe_file.with_name("tutor.jsonl").rename(tmp_path / "filas españolas.jsonl")
+    recipe = edited(recipe_file, "[data]", "[data]\ntrain = 'filas españolas.jsonl'")
+    assert conditions(recipe, build)["data"] == "up to date"
+
+
+# Damage
+
+
+def test_damage_is_seen_and_made_good(recipe_file, build):
+    recipe = read_recipe(recipe_file)
+    file = build / "small" / "data" / "train.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + b"x")
+    assert state_of("data", recipe, build).condition == "up to date"  # by size
+    state = state_of("data", recipe, build, content=True)
+    assert state.condition == "damaged"
+    assert differences(state) == [f"{file} has another content than when it was made"]
+    file.write_bytes(whole[:-1])
+    assert state_of("data", recipe, build).condition == "damaged"
+    assert run_all(recipe, build, until="data") == ["data"]
+    assert file.read_bytes() == whole
+
+
+def test_a_stage_behind_a_damaged_one_needs_it_first(recipe_file, build):
+    recipe = read_recipe(recipe_file)
+    shutil.copytree(build / "small" / "data", build / "small" / "adapter")
+    (build / "small" / "data" / "train.jsonl").unlink()
+    assert differences(state_of("train", recipe, build)) == ["needs data, base first"]
+    with pytest.raises(ArtifactError, match=r"train\.jsonl is missing; run: tutor run --until data"):
+        run_one("train", recipe, build)
+
+
+@pytest.mark.parametrize("name", [stage.name for stage in STAGES if stage.needs])
+def test_a_stage_without_its_input_names_the_command_that_makes_it(recipe_file, tmp_path, name):
+    with pytest.raises(ArtifactError) as caught:
+        run_one(name, read_recipe(recipe_file), tmp_path / "build")
+    need = BY_NAME[name].needs[0]
+    assert str(caught.value).endswith(f"is not there; run: tutor run --until {need}")
+    assert not list((tmp_path / "build" / "small").glob("*.partial"))
+
+
+def test_a_stale_input_is_used_with_a_warning(recipe_file, build, caplog):
+    recipe = edited(recipe_file, "held_out = 0.2", "held_out = 0.3")
+    shutil.copytree(build / "small" / "data", build / "small" / "base")
+    with caplog.at_level(logging.WARNING), pytest.raises(ArtifactError):
+        run_one("train", recipe, build)  # the base is not one
+    assert "data is out of date with the recipe or its inputs; tutor why data says why" in caplog.text
+
+
+def test_a_fault_of_another_stage_does_not_stop_one_that_does_not_need_it(recipe_file, tmp_path):
+    recipe = edited(recipe_file, '"tiny"', '"package:no_such_package_of_ours/model.gguf"')
+    assert run_one("data", recipe, tmp_path / "build")
+    assert run_all(recipe, tmp_path / "build", until="data") == []
+
+
+def test_a_row_that_is_wrong_leaves_the_last_split_as_it_was(recipe_file, build):
+    before = artifacts.require(build / "small" / "data", "data")
+    write_rows(recipe_file.with_name("tutor.jsonl"), [{"instruction": "sin respuesta"}])
+    with pytest.raises(Exception, match=r"tutor\.jsonl:1") as caught:
+        run_one("data", read_recipe(recipe_file), build)
+    assert caught.value.code == 3
+    assert artifacts.require(build / "small" / "data", "data") == before
+    assert artifacts.check(build / "small" / "data", content=True) == []
+    assert not list((build / "small").glob("*.partial"))
+
+
+@pytest.mark.parametrize("system", ["con \\u00a0 dentro", "nulo \\u0000", '\\"\\"\\"\\nfin'])
+def test_a_system_text_that_ollama_cannot_keep_is_refused_before_any_work(recipe_file, tmp_path, system):
+    recipe = edited(recipe_file, "[data]", f'system = "{system}"\n[data]')
+    with pytest.raises(RecipeError, match=r"small\.toml: system has"):
+        run_all(recipe, tmp_path / "build", until="data")
+    assert not (tmp_path / "build").exists()
+
+
+# Clean
+
+
+def test_clean_removes_what_is_named_with_all_that_a_kill_can_leave(recipe_file, build):
+    recipe = read_recipe(recipe_file)
+    folder = build / "small"
+    for name in ("data.partial", "data.old", "base.partial"):
+        (folder / name).mkdir()
+    assert clean(recipe, build, ("data",)) == [folder / "data", folder / "data.partial", folder / "data.old"]
+    assert clean(recipe, build, ()) == [folder / "base.partial"]
+    assert clean(recipe, build, ()) == []
+
+
+def test_clean_refuses_what_it_does_not_know(recipe_file, build):
+    recipe = read_recipe(recipe_file)
+    with pytest.raises(RecipeError, match="no stage 'dta'; known: data, base"):
+        clean(recipe, build, ("dta",))
+    (build / "small" / "gguf").mkdir()
+    (build / "small" / "gguf" / "mine.gguf").touch()
+    with pytest.raises(RecipeError, match="was not made by tutor"):
+        clean(recipe, build, ("convert",))
+    assert (build / "small" / "gguf" / "mine.gguf").exists()
+
+
+def test_the_manifest_tells_what_made_the_folder_and_holds_no_path(recipe_file, build):
+    """A build folder can be moved, and says nothing of whose machine it was but its name."""
+    text = (build / "small" / "data" / "manifest.json").read_text()
+    assert str(recipe_file.parent) not in text
+    fields = json.loads(text)["fields"]
+    assert {"recipe.seed", "recipe.held_out", "file.train", "file.eval", "code.stages/data.py"} <= set(fields)
+    build.rename(build.with_name("moved"))
+    assert conditions(read_recipe(recipe_file), build.with_name("moved"))["data"] == "up to date"
