@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -286,12 +287,14 @@ def kill_the_parent(arguments: dict[str, Any], pid_of_server: Callable[[], int])
         "    print('ready', flush=True); time.sleep(60)\n"
     )
     command = [sys.executable, "-c", code, str(arguments["gguf"]), str(arguments["log"])]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        assert parent.stdout.readline() == "ready\n"
-        server = pid_of_server()
-        assert alive(server)
-        parent.kill()
+    with tempfile.TemporaryDirectory() as scratch:  # what a killed process cannot remove
+        environment = {**os.environ, "TMPDIR": scratch}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+            assert parent.stdout is not None
+            assert parent.stdout.readline() == "ready\n"
+            server = pid_of_server()
+            assert alive(server)
+            parent.kill()
     return server
 
 
@@ -676,6 +679,7 @@ TEXTS = (
     "¿Qué es una interfaz en TypeScript? El niño preguntó: «¿y los genéricos?».",
     "function suma(a: number): number {\n  if (a > 10) {\n    return a + 1234567;\n  }\n\treturn 0;\n}\n\n\n",
     "  dos espacios, 3.14 y 98765,  `código`… ¡ñandú!\r\nI'm sure, WE'LL see 👩‍💻🎉 e\u0301",
+    "x   1\n\n2\t\t3\n   4. 你好",  # blanks before a digit: where splitting digits off or not differs
     "<s>Instrucción: ¿<s>?\nRespuesta:",
 )
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import write_rows
 
 from tutor import artifacts, pipeline
-from tutor.errors import ArtifactError, RecipeError
+from tutor.errors import ArtifactError, DataError, RecipeError
 from tutor.pipeline import BY_NAME, STAGES, clean, differences, inspect, run_all, run_one
 from tutor.recipe import Recipe, read_recipe
 
@@ -172,11 +172,11 @@ def test_a_stage_without_its_input_names_the_command_that_makes_it(recipe_file, 
 
 
 def test_a_stale_input_is_used_with_a_warning(recipe_file, build, caplog):
-    recipe = edited(recipe_file, "held_out = 0.2", "held_out = 0.3")
-    shutil.copytree(build / "small" / "data", build / "small" / "base")
-    with caplog.at_level(logging.WARNING), pytest.raises(ArtifactError):
-        run_one("train", recipe, build)  # the base is not one
-    assert "data is out of date with the recipe or its inputs; tutor why data says why" in caplog.text
+    for name in ("base", "gguf"):
+        shutil.copytree(build / "small" / "data", build / "small" / name)
+    with caplog.at_level(logging.WARNING), pytest.raises(ArtifactError, match=r"\.gguf is not there"):
+        run_one("modelfile", read_recipe(recipe_file), build)
+    assert "base is out of date with the recipe or its inputs; tutor why base says why" in caplog.text
 
 
 def test_a_fault_of_another_stage_does_not_stop_one_that_does_not_need_it(recipe_file, tmp_path):
@@ -188,9 +188,9 @@ def test_a_fault_of_another_stage_does_not_stop_one_that_does_not_need_it(recipe
 def test_a_row_that_is_wrong_leaves_the_last_split_as_it_was(recipe_file, build):
     before = artifacts.require(build / "small" / "data", "data")
     write_rows(recipe_file.with_name("tutor.jsonl"), [{"instruction": "sin respuesta"}])
-    with pytest.raises(Exception, match=r"tutor\.jsonl:1") as caught:
+    with pytest.raises(DataError) as caught:
         run_one("data", read_recipe(recipe_file), build)
-    assert caught.value.code == 3
+    assert caught.value.problems[0].startswith(f"{recipe_file.parent}/tutor.jsonl:1: ")
     assert artifacts.require(build / "small" / "data", "data") == before
     assert artifacts.check(build / "small" / "data", content=True) == []
     assert not list((build / "small").glob("*.partial"))

@@ -85,7 +85,7 @@ STAGES = (
         "fetch or make the base model and check it",
         needs=(),
         settings=_base,
-        sources=("stages/base.py", "stages/tiny.py", "modelfolder.py"),
+        sources=("stages/base.py", "stages/tiny.py", "modelfolder.py", "engines/gguf_file.py"),
         packages=("transformers", "tokenizers", "torch", "gguf"),
     ),
     Stage(
@@ -139,6 +139,7 @@ STAGES = (
         settings=_evaluate,
         sources=(
             "stages/evaluate.py",
+            "engines/answer.py",
             "engines/llamacpp.py",
             "judges/format.py",
             "judges/language.py",

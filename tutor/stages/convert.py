@@ -62,14 +62,18 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     """
     facts, base = read_facts(inputs["base"])
     served = recipe.ollama.quantization
-    wanted: dict[str, tuple[Path, list[str]]] = {"tutor": (inputs["merge"], [*recipe.convert.quantizations])}
+    folders = {"tutor": inputs["merge"], "base": base}
+    says = {name: expect(folder, facts) for name, folder in folders.items()}
+    if lines := differences(says["base"], says["tutor"]):
+        raise ArtifactError(f"{inputs['merge']} is not like its base {base}:\n  " + "\n  ".join(lines))
+    says["tutor"] = replace(says["tutor"], chat_template=chat_template(add_bos=facts.add_bos))
+    wanted: dict[str, list[str]] = {"tutor": [*recipe.convert.quantizations]}
     if recipe.convert.base:
-        wanted["base"] = (base, [served] if served != F16 else [])
-    _check_room(wanted.values(), out)
+        wanted["base"] = [served] if served != F16 else []
+    _check_room([(folders[name], kinds) for name, kinds in wanted.items()], out)
     files: dict[str, dict[str, Any]] = {}
-    for name, (model, kinds) in wanted.items():
-        template = chat_template(add_bos=facts.add_bos) if name == "tutor" else None
-        files |= convert(name, expect(model, facts, template), model, kinds, out)
+    for name, kinds in wanted.items():
+        files |= convert(name, says[name], folders[name], kinds, out)
     if recipe.convert.base and served != F16:
         # It was there to be quantized: the base is compared as the tutor is served.
         (out / file_name("base", F16)).unlink()
@@ -102,8 +106,8 @@ def convert(name: str, expected: Expected, model: Path, kinds: Sequence[str], ou
     return entries
 
 
-def expect(model: Path, facts: Facts, template: str | None) -> Expected:
-    """What the F16 file of a folder must say. Raises ArtifactError for a folder that is not whole or not 16-bit."""
+def expect(model: Path, facts: Facts) -> Expected:
+    """What a folder's F16 file must say, template aside. Raises ArtifactError where it is not whole or not 16-bit."""
     refuse(model)
     config = read_json(model / "config.json")
     shapes = weight_shapes(model)
@@ -129,7 +133,7 @@ def expect(model: Path, facts: Facts, template: str | None) -> Expected:
             rope_base=_six_digits(rope.get("rope_theta") or 10000.0),
             rope_factors=scaled,
             tensors=len(shapes) + scaled,
-            chat_template=template,
+            chat_template=None,
         )
     except KeyError as missing:
         raise ArtifactError(f"{model} lacks {missing}") from None
@@ -203,11 +207,13 @@ def differences(expected: Expected, found: Expected) -> list[str]:
 
 
 def fallbacks(gguf: Gguf, kind: str) -> int:
-    """How many matrices have another type than the quantization gives: their rows do not divide into its blocks."""
-    if kind == F16:
-        return 0
-    types = [tensor.kind for tensor in gguf.tensors.values() if len(tensor.shape) > 1]
-    usual = [item.endswith("_K") if "_K" in kind else item in (kind, "Q6_K") for item in types]
+    """How many matrices have another type than the quantization gives: their rows do not divide into its blocks.
+
+    As llama-quantize counts them: what it chooses for the embedding and the output is no fallback.
+    """
+    matrices = {name: tensor.kind for name, tensor in gguf.tensors.items() if len(tensor.shape) > 1}
+    types = [found for name, found in matrices.items() if name not in ("token_embd.weight", "output.weight")]
+    usual = [found.endswith("_K") if "_K" in kind else found == kind for found in types]
     return usual.count(False)
 
 

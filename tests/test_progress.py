@@ -1,0 +1,123 @@
+"""What a person sees while stages run: lines in a log, a bar at a terminal, nothing of ours on stdout (faults.md K10)."""
+
+import logging
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TUTOR, environment
+
+from tutor.progress import PLAIN_EVERY, shown
+
+log = logging.getLogger("tutor.stages.example")
+
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def test_lines_carry_their_stage_and_its_time(capsys):
+    with shown():
+        log.info("%s: %s", "train", "train the LoRA adapter", extra={"stage": "train"})
+        log.info("12 rows audited")
+        log.warning("slow")
+        log.info("%s: done", "train", extra={"stage_done": "train"})
+    captured = capsys.readouterr()
+    assert (
+        captured.err
+        == "train: train the LoRA adapter\ntrain: 12 rows audited\ntrain: warning: slow\ntrain: done in 0 s\n"
+    )
+    assert captured.out == ""
+
+
+def test_counted_messages_are_thinned_but_the_last_one_is_told(capsys):
+    with shown():
+        began = time.monotonic()
+        for done in range(1, 1001):
+            log.info("step %d of 1000", done, extra={"done": done, "total": 1000})
+        assert time.monotonic() - began < PLAIN_EVERY
+    assert capsys.readouterr().err == "step 1 of 1000\nstep 1000 of 1000\n"
+
+
+def test_quiet_shows_warnings_only(capsys):
+    with shown(quiet=True):
+        log.info("nothing to see")
+        log.warning("look")
+    assert capsys.readouterr().err == "warning: look\n"
+
+
+def test_the_log_is_as_before_afterwards(capsys, caplog):
+    root = logging.getLogger("tutor")
+    before = (root.level, root.propagate, list(root.handlers))
+    with pytest.raises(ValueError, match="a stage failed"), shown():
+        raise ValueError("a stage failed")
+    assert (root.level, root.propagate, list(root.handlers)) == before
+    with caplog.at_level(logging.WARNING):
+        log.warning("after")
+    assert caplog.messages == ["after"]
+    assert capsys.readouterr().err == ""
+
+
+def at_terminal(*command: str | Path, **env: str) -> tuple[int, str]:
+    """Run a command whose stderr is a terminal; its exit status and what the terminal was sent."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL, env=environment(**env)) as process:
+        os.close(theirs)
+        sent = b""
+        while select.select([ours], [], [], 30)[0]:
+            try:
+                sent += os.read(ours, 65536)
+            except OSError:  # Linux: the other end is closed
+                break
+    os.close(ours)
+    return process.returncode, sent.decode()
+
+
+@pytest.mark.parametrize(
+    ("env", "coloured"),
+    [({"TERM": "xterm-256color"}, True), ({"TERM": "xterm", "NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)],
+    ids=["a terminal", "NO_COLOR", "TERM=dumb"],
+)
+def test_a_terminal_gets_a_bar_with_colours_only_where_it_wants_them(recipe_file, tmp_path, env, coloured):
+    status, sent = at_terminal(TUTOR, "data", "split", "-r", recipe_file, "-b", tmp_path / "build", **env)
+    assert status == 0
+    assert "data" in sent
+    assert bool(COLOUR.search(sent)) == coloured
+    if env["TERM"] == "dumb":
+        assert "\x1b" not in sent
+
+
+SHOW = """
+import logging, sys
+from tutor.progress import shown
+log = logging.getLogger("tutor")
+with shown():
+    log.info("train: [bold]x[/] [/]", extra={"stage": "train"})
+    log.info("step 1 [red]", extra={"done": 1, "total": 2})
+    log.warning("a [b]name[/b] of a file")
+    log.info("train: done", extra={"stage_done": "train"})
+    log.info("behind the stages")
+    log.info("again: and failing", extra={"stage": "again"})
+    sys.exit(3)
+"""
+
+
+def test_a_bar_shows_names_as_they_are_and_survives_a_stage_that_fails():
+    status, sent = at_terminal(sys.executable, "-c", SHOW, TERM="xterm", NO_COLOR="1")
+    assert status == 3
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sent)
+    for text in ("[bold]x[/] [/]", "warning: a [b]name[/b] of a file", "✓ train", "behind the stages", "and failing"):
+        assert text in plain
+    assert sent.rstrip().endswith("\x1b[?25h")  # the cursor is shown again
+
+
+def test_without_a_terminal_there_is_no_control_sequence(tutor, recipe_file, tmp_path):
+    done: Any = tutor("data", "split", "-r", recipe_file, "-b", tmp_path / "build", env={"TERM": "xterm-256color"})
+    assert done.returncode == 0
+    assert done.stderr == "data: check the rows and split them\ndata: done in 0 s\n"
+    assert "\x1b" not in done.stdout
