@@ -1,4 +1,4 @@
-"""What a person sees while stages run: lines in a log, a bar at a terminal, nothing of ours on stdout (faults.md K10)."""
+"""What a person sees while stages run: lines in a log, a bar at a terminal, nothing on stdout (faults.md K10)."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ from tutor.progress import PLAIN_EVERY, shown
 
 log = logging.getLogger("tutor.stages.example")
 
-COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+COLOUR = re.compile(r"\x1b\[[0-9;]*[349][0-8][;m]")
 
 
 def test_lines_carry_their_stage_and_its_time(capsys):

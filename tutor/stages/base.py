@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutor.artifacts import digest, file_sha256
-from tutor.engines.llamacpp import pre_tokenizer
+from tutor.engines.gguf_file import pre_tokenizer, read_gguf
 from tutor.errors import ArtifactError, HostError, RecipeError, ServiceError
 from tutor.modelfolder import WEIGHTS, Facts, load_tokenizer, read_json, refuse, refuse_config
 from tutor.template import adds_bos
@@ -50,7 +50,9 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     if source == "tiny":
         from tutor.stages.tiny import make_tiny
 
-        make_tiny(model, recipe.resolve(recipe.data.train).read_text("utf-8"), recipe.seed)
+        lines = recipe.resolve(recipe.data.train).read_text("utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line.strip()]
+        make_tiny(model, "\n\n".join(f"{row['instruction']}\n{row['response']}" for row in rows), recipe.seed)
     elif found := PACKAGE.fullmatch(source):
         _from_gguf(_package_file(found["module"], found["file"]), model)
     elif found := HUB.fullmatch(source):
@@ -115,6 +117,7 @@ def _from_hub(repo: str, revision: str) -> Path:
 def _from_gguf(gguf: Path, model: Path) -> None:
     """A quantized GGUF as a plain 16-bit folder: weights that were once quantized, said so, and nothing hidden."""
     import torch
+    from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     log.info("reading %s", gguf.name)
@@ -127,7 +130,15 @@ def _from_gguf(gguf: Path, model: Path) -> None:
     plain.load_state_dict(loaded.state_dict())
     plain.to(torch.float16).save_pretrained(model)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    split = read_gguf(gguf).fields.get("tokenizer.ggml.pre")
+    if split == "smollm":
+        # transformers' loader ignores the GGUF's splitting: blanks before a digit would get other ids than served.
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
     tokenizer.save_pretrained(model)
+    if (found := pre_tokenizer(model / "tokenizer.json")) != split:
+        raise ArtifactError(f"{gguf} splits text as {split!r}, its tokenizer was read as {found!r}")
     path = model / "tokenizer_config.json"
     labels = json.loads(path.read_text("utf-8"))
     for name in ("is_local", "local_files_only", "backend"):

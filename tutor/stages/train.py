@@ -18,7 +18,7 @@ import datasets
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig
-from transformers import TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from tutor.engines.hf import choose_precision, load_base, score
@@ -48,6 +48,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     model = load_base(model_folder, settings.quantization, precision)
     arguments = training_arguments(settings, precision, recipe.seed, out / CHECKPOINTS)
     trainer = make_trainer(model, tokenizer, train, lora_config(settings), arguments)
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Metrics(out / "metrics.jsonl"))
     audited = audit_labels(trainer, train, tokenizer)
     trainable, total = count_parameters(trainer.model)
@@ -138,6 +139,7 @@ def training_arguments(settings: "TrainSettings", precision: str, seed: int, che
         dataloader_pin_memory=cuda,
         optim="adamw_torch",
         report_to="none",
+        disable_tqdm=True,
         seed=seed,
         data_seed=seed,
     )
