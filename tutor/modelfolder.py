@@ -1,7 +1,8 @@
 """A Hugging Face model folder: its configuration, its tokenizer, what makes it unfit. Changes nothing in it."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
 
 WEIGHTS = "*.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+WHOLE = ("F16", "BF16", "F32")
+"""safetensors' names of the number types that are no quantization."""
+
+EMBEDDING = "model.embed_tokens.weight"
 CANARIES = (
     "¿Qué es una interfaz en TypeScript? El niño preguntó: «¿y los genéricos?».",
     "function suma(a: number): number {\n  if (a > 0) {\n    return a + 1;\n  }\n\treturn 0;\n}\n",
@@ -49,7 +54,8 @@ def refuse(model: Path) -> None:
     """Raise ArtifactError for a base that cannot be tuned: quantized, pickled, with code, incomplete, not a Llama."""
     config = read_json(model / "config.json")
     refuse_config(config, str(model))
-    if not list(model.glob(WEIGHTS)):
+    files = sorted(model.glob(WEIGHTS))
+    if not files:
         pickles = [path.name for pattern in PICKLES for path in model.glob(pattern)]
         if pickles:
             raise ArtifactError(
@@ -59,15 +65,36 @@ def refuse(model: Path) -> None:
         raise ArtifactError(f"{model} holds no {WEIGHTS}")
     index = model / "model.safetensors.index.json"
     if index.exists():
-        wanted = set(read_json(index)["weight_map"].values())
+        named = read_json(index).get("weight_map")
+        if not isinstance(named, dict):
+            raise ArtifactError(f"{index} is damaged: it has no weight_map", "fetch it again")
+        wanted = set(named.values())
         if missing := sorted(name for name in wanted if not (model / name).is_file()):
             raise ArtifactError(f"{model} lacks {', '.join(missing)}, which its index names", "fetch them again")
+    for path in files:
+        _refuse_weights(path, config.get("vocab_size"))
+
+
+def _refuse_weights(path: Path, vocabulary: int | None) -> None:
+    """Raise ArtifactError for a weight file that is cut short, holds quantized numbers or another vocabulary."""
+    with open_weights(path, "np") as file:
+        for name in file.keys():  # noqa: SIM118 - safe_open is no dict
+            tensor = file.get_slice(name)
+            if tensor.get_dtype() not in WHOLE:
+                raise ArtifactError(
+                    f"{path}: {name} is {tensor.get_dtype()}; the base must be 16-bit", "name the original"
+                )
+            if name == EMBEDDING and (rows := tensor.get_shape()[0]) != vocabulary:
+                raise ArtifactError(
+                    f"{path.parent}: config.json says vocab_size {vocabulary}, the weights have {rows} rows"
+                )
 
 
 def refuse_config(config: Mapping[str, Any], where: str) -> None:
     """The refusals that the configuration alone decides, so that they come before a download."""
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
+    settings = config.get("quantization_config")
+    if settings is not None:
+        method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "unknown"
         raise ArtifactError(f"{where} is already quantized ({method}); the base must be 16-bit", "name the original")
     if "auto_map" in config:
         raise ArtifactError(f"{where} brings code of its own (auto_map), which is never run", "name another base")
@@ -88,10 +115,26 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+@contextlib.contextmanager
+def open_weights(path: Path, framework: str = "pt") -> Iterator[Any]:
+    """A safetensors file to read tensors from; "np" needs no torch. Raises ArtifactError when it is not whole."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(path, framework=framework)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path} is damaged: {error}", "fetch or make it again") from None
+    with file:
+        yield file
+
+
 def load_tokenizer(model: Path) -> "PreTrainedTokenizerBase":
     """The base's tokenizer, after the round-trip canary. Raises ArtifactError showing what came back."""
     from transformers import AutoTokenizer
 
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        if (model / name).exists():  # what is no object would be transformers' bug
+            read_json(model / name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:

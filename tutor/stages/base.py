@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 HUB = re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
 PACKAGE = re.compile(r"package:(?P<module>\w+)/(?P<file>[\w.-]+\.gguf)")
+KNOWN = "known: hub:OWNER/NAME@40-HEX-REVISION, path:FOLDER, package:MODULE/FILE.gguf, tiny"
 FILES = (WEIGHTS, "*.json", "*.jinja", "tokenizer.model", "LICENSE*", "NOTICE*")
 
 
@@ -54,8 +55,8 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
         rows = [json.loads(line) for line in lines if line.strip()]
         make_tiny(model, "\n\n".join(f"{row['instruction']}\n{row['response']}" for row in rows), recipe.seed)
     elif found := PACKAGE.fullmatch(source):
-        _from_gguf(_package_file(found["module"], found["file"]), model)
-    elif found := HUB.fullmatch(source):
+        _from_gguf(_package_file(found["module"], found["file"]), model, found["module"])
+    elif (found := HUB.fullmatch(source)) and _is_repository(found["repo"]):
         model = _from_hub(found["repo"], found["revision"])
     else:
         model = _local_folder(recipe, source)
@@ -68,10 +69,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
 def _local_folder(recipe: "Recipe", source: str) -> Path:
     kind, _, rest = source.partition(":")
     if kind != "path" or not rest:
-        raise RecipeError(
-            f"{recipe.path}: base.source is {source!r}",
-            "known: hub:OWNER/NAME@40-HEX-REVISION, path:FOLDER, package:MODULE/FILE.gguf, tiny",
-        )
+        raise RecipeError(f"{recipe.path}: base.source is {source!r}", KNOWN)
     folder = recipe.resolve(rest)
     if not folder.is_dir():
         raise RecipeError(f"{recipe.path}: base.source names {folder}, which is not a folder")
@@ -89,19 +87,34 @@ def _package_file(module: str, name: str) -> Path:
     return path
 
 
+def _is_repository(name: str) -> bool:
+    """Whether the hub can have a repository of this name, as its client sees it."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def _from_hub(repo: str, revision: str) -> Path:
     """The hub's snapshot folder of exactly this revision, from its cache where it is whole; configuration first."""
     import huggingface_hub as hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # httpx2 from 2.0, httpx before
 
     try:
         config = Path(hub.hf_hub_download(repo, "config.json", revision=revision))
-        refuse_config(json.loads(config.read_text("utf-8")), f"{repo}@{revision}")
+        refuse_config(read_json(config), f"{repo}@{revision}")
         log.info("fetching %s@%s: about 16 GB for 8 billion parameters, once", repo, revision[:12])
         folder = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=list(FILES)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
+    except (httpx.HTTPError, OSError) as error:  # the hub's own are OSErrors, without a number
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if getattr(error, "errno", None) is not None:
+            raise HostError(
+                f"cannot keep {repo}@{revision} on this disk: {reason}", "make room, or set HF_HOME to another folder"
+            ) from error
         raise ServiceError(
             f"cannot fetch {repo}@{revision} from the model hub: {reason}",
             "check the network, or name a local copy: base.source = 'path:FOLDER'",
@@ -114,12 +127,17 @@ def _from_hub(repo: str, revision: str) -> Path:
     return folder
 
 
-def _from_gguf(gguf: Path, model: Path) -> None:
+def _from_gguf(gguf: Path, model: Path, package: str) -> None:
     """A quantized GGUF as a plain 16-bit folder: weights that were once quantized, said so, and nothing hidden."""
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+    try:
+        fields = read_gguf(gguf).fields
+    except ArtifactError as error:
+        raise ArtifactError(error.message, f"install {package} again") from None
+    refuse_config({"model_type": fields.get("general.architecture")}, str(gguf))
     log.info("reading %s", gguf.name)
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     settings = loaded.config.to_dict()
@@ -130,7 +148,7 @@ def _from_gguf(gguf: Path, model: Path) -> None:
     plain.load_state_dict(loaded.state_dict())
     plain.to(torch.float16).save_pretrained(model)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    split = read_gguf(gguf).fields.get("tokenizer.ggml.pre")
+    split = fields.get("tokenizer.ggml.pre")
     if split == "smollm":
         # transformers' loader ignores the GGUF's splitting: blanks before a digit would get other ids than served.
         digits = pre_tokenizers.Digits(individual_digits=True)

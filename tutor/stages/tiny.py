@@ -5,8 +5,10 @@ A byte-level BPE with Llama 3's split pattern, R1's special tokens, the real rep
 Warmed up on a text, so that an adapter has something to adapt and greedy answers are not one token repeated.
 """
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,18 @@ def _model(vocabulary: int, seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """More would wait for each other on a model this small, and add in an order that depends on their number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def _warm_up(model: LlamaForCausalLM, ids: list[int], seed: int) -> LlamaForCausalLM:
     """Next-token training on windows of the text; seconds. Pieces of one text: no row, no question, no EOS."""
     generator = torch.Generator().manual_seed(seed)

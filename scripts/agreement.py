@@ -1,0 +1,54 @@
+"""Greedy answers of transformers (merged, fp32 arithmetic on the FP16 weights) against llama-server on the F16 GGUF.
+
+    .venv/bin/python scripts/agreement.py data/demo.toml [PROMPTS]
+
+Prints, for each held-out prompt, how many tokens agree, and where they part: both tokens, and by how much each engine
+preferred its own (natural-log probability). A small preference on both sides is floating-point noise at a near-tie.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from tutor.engines import hf, llamacpp
+from tutor.engines.answer import greedy
+from tutor.recipe import Recipe, read_recipe
+from tutor.template import conversation, render
+
+
+def main(recipe: Recipe, build: Path, count: int) -> None:
+    """Compare on at most `count` prompts and print."""
+    folder = build / recipe.name
+    prompts = [json.loads(line) for line in (folder / "data" / "prompts.jsonl").read_text("utf-8").split("\n") if line]
+    f16 = folder / "gguf" / "tutor-F16.gguf"
+    engine = hf.load(folder / "merged", None, quantization="none", precision="fp32")
+    tokenizer = engine.tokenizer
+    same = 0
+    with llamacpp.serve(f16, context=recipe.generate.context, threads=2, log=folder / "agreement.log") as server:
+        for prompt in prompts[:count]:
+            messages = conversation(prompt["instruction"], recipe.system)
+            texts = [each.answer(messages, greedy(recipe.generate, recipe.seed)).text for each in (engine, server)]
+            ours, theirs = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+            agreed = next(
+                (place for place, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
+                min(len(ours), len(theirs)),
+            )
+            if ours == theirs:
+                same += 1
+                print(f"{len(ours):4} tokens, all equal   {prompt['instruction'][:60]}")
+                continue
+            prefix = [*tokenizer(render(messages))["input_ids"], *ours[:agreed]]
+            eos = tokenizer.eos_token_id
+            pair = [(ids[agreed] if agreed < len(ids) else eos) for ids in (ours, theirs)]
+            by_hf = [row[0] for row in hf.score(engine.model, [(prefix, [token]) for token in pair])]
+            by_cpp = [row.logprobs[0] for row in llamacpp.score(f16, [(prefix, [token]) for token in pair], threads=2)]
+            print(
+                f"{agreed:4} tokens, then {tokenizer.decode(pair[0])!r} (transformers prefers it by "
+                f"{by_hf[0] - by_hf[1]:.4f}) or {tokenizer.decode(pair[1])!r} (llama.cpp prefers it by "
+                f"{by_cpp[1] - by_cpp[0]:.4f})   {prompt['instruction'][:60]}"
+            )
+    print(f"{same} of {len(prompts[:count])} answers equal token for token")
+
+
+if __name__ == "__main__":
+    main(read_recipe(Path(sys.argv[1])), Path("build"), int(sys.argv[2]) if len(sys.argv) > 2 else 1000)

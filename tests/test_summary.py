@@ -1,0 +1,94 @@
+"""What a run says about itself when it is through, whatever part of it is there."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tutor import summary
+from tutor.artifacts import writing
+from tutor.recipe import Recipe, read_recipe
+
+VERDICTS = ("spanish", "stopped", "code_block", "no_loop")
+MODEL = {"all": {"n": 5, **{name: {"share": 0.8} for name in VERDICTS}}, "tokens_per_second": 95.2}
+TRAIN = {
+    "rows": 19,
+    "samples_per_second": 1.5,
+    "quantization": "nf4",
+    "precision": "bf16",
+    "held_out": {
+        "rows": 5,
+        "loss_before": 3.5,
+        "loss_after": 1.25,
+        "perplexity_before": 33.1,
+        "perplexity_after": 3.49,
+    },
+}
+FILES = {"tutor-F16.gguf": {"size": 271_000_000}, "tutor-Q4_K_M.gguf": {"size": 105_000_000}}
+
+
+def made(folder: Path, stage: str, results: dict[str, Any], **files: Any) -> None:
+    with writing(folder, stage, {}) as (out, found):
+        found.update(results)
+        for name, value in files.items():
+            (out / f"{name}.json").write_text(json.dumps(value))
+
+
+@pytest.fixture
+def recipe(recipe_file: Path) -> Recipe:
+    return read_recipe(recipe_file)
+
+
+def test_nothing_made_is_nothing_said(recipe, tmp_path):
+    found = summary.collect(recipe, tmp_path / "build")
+    assert found == {"recipe": str(recipe.path), "stages": {}, "examples": []}
+    assert summary.lines(found, str(recipe.path)) == []
+
+
+def test_each_stage_that_is_there_has_its_lines(recipe, tmp_path):
+    folder = tmp_path / "build" / "small"
+    made(folder / "adapter", "train", TRAIN)
+    text = "\n".join(summary.lines(summary.collect(recipe, tmp_path / "build"), "r.toml"))
+    assert "Trained on 19 rows in 0 s (1.50 samples/s, nf4, bf16); 5 rows held out" in text
+    assert ["held-out", "loss", "3.500", "1.250"] in [line.split() for line in text.splitlines()]
+    assert "make chat" not in text
+    made(folder / "gguf", "convert", {"files": FILES})
+    text = "\n".join(summary.lines(summary.collect(recipe, tmp_path / "build"), "r.toml"))
+    assert text.index("tutor-F16.gguf") < text.index("tutor-Q4_K_M.gguf")
+    assert "105.0 MB\n" in text
+    assert "tutor ask -r r.toml" in text
+
+
+def test_answers_stand_side_by_side_from_different_places_and_a_cut_one_says_so(recipe, tmp_path):
+    folder = tmp_path / "build" / "small"
+    answers = [
+        {
+            "instruction": f"¿Pregunta {number}?",
+            "answers": {
+                "base": {"text": " Hello\n\nmore", "finish": "length", "tokens": 24},
+                "tutor": {"text": f" Respuesta {number}.\n\n```ts\n```", "finish": "stop", "tokens": 9},
+            },
+        }
+        for number in range(9)
+    ]
+    models = {"base-F16": {**MODEL, "tokens_per_second": None}, "tutor-F16": MODEL}
+    made(folder / "gguf", "convert", {"files": FILES})
+    scored = {"tutor-F16": {"perplexity": 4.5}}
+    made(folder / "eval", "evaluate", {"models": models, "perplexity": scored}, answers=answers)
+    lines = summary.lines(summary.collect(recipe, tmp_path / "build"), "r.toml")
+    assert [line for line in lines if line.startswith("»")] == ["» ¿Pregunta 0?", "» ¿Pregunta 3?", "» ¿Pregunta 6?"]
+    assert "  base: Hello […cut at 24 tokens]" in lines
+    assert "  tutor: Respuesta 3." in lines
+    split = [line.split() for line in lines]
+    assert ["5", "held-out", "prompts", "base-F16", "tutor-F16"] in split
+    assert ["in", "Spanish", "80", "%", "80", "%"] in split
+    assert ["tokens", "per", "second", "0", "95"] in split
+    assert ["tutor-F16.gguf", "271.0", "MB", "4.50"] in split
+
+
+def test_an_answer_that_failed_is_shown_as_such(recipe, tmp_path):
+    failed = {"instruction": "¿?", "answers": {"tutor": {"error": "timed out"}}}
+    made(tmp_path / "build" / "small" / "eval", "evaluate", {"models": {"tutor": MODEL}}, answers=[failed])
+    lines = summary.lines(summary.collect(recipe, tmp_path / "build"), "r.toml")
+    assert "  tutor: (timed out) […cut at 0 tokens]" in lines

@@ -1,0 +1,188 @@
+"""The whole chain on the tiny Llama, as a user runs it: once, twice, killed at every stage, asked.
+
+Run alone with: .venv/bin/pytest tests/test_whole_run.py
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, TUTOR, environment
+
+from tutor import artifacts, pipeline
+from tutor.engines import llamacpp_build
+
+pytestmark = [
+    pytest.mark.pipeline,
+    pytest.mark.llamacpp,
+    pytest.mark.skipif(
+        not llamacpp_build.is_built(llamacpp_build.build_folder()), reason="the pinned llama.cpp is not built"
+    ),
+]
+
+RECIPE = ROOT / "tests" / "tiny.toml"
+MADE = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "merged/model.safetensors")
+
+
+def tutor(*arguments: str | Path, build: Path) -> "subprocess.CompletedProcess[str]":
+    command = [TUTOR, *arguments, "--recipe", RECIPE, "--build", build]
+    return subprocess.run(command, env=environment(), capture_output=True, encoding="utf-8", timeout=280, check=False)
+
+
+def result(*arguments: str | Path, build: Path) -> Any:
+    done = tutor(*arguments, "--json", build=build)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build folder in which every stage has run."""
+    build = tmp_path_factory.mktemp("whole")
+    assert result("run", build=build)["ran"] == list(pipeline.BY_NAME)
+    return build
+
+
+def test_every_stage_leaves_a_whole_folder(built: Path) -> None:
+    for state in result("status", "--verify", build=built):
+        assert state["condition"] == "up to date", state
+    left = [path.name for path in (built / "tiny").iterdir() if path.name.endswith((".partial", ".old"))]
+    assert left == []
+
+
+def test_a_second_run_does_nothing_and_says_so(built: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (built / "tiny").rglob(artifacts.MANIFEST)}
+    done = tutor("run", build=built)
+    assert "Nothing to do" in done.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in (built / "tiny").rglob(artifacts.MANIFEST)}
+
+
+def test_a_run_that_is_up_to_date_imports_no_torch(built: Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; from tutor.recipe import read_recipe; from tutor import pipeline; "
+        f"from pathlib import Path; print(pipeline.run_all(read_recipe(Path({str(RECIPE)!r})), Path({str(built)!r})))"
+    )
+    python = TUTOR.with_name("python")
+    done = subprocess.run([python, "-c", code], env=environment(), capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_training_lowers_the_held_out_loss_and_every_gguf_keeps_it(built: Path) -> None:
+    summary = result("summary", build=built)["stages"]
+    held = summary["train"]["held_out"]
+    assert held["loss_after"] < held["loss_before"] - 0.05
+    scored = {name: entry["loss"] for name, entry in summary["evaluate"]["perplexity"].items()}
+    assert set(scored) == {"base-Q8_0", "tutor-F16", "tutor-Q8_0", "tutor-Q4_K_M"}
+    assert all(math.isclose(scored[name], scored["tutor-F16"], rel_tol=0.03) for name in scored if "tutor" in name)
+    assert scored["tutor-F16"] < scored["base-Q8_0"] - 0.05
+
+
+def test_two_runs_from_scratch_are_byte_identical(built: Path, tmp_path: Path) -> None:
+    result("run", "--until", "convert", build=tmp_path)
+    files = [*MADE, *(f"gguf/{path.name}" for path in (built / "tiny" / "gguf").glob("*.gguf"))]
+    assert len(files) == len(MADE) + 4
+    for name in files:
+        assert (tmp_path / "tiny" / name).read_bytes() == (built / "tiny" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("stage", list(pipeline.BY_NAME))
+@pytest.mark.parametrize("after", [0.0, 1.5], ids=["at once", "in the middle"])
+def test_kill_9_leaves_nothing_half_and_the_same_command_completes(
+    built: Path, tmp_path: Path, stage: str, after: float
+) -> None:
+    shutil.copytree(built / "tiny", tmp_path / "tiny")
+    tutor("clean", stage, build=tmp_path)
+    folder = tmp_path / "tiny" / pipeline.BY_NAME[stage].folder
+    partial = folder.with_name(folder.name + artifacts.PARTIAL)
+    command = [TUTOR, "run", "--until", stage, "--recipe", RECIPE, "--build", tmp_path]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not partial.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    time.sleep(after)
+    process.kill()
+    process.wait()
+    manifest = artifacts.read_manifest(folder)
+    assert manifest is None or artifacts.check(folder, content=True) == []
+    assert manifest is not None or not folder.exists()
+    again = result("run", "--until", stage, build=tmp_path)
+    assert again["ran"] == ([stage] if manifest is None else [])
+    assert artifacts.check(folder, content=True) == []
+    assert not partial.exists()
+
+
+def test_sigterm_during_training_exits_143_and_leaves_nothing(built: Path, tmp_path: Path) -> None:
+    shutil.copytree(built / "tiny", tmp_path / "tiny")
+    tutor("clean", "train", build=tmp_path)
+    command = [TUTOR, "train", "--recipe", RECIPE, "--build", tmp_path]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    partial = tmp_path / "tiny" / "adapter.partial"
+    while not (partial / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    assert not partial.exists()
+    assert not (tmp_path / "tiny" / "adapter").exists()
+
+
+def test_ask_answers_on_stdout_alone(built: Path) -> None:
+    done = tutor("ask", "¿Qué es una interfaz?", build=built)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert done.stdout == done.stdout.lstrip()
+    as_json = result("ask", "¿Qué es una interfaz?", "--model", "base", build=built)
+    assert as_json["finish"] in ("stop", "length")
+    assert as_json["tokens"] <= 24
+
+
+def test_the_adapter_answers_in_transformers(built: Path) -> None:
+    answer = result("ask", "¿Qué es una interfaz?", "--model", "adapter", build=built)
+    assert answer["text"]
+
+
+def test_an_unknown_quantization_names_those_that_are_there(built: Path) -> None:
+    done = tutor("ask", "hola", "--quantization", "Q5_K_M", build=built)
+    assert done.returncode == 2
+    assert "Q4_K_M" in done.stderr
+    assert "Q8_0" in done.stderr
+
+
+def test_chat_remembers_and_leaves(built: Path) -> None:
+    command = [TUTOR, "chat", "--recipe", RECIPE, "--build", built]
+    done = subprocess.run(
+        command, input="hola\n¿y después?\n/salir\n", env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") >= 2
+
+
+def test_no_server_outlives_its_command(built: Path) -> None:
+    gguf = str(built / "tiny" / "gguf")
+    running = []
+    for entry in Path("/proc").iterdir():
+        try:
+            words = (entry / "cmdline").read_bytes() if entry.name.isdigit() and int(entry.name) != os.getpid() else b""
+        except OSError:
+            continue
+        if b"llama-server" in words and gguf.encode() in words:
+            running.append(words)
+    assert running == []
+
+
+def test_a_damaged_gguf_is_seen_and_made_again(built: Path, tmp_path: Path) -> None:
+    shutil.copytree(built / "tiny", tmp_path / "tiny")
+    gguf = tmp_path / "tiny" / "gguf" / "tutor-Q8_0.gguf"
+    gguf.write_bytes(gguf.read_bytes()[:-16])
+    done = tutor("status", build=tmp_path)
+    assert done.returncode == 5
+    assert str(gguf) in done.stderr
+    # The same bytes come out again, so what was made of them is still right.
+    assert result("run", build=tmp_path)["ran"] == ["convert"]
+    assert artifacts.check(gguf.parent, content=True) == []

@@ -1,0 +1,248 @@
+"""Ollama's HTTP API: one server, its models, and every way in which it says no.
+
+In: a host. Out: what the server has and does, or a ServiceError that says why not. The `ollama` package where it has
+the call; httpx, which it brings, where it lacks a field: HEAD of a blob, `truncate`, `_debug_render_only`, `system`.
+Does not decide what is published (stages/publish.py), does not hold a conversation (ollama.py).
+"""
+
+import contextlib
+import logging
+import os
+import ssl
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+
+import httpx
+
+from tutor.engines.ollama_wire import (
+    MissingError,
+    UnreachableError,
+    json_object,
+    lines_of,
+    normalised,
+    refusal,
+    stranger,
+)
+from tutor.errors import ArtifactError, RecipeError, ServiceError
+from tutor.template import Message
+
+if TYPE_CHECKING:
+    import ollama
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+CONNECT_SECONDS = 5.0
+SILENT_SECONDS = 900.0
+"""Without a byte: a model is loaded, other requests come first, or a long prompt is read by a slow processor."""
+PAUSES = (0.5, 1.0, 2.0, 4.0)
+"""Seconds before a busy server (503 when its queue is full, 429) is asked again."""
+BUSY = (429, 503)
+PIECE = 1 << 20
+LOG = "its log says why"
+START = "start it (make up, or: ollama serve), or name another with --host or OLLAMA_HOST"
+
+
+@dataclass(frozen=True)
+class Tag:
+    """A model's name on the server; two tags of one digest are one model."""
+
+    name: str
+    digest: str
+    modified: str  # UTC, ISO 8601
+    size: int  # bytes
+
+
+@contextlib.contextmanager
+def connect(host: str | None = None, *, silent: float = SILENT_SECONDS) -> Iterator["Ollama"]:
+    """The server at a host, not yet asked anything; `silent` is seconds without a byte until it is given up."""
+    address = normalised(host)
+    try:
+        import ollama  # makes a client of OLLAMA_HOST while it is imported
+    except ValueError as error:
+        raise RecipeError(f"OLLAMA_HOST is {os.environ.get('OLLAMA_HOST')!r}: {error}", "unset it") from None
+    timeout = httpx.Timeout(silent, connect=CONNECT_SECONDS, pool=CONNECT_SECONDS)
+    # Proxies of the environment are for other addresses; certificates are the system's.
+    settings: dict[str, Any] = {"timeout": timeout, "trust_env": False, "verify": ssl.create_default_context()}
+    with ollama.Client(address, **settings) as client, httpx.Client(base_url=address, **settings) as http:
+        yield Ollama(address, client, http)
+
+
+class Ollama:
+    """A server. Every method raises ServiceError: UnreachableError without one, MissingError for what it lacks."""
+
+    def __init__(self, host: str, client: "ollama.Client", http: httpx.Client) -> None:
+        self.host = host
+        self._client = client
+        self._http = http
+
+    def version(self, seconds: float = CONNECT_SECONDS) -> str:
+        """The server's version, waited for so many seconds; "0.0.0" for one built from source."""
+        try:
+            version = self._ask("GET", "/api/version", timeout=httpx.Timeout(seconds)).get("version")
+        except MissingError:
+            version = None
+        if not isinstance(version, str):
+            raise stranger(self.host, "it gives no version")
+        return version
+
+    def wait_ready(self, seconds: float) -> str:
+        """The version of a server that may still be starting. Raises UnreachableError after so many seconds."""
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                return self.version(max(0.2, min(CONNECT_SECONDS, end - time.monotonic())))
+            except UnreachableError:
+                if time.monotonic() + 0.5 > end:
+                    raise
+            logger.info("waiting for Ollama at %s", self.host)
+            time.sleep(0.5)
+
+    def has_blob(self, digest: str) -> bool:
+        """Whether the server has a file of this digest ("sha256:...")."""
+        try:
+            self._through(lambda: self._send("HEAD", f"/api/blobs/{digest}"))
+        except MissingError:
+            return False
+        return True
+
+    def upload_blob(self, path: Path, digest: str) -> bool:
+        """Send a file unless the server has it; whether it was sent. Raises ArtifactError when it changes meanwhile."""
+        if self.has_blob(digest):
+            return False
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            options: dict[str, Any] = {
+                "headers": {"Content-Length": str(size)},
+                "timeout": httpx.Timeout(None, connect=5),
+            }
+            try:
+                self._through(
+                    lambda: self._send("POST", f"/api/blobs/{digest}", content=_pieces(file, size), **options)
+                )
+            except httpx.LocalProtocolError:  # fewer or more bytes than were announced
+                raise ArtifactError(f"{path} changed while it was sent", "publish again") from None
+        return True
+
+    def create(self, model: str, body: Mapping[str, Any]) -> None:
+        """Make a model of blobs that the server has; `body` is the request's, without its name."""
+        events = self._through(lambda: self._client.create(model=model, stream=True, **body))
+        last = None
+        while (event := self._through(lambda: next(events, None))) is not None:
+            if event.status != last:
+                logger.info("%s: %s", model, event.status)
+            last = event.status
+        if last != "success":
+            raise ServiceError(f"creating {model} ended without success, after {last!r}", "publish again")
+
+    def show(self, model: str) -> dict[str, Any] | None:
+        """What the server says of a model; None when it has none of that name."""
+        try:
+            return self._ask("POST", "/api/show", {"model": model})
+        except MissingError:
+            return None
+
+    def tags(self) -> list[Tag]:
+        """Every model's name, the newest first."""
+        models = self._through(self._client.list).models
+        tags = [
+            Tag(item.model or "", item.digest or "", _utc(item.modified_at), int(item.size or 0)) for item in models
+        ]
+        return sorted(tags, key=lambda tag: tag.modified, reverse=True)
+
+    def loaded(self) -> list[str]:
+        """The names of the models in memory."""
+        return [item.model or "" for item in self._through(self._client.ps).models]
+
+    def copy(self, source: str, destination: str) -> None:
+        """Give a model a second name, which may be another's until now."""
+        self._through(lambda: self._client.copy(source, destination))
+
+    def delete(self, model: str) -> None:
+        """Take a model's name away; its files go with its last name."""
+        self._through(lambda: self._client.delete(model))
+
+    def unload(self, model: str) -> None:
+        """Free a model's memory, after the answer that it may be giving."""
+        self._through(lambda: self._client.generate(model=model, keep_alive=0))
+
+    def rendered(self, model: str, question: str | Sequence[Message]) -> str | None:
+        """The prompt that the server makes of a text (/api/generate) or of messages (/api/chat), not answered.
+
+        None where the server does not know the field, which is undocumented.
+        """
+        path, field = ("/api/generate", "prompt") if isinstance(question, str) else ("/api/chat", "messages")
+        body = {"model": model, field: question, "stream": False, "truncate": False, "options": {"num_predict": 1}}
+        answer = self._ask("POST", path, {**body, "_debug_render_only": True})
+        info = answer.get("_debug_info")
+        return str(info["rendered_template"]) if isinstance(info, dict) and "rendered_template" in info else None
+
+    def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """The events of a request. Closing the iterator closes the connection, which ends the generation too."""
+        response = self._through(lambda: self._send("POST", path, stream=True, json=body))
+        with contextlib.closing(response):
+            lines = lines_of(response.iter_bytes())
+            while (line := self._through(lambda: next(lines, None))) is not None:
+                yield self._through(partial(json_object, line))
+
+    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+        return self._through(lambda: json_object(self._send(method, path, json=body, **options).content))
+
+    def _send(self, method: str, path: str, *, stream: bool = False, **options: Any) -> httpx.Response:
+        """An answer that is no refusal; of a stream only its head has come."""
+        from ollama import ResponseError
+
+        response = self._http.send(self._http.build_request(method, path, **options), stream=stream)
+        if not response.is_success:
+            response.read()
+            raise ResponseError(response.text, response.status_code)
+        return response
+
+    def _through(self, call: Callable[[], Result]) -> Result:
+        """What a call gives, tried again while the server is busy; the one place where its errors become ours."""
+        from ollama import ResponseError
+
+        for pause in (*PAUSES, None):
+            try:
+                return call()
+            except ResponseError as error:
+                if error.status_code not in BUSY or pause is None:
+                    raise refusal(self.host, error.error, error.status_code) from error
+                logger.info("Ollama is busy (%d): asked again in %.1f s", error.status_code, pause)
+                time.sleep(pause)
+            except (ConnectionError, httpx.ConnectError, httpx.ConnectTimeout) as error:
+                raise UnreachableError(f"no Ollama at {self.host}", START) from error
+            except httpx.TimeoutException as error:
+                raise ServiceError(f"Ollama at {self.host} is silent", LOG) from error
+            except httpx.LocalProtocolError:
+                raise
+            except httpx.RequestError as error:
+                raise ServiceError(f"the connection to Ollama at {self.host} broke: {error}", LOG) from error
+            except ValueError as error:
+                raise stranger(self.host, f"it answers in another form ({str(error)[:120]})") from error
+            except (TypeError, AttributeError) as error:
+                # The package fails on an error that is itself JSON, but no object.
+                raise ServiceError(
+                    f"Ollama at {self.host} sent an error that its own client cannot read", LOG
+                ) from error
+        raise AssertionError("the last try returns or raises")
+
+
+def _utc(moment: datetime | None) -> str:
+    return moment.astimezone(UTC).isoformat() if moment else ""
+
+
+def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
+    """A file from its beginning, with its progress in MB."""
+    file.seek(0)
+    name, done = Path(file.name).name, 0
+    while piece := file.read(PIECE):
+        yield piece
+        done += len(piece)
+        counts = {"done": done // 1_000_000, "total": size // 1_000_000}
+        logger.info("sending %s: %d of %d MB", name, counts["done"], counts["total"], extra=counts)
