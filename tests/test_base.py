@@ -4,15 +4,17 @@ import hashlib
 import importlib.util
 import json
 import re
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from subprocess import CompletedProcess
+from subprocess import PIPE, CompletedProcess, Popen
 from typing import Any
 
 import pytest
+from conftest import TUTOR, environment
 from tiny_models import copied, edit, in_two_shards, one_thread, recipe, spanish, tensors, tiny
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 
@@ -48,13 +50,17 @@ def model(tiny: Path, tmp_path: Path) -> Path:
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{"quant_method": "gptq"}, {}, None])
-def test_a_base_that_is_already_quantized_is_refused(model: Path, settings: Any) -> None:
+@pytest.mark.parametrize(
+    ("settings", "kind"), [({"quant_method": "gptq"}, "gptq"), ({}, "unknown"), (["awq"], "unknown")]
+)
+def test_a_base_that_is_already_quantized_is_refused(model: Path, settings: Any, kind: str) -> None:
     edit(model / "config.json", quantization_config=settings)
-    if settings is None:
-        refuse(model)  # null is how some tools write: not quantized
-    else:
-        assert f"already quantized ({settings.get('quant_method', 'unknown')}); the base must be 16-bit" in refused(model)
+    assert f"is already quantized ({kind}); the base must be 16-bit" in refused(model)
+
+
+def test_a_base_that_says_it_is_not_quantized_is_not(model: Path) -> None:
+    edit(model / "config.json", quantization_config=None)
+    refuse(model)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt"])
@@ -175,8 +181,7 @@ def test_a_tokenizer_that_drops_blanks_is_refused_showing_what_came_back(model: 
 def test_an_unknown_source_is_a_recipe_error_that_lists_the_known_ones(source: str, tmp_path: Path) -> None:
     wanted = recipe(tmp_path / "r.toml", base={"source": source})
     with pytest.raises(RecipeError) as caught:
-        base.input_files(wanted)
-        base.run(wanted, {}, tmp_path)
+        base.run(wanted, base.input_files(wanted), tmp_path)
     assert caught.value.code == 2
     assert repr(source) in caught.value.message
     assert "hub:OWNER/NAME@40-HEX-REVISION, path:FOLDER, package:MODULE/FILE.gguf, tiny" in str(caught.value.hint)
@@ -233,61 +238,16 @@ def test_a_folder_is_taken_where_it_lies_and_not_copied(model: Path, tmp_path: P
 # --- the hub ---------------------------------------------------------------------------------------------------------
 
 
-class Hub:
+class Hub(ThreadingHTTPServer):
     """A model hub of one repository with one revision, at a socket, as huggingface_hub 2 asks one."""
 
     def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Answers)
         self.files = {path.name: path.read_bytes() for path in folder.iterdir()}
         self.asked: list[str] = []
         self.cut: set[str] = set()  # files whose next answer ends half-way
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_HEAD(self) -> None:
-                self.do_GET()
-
-            def do_GET(self) -> None:
-                path = self.path.partition("?")[0]
-                hub.asked.append(f"{self.command} {path}")
-                if path == f"/api/models/{REPO}/tree/{REVISION}":
-                    self.reply(json.dumps([hub.entry(name) for name in hub.files]).encode(), {})
-                elif path.startswith(f"/{REPO}/resolve/{REVISION}/"):
-                    self.reply_file(path.rpartition("/")[2])
-                else:
-                    self.reply(b"", {"X-Error-Code": "RevisionNotFound"}, 404)
-
-            def reply_file(self, name: str) -> None:
-                if name not in hub.files:
-                    self.reply(b"", {"X-Error-Code": "EntryNotFound"}, 404)
-                    return
-                entry, content = hub.entry(name), hub.files[name]
-                found = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-                start = int(found[1]) if found else 0
-                headers = {"X-Repo-Commit": REVISION, "ETag": f'"{entry["oid"]}"', "Accept-Ranges": "bytes"}
-                if "lfs" in entry:
-                    headers |= {"X-Linked-Etag": f'"{entry["lfs"]["oid"]}"', "X-Linked-Size": str(len(content))}
-                if found:
-                    headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-                self.reply(content[start:], headers, 206 if found else 200, cut=name in hub.cut)
-                hub.cut.discard(name)
-
-            def reply(self, body: bytes, headers: dict[str, str], code: int = 200, *, cut: bool = False) -> None:
-                self.send_response(code)
-                for name, value in {"Content-Length": str(len(body)), **headers}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(body[: len(body) // 2] if cut else body)
-                    self.close_connection = cut
-
-            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - its name upstream
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        self.address = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def entry(self, name: str) -> dict[str, Any]:
         """What the hub's listing says of a file: git's hash, and sha256 where it is a large one."""
@@ -300,8 +260,55 @@ class Hub:
 
     def close(self) -> None:
         """Nobody listens there any more."""
-        self.server.shutdown()
-        self.server.server_close()
+        self.shutdown()
+        self.server_close()
+
+
+class Answers(BaseHTTPRequestHandler):
+    """The hub's side of one connection."""
+
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        self.server.asked.append(f"{self.command} {path}")
+        if path == f"/api/models/{REPO}/tree/{REVISION}":
+            self.reply(json.dumps([self.server.entry(name) for name in self.server.files]).encode(), {})
+        elif not path.startswith(f"/{REPO}/resolve/{REVISION}/"):
+            self.reply(b"", {"X-Error-Code": "RevisionNotFound"}, 404)
+        elif path.rpartition("/")[2] not in self.server.files:
+            self.reply(b"", {"X-Error-Code": "EntryNotFound"}, 404)
+        else:
+            self.reply_file(path.rpartition("/")[2])
+
+    def reply_file(self, name: str) -> None:
+        entry, content = self.server.entry(name), self.server.files[name]
+        headers = {"X-Repo-Commit": REVISION, "ETag": f'"{entry["oid"]}"', "Accept-Ranges": "bytes"}
+        if "lfs" in entry:
+            headers |= {"X-Linked-Etag": f'"{entry["lfs"]["oid"]}"', "X-Linked-Size": str(len(content))}
+        found = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start = int(found[1]) if found else 0
+        if found:
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        self.reply(content[start:], headers, 206 if found else 200, cut=name in self.server.cut)
+        if self.command == "GET":
+            self.server.cut.discard(name)
+
+    def reply(self, body: bytes, headers: dict[str, str], code: int = 200, *, cut: bool = False) -> None:
+        self.send_response(code)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[: len(body) // 2] if cut else body)
+            self.close_connection = cut
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - its name upstream
+        pass
 
 
 @pytest.fixture
@@ -312,17 +319,41 @@ def hub(model: Path) -> Iterator[Hub]:
     made.close()
 
 
+def hub_recipe(folder: Path, revision: str = REVISION) -> Path:
+    path = folder / "hubbed.toml"
+    path.write_text(f'[base]\nsource = "hub:{REPO}@{revision}"\n', "utf-8")
+    return path
+
+
+def hub_settings(address: str, folder: Path) -> dict[str, str]:
+    """The environment in which huggingface_hub asks that address, with a cache in `folder`."""
+    cache = {"HF_ENDPOINT": address, "HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "0"}
+    return {"NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1", **cache}
+
+
 @pytest.fixture
 def fetch(tutor: Cli, tmp_path: Path) -> Cli:
     """`tutor base` on a hub's repository, its cache in `tmp_path`."""
 
     def run(address: str, revision: str = REVISION, **env: str) -> "CompletedProcess[str]":
-        path = tmp_path / "hubbed.toml"
-        path.write_text(f'[base]\nsource = "hub:{REPO}@{revision}"\n', "utf-8")
-        settings = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "NO_PROXY": "127.0.0.1", **env}
-        return tutor("base", "-r", path, "-b", tmp_path / "build", env={"OMP_NUM_THREADS": "1", **settings})
+        settings = {**hub_settings(address, tmp_path), **env}
+        return tutor("base", "-r", hub_recipe(tmp_path, revision), "-b", tmp_path / "build", env=settings)
 
     return run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nobody_listens(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Popen[str]"]:
+    """`tutor base` against a closed port, started at once: huggingface_hub tries it for half a minute."""
+    folder = tmp_path_factory.mktemp("nobody")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    command = [TUTOR, "base", "-r", hub_recipe(folder), "-b", folder / "build"]
+    env = environment(**hub_settings(address, folder))
+    with Popen(command, env=env, stdout=PIPE, stderr=PIPE, encoding="utf-8") as process:
+        yield process
+        process.kill()
 
 
 def cached_weights(tmp_path: Path) -> Path:
@@ -330,7 +361,7 @@ def cached_weights(tmp_path: Path) -> Path:
 
 
 @pytest.mark.pipeline
-def test_a_hub_repository_is_fetched_whole_and_then_serves_without_network(hub: Hub, fetch: Cli, tmp_path: Path) -> None:
+def test_a_repository_is_fetched_whole_and_then_serves_without_network(hub: Hub, fetch: Cli, tmp_path: Path) -> None:
     hub.cut.add("model.safetensors")
     first = fetch(hub.address)
     assert first.returncode == 0, first.stderr
@@ -339,6 +370,7 @@ def test_a_hub_repository_is_fetched_whole_and_then_serves_without_network(hub: 
     assert folder == (tmp_path / "cache" / "hub" / f"models--{REPO.replace('/', '--')}" / "snapshots" / REVISION)
     assert (folder / "model.safetensors").read_bytes() == hub.files["model.safetensors"]
     assert not any("pytorch_model.bin" in line for line in hub.asked)
+    assert hub.asked.count(f"GET /{REPO}/resolve/{REVISION}/model.safetensors") == 2  # it went on where it was cut
     hub.close()
     (tmp_path / "build" / "hubbed" / "base" / "base.json").unlink()
     again = fetch(hub.address, HF_HUB_OFFLINE="1")
@@ -376,8 +408,6 @@ def test_a_hub_that_cannot_give_it_is_a_service_error(hub: Hub, fetch: Cli) -> N
     assert hub.asked
     del hub.files["config.json"]
     assert unreachable(fetch(hub.address))
-    hub.close()
-    assert unreachable(fetch(hub.address))  # connection refused
 
 
 def test_a_cache_that_cannot_be_written_is_the_hosts_fault(hub: Hub, fetch: Cli, tmp_path: Path) -> None:
@@ -443,6 +473,12 @@ def test_the_facts_of_the_tiny_model_are_what_it_is(tiny: Path) -> None:
 
 
 # --- the model inside a package --------------------------------------------------------------------------------------
+
+
+@pytest.mark.pipeline
+def test_a_hub_that_nobody_answers_for_is_a_service_error(nobody_listens: "Popen[str]") -> None:
+    out, err = nobody_listens.communicate(timeout=120)
+    assert unreachable(CompletedProcess([], nobody_listens.returncode, out, err))
 
 
 @pytest.mark.pipeline

@@ -127,7 +127,6 @@ def test_a_question_looks_as_the_specification_says():
     assert render(several) == "Instrucción: a\nRespuesta: b\n\nInstrucción: c\nRespuesta:"
 
 
-@settings(max_examples=200)
 @given(conversations)
 @example(talk("", ["{{ .System }}", "{{ end }}", "x"]))
 @example(talk("\n", ["\n", "\n", "\n"]))

@@ -108,7 +108,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged: {error}") from None
     if not isinstance(value, dict):
         raise ArtifactError(f"{path} is not a JSON object")
@@ -137,7 +137,7 @@ def load_tokenizer(model: Path) -> "PreTrainedTokenizerBase":
             read_json(model / name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise ArtifactError(f"cannot load the tokenizer of {model}: {str(error).partition(chr(10))[0]}") from error
     for text in CANARIES:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, StoppingCriteriaList
 
 from tutor.engines.answer import Answer, Finish, Generation
@@ -206,7 +207,7 @@ def load_base(folder: Path, quantization: str, precision: str) -> Any:
             bnb_4bit_compute_dtype=dtype,
         )
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             quantization_config=config,
@@ -214,13 +215,19 @@ def load_base(folder: Path, quantization: str, precision: str) -> Any:
             attn_implementation="sdpa",
             local_files_only=True,
             trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ArtifactError(f"cannot load {folder}: {_first_line(error)}") from error
     except torch.OutOfMemoryError as error:
         raise HostError(
             f"the GPU has no room for {folder}", "end what else uses it, or set quantization nf4"
         ) from error
+    # transformers fills these with random numbers, with no more than a warning.
+    if bad := sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}):
+        raise ArtifactError(f"{folder} lacks {len(bad)} tensors, or has them in another shape: {bad[0]}")
+    return model
 
 
 def _with_adapter(model: Any, adapter: Path) -> Any:

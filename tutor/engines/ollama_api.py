@@ -1,7 +1,7 @@
 """Ollama's HTTP API: one server, its models, and every way in which it says no.
 
 In: a host. Out: what the server has and does, or a ServiceError that says why not. The `ollama` package where it has
-the call; httpx, which it brings, where it lacks a field: HEAD of a blob, `truncate`, `_debug_render_only`, `system`.
+the call; httpx, which it brings, where it lacks a field: HEAD of a blob, `parser`, `truncate`, `_debug_render_only`, `system`.
 Does not decide what is published (stages/publish.py), does not hold a conversation (ollama.py).
 """
 
@@ -10,7 +10,7 @@ import logging
 import os
 import ssl
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -83,10 +83,7 @@ class Ollama:
 
     def version(self, seconds: float = CONNECT_SECONDS) -> str:
         """The server's version, waited for so many seconds; "0.0.0" for one built from source."""
-        try:
-            version = self._ask("GET", "/api/version", timeout=httpx.Timeout(seconds)).get("version")
-        except MissingError:
-            version = None
+        version = self._ask("GET", "/api/version", timeout=httpx.Timeout(seconds)).get("version")
         if not isinstance(version, str):
             raise stranger(self.host, "it gives no version")
         return version
@@ -105,11 +102,10 @@ class Ollama:
 
     def has_blob(self, digest: str) -> bool:
         """Whether the server has a file of this digest ("sha256:...")."""
-        try:
-            self._through(lambda: self._send("HEAD", f"/api/blobs/{digest}"))
-        except MissingError:
-            return False
-        return True
+        response = self._through(lambda: self._http.head(f"/api/blobs/{digest}"))
+        if response.status_code not in (200, 404):
+            raise refusal(self.host, response.text, response.status_code)
+        return response.status_code == 200
 
     def upload_blob(self, path: Path, digest: str) -> bool:
         """Send a file unless the server has it; whether it was sent. Raises ArtifactError when it changes meanwhile."""
@@ -131,12 +127,13 @@ class Ollama:
 
     def create(self, model: str, body: Mapping[str, Any]) -> None:
         """Make a model of blobs that the server has; `body` is the request's, without its name."""
-        events = self._through(lambda: self._client.create(model=model, stream=True, **body))
         last = None
-        while (event := self._through(lambda: next(events, None))) is not None:
-            if event.status != last:
-                logger.info("%s: %s", model, event.status)
-            last = event.status
+        # The package's call has no `parser`.
+        for event in self.stream("/api/create", {"model": model, **body, "stream": True}):
+            counts = {"done": event["completed"], "total": event["total"]} if event.get("completed") else {}
+            if event.get("status") != last or counts:
+                logger.info("%s: %s", model, event.get("status"), extra=counts)
+            last = event.get("status")
         if last != "success":
             raise ServiceError(f"creating {model} ended without success, after {last!r}", "publish again")
 
@@ -182,7 +179,7 @@ class Ollama:
         info = answer.get("_debug_info")
         return str(info["rendered_template"]) if isinstance(info, dict) and "rendered_template" in info else None
 
-    def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    def stream(self, path: str, body: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
         """The events of a request. Closing the iterator closes the connection, which ends the generation too."""
         response = self._through(lambda: self._send("POST", path, stream=True, json=body))
         with contextlib.closing(response):

@@ -102,6 +102,8 @@ def refusal(host: str, error: object, status: int) -> ServiceError:
     what = said(error)
     if what.startswith("<"):
         return stranger(host, f"it answers {status} with a web page")
+    if status == 404 and "model" not in what:
+        return stranger(host, f"it answers 404 to what Ollama knows ({what[:60] or 'no text'})")
     if "token repeat limit" in what:
         return ServiceError(f"Ollama {REPEATED}")
     hint = next((hint for pattern, hint in HINTS.items() if re.search(pattern, what)), None)

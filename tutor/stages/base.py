@@ -56,7 +56,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
         make_tiny(model, "\n\n".join(f"{row['instruction']}\n{row['response']}" for row in rows), recipe.seed)
     elif found := PACKAGE.fullmatch(source):
         _from_gguf(_package_file(found["module"], found["file"]), model, found["module"])
-    elif (found := HUB.fullmatch(source)) and _is_repository(found["repo"]):
+    elif found := HUB.fullmatch(source):
         model = _from_hub(found["repo"], found["revision"])
     else:
         model = _local_folder(recipe, source)
@@ -87,21 +87,10 @@ def _package_file(module: str, name: str) -> Path:
     return path
 
 
-def _is_repository(name: str) -> bool:
-    """Whether the hub can have a repository of this name, as its client sees it."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
 def _from_hub(repo: str, revision: str) -> Path:
     """The hub's snapshot folder of exactly this revision, from its cache where it is whole; configuration first."""
     import huggingface_hub as hub
+    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # httpx2 from 2.0, httpx before
 
     try:
@@ -109,6 +98,8 @@ def _from_hub(repo: str, revision: str) -> Path:
         refuse_config(read_json(config), f"{repo}@{revision}")
         log.info("fetching %s@%s: about 16 GB for 8 billion parameters, once", repo, revision[:12])
         folder = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=list(FILES)))
+    except HFValidationError as error:
+        raise RecipeError(f"base.source is {f'hub:{repo}@{revision}'!r}: {error}", KNOWN) from None
     except (httpx.HTTPError, OSError) as error:  # the hub's own are OSErrors, without a number
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         if getattr(error, "errno", None) is not None:

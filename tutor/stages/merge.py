@@ -7,18 +7,18 @@ found, NaN, and values that FP16 cannot hold. Does not load a model and does not
 import json
 import logging
 import math
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tutor.artifacts import read_manifest
 from tutor.errors import ArtifactError
-from tutor.modelfolder import WEIGHTS, load_tokenizer, read_facts, read_json
+from tutor.modelfolder import WEIGHTS, load_tokenizer, open_weights, read_facts, read_json, refuse
 from tutor.template import chat_template
 
 if TYPE_CHECKING:
@@ -27,7 +27,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PREFIX = "base_model.model."
-PLAIN = {"bias": "none", "use_dora": False, "modules_to_save": None, "fan_in_fan_out": False}
+PLAIN = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "use_dora": False,
+    "modules_to_save": None,
+    "fan_in_fan_out": False,
+    "init_lora_weights": True,  # PiSSA and its kin also change the base
+    "alora_invocation_tokens": None,
+    "layer_replication": None,
+}
 """What a plain LoRA's configuration says; anything else changes the arithmetic, and is refused by name."""
 UNTOUCHED = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "LICENSE*", "NOTICE*")
 Delta = tuple[torch.Tensor, torch.Tensor, float]
@@ -46,6 +55,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
             f"{adapter} was trained on other weights ({str(trained_on)[:12]}) than {base} ({facts.weights[:12]})",
             "run: tutor train",
         )
+    refuse(base)  # it may lie in a cache that was cleaned since its stage ran
     deltas = read_deltas(adapter)
     changed = merge_shards(base, out, deltas)
     copy_rest(base, out, add_bos=facts.add_bos)
@@ -63,7 +73,7 @@ def read_deltas(adapter: Path) -> dict[str, Delta]:
         if config.get(name, plain) not in (plain, None, [], {}):
             raise ArtifactError(f"{adapter}: {name} = {config[name]!r} is not plain LoRA and cannot be merged here")
     tensors: dict[str, torch.Tensor] = {}
-    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+    with open_weights(adapter / "adapter_model.safetensors") as file:
         for name in file.keys():  # noqa: SIM118 - safe_open is no dict
             tensors[name] = file.get_tensor(name)
     deltas: dict[str, Delta] = {}
@@ -76,13 +86,21 @@ def read_deltas(adapter: Path) -> dict[str, Delta]:
         b = tensors.get(name.replace(".lora_A.", ".lora_B."))
         if b is None or b.shape[1] != a.shape[0]:
             raise ArtifactError(f"{adapter}: {layer} has no fitting lora_B")
-        rank = config.get("rank_pattern", {}).get(layer, a.shape[0])
-        alpha = config.get("alpha_pattern", {}).get(layer, config["lora_alpha"])
-        scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+        scale = _alpha(config, layer) / (math.sqrt(len(a)) if config.get("use_rslora") else len(a))
         deltas[layer + ".weight"] = (a.float(), b.float(), scale)
     if not deltas or 2 * len(deltas) != len(tensors):
         raise ArtifactError(f"{adapter} holds {len(tensors)} tensors for {len(deltas)} LoRA layers; expected pairs")
     return deltas
+
+
+def _alpha(config: Mapping[str, Any], layer: str) -> float:
+    """A layer's alpha. PEFT's patterns are regular expressions for the end of a name; the first that fits wins."""
+    patterns = config.get("alpha_pattern") or {}
+    found = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
+    alpha = next(found, config.get("lora_alpha"))
+    if not isinstance(alpha, int | float):
+        raise ArtifactError(f"adapter_config.json: lora_alpha of {layer} is {alpha!r}, no number", "run: tutor train")
+    return alpha
 
 
 def merge_shards(base: Path, out: Path, deltas: Mapping[str, Delta]) -> dict[str, Any]:
@@ -95,7 +113,7 @@ def merge_shards(base: Path, out: Path, deltas: Mapping[str, Delta]) -> dict[str
     largest = 0.0
     for path in sorted(base.glob(WEIGHTS)):
         merged: dict[str, torch.Tensor] = {}
-        with safe_open(path, framework="pt") as file:
+        with open_weights(path) as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is no dict
                 weight = file.get_tensor(name)
                 if name in left:

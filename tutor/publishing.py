@@ -1,0 +1,159 @@
+"""What the commands around Ollama do with a recipe's build folder: publish its model, merged or as base and adapter,
+and ask the published one.
+
+In: a recipe and its stages' folders, checked to belong together. Out: models on an Ollama server, `published.json`
+beside the Modelfile, `lora/` where an adapter is published, `eval-ollama/` where the published model was evaluated.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tutor import artifacts
+from tutor.engines import ollama
+from tutor.engines.llamacpp_build import build_key
+from tutor.errors import ArtifactError
+from tutor.pipeline import BY_NAME, PACKAGE
+from tutor.recipe import Recipe
+from tutor.stages import publish as stage
+from tutor.template import GO_TEMPLATE, STOPS
+
+log = logging.getLogger(__name__)
+
+PUBLISHED = "published.json"
+LORA = "lora"
+EVALUATED = "eval-ollama"
+PARSER = "passthrough"
+LORA_CODE = ("publishing.py", "engines/lora_gguf.py", "stages/modelfile.py", "template.py")
+
+
+def served_name(recipe: Recipe, *, adapter: bool = False) -> str:
+    """What the recipe's model is called in Ollama, without a tag; base and adapter are a model of their own."""
+    return f"{recipe.ollama.model}-lora" if adapter else recipe.ollama.model
+
+
+def publish(
+    recipe: Recipe, build: Path, *, host: str | None = None, adapter: bool = False, wait: float = 5.0
+) -> dict[str, Any]:
+    """Publish what the stages made, to a server that may need `wait` seconds to start; what was done.
+
+    Raises ArtifactError when the folders are missing, damaged or of other settings, ServiceError for the server's
+    faults, GateError when it would serve something else than was trained.
+    """
+    folder = build / recipe.name
+    with artifacts.locked(folder):
+        made = _lora_folder(recipe, folder) if adapter else _model_folder(recipe, folder)
+        model = stage.read_model(made, recipe.ollama.quantization)
+        hashes = _hashes(model, folder)
+        with ollama.connect(host) as server:
+            result = stage.publish(model, hashes, server, wait=wait)
+        artifacts.write_json(made / PUBLISHED, result)
+    return result
+
+
+def _model_folder(recipe: Recipe, folder: Path) -> Path:
+    """The modelfile stage's folder. Raises ArtifactError when it says something else than the recipe or gguf/."""
+    model = folder / BY_NAME["modelfile"].folder
+    manifest = artifacts.require(model, "modelfile")
+    gguf = artifacts.require(folder / BY_NAME["convert"].folder, "convert")
+    wanted = {f"recipe.{name}": value for name, value in BY_NAME["modelfile"].settings(recipe).items()}
+    wanted["input.convert"] = gguf.fingerprint
+    if changed := [name for name, value in wanted.items() if manifest.fields.get(name) != value]:
+        raise ArtifactError(f"{model} was rendered from another {changed[0]}", "run: tutor run --until modelfile")
+    return model
+
+
+def _hashes(model: stage.Model, folder: Path) -> dict[Path, str]:
+    """Every file's sha256. Raises ArtifactError for a file that is not as its stage made it."""
+    hashes = {}
+    for path in model.paths:
+        manifest = artifacts.read_manifest(path.parent)
+        made = manifest.outputs.get(path.name, {}).get("sha256") if manifest else None
+        hashes[path] = artifacts.cached_sha256(path, folder / artifacts.HASHES)
+        if made != hashes[path]:
+            raise ArtifactError(f"{path} has another content than when it was made", "run: tutor convert")
+    return hashes
+
+
+def _lora_folder(recipe: Recipe, folder: Path) -> Path:
+    """`lora/` with the adapter's GGUF and a Modelfile on the converted base, made when it is not there or outdated."""
+    from tutor.engines.lora_gguf import lora_to_gguf
+    from tutor.modelfolder import read_facts
+
+    inputs = {name: folder / BY_NAME[name].folder for name in ("base", "train", "convert")}
+    fields: dict[str, Any] = {f"input.{name}": artifacts.require(at, name).fingerprint for name, at in inputs.items()}
+    fields |= {f"recipe.{name}": value for name, value in BY_NAME["modelfile"].settings(recipe).items()}
+    fields |= {f"code.{source}": artifacts.file_sha256(PACKAGE / source)[:16] for source in LORA_CODE}
+    fields["version.llama.cpp"] = build_key()
+    target = folder / LORA
+    manifest = artifacts.read_manifest(target)
+    if manifest and manifest.key == artifacts.digest(fields) and not artifacts.check(target):
+        return target
+    base = inputs["convert"] / f"base-{recipe.ollama.quantization}.gguf"
+    if not base.is_file():
+        raise ArtifactError(f"{base} is not there", "an adapter needs convert.base = true; then run: tutor convert")
+    log.info("converting the adapter to GGUF")
+    with artifacts.writing(target, LORA, fields) as (out, results):
+        gguf = out / "tutor-lora.gguf"
+        results["matrices"] = lora_to_gguf(inputs["train"], read_facts(inputs["base"])[1], base, gguf)
+        _write_modelfile(recipe, base, gguf, out)
+    return target
+
+
+def _write_modelfile(recipe: Recipe, base: Path, adapter: Path, out: Path) -> None:
+    """`out`/Modelfile and `out`/create.json of a base with an adapter, as the modelfile stage writes the merged one's.
+
+    The base's GGUF has its own chat template (R1's names tools and <think>), which Ollama would prefer to TEMPLATE: a
+    parser, even one that changes nothing, keeps it from choosing.
+    """
+    from tutor.stages import modelfile
+
+    settings = modelfile.parameters(recipe.generate.model_dump(), recipe.seed, STOPS)
+    name = served_name(recipe, adapter=True)
+    spec = modelfile.ModelSpec(name, base, GO_TEMPLATE, settings, system=recipe.system, adapter=adapter)
+    (out / "Modelfile").write_text(f"{modelfile.render(spec, out)}PARSER {PARSER}\n", "utf-8")
+    places = {path: os.path.relpath(path, out) for path in (base, adapter)}
+    body = modelfile.request(spec, places)
+    del body["model"], body["stream"]
+    artifacts.write_json(out / "create.json", {"name": name, **body, "parser": PARSER})
+
+
+def evaluate(recipe: Recipe, build: Path, *, host: str | None = None, model: str) -> dict[str, Any]:
+    """Ask a published model every prompt, greedily, and judge; the rates, and how often llama-server says the same.
+
+    Writes `eval-ollama/answers.json`. Raises what `publish` does.
+    """
+    from tutor.engines.answer import greedy
+    from tutor.stages import evaluate as evaluation
+
+    folder = build / recipe.name
+    data = folder / BY_NAME["data"].folder
+    prompts_made = artifacts.require(data, "data").fingerprint
+    prompts = evaluation.read_rows(data / "prompts.jsonl")
+    generation = greedy(recipe.generate, recipe.seed)
+    with artifacts.locked(folder), ollama.connect(host) as server:
+        version = server.version()
+        fields: dict[str, Any] = {"input.data": prompts_made, "model": model, "host": server.host, "version": version}
+        fields["digest"] = stage.digest_of(server, model)
+        with artifacts.writing(folder / EVALUATED, EVALUATED, fields) as (out, results):
+            start = partial(ollama.serve, model, host)
+            records = evaluation.ask_all(start, prompts, generation, recipe.system, model)
+            artifacts.write_json(out / evaluation.ANSWERS, evaluation.side_by_side(prompts, {"ollama": records}))
+            results.update(fields, **evaluation.summarise(prompts, records))
+            results["as_llama_server"] = _agreement(folder / BY_NAME["evaluate"].folder / evaluation.ANSWERS, records)
+    return results
+
+
+def _agreement(path: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, int] | None:
+    """In how many answers Ollama and llama-server, asked by the evaluate stage, agree to the letter; None without."""
+    try:
+        rows = json.loads(path.read_text("utf-8"))
+        theirs = [row["answers"]["tutor"].get("text") for row in rows]
+    except (OSError, ValueError, KeyError):
+        return None
+    same = sum(text is not None and text == record.get("text") for text, record in zip(theirs, records, strict=False))
+    return {"same": same, "of": len(theirs)}
