@@ -26,6 +26,9 @@ SENTENCES = (
 )
 
 
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports every trainer to the hub
+
+
 def environment(**extra: str) -> dict[str, str]:
     """The environment of a user who has set nothing of ours."""
     ours = ("TUTOR_", "PYTHON", "NO_COLOR", "FORCE_COLOR")

@@ -224,7 +224,7 @@ def test_with_json_an_error_is_an_object_on_stdout_too(in_process, tmp_path, arg
     where = () if arguments[0] == "data" else ("-b", tmp_path / "build")
     status, out, err = in_process(*arguments, "--json", *where)
     value = json.loads(out)
-    assert sorted(value) == ["code", "error", "hint", "ok"]
+    assert sorted(value) == ["code", "error", "hint", "ok", "problems"]
     assert value["ok"] is False
     assert value["code"] == status == code
     assert value["error"] in err

@@ -7,17 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 from tiny_models import adapter_stage, base_stage, copied, edit, in_two_shards, one_thread, recipe, tensors, tiny
 
-from tutor.errors import ArtifactError
-from tutor.modelfolder import load_tokenizer, read_facts, read_json
-from tutor.stages import merge
-from tutor.template import chat_template, conversation, render
+torch = pytest.importorskip("torch")
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from tutor.errors import ArtifactError  # noqa: E402
+from tutor.modelfolder import load_tokenizer, read_facts, read_json  # noqa: E402
+from tutor.stages import merge  # noqa: E402
+from tutor.template import chat_template, conversation, render  # noqa: E402
 
 __all__ = ["one_thread", "tiny"]
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing", "ignore:.*alpha_pattern keys did not match"),
+]
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 A0, B0 = (f"base_model.model.model.layers.0.self_attn.q_proj.lora_{side}.weight" for side in "AB")

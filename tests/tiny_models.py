@@ -1,6 +1,7 @@
 """The tiny Llama, made once a session, and what tests make of it: changed copies, shards, adapters, stage folders."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read once at import; TRL reports every trainer that is made
 torch = pytest.importorskip("torch")
 from safetensors.torch import load_file, save_file  # noqa: E402
 

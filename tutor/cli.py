@@ -1,23 +1,20 @@
-"""The commands, in pipeline order, and the one place where an error becomes a line and an exit code.
+"""The commands, in pipeline order. Each reads its options, calls one function and prints what it gives.
 
 Everything heavy is imported inside the commands: `tutor --help` must not wait for torch.
 """
 
 import contextlib
-import io
 import json
 import os
-import signal
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from tutor.errors import ArtifactError, DataError, HostError, TutorError
+from tutor import boundary
+from tutor.errors import ArtifactError, DataError
 
 if TYPE_CHECKING:
     from tutor.engines.answer import Engine
@@ -231,7 +228,7 @@ def status_command(context: click.Context, recipe_path: Path, build: Path, *, ve
     _print(rows, lines, as_json=as_json)
     if damaged := [problem for state in states for problem in state.problems]:
         # The rows are the result and already on stdout: with --json they stay the only document there.
-        context.exit(_fail(damaged[0], ArtifactError.code, "tutor run makes it again", as_json=False))
+        context.exit(boundary.fail(damaged[0], ArtifactError.code, "tutor run makes it again", as_json=False))
 
 
 @cli.command("why")
@@ -449,81 +446,5 @@ def _tree(value: Any, indent: str = "  ") -> list[str]:
 
 
 def main() -> NoReturn:
-    """The console script: run a command, turn what it raises into one line and the exit code."""
-    signal.signal(signal.SIGTERM, _terminated)
-    # UTF-8 whatever the locale says; a file name that is not is shown escaped, as JSON escapes it.
-    for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors=errors)
-    arguments = sys.argv[1:]
-    debug = "--debug" in arguments or os.environ.get("TUTOR_DEBUG", "") not in ("", "0", "false")
-    if not debug:
-        sys.excepthook = _bug
-    try:
-        code = _run(arguments, debug=debug)
-    except BrokenPipeError:
-        # `tutor ... | head` closed the pipe: nobody reads on, and nothing is wrong.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
-    sys.exit(code)
-
-
-def _run(arguments: list[str], *, debug: bool) -> int:
-    """Run a command; its exit code. Raises BrokenPipeError, and whatever is a bug."""
-    as_json = "--json" in arguments
-    stdout = sys.stdout
-    try:
-        code = cli.main(arguments, prog_name="tutor", standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        return error.exit_code
-    except click.UsageError as error:
-        return _fail(error.format_message(), 2, _command_help(error), as_json=as_json)
-    except (click.Abort, KeyboardInterrupt):
-        return 130
-    except ModuleNotFoundError as error:
-        if debug or error.name is None or error.name.startswith("tutor"):
-            raise
-        return _fail(f"the package {error.name} is not installed", HostError.code, "make install", as_json=as_json)
-    except TutorError as error:
-        if debug:
-            traceback.print_exc()
-        return _fail(error.message, error.code, error.hint, as_json=as_json, problems=getattr(error, "problems", ()))
-    except SystemExit:
-        if sys.stdout is not stdout:  # click met a closed pipe: it wraps stdout, and would exit 1
-            raise BrokenPipeError from None
-        raise
-    return code if isinstance(code, int) else 0
-
-
-def _fail(message: str, code: int, hint: str | None, *, as_json: bool, problems: Sequence[str] = ()) -> int:
-    if as_json:
-        click.echo(json.dumps({"ok": False, "code": code, "error": message, "hint": hint}, ensure_ascii=False))
-    click.echo(f"Error: {_plain(f'{message}; {hint}' if hint else message)}", err=True)
-    for problem in problems:
-        click.echo(f"  {_plain(problem)}", err=True)
-    return code
-
-
-def _plain(text: str) -> str:
-    """One line without control characters, whatever a file's name or content brought into the message."""
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
-
-
-def _command_help(error: click.UsageError) -> str | None:
-    return f"see {error.ctx.command_path} --help" if error.ctx else None
-
-
-def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
-    """SIGTERM: leave through every cleanup, with the shell's code for it."""
-    del frame
-    sys.exit(128 + signum)
-
-
-def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    place = ""
-    while trace is not None:
-        place = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    line = f"a bug of tutor's: {kind.__name__}: {error} ({place}); tutor --debug shows all, report it"
-    click.echo(f"Error: {_plain(line)}", err=True)
+    """The console script."""
+    boundary.main(cli, "tutor")

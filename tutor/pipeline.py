@@ -85,7 +85,7 @@ STAGES = (
         "fetch or make the base model and check it",
         needs=(),
         settings=_base,
-        sources=("stages/base.py", "stages/tiny.py", "modelfolder.py", "engines/gguf_file.py"),
+        sources=("stages/base.py", "stages/tiny.py", "modelfolder.py", "engines/gguf_file.py", "template.py"),
         packages=("transformers", "tokenizers", "torch", "gguf"),
     ),
     Stage(
@@ -94,7 +94,7 @@ STAGES = (
         "train the LoRA adapter",
         needs=("data", "base"),
         settings=_train,
-        sources=("stages/train.py", "engines/hf.py", "template.py"),
+        sources=("stages/train.py", "engines/hf.py", "modelfolder.py", "template.py"),
         packages=("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets"),
     ),
     Stage(
@@ -103,7 +103,7 @@ STAGES = (
         "merge the adapter into the 16-bit base",
         needs=("base", "train"),
         settings=lambda _: {},
-        sources=("stages/merge.py", "template.py"),
+        sources=("stages/merge.py", "modelfolder.py", "template.py"),
         packages=("torch", "safetensors"),
     ),
     Stage(
@@ -114,6 +114,7 @@ STAGES = (
         settings=_convert,
         sources=(
             "stages/convert.py",
+            "modelfolder.py",
             "engines/llamacpp.py",
             "engines/gguf_file.py",
             "engines/llamacpp_src/convert.py",

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tutor.errors import ArtifactError
 from tutor.pipeline import BY_NAME, PACKAGE
 from tutor.recipe import Recipe
 from tutor.stages import publish as stage
-from tutor.template import GO_TEMPLATE, STOPS
+from tutor.template import GO_TEMPLATE, STOPS, shown
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ LORA = "lora"
 EVALUATED = "eval-ollama"
 PARSER = "passthrough"
 LORA_CODE = ("publishing.py", "engines/lora_gguf.py", "stages/modelfile.py", "template.py")
+EVALUATE_CODE = ("stages/evaluate.py", "engines/ollama.py", "template.py")
 
 
 def served_name(recipe: Recipe, *, adapter: bool = False) -> str:
@@ -46,12 +48,14 @@ def publish(
     """
     folder = build / recipe.name
     with artifacts.locked(folder):
-        made = _lora_folder(recipe, folder) if adapter else _model_folder(recipe, folder)
-        model = stage.read_model(made, recipe.ollama.quantization)
-        hashes = _hashes(model, folder)
+        made = _model_folder(recipe, folder)
         with ollama.connect(host) as server:
-            result = stage.publish(model, hashes, server, wait=wait)
-        artifacts.write_json(made / PUBLISHED, result)
+            server.wait_ready(wait)  # before gigabytes are hashed for no one
+            made = _lora_folder(recipe, folder) if adapter else made
+            model = stage.read_model(made, recipe.ollama.quantization)
+            result = stage.publish(model, _hashes(model, folder), server)
+        if result["published"] or not (made / PUBLISHED).exists():
+            artifacts.write_json(made / PUBLISHED, result)
     return result
 
 
@@ -90,8 +94,7 @@ def _lora_folder(recipe: Recipe, folder: Path) -> Path:
     fields |= {f"code.{source}": artifacts.file_sha256(PACKAGE / source)[:16] for source in LORA_CODE}
     fields["version.llama.cpp"] = build_key()
     target = folder / LORA
-    manifest = artifacts.read_manifest(target)
-    if manifest and manifest.key == artifacts.digest(fields) and not artifacts.check(target):
+    if _is_made(target, fields):
         return target
     base = inputs["convert"] / f"base-{recipe.ollama.quantization}.gguf"
     if not base.is_file():
@@ -122,30 +125,82 @@ def _write_modelfile(recipe: Recipe, base: Path, adapter: Path, out: Path) -> No
     artifacts.write_json(out / "create.json", {"name": name, **body, "parser": PARSER})
 
 
+def promote(
+    recipe: Recipe, *, host: str | None = None, build: str | None = None, adapter: bool = False
+) -> dict[str, Any]:
+    """Serve a published build, or (None) the newest one, as `latest`."""
+    with ollama.connect(host) as server:
+        return stage.promote(server, served_name(recipe, adapter=adapter), build)
+
+
+def rollback(recipe: Recipe, *, host: str | None = None, adapter: bool = False) -> dict[str, Any]:
+    """Serve again what `latest` was before."""
+    with ollama.connect(host) as server:
+        return stage.rollback(server, served_name(recipe, adapter=adapter))
+
+
+def models(recipe: Recipe, *, host: str | None = None) -> list[dict[str, Any]]:
+    """Every published build of the recipe's model, merged and as an adapter, the newest first of each."""
+    names = [served_name(recipe, adapter=adapter) for adapter in (False, True)]
+    with ollama.connect(host) as server:
+        return [{"model": name, **row} for name in names for row in stage.models(server, name)]
+
+
+def published_lines(result: Mapping[str, Any]) -> list[str]:
+    """What publishing came to, for a terminal."""
+    where = f"{result['tag']} at {result['host']} (Ollama {result['version']})"
+    if not result["published"]:
+        return [f"Nothing to do: {where} is what is served as {result['model']}."]
+    checked = f"{result['prompts']} prompts as trained; it answers: {shown(result['answer'])!r}"
+    return [f"Published {where}: {checked}", f"Next: ollama run {result['model']}"]
+
+
+def model_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The builds, a line each, for a terminal."""
+    if not rows:
+        return ["Nothing is published: run tutor publish"]
+    lines = []
+    for row in rows:
+        roles = " ".join(role for role in (stage.LATEST, stage.PREVIOUS) if row[role])
+        tag = f"{row['model']}:{row['build'] or '(not by tutor)'}"
+        lines.append(f"{tag:<28} {row['modified'][:19]} {row['size'] / 1e6:10.1f} MB  {roles}".rstrip())
+    return lines
+
+
 def evaluate(recipe: Recipe, build: Path, *, host: str | None = None, model: str) -> dict[str, Any]:
     """Ask a published model every prompt, greedily, and judge; the rates, and how often llama-server says the same.
 
-    Writes `eval-ollama/answers.json`. Raises what `publish` does.
+    Writes `eval-ollama/answers.json`, unless it is there already of the same model, prompts and server (`ran` false).
+    Raises ArtifactError without the data stage, ServiceError when the model is not there or the server dies.
     """
     from tutor.engines.answer import greedy
     from tutor.stages import evaluate as evaluation
 
     folder = build / recipe.name
-    data = folder / BY_NAME["data"].folder
-    prompts_made = artifacts.require(data, "data").fingerprint
-    prompts = evaluation.read_rows(data / "prompts.jsonl")
+    data, target = folder / BY_NAME["data"].folder, folder / EVALUATED
     generation = greedy(recipe.generate, recipe.seed)
+    asked = {"input.data": artifacts.require(data, "data").fingerprint, "system": recipe.system, **asdict(generation)}
+    prompts = evaluation.read_rows(data / "prompts.jsonl")
     with artifacts.locked(folder), ollama.connect(host) as server:
-        version = server.version()
-        fields: dict[str, Any] = {"input.data": prompts_made, "model": model, "host": server.host, "version": version}
-        fields["digest"] = stage.digest_of(server, model)
-        with artifacts.writing(folder / EVALUATED, EVALUATED, fields) as (out, results):
+        served = {"model": model, "host": server.host, "version": server.version()}
+        served["digest"] = stage.digest_of(server, model) or ""
+        code = {f"code.{source}": artifacts.file_sha256(PACKAGE / source)[:16] for source in EVALUATE_CODE}
+        fields = {**asked, **served, **code}
+        if _is_made(target, fields):
+            return {"ran": False, **artifacts.require(target, EVALUATED).results}
+        with artifacts.writing(target, EVALUATED, fields) as (out, results):
             start = partial(ollama.serve, model, host)
             records = evaluation.ask_all(start, prompts, generation, recipe.system, model)
             artifacts.write_json(out / evaluation.ANSWERS, evaluation.side_by_side(prompts, {"ollama": records}))
-            results.update(fields, **evaluation.summarise(prompts, records))
+            results.update(served, **evaluation.summarise(prompts, records))
             results["as_llama_server"] = _agreement(folder / BY_NAME["evaluate"].folder / evaluation.ANSWERS, records)
-    return results
+    return {"ran": True, **results}
+
+
+def _is_made(folder: Path, fields: Mapping[str, Any]) -> bool:
+    """Whether a folder is whole and made of exactly these fields."""
+    manifest = artifacts.read_manifest(folder)
+    return manifest is not None and manifest.key == artifacts.digest(dict(fields)) and not artifacts.check(folder)
 
 
 def _agreement(path: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, int] | None:

@@ -1,7 +1,8 @@
 """Ollama's HTTP API: one server, its models, and every way in which it says no.
 
 In: a host. Out: what the server has and does, or a ServiceError that says why not. The `ollama` package where it has
-the call; httpx, which it brings, where it lacks a field: HEAD of a blob, `parser`, `truncate`, `_debug_render_only`, `system`.
+the call; httpx, which it brings, where it lacks something: progress and HEAD of a blob, `parser`, `truncate`,
+`_debug_render_only`, /api/version, the system text of /api/show.
 Does not decide what is published (stages/publish.py), does not hold a conversation (ollama.py).
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import httpx
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
 from tutor.engines.ollama_wire import (
     MissingError,
@@ -40,9 +42,11 @@ Result = TypeVar("Result")
 CONNECT_SECONDS = 5.0
 SILENT_SECONDS = 900.0
 """Without a byte: a model is loaded, other requests come first, or a long prompt is read by a slow processor."""
-PAUSES = (0.5, 1.0, 2.0, 4.0)
-"""Seconds before a busy server (503 when its queue is full, 429) is asked again."""
+QUICK_SECONDS = 60.0
+"""The same where no model has to be loaded."""
 BUSY = (429, 503)
+"""A full queue says 503, a proxy 429."""
+TRIES = 5
 PIECE = 1 << 20
 LOG = "its log says why"
 START = "start it (make up, or: ollama serve), or name another with --host or OLLAMA_HOST"
@@ -59,27 +63,47 @@ class Tag:
 
 
 @contextlib.contextmanager
-def connect(host: str | None = None, *, silent: float = SILENT_SECONDS) -> Iterator["Ollama"]:
-    """The server at a host, not yet asked anything; `silent` is seconds without a byte until it is given up."""
+def connect(host: str | None = None, *, silent: float = SILENT_SECONDS, pause: float = 0.5) -> Iterator["Ollama"]:
+    """The server at a host, not yet asked anything.
+
+    It is given up after `silent` seconds without a byte. While it is busy it is asked again after `pause` seconds,
+    then after twice as many, TRIES times in all.
+    """
     address = normalised(host)
     try:
         import ollama  # makes a client of OLLAMA_HOST while it is imported
     except ValueError as error:
         raise RecipeError(f"OLLAMA_HOST is {os.environ.get('OLLAMA_HOST')!r}: {error}", "unset it") from None
-    timeout = httpx.Timeout(silent, connect=CONNECT_SECONDS, pool=CONNECT_SECONDS)
-    # Proxies of the environment are for other addresses; certificates are the system's.
-    settings: dict[str, Any] = {"timeout": timeout, "trust_env": False, "verify": ssl.create_default_context()}
-    with ollama.Client(address, **settings) as client, httpx.Client(base_url=address, **settings) as http:
-        yield Ollama(address, client, http)
+    slow, quick = (httpx.Timeout(seconds, connect=CONNECT_SECONDS) for seconds in (silent, min(silent, QUICK_SECONDS)))
+    # Certificates are the system's; to read them takes longer than an answer over plain HTTP.
+    secure = address.startswith("https")
+    trust = ssl.create_default_context() if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    # Proxies of the environment are for other addresses.
+    settings: dict[str, Any] = {"trust_env": False, "verify": trust}
+    with (
+        ollama.Client(address, timeout=quick, **settings) as client,
+        httpx.Client(base_url=address, timeout=slow, **settings) as http,
+    ):
+        yield Ollama(address, client, http, quick, pause)
 
 
 class Ollama:
     """A server. Every method raises ServiceError: UnreachableError without one, MissingError for what it lacks."""
 
-    def __init__(self, host: str, client: "ollama.Client", http: httpx.Client) -> None:
+    def __init__(
+        self, host: str, client: "ollama.Client", http: httpx.Client, quick: httpx.Timeout, pause: float
+    ) -> None:
         self.host = host
         self._client = client
         self._http = http
+        self._quick = quick
+        self._patiently = Retrying(
+            retry=retry_if_exception(_is_busy),
+            stop=stop_after_attempt(TRIES),
+            wait=wait_exponential(pause),
+            before_sleep=lambda state: logger.info("Ollama is busy: try %d of %d", state.attempt_number + 1, TRIES),
+            reraise=True,
+        )
 
     def version(self, seconds: float = CONNECT_SECONDS) -> str:
         """The server's version, waited for so many seconds; "0.0.0" for one built from source."""
@@ -90,19 +114,21 @@ class Ollama:
 
     def wait_ready(self, seconds: float) -> str:
         """The version of a server that may still be starting. Raises UnreachableError after so many seconds."""
-        end = time.monotonic() + seconds
+        end, told = time.monotonic() + seconds, False
         while True:
             try:
                 return self.version(max(0.2, min(CONNECT_SECONDS, end - time.monotonic())))
             except UnreachableError:
                 if time.monotonic() + 0.5 > end:
                     raise
-            logger.info("waiting for Ollama at %s", self.host)
+            if not told:
+                logger.info("waiting up to %.0f s for Ollama at %s", seconds, self.host)
+                told = True
             time.sleep(0.5)
 
     def has_blob(self, digest: str) -> bool:
         """Whether the server has a file of this digest ("sha256:...")."""
-        response = self._through(lambda: self._http.head(f"/api/blobs/{digest}"))
+        response = self._through(lambda: self._http.head(f"/api/blobs/{digest}", timeout=self._quick))
         if response.status_code not in (200, 404):
             raise refusal(self.host, response.text, response.status_code)
         return response.status_code == 200
@@ -112,17 +138,12 @@ class Ollama:
         if self.has_blob(digest):
             return False
         size = path.stat().st_size
+        options: dict[str, Any] = {
+            "headers": {"Content-Length": str(size)},
+            "timeout": httpx.Timeout(None, connect=CONNECT_SECONDS),
+        }
         with path.open("rb") as file:
-            options: dict[str, Any] = {
-                "headers": {"Content-Length": str(size)},
-                "timeout": httpx.Timeout(None, connect=5),
-            }
-            try:
-                self._through(
-                    lambda: self._send("POST", f"/api/blobs/{digest}", content=_pieces(file, size), **options)
-                )
-            except httpx.LocalProtocolError:  # fewer or more bytes than were announced
-                raise ArtifactError(f"{path} changed while it was sent", "publish again") from None
+            self._through(lambda: self._send("POST", f"/api/blobs/{digest}", content=_pieces(file, size), **options))
         return True
 
     def create(self, model: str, body: Mapping[str, Any]) -> None:
@@ -140,7 +161,7 @@ class Ollama:
     def show(self, model: str) -> dict[str, Any] | None:
         """What the server says of a model; None when it has none of that name."""
         try:
-            return self._ask("POST", "/api/show", {"model": model})
+            return self._ask("POST", "/api/show", {"model": model}, timeout=self._quick)
         except MissingError:
             return None
 
@@ -152,9 +173,10 @@ class Ollama:
         ]
         return sorted(tags, key=lambda tag: tag.modified, reverse=True)
 
-    def loaded(self) -> list[str]:
-        """The names of the models in memory."""
-        return [item.model or "" for item in self._through(self._client.ps).models]
+    def loaded(self) -> dict[str, float]:
+        """The models in memory, each with the share of it that is on a GPU."""
+        models = self._through(self._client.ps).models
+        return {item.model or "": int(item.size_vram or 0) / max(int(item.size or 0), 1) for item in models}
 
     def copy(self, source: str, destination: str) -> None:
         """Give a model a second name, which may be another's until now."""
@@ -204,30 +226,25 @@ class Ollama:
         """What a call gives, tried again while the server is busy; the one place where its errors become ours."""
         from ollama import ResponseError
 
-        for pause in (*PAUSES, None):
-            try:
-                return call()
-            except ResponseError as error:
-                if error.status_code not in BUSY or pause is None:
-                    raise refusal(self.host, error.error, error.status_code) from error
-                logger.info("Ollama is busy (%d): asked again in %.1f s", error.status_code, pause)
-                time.sleep(pause)
-            except (ConnectionError, httpx.ConnectError, httpx.ConnectTimeout) as error:
-                raise UnreachableError(f"no Ollama at {self.host}", START) from error
-            except httpx.TimeoutException as error:
-                raise ServiceError(f"Ollama at {self.host} is silent", LOG) from error
-            except httpx.LocalProtocolError:
-                raise
-            except httpx.RequestError as error:
-                raise ServiceError(f"the connection to Ollama at {self.host} broke: {error}", LOG) from error
-            except ValueError as error:
-                raise stranger(self.host, f"it answers in another form ({str(error)[:120]})") from error
-            except (TypeError, AttributeError) as error:
-                # The package fails on an error that is itself JSON, but no object.
-                raise ServiceError(
-                    f"Ollama at {self.host} sent an error that its own client cannot read", LOG
-                ) from error
-        raise AssertionError("the last try returns or raises")
+        try:
+            return self._patiently(call)
+        except ResponseError as error:
+            raise refusal(self.host, error.error, error.status_code) from error
+        except (ConnectionError, httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise UnreachableError(f"no Ollama at {self.host}", START) from error
+        except httpx.TimeoutException as error:
+            raise ServiceError(f"Ollama at {self.host} is silent", LOG) from error
+        except httpx.RequestError as error:
+            raise ServiceError(f"the connection to Ollama at {self.host} broke: {error}", LOG) from error
+        except ValueError as error:
+            raise stranger(self.host, f"it answers in another form ({str(error)[:120]})") from error
+        except (TypeError, AttributeError) as error:
+            # The package fails on an error that is itself JSON, but no object.
+            raise ServiceError(f"Ollama at {self.host} sent an error that its own client cannot read", LOG) from error
+
+
+def _is_busy(error: BaseException) -> bool:
+    return getattr(error, "status_code", None) in BUSY
 
 
 def _utc(moment: datetime | None) -> str:
@@ -235,11 +252,13 @@ def _utc(moment: datetime | None) -> str:
 
 
 def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
-    """A file from its beginning, with its progress in MB."""
+    """A file of `size` bytes from its beginning, with its progress in MB. Raises ArtifactError for another size."""
     file.seek(0)
     name, done = Path(file.name).name, 0
-    while piece := file.read(PIECE):
+    while (piece := file.read(PIECE)) and done + len(piece) <= size:
         yield piece
         done += len(piece)
         counts = {"done": done // 1_000_000, "total": size // 1_000_000}
         logger.info("sending %s: %d of %d MB", name, counts["done"], counts["total"], extra=counts)
+    if piece or done != size:
+        raise ArtifactError(f"{file.name} changed while it was sent", "publish again")

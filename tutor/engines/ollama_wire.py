@@ -24,7 +24,7 @@ HINTS = {
     r"model .* not found|not found, try pulling": "publish it: tutor publish; what is there: tutor models",
     r"context (size|length)": "ask something shorter, or raise generate.context and publish again",
     r"llama-server|llama runner|system memory|terminated|out of memory|failed to load": MEMORY,
-    r"llama-quantize|GGUF|file size|unknown type|^EOF$": "the file may be damaged: tutor status --verify",
+    r"llama-quantize|GGUF|file size|unknown type|EOF$": "the file may be damaged: tutor status --verify",
     r"digest mismatch": "the file changed while it was sent: publish again",
     r"no space left": "free some: a model needs up to three times its size while it is created",
     r"busy|maximum pending": "others are being answered: try again later",
@@ -43,7 +43,7 @@ class MissingError(ServiceError):
 
 def normalised(host: str | None) -> str:
     """`host`, else OLLAMA_HOST, else this machine, as a URL with its port. Raises RecipeError for what is no host."""
-    given = host or os.environ.get("OLLAMA_HOST", "").strip(" \"'") or "127.0.0.1"
+    given = (host or os.environ.get("OLLAMA_HOST", "")).strip(" \"'") or "127.0.0.1"
     hint = "give it as NAME, NAME:PORT or http://NAME:PORT"
     if "@" in given:
         raise RecipeError("Ollama's host holds a user name, which would stand in logs", hint)
@@ -102,8 +102,8 @@ def refusal(host: str, error: object, status: int) -> ServiceError:
     what = said(error)
     if what.startswith("<"):
         return stranger(host, f"it answers {status} with a web page")
-    if status == 404 and "model" not in what:
-        return stranger(host, f"it answers 404 to what Ollama knows ({what[:60] or 'no text'})")
+    if 300 <= status < 400 or (status == 404 and "model" not in what):
+        return stranger(host, f"it answers {status} to what Ollama knows ({what[:60] or 'no text'})")
     if "token repeat limit" in what:
         return ServiceError(f"Ollama {REPEATED}")
     hint = next((hint for pattern, hint in HINTS.items() if re.search(pattern, what)), None)

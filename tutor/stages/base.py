@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tutor.artifacts import digest, file_sha256
 from tutor.engines.gguf_file import pre_tokenizer, read_gguf
 from tutor.errors import ArtifactError, HostError, RecipeError, ServiceError
-from tutor.modelfolder import WEIGHTS, Facts, load_tokenizer, read_json, refuse, refuse_config
+from tutor.modelfolder import WEIGHTS, Facts, load_tokenizer, open_weights, read_json, refuse, refuse_config
 from tutor.template import adds_bos
 
 if TYPE_CHECKING:
@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 HUB = re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
 PACKAGE = re.compile(r"package:(?P<module>\w+)/(?P<file>[\w.-]+\.gguf)")
 KNOWN = "known: hub:OWNER/NAME@40-HEX-REVISION, path:FOLDER, package:MODULE/FILE.gguf, tiny"
+WHOLE = ("F16", "BF16", "F32")
+"""safetensors' names of the number types that are no quantization."""
+EMBEDDING = "model.embed_tokens.weight"
 FILES = (WEIGHTS, "*.json", "*.jinja", "tokenizer.model", "LICENSE*", "NOTICE*")
 
 
@@ -163,8 +166,12 @@ def inspect(model: Path, source: str, name: str) -> Facts:
     """The facts of a base. Raises ArtifactError when its tokenizer fails the canary or does not fit the weights."""
     tokenizer = load_tokenizer(model)
     config = read_json(model / "config.json")
-    if len(tokenizer) > config["vocab_size"]:
-        raise ArtifactError(f"{model}: the tokenizer has {len(tokenizer)} tokens, the weights {config['vocab_size']}")
+    vocabulary = embedding_rows(model)
+    if vocabulary != config.get("vocab_size"):
+        said = f"config.json says vocab_size {config.get('vocab_size')}, the weights have {vocabulary} rows"
+        raise ArtifactError(f"{model}: {said}", "fetch it again")
+    if len(tokenizer) > vocabulary:
+        raise ArtifactError(f"{model}: the tokenizer has {len(tokenizer)} tokens, the weights {vocabulary}")
     if tokenizer.eos_token_id is None:
         raise ArtifactError(f"{model}: the tokenizer has no EOS token, so no answer could learn to end")
     log.info("hashing the weights")
@@ -173,10 +180,26 @@ def inspect(model: Path, source: str, name: str) -> Facts:
         source=source,
         model=name,
         weights=digest(weights),
-        vocabulary=config["vocab_size"],
+        vocabulary=vocabulary,
         add_bos=adds_bos(tokenizer),
         bos=tokenizer.bos_token_id,
         eos=tokenizer.eos_token_id,
         pad=tokenizer.pad_token_id,
         pre_tokenizer=pre_tokenizer(model / "tokenizer.json"),
     )
+
+
+def embedding_rows(model: Path) -> int:
+    """Rows of the embedding, from the files' headers. Raises ArtifactError for quantized numbers, or where it lacks."""
+    rows = None
+    for path in sorted(model.glob(WEIGHTS)):
+        with open_weights(path, "np") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is no dict
+                tensor = file.get_slice(name)
+                if (kind := tensor.get_dtype()) not in WHOLE:
+                    raise ArtifactError(f"{path}: {name} is {kind}; the base must be 16-bit", "name the original")
+                if name == EMBEDDING:
+                    rows = int(tensor.get_shape()[0])
+    if rows is None:
+        raise ArtifactError(f"{model} has no {EMBEDDING}", "fetch it again")
+    return rows

@@ -46,6 +46,7 @@ TURNS: tuple[list[Message], ...] = (
         {"role": "assistant", "content": " Sí.\n"},
         {"role": "user", "content": "  Gracias \\n {{ .System }} {% raw %} <think> \t$&"},
     ],
+    [{"role": "user", "content": "Sigue."}, {"role": "assistant", "content": " Una respuesta que"}],
     [{"role": "user", "content": "Emoji 👩‍💻, combinado é, ancho\u00a0fijo, 日本語, \u2028, <b>&amp;</b>"}],
 )
 """Conversations whose prompts are compared; the model's own system text is in those without one."""
@@ -59,7 +60,7 @@ class Model:
     quantization: str  # as /api/show must call it
     files: Mapping[str, Path]  # the GGUF, under the name that the server gets
     adapters: Mapping[str, Path]  # a LoRA GGUF, or nothing
-    settings: Mapping[str, Any]  # template, system, parameters, messages, license
+    settings: Mapping[str, Any]  # template, system, parameters, license, parser
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -149,7 +150,10 @@ def prove(model: Model, server: Ollama, tag: str) -> dict[str, Any]:
     answer = OllamaServer(server, tag).answer(conversation(QUESTION), Generation(TOKENS, 0.0, 1.0, 1.0, 1))
     if not answer.text.strip():
         raise GateError(f"{tag} answers {QUESTION!r} with nothing", "look at its training: tutor summary")
-    return {"prompts": prompts, "answer": answer.text}
+    share = server.loaded().get(tag)  # None where another name with the same file was in memory already
+    if share is not None and share < 1:
+        log.info("%s runs with %.0f %% of its memory on a GPU", tag, 100 * share)
+    return {"prompts": prompts, "answer": answer.text, "gpu_share": share}
 
 
 def differences(shown: Mapping[str, Any], model: Model) -> list[str]:

@@ -8,14 +8,14 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from markdown_it import MarkdownIt
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from tutor.errors import DataError
+from tutor.judges.fences import fenced
 from tutor.stages.jsonl import ONE_LINE, TOO_DEEP, Limits, RowError, check_file, read_values, shown, unchanged
 from tutor.template import CUE, STOPS
 
@@ -176,7 +176,7 @@ def read_rows(path: Path, model: type[Row], *, strict: bool, limits: Limits) -> 
     with unchanged(path) as sha256:
         for line, found in read_values(path, limits, seen):
             try:
-                rows.append((line, _check(found, model, dropped, strict=strict)))
+                rows.append((line, parse_row(found, model, dropped, strict=strict)))
             except RowError as fault:
                 bad += 1
                 if bad <= limits.max_problems:
@@ -205,8 +205,8 @@ def _all_problems(path: Path, faults: list[tuple[int, RowError]], bad: int, coun
     )
 
 
-def _check(found: Any, model: type[Row], dropped: Counter[str], *, strict: bool) -> Row:
-    """One row as `model`. Raises RowError."""
+def parse_row(found: Any, model: type[Row], dropped: Counter[str], *, strict: bool) -> Row:
+    """One JSON value as `model`, its unknown keys counted in `dropped`. Raises RowError, or the RowError that it is."""
     if isinstance(found, RowError):
         raise found
     if not isinstance(found, dict):
@@ -275,23 +275,32 @@ def _kind(value: Any) -> str:
 
 def fences(text: str) -> list[str]:
     """The language of every fenced block of a Markdown text, in order; "" where it names none."""
+    plain = _plain_fences(text)
+    return [block.language for block in fenced(text)] if plain is None else plain
+
+
+def fences_close(text: str) -> bool:
+    """Whether every code fence of a Markdown text that opens also closes."""
+    return _plain_fences(text) is not None or all(block.closed for block in fenced(text))
+
+
+def _plain_fences(text: str) -> list[str] | None:
+    """The languages where only plain pairs of fences can be meant: CommonMark says the same, many times slower."""
     if "```" not in text and "~~~" not in text:
         return []
-    marks = [line for line in text.split("\n") if _MARK.search(line)]
-    # Where only plain pairs of fences can be meant CommonMark says the same, many times slower
+    if "~~~" in text or "\r" in text or text.lstrip().startswith("<") or _HTML.search(text):
+        return None
+    marks = []
+    at = text.find("```")
+    while at >= 0:
+        end = text.find("\n", at)
+        marks.append(text[text.rfind("\n", 0, at) + 1 : end if end >= 0 else None])
+        at = text.find("```", end) if end >= 0 else -1
     if len(marks) % 2 == 0 and set(marks[1::2]) == {"```"} and all(map(_PLAIN_OPENING.fullmatch, marks[::2])):
         return [mark[3:].lower() for mark in marks[::2]]
-    blocks = [token for token in _blocks().parse(text) if token.type == "fence"]
-    return [(block.info.split() or [""])[0].lower() for block in blocks]
+    return None
 
 
-_MARK = re.compile(r"```|~~~|\r|^\s*<")  # the last begins HTML, in which a fence is none
+_HTML = re.compile(r"\n\s*<")
+"""What may begin HTML, in which a fence is none."""
 _PLAIN_OPENING = re.compile(r"```[\w-]*")
-
-
-@cache
-def _blocks() -> MarkdownIt:
-    """CommonMark without its inline rules: a third of the time."""
-    parser = MarkdownIt("commonmark")
-    parser.core.ruler.enableOnly(["normalize", "block"])
-    return parser

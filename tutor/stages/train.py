@@ -169,6 +169,7 @@ def make_trainer(
         if parameter.requires_grad:
             # TRL casts them to bf16 over a 4-bit base: small updates would round away, and fp16 cannot unscale them.
             parameter.data = parameter.data.float()
+    trainer.model.train()  # it is loaded in eval mode, which 4-bit layers must not see (`scoring`)
     return trainer
 
 
@@ -210,7 +211,7 @@ def scoring(model: Any) -> Iterator[None]:
     bitsandbytes 0.50 repacks a 4-bit layer for the CPU the first time it runs in eval mode, for good, and the packed
     kernel has no gradient: training after it goes on with wrong ones. So 4-bit layers never see eval mode.
     """
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -219,7 +220,8 @@ def scoring(model: Any) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
-        model.train(training)
+        for module, mode in modes:
+            module.training = mode
 
 
 def refuse_packed(model: Any) -> None:
@@ -231,17 +233,25 @@ def refuse_packed(model: Any) -> None:
 
 
 def mean_loss(model: Any, rows: Sequence[Encoded]) -> float:
-    """Mean negative log-likelihood (nats) over all supervised tokens of all rows, teacher-forced, in fp32."""
+    """Mean negative log-likelihood (nats) over all supervised tokens of all rows, teacher-forced, in fp32.
+
+    Raises ArtifactError when it is no number.
+    """
     with scoring(model):
         scores = score(model, [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in rows])
-    return -math.fsum(value for row in scores for value in row) / sum(len(row) for row in scores)
+    loss = -math.fsum(value for row in scores for value in row) / sum(len(row) for row in scores)
+    if not math.isfinite(loss):
+        raise ArtifactError(f"the held-out loss is {loss}", "lower train.learning_rate, or fetch the base again")
+    return loss
 
 
 def save_adapter(model: Any, source: str, out: Path) -> None:
     """The adapter in PEFT's format, naming its base by source and not by this machine's path."""
     for config in model.peft_config.values():
         config.base_model_name_or_path = source
-    model.save_pretrained(out, safe_serialization=True)
+        config.target_modules = sorted(config.target_modules)  # of a set, whose order is another in every process
+    # "auto" would ask the model hub for a repository named like the source.
+    model.save_pretrained(out, safe_serialization=True, save_embedding_layers=False)
     (out / "README.md").unlink(missing_ok=True)
 
 
@@ -265,7 +275,8 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
         line = {
             "step": state.global_step,
             "epoch": round(state.epoch or 0.0, 3),
-            **values,
+            # A gradient may be infinite where fp16 then skips the step; JSON has no word for it.
+            **{name: value if math.isfinite(value) else None for name, value in values.items()},
             "seconds": round(time.monotonic() - self._start, 2),
         }
         with self._path.open("a", encoding="utf-8") as handle:

@@ -1,0 +1,7 @@
+"""Install the pinned TypeScript compiler once and print its folder. The same for `make demo` and for the image."""
+
+import sys
+
+from tutor.judges.typescript_install import main
+
+sys.exit(main())

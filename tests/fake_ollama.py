@@ -1,0 +1,436 @@
+"""A strict stand-in for an Ollama server, on a loopback socket: it behaves as ollama.md says, its bad sides included.
+
+It refuses what a careful client does not send (unknown fields, load-time options in a question, `num_predict` 0,
+`think` without the capability, a chunked blob), and keeps all that it was asked in `requests`. A `GGUF` here is a
+header and JSON: its quantization, its family, its own chat template.
+`script(path, reply, ...)` makes the next answers to a path bad ones.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+CREATE = {"model", "files", "adapters", "template", "system", "parameters", "license", "messages", "parser", "stream"}
+CHAT = {"model", "messages", "stream", "truncate", "options", "think", "_debug_render_only"}
+GENERATE = {"model", "prompt", "system", "stream", "truncate", "options", "keep_alive", "_debug_render_only"}
+LOAD_TIME = {"num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread", "draft_num_predict"}
+OPTIONS: dict[str, type | tuple[type, ...]] = {
+    "num_predict": int,
+    "temperature": (int, float),
+    "top_p": (int, float),
+    "top_k": int,
+    "repeat_penalty": (int, float),
+    "repeat_last_n": int,
+    "seed": int,
+    "stop": list,
+}
+Reply = Callable[["Handler"], None]
+
+
+def gguf(quantization: str = "Q8_0", chat_template: str = "", kind: str = "model", size: int = 2000) -> bytes:
+    """A file that the fake takes for a GGUF of `size` bytes."""
+    said = {"quantization": quantization, "chat_template": chat_template, "kind": kind, "size": size}
+    return (b"GGUF" + json.dumps(said).encode() + b"\0").ljust(size, b"x")
+
+
+class Model:
+    """A model as the server keeps it."""
+
+    def __init__(self, body: dict[str, Any], facts: dict[str, Any], blob: str) -> None:
+        self.body = body
+        self.facts = facts
+        self.blob = blob
+        self.digest = hashlib.sha256(json.dumps([body, blob], sort_keys=True).encode()).hexdigest()
+
+    @property
+    def native(self) -> bool:
+        """Whether the GGUF's own template is preferred: it names more than ours, and no parser is set."""
+        more = "tools" in self.facts["chat_template"] or "<think>" in self.facts["chat_template"]
+        return more and "parser" not in self.body
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        if self.native:
+            return "<｜User｜>" + messages[-1]["content"] + "<｜Assistant｜><think>\n"
+        system = self.body.get("system", "")
+        if system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        return legacy(self.body.get("template", "{{ .Prompt }}"), messages)
+
+
+def legacy(template: str, messages: list[dict[str, str]]) -> str:
+    """Go's legacy mode for templates with .System, .Prompt and .Response: once a turn, the last one cut."""
+    turns: list[dict[str, str]] = [{}]
+    for message in messages:
+        name = {"system": "System", "user": "Prompt", "assistant": "Response"}[message["role"]]
+        if name != "Response" and "Prompt" in turns[-1]:
+            turns.append({})
+        turns[-1][name] = message["content"]
+    parts = []
+    for turn in turns:
+        last = turn is turns[-1]
+        text = template.partition("{{ .Response }}")[0] + "\0" if last else template
+        text = re.sub(r"{{ if \.System }}(.*?){{ end }}", lambda m: m[1] if "System" in turn else "", text, flags=re.S)  # noqa: B023
+        text = re.sub(r"{{ \.(System|Prompt|Response) }}", lambda m: turn.get(m[1], ""), text)  # noqa: B023
+        parts.append(text.replace("\0", turn.get("Response", "")))
+    return "".join(parts)
+
+
+class FakeOllama(ThreadingHTTPServer):
+    """The server; `host` is its URL. What it holds can be looked at, and its next replies can be scripted."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
+        self.host = f"http://127.0.0.1:{self.server_address[1]}"
+        self.version = "0.33.0-rc2"
+        self.capabilities = ["completion"]
+        self.pieces = [" Una", " interfaz", " describe", " un", " objeto", "."]
+        self.blobs: dict[str, bytes] = {}
+        self.models: dict[str, Model] = {}
+        self.order: list[str] = []  # names, the last written last
+        self.loaded: list[str] = []
+        self.shows_prompts = True
+        self.requests: list[tuple[str, Any]] = []
+        self.scripts: dict[str, list[Reply | None]] = {}
+        self.cancelled = threading.Event()
+
+    def script(self, path: str, *replies: Reply | None) -> None:
+        """The next answers to "METHOD /path"; None stands for the right one."""
+        self.scripts[path] = list(replies)
+
+    def asked(self, path: str) -> list[Any]:
+        """The bodies of the requests to "METHOD /path", in order."""
+        return [body for where, body in self.requests if where == path]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that goes away is no news."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: FakeOllama
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        pass
+
+    def do_GET(self) -> None:
+        self.handle_one("GET")
+
+    def do_HEAD(self) -> None:
+        self.handle_one("HEAD")
+
+    def do_POST(self) -> None:
+        self.handle_one("POST")
+
+    def do_DELETE(self) -> None:
+        self.handle_one("DELETE")
+
+    def handle_one(self, method: str) -> None:
+        where = f"{method} {self.path}"
+        short = re.sub(r"/sha256:.*", "", where)
+        scripted = self.server.scripts.get(short)
+        reply = scripted.pop(0) if scripted else None
+        if method == "POST" and self.path.startswith("/api/blobs/"):
+            self.server.requests.append((short, self.path.rpartition("/")[2]))
+            (reply or Handler.put_blob)(self)
+            return
+        raw = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = json.loads(raw) if raw else None
+        self.server.requests.append((short, body))
+        if reply:
+            reply(self)
+            return
+        routes: dict[str, Callable[[Any], None]] = {
+            "GET /api/version": lambda _: self.json({"version": self.server.version}),
+            "GET /api/tags": lambda _: self.json({"models": self.tags()}),
+            "GET /api/ps": lambda _: self.json({"models": [*map(running_model, self.server.loaded)]}),
+            "HEAD /api/blobs": lambda _: self.empty(200 if self.blob_name() in self.server.blobs else 404),
+            "POST /api/create": self.create,
+            "POST /api/show": self.show,
+            "POST /api/copy": self.copy,
+            "DELETE /api/delete": self.delete,
+            "POST /api/chat": self.chat,
+            "POST /api/generate": self.generate,
+        }
+        if short in routes:
+            routes[short](body)
+        else:
+            self.send(404, b"404 page not found", "text/plain")
+
+    # What goes out
+
+    def send(self, status: int, data: bytes, kind: str = "application/json; charset=utf-8") -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def empty(self, status: int) -> None:
+        self.send(status, b"")
+
+    def json(self, value: Any, status: int = 200) -> None:
+        self.send(status, json.dumps(value).encode())
+
+    def error(self, status: int, what: Any) -> None:
+        self.json({"error": what}, status)
+
+    def lines(self, values: list[Any], *, end: str = "whole", pause: float = 0.0) -> None:
+        """A stream of JSON lines; `end` is whole, drop (the connection breaks) or hang."""
+        self.send_response(200)
+        self.send_header("Content-Type", "application/x-ndjson")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        try:
+            for value in values:
+                data = value if isinstance(value, bytes) else (json.dumps(value, ensure_ascii=False) + "\n").encode()
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+                self.wfile.flush()
+                time.sleep(pause)
+            if end == "hang":
+                time.sleep(30)
+        except (BrokenPipeError, ConnectionResetError):
+            self.server.cancelled.set()
+            self.close_connection = True
+            return
+        if end == "drop":
+            self.close_connection = True
+            self.connection.shutdown(2)
+            return
+        self.wfile.write(b"0\r\n\r\n")
+
+    # Blobs and models
+
+    def blob_name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    def put_blob(self) -> None:
+        assert "Content-Length" in self.headers, "a blob is sent with its length, not chunked"
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        name = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        known = self.blob_name() in self.server.blobs
+        self.server.blobs.setdefault(name, data)
+        if name != self.blob_name():
+            self.error(400, f'digest mismatch, expected "{self.blob_name()}", got "{name}"')
+        else:
+            self.empty(200 if known else 201)
+
+    def create(self, body: dict[str, Any]) -> None:
+        if unknown := set(body) - CREATE:
+            return self.error(400, f"strict: unknown fields {unknown}")
+        if not body.get("files"):
+            return self.error(400, "neither 'from' or 'files' was specified")
+        if not re.fullmatch(r"[\w-][\w.-]*(:[\w][\w.-]*)?", body["model"], re.ASCII):
+            return self.error(400, "invalid model name")
+        digest = next(iter(body["files"].values()))
+        try:
+            facts = self.check_blob(digest)
+            for adapter in body.get("adapters", {}).values():
+                if self.check_blob(adapter)["kind"] != "adapter":
+                    raise ValueError("strict: an adapter without general.type")
+        except ValueError as error:
+            return self.lines([{"status": "parsing GGUF"}, {"error": str(error)}])
+        layers = [{"status": f"creating new layer sha256:{n}"} for n in range(3)]
+        model = Model({k: v for k, v in body.items() if k not in ("model", "stream")}, facts, digest)
+        self.remember(body["model"], model)
+        return self.lines(
+            [
+                {"status": "parsing GGUF"},
+                {"status": "validating GGUF model", "digest": "0000000000000000000", "total": 10, "completed": 10},
+                {"status": "verifying conversion"},
+                *layers,
+                {"status": "writing manifest"},
+                {"status": "success"},
+            ]
+        )
+
+    def check_blob(self, digest: str) -> dict[str, Any]:
+        data = self.server.blobs.get(digest)
+        if data is None:
+            raise ValueError(f"open /models/blobs/{digest}: no such file or directory")
+        if not data.startswith(b"GGUF"):
+            raise ValueError("supplied file was not in GGUF format")
+        facts: dict[str, Any] = json.loads(data[4 : data.index(b"\0")])
+        if len(data) < facts["size"]:
+            raise ValueError(
+                f'tensor "blk.0.attn_v.weight" offset+size ({facts["size"]}) exceeds file size ({len(data)})'
+            )
+        return facts
+
+    def remember(self, name: str, model: Model) -> None:
+        name = self.existing(name) or name
+        self.server.models[name] = model
+        if name in self.server.order:
+            self.server.order.remove(name)
+        self.server.order.append(name)
+
+    def existing(self, name: str) -> str | None:
+        """A model's name as it is kept: without a tag it is `latest`, and case does not matter."""
+        whole = name if ":" in name else f"{name}:latest"
+        return next((known for known in self.server.models if known.lower() == whole.lower()), None)
+
+    def find(self, name: str) -> Model | None:
+        known = self.existing(name)
+        if known is None:
+            self.error(404, f"model '{name}' not found")
+            return None
+        return self.server.models[known]
+
+    def show(self, body: dict[str, Any]) -> None:
+        if model := self.find(body["model"]):
+            said = model.body
+            parameters = [
+                (name, entry)
+                for name, value in said.get("parameters", {}).items()
+                for entry in (value if isinstance(value, list) else [value])
+            ]
+            answer = {
+                "template": model.facts["chat_template"] if model.native else said.get("template", ""),
+                "parameters": "\n".join(f"{name:<30} {json.dumps(v, ensure_ascii=False)}" for name, v in parameters),
+                "details": {"family": "llama", "quantization_level": model.facts["quantization"]},
+                "capabilities": ["tools", "thinking", "completion"] if model.native else self.server.capabilities,
+                "model_info": {},
+            }
+            self.json(answer | ({"system": said["system"]} if "system" in said else {}))
+
+    def tags(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": name,
+                "model": name,
+                "digest": self.server.models[name].digest,
+                "modified_at": f"2026-11-23T17:42:{number:02}.117365914Z",
+                "size": len(self.server.blobs[self.server.models[name].blob]),
+                "details": {"family": "llama"},
+            }
+            for number, name in reversed(list(enumerate(self.server.order)))
+        ]
+
+    def copy(self, body: dict[str, Any]) -> None:
+        if model := self.find(body["source"]):
+            self.remember(body["destination"], model)
+            self.empty(200)
+
+    def delete(self, body: dict[str, Any]) -> None:
+        if self.find(body["model"]):
+            name = self.existing(body["model"]) or ""
+            del self.server.models[name]
+            self.server.order.remove(name)
+            self.empty(200)
+
+    # Answers
+
+    def asked_badly(self, body: dict[str, Any], fields: set[str], model: Model) -> bool:
+        """Whether the request is refused, and the answer is out."""
+        options = body.get("options", {})
+        thinks = "thinking" in self.server.capabilities or model.native
+        if unknown := set(body) - fields:
+            self.error(400, f"strict: unknown fields {unknown}")
+        elif reloading := set(options) & LOAD_TIME:
+            self.error(400, f"strict: {reloading} would load the model again")
+        elif wrong := [n for n, v in options.items() if n not in OPTIONS or not isinstance(v, OPTIONS[n])]:
+            self.error(500, f'option "{wrong[0]}" must be of another type')
+        elif body.get("think") and not thinks:
+            self.error(400, f'"{body["model"]}" does not support thinking')
+        elif "keep_alive" not in body and options.get("num_predict", 0) <= 0:
+            self.error(400, "strict: num_predict <= 0 is no limit")
+        elif "keep_alive" not in body and body.get("truncate") is not False:
+            self.error(400, "strict: without truncate false a long prompt is cut silently")
+        else:
+            return False
+        return True
+
+    def chat(self, body: dict[str, Any]) -> None:
+        model = self.find(body["model"])
+        if model and not self.asked_badly(body, CHAT, model):
+            self.answer(body, model, body["messages"], {"message": {"role": "assistant", "content": ""}})
+
+    def generate(self, body: dict[str, Any]) -> None:
+        model = self.find(body["model"])
+        if model is None or self.asked_badly(body, GENERATE, model):
+            return
+        if "prompt" not in body:
+            name = self.existing(body["model"])
+            self.server.loaded = [known for known in self.server.loaded if known != name]
+            self.json({"model": body["model"], "response": "", "done": True, "done_reason": "unload"})
+        else:
+            self.answer(body, model, [{"role": "user", "content": body["prompt"]}], {"response": ""})
+
+    def answer(self, body: dict[str, Any], model: Model, messages: list[Any], empty: dict[str, Any]) -> None:
+        name = self.existing(body["model"]) or ""
+        if name not in self.server.loaded:
+            self.server.loaded.append(name)
+        prompt = model.render(messages)
+        if body.get("_debug_render_only") and self.server.shows_prompts:
+            return self.json({**empty, "done": False, "_debug_info": {"rendered_template": prompt}})
+        limit = body["options"]["num_predict"]
+        pieces, words = self.server.pieces[:limit], len(prompt.split())
+        if words > model.body.get("parameters", {}).get("num_ctx", 4096):
+            what = {"code": 400, "message": f"request ({words} tokens) exceeds the available context size", "n_ctx": 64}
+            return self.error(400, json.dumps({"error": what}))
+        last = {**empty, "done": True, "done_reason": "length" if limit < len(self.server.pieces) else "stop"}
+        last |= {"prompt_eval_count": words, "eval_count": len(pieces) + 1, "eval_duration": 500_000_000}
+        if not body["stream"]:
+            return self.json({**last, "message": {"role": "assistant", "content": "".join(pieces)}})
+        return self.lines([*map(chunk, pieces), last])
+
+
+def running_model(name: str) -> dict[str, Any]:
+    return {"name": name, "model": name, "size": 400, "size_vram": 300}
+
+
+def chunk(text: str) -> dict[str, Any]:
+    return {"message": {"role": "assistant", "content": text}, "done": False}
+
+
+# Bad replies, for `script`
+
+
+def status(code: int, text: str, kind: str = "application/json") -> Reply:
+    return lambda handler: handler.send(code, text.encode(), kind)
+
+
+def stream(*values: Any, end: str = "whole", pause: float = 0.0) -> Reply:
+    return lambda handler: handler.lines(list(values), end=end, pause=pause)
+
+
+def hang(handler: Handler) -> None:
+    """Takes the request and says nothing."""
+    time.sleep(5)
+
+
+def hang_up(handler: Handler) -> None:
+    """Takes the request and closes the connection."""
+    handler.close_connection = True
+    handler.connection.shutdown(2)
+
+
+@contextlib.contextmanager
+def running() -> Iterator[FakeOllama]:
+    """A fake server that answers until the end of the block."""
+    with FakeOllama() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def write_gguf(path: Path, **facts: Any) -> str:
+    """Write a fake GGUF; its sha256."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = gguf(**facts)
+    path.write_bytes(data)
+    return hashlib.sha256(data).hexdigest()

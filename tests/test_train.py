@@ -1,0 +1,540 @@
+"""The train stage on the tiny Llama: what it refuses, that gradients are right, that it learns and repeats itself."""
+
+import json
+import math
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny_models import adapter_stage, base_stage, copied, edit, one_thread, recipe, tensors, tiny
+
+torch = pytest.importorskip("torch")
+from bitsandbytes.functional import dequantize_4bit, has_avx512bf16  # noqa: E402
+from bitsandbytes.nn import Linear4bit  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from transformers import DataCollatorForLanguageModeling, TrainerCallback  # noqa: E402
+
+from tutor.engines.hf import choose_precision, load_base, score  # noqa: E402
+from tutor.errors import ArtifactError, DataError, HostError  # noqa: E402
+from tutor.modelfolder import load_tokenizer  # noqa: E402
+from tutor.stages import train  # noqa: E402
+from tutor.template import Encoded, audit, completion, conversation, render  # noqa: E402
+
+__all__ = ["one_thread", "tiny"]
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing", "ignore:.*autograd kernel was not registered"),
+]
+
+ROWS = [
+    {"instruction": f"¿Qué es {what}?", "response": f"Es {what} de TypeScript: sirve para {use}."}
+    for what, use in [
+        ("una interfaz", "describir objetos"),
+        ("un genérico", "reutilizar código con tipos"),
+        ("una tupla", "guardar pares"),
+        ("un enum", "nombrar valores"),
+        ("una clase", "agrupar datos y métodos"),
+        ("un módulo", "separar archivos"),
+        ("un alias", "dar nombre a un tipo"),
+        ("una unión", "aceptar varios tipos"),
+        ("un literal", "fijar un valor"),
+        ("una promesa", "esperar un resultado"),
+        ("un decorador", "anotar clases"),
+        ("un guardia", "estrechar un tipo"),
+    ]
+]
+HELD_OUT = [
+    {"instruction": f"¿Qué es {what}?", "response": f"Es {what} de TypeScript: sirve para {use}."}
+    for what, use in [("un iterador", "recorrer listas"), ("una enumeración", "nombrar valores y describir objetos")]
+]
+
+
+def settings(**changes: Any) -> Any:
+    """The train section of a recipe: two steps of two rows an epoch unless changed."""
+    short = {"batch_size": 2, "accumulation": 2, "epochs": 1, "logging_steps": 1, "learning_rate": 5e-3}
+    return recipe(Path("r.toml"), train={**short, **changes}).train
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny: Path) -> Any:
+    return load_tokenizer(tiny)
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer: Any) -> list[Encoded]:
+    return train.encode_rows(tokenizer, ROWS, "", 1024)
+
+
+@pytest.fixture
+def trainer_of(tiny: Path, tokenizer: Any, tmp_path: Path) -> Callable[..., Any]:
+    """The trainer that the stage makes, of any rows and with any settings."""
+
+    def make(rows: Sequence[Encoded], quantization: str = "none", precision: str = "fp32", **changes: Any) -> Any:
+        chosen = settings(**changes)
+        torch.manual_seed(1)
+        arguments = train.training_arguments(chosen, precision, 1, tmp_path / "checkpoints")
+        model = load_base(tiny, quantization, precision)
+        return train.make_trainer(model, tokenizer, rows, train.lora_config(chosen), arguments)
+
+    return make
+
+
+def moved(model: Any) -> Any:
+    """The model with its adapter as training would have it: a B of zeros hides A's gradients."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def gradients(model: Any, rows: Sequence[Encoded]) -> dict[str, Any]:
+    """Of the mean loss over all supervised tokens of all rows, without a library's help."""
+    model.zero_grad()
+    total = sum(sum(row.mask) for row in rows)
+    for row in rows:
+        ids = torch.tensor([row.ids])
+        logits = model(input_ids=ids).logits[0, row.n_prompt - 1 : -1].float()
+        losses = torch.nn.functional.cross_entropy(logits, ids[0, row.n_prompt :], reduction="sum")
+        (losses / total).backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def apart(found: dict[str, Any], wanted: dict[str, Any]) -> float:
+    """The largest difference, as a share of the largest gradient."""
+    assert found.keys() == wanted.keys() != set()
+    largest = max(value.abs().max().item() for value in wanted.values())
+    return max((found[name] - wanted[name]).abs().max().item() for name in wanted) / largest
+
+
+# --- the rows --------------------------------------------------------------------------------------------------------
+
+
+def test_rows_that_are_too_long_are_refused_by_name_and_none_is_cut(tokenizer: Any, rows: list[Encoded]) -> None:
+    longest = max(range(len(rows)), key=lambda number: len(rows[number].ids))
+    limit = len(rows[longest].ids)
+    assert train.encode_rows(tokenizer, ROWS, "", limit) == rows
+    with pytest.raises(DataError, match=rf"1 of 12 rows are longer than train.max_length \({limit - 1} tokens") as one:
+        train.encode_rows(tokenizer, ROWS, "", limit - 1)
+    assert one.value.problems == (f"{limit} tokens: {ROWS[longest]['instruction']!r}",)
+    assert one.value.code == 3
+    with pytest.raises(DataError, match="30 of 30 rows") as many:
+        train.encode_rows(tokenizer, [{**ROWS[0], "instruction": "ñ" * 200}] * 30, "", 16)
+    assert len(many.value.problems) == 20
+    assert all("ñ" * 61 not in problem for problem in many.value.problems)
+
+
+def test_a_row_is_the_served_prompt_and_the_answer_with_its_end(tokenizer: Any, rows: list[Encoded]) -> None:
+    for row, source in zip(rows, ROWS, strict=True):
+        assert row.ids[: row.n_prompt] == tokenizer(render(conversation(source["instruction"])))["input_ids"]
+        answer = tokenizer(completion(source["response"]), add_special_tokens=False)["input_ids"]
+        assert row.ids[row.n_prompt :] == [*answer, tokenizer.eos_token_id]
+        assert audit(row, row.ids[: row.n_prompt], tokenizer) == []
+
+
+def test_the_trainer_feeds_what_the_contract_made(trainer_of: Any, rows: list[Encoded], tokenizer: Any) -> None:
+    trainer = trainer_of(rows)
+    assert train.audit_labels(trainer, rows, tokenizer) == 12
+    batch = trainer.data_collator([trainer.train_dataset[number] for number in range(12)])
+    for number, row in enumerate(rows):
+        ids, labels, attention = (batch[name][number].tolist() for name in ("input_ids", "labels", "attention_mask"))
+        width = len(row.ids)
+        assert (ids[:width], labels[:width]) == (row.ids, train.labels(row))
+        assert labels.count(tokenizer.eos_token_id) == 1  # pad is the same id, and carries no loss
+        assert attention == [1] * width + [0] * (len(ids) - width)
+
+
+def without(row: Encoded, n: int) -> Encoded:
+    return Encoded(row.ids, [*row.mask[:-n], *[0] * n])
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "said"),
+    [
+        (lambda row, tokenizer: without(row, 1), "EOS is not supervised at the end"),
+        (lambda row, tokenizer: Encoded(row.ids[:-1], row.mask[:-1]), "EOS is not supervised at the end"),
+        (lambda row, tokenizer: without(row, len(row.ids) - row.n_prompt), "no token carries loss"),
+        (lambda row, tokenizer: Encoded([row.ids[0], *row.ids], [0, *row.mask]), "2 BOS tokens instead of 1"),
+        (lambda row, tokenizer: Encoded(row.ids[1:], row.mask[1:]), "0 BOS tokens instead of 1"),
+        (
+            lambda row, tokenizer: Encoded([row.ids[0], row.ids[5], *row.ids[2:]], row.mask),
+            "the served prompt is not a prefix of the row",
+        ),
+        (
+            lambda row, tokenizer: Encoded([*row.ids, tokenizer.eos_token_id], [*row.mask, 1]),
+            "EOS is supervised more than once",
+        ),
+        (lambda row, tokenizer: Encoded(row.ids, [1] * len(row.ids)), "the served prompt is not a prefix of the row"),
+    ],
+    ids=["EOS masked", "EOS cut", "no loss", "two BOS", "no BOS", "another prompt", "two ends", "loss on the prompt"],
+)
+def test_a_row_that_reaches_the_trainer_changed_stops_the_run(
+    sabotage: Any, said: str, trainer_of: Any, rows: list[Encoded], tokenizer: Any
+) -> None:
+    trainer = trainer_of([*rows[:3], sabotage(rows[3], tokenizer)])
+    with pytest.raises(DataError) as caught:
+        train.audit_labels(trainer, rows[:4], tokenizer)
+    assert caught.value.code == 3
+    assert f"train row 4: {said}" in caught.value.problems
+    assert not any("row 3" in problem for problem in caught.value.problems)
+
+
+def test_a_row_that_a_library_drops_stops_the_run(trainer_of: Any, rows: list[Encoded], tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="the trainer kept 11 of 12 rows"):
+        train.audit_labels(trainer_of(rows[1:]), rows, tokenizer)
+
+
+def test_a_length_that_a_library_cuts_at_stops_the_run(
+    trainer_of: Any, rows: list[Encoded], tokenizer: Any, tiny: Path, tmp_path: Path
+) -> None:
+    arguments = train.training_arguments(settings(), "fp32", 1, tmp_path)
+    arguments.max_length = len(rows[0].ids) - 1  # what TRL's own default of 1024 does to long rows
+    model = load_base(tiny, "none", "fp32")
+    trainer = train.make_trainer(model, tokenizer, rows[:1], train.lora_config(settings()), arguments)
+    with pytest.raises(DataError) as caught:
+        train.audit_labels(trainer, rows[:1], tokenizer)
+    assert "train row 1: EOS is not supervised at the end" in caught.value.problems
+
+
+def test_a_collator_that_masks_pad_and_so_the_end_stops_the_run(
+    trainer_of: Any, rows: list[Encoded], tokenizer: Any
+) -> None:
+    trainer = trainer_of(rows)
+    trainer.data_collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)  # pitfalls.md, F3
+    with pytest.raises(DataError) as caught:
+        train.audit_labels(trainer, rows, tokenizer)
+    assert "train row 1: EOS is not supervised at the end" in caught.value.problems
+
+
+# --- the gradients ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("quantization", "precision"), [("nf4", "bf16"), ("nf4", "fp32"), ("none", "bf16")])
+def test_adapters_are_fp32_and_alone_train(
+    quantization: str, precision: str, trainer_of: Any, rows: list[Encoded]
+) -> None:
+    model = trainer_of(rows, quantization, precision).model
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    assert len(trained) == 2 * 4 * 2
+    assert {weight.dtype for weight in trained.values()} == {torch.float32}
+    assert all(".lora_" in name for name in trained)
+    layers = [module for name, module in model.named_modules() if name.endswith("_proj.base_layer")]
+    assert {type(layer) for layer in layers} == {Linear4bit if quantization == "nf4" else torch.nn.Linear}
+    if quantization == "nf4":
+        states = [layer.weight.quant_state for layer in layers]
+        assert {(state.quant_type, state.nested) for state in states} == {("nf4", True)}
+
+
+def test_a_4_bit_weight_counts_as_the_numbers_it_stands_for(trainer_of: Any, rows: list[Encoded], tiny: Path) -> None:
+    plain = sum(weight.numel() for weight in tensors(tiny).values())
+    adapter = 8 * 2 * (64 + 64 + 64 + 32 + 64 + 32 + 64 + 64)
+    for quantization in ("nf4", "none"):
+        assert train.count_parameters(trainer_of(rows, quantization).model) == (adapter, plain + adapter)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_scoring_leaves_4_bit_gradients_and_the_mode_as_they_were(
+    precision: str, trainer_of: Any, rows: list[Encoded]
+) -> None:
+    model = moved(trainer_of(rows, "nf4", precision, dropout=0.0).model)
+    assert all(module.training for module in model.modules())
+    model.get_input_embeddings().eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    before = gradients(model, rows[:4])
+    first = train.mean_loss(model, rows)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert train.mean_loss(model, rows) == first
+    train.refuse_packed(model)
+    after = gradients(model, rows[:4])
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_scoring_has_no_dropout_and_gives_the_mode_back_after_an_error(trainer_of: Any, rows: list[Encoded]) -> None:
+    model = moved(trainer_of(rows, "nf4", dropout=0.5).model)
+    assert train.mean_loss(model, rows) == train.mean_loss(model, rows)
+
+    def leave() -> None:
+        with train.scoring(model):
+            assert not torch.is_grad_enabled()
+            assert not any(m.training for m in model.modules() if not isinstance(m, Linear4bit))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        leave()
+    assert model.training
+    assert all(module.training for module in model.modules())
+    assert torch.is_grad_enabled()
+
+
+def test_4_bit_gradients_are_those_of_the_dequantized_weights(trainer_of: Any, rows: list[Encoded]) -> None:
+    model = moved(trainer_of(rows, "nf4", dropout=0.0).model)
+    found = gradients(model, rows[:4])
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Linear4bit):
+                weight = dequantize_4bit(child.weight.data, child.weight.quant_state).float()
+                plain = torch.nn.Linear(child.in_features, child.out_features, bias=False)
+                plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+                setattr(parent, name, plain)
+    assert apart(found, gradients(model, rows[:4])) < 1e-4
+
+
+@pytest.mark.skipif(not has_avx512bf16(), reason="bitsandbytes packs for inference on CPUs with AVX512-BF16 only")
+def test_a_layer_that_eval_mode_packed_is_refused_before_it_trains_wrongly(
+    trainer_of: Any, rows: list[Encoded]
+) -> None:
+    model = moved(trainer_of(rows, "nf4", dropout=0.0).model)
+    right = gradients(model, rows[:4])
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=torch.tensor([rows[0].ids]))
+    model.train()
+    with pytest.raises(ArtifactError, match=r"layers\.0\.self_attn\.q_proj is packed for inference") as caught:
+        train.refuse_packed(model)
+    assert caught.value.code == 5
+    assert apart(gradients(model, rows[:4]), right) > 0.01  # and this is why
+
+
+class FirstGradient(TrainerCallback):  # type: ignore[misc]
+    """Keeps what the first optimizer step is about to use, and ends the training."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, Any] = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        parameters = kwargs["model"].named_parameters()
+        self.gradients = {name: weight.grad.clone() for name, weight in parameters if weight.grad is not None}
+        control.should_training_stop = True
+
+
+def test_accumulated_rows_weigh_by_their_tokens_as_one_batch_does(
+    trainer_of: Any, tokenizer: Any, rows: list[Encoded]
+) -> None:
+    long = {"instruction": "¿Y todo junto?", "response": " ".join(row["response"] for row in ROWS[:6])}
+    mixed = [*rows[:3], *train.encode_rows(tokenizer, [long], "", 1024)]
+    first = []
+    for batch, accumulation in ((1, 4), (4, 1)):
+        trainer = trainer_of(mixed, batch_size=batch, accumulation=accumulation, dropout=0.0)
+        trainer.args.max_grad_norm = 0.0  # as they are, not clipped
+        torch.manual_seed(2)
+        moved(trainer.model)
+        wanted = gradients(trainer.model, mixed)
+        trainer.model.zero_grad()
+        callback = FirstGradient()
+        trainer.add_callback(callback)
+        trainer.train()
+        assert apart(callback.gradients, wanted) < 1e-4
+        first.append(callback.gradients)
+    assert apart(*first) < 1e-4
+
+
+# --- the scores ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_mean_loss_weighs_every_supervised_token_the_same(precision: str, trainer_of: Any, rows: list[Encoded]) -> None:
+    model = trainer_of(rows, "none", precision).model
+    ids = [torch.tensor([row.ids]) for row in rows]
+    with torch.no_grad(), train.scoring(model):
+        losses = [
+            torch.nn.functional.cross_entropy(
+                model(input_ids=item).logits[0, row.n_prompt - 1 : -1].float(),
+                item[0, row.n_prompt :],
+                reduction="none",
+            )
+            for item, row in zip(ids, rows, strict=True)
+        ]
+    assert train.mean_loss(model, rows) == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+    scores = score(model, [(rows[0].ids[: rows[0].n_prompt], rows[0].ids[rows[0].n_prompt :])])
+    assert [len(values) for values in scores] == [sum(rows[0].mask)]
+
+
+def test_a_loss_that_is_no_number_is_an_error_and_not_a_result(trainer_of: Any, rows: list[Encoded]) -> None:
+    model = moved(trainer_of(rows).model)
+    with torch.no_grad():
+        next(weight for weight in model.parameters() if weight.requires_grad).fill_(math.nan)
+    with pytest.raises(ArtifactError, match="held-out loss is nan") as caught:
+        train.mean_loss(model, rows)
+    assert caught.value.code == 5
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_stops_the_training(
+    loss: float, trainer_of: Any, rows: list[Encoded], tmp_path: Path
+) -> None:
+    trainer = trainer_of(rows)
+    trainer.add_callback(train.Metrics(tmp_path / "metrics.jsonl"))
+    with torch.no_grad():
+        trainer.model.get_output_embeddings().weight[0].fill_(math.inf if math.isinf(loss) else loss)
+    with pytest.raises(ArtifactError, match=r"the loss is (nan|inf) at step 1; lower train.learning_rate") as caught:
+        trainer.train()
+    assert caught.value.code == 5
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_metrics_stay_json_where_a_gradient_is_no_number(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    state = SimpleNamespace(global_step=1, max_steps=2, epoch=None)
+    train.Metrics(path).on_log(None, state, None, {"loss": 2.5, "grad_norm": math.inf, "learning_rate": 1e-3})
+    line = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert (line["loss"], line["grad_norm"], line["learning_rate"]) == (2.5, None, 1e-3)
+
+
+def test_a_cpu_computes_in_bf16_only_where_it_has_it_and_never_in_fp16() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    flags = Path("/proc/cpuinfo").read_text()
+    native = any(name in flags.split() for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    assert choose_precision("auto") == ("bf16" if native else "fp32")
+    assert [choose_precision(wanted) for wanted in ("bf16", "fp32")] == ["bf16", "fp32"]
+    with pytest.raises(HostError, match="fp16 needs a GPU") as caught:
+        choose_precision("fp16")
+    assert caught.value.code == 4
+
+
+# --- the base it loads -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("damage", "quantization"),
+    [
+        ("cut", "none"),
+        ("cut", "nf4"),
+        ("a tensor missing", "none"),
+        ("a tensor missing", "nf4"),
+        ("a tensor of another shape", "none"),
+    ],
+)
+def test_a_base_that_is_not_whole_is_refused_and_not_filled_with_random_numbers(
+    damage: str, quantization: str, tiny: Path, tmp_path: Path
+) -> None:
+    model = copied(tiny, tmp_path / "model")
+    path, name = model / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    held = load_file(path)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+        name = "cannot load"
+    else:
+        weight = held.pop(name)
+        if damage == "a tensor of another shape":
+            held[name] = weight[:100].clone()
+        save_file(held, path, metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match=name):
+        load_base(model, quantization, "fp32")
+
+
+def test_saving_an_adapter_asks_no_hub(
+    trainer_of: Any, rows: list[Encoded], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, asked = trainer_of(rows).model, []
+
+    def nobody(*arguments: Any, **_: Any) -> None:
+        asked.append(arguments)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", nobody)
+    monkeypatch.setattr(socket.socket, "connect", nobody)
+    train.save_adapter(model, "tiny", tmp_path / "adapter")
+    assert asked == []
+
+
+# --- the whole stage -------------------------------------------------------------------------------------------------
+
+LONG = {"epochs": 3, "batch_size": 2, "accumulation": 1, "save_steps": 5}
+SOURCE = "path:una-base"
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What the data and base stages leave."""
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "data").mkdir()
+    for name, held in (("train", ROWS), ("held_out", HELD_OUT)):
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in held]
+        (folder / "data" / f"{name}.jsonl").write_text("".join(lines), "utf-8")
+    base_stage(tiny, folder / "base")
+    edit(folder / "base" / "base.json", source=SOURCE)
+    return {"data": folder / "data", "base": folder / "base"}
+
+
+def run(inputs: dict[str, Path], out: Path, **changes: Any) -> dict[str, Any]:
+    out.mkdir()
+    wanted = recipe(Path("r.toml"), train=settings(**{**LONG, **changes}).model_dump())
+    return train.run(wanted, inputs, out)
+
+
+@pytest.fixture(scope="module")
+def trained(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """An adapter of twelve rows, three epochs, and what the stage says of it."""
+    out = tmp_path_factory.mktemp("trained") / "adapter"
+    return out, run(inputs, out)
+
+
+Trained = tuple[Path, dict[str, Any]]
+
+
+@pytest.mark.pipeline
+def test_training_lowers_the_held_out_loss(trained: Trained) -> None:
+    _, results = trained
+    held_out = results["held_out"]
+    assert (results["rows"], results["steps"], held_out["rows"]) == (12, 18, 2)
+    assert held_out["loss_after"] < 0.8 * held_out["loss_before"]
+    assert held_out["perplexity_after"] == pytest.approx(math.exp(held_out["loss_after"]))
+    assert results["quantization"] == "nf4"
+    json.dumps(results, allow_nan=False)
+
+
+@pytest.mark.pipeline
+def test_metrics_have_one_line_a_step(trained: Trained) -> None:
+    lines = [json.loads(line) for line in (trained[0] / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 19))
+    assert all(isinstance(line[name], float) for line in lines for name in ("loss", "learning_rate", "grad_norm"))
+    assert max(line["learning_rate"] for line in lines) == pytest.approx(5e-3)
+    assert lines[-1]["epoch"] == 3.0
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+@pytest.mark.pipeline
+def test_the_adapter_names_its_source_and_no_path_of_this_machine(trained: Trained, tiny: Path) -> None:
+    out, results = trained
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], results["base_source"]) == (SOURCE, SOURCE)
+    assert config["target_modules"] == sorted(config["target_modules"])  # a set's order changes from run to run
+    assert {path.name for path in out.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "metrics.jsonl",
+    }  # fmt: skip
+    for path in out.iterdir():
+        assert str(tiny.parent).encode() not in path.read_bytes()
+    assert {str(tensor.dtype) for tensor in tensors(out).values()} == {"torch.float32"}
+
+
+@pytest.mark.pipeline
+def test_the_same_recipe_gives_the_same_adapter_byte_for_byte(
+    trained: Trained, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    again = run(inputs, tmp_path / "again")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (trained[0] / name).read_bytes()
+    assert again["held_out"] == trained[1]["held_out"]
+
+
+@pytest.mark.pipeline
+def test_a_base_that_gives_no_number_stops_before_anything_is_trained(
+    tiny: Path, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    model = copied(tiny, tmp_path / "model")
+    held = load_file(model / "model.safetensors")
+    held["lm_head.weight"][:] = math.inf
+    save_file(held, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match="held-out loss is nan"):
+        run({**inputs, "base": base_stage(model, tmp_path / "base")}, tmp_path / "out")
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+@pytest.mark.pipeline
+def test_an_adapter_made_for_these_tests_is_like_a_trained_one(trained: Trained, tiny: Path, tmp_path: Path) -> None:
+    # test_merge.py leans on it.
+    made = adapter_stage(tiny, tmp_path / "adapter", "")
+    assert tensors(made).keys() == tensors(trained[0]).keys()
