@@ -15,6 +15,7 @@ help: ## show this list
 
 demo: .venv/demo llamacpp ## the whole pipeline on this CPU: a real 135M Llama, minutes
 	@$(TUTOR) run --recipe data/demo.toml
+	@$(TUTOR) publish --recipe data/demo.toml --if-there --wait 0
 
 run: .venv/demo llamacpp ## run what is not up to date of RECIPE
 	@$(TUTOR) run --recipe $(RECIPE)

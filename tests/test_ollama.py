@@ -457,7 +457,7 @@ def test_a_model_is_created_when_the_last_event_says_success(server: FakeOllama,
         (fake.stream({"status": "parsing GGUF"}, {"status": "writing manifest"}), "without success, after 'writing"),
         (fake.stream({"status": "parsing GGUF"}, {"error": 'tensor "a" exceeds file size (3)'}), "may be damaged"),
         (fake.stream({"status": "x"}, end="drop"), "broke"),
-        (fake.stream(), "without success, after None"),
+        (fake.stream(), "without success, after ''"),
         (fake.status(400, '{"error": "template error: template: :1: unclosed action"}'), "unclosed action"),
     ],
 )

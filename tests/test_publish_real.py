@@ -5,7 +5,7 @@ and for a server of the tests' own that is killed), and skip elsewhere:
 
     TUTOR_TEST_OLLAMA=http://127.0.0.1:11434 .venv/bin/pytest tests/test_publish_real.py
 
-The model is the tiny Llama through our own pipeline, made once (a minute), or found in TUTOR_TEST_BUILD.
+The model is the tiny Llama through our own pipeline, made once (a minute), or taken as it is from TUTOR_TEST_BUILD.
 """
 
 import contextlib
@@ -40,6 +40,7 @@ BINARY = os.environ.get("OLLAMA_BINARY", shutil.which("ollama") or "")
 
 pytestmark = [
     pytest.mark.ollama,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(not HOST, reason="no real Ollama: set TUTOR_TEST_OLLAMA to the host of one to write to"),
 ]
 needs_binary = pytest.mark.skipif(not BINARY, reason="no ollama program here: set OLLAMA_BINARY")
@@ -55,9 +56,9 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build folder of our own with the tiny recipe's model in it."""
     build = tmp_path_factory.mktemp("published")
     if ready := os.environ.get("TUTOR_TEST_BUILD"):
-        shutil.copytree(ready, build, dirs_exist_ok=True)
+        return Path(shutil.copytree(ready, build, dirs_exist_ok=True))
     command: list[str | Path] = [TUTOR, "run", "--until", "convert", "--recipe", RECIPE, "--build", build]
-    done = subprocess.run(command, env=environment(), capture_output=True, encoding="utf-8", timeout=280, check=False)
+    done = subprocess.run(command, env=environment(), capture_output=True, encoding="utf-8", timeout=800, check=False)
     assert done.returncode == 0, done.stderr
     return build
 

@@ -412,10 +412,7 @@ def test_the_hubs_token_is_a_file_of_the_users_own_for_the_stages_and_in_no_vari
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_stops_and_removes_the_services_container(host, recipe, tmp_path, number):
-    host.says("trainer", seconds=60, stderr="training\n")
-    host.says("build trainer")
-    host.says("stop")
-    host.says("rm --force")
+    host.says("--name tutor-trainer", seconds=60, stderr="training\n")
     code = (
         "import pathlib, signal, sys\nfrom tutor import stack\nfrom tutor.recipe import read_recipe\n"
         "signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))\n"

@@ -3,21 +3,16 @@
 Everything heavy is imported inside the commands: `tutor --help` must not wait for torch.
 """
 
-import contextlib
-import json
-import os
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from tutor import boundary
+from tutor import boundary, cli_serving
+from tutor.cli_options import emit, json_option, read, recipe_option, shown_on_stderr, tree
 from tutor.errors import ArtifactError, DataError
 
 if TYPE_CHECKING:
-    from tutor.engines.answer import Engine
     from tutor.recipe import Recipe
 
 EXIT_CODES = """\b
@@ -25,52 +20,6 @@ Exit codes: 0 ok · 1 a bug · 2 usage or recipe · 3 bad data · 4 this machine
 (GPU, memory, disk, programs) · 5 an artifact is damaged or does not match ·
 6 a service · 7 another run holds the lock · 8 a gate said no · 130 Ctrl-C ·
 143 SIGTERM."""
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-MODELS = ("tutor", "base", "adapter")
-
-
-def _build_folder(context: click.Context, parameter: click.Parameter, value: Path) -> Path:
-    """--build, refused where nothing can or should be written."""
-    del context, parameter
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            value.stat()
-    except OSError as error:
-        raise click.BadParameter(f"{value}: {error.strerror}") from None
-    if value.resolve() == Path(value.resolve().anchor):
-        raise click.BadParameter(f"{value} is the root of the file system")
-    return value
-
-
-def recipe_option(command: Command) -> Command:
-    """--recipe and --build: where the settings are, and where everything is made."""
-    recipe = click.option(
-        "-r",
-        "--recipe",
-        "recipe_path",
-        type=click.Path(path_type=Path),
-        default=Path("data/tutor.toml"),
-        show_default=True,
-        envvar="TUTOR_RECIPE",
-        show_envvar=True,
-        help="The TOML file with every setting of a run.",
-    )
-    build = click.option(
-        "-b",
-        "--build",
-        type=click.Path(path_type=Path, file_okay=False),
-        default=Path("build"),
-        show_default=True,
-        envvar="TUTOR_BUILD",
-        show_envvar=True,
-        callback=_build_folder,
-        help="Where stages write, in a folder named after the recipe.",
-    )
-    return recipe(build(command))
-
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 
 
 class InOrder(click.Group):
@@ -119,7 +68,7 @@ def data_check(files: tuple[Path, ...], recipe_path: Path, build: Path, *, stric
             examples, notes = stage.read_examples(path, strict=strict)
             checked.append({"file": str(path), "rows": len(examples), "notes": notes.warnings()})
     else:
-        recipe = _read(recipe_path)
+        recipe = read(recipe_path)
         inputs = stage.input_files(recipe)
         examples, notes = stage.read_examples(inputs["train"], strict=strict)
         prompts, prompt_notes = stage.read_prompts(inputs["eval"], strict=strict)
@@ -131,7 +80,7 @@ def data_check(files: tuple[Path, ...], recipe_path: Path, build: Path, *, stric
         checked.append({"file": str(inputs["eval"]), "rows": len(prompts), "notes": prompt_notes.warnings()})
     lines = [f"{item['file']}: {item['rows']} rows ok" for item in checked]
     lines += [f"  note: {note}" for item in checked for note in item["notes"]]
-    _print(checked, lines, as_json=as_json)
+    emit(checked, lines, as_json=as_json)
 
 
 @data.command("stats")
@@ -143,9 +92,9 @@ def data_stats(file: Path | None, recipe_path: Path, build: Path, *, as_json: bo
     del build
     from tutor.stages import data as stage
 
-    path = file or stage.input_files(_read(recipe_path))["train"]
+    path = file or stage.input_files(read(recipe_path))["train"]
     counts = stage.statistics(stage.read_examples(path)[0])
-    _print(counts, _tree(counts), as_json=as_json)
+    emit(counts, tree(counts), as_json=as_json)
 
 
 @data.command("split")
@@ -171,7 +120,6 @@ _stage_command("train", "train", "Train the LoRA adapter (QLoRA), and score it o
 _stage_command("merge", "merge", "Merge the adapter into the 16-bit base.")
 _stage_command("convert", "convert", "Convert to GGUF and quantize, with the pinned llama.cpp.")
 _stage_command("modelfile", "modelfile", "Render the Modelfile for Ollama.")
-_stage_command("evaluate", "eval", "Answer the held-out prompts with the base and the tutor, and judge.")
 
 
 @cli.command("run")
@@ -185,12 +133,12 @@ def run_command(flags: dict[str, bool], until: str | None, recipe_path: Path, bu
 
     if until is not None and until not in pipeline.BY_NAME:
         raise click.BadParameter(f"{until!r}; known: {', '.join(pipeline.BY_NAME)}", param_hint="--until")
-    recipe = _read(recipe_path)
-    with _shown(flags):
+    recipe = read(recipe_path)
+    with shown_on_stderr(flags):
         ran = pipeline.run_all(recipe, build, until=until)
     summary = {"ran": ran, **_summary(recipe, build)}
     opening = [] if ran else ["Nothing to do: every stage is up to date."]
-    _print(summary, [*opening, *_summary_lines(recipe, build)], as_json=as_json)
+    emit(summary, [*opening, *_summary_lines(recipe, build)], as_json=as_json)
 
 
 @cli.command("summary")
@@ -198,9 +146,9 @@ def run_command(flags: dict[str, bool], until: str | None, recipe_path: Path, bu
 @json_option
 def summary_command(recipe_path: Path, build: Path, *, as_json: bool) -> None:
     """What the last run made: losses, files, speed, and answers side by side."""
-    recipe = _read(recipe_path)
+    recipe = read(recipe_path)
     lines = _summary_lines(recipe, build) or ["Nothing to sum up yet; run: tutor run"]
-    _print(_summary(recipe, build), lines, as_json=as_json)
+    emit(_summary(recipe, build), lines, as_json=as_json)
 
 
 @cli.command("status")
@@ -212,7 +160,7 @@ def status_command(context: click.Context, recipe_path: Path, build: Path, *, ve
     """Every stage: up to date, stale, missing or damaged. Exit 5 when something is damaged."""
     from tutor import pipeline
 
-    states = pipeline.inspect(_read(recipe_path), build, content=verify)
+    states = pipeline.inspect(read(recipe_path), build, content=verify)
     rows = [
         {
             "stage": state.stage.name,
@@ -225,7 +173,7 @@ def status_command(context: click.Context, recipe_path: Path, build: Path, *, ve
         for state in states
     ]
     lines = [f"{row['stage']:<10} {row['condition']:<11} {row['folder']}" for row in rows]
-    _print(rows, lines, as_json=as_json)
+    emit(rows, lines, as_json=as_json)
     if damaged := [problem for state in states for problem in state.problems]:
         # The rows are the result and already on stdout: with --json they stay the only document there.
         context.exit(boundary.fail(damaged[0], ArtifactError.code, "tutor run makes it again", as_json=False))
@@ -241,10 +189,10 @@ def why_command(stage: str, recipe_path: Path, build: Path, *, as_json: bool) ->
 
     if stage not in pipeline.BY_NAME:
         raise click.BadParameter(f"{stage!r}; known: {', '.join(pipeline.BY_NAME)}", param_hint="STAGE")
-    states = {state.stage.name: state for state in pipeline.inspect(_read(recipe_path), build)}
+    states = {state.stage.name: state for state in pipeline.inspect(read(recipe_path), build)}
     reasons = pipeline.differences(states[stage])
     lines = reasons or [f"{stage} is up to date"]
-    _print({"stage": stage, "condition": states[stage].condition, "reasons": reasons}, lines, as_json=as_json)
+    emit({"stage": stage, "condition": states[stage].condition, "reasons": reasons}, lines, as_json=as_json)
 
 
 @cli.command("clean")
@@ -255,160 +203,21 @@ def clean_command(stages: tuple[str, ...], recipe_path: Path, build: Path, *, as
     """Remove what STAGES made (all of them when none is named)."""
     from tutor import pipeline
 
-    removed = [str(path) for path in pipeline.clean(_read(recipe_path), build, stages)]
-    _print({"removed": removed}, [f"removed {path}" for path in removed], as_json=as_json)
-
-
-def model_option(command: Command) -> Command:
-    """--model and --quantization: who answers."""
-    model = click.option(
-        "-m",
-        "--model",
-        type=click.Choice(MODELS),
-        default="tutor",
-        show_default=True,
-        help="tutor and base answer through llama.cpp; adapter is base + adapter in transformers.",
-    )
-    quantization = click.option("--quantization", help="Which GGUF answers; the recipe's ollama.quantization.")
-    return model(quantization(command))
-
-
-@cli.command("ask")
-@click.argument("question", required=False)
-@model_option
-@recipe_option
-@json_option
-@click.pass_obj
-def ask_command(  # noqa: PLR0913 - a command's options
-    flags: dict[str, bool],
-    question: str | None,
-    model: str,
-    quantization: str | None,
-    recipe_path: Path,
-    build: Path,
-    *,
-    as_json: bool,
-) -> None:
-    """Ask one QUESTION (or stdin) and print the answer."""
-    from dataclasses import asdict
-
-    from tutor.engines.answer import sampling
-    from tutor.template import conversation, shown
-
-    recipe = _read(recipe_path)
-    try:
-        text = (question if question is not None else sys.stdin.read() if sys.stdin else "").strip()
-    except UnicodeDecodeError as error:
-        raise click.UsageError(f"the question on stdin is not UTF-8 (byte {error.start})") from None
-    if not text:
-        raise click.UsageError("no question: give it as an argument or on stdin")
-    started = False
-
-    def write(piece: str) -> None:
-        nonlocal started
-        piece = piece if started else piece.lstrip()
-        started = started or bool(piece)
-        click.echo(piece, nl=False)
-
-    with _shown(flags), _engine(recipe, build, model, quantization) as engine:
-        answer = engine.answer(
-            conversation(text, recipe.system),
-            sampling(recipe.generate, recipe.seed),
-            None if as_json else write,
-        )
-    if as_json:
-        click.echo(json.dumps({**asdict(answer), "text": shown(answer.text)}, ensure_ascii=False))
-        return
-    click.echo()
-    if answer.finish == "length":
-        click.echo(f"(cut at {answer.tokens} tokens)", err=True)
-
-
-@cli.command("chat")
-@model_option
-@recipe_option
-@click.pass_obj
-def chat_command(flags: dict[str, bool], model: str, quantization: str | None, recipe_path: Path, build: Path) -> None:
-    """Talk with the model; /salir leaves, Ctrl-C stops an answer."""
-    from tutor.chat import Terminal, converse
-    from tutor.engines.answer import sampling
-
-    recipe = _read(recipe_path)
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - gives input() its line editing and history
-    terminal = Terminal(
-        read=input,
-        write=lambda piece: click.echo(piece, nl=False),
-        note=lambda line: click.echo(line, err=True),
-    )
-    with _shown({**flags, "quiet": True}), _engine(recipe, build, model, quantization) as engine:
-        converse(
-            engine,
-            sampling(recipe.generate, recipe.seed),
-            terminal,
-            system=recipe.system,
-            context=recipe.generate.context,
-        )
-
-
-@contextlib.contextmanager
-def _engine(recipe: "Recipe", build: Path, model: str, quantization: str | None) -> "Iterator[Engine]":
-    """The engine that answers for MODEL, stopped when done. Raises ArtifactError naming the stage that is missing."""
-    from tutor import artifacts, pipeline
-    from tutor.errors import RecipeError
-
-    folder = build / recipe.name
-    if model == "adapter":
-        from tutor.engines import hf
-        from tutor.modelfolder import read_facts
-
-        artifacts.require(folder / pipeline.BY_NAME["train"].folder, "train")
-        _, base = read_facts(folder / pipeline.BY_NAME["base"].folder)
-        yield hf.load(
-            base,
-            folder / pipeline.BY_NAME["train"].folder,
-            quantization=recipe.train.quantization,
-            precision=recipe.train.precision,
-        )
-        return
-    from tutor.engines import llamacpp
-
-    made = folder / pipeline.BY_NAME["convert"].folder
-    artifacts.require(made, "convert")
-    gguf = made / f"{model}-{quantization or recipe.ollama.quantization}.gguf"
-    if not gguf.is_file():
-        found = ", ".join(sorted(path.stem.partition("-")[2] for path in made.glob(f"{model}-*.gguf")))
-        raise RecipeError(f"{gguf} is not there", f"made for {model}: {found}")
-    with llamacpp.serve(
-        gguf, context=recipe.generate.context, threads=len(os.sched_getaffinity(0)), log=folder / "server.log"
-    ) as server:
-        yield server
-
-
-def _read(path: Path) -> "Recipe":
-    from tutor.recipe import read_recipe
-
-    return read_recipe(path)
+    removed = [str(path) for path in pipeline.clean(read(recipe_path), build, stages)]
+    emit({"removed": removed}, [f"removed {path}" for path in removed], as_json=as_json)
 
 
 def _stage(name: str, flags: dict[str, bool], recipe_path: Path, build: Path, *, as_json: bool) -> None:
     from tutor import artifacts, pipeline
 
-    recipe = _read(recipe_path)
-    with _shown(flags):
+    recipe = read(recipe_path)
+    with shown_on_stderr(flags):
         ran = pipeline.run_one(name, recipe, build)
     folder = build / recipe.name / pipeline.BY_NAME[name].folder
     manifest = artifacts.require(folder, name)
     result = {"stage": name, "ran": ran, "folder": str(folder), "results": manifest.results}
-    lines = [f"{name}: {folder}" if ran else f"{name}: up to date, {folder}", *_tree(manifest.results)]
-    _print(result, lines, as_json=as_json)
-
-
-def _shown(flags: dict[str, bool]) -> contextlib.AbstractContextManager[None]:
-    from tutor.progress import quiet_libraries, shown
-
-    quiet_libraries()
-    return shown(quiet=flags["quiet"])
+    lines = [f"{name}: {folder}" if ran else f"{name}: up to date, {folder}", *tree(manifest.results)]
+    emit(result, lines, as_json=as_json)
 
 
 def _summary(recipe: "Recipe", build: Path) -> dict[str, Any]:
@@ -423,26 +232,8 @@ def _summary_lines(recipe: "Recipe", build: Path) -> list[str]:
     return summary.lines(summary.collect(recipe, build), str(recipe.path))
 
 
-def _print(value: Any, lines: list[str], *, as_json: bool) -> None:
-    """The result on stdout: as JSON for programs, as lines for people."""
-    if as_json:
-        click.echo(json.dumps(value, ensure_ascii=False, indent=1))
-    else:
-        for line in lines:
-            click.echo(line)
-
-
-def _tree(value: Any, indent: str = "  ") -> list[str]:
-    """Nested counts as indented lines."""
-    lines = []
-    for name, item in value.items():
-        if isinstance(item, dict):
-            lines += [f"{indent}{name}:", *_tree(item, indent + "  ")]
-        elif isinstance(item, list):
-            lines += [f"{indent}{name}: {len(item)}", *(f"{indent}  {entry}" for entry in item)]
-        else:
-            lines.append(f"{indent}{name}: {item}")
-    return lines
+for serving in cli_serving.COMMANDS:
+    cli.add_command(serving)
 
 
 def main() -> NoReturn:

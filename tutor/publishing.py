@@ -8,7 +8,8 @@ beside the Modelfile, `lora/` where an adapter is published, `eval-ollama/` wher
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -47,7 +48,7 @@ def publish(
     faults, GateError when it would serve something else than was trained.
     """
     folder = build / recipe.name
-    with artifacts.locked(folder):
+    with artifacts.locked(folder), _announced("publish", "put the model onto Ollama and prove it"):
         made = _model_folder(recipe, folder)
         with ollama.connect(host) as server:
             server.wait_ready(wait)  # before gigabytes are hashed for no one
@@ -57,6 +58,14 @@ def publish(
         if result["published"] or not (made / PUBLISHED).exists():
             artifacts.write_json(made / PUBLISHED, result)
     return result
+
+
+@contextmanager
+def _announced(name: str, about: str) -> Iterator[None]:
+    """Progress as a stage's, which this is but for its folder."""
+    log.info("%s: %s", name, about, extra={"stage": name})
+    yield
+    log.info("%s: done", name, extra={"stage_done": name})
 
 
 def _model_folder(recipe: Recipe, folder: Path) -> Path:
@@ -188,7 +197,8 @@ def evaluate(recipe: Recipe, build: Path, *, host: str | None = None, model: str
         fields = {**asked, **served, **code}
         if _is_made(target, fields):
             return {"ran": False, **artifacts.require(target, EVALUATED).results}
-        with artifacts.writing(target, EVALUATED, fields) as (out, results):
+        asking = _announced("evaluate", f"ask {model} at {server.host} the prompts and judge")
+        with asking, artifacts.writing(target, EVALUATED, fields) as (out, results):
             start = partial(ollama.serve, model, host)
             records = evaluation.ask_all(start, prompts, generation, recipe.system, model)
             artifacts.write_json(out / evaluation.ANSWERS, evaluation.side_by_side(prompts, {"ollama": records}))

@@ -42,7 +42,7 @@ def lines(summary: Mapping[str, Any], recipe: str) -> list[str]:
     if "convert" in stages:
         parts += _files(stages["convert"], stages.get("evaluate", {}).get("perplexity", {}))
     if "evaluate" in stages:
-        parts += _verdicts(stages["evaluate"])
+        parts += verdict_lines(stages["evaluate"])
     for example in summary["examples"]:
         parts += _example(example)
     if "convert" in stages:
@@ -77,7 +77,8 @@ def _files(convert: Mapping[str, Any], perplexities: Mapping[str, Any]) -> list[
     return rows
 
 
-def _verdicts(evaluate: Mapping[str, Any]) -> list[str]:
+def verdict_lines(evaluate: Mapping[str, Any]) -> list[str]:
+    """Verdict shares and speed, a column a model."""
     models = evaluate["models"]
     number = next(iter(models.values()))["all"]["n"]
     rows = ["", f"  {f'{number} held-out prompts':<22}" + "".join(f"{name:>12}" for name in models)]

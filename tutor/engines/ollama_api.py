@@ -148,13 +148,13 @@ class Ollama:
 
     def create(self, model: str, body: Mapping[str, Any]) -> None:
         """Make a model of blobs that the server has; `body` is the request's, without its name."""
-        last = None
+        last = ""
         # The package's call has no `parser`.
         for event in self.stream("/api/create", {"model": model, **body, "stream": True}):
             counts = {"done": event["completed"], "total": event["total"]} if event.get("completed") else {}
-            if event.get("status") != last or counts:
-                logger.info("%s: %s", model, event.get("status"), extra=counts)
-            last = event.get("status")
+            before, last = last, str(event.get("status", ""))
+            if counts or (last != before and " layer " not in last):
+                logger.info("%s: %s", model, last, extra=counts)
         if last != "success":
             raise ServiceError(f"creating {model} ended without success, after {last!r}", "publish again")
 

@@ -4,15 +4,16 @@ Rows stream through once: what is kept of one are hashes, some hundred bytes, an
 nothing, and refuses nothing: which findings are faults is for whoever reads them, or --strict.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tutor.errors import RecipeError
 from tutor.judges.language import MIN_WORDS, is_spanish, prose
 from tutor.stages import lint_figures as figures
-from tutor.stages.jsonl import Limits, read_values, shown
+from tutor.stages.jsonl import Limits, shown
 from tutor.stages.lint_rows import Finding, Seen, take_file
 from tutor.stages.similar import near_pairs, nearest, same
 
@@ -28,11 +29,14 @@ KINDS = {
     "contradiction": "questions that are answered in two ways",
     "leak": "questions that are also held-out prompts",
     "near-leak": "questions nearly like a held-out prompt",
-    "language": "rows in another language than the most",
+    "language": "rows that are not in Spanish, where most are",
     "balance": "categories and topics with few rows, and rows without",
 }
-NEAR = 0.6
-"""Of the words and word pairs of two questions, the share from which they are reported as nearly the same."""
+NEAR = 0.55
+"""The share of their words and word pairs from which two questions are reported as nearly the same.
+
+One small word in a question of six leaves 0.57; two six-word questions about different things share 0.5.
+"""
 FIGURE_NEAR = 0.2
 FIGURE_PAIRS = 500_000
 """Up to so many pairs of row and prompt, the nearest row of every prompt is looked for down to FIGURE_NEAR."""
@@ -62,16 +66,19 @@ def lint(
     *,
     max_length: int,
     tokenizer: Path | None = None,
+    system: str = "",
     limits: Limits | None = None,
 ) -> Report:
     """Look through pairs in `files` and, for what leaks into it, the held-out prompts in `against`.
 
-    `max_length` is in tokens; without `tokenizer`, a tokenizer.json, lengths are in characters.
-    Raises RecipeError or DataError where a file as a whole cannot be read.
+    `max_length` is in tokens, `system` included; without `tokenizer`, a tokenizer.json, lengths are in characters.
+    Raises RecipeError or DataError where a file as a whole cannot be read, ArtifactError for a damaged tokenizer.
     """
+    if against and against in files:
+        raise RecipeError(f"{against} is both looked through and held out", "name another file for one of them")
     seen = Seen()
     sizes = {}
-    counter = figures.token_counter(tokenizer) if tokenizer else None
+    counter = figures.token_counter(tokenizer, system) if tokenizer else None
     for path in [*files, *([against] if against else [])]:
         if path is against:
             seen.held_out = str(path)
@@ -136,7 +143,13 @@ def _leaks(seen: Seen, train: Sequence[int], prompts: Sequence[int]) -> dict[str
         "highest": round(closest[0][1][1], 3) if closest else None,
         "looked_for_from": FIGURE_NEAR if few else NEAR,
         "closest": [
-            {"line": seen.line[row], "prompt": seen.line[prompt], "similarity": round(similarity, 3)}
+            {
+                "file": seen.files[seen.file[row]],
+                "line": seen.line[row],
+                "prompt_file": seen.files[seen.file[prompt]],
+                "prompt": seen.line[prompt],
+                "similarity": round(similarity, 3),
+            }
             for prompt, (row, similarity) in closest
         ],
     }
@@ -177,28 +190,8 @@ def _balance(seen: Seen) -> None:
         total, kinds = sum(sizes.values()), len(sizes)
         for value, count in sorted(sizes.items()):
             if value and count * kinds < SPARSE * total:
-                _note_sparse(
-                    seen, f"{name} {shown(value)!r}: {count} of {total} rows, an equal share is {total // kinds}"
-                )
+                message = f"{name} {shown(value)!r}: {count} of {total} rows, an equal share is {total // kinds}"
+                seen.note("balance", seen.files[0], 0, message)
         if name == "category" and kinds > 1 and sizes.get("", 0):
             for row in seen.unlabelled:
                 seen.note_row("balance", row, "has no category, as others have")
-
-
-def _note_sparse(seen: Seen, message: str) -> None:
-    seen.note("balance", seen.files[0], 0, message)
-
-
-def excerpts(
-    files: Iterable[str], findings: Iterable[Finding], limits: Limits | None = None
-) -> dict[tuple[str, int], str]:
-    """The questions on the findings' lines, for a page that shows them; read again, for they were not kept."""
-    wanted: defaultdict[str, set[int]] = defaultdict(set)
-    for finding in findings:
-        wanted[finding.file].add(finding.line)
-    texts = {}
-    for name in files:
-        for line, found in read_values(Path(name), limits or Limits(), Counter()) if wanted[name] - {0} else ():
-            if line in wanted[name] and isinstance(found, dict):
-                texts[name, line] = str(found.get("instruction", ""))[:300]
-    return texts

@@ -1,12 +1,13 @@
 """The linter's figures: lengths with a histogram, rows by category and topic. Pure, but for reading a tokenizer."""
 
+import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tutor.errors import ArtifactError, RecipeError
+from tutor.errors import ArtifactError
 from tutor.template import conversation, render
 
 Counts = Callable[[str, str], int]
@@ -19,24 +20,19 @@ SURE_CHARACTERS = 2
 BARS = 12
 
 
-def token_counter(tokenizer: Path) -> Counts:
-    """How many tokens a row has by this tokenizer.json, BOS and EOS included. Raises ArtifactError where it is damaged.
+def token_counter(tokenizer: Path, system: str = "") -> Counts:
+    """How many tokens a row has by this tokenizer.json, BOS and EOS included. Raises ArtifactError if it is damaged."""
+    from tokenizers import Tokenizer
 
-    Raises RecipeError where the package tokenizers is not installed.
-    """
     try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise RecipeError(
-            "the package tokenizers is not installed", "make install, or leave the tokenizer out"
-        ) from None
-    try:
-        made = Tokenizer.from_str(tokenizer.read_text("utf-8"))
+        text = tokenizer.read_text("utf-8")
+        json.loads(text)  # of a file that was cut short the package says nothing narrower than Exception
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{tokenizer} is damaged: {error}", "run: tutor base") from None
+    made = Tokenizer.from_str(text)
 
     def count(question: str, answer: str) -> int:
-        return len(made.encode(f"{render(conversation(question))} {answer}").ids) + 1
+        return len(made.encode(f"{render(conversation(question, system))} {answer}").ids) + 1
 
     return count
 

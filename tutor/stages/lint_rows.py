@@ -109,6 +109,8 @@ def take_file(path: Path, seen: Seen, limits: Limits, too_long: TooLong) -> dict
             continue
         _keep(seen, line, row)
         _look(seen, row, too_long)
+    if not total:
+        seen.note("schema", name, 0, "0 rows")
     for key, count in dropped.items():
         seen.note("unknown-key", name, 0, f"{key} in {count} rows")
     return {"rows": total, "unusable": bad, "blank_lines": tolerated["blank"]}
@@ -126,7 +128,7 @@ def _keep(seen: Seen, line: int, row: ExampleRow | PromptRow) -> None:
     seen.file.append(len(seen.files) - 1)
     seen.line.append(line)
     seen.asks.append(_hash(question))
-    seen.answers.append(_hash(" ".join(row.response.split())) if row.response else 0)
+    seen.answers.append(_hash(row.response) if row.response else 0)
     seen.characters.append(len(row.instruction) + len(row.response))
     seen.questions.add(question)
     if seen.files[-1] == seen.held_out:

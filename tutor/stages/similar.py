@@ -46,14 +46,6 @@ class Questions:
         """The hashes of a question's words and word pairs."""
         return self.hashes[self.ends[number - 1] if number else 0 : self.ends[number]]
 
-    def similarity(self, one: int, other: int, least: float = 0.0) -> float:
-        """What two questions have in common of all that they have, 0 to 1; 0 where it is sure to be under `least`."""
-        first, second = self.tokens(one), self.tokens(other)
-        if min(len(first), len(second)) < least * max(len(first), len(second)):
-            return 0.0
-        shared = len(set(first).intersection(second))
-        return shared / (len(first) + len(second) - shared) if shared else 0.0
-
 
 def _bins(hashes: Sequence[int]) -> list[int]:
     """The least hash of each residue class; an empty one takes that of the next class, marked by how far it came."""
@@ -89,12 +81,9 @@ def near_pairs(questions: Questions, chosen: Sequence[int], least: float) -> dic
     for band in questions.bands:
         for group in same(band, chosen):
             for place, number in enumerate(group[1:], 1):
-                if number in found:
-                    continue
-                for other in group[max(0, place - WINDOW) : place]:
-                    similarity = questions.similarity(number, other, least)
-                    if similarity >= least and similarity > found.get(number, (0, 0.0))[1]:
-                        found[number] = (other, similarity)
+                if number not in found:
+                    others = ((other, questions.tokens(other)) for other in group[max(0, place - WINDOW) : place])
+                    _keep_best(found, number, set(questions.tokens(number)), others, least)
     return found
 
 
@@ -106,20 +95,32 @@ def nearest(
     Exact: two sets that share a part of `least` share one of the rarest tokens of either, so many that the rest is
     smaller than that part.
     """
-    tokens = {number: questions.tokens(number) for number in asked}
-    frequency = Counter(token for row in tokens.values() for token in row)
+    sets = {number: set(questions.tokens(number)) for number in asked}
+    frequency = Counter(token for tokens in sets.values() for token in tokens)
     index: defaultdict[int, list[int]] = defaultdict(list)
-    for number, row in tokens.items():
-        rarest = sorted(row, key=lambda token: (frequency[token], token))
-        for token in rarest[: len(row) - ceil(least * len(row)) + 1]:
+    for number, tokens in sets.items():
+        rarest = sorted(tokens, key=lambda token: (frequency[token], token))
+        for token in rarest[: len(tokens) - ceil(least * len(tokens)) + 1]:
             index[token].append(number)
     found: dict[int, tuple[int, float]] = {}
     for other in others:
         row = questions.tokens(other)
-        if index.keys().isdisjoint(row):
-            continue
-        for number in {number for token in row for number in index.get(token, ())}:
-            similarity = questions.similarity(number, other, least)
+        for number in {number for token in index.keys() & row for number in index[token]}:
+            _keep_best(found, number, sets[number], ((other, row),), least)
+    return found
+
+
+def _keep_best(
+    found: dict[int, tuple[int, float]],
+    number: int,
+    tokens: set[int],
+    others: Iterable[tuple[int, "array[int]"]],
+    least: float,
+) -> None:
+    """Note the one of `others` that is most like a question, where that is `least` or more."""
+    for other, row in others:
+        if least * len(tokens) <= len(row) and least * len(row) <= len(tokens):
+            shared = len(tokens.intersection(row))
+            similarity = shared / (len(tokens) + len(row) - shared)
             if similarity >= least and similarity > found.get(number, (0, 0.0))[1]:
                 found[number] = (other, similarity)
-    return found
