@@ -11,7 +11,7 @@ import fake_ollama as fake
 import pytest
 from fake_ollama import FakeOllama, write_gguf
 
-from tutor import artifacts, publishing
+from tutor import artifacts, publishing, summary
 from tutor.engines.ollama_api import Ollama, connect
 from tutor.errors import ArtifactError, GateError, LockError, RecipeError, ServiceError, TutorError
 from tutor.pipeline import BY_NAME
@@ -542,6 +542,7 @@ def test_every_prompt_is_asked_greedily_and_judged_once(
     assert result["all"]["n"] == 3
     assert result["all"]["stopped"]["n"] == 3
     assert result["as_llama_server"] is None
+    assert any("100 %" in line for line in summary.verdict_lines(result)), "shown as the evaluate stage's result is"
     asked = server.asked("POST /api/chat")[1:]
     assert [body["messages"][-1]["content"] for body in asked] == [row["instruction"] for row in prompts]
     assert {body["options"]["temperature"] for body in asked} == {0.0}

@@ -31,7 +31,7 @@ LORA = "lora"
 EVALUATED = "eval-ollama"
 PARSER = "passthrough"
 LORA_CODE = ("publishing.py", "engines/lora_gguf.py", "stages/modelfile.py", "template.py")
-EVALUATE_CODE = ("stages/evaluate.py", "engines/ollama.py", "template.py")
+EVALUATE_CODE = ("publishing.py", "stages/evaluate.py", "engines/ollama.py", "template.py")
 
 
 def served_name(recipe: Recipe, *, adapter: bool = False) -> str:
@@ -195,16 +195,18 @@ def evaluate(recipe: Recipe, build: Path, *, host: str | None = None, model: str
         served["digest"] = stage.digest_of(server, model) or ""
         code = {f"code.{source}": artifacts.file_sha256(PACKAGE / source)[:16] for source in EVALUATE_CODE}
         fields = {**asked, **served, **code}
-        if _is_made(target, fields):
-            return {"ran": False, **artifacts.require(target, EVALUATED).results}
-        asking = _announced("evaluate", f"ask {model} at {server.host} the prompts and judge")
-        with asking, artifacts.writing(target, EVALUATED, fields) as (out, results):
-            start = partial(ollama.serve, model, host)
-            records = evaluation.ask_all(start, prompts, generation, recipe.system, model)
-            artifacts.write_json(out / evaluation.ANSWERS, evaluation.side_by_side(prompts, {"ollama": records}))
-            results.update(served, **evaluation.summarise(prompts, records))
-            results["as_llama_server"] = _agreement(folder / BY_NAME["evaluate"].folder / evaluation.ANSWERS, records)
-    return {"ran": True, **results}
+        ran = not _is_made(target, fields)
+        if ran:
+            asking = _announced("evaluate", f"ask {model} at {server.host} the prompts and judge")
+            with asking, artifacts.writing(target, EVALUATED, fields) as (out, results):
+                start = partial(ollama.serve, model, host)
+                records = evaluation.ask_all(start, prompts, generation, recipe.system, model)
+                artifacts.write_json(out / evaluation.ANSWERS, evaluation.side_by_side(prompts, {"ollama": records}))
+                rates = evaluation.summarise(prompts, records)
+                results.update(served, generation=asdict(generation), models={model: rates}, all=rates["all"])
+                theirs = folder / BY_NAME["evaluate"].folder / evaluation.ANSWERS
+                results["as_llama_server"] = _agreement(theirs, records)
+    return {"ran": ran, **artifacts.require(target, EVALUATED).results}
 
 
 def _is_made(folder: Path, fields: Mapping[str, Any]) -> bool:

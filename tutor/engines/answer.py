@@ -1,7 +1,7 @@
 """What every engine takes and gives: settings of a generation in, an answer with its finish reason out."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from tutor.recipe import GenerateSettings
@@ -59,7 +59,5 @@ def sampling(settings: GenerateSettings, seed: int) -> Generation:
 
 
 def greedy(settings: GenerateSettings, seed: int) -> Generation:
-    """For evaluation: temperature 0 and no repetition penalty to bend it, so that two runs say the same."""
-    return Generation(
-        max_new_tokens=settings.max_new_tokens, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=seed
-    )
+    """For evaluation: as the recipe serves it, at temperature 0, so that two runs say the same."""
+    return replace(sampling(settings, seed), temperature=0.0, top_p=1.0)

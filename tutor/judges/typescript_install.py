@@ -115,7 +115,7 @@ def _fetch(npm: list[str], work: Path) -> None:
     try:
         done = subprocess.run(command, cwd=work, env=trust, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False)
     except OSError as error:
-        raise HostError(f"{command[0]} cannot be started: {error.strerror}", f"pip install {NODE_PACKAGE}") from error
+        raise HostError(f"npm cannot be started: {error}", f"pip install {NODE_PACKAGE}") from error
     if done.returncode:
         raise ArtifactError(
             f"cannot install the TypeScript compiler {VERSION}: npm exited with {done.returncode}",
