@@ -6,6 +6,8 @@ SHELL := bash
 .NOTPARALLEL:
 
 PYTHON ?= python3
+# What the stack makes, and what the targets without a container make; RECIPE=... names another for both.
+STACK := $(or $(RECIPE),data/tutor.toml)
 RECIPE ?= data/demo.toml
 BIN := .venv/bin
 TUTOR := $(BIN)/tutor
@@ -16,6 +18,21 @@ help: ## show this list
 demo: .venv/demo llamacpp ## the whole pipeline on this CPU: a real 135M Llama, minutes
 	@$(TUTOR) run --recipe data/demo.toml
 	@$(TUTOR) publish --recipe data/demo.toml --if-there --wait 0
+
+all: .venv/base ## the whole stack in containers, on the GPU: ends with `ollama run tutor`
+	@$(TUTOR) stack run --recipe $(STACK)
+
+up: .venv/base ## start Ollama's container
+	@$(TUTOR) stack call up --recipe $(STACK)
+
+down: .venv/base ## stop and remove the stack's containers; models and the hub's cache stay
+	@$(TUTOR) stack call down --recipe $(STACK)
+
+logs: .venv/base ## follow Ollama's log
+	@$(TUTOR) stack call logs --recipe $(STACK)
+
+shell: .venv/base ## a shell in the trainer's image
+	@$(TUTOR) stack call shell --recipe $(STACK)
 
 run: .venv/demo llamacpp ## run what is not up to date of RECIPE
 	@$(TUTOR) run --recipe $(RECIPE)
@@ -46,10 +63,13 @@ llamacpp: .venv/base ## build the pinned llama.cpp, once, into the user's cache
 	@$(BIN)/python scripts/build_llamacpp.py >/dev/null
 
 test: .venv/demo llamacpp ## every test that needs neither GPU nor Docker
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not docker"
+
+test-docker: .venv/demo llamacpp ## the container tests; they say why where they cannot run
+	$(BIN)/pytest -m docker tests/docker
 
 test-quick: .venv/base ## the unit tests alone: seconds
-	$(BIN)/pytest -m "not pipeline and not llamacpp"
+	$(BIN)/pytest -m "not pipeline and not llamacpp and not docker"
 
 check: .venv/base ## format, lint, types, import rules
 	$(BIN)/ruff format --check .
@@ -63,4 +83,4 @@ lock: ## pin again what pyproject.toml asks for (needs uv)
 clean: ## remove what RECIPE made
 	@$(TUTOR) clean --recipe $(RECIPE)
 
-.PHONY: help demo run chat eval status install llamacpp test test-quick check lock clean
+.PHONY: help demo all up down logs shell test-docker run chat eval status install llamacpp test test-quick check lock clean

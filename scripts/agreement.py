@@ -8,6 +8,7 @@ preferred its own (natural-log probability). A small preference on both sides is
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from tutor.engines import hf, llamacpp
@@ -23,11 +24,12 @@ def main(recipe: Recipe, build: Path, count: int) -> None:
     f16 = folder / "gguf" / "tutor-F16.gguf"
     engine = hf.load(folder / "merged", None, quantization="none", precision="fp32")
     tokenizer = engine.tokenizer
+    generation = replace(greedy(recipe.generate, recipe.seed), repetition_penalty=1.0)
     same = 0
     with llamacpp.serve(f16, context=recipe.generate.context, threads=2, log=folder / "agreement.log") as server:
         for prompt in prompts[:count]:
             messages = conversation(prompt["instruction"], recipe.system)
-            texts = [each.answer(messages, greedy(recipe.generate, recipe.seed)).text for each in (engine, server)]
+            texts = [each.answer(messages, generation).text for each in (engine, server)]
             ours, theirs = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
             agreed = next(
                 (place for place, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from tutor.errors import ArtifactError, HostError
 from tutor.judges import typescript_install as installer
 from tutor.judges.code import Marked, check_rows, fold, judge_answers, read_spec
 from tutor.judges.fences import Block, fenced, typescript
-from tutor.judges.typescript import MAX_BYTES, MAX_DEPTH, Verdict, judge_blocks
+from tutor.judges.typescript import MAX_BYTES, MAX_DEPTH, Verdict, _cut_off, judge_blocks
 from tutor.judges.typescript_scan import scan
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +37,14 @@ for name in files:
             signal.signal(number, signal.SIG_IGN)
         (here / "hanging").write_text(str(os.getpid()))
         time.sleep(600)
+    if "CONNECT" in source:
+        import socket
+        try:
+            socket.create_connection(("127.0.0.1", int(source.split()[1])), 5)
+        except OSError:
+            pass
+        else:
+            (here / "connected").touch()
     if "CRASH" in source:
         print("panic: it broke\\n\\ngoroutine 1 [running]:")
         sys.exit(2)
@@ -257,6 +266,14 @@ def test_file_names_cannot_be_known_and_options_leave_no_way_out(pretend: Path) 
     names = [re.findall(r"\S+\.ts", line)[0] for line in runs(pretend)]
     assert len(set(names)) == len(names)
     assert all("--noResolve" in line and "--ignoreConfig" in line and "--noEmit" in line for line in runs(pretend))
+
+
+def test_the_compiler_has_no_network(pretend: Path) -> None:
+    if not _cut_off():
+        pytest.skip("this user may not make a network namespace (unshare)")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert outcomes(f"CONNECT {server.getsockname()[1]}") == ["pass"]
+    assert not (pretend / "connected").exists()
 
 
 def test_half_a_surrogate_pair_can_be_judged(pretend: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from tutor import boundary, cli_serving
+from tutor import boundary, cli_serving, cli_stack
 from tutor.cli_options import emit, json_option, read, recipe_option, shown_on_stderr, tree
 from tutor.errors import ArtifactError, DataError
 
@@ -232,8 +232,8 @@ def _summary_lines(recipe: "Recipe", build: Path) -> list[str]:
     return summary.lines(summary.collect(recipe, build), str(recipe.path))
 
 
-for serving in cli_serving.COMMANDS:
-    cli.add_command(serving)
+for command in (*cli_serving.COMMANDS, cli_stack.stack_group):
+    cli.add_command(command)
 
 
 def main() -> NoReturn:
