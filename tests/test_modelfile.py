@@ -402,7 +402,8 @@ def test_the_penalty_covers_the_context_as_in_transformers_and_is_not_negative()
 def test_run_writes_a_modelfile_and_the_same_as_json(build, tmp_path):
     (tmp_path / "r.toml").write_text('system = "Eres un tutor."\nseed = 7\n[ollama]\nmodel = "mi-tutor"\n', "utf-8")
     recipe = read_recipe(tmp_path / "r.toml")
-    summary = modelfile.run(recipe, build / "gguf" / "tutor-Q4_K_M.gguf", GO_TEMPLATE, STOPS, build / "model")
+    (build / "model").mkdir()
+    summary = modelfile.run(recipe, {"convert": build / "gguf"}, build / "model")
     parsed = parse((build / "model" / "Modelfile").read_bytes().decode())
     create = json.loads((build / "model" / "create.json").read_bytes())
     assert create == {

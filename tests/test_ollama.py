@@ -298,7 +298,7 @@ def test_the_history_goes_out_as_it_came_and_every_sampler_is_named(server: Fake
 def test_an_evaluation_is_asked_at_temperature_zero_with_its_seed(server: FakeOllama, engine: OllamaServer) -> None:
     engine.answer(HOLA, greedy(GenerateSettings(), 7))
     options = server.asked("POST /api/chat")[0]["options"]
-    assert (options["temperature"], options["seed"], options["repeat_penalty"]) == (0.0, 7, 1.0)
+    assert (options["temperature"], options["seed"], options["repeat_penalty"]) == (0.0, 7, 1.15)
 
 
 def test_a_model_that_thinks_is_asked_not_to(server: FakeOllama, api: Ollama) -> None:

@@ -77,11 +77,11 @@ def test_a_run_that_is_up_to_date_imports_no_torch(built: Path) -> None:
 def test_training_lowers_the_held_out_loss_and_every_gguf_keeps_it(built: Path) -> None:
     summary = result("summary", build=built)["stages"]
     held = summary["train"]["held_out"]
-    assert held["loss_after"] < held["loss_before"] - 0.05
+    assert held["loss_after"] < held["loss_before"] - 0.02
     scored = {name: entry["loss"] for name, entry in summary["evaluate"]["perplexity"].items()}
     assert set(scored) == {"base-Q8_0", "tutor-F16", "tutor-Q8_0", "tutor-Q4_K_M"}
     assert all(math.isclose(scored[name], scored["tutor-F16"], rel_tol=0.03) for name in scored if "tutor" in name)
-    assert scored["tutor-F16"] < scored["base-Q8_0"] - 0.05
+    assert scored["tutor-F16"] < scored["base-Q8_0"] - 0.02
 
 
 def test_two_runs_from_scratch_are_byte_identical(built: Path, tmp_path: Path) -> None:
