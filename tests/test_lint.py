@@ -2,16 +2,19 @@
 
 import json
 import random
+import re
 import tracemalloc
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from conftest import SENTENCES, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tutor.cli_data import lint_command
 from tutor.errors import ArtifactError, DataError, RecipeError
 from tutor.stages.data import normalise
 from tutor.stages.lint import KINDS, NEAR, Report, lint
@@ -22,10 +25,11 @@ from tutor.stages.similar import Questions, near_pairs, nearest, same
 
 ROOT = Path(__file__).parent.parent
 ANSWER = "Es un valor que el compilador comprueba antes de ejecutar el programa, y nada más."
-WORDS = (
+WORDS = re.findall(
+    r"\w+",
     "interfaz genérico unión enum clase módulo tupla función promesa literal índice alias clave valor mapa conjunto "
-    "lista bucle error aviso cadena número objeto método campo rango fecha precio pedido cliente"
-).split()
+    "lista bucle error aviso cadena número objeto método campo rango fecha precio pedido cliente",
+)
 
 
 def row(instruction: str, response: str = "", **other: Any) -> dict[str, Any]:
@@ -67,12 +71,12 @@ def test_good_rows_have_no_finding(tmp_path: Path) -> None:
         (row("¿Cómo?", "Al final </s> se acaba el texto que se ha escrito."), "special-token", "</s>"),
         (row("¿Cómo?", f"{ANSWER}\n\n```ts\nlet x = 1;"), "fence", "in response does not close"),
         (row("¿Cómo va?\n~~~\nx", ANSWER), "fence", "in instruction does not close"),
-        (row("¿Cómo?", "palabra " * 600), "length", "4806 characters; train.max_length is 1024 tokens"),
+        (row("¿Cómo?", f"{ANSWER} " * 50), "length", "4155 characters; train.max_length is 1024 tokens"),
         (row("  ¿QUE es interfaz frente a genérico ", GOOD[0]["response"]), "duplicate", "repeats line 1"),
-        (row("¿Qué es interfaz frente a genérico?", "Otra respuesta que no dice lo mismo, ni mucho menos."), "contradiction", "line 1"),
-        (row("¿Qué es la interfaz frente a genérico?", "Una respuesta más, que tampoco dice lo mismo."), "near-duplicate", "line 1"),
+        (row("¿Qué es interfaz frente a genérico?", "No dice lo mismo, ni mucho menos."), "contradiction", "line 1"),
+        (row("¿Qué es la interfaz frente a genérico?", "Tampoco dice lo mismo."), "near-duplicate", "line 1"),
         (row("¿Para qué sirve un valor?", GOOD[2]["response"]), "same-answer", "line 3"),
-        (row("Where is it?", "The compiler checks every value before the program runs, and nothing more."), "language", "not Spanish"),
+        (row("Where is it?", "The compiler checks every value before it runs."), "language", "not Spanish"),
         (row("¿Y este otro?", category=""), "balance", "no category"),
     ],
 )  # fmt: skip
@@ -156,7 +160,8 @@ def test_a_file_of_prompts_is_known_by_its_expectations(tmp_path: Path) -> None:
 
 
 def test_a_set_in_another_language_is_not_reported_row_by_row(tmp_path: Path) -> None:
-    rows = [row(f"What is {a}?", f"The compiler checks the {a} before the program runs, and then the {b}.") for a, b in zip(WORDS[::2], WORDS[1::2], strict=True)]  # fmt: skip
+    answer = "The compiler checks the {0} before the program runs, and nothing else happens to the {0}."
+    rows = [row(f"What is {word}?", answer.format(word)) for word in WORDS]
     report = look(tmp_path, rows)
     assert report.findings == ()
     assert report.figures["language"]["spanish"] == 0
@@ -221,7 +226,7 @@ def test_a_row_over_the_limit_is_found_once_however_long_it_is(
 
 def test_a_damaged_tokenizer_names_the_stage_that_makes_it(tmp_path: Path, tokenizer_file: Path) -> None:
     tokenizer_file.write_text('{"version":', "utf-8")
-    with pytest.raises(ArtifactError, match="damaged.*tutor base"):
+    with pytest.raises(ArtifactError, match=r"damaged.*tutor base"):
         look(tmp_path, GOOD, tokenizer=tokenizer_file)
 
 
@@ -373,6 +378,58 @@ def test_whatever_a_row_holds_is_shown_as_text(tmp_path: Path) -> None:
 def test_a_page_of_nothing_is_a_page(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     assert Page(page(lint([tmp_path / "empty.jsonl"], max_length=1024))).open == []
+
+
+# --- the command
+
+
+def command(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(lint_command, [str(argument) for argument in arguments])
+
+
+def test_findings_stand_on_stdout_by_line_and_are_no_failure_unless_strict(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", [*GOOD, GOOD[0]])
+    done = command(tmp_path / "rows.jsonl")
+    assert done.exit_code == 0
+    assert done.stdout.splitlines()[0] == f"{tmp_path / 'rows.jsonl'}:{len(GOOD) + 1}: duplicate: repeats line 1"
+    assert done.stdout.splitlines()[-1] == "  findings: 1 duplicate"
+    strict = command(tmp_path / "rows.jsonl", "--strict")
+    assert (strict.exit_code, strict.stdout) == (DataError.code, done.stdout)
+    assert strict.stderr.startswith("Error: 1 findings")
+
+
+def test_json_is_one_document_even_when_strict(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", [*GOOD, GOOD[0]])
+    done = command(tmp_path / "rows.jsonl", "--strict", "--json")
+    assert json.loads(done.stdout)["counts"] == {"duplicate": 1}
+    assert done.exit_code == DataError.code
+
+
+def test_without_files_the_recipes_rows_are_held_against_its_prompts(recipe_file: Path, tmp_path: Path) -> None:
+    done = command("-r", recipe_file, "-b", tmp_path / "build", "--html", tmp_path / "page.html", "--json")
+    report = json.loads(done.stdout)
+    assert list(report["files"]) == [str(tmp_path / "tutor.jsonl"), str(tmp_path / "eval.jsonl")]
+    assert report["figures"]["nearest"]["prompts"] == 3
+    assert report["figures"]["lengths"]["unit"] == "characters"
+    assert Page((tmp_path / "page.html").read_text("utf-8")).open == []
+
+
+def test_lengths_are_in_the_bases_tokens_where_that_stage_has_run(
+    recipe_file: Path, tmp_path: Path, tokenizer_file: Path
+) -> None:
+    base = tmp_path / "build" / "small" / "base"
+    (base / "model").mkdir(parents=True)
+    tokenizer_file.rename(base / "model" / "tokenizer.json")
+    facts = {"source": "tiny", "model": "model", "weights": "", "vocabulary": 256, "add_bos": False, "bos": None}
+    (base / "base.json").write_text(json.dumps({**facts, "eos": 0, "pad": None, "pre_tokenizer": ""}), "utf-8")
+    done = command("-r", recipe_file, "-b", tmp_path / "build", "--json")
+    assert json.loads(done.stdout)["figures"]["lengths"]["unit"] == "tokens"
+
+
+def test_a_page_that_cannot_be_written_is_said_in_one_line(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", GOOD)
+    done = command(tmp_path / "rows.jsonl", "--html", tmp_path / "none" / "page.html")
+    assert isinstance(done.exception, RecipeError)
 
 
 def test_our_own_set_has_no_finding() -> None:

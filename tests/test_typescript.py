@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
+from conftest import write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tutor.errors import ArtifactError, HostError
+from tutor.cli_data import check_command
+from tutor.errors import ArtifactError, DataError, HostError
 from tutor.judges import typescript_install as installer
 from tutor.judges.code import Marked, check_rows, fold, judge_answers, read_spec
 from tutor.judges.fences import Block, fenced, typescript
@@ -338,11 +341,47 @@ def test_specs_are_read() -> None:
     assert read_spec("TS2322,TS2345 +1 +3") == (frozenset({"TS2322", "TS2345"}), [1, 3])
 
 
+# --- tutor data check
+
+
+def check(tmp_path: Path, *options: str, code: str = "ok") -> Any:
+    rows = [{"instruction": "¿A?", "response": block("a;"), "code": ["ok"]}]
+    write_rows(tmp_path / "rows.jsonl", [*rows, {"instruction": "¿B?", "response": block("TS2322"), "code": [code]}])
+    return CliRunner().invoke(check_command, [str(tmp_path / "rows.jsonl"), *options])
+
+
+def test_data_check_compiles_where_the_compiler_is_installed(pretend: Path, tmp_path: Path) -> None:
+    done = check(tmp_path, code="TS2322")
+    assert "2 rows ok; 1 blocks compile, 1 fail as they say" in done.stdout
+    assert "blocks" not in check(tmp_path, "--no-code").stdout
+
+
+def test_data_check_names_the_line_of_code_that_does_otherwise(pretend: Path, tmp_path: Path) -> None:
+    fault = check(tmp_path).exception
+    assert isinstance(fault, DataError)
+    path = tmp_path / "rows.jsonl"
+    assert fault.problems[0].startswith(f"{path}:2: block 1 (answer, line 2) must compile, but: TS2322 in line 1")
+
+
+def test_data_check_without_a_compiler_leaves_a_note_unless_code_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUTOR_TYPESCRIPT", str(tmp_path))
+    done = check(tmp_path)
+    assert done.exit_code == 0
+    assert "code was not compiled" in done.stdout
+    assert isinstance(check(tmp_path, "--code").exception, HostError)
+    assert "not compiled" not in check(tmp_path, "--no-code").stdout
+
+
 # --- answers
 
 
 def judged(text: str, **prompt: Any) -> dict[str, Any]:
-    (verdict,) = judge_answers([{"instruction": "¿?", **prompt}], [text])
+    """The verdict on an answer to a prompt, beside another prompt that wants code."""
+    beside: dict[str, Any] = {"instruction": "¿?", "expect": {"code": True}}
+    prompts = [{"instruction": "¿?", **prompt}] + [beside] * ("expect" not in prompt)
+    verdict = judge_answers(prompts, [text, ""][: len(prompts)])[0]
     json.dumps(verdict)
     return verdict
 
@@ -382,14 +421,27 @@ def test_a_correction_needs_a_question_that_fails_as_stated(pretend: Path) -> No
 
 
 def test_an_answer_that_needs_no_code_may_have_none_but_not_wrong_code(pretend: Path) -> None:
+    assert judged("Nada.", expect={"code": False})["compiles"]
     assert judged("Nada.", expect={"code": False})["expected"]
+    assert judged("Nada.")["compiles"], "a prompt without expectations wants nothing"
+    assert not judged("Nada.", expect={"include": [["nada"]]})["compiles"]
     assert not judged("Nada.", expect={"code": True})["expected"]
-    assert not judged(block("TS2322"), expect={"code": False})["expected"]
+    prompts = [{"instruction": "¿?", "expect": {"code": wanted}} for wanted in (False, True)]
+    assert not judge_answers(prompts, [block("TS2322"), ""])[0]["expected"]
+
+
+def test_a_set_that_wants_no_code_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUTOR_TYPESCRIPT", str(tmp_path))
+    good = judged("Una tupla.\n" + block("TS2322"), expect={"code": False, "include": [["TUPLA"]]})
+    assert (good["compiles"], good["expected"]) == (True, True)
+    assert check_rows([Marked("¿?", "Sí.")]).problems == ()
+    with pytest.raises(HostError):
+        judged(block("a;"), expect={"include": [["tupla"]]})
 
 
 def test_all_answers_take_one_run_and_keep_their_order(pretend: Path) -> None:
     texts = [block("a;"), block("TS2322"), "", block("TS1005"), "x" * (2**20 + 1)]
-    verdicts = judge_answers([{"instruction": "¿?"}] * len(texts), texts)
+    verdicts = judge_answers([{"instruction": "¿?", "expect": {"code": True}}] * len(texts), texts)
     assert [each["outcome"] for each in verdicts] == ["pass", "type_error", "no_code", "syntax_error", "judge_error"]
     assert len(runs(pretend)) == 2
 

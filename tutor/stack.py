@@ -44,6 +44,8 @@ COMMANDS = {
     "shell": ("run", "--rm", "--no-deps", "trainer", "bash"),
 }
 """What people do with the containers beside running the whole stack: `docker compose` with our files and variables."""
+SHARES = {"spanish": "answered in Spanish", "stopped": "ended by themselves", "code_block": "with a code block"}
+"""Of the evaluator's verdicts, what the end says; its JSON and eval-ollama/ have the rest."""
 RUN = "docker compose exec ollama ollama run"
 STARTING = "180"  # seconds until Ollama must be healthy
 STOPPING = "180"  # seconds for a service that is told to end: training saves a checkpoint
@@ -209,7 +211,10 @@ def lines(result: Mapping[str, Any]) -> list[str]:
     model = published["model"]
     where = f"{model} is build {published['build']}, at http://{result['host']} in Ollama {published['version']}"
     opening = [] if result["ran"] else ["Nothing to do: every service is up to date."]
-    return [*opening, f"{where}{'' if result['gpu'] else ', without a GPU'}.", f"Next: {RUN} {model}"]
+    rates = result["services"][AFTER[1]].get("all", {})
+    shares = [f"{100 * rates[name]['share']:.0f} % {words}" for name, words in SHARES.items() if name in rates]
+    answers = [f"Of {rates['n']} held-out prompts: {', '.join(shares)}."] if shares else []
+    return [*opening, f"{where}{'' if result['gpu'] else ', without a GPU'}.", *answers, f"Next: {RUN} {model}"]
 
 
 def call(recipe: Recipe, build: Path, name: str) -> int:

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,68 @@ def test_the_converters_share_the_trainers_layers(images: None) -> None:
     assert shared == layers[0][: len(shared)]
     assert sizes[1] - sizes[0] < 500e6
     assert len(shared) >= len(layers[0]) - 1
+
+
+INDEX = """
+import functools, http.server, ssl
+handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory="/served")
+server = http.server.HTTPServer(("", 8443), handler)
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain("/served/ca.crt", "/served/ca.key")
+server.socket = context.wrap_socket(server.socket, server_side=True)
+server.serve_forever()
+"""
+"""A package index whose certificate only its own authority has signed, as behind a proxy that inspects TLS."""
+
+
+@pytest.fixture(scope="module")
+def inspected_base(images: None, project: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """The Dockerfile's first stage on a base image that trusts one more authority, and a network with its index."""
+    served = tmp_path_factory.mktemp("served")
+    served.chmod(0o755)  # the index is no more root than any other container here
+    subject = ("-subj", "/CN=index", "-addext", "subjectAltName=DNS:index")
+    key = ("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "/served/ca.key", "-out", "/served/ca.crt")
+    as_root = ("run", "--rm", "--user", "0", "--volume", f"{served}:/served", "tutor-client")
+    docker(*as_root, "openssl", *key, *subject)
+    docker(*as_root, "chmod", "0644", "/served/ca.key")
+    with zipfile.ZipFile(served / "probe-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("probe-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: probe\nVersion: 1\n")
+        wheel.writestr("probe-1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("probe-1.dist-info/RECORD", "")
+    base = os.environ.get("BASE_IMAGE", "debian:trixie-slim")
+    lines = (
+        f"FROM {base}",
+        "RUN apt-get update && apt-get install --yes --no-install-recommends ca-certificates",
+        "COPY ca.crt /usr/local/share/ca-certificates/",
+        "RUN update-ca-certificates",
+    )
+    (served / "Dockerfile").write_text("\n".join(lines) + "\n")
+    trusting, first = f"{project}-base", f"{project}-python"
+    docker("build", "--quiet", "--tag", trusting, str(served))
+    dockerfile = ("--file", str(ROOT / "docker" / "Dockerfile"), "--target", "python", str(ROOT))
+    docker("build", "--quiet", "--build-arg", f"BASE_IMAGE={trusting}", "--tag", first, *dockerfile)
+    docker("network", "create", "--internal", first)
+    index = ("--name", f"{project}-index", "--network", first, "--network-alias", "index")
+    docker("run", "--detach", *index, "--volume", f"{served}:/served:ro", "tutor-client", "python", "-c", INDEX)
+    yield first, first
+    docker("rm", "--force", f"{project}-index")
+    docker("network", "rm", first)
+    docker("image", "rm", first, trusting)
+
+
+def test_a_build_trusts_what_its_base_image_trusts_and_no_more(inspected_base: tuple[str, str]) -> None:
+    image, network = inspected_base
+
+    def download(image: str) -> "subprocess.CompletedProcess[str]":
+        pip = ("pip", "download", "--retries", "5", "--no-index", "--find-links", "https://index:8443/", "probe")
+        run = ["docker", "run", "--rm", "--network", network, "--workdir", "/tmp", image, *pip]
+        return subprocess.run(run, capture_output=True, text=True, check=False)
+
+    trusted, other = download(image), download("tutor-client")
+    assert trusted.returncode == 0, trusted.stderr
+    assert "Saved ./probe-1-py3-none-any.whl" in trusted.stdout
+    assert other.returncode != 0
+    assert "CERTIFICATE_VERIFY_FAILED" in other.stdout + other.stderr
 
 
 # The services

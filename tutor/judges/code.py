@@ -133,13 +133,15 @@ def judge_answers(
 ) -> list[dict[str, Any]]:
     """A verdict for each prompt's answer; JSON values.
 
-    `compiles`: it has TypeScript and all of it compiles, a block alone or behind the answer's blocks before it.
-    `given_fails`: the question's code fails as the prompt states (None where it states nothing). `expected`: it
-    compiles, or needs no code and has none; the given code fails; every concept of `expect` is there and nothing of
-    its `exclude`. `missing` and `forbidden` say which. Raises HostError without a compiler.
+    `compiles`: all of its TypeScript compiles, a block alone or behind the answer's blocks before it, and there is
+    some if the prompt's `expect` wants code. `given_fails`: the question's code fails as the prompt states (None where
+    it states nothing). `expected`: it compiles, the given code fails, every concept of `expect` is there and nothing
+    of its `exclude`; `missing` and `forbidden` say which. Where no prompt wants code none is compiled; else raises
+    HostError without a compiler.
     """
     given = [_given(prompt) for prompt in prompts]
-    found = [typescript(fenced(text)) if len(text) <= MAX_TEXT else [] for text in texts]
+    compiled = any(wants_code(prompt) for prompt in prompts)
+    found = [typescript(fenced(text)) if compiled and len(text) <= MAX_TEXT else [] for text in texts]
     flat = [each.block for row in given for each in row] + [block for blocks in found for block in blocks]
     verdicts = iter(judge_blocks(flat, seconds=seconds))
     fails = [[fulfils(next(verdicts), each.codes) for each in row] for row in given]
@@ -149,6 +151,15 @@ def judge_answers(
         _answer(prompt, text, list(zip(blocks, outcomes, strict=True)), as_stated)
         for prompt, text, blocks, outcomes, as_stated in zip(prompts, texts, found, judged, fails, strict=True)
     ]
+
+
+def wants_code(prompt: Mapping[str, Any]) -> bool:
+    """Whether a prompt is about code: its own states what it does, or a right answer has some.
+
+    As the schema has it: who states expectations wants code unless they say otherwise.
+    """
+    expect = prompt.get("expect") or {}
+    return bool(prompt.get("code") or expect.get("code", bool(expect)))
 
 
 def _given(prompt: Mapping[str, Any]) -> list[_Wanted]:
@@ -188,14 +199,14 @@ def _answer(
     folded = fold(text)
     missing = [group for group in expect.get("include", ()) if not any(fold(name) in folded for name in group)]
     forbidden = [name for name in expect.get("exclude", ()) if fold(name) in folded]
-    compiles = outcome == "pass"
-    needs_none = not expect.get("code", True) and not blocks
+    needs_none = not expect.get("code", bool(expect))
+    compiles = outcome == "pass" or (needs_none and outcome == "no_code" and not blocks)
     given_fails = all(as_stated) if as_stated else None
     return {
         "compiles": compiles,
         "outcome": outcome,
         "given_fails": given_fails,
-        "expected": (compiles or needs_none) and given_fails is not False and not missing and not forbidden,
+        "expected": compiles and given_fails is not False and not missing and not forbidden,
         "missing": missing,
         "forbidden": forbidden,
         "blocks": [
@@ -211,5 +222,5 @@ def _answer(
 
 def fold(text: str) -> str:
     """A text as words are looked for in it: without case, accents and kinds of blanks."""
-    plain = unicodedata.normalize("NFKD", text.casefold())
+    plain = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())
     return " ".join("".join(sign for sign in plain if not unicodedata.combining(sign)).split())

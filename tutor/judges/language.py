@@ -18,8 +18,8 @@ LANGUAGES = (
 MIN_WORDS = 6
 """With fewer words of prose there is no verdict, which counts as no: who only shows code has not taught in Spanish."""
 
-_IDENTIFIER = re.compile(r"\S*(?:[0-9_$<>{}=/\\@|]|\w[(\[]|[a-záéíóúüñ][A-Z]|\w\.\w)\S*")
-"""A word that is code without its backticks: camelCase, a.b, f(), T[], TS2322, a path or an address."""
+_IDENTIFIER = re.compile(r"[0-9_$<>{}=/\\@|]|\w[(\[]|[a-záéíóúüñ][A-Z]|\w\.\w")
+"""In a word that is code without its backticks: camelCase, a.b, f(), T[], TS2322, a path or an address."""
 _WORD = re.compile(r"[^\W\d_]{2,}")
 
 
@@ -44,4 +44,4 @@ def prose(text: str) -> str:
     for token in MarkdownIt("commonmark", {"html": False}).parse(text):
         parts += [child.content if child.type == "text" else " " for child in token.children or ()]
         parts.append("\n")
-    return " ".join(_IDENTIFIER.sub(" ", "".join(parts)).split())
+    return " ".join(word for word in "".join(parts).split() if not _IDENTIFIER.search(word))

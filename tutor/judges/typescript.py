@@ -96,8 +96,10 @@ class _NoVerdictError(Exception):
 def judge_blocks(blocks: Sequence[Block], *, seconds: float = SECONDS, memory_mb: int = MEMORY_MB) -> list[Verdict]:
     """A verdict for each block. `seconds` and `memory_mb` bound the compiler for one block.
 
-    Raises HostError when the compiler is not installed.
+    Raises HostError when there are blocks and the compiler is not installed.
     """
+    if not blocks:
+        return []
     compiler = _Compiler((*_cut_off(), str(find_compiler())), seconds, memory_mb)
     verdicts: dict[int, Verdict] = {}
     together: list[int] = []

@@ -22,7 +22,7 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-_TEMPLATE = re.compile(r"(?:[^`\\$]|\\.|\$(?!\{))*(`|\$\{|\Z)", re.DOTALL)
+_TEMPLATE = re.compile(r"(?:[^`\\$]|\\.|\\\Z|\$(?!\{))*(`|\$\{|\Z)", re.DOTALL)
 """The text of a template up to its end or to the next expression in it."""
 
 _BEFORE_REGEX = {"return", "typeof", "case", "in", "of", "void", "delete", "do", "else", "await", "yield", "throw"}

@@ -32,16 +32,18 @@ KINDS = {
     "language": "rows that are not in Spanish, where most are",
     "balance": "categories and topics with few rows, and rows without",
 }
-NEAR = 0.55
+NEAR = 0.6
 """The share of their words and word pairs from which two questions are reported as nearly the same.
 
-One small word in a question of six leaves 0.57; two six-word questions about different things share 0.5.
+A question of six words with another word for one of them keeps 0.57, and is mostly about another thing.
 """
 FIGURE_NEAR = 0.2
 FIGURE_PAIRS = 500_000
 """Up to so many pairs of row and prompt, the nearest row of every prompt is looked for down to FIGURE_NEAR."""
 MAJORITY = 0.8
 """With less than this share in Spanish a set is not a Spanish one, and its rows are not reported for it."""
+LOOKED_AT = 20_000
+"""Characters of a row that its language is judged by."""
 SPARSE = 0.25
 """Of an equal share: a category with less is reported."""
 
@@ -170,7 +172,7 @@ def _languages(seen: Seen) -> dict[str, Any]:
     """Find rows of the sample that are not Spanish, where most are; how many were judged."""
     judged = []
     for row, question, answer in seen.sample:
-        text = f"{question}\n\n{answer}"
+        text = f"{question}\n\n{answer}"[:LOOKED_AT]
         if len(prose(text).split()) >= MIN_WORDS:
             judged.append((row, *is_spanish(text)))
     spanish = sum(yes for _, yes, _ in judged)

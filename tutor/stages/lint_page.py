@@ -39,7 +39,7 @@ def page(report: Report, limits: Limits | None = None) -> str:
                 {
                     "file": each.file,
                     "line": each.line,
-                    "message": _visible(each.message),
+                    "message": each.message,
                     "text": texts.get((each.file, each.line), ""),
                 }
                 for each in report.findings
@@ -48,7 +48,7 @@ def page(report: Report, limits: Limits | None = None) -> str:
         }
         for kind, count in report.counts.items()
     ]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, finalize=_visible)
     return environment.from_string(TEMPLATE.read_text("utf-8")).render(
         title=f"Lint of {', '.join(Path(name).name for name in report.files)}",
         files=report.files,
@@ -91,14 +91,16 @@ def _questions(places: Iterable[Place], limits: Limits) -> dict[Place, str]:
     for name, lines in wanted.items():
         for line, found in read_values(Path(name), limits, Counter()) if lines else ():
             if line in lines and isinstance(found, dict):
-                texts[name, line] = _visible(str(found.get("instruction", "")))
+                text = str(found.get("instruction", ""))
+                texts[name, line] = text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
     return texts
 
 
-def _visible(text: str) -> str:
-    """A text as it is shown: short, and a sign that has no shape of its own as a replacement character."""
-    cut = text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
-    return "".join(sign if sign.isprintable() or sign in "\n\t" else "�" for sign in cut)
+def _visible(value: Any) -> Any:
+    """What is shown: in a text, a replacement character for each sign that has no shape of its own."""
+    if not isinstance(value, str) or value.isprintable():
+        return value
+    return "".join(sign if sign.isprintable() or sign in "\n\t" else "�" for sign in value)
 
 
 def _chart(lengths: dict[str, Any]) -> dict[str, Any]:

@@ -49,16 +49,16 @@ class Questions:
 
 def _bins(hashes: Sequence[int]) -> list[int]:
     """The least hash of each residue class; an empty one takes that of the next class, marked by how far it came."""
-    found: list[int | None] = [None] * BINS
+    found = [-1] * BINS
     for value in reversed(hashes):
         found[value % BINS] = value
-    filled = [0] * BINS
-    last = 0
-    for place in range(2 * BINS - 1, -1, -1):
-        own = found[place % BINS]
-        last = last + (1 << 32) if own is None else own
-        filled[place % BINS] = last
-    return filled
+    first = next((place for place, value in enumerate(found) if value >= 0), 0)
+    last = found[first] + (first << 32)
+    for place in range(BINS - 1, -1, -1):
+        value = found[place]
+        last = value if value >= 0 else last + (1 << 32)
+        found[place] = last
+    return found
 
 
 def same(keys: "array[int]", chosen: Iterable[int] | None = None) -> Iterator[list[int]]:
