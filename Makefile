@@ -19,19 +19,19 @@ demo: .venv/demo llamacpp ## the whole pipeline on this CPU: a real 135M Llama, 
 	@$(TUTOR) run --recipe data/demo.toml
 	@$(TUTOR) publish --recipe data/demo.toml --if-there --wait 0
 
-all: .venv/base ## the whole stack in containers, on the GPU: ends with `ollama run tutor`
+all: .venv/light ## the whole stack in containers, on the GPU: ends with `ollama run tutor`
 	@$(TUTOR) stack run --recipe $(STACK)
 
-up: .venv/base ## start Ollama's container
+up: .venv/light ## start Ollama's container
 	@$(TUTOR) stack call up --recipe $(STACK)
 
-down: .venv/base ## stop and remove the stack's containers; models and the hub's cache stay
+down: .venv/light ## stop and remove the stack's containers; models and the hub's cache stay
 	@$(TUTOR) stack call down --recipe $(STACK)
 
-logs: .venv/base ## follow Ollama's log
+logs: .venv/light ## follow Ollama's log
 	@$(TUTOR) stack call logs --recipe $(STACK)
 
-shell: .venv/base ## a shell in the trainer's image
+shell: .venv/light ## a shell in the trainer's image
 	@$(TUTOR) stack call shell --recipe $(STACK)
 
 run: .venv/demo llamacpp ## run what is not up to date of RECIPE
@@ -52,6 +52,13 @@ install: .venv/demo ## the environment alone: .venv
 .venv/base: requirements/dev.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --require-hashes --only-binary :all: -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+# What runs on the host beside containers: no torch.
+.venv/light: requirements/base.txt requirements/wheel.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --require-hashes --only-binary :all: -r requirements/base.txt -r requirements/wheel.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
