@@ -19,7 +19,7 @@ from tutor.stages.similar import Questions
 
 LISTED = 200
 """Findings of a kind that are kept; all are counted."""
-SAMPLE = 1000
+SAMPLE = 500
 """Rows whose language and tokens are looked at; of a larger set, a sample that depends on nothing but its size."""
 
 _SPECIAL_TEXT = re.compile(

@@ -61,18 +61,15 @@ def _bins(hashes: Sequence[int]) -> list[int]:
     return found
 
 
-def same(keys: "array[int]", chosen: Iterable[int] | None = None) -> Iterator[list[int]]:
-    """Groups of numbers whose keys are equal, in order, of two or more."""
-    order = sorted(range(len(keys)) if chosen is None else chosen, key=keys.__getitem__)
-    group: list[int] = []
-    for number in order:
-        if group and keys[number] != keys[group[0]]:
-            if len(group) > 1:
-                yield group
-            group = []
-        group.append(number)
-    if len(group) > 1:
-        yield group
+def same(keys: "array[int]", chosen: Iterable[int]) -> Iterator[list[int]]:
+    """Of the chosen numbers, those whose keys are equal: groups of two or more, each in the order of `chosen`."""
+    first: dict[int, int] = {}
+    groups: dict[int, list[int]] = {}
+    for number in chosen:
+        key = keys[number]
+        if first.setdefault(key, number) != number:
+            groups.setdefault(key, [first[key]]).append(number)
+    yield from groups.values()
 
 
 def near_pairs(questions: Questions, chosen: Sequence[int], least: float) -> dict[int, tuple[int, float]]:
