@@ -15,7 +15,7 @@ TUTOR := $(BIN)/tutor
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: .venv/demo llamacpp ## the whole pipeline on this CPU: a real 135M Llama, minutes
+demo: .venv/demo llamacpp typescript ## the whole pipeline on this CPU: a real 135M Llama, minutes
 	@$(TUTOR) run --recipe data/demo.toml
 	@$(TUTOR) publish --recipe data/demo.toml --if-there --wait 0
 
@@ -34,7 +34,7 @@ logs: .venv/light ## follow Ollama's log
 shell: .venv/light ## a shell in the trainer's image
 	@$(TUTOR) stack call shell --recipe $(STACK)
 
-run: .venv/demo llamacpp ## run what is not up to date of RECIPE
+run: .venv/demo llamacpp typescript ## run what is not up to date of RECIPE
 	@$(TUTOR) run --recipe $(RECIPE)
 
 chat: ## talk with the tutor of RECIPE
@@ -69,7 +69,10 @@ install: .venv/demo ## the environment alone: .venv
 llamacpp: .venv/base ## build the pinned llama.cpp, once, into the user's cache
 	@$(BIN)/python scripts/build_llamacpp.py >/dev/null
 
-test: .venv/demo llamacpp ## every test that needs neither GPU nor Docker
+typescript: .venv/base ## install the pinned TypeScript compiler, once, into the user's cache
+	@$(BIN)/python scripts/install_typescript.py >/dev/null
+
+test: .venv/demo llamacpp typescript ## every test that needs neither GPU nor Docker
 	$(BIN)/pytest -m "not docker"
 
 test-docker: .venv/demo llamacpp ## the container tests; they say why where they cannot run
@@ -90,4 +93,4 @@ lock: ## pin again what pyproject.toml asks for (needs uv)
 clean: ## remove what RECIPE made
 	@$(TUTOR) clean --recipe $(RECIPE)
 
-.PHONY: help demo all up down logs shell test-docker run chat eval status install llamacpp test test-quick check lock clean
+.PHONY: help demo all up down logs shell test-docker run chat eval status install llamacpp typescript test test-quick check lock clean

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_typescript import pretend  # noqa: F401 - a fixture
 
 from tutor.engines.answer import Answer, Engine, Finish, Generation
 from tutor.engines.llamacpp_build import MARKER, PROGRAMS
@@ -29,6 +30,7 @@ from tutor.stages.evaluate import (
     run,
     side_by_side,
     summarise,
+    with_code,
 )
 from tutor.template import Message, render
 
@@ -337,3 +339,20 @@ def test_without_a_base_gguf_only_the_tutor_is_asked(tmp_path: Path) -> None:
         run(Recipe(), inputs, tmp_path / "data")
     recipe = Recipe.model_validate({"convert": {"base": False}})
     assert list(run(recipe, inputs, tmp_path / "data")["models"]) == ["tutor"]
+
+
+def test_code_verdicts_are_counted_where_prompts_expect_something(pretend: Path) -> None:  # noqa: F811
+    asked = [{"instruction": "¿?", "category": "a", "expect": {"include": [["tupla"]]}}] * 3
+    texts = (" Una tupla.\n```ts\na;\n```", " ```ts\nTS2322\n```")
+    records = [judged(Answer(text, "stop", 5, 3, 1.0, 9.0)) for text in texts] + [{"error": "died"}]
+    found = with_code(asked, records)
+    rates = summarise(asked, found)["all"]
+    assert (rates["compiles"], rates["expected"]) == ({"n": 1, "share": 0.3333}, {"n": 1, "share": 0.3333})
+    assert found[1]["code"]["blocks"][0]["diagnostics"][0]["code"] == "TS2322"
+    assert found[2] == records[2]
+
+
+def test_prompts_that_expect_nothing_leave_the_records_alone() -> None:
+    records = [judged(Answer(" Sí.", "stop", 5, 3, 1.0, 9.0))]
+    assert with_code([{"instruction": "¿?", "category": "a"}], records) == records
+    assert "compiles" not in summarise([{"instruction": "¿?", "category": "a"}], records)["all"]

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from tutor import boundary, cli_serving, cli_stack
+from tutor import boundary, cli_data, cli_serving, cli_stack
 from tutor.cli_options import emit, json_option, read, recipe_option, shown_on_stderr, tree
-from tutor.errors import ArtifactError, DataError
+from tutor.errors import ArtifactError
 
 if TYPE_CHECKING:
     from tutor.recipe import Recipe
@@ -49,52 +49,11 @@ def cli(context: click.Context, *, debug: bool, quiet: bool) -> None:
 
 @cli.group()
 def data() -> None:
-    """The rows: check them, count them, split them."""
+    """The rows: check them and their code, lint, count, split them."""
 
 
-@data.command("check")
-@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--strict", is_flag=True, help="Unknown keys and questions shared with the prompts are errors.")
-@recipe_option
-@json_option
-def data_check(files: tuple[Path, ...], recipe_path: Path, build: Path, *, strict: bool, as_json: bool) -> None:
-    """Check FILES (or the recipe's) row by row; every fault with its file and line."""
-    del build
-    from tutor.stages import data as stage
-
-    checked: list[dict[str, Any]] = []
-    if files:
-        for path in files:
-            examples, notes = stage.read_examples(path, strict=strict)
-            checked.append({"file": str(path), "rows": len(examples), "notes": notes.warnings()})
-    else:
-        recipe = read(recipe_path)
-        inputs = stage.input_files(recipe)
-        examples, notes = stage.read_examples(inputs["train"], strict=strict)
-        prompts, prompt_notes = stage.read_prompts(inputs["eval"], strict=strict)
-        _, leaks = stage.without_leaks(examples, prompts)
-        if leaks and strict:
-            raise DataError(f"{inputs['train']}: {len(leaks)} rows ask what {inputs['eval']} asks")
-        shared = [f"{len(leaks)} rows are also prompts, and will not be trained on"] if leaks else []
-        checked.append({"file": str(inputs["train"]), "rows": len(examples), "notes": [*notes.warnings(), *shared]})
-        checked.append({"file": str(inputs["eval"]), "rows": len(prompts), "notes": prompt_notes.warnings()})
-    lines = [f"{item['file']}: {item['rows']} rows ok" for item in checked]
-    lines += [f"  note: {note}" for item in checked for note in item["notes"]]
-    emit(checked, lines, as_json=as_json)
-
-
-@data.command("stats")
-@click.argument("file", required=False, type=click.Path(path_type=Path))
-@recipe_option
-@json_option
-def data_stats(file: Path | None, recipe_path: Path, build: Path, *, as_json: bool) -> None:
-    """Count FILE (or the recipe's training rows) by category and topic, with lengths."""
-    del build
-    from tutor.stages import data as stage
-
-    path = file or stage.input_files(read(recipe_path))["train"]
-    counts = stage.statistics(stage.read_examples(path)[0])
-    emit(counts, tree(counts), as_json=as_json)
+for command in cli_data.COMMANDS:
+    data.add_command(command)
 
 
 @data.command("split")

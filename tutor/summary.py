@@ -87,9 +87,12 @@ def verdict_lines(evaluate: Mapping[str, Any]) -> list[str]:
         ("stopped by itself", "stopped"),
         ("with code", "code_block"),
         ("without a loop", "no_loop"),
+        ("code compiles", "compiles"),
+        ("as expected", "expected"),
     ):
-        shares = "".join(f"{100 * model['all'][verdict]['share']:>10.0f} %" for model in models.values())
-        rows.append(f"  {label:<22}{shares}")
+        if all(verdict in model["all"] for model in models.values()):
+            shares = "".join(f"{100 * model['all'][verdict]['share']:>10.0f} %" for model in models.values())
+            rows.append(f"  {label:<22}{shares}")
     speeds = "".join(f"{model['tokens_per_second'] or 0:>12.0f}" for model in models.values())
     return [*rows, f"  {'tokens per second':<22}{speeds}"]
 

@@ -20,8 +20,10 @@ from tutor.artifacts import write_json
 from tutor.engines.answer import Answer, Engine, Generation, greedy
 from tutor.engines.llamacpp import score, serve
 from tutor.errors import ArtifactError, ServiceError
+from tutor.judges.code import judge_answers, wants_code
 from tutor.judges.format import judge_format
 from tutor.judges.language import is_spanish
+from tutor.judges.typescript_install import find_compiler
 from tutor.modelfolder import load_tokenizer, read_facts
 from tutor.template import conversation, encode
 
@@ -33,6 +35,8 @@ log = logging.getLogger(__name__)
 ANSWERS, PERPLEXITY = "answers.json", "perplexity.json"
 RATES = ("stopped", "answered", "fences_closed", "code_block", "no_loop", "no_leak", "spanish")
 """The verdicts that are yes or no, as they are counted; yes is good."""
+CODE_RATES = ("compiles", "expected")
+"""The same, where prompts say what they expect."""
 STARTS = 2
 """How often a model's server is started: one that died is given one more chance, at the prompt it died on."""
 
@@ -43,9 +47,12 @@ Record = dict[str, Any]
 def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
     """Ask, judge and score into `out`; the summary: rates by model and category, tokens/s, perplexities.
 
-    Raises ArtifactError when a file is missing, ServiceError when a model's server cannot be kept alive.
+    Raises ArtifactError when a file is missing, ServiceError when a model's server cannot be kept alive, HostError
+    when prompts expect code and the compiler that judges it is not installed.
     """
     prompts = read_rows(inputs["data"] / "prompts.jsonl")
+    if any(map(wants_code, prompts)):
+        find_compiler()  # before the answers, which take long, not after them
     files = served_files(inputs["convert"], recipe.ollama.quantization, base=recipe.convert.base)
     generation = greedy(recipe.generate, recipe.seed)
     threads = len(os.sched_getaffinity(0))
@@ -54,7 +61,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
         # Beside `out`: what a server said must outlive a run that fails, whose folder is taken away.
         said = out.parent / f"evaluate-{name}.log"
         start = partial(serve, gguf, context=recipe.generate.context, threads=threads, log=said)
-        records[name] = ask_all(start, prompts, generation, recipe.system, name)
+        records[name] = with_code(prompts, ask_all(start, prompts, generation, recipe.system, name))
     write_json(out / ANSWERS, side_by_side(prompts, records))
     rows = held_out_rows(inputs["data"] / "held_out.jsonl", inputs["base"], recipe.system)
     perplexities = {}
@@ -147,6 +154,27 @@ def judged(answer: Answer) -> Record:
     return {**asdict(answer), "verdicts": verdicts}
 
 
+def expects_something(prompts: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether any prompt says what a right answer has, or what the code in its question does."""
+    return any(prompt.get("expect") or prompt.get("code") for prompt in prompts)
+
+
+def with_code(prompts: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> list[Record]:
+    """The records with the verdicts on their code, all in one run of the compiler; as they are where none is expected.
+
+    `compiles` and `expected` join the verdicts; why stands in `code`.
+    """
+    if not expects_something(prompts):
+        return list(records)
+    answered = [place for place, record in enumerate(records) if "verdicts" in record]
+    found = judge_answers([prompts[place] for place in answered], [records[place]["text"] for place in answered])
+    judged = list(records)
+    for place, code in zip(answered, found, strict=True):
+        counted = {name: code.pop(name) for name in CODE_RATES}
+        judged[place] = {**records[place], "verdicts": {**records[place]["verdicts"], **counted}, "code": code}
+    return judged
+
+
 def side_by_side(prompts: Sequence[Mapping[str, Any]], records: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
     """One entry a prompt: the prompt's own keys, and `answers` by model."""
     return [
@@ -193,7 +221,8 @@ def summarise(prompts: Sequence[Mapping[str, Any]], records: Sequence[Record]) -
 def rates(records: Sequence[Record]) -> dict[str, Any]:
     """How many prompts, errors and, for each verdict, passes with their share; no answer passes nothing."""
     verdicts = [record["verdicts"] for record in records if "verdicts" in record]
-    passes = {name: sum(verdict[name] for verdict in verdicts) for name in RATES}
+    counted = [name for name in (*RATES, *CODE_RATES) if all(name in verdict for verdict in verdicts)]
+    passes = {name: sum(verdict[name] for verdict in verdicts) for name in counted}
     return {
         "n": len(records),
         "errors": len(records) - len(verdicts),
@@ -209,6 +238,8 @@ def compare_table(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
         ("ended by itself", lambda model: _share(model, "stopped")),
         ("with a code block", lambda model: _share(model, "code_block")),
         ("without a loop", lambda model: _share(model, "no_loop")),
+        ("code compiles", lambda model: _share(model, "compiles")),
+        ("as expected", lambda model: _share(model, "expected")),
         ("held-out perplexity", lambda model: f"{summary['perplexity'][model['file']]['perplexity']:.2f}"),
         ("tokens/s", lambda model: "-" if model["tokens_per_second"] is None else f"{model['tokens_per_second']:.1f}"),
     )
@@ -216,5 +247,7 @@ def compare_table(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _share(model: Mapping[str, Any], verdict: str) -> str:
-    rate = model["all"][verdict]
+    rate = model["all"].get(verdict)
+    if rate is None:
+        return "-"
     return f"{100 * rate['share']:.0f} % ({rate['n']}/{model['all']['n']})"
