@@ -194,7 +194,7 @@ def test_what_others_leave_beside_and_in_checkpoints_harms_nothing(training: Tra
     assert quarantined(training) == []
 
 
-@hypothesis_settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_flipped_bit_gives_another_training(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     out = tmp_path_factory.mktemp("flipped") / "adapter.partial"
