@@ -77,9 +77,11 @@ def test_a_saved_checkpoint_comes_back_with_what_the_stage_had_written(training:
     assert resume(training) == (saved, progress(4))
     assert (training.out / "metrics.jsonl").read_text() == '{"step": 1}\n'
     assert quarantined(training) == []
-    assert checkpoint.size(saved) == sum(path.stat().st_size for path in saved.rglob("*") if path.is_file()) - (
-        saved / "manifest.json"
-    ).stat().st_size
+    assert (
+        checkpoint.size(saved)
+        == sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
+        - (saved / "manifest.json").stat().st_size
+    )
 
 
 def test_the_newest_is_that_of_the_highest_step_whatever_the_clock_said(training: Training) -> None:
@@ -105,7 +107,7 @@ def test_the_trainer_finds_no_second_adapter_in_what_the_stage_wrote(training: T
     (training.out / "adapter_model.safetensors").write_bytes(b"the best so far")
     saved = save(training, 4)
     # transformers loads every adapter in a folder directly below a checkpoint.
-    assert not [path for path in saved.glob("*/adapter_model.safetensors")]
+    assert not list(saved.glob("*/adapter_model.safetensors"))
     assert newest(training) == (saved, progress(4))
 
 
@@ -270,7 +272,10 @@ def test_only_what_was_begun_is_discarded(training: Training) -> None:
         ({"learning_rate": 1e-3}, "train.learning_rate: 0.0002 -> 0.001"),
         ({"rank": 4}, "train.rank: 8 -> 4"),
         ({"max_length": 512}, "train.max_length: 1024 -> 512"),
-        ({"target_modules": ["q_proj"]}, r"train.target_modules: \['q_proj', 'k_proj', 'v_proj', 'o_proj'\] -> \['q_proj'\]"),
+        (
+            {"target_modules": ["q_proj"]},
+            r"train.target_modules: \['q_proj', 'k_proj', 'v_proj', 'o_proj'\] -> \['q_proj'\]",
+        ),
         ({"batch_size": 2}, "batch_size x accumulation: 10 -> 20"),
         ({"epochs": 7, "alpha": 8}, "train.alpha: 16 -> 8; train.epochs: 6 -> 7"),
     ],
@@ -287,7 +292,9 @@ def test_a_recipe_that_trains_something_else_is_refused_by_name(
     assert newest(replace(training, fields=fields())) is not None
 
 
-@pytest.mark.parametrize("name", ["rows.train", "rows.held_out", "seed", "base", "precision", "device", "version.torch"])
+@pytest.mark.parametrize(
+    "name", ["rows.train", "rows.held_out", "seed", "base", "precision", "device", "version.torch"]
+)
 def test_other_rows_base_machine_or_versions_are_refused(name: str, training: Training) -> None:
     save(replace(training, fields=fields()), 4)
     assert name in fields()
@@ -320,11 +327,9 @@ def test_every_other_setting_of_training_counts() -> None:
 
 def test_rows_count_with_their_ids_masks_and_order() -> None:
     one, two = ROWS["train"]
-    seen = {
-        checkpoint.rows_sha256(rows)
-        for rows in ([], [one], [one, two], [two, one], [Encoded(one.ids, [0, 1, 1, 1])], [Encoded([1, 5, 9, 2], one.mask)])
-    }  # fmt: skip
-    assert len(seen) == 6
+    other_mask, other_ids = Encoded(one.ids, [0, 1, 1, 1]), Encoded([1, 5, 9, 2], one.mask)
+    cases = ([], [one], [one, two], [two, one], [other_mask], [other_ids])
+    assert len({checkpoint.rows_sha256(rows) for rows in cases}) == 6
     assert checkpoint.rows_sha256([Encoded([*one.ids], [*one.mask])]) == checkpoint.rows_sha256([one])
 
 

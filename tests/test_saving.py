@@ -1,4 +1,7 @@
-"""Training that is ended goes on as if it had not been: by a signal, a kill, memory, a full disk (faults.md G06, T, V02)."""
+"""Training that is ended goes on as if it had not been: by a signal, a kill, memory, a full disk.
+
+faults.md G06, T01-T16, V02.
+"""
 
 import json
 import logging
@@ -33,6 +36,7 @@ pytestmark = [
 ]
 
 Folders = dict[str, Path]
+Actions = dict[int, Callable[[], object]]
 SETTINGS = {"epochs": 3, "batch_size": 2, "accumulation": 1, "save_steps": 5, "logging_steps": 2, "dropout": 0.1}
 """18 steps, checkpoints at 5, 10, 15 and 18; losses are logged as sums of two steps, which no checkpoint ends at."""
 
@@ -58,7 +62,7 @@ def sigterm() -> Iterator[None]:
 class At(logging.Handler):
     """Does something when the trainer has logged a step: after it was computed, before it is saved."""
 
-    def __init__(self, actions: dict[int, Callable[[], object]]) -> None:
+    def __init__(self, actions: Actions) -> None:
         super().__init__()
         self.actions = actions
         self.said: list[str] = []
@@ -69,7 +73,7 @@ class At(logging.Handler):
             action()
 
 
-def stage(inputs: Folders, folder: Path, at: dict[int, Callable[[], object]] | None = None, **changes: Any) -> list[str]:
+def stage(inputs: Folders, folder: Path, at: Actions | None = None, after: Any = None, **changes: Any) -> list[str]:
     """Run the stage as the pipeline does; what it said."""
     wanted = recipe(Path("r.toml"), train=settings(**{**SETTINGS, **changes}).model_dump())
     handler, logger = At(at or {}), logging.getLogger("tutor")
@@ -79,6 +83,8 @@ def stage(inputs: Folders, folder: Path, at: dict[int, Callable[[], object]] | N
     try:
         with artifacts.writing(folder, "train", {}) as (out, results):
             results.update(train.run(wanted, inputs, out))
+            if after:
+                after()
     finally:
         logger.setLevel(level)
         logger.removeHandler(handler)
@@ -165,19 +171,15 @@ def test_a_training_that_ended_and_was_not_sealed_is_not_trained_again(
     inputs: Folders, tmp_path: Path, whole: dict[str, Any]
 ) -> None:
     folder = tmp_path / "adapter"
-    wanted = recipe(Path("r.toml"), train=settings(**SETTINGS).model_dump())
-    with pytest.raises(ZeroDivisionError), artifacts.writing(folder, "train", {}) as (out, _):
-        train.run(wanted, inputs, out)
-        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        stage(inputs, folder, after=fail(ZeroDivisionError()))
     assert checkpoints(folder) == ["checkpoint-18", "checkpoint-15"]
     said = stage(inputs, folder)
     assert not [line for line in said if line.startswith("step ")]
     assert made(folder) == whole
 
 
-def test_resuming_again_and_again_adds_the_seconds_up(
-    inputs: Folders, tmp_path: Path, whole: dict[str, Any]
-) -> None:
+def test_resuming_again_and_again_adds_the_seconds_up(inputs: Folders, tmp_path: Path, whole: dict[str, Any]) -> None:
     folder = tmp_path / "adapter"
     for step in (6, 12, 16):
         with pytest.raises(ZeroDivisionError):
@@ -215,10 +217,9 @@ def test_a_signal_ends_the_step_saves_it_and_goes_on_from_there(
     folder = tmp_path / "adapter"
     with pytest.raises(raised):
         stage(inputs, folder, {6: send(number)})
-    # Step 6 was being logged: the next one is the first that can end with a checkpoint.
-    assert checkpoints(folder) == ["checkpoint-7", "checkpoint-5"]
+    assert checkpoints(folder) == ["checkpoint-6", "checkpoint-5"]
     assert not folder.with_name("adapter.partial").exists()
-    assert "resuming after step 7 of 18" in " ".join(stage(inputs, folder))
+    assert "resuming after step 6 of 18" in " ".join(stage(inputs, folder))
     assert made(folder) == whole
 
 
@@ -362,16 +363,16 @@ class Evil:
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-@pytest.mark.parametrize("sealed", [False, True], ids=["without our manifest", "with a forged manifest"])
+@pytest.mark.parametrize("how", ["without our manifest", "with a forged manifest"])
 def test_a_pickle_that_was_planted_is_not_run(
-    name: str, sealed: bool, inputs: Folders, tmp_path: Path, whole: dict[str, Any]
+    name: str, how: str, inputs: Folders, tmp_path: Path, whole: dict[str, Any]
 ) -> None:
     folder, trace = tmp_path / "adapter", tmp_path / "trace"
     with pytest.raises(ZeroDivisionError):
         stage(inputs, folder, {12: fail(ZeroDivisionError())})
     latest = artifacts.checkpoints(folder) / "checkpoint-10"
     (latest / name).write_bytes(pickle.dumps(Evil(trace)))
-    if sealed:
+    if how == "with a forged manifest":
         manifest = artifacts.read_manifest(latest)
         assert manifest is not None
         entry = {"size": (latest / name).stat().st_size, "sha256": artifacts.file_sha256(latest / name)}
@@ -394,7 +395,9 @@ def test_other_rows_are_refused_before_the_model_is_loaded(inputs: Folders, tmp_
     other = Path(shutil.copytree(inputs["data"], tmp_path / "data"))
     lines = (other / "train.jsonl").read_text("utf-8").splitlines(keepends=True)
     (other / "train.jsonl").write_text("".join(reversed(lines)), "utf-8")
-    with pytest.raises(ArtifactError, match=r"checkpoint-5 \(of 18 steps\) is of another training: rows\.train: ") as one:
+    with pytest.raises(
+        ArtifactError, match=r"checkpoint-5 \(of 18 steps\) is of another training: rows\.train: "
+    ) as one:
         stage({**inputs, "data": other}, folder)
     assert one.value.code == 5
     assert checkpoints(folder) == ["checkpoint-5"]

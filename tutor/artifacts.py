@@ -296,7 +296,7 @@ def _swap(partial: Path, folder: Path) -> None:
 
 
 def checkpoints(folder: Path) -> Path:
-    """Where the stage that writes `folder` may keep what a killed run must not lose; gone once the stage is complete."""
+    """Where the stage that writes `folder` may keep what a killed run must not lose; gone once it is complete."""
     return folder.with_name(folder.name.removesuffix(PARTIAL) + CHECKPOINTS)
 
 

@@ -12,7 +12,7 @@ import platform
 import re
 import shutil
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,9 @@ FREE = frozenset({"logging_steps", "save_steps", "save_minutes", "batch_size", "
 """Settings of training that may change before it is resumed; of the last two only the product counts."""
 
 NAME = re.compile(r"checkpoint-([1-9][0-9]{0,17})")
-REQUIRED = frozenset({"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"})
+REQUIRED = frozenset(
+    {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+)
 """Without one of them the trainer resumes all the same, and makes another model without a word (faults.md A4)."""
 
 KEEP = 2
@@ -80,6 +82,10 @@ class Progress:
     accumulation: int
 
 
+Saved = tuple[Path, Progress]
+"""A checkpoint, and how far it is."""
+
+
 def identity(
     settings: Mapping[str, Any], rows: Mapping[str, Sequence["Encoded"]], **machine: str | int
 ) -> dict[str, Any]:
@@ -103,7 +109,7 @@ def rows_sha256(rows: Sequence["Encoded"]) -> str:
     return total.hexdigest()
 
 
-def resume(training: Training) -> tuple[Path, Progress] | None:
+def resume(training: Training) -> Saved | None:
     """The newest whole checkpoint and how far it is, with the stage's files of then back in `out`; None: start anew.
 
     Sets damaged ones aside. Raises ArtifactError when the newest whole one is of another training.
@@ -118,7 +124,7 @@ def resume(training: Training) -> tuple[Path, Progress] | None:
     return found
 
 
-def newest(training: Training) -> tuple[Path, Progress] | None:
+def newest(training: Training) -> Saved | None:
     """The newest whole checkpoint; damaged ones are set aside. Raises ArtifactError when it is of another training."""
     aside = 0
     for left in training.folder.glob(f"checkpoint-*{artifacts.OLD}"):
@@ -153,27 +159,29 @@ def by_step(folder: Path) -> list[Path]:
 
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None. Reads every byte of it."""
-    if not path.is_dir():
-        return f"{path} is no folder"
     try:
-        manifest = artifacts.read_manifest(path)
-        if manifest is None:
-            return f"{path} was not saved to its end"
-        if manifest.key != _key(manifest.fields, manifest.outputs, manifest.results):
-            return f"{path / artifacts.MANIFEST} is damaged"
+        return next(_faults(path), None)
     except ArtifactError as error:
         return error.message
     except (ValueError, RecursionError):  # JSON that Python reads and UTF-8 cannot hold
         return f"{path / artifacts.MANIFEST} is damaged"
+
+
+def _faults(path: Path) -> Iterator[str]:
+    """What is wrong, each only of use when nothing was before it."""
+    if not path.is_dir():
+        yield f"{path} is no folder"
+    manifest = artifacts.read_manifest(path)
+    if manifest is None:
+        yield f"{path} was not saved to its end"
+        return
+    if manifest.key != _key(manifest.fields, manifest.outputs, manifest.results):
+        yield f"{path / artifacts.MANIFEST} is damaged"
     if path.name != f"checkpoint-{manifest.results['step']}":
-        return f"{path} is of step {manifest.results['step']}"
+        yield f"{path} is of step {manifest.results['step']}"
     if strange := sorted(_files(path) - {*manifest.outputs, artifacts.MANIFEST}):
-        return f"{path} holds files that were not saved with it: {', '.join(strange[:SHOWN])}"
-    try:
-        problems = artifacts.check(path, content=True)
-    except ArtifactError as error:
-        return error.message
-    return problems[0] if problems else None
+        yield f"{path} holds files that were not saved with it: {', '.join(strange[:SHOWN])}"
+    yield from artifacts.check(path, content=True)
 
 
 def _files(path: Path) -> set[str]:

@@ -11,7 +11,6 @@ import re
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -33,7 +32,11 @@ class Saver(TrainerCallback):  # type: ignore[misc]
     """Asks the trainer to save, and makes what it saved a checkpoint."""
 
     def __init__(
-        self, trainer: Any, training: checkpoint.Training, saved: tuple[Path, checkpoint.Progress] | None, minutes: float
+        self,
+        trainer: Any,
+        training: checkpoint.Training,
+        saved: checkpoint.Saved | None,
+        minutes: float,
     ) -> None:
         self._trainer = trainer
         self._training = training
@@ -67,13 +70,20 @@ class Saver(TrainerCallback):  # type: ignore[misc]
         self._start = self._saved_at = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Decide whether to save now. Raises HostError when the disk has no room for it."""
+        """Decide whether to save after this step. Raises HostError when the disk has no room for it."""
         del args, state
-        due = 0 < self._pause <= time.monotonic() - self._saved_at
-        if due or self.signal:
+        if 0 < self._pause <= time.monotonic() - self._saved_at:
             control.should_save = True
+        self._decide(control)
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The same for a signal that came since, while the held-out rows were scored."""
+        del args, state
+        self._decide(control)
+
+    def _decide(self, control: Any) -> None:
         if self.signal:
-            control.should_training_stop = True
+            control.should_save = control.should_training_stop = True
         if control.should_save:
             checkpoint.require_room(self._training, self._size)
 
@@ -97,11 +107,15 @@ class Saver(TrainerCallback):  # type: ignore[misc]
 
 @contextlib.contextmanager
 def saving(
-    trainer: Any, training: checkpoint.Training, saved: tuple[Path, checkpoint.Progress] | None, minutes: float
+    trainer: Any,
+    training: checkpoint.Training,
+    saved: checkpoint.Saved | None,
+    minutes: float,
+    less_memory: str,
 ) -> Iterator[Saver]:
     """Let `trainer` save inside: every `minutes` too (0: never), and before a signal ends it.
 
-    Raises HostError when the machine's memory or disk is full; the last checkpoint stays.
+    Raises HostError when the disk is full, or memory, with `less_memory` as its hint; the last checkpoint stays.
     """
     saver = Saver(trainer, training, saved, minutes)
     trainer.add_callback(saver)  # the last: what the others write at a step is in its checkpoint
@@ -125,7 +139,7 @@ def saving(
         yield saver
     except BaseException as error:
         # The disk first: what was half saved is what fills it.
-        fault = artifacts.disk_fault(error, training.out) or memory_fault(error, trainer)
+        fault = artifacts.disk_fault(error, training.out) or memory_fault(error, trainer, less_memory)
         checkpoint.discard_unfinished(training)
         if fault:
             raise fault from error
@@ -133,29 +147,31 @@ def saving(
     finally:
         restore()
     if saver.signal:
-        log.warning("stopped after step %d of %d: the same command goes on there", *_steps(trainer))
+        log.warning("ended after step %d of %d: the same command goes on there", *_steps(trainer))
         signal.raise_signal(saver.signal)
 
 
-def memory_fault(error: BaseException, trainer: Any) -> TutorError | None:
-    """What to change, when memory ran out."""
+def memory_fault(error: BaseException, trainer: Any, hint: str) -> TutorError | None:
+    """In which step memory ran out, when it did."""
     if not (
         isinstance(error, torch.OutOfMemoryError | MemoryError)
         or (isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)))
         or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
     ):
         return None
-    batch, accumulation = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
-    if batch > 1:
-        smaller = batch // 2 if batch % 2 == 0 else 1
-        hint = (
-            f"set train.batch_size = {smaller} and train.accumulation = {batch * accumulation // smaller}: "
-            "the same rows a step, and it goes on from the last checkpoint"
-        )
-    else:
-        hint = "free what other programs hold of it, and run again; else train a smaller base, or on shorter rows"
     step, steps = _steps(trainer)
     return HostError(f"out of memory in step {step + 1} of {steps}", hint)
+
+
+def less_memory(batch_size: int, accumulation: int) -> str:
+    """What to change in the recipe when memory ran out, so that training can go on from its checkpoint."""
+    if batch_size == 1:
+        return "free what other programs hold of it, and run again; else train a smaller base, or on shorter rows"
+    smaller = batch_size // 2 if batch_size % 2 == 0 else 1
+    return (
+        f"set train.batch_size = {smaller} and train.accumulation = {batch_size * accumulation // smaller}: "
+        "the same rows a step, and it goes on from the last checkpoint"
+    )
 
 
 def _steps(trainer: Any) -> tuple[int, int]:

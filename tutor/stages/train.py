@@ -24,7 +24,7 @@ from tutor.engines.hf import choose_precision, load_base, score
 from tutor.errors import ArtifactError, DataError
 from tutor.modelfolder import load_tokenizer, read_facts
 from tutor.stages import checkpoint
-from tutor.stages.saving import saving
+from tutor.stages.saving import less_memory, saving
 from tutor.template import Encoded, Tokenizer, audit, encode
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     before = mean_loss(trainer.model, held_out)
     log.info("held-out loss before training: %.4f (perplexity %.2f)", before, math.exp(before))
     refuse_packed(trainer.model)
-    with saving(trainer, training, saved, settings.save_minutes) as saver:
+    hint = less_memory(settings.batch_size, settings.accumulation)
+    with saving(trainer, training, saved, settings.save_minutes, hint) as saver:
         trainer.train(resume_from_checkpoint=str(saved[0]) if saved else None)
         seconds = saver.seconds
     if trainer.state.global_step != trainer.state.max_steps:
