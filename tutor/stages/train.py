@@ -8,7 +8,6 @@ import contextlib
 import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,8 @@ from trl import SFTConfig, SFTTrainer
 from tutor.engines.hf import choose_precision, load_base, score
 from tutor.errors import ArtifactError, DataError
 from tutor.modelfolder import load_tokenizer, read_facts
+from tutor.stages import checkpoint
+from tutor.stages.saving import less_memory, saving
 from tutor.template import Encoded, Tokenizer, audit, encode
 
 if TYPE_CHECKING:
@@ -31,25 +32,35 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"
 IGNORED = -100
 """The label of an id without loss, by PyTorch's cross entropy."""
 
 
 def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
-    """Train an adapter into `out`; held-out loss before and after, counts, the base's identity."""
+    """Train an adapter into `out`; held-out loss before and after, counts, the base's identity.
+
+    Goes on from the newest whole checkpoint of the same training beside `out`, where a run before was ended.
+    """
     settings = recipe.train
     facts, model_folder = read_facts(inputs["base"])
     tokenizer = load_tokenizer(model_folder)
     train = encode_rows(tokenizer, read_rows(inputs["data"] / "train.jsonl"), recipe.system, settings.max_length)
     held_out = encode_rows(tokenizer, read_rows(inputs["data"] / "held_out.jsonl"), recipe.system, settings.max_length)
     precision = choose_precision(settings.precision)
+    training = checkpoint.Training(
+        out,
+        checkpoint.identity(
+            settings.model_dump(), {"train": train, "held_out": held_out}, seed=recipe.seed, base=facts.weights,
+            precision=precision, device="cuda" if torch.cuda.is_available() else "cpu",
+        ),
+    )  # fmt: skip
+    saved = checkpoint.resume(training)
     set_seed(recipe.seed)
     model = load_base(model_folder, settings.quantization, precision)
-    arguments = training_arguments(settings, precision, recipe.seed, out / CHECKPOINTS)
+    arguments = training_arguments(settings, precision, recipe.seed, training.folder)
     trainer = make_trainer(model, tokenizer, train, lora_config(settings), arguments)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Metrics(out / "metrics.jsonl"))
+    trainer.add_callback(Metrics(out / "metrics.jsonl", saved[1].seconds if saved else 0.0))
     audited = audit_labels(trainer, train, tokenizer)
     trainable, total = count_parameters(trainer.model)
     log.info(
@@ -59,15 +70,15 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     before = mean_loss(trainer.model, held_out)
     log.info("held-out loss before training: %.4f (perplexity %.2f)", before, math.exp(before))
     refuse_packed(trainer.model)
-    clock = time.monotonic()
-    trainer.train()
-    seconds = time.monotonic() - clock
+    hint = less_memory(settings.batch_size, settings.accumulation)
+    with saving(trainer, training, saved, settings.save_minutes, hint) as saver:
+        trainer.train(resume_from_checkpoint=str(saved[0]) if saved else None)
+        seconds = saver.seconds
     if trainer.state.global_step != trainer.state.max_steps:
         raise ArtifactError(f"training ended at step {trainer.state.global_step} of {trainer.state.max_steps}")
     after = mean_loss(trainer.model, held_out)
     log.info("held-out loss after training: %.4f (perplexity %.2f)", after, math.exp(after))
     save_adapter(trainer.model, facts.source, out)
-    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     tokens = sum(len(row.ids) for row in train)
     return {
         "base_source": facts.source,
@@ -129,7 +140,6 @@ def training_arguments(settings: "TrainSettings", precision: str, seed: int, che
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=settings.save_steps,
-        save_total_limit=2,
         max_length=None,
         packing=False,
         bf16=precision == "bf16",
@@ -258,9 +268,9 @@ def save_adapter(model: Any, source: str, out: Path) -> None:
 class Metrics(TrainerCallback):  # type: ignore[misc]
     """Append what the trainer logs to a JSONL file, a step a line, and stop at a loss that is no number."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, seconds: float = 0.0) -> None:
         self._path = path
-        self._start = time.monotonic()
+        self._start = time.monotonic() - seconds  # that runs before this one trained
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """Write one line. Raises ArtifactError when the loss is NaN or infinite."""
