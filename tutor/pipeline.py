@@ -94,8 +94,20 @@ STAGES = (
         "train the LoRA adapter",
         needs=("data", "base"),
         settings=_train,
-        sources=("stages/train.py", "engines/hf.py", "modelfolder.py", "template.py"),
-        packages=("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets"),
+        sources=(
+            "stages/train.py",
+            "stages/fit.py",
+            "stages/monitor.py",
+            "stages/gauges.py",
+            "stages/curves.py",
+            "engines/hf.py",
+            "engines/memory.py",
+            "engines/offload.py",
+            "engines/scoring.py",
+            "modelfolder.py",
+            "template.py",
+        ),
+        packages=("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "matplotlib"),
     ),
     Stage(
         "merge",
@@ -318,7 +330,8 @@ def clean(recipe: Recipe, build: Path, names: tuple[str, ...]) -> list[Path]:
         for name in names or tuple(BY_NAME):
             folder = build / recipe.name / BY_NAME[name].folder
             artifacts.refuse_foreign(folder)
-            for path in (folder, *(folder.with_name(folder.name + end) for end in (artifacts.PARTIAL, artifacts.OLD))):
+            ends = ("", artifacts.PARTIAL, artifacts.OLD, artifacts.LOG)
+            for path in (folder.with_name(folder.name + end) for end in ends):
                 if path.exists():
                     artifacts.remove(path)
                     removed.append(path)
