@@ -233,9 +233,10 @@ def test_a_system_text_that_ollama_cannot_keep_is_refused_before_any_work(recipe
 def test_clean_removes_what_is_named_with_all_that_a_kill_can_leave(recipe_file, build):
     recipe = read_recipe(recipe_file)
     folder = build / "small"
-    for name in ("data.partial", "data.old", "base.partial"):
+    for name in ("data.partial", "data.old", "data.log", "base.partial"):
         (folder / name).mkdir()
-    assert clean(recipe, build, ("data",)) == [folder / "data", folder / "data.partial", folder / "data.old"]
+    gone = [folder / name for name in ("data", "data.partial", "data.old", "data.log")]
+    assert clean(recipe, build, ("data",)) == gone
     assert clean(recipe, build, ()) == [folder / "base.partial"]
     assert clean(recipe, build, ()) == []
 

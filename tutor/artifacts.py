@@ -29,6 +29,7 @@ MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 OLD = ".old"
 CHECKPOINTS = ".checkpoints"
+LOG = ".log"
 HASHES = ".hashes.json"
 
 
@@ -306,6 +307,11 @@ def _finish_interrupted_swap(folder: Path) -> None:
     if old.exists() and not folder.exists():
         old.rename(folder)
     remove(old)
+
+
+def log_folder(partial: Path) -> Path:
+    """Where a stage that writes `partial` says how it goes: beside it, part of no manifest, and there when it fails."""
+    return partial.with_name(partial.name.removesuffix(PARTIAL) + LOG)
 
 
 def remove(path: Path) -> None:

@@ -154,12 +154,12 @@ def _engine(recipe: "Recipe", build: Path, who: Who) -> "Iterator[Engine]":
         from tutor.engines import hf
         from tutor.modelfolder import read_facts
 
-        artifacts.require(folder / pipeline.BY_NAME["train"].folder, "train")
+        trained = artifacts.require(folder / pipeline.BY_NAME["train"].folder, "train")
         _, base = read_facts(folder / pipeline.BY_NAME["base"].folder)
         yield hf.load(
             base,
             folder / pipeline.BY_NAME["train"].folder,
-            quantization=recipe.train.quantization,
+            quantization=trained.results["quantization"],  # the recipe may leave it open
             precision=recipe.train.precision,
         )
         return

@@ -305,7 +305,7 @@ def clean(recipe: Recipe, build: Path, names: tuple[str, ...]) -> list[Path]:
             folders = [build / recipe.name / name for name in (stage.folder, stage.beside) if name]
             for folder in folders:
                 artifacts.refuse_foreign(folder)
-            ends = (artifacts.PARTIAL, artifacts.OLD, artifacts.CHECKPOINTS)
+            ends = (artifacts.PARTIAL, artifacts.OLD, artifacts.CHECKPOINTS, artifacts.LOG)
             for path in (folder.with_name(folder.name + end) for folder in folders for end in ("", *ends)):
                 if path.exists():
                     artifacts.remove(path)

@@ -29,11 +29,18 @@ SOURCES = (
     "stages/train.py",
     "stages/checkpoint.py",
     "stages/saving.py",
+    "stages/fit.py",
+    "stages/monitor.py",
+    "stages/gauges.py",
+    "stages/curves.py",
     "engines/hf.py",
+    "engines/memory.py",
+    "engines/offload.py",
+    "engines/scoring.py",
     "modelfolder.py",
     "template.py",
 )
-PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "matplotlib")
 """The train stage's files of tutor/ and its libraries: another of them makes another adapter."""
 
 FREE = frozenset({"logging_steps", "save_steps", "save_minutes", "batch_size", "accumulation"})
