@@ -114,11 +114,8 @@ def made(folder: Path) -> dict[str, Any]:
     assert artifacts.check(folder, content=True) == []
     results = {name: value for name, value in manifest.results.items() if "per_second" not in name}
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {
-        "results": results,
-        "metrics": [{name: value for name, value in line.items() if name != "seconds"} for line in metrics],
-        "files": {name: entry["sha256"] for name, entry in manifest.outputs.items() if name != "metrics.jsonl"},
-    }
+    files = {name: entry["sha256"] for name, entry in manifest.outputs.items()}
+    return {"results": results, "metrics": metrics, "files": files}
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +128,13 @@ def whole(inputs: Folders, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 def test_a_run_that_nothing_ends_logs_every_step_once(whole: dict[str, Any]) -> None:
-    assert [line["step"] for line in whole["metrics"]] == [1, *range(2, 19, 2)]
-    assert set(whole["files"]) == {"adapter_model.safetensors", "adapter_config.json"}
+    assert [line["step"] for line in whole["metrics"]] == sorted({1, *range(2, 19, 2), *range(3, 19, 3)})
+    assert set(whole["files"]) == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "metrics.jsonl",
+        "training.svg",
+    }
 
 
 @pytest.mark.parametrize(
@@ -179,19 +181,13 @@ def test_a_training_that_ended_and_was_not_sealed_is_not_trained_again(
     assert made(folder) == whole
 
 
-def test_resuming_again_and_again_adds_the_seconds_up(inputs: Folders, tmp_path: Path, whole: dict[str, Any]) -> None:
+def test_resuming_again_and_again_makes_the_same(inputs: Folders, tmp_path: Path, whole: dict[str, Any]) -> None:
     folder = tmp_path / "adapter"
     for step in (6, 12, 16):
         with pytest.raises(ZeroDivisionError):
             stage(inputs, folder, {step: fail(ZeroDivisionError())})
-    (latest,) = (path for path in artifacts.checkpoints(folder).iterdir() if path.name == "checkpoint-15")
-    spent = json.loads((latest / "manifest.json").read_text())["results"]["seconds"]
     stage(inputs, folder)
     assert made(folder) == whole
-    seconds = [json.loads(line)["seconds"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert seconds == sorted(seconds)
-    rate = artifacts.require(folder, "train").results["samples_per_second"]
-    assert rate <= 36 / spent + 0.001
 
 
 def test_saving_by_the_clock_changes_nothing_in_what_is_made(
@@ -453,7 +449,7 @@ def test_the_same_command_goes_on_after_a_signal(number: signal.Signals, code: i
         text = (tmp_path / "r.toml").read_text()
         (tmp_path / "r.toml").write_text(text + "save_steps = 3\n")
     process = command("train", tmp_path)
-    metrics, deadline = build / "adapter.partial" / "metrics.jsonl", time.monotonic() + 120
+    metrics, deadline = build / "adapter.log" / "metrics.jsonl", time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         if metrics.exists() and metrics.read_bytes().count(b"\n") >= 8:
             break
