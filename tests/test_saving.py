@@ -445,6 +445,7 @@ def test_the_same_command_goes_on_after_a_signal(number: signal.Signals, code: i
     build = tmp_path / "build" / "r"
     wanted = (build / "adapter" / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(build / "adapter")
+    shutil.rmtree(artifacts.log_folder(build / "adapter"))
     if number == signal.SIGKILL:  # nothing is saved at it: what was, by steps, has to do
         text = (tmp_path / "r.toml").read_text()
         (tmp_path / "r.toml").write_text(text + "save_steps = 3\n")
@@ -469,4 +470,4 @@ def test_the_same_command_goes_on_after_a_signal(number: signal.Signals, code: i
     assert again.returncode == 0, said
     assert "resuming after step" in said
     assert (build / "adapter" / "adapter_model.safetensors").read_bytes() == wanted
-    assert sorted(path.name for path in build.iterdir() if path.name.startswith("adapter")) == ["adapter"]
+    assert sorted(path.name for path in build.iterdir() if path.name.startswith("adapter")) == ["adapter", "adapter.log"]
