@@ -470,4 +470,7 @@ def test_the_same_command_goes_on_after_a_signal(number: signal.Signals, code: i
     assert again.returncode == 0, said
     assert "resuming after step" in said
     assert (build / "adapter" / "adapter_model.safetensors").read_bytes() == wanted
-    assert sorted(path.name for path in build.iterdir() if path.name.startswith("adapter")) == ["adapter", "adapter.log"]
+    assert sorted(path.name for path in build.iterdir() if path.name.startswith("adapter")) == [
+        "adapter",
+        "adapter.log",
+    ]
