@@ -311,7 +311,14 @@ def test_many_differences_make_one_line_that_can_be_read(training: Training) -> 
 
 
 @pytest.mark.parametrize(
-    "changed", [{"logging_steps": 1}, {"save_steps": 5, "save_minutes": 1}, {"batch_size": 2, "accumulation": 5}]
+    "changed",
+    [
+        {"logging_steps": 1},
+        {"save_steps": 5, "save_minutes": 1},
+        {"batch_size": 2, "accumulation": 5},
+        {"packing": False},
+        {"pass_tokens": 99},
+    ],
 )
 def test_what_does_not_change_the_adapter_may_change_before_it_is_resumed(
     changed: dict[str, Any], training: Training

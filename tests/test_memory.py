@@ -193,7 +193,9 @@ def rows(tiny: Path) -> list[Any]:
 def trainer_on(tiny: Path, rows: list[Any], folder: Path, quantization: str, resident: int) -> Any:
     chosen = settings(dropout=0.0)
     torch.manual_seed(1)
-    arguments = train.training_arguments(chosen, "fp32", 1, folder / "checkpoints", checkpointing=True)
+    arguments = train.training_arguments(
+        chosen, "fp32", 1, folder / "checkpoints", train.plan_passes(chosen, rows), checkpointing=True
+    )
     plan = memory.Plan(quantization, checkpointing=True, resident=resident, needed=0)
     trainer = train.load_trainer(tiny, load_tokenizer(tiny), rows, train.lora_config(chosen), arguments, plan)
     trainer.remove_callback(PrinterCallback)

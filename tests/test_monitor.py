@@ -169,7 +169,9 @@ def trainer_of(tiny: Path, tokenizer: Any, tmp_path: Path) -> Callable[..., Any]
         chosen = settings(epochs=2, batch_size=2, accumulation=1, dropout=0.1, **changes)
         torch.manual_seed(1)
         rows = train.encode_rows(tokenizer, ROWS, "", 1024)
-        arguments = train.training_arguments(chosen, "fp32", 1, tmp_path / "checkpoints")
+        arguments = train.training_arguments(
+            chosen, "fp32", 1, tmp_path / "checkpoints", train.plan_passes(chosen, rows)
+        )
         trainer = train.make_trainer(
             load_base(tiny, "none", "fp32"), tokenizer, rows, train.lora_config(chosen), arguments
         )

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -25,8 +26,10 @@ from tiny_models import one_thread, recipe, tiny
 torch = pytest.importorskip("torch")
 
 from tutor import artifacts  # noqa: E402
+from tutor.engines.packed import Passes  # noqa: E402
 from tutor.errors import ArtifactError, HostError  # noqa: E402
 from tutor.stages import checkpoint, train  # noqa: E402
+from tutor.stages.saving import less_memory  # noqa: E402
 
 __all__ = ["inputs", "one_thread", "tiny"]
 pytestmark = [
@@ -277,12 +280,13 @@ def test_out_of_memory_keeps_the_checkpoint_and_says_what_to_change_and_that_goe
     happens: Callable[[], object], inputs: Folders, tmp_path: Path, whole: dict[str, Any]
 ) -> None:
     folder = tmp_path / "adapter"
-    with pytest.raises(HostError, match=r"out of memory in step \d+ of 18; set train.batch_size = 1 and "
-                       r"train.accumulation = 2: the same rows a step") as caught:  # fmt: skip
+    said = r"out of memory in step \d+ of 18; set train.pass_tokens = \d+: the same rows a step"
+    with pytest.raises(HostError, match=said) as caught:
         stage(inputs, folder, {6: happens})
+    (fewer,) = re.findall(r"pass_tokens = (\d+)", caught.value.hint)
     assert caught.value.code == 4
     assert checkpoints(folder) == ["checkpoint-5"]
-    assert "resuming after step 5 of 18" in " ".join(stage(inputs, folder, batch_size=1, accumulation=2))
+    assert "resuming after step 5 of 18" in " ".join(stage(inputs, folder, pass_tokens=int(fewer)))
     found = made(folder)
     # Other sums of floats, and dropout draws by the batch: not the same bytes, the same rows in the same order.
     assert [line["step"] for line in found["metrics"]] == [line["step"] for line in whole["metrics"]]
@@ -292,7 +296,20 @@ def test_out_of_memory_keeps_the_checkpoint_and_says_what_to_change_and_that_goe
 
 def test_out_of_memory_with_one_row_at_a_time_does_not_ask_for_less(inputs: Folders, tmp_path: Path) -> None:
     with pytest.raises(HostError, match=r"out of memory in step \d+ of 18; free what other programs"):
-        stage(inputs, tmp_path / "adapter", {6: exhaust_memory}, batch_size=1, accumulation=2)
+        stage(inputs, tmp_path / "adapter", {6: exhaust_memory}, batch_size=1, accumulation=2, packing=False)
+
+
+@pytest.mark.parametrize(
+    ("passes", "said"),
+    [
+        (Passes(5, 2, 2447, packed=True), "set train.pass_tokens = 1223: the same rows a step"),
+        (Passes(4, 3, 2000, packed=False), "set train.batch_size = 2 and train.accumulation = 6: the same rows a step"),
+        (Passes(5, 2, 2610, packed=False), "set train.batch_size = 1 and train.accumulation = 10: the same rows a "),
+        (Passes(1, 10, 522, packed=False), "free what other programs hold of it"),
+    ],
+)
+def test_less_memory_is_the_same_batch_in_smaller_passes(passes: Passes, said: str) -> None:
+    assert less_memory(passes).startswith(said)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from transformers import DataCollatorForLanguageModeling, TrainerCallback  # noq
 from tutor.artifacts import log_folder  # noqa: E402
 from tutor.engines import scoring  # noqa: E402
 from tutor.engines.hf import choose_precision, load_base, score  # noqa: E402
+from tutor.engines.packed import LENGTHS, rows_of  # noqa: E402
 from tutor.errors import ArtifactError, DataError, HostError  # noqa: E402
 from tutor.modelfolder import load_tokenizer  # noqa: E402
 from tutor.stages import fit, train  # noqa: E402
@@ -76,7 +77,8 @@ def trainer_of(tiny: Path, tokenizer: Any, tmp_path: Path) -> Callable[..., Any]
     def make(rows: Sequence[Encoded], quantization: str = "none", precision: str = "fp32", **changes: Any) -> Any:
         chosen = settings(**changes)
         torch.manual_seed(1)
-        arguments = train.training_arguments(chosen, precision, 1, tmp_path / "checkpoints")
+        passes = train.plan_passes(chosen, rows)
+        arguments = train.training_arguments(chosen, precision, 1, tmp_path / "checkpoints", passes)
         model = load_base(tiny, quantization, precision)
         return train.make_trainer(model, tokenizer, rows, train.lora_config(chosen), arguments)
 
@@ -135,16 +137,17 @@ def test_a_row_is_the_served_prompt_and_the_answer_with_its_end(tokenizer: Any, 
         assert audit(row, row.ids[: row.n_prompt], tokenizer) == []
 
 
-def test_the_trainer_feeds_what_the_contract_made(trainer_of: Any, rows: list[Encoded], tokenizer: Any) -> None:
-    trainer = trainer_of(rows)
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_trainer_feeds_what_the_contract_made(
+    *, packing: bool, trainer_of: Any, rows: list[Encoded], tokenizer: Any
+) -> None:
+    trainer = trainer_of(rows, packing=packing, accumulation=4)
+    assert trainer.args.per_device_train_batch_size == (8 if packing else 2)
     assert train.audit_labels(trainer, rows, tokenizer) == 12
     batch = trainer.data_collator([trainer.train_dataset[number] for number in range(12)])
-    for number, row in enumerate(rows):
-        ids, labels, attention = (batch[name][number].tolist() for name in ("input_ids", "labels", "attention_mask"))
-        width = len(row.ids)
-        assert (ids[:width], labels[:width]) == (row.ids, train.labels(row))
-        assert labels.count(tokenizer.eos_token_id) == 1  # pad is the same id, and carries no loss
-        assert attention == [1] * width + [0] * (len(ids) - width)
+    assert rows_of(batch) == [(row.ids, train.labels(row)) for row in rows]
+    ends = (batch["labels"] == tokenizer.eos_token_id).sum().item()
+    assert ends == 12  # pad is the same id, and carries no loss
 
 
 def without(row: Encoded, n: int) -> Encoded:
@@ -187,10 +190,36 @@ def test_a_row_that_a_library_drops_stops_the_run(trainer_of: Any, rows: list[En
         train.audit_labels(trainer_of(rows[1:]), rows, tokenizer)
 
 
+def test_rows_that_change_places_stop_the_run(trainer_of: Any, rows: list[Encoded], tokenizer: Any) -> None:
+    trainer = trainer_of(rows)
+    collate = trainer.data_collator
+    trainer.data_collator = lambda items: collate([items[1], items[0], *items[2:]])
+    with pytest.raises(DataError) as caught:
+        train.audit_labels(trainer, rows, tokenizer)
+    assert [problem.split(":")[0] for problem in caught.value.problems] == [
+        f"train row {number}" for number in (1, 2, 5, 6, 9, 10)
+    ]
+
+
+def test_lengths_that_cut_rows_elsewhere_stop_the_run(trainer_of: Any, rows: list[Encoded], tokenizer: Any) -> None:
+    trainer = trainer_of(rows)
+    collate = trainer.data_collator
+
+    def shifted(items: Any) -> Any:
+        batch = collate(items)
+        first, second, *others = batch[LENGTHS]
+        return {**batch, LENGTHS: (first + 1, second - 1, *others)}
+
+    trainer.data_collator = shifted
+    with pytest.raises(DataError, match="positions do not start again"):
+        train.audit_labels(trainer, rows, tokenizer)
+
+
 def test_a_length_that_a_library_cuts_at_stops_the_run(
     trainer_of: Any, rows: list[Encoded], tokenizer: Any, tiny: Path, tmp_path: Path
 ) -> None:
-    arguments = train.training_arguments(settings(), "fp32", 1, tmp_path)
+    plain = settings(packing=False)  # TRL packs nothing that it also cuts
+    arguments = train.training_arguments(plain, "fp32", 1, tmp_path, train.plan_passes(plain, rows))
     arguments.max_length = len(rows[0].ids) - 1  # what TRL's own default of 1024 does to long rows
     model = load_base(tiny, "none", "fp32")
     trainer = train.make_trainer(model, tokenizer, rows[:1], train.lora_config(settings()), arguments)
@@ -202,7 +231,7 @@ def test_a_length_that_a_library_cuts_at_stops_the_run(
 def test_a_collator_that_masks_pad_and_so_the_end_stops_the_run(
     trainer_of: Any, rows: list[Encoded], tokenizer: Any
 ) -> None:
-    trainer = trainer_of(rows)
+    trainer = trainer_of(rows, packing=False, batch_size=1)
     trainer.data_collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)  # pitfalls.md, F3
     with pytest.raises(DataError) as caught:
         train.audit_labels(trainer, rows, tokenizer)
@@ -330,8 +359,8 @@ def test_accumulated_rows_weigh_by_their_tokens_as_one_batch_does(
     long = {"instruction": "¿Y todo junto?", "response": " ".join(row["response"] for row in ROWS[:6])}
     mixed = [*rows[:3], *train.encode_rows(tokenizer, [long], "", 1024)]
     first = []
-    for batch, accumulation in ((1, 4), (4, 1)):
-        trainer = trainer_of(mixed, batch_size=batch, accumulation=accumulation, dropout=0.0)
+    for batch, accumulation, packing in ((1, 4, False), (4, 1, False), (1, 4, True)):
+        trainer = trainer_of(mixed, batch_size=batch, accumulation=accumulation, packing=packing, dropout=0.0)
         trainer.args.max_grad_norm = 0.0  # as they are, not clipped
         torch.manual_seed(2)
         moved(trainer.model)
@@ -342,7 +371,7 @@ def test_accumulated_rows_weigh_by_their_tokens_as_one_batch_does(
         trainer.train()
         assert apart(callback.gradients, wanted) < 1e-4
         first.append(callback.gradients)
-    assert apart(*first) < 1e-4
+    assert max(apart(other, first[0]) for other in first[1:]) < 1e-4
 
 
 # --- the scores ------------------------------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ def _streamed(shape: Shape, wanted: Wanted, quantization: Literal["nf4", "int8",
     if fixed > budget:
         raise HostError(
             f"without its layers the base and the training take {_gb(fixed)}, and {_gb(budget)} are there for them",
-            "raise train.max_memory.gpu, or lower train.batch_size",
+            "raise train.max_memory.gpu, or lower train.pass_tokens",
         )
     resident = min((budget - fixed) // layer, shape.layers)
     waiting = (shape.layers - resident) * layer

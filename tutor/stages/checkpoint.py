@@ -33,6 +33,8 @@ SOURCES = (
     "stages/monitor.py",
     "stages/gauges.py",
     "stages/curves.py",
+    "engines/packed.py",
+    "engines/cpu_head.py",
     "engines/hf.py",
     "engines/memory.py",
     "engines/offload.py",
@@ -43,7 +45,9 @@ SOURCES = (
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "matplotlib")
 """The train stage's files of tutor/ and its libraries: another of them makes another adapter."""
 
-FREE = frozenset({"logging_steps", "save_steps", "save_minutes", "batch_size", "accumulation"})
+FREE = frozenset(
+    {"logging_steps", "save_steps", "save_minutes", "packing", "pass_tokens", "batch_size", "accumulation"}
+)
 """Settings of training that may change before it is resumed; of the last two only the product counts."""
 
 NAME = re.compile(r"checkpoint-([1-9][0-9]{0,17})")

@@ -18,6 +18,7 @@ import torch
 from transformers import TrainerCallback
 
 from tutor import artifacts
+from tutor.engines.packed import Passes
 from tutor.errors import HostError, TutorError
 from tutor.stages import checkpoint
 
@@ -163,15 +164,17 @@ def memory_fault(error: BaseException, trainer: Any, hint: str) -> TutorError | 
     return HostError(f"out of memory in step {step + 1} of {steps}", hint)
 
 
-def less_memory(batch_size: int, accumulation: int) -> str:
+def less_memory(passes: Passes) -> str:
     """What to change in the recipe when memory ran out, so that training can go on from its checkpoint."""
-    if batch_size == 1:
+    if passes.rows == 1:
         return "free what other programs hold of it, and run again; else train a smaller base, or on shorter rows"
-    smaller = batch_size // 2 if batch_size % 2 == 0 else 1
-    return (
-        f"set train.batch_size = {smaller} and train.accumulation = {batch_size * accumulation // smaller}: "
-        "the same rows a step, and it goes on from the last checkpoint"
+    smaller = passes.rows // 2 if passes.rows % 2 == 0 else 1
+    change = (
+        f"train.pass_tokens = {passes.tokens // 2}"
+        if passes.packed
+        else f"train.batch_size = {smaller} and train.accumulation = {passes.rows * passes.count // smaller}"
     )
+    return f"set {change}: the same rows a step, and it goes on from the last checkpoint"
 
 
 def _steps(trainer: Any) -> tuple[int, int]:

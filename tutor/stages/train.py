@@ -14,12 +14,14 @@ import datasets
 import torch
 from peft import LoraConfig
 from transformers import set_seed
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from tutor.artifacts import log_folder
 from tutor.engines import memory
+from tutor.engines.cpu_head import IGNORED, Trainer
 from tutor.engines.hf import choose_precision, free_memory, load_base
 from tutor.engines.offload import stream_layers
+from tutor.engines.packed import Passes, attend_within_rows, packed_passes, padded_passes, rows_of, with_lengths
 from tutor.engines.scoring import mean_loss, perplexity
 from tutor.errors import DataError
 from tutor.modelfolder import load_tokenizer, read_facts
@@ -33,9 +35,6 @@ if TYPE_CHECKING:
     from tutor.recipe import Recipe, TrainSettings
 
 log = logging.getLogger(__name__)
-
-IGNORED = -100
-"""The label of an id without loss, by PyTorch's cross entropy."""
 
 
 def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
@@ -51,7 +50,8 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
         for name in ("train", "held_out")
     )
     precision = choose_precision(settings.precision)
-    plan = make_plan(settings, precision, model_folder, train)
+    passes = plan_passes(settings, train)
+    plan = make_plan(settings, precision, model_folder, passes)
     training = checkpoint.Training(
         out,
         checkpoint.identity(
@@ -63,7 +63,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     saved = checkpoint.resume(training)
     set_seed(recipe.seed)
     again = plan.checkpointing
-    arguments = training_arguments(settings, precision, recipe.seed, training.folder, checkpointing=again)
+    arguments = training_arguments(settings, precision, recipe.seed, training.folder, passes, checkpointing=again)
     trainer = load_trainer(model_folder, tokenizer, train, lora_config(settings), arguments, plan)
     audited = audit_labels(trainer, train, tokenizer)
     trainable, total = count_parameters(trainer.model)
@@ -84,8 +84,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
         start=before,
         skips=precision == "fp16",
     )
-    hint = less_memory(settings.batch_size, settings.accumulation)
-    session = saving(trainer, training, saved, settings.save_minutes, hint)
+    session = saving(trainer, training, saved, settings.save_minutes, less_memory(passes))
     fitted = fit(trainer, course, held_out, log_folder(out), session, resume=saved[0] if saved else None)
     size = write(trainer, course, fitted, facts.source, out)
     return {
@@ -95,6 +94,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
         "quantization": plan.quantization,
         "gradient_checkpointing": plan.checkpointing,
         "rows": len(train),
+        "rows_per_pass": passes.rows,
         "steps": trainer.state.global_step,
         "kept_step": fitted.step,
         "tokens_per_epoch": course.tokens,
@@ -113,7 +113,15 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     }
 
 
-def make_plan(settings: "TrainSettings", precision: str, model_folder: Path, rows: Sequence[Encoded]) -> memory.Plan:
+def plan_passes(settings: "TrainSettings", rows: Sequence[Encoded]) -> Passes:
+    """How the rows of an optimizer step go through the model: packed, or padded as the specification has it."""
+    lengths = [len(row.ids) for row in rows]
+    if settings.packing:
+        return packed_passes(settings.batch_size * settings.accumulation, lengths, settings.pass_tokens)
+    return padded_passes(settings.batch_size, settings.accumulation, lengths)
+
+
+def make_plan(settings: "TrainSettings", precision: str, model_folder: Path, passes: Passes) -> memory.Plan:
     """How training fits this machine. Raises HostError when it does not."""
     gpu, cpu = (text and memory.parse_bytes(text) for text in (settings.max_memory.gpu, settings.max_memory.cpu))
     if gpu and not torch.cuda.is_available():
@@ -123,7 +131,7 @@ def make_plan(settings: "TrainSettings", precision: str, model_folder: Path, row
         quantization=settings.quantization,
         checkpointing=settings.gradient_checkpointing,
         precision=precision,
-        tokens=settings.batch_size * max(len(row.ids) for row in rows),
+        tokens=passes.tokens,
         rank=settings.rank,
         targets=settings.target_modules,
         gpu=gpu or None,
@@ -132,11 +140,11 @@ def make_plan(settings: "TrainSettings", precision: str, model_folder: Path, row
     shape, free = memory.read_shape(model_folder), free_memory()
     plan = memory.plan(shape, wanted, free)
     log.info(
-        "base in %s, computing in %s, gradient checkpointing %s%s: about %.1f GB of the %.1f GB that are free",
+        "base in %s, computing in %s, gradient checkpointing %s%s, %s: about %.1f GB of the %.1f GB that are free",
         "16 bits" if plan.quantization == "none" and precision != "fp32" else plan.quantization.replace("none", "fp32"),
         precision, "on" if plan.checkpointing else "off",
         "" if plan.resident == shape.layers else f", {shape.layers - plan.resident} of {shape.layers} layers in RAM",
-        plan.needed / 1e9, free / 1e9,
+        passes, plan.needed / 1e9, free / 1e9,
     )  # fmt: skip
     return plan
 
@@ -148,7 +156,7 @@ def load_trainer(
     lora: LoraConfig,
     arguments: SFTConfig,
     plan: memory.Plan,
-) -> SFTTrainer:
+) -> Trainer:
     """The trainer on the base as planned, which may leave layers in RAM."""
     precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
     streams = plan.resident < memory.read_shape(model_folder).layers
@@ -182,14 +190,20 @@ def encode_rows(tokenizer: Tokenizer, rows: Sequence[Mapping[str, str]], system:
 
 
 def training_arguments(
-    settings: "TrainSettings", precision: str, seed: int, checkpoints: Path, *, checkpointing: bool = False
+    settings: "TrainSettings",
+    precision: str,
+    seed: int,
+    checkpoints: Path,
+    passes: Passes,
+    *,
+    checkpointing: bool = False,
 ) -> SFTConfig:
     """TRL's arguments for the recipe's numbers; what it would do by itself to the rows (cut, pack, report) is off."""
     cuda = torch.cuda.is_available()
     return SFTConfig(
         output_dir=str(checkpoints),
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulation,
+        per_device_train_batch_size=passes.rows,
+        gradient_accumulation_steps=passes.count,
         num_train_epochs=settings.epochs,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
@@ -200,7 +214,8 @@ def training_arguments(
         save_strategy="steps",
         save_steps=settings.save_steps,
         max_length=None,
-        packing=False,
+        packing=False,  # TRL's would fill passes to a length: other rows a step, in another order
+        padding_free=passes.packed,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         use_cpu=not cuda,
@@ -228,12 +243,13 @@ def lora_config(settings: "TrainSettings") -> LoraConfig:
 
 def make_trainer(
     model: Any, tokenizer: Any, rows: Sequence[Encoded], lora: LoraConfig, arguments: SFTConfig
-) -> SFTTrainer:
+) -> Trainer:
     """TRL's trainer over rows that are already ids and labels, with fp32 adapters whatever the base computes in."""
     dataset = datasets.Dataset.from_list([{"input_ids": row.ids, "labels": labels(row)} for row in rows])
-    trainer = SFTTrainer(
-        model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=lora
-    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=lora)
+    if arguments.padding_free:
+        attend_within_rows(model)
+        trainer.data_collator = with_lengths(trainer.data_collator)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             # TRL casts them to bf16 over a 4-bit base: small updates would round away, and fp16 cannot unscale them.
@@ -247,7 +263,7 @@ def labels(row: Encoded) -> list[int]:
     return [token if on else IGNORED for token, on in zip(row.ids, row.mask, strict=True)]
 
 
-def audit_labels(trainer: SFTTrainer, rows: Sequence[Encoded], tokenizer: Any) -> int:
+def audit_labels(trainer: Trainer, rows: Sequence[Encoded], tokenizer: Any) -> int:
     """Read every row back from the trainer's own collator and hold it against the contract; how many were read.
 
     Raises DataError naming the first rows that break it: a library that drops, cuts or masks is caught here.
@@ -255,12 +271,15 @@ def audit_labels(trainer: SFTTrainer, rows: Sequence[Encoded], tokenizer: Any) -
     dataset = trainer.train_dataset
     if len(dataset) != len(rows):
         raise DataError(f"the trainer kept {len(dataset)} of {len(rows)} rows", "this is a library's doing: report it")
+    size = trainer.args.per_device_train_batch_size
+    passes = (list(dataset.select(range(at, min(at + size, len(rows))))) for at in range(0, len(rows), size))
+    read = [row for items in passes for row in rows_of(trainer.data_collator(items))]
     problems = []
-    for number, (item, row) in enumerate(zip(dataset, rows, strict=True), 1):
-        batch = trainer.data_collator([item])
-        ids = batch["input_ids"][0].tolist()
-        mask = [0 if label == IGNORED else 1 for label in batch["labels"][0].tolist()]
+    for number, ((ids, marks), row) in enumerate(zip(read, rows, strict=True), 1):
+        mask = [int(label != IGNORED) for label in marks]
         found = audit(Encoded(ids, mask), row.ids[: row.n_prompt], tokenizer)
+        if not found and (ids, mask) != (row.ids, row.mask):
+            found = ["it is another row"]
         problems += [f"train row {number}: {problem}" for problem in found]
     if problems:
         raise DataError(f"{len(problems)} breaches of the prompt contract", problems=tuple(problems[:20]))
