@@ -39,7 +39,7 @@ pytestmark = [
 ]
 
 Folders = dict[str, Path]
-Actions = dict[int, Callable[[], object]]
+Actions = dict[int | str, Callable[[], object]]
 SETTINGS = {"epochs": 3, "batch_size": 2, "accumulation": 1, "save_steps": 5, "logging_steps": 2, "dropout": 0.1}
 """18 steps, checkpoints at 5, 10, 15 and 18; losses are logged as sums of two steps, which no checkpoint ends at."""
 
@@ -63,7 +63,7 @@ def sigterm() -> Iterator[None]:
 
 
 class At(logging.Handler):
-    """Does something when the trainer has logged a step: after it was computed, before it is saved."""
+    """Does something when a step is logged, after it was computed and before it is saved, or when a line is said."""
 
     def __init__(self, actions: Actions) -> None:
         super().__init__()
@@ -72,8 +72,9 @@ class At(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.said.append(record.getMessage())
-        if action := self.actions.pop(getattr(record, "done", -1), None):
-            action()
+        for key in (getattr(record, "done", -1), record.getMessage()):
+            if action := self.actions.pop(key, None):
+                action()
 
 
 def stage(inputs: Folders, folder: Path, at: Actions | None = None, after: Any = None, **changes: Any) -> list[str]:
@@ -225,7 +226,7 @@ def test_a_signal_ends_the_step_saves_it_and_goes_on_from_there(
 def test_a_signal_while_a_checkpoint_is_saved_ends_with_that_one(inputs: Folders, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     with pytest.raises(Terminated):
-        stage(inputs, folder, {10: send(signal.SIGTERM)})
+        stage(inputs, folder, {"checkpoint of step 10 saved": send(signal.SIGTERM)})
     assert checkpoints(folder) == ["checkpoint-10", "checkpoint-5"]
 
 

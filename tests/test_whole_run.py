@@ -53,7 +53,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_stage_leaves_a_whole_folder(built: Path) -> None:
     for state in result("status", "--verify", build=built):
         assert state["condition"] == "up to date", state
-    left = [path.name for path in (built / "tiny").iterdir() if path.name.endswith((".partial", ".old"))]
+    left = [path.name for path in (built / "tiny").iterdir() if path.name.endswith((".partial", ".old", ".checkpoints"))]
     assert left == []
 
 
@@ -118,7 +118,7 @@ def test_kill_9_leaves_nothing_half_and_the_same_command_completes(
     assert not partial.exists()
 
 
-def test_sigterm_during_training_exits_143_and_leaves_nothing(built: Path, tmp_path: Path) -> None:
+def test_sigterm_during_training_exits_143_and_leaves_nothing_half(built: Path, tmp_path: Path) -> None:
     shutil.copytree(built / "tiny", tmp_path / "tiny")
     tutor("clean", "train", build=tmp_path)
     command = [TUTOR, "train", "--recipe", RECIPE, "--build", tmp_path]

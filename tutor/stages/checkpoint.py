@@ -138,8 +138,6 @@ def resume(training: Training) -> Saved | None:
 def newest(training: Training) -> Saved | None:
     """The newest whole checkpoint; damaged ones are set aside. Raises ArtifactError when it is of another training."""
     aside = 0
-    for left in training.folder.glob(f"checkpoint-*{artifacts.OLD}"):
-        artifacts.remove(left)
     for path in by_step(training.folder):
         if problem := damage(path):
             aside += 1
@@ -243,8 +241,7 @@ def seal(training: Training, progress: Progress) -> Path:
     )
     artifacts.write_json(path / artifacts.MANIFEST, asdict(manifest))
     for old in by_step(training.folder)[KEEP:]:
-        # Renamed first: a kill in the middle must not leave a checkpoint that looks damaged.
-        artifacts.remove(old.rename(old.with_name(old.name + artifacts.OLD)))
+        artifacts.remove(old)
     return path
 
 
