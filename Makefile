@@ -46,6 +46,9 @@ eval: ## answer the held-out prompts again and judge
 status: ## what is up to date
 	@$(TUTOR) status --recipe $(RECIPE)
 
+bench: .venv/demo ## training speed and memory beside the specification's own loop; BENCH=... are its options
+	@$(BIN)/python scripts/bench_train.py $(BENCH)
+
 install: .venv/demo ## the environment alone: .venv
 
 # One marker a set of pins: the environment is made once, and again when the pins change.
@@ -93,4 +96,4 @@ lock: ## pin again what pyproject.toml asks for (needs uv)
 clean: ## remove what RECIPE made
 	@$(TUTOR) clean --recipe $(RECIPE)
 
-.PHONY: help demo all up down logs shell test-docker run chat eval status install llamacpp typescript test test-quick check lock clean
+.PHONY: help demo all up down logs shell test-docker run chat eval status install llamacpp typescript test test-quick bench check lock clean

@@ -18,7 +18,7 @@ from transformers import DataCollatorForLanguageModeling, TrainerCallback  # noq
 
 from tutor.artifacts import log_folder  # noqa: E402
 from tutor.engines import scoring  # noqa: E402
-from tutor.engines.hf import choose_precision, load_base, score  # noqa: E402
+from tutor.engines.hf import choose_precision, decide_precision, load_base, score  # noqa: E402
 from tutor.engines.packed import LENGTHS, rows_of  # noqa: E402
 from tutor.errors import ArtifactError, DataError, HostError  # noqa: E402
 from tutor.modelfolder import load_tokenizer  # noqa: E402
@@ -404,16 +404,40 @@ def test_a_loss_that_is_no_number_is_an_error_and_not_a_result(trainer_of: Any, 
     assert caught.value.code == 5
 
 
-def test_a_cpu_computes_in_bf16_only_where_it_has_it_and_never_in_fp16() -> None:
+@pytest.mark.parametrize(
+    ("capability", "cpu_bf16", "chosen"),
+    [
+        (None, True, "bf16"),
+        (None, False, "fp32"),
+        ((7, 0), True, "fp16"),
+        ((7, 5), True, "fp16"),
+        ((8, 0), False, "bf16"),
+        ((8, 9), False, "bf16"),
+        ((9, 0), False, "bf16"),
+        ((12, 0), False, "bf16"),
+    ],
+)
+def test_auto_takes_what_the_machine_computes_itself(capability: Any, cpu_bf16: Any, chosen: str) -> None:
+    assert decide_precision("auto", capability, cpu_bf16=cpu_bf16) == chosen
+    for wanted in ("fp32", "bf16" if chosen == "bf16" else "fp32"):
+        assert decide_precision(wanted, capability, cpu_bf16=cpu_bf16) == wanted
+
+
+def test_what_the_machine_cannot_compute_is_refused() -> None:
+    with pytest.raises(HostError, match="fp16 needs a GPU") as caught:
+        decide_precision("fp16", None, cpu_bf16=True)
+    assert caught.value.code == 4
+    with pytest.raises(HostError, match=r"no native bf16 \(compute capability below 8\.0\)"):
+        decide_precision("bf16", (7, 5), cpu_bf16=True)
+    assert decide_precision("fp16", (9, 0), cpu_bf16=True) == "fp16"
+
+
+def test_this_cpu_computes_in_bf16_only_where_it_has_it() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     flags = Path("/proc/cpuinfo").read_text()
     native = any(name in flags.split() for name in ("avx512_bf16", "amx_bf16", "bf16"))
     assert choose_precision("auto") == ("bf16" if native else "fp32")
-    assert [choose_precision(wanted) for wanted in ("bf16", "fp32")] == ["bf16", "fp32"]
-    with pytest.raises(HostError, match="fp16 needs a GPU") as caught:
-        choose_precision("fp16")
-    assert caught.value.code == 4
 
 
 # --- the base it loads -----------------------------------------------------------------------------------------------

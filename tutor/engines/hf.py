@@ -178,16 +178,23 @@ def load(
 
 
 def choose_precision(wanted: str) -> str:
-    """bf16, fp16 or fp32: as wanted, or for "auto" what this machine computes natively. Raises HostError.
+    """bf16, fp16 or fp32: as wanted, or for "auto" what this machine computes natively. Raises HostError."""
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    features = torch.cpu.get_capabilities()
+    return decide_precision(wanted, capability, cpu_bf16=any(features.get(name) for name in CPU_BF16))
 
-    bf16 needs compute capability 8.0; PyTorch's own is_bf16_supported() says yes to emulation (pitfalls.md, 16).
+
+def decide_precision(wanted: str, capability: tuple[int, int] | None, *, cpu_bf16: bool) -> str:
+    """The same for a GPU of that compute capability, or none and a CPU that has bf16 itself or not.
+
+    bf16 needs 8.0; PyTorch's own is_bf16_supported() says yes to emulation (pitfalls.md, 16). Below it fp16 computes,
+    with loss scaling, over adapters in fp32.
     """
-    if not torch.cuda.is_available():
+    if capability is None:
         if wanted == "fp16":
             raise HostError("fp16 needs a GPU", "set train.precision to auto, bf16 or fp32")
-        native = any(torch.cpu.get_capabilities().get(name) for name in CPU_BF16)
-        return ("bf16" if native else "fp32") if wanted == "auto" else wanted
-    native = torch.cuda.get_device_capability() >= (8, 0)
+        return ("bf16" if cpu_bf16 else "fp32") if wanted == "auto" else wanted
+    native = capability >= (8, 0)
     if wanted == "bf16" and not native:
         raise HostError("this GPU has no native bf16 (compute capability below 8.0)", "set train.precision to auto")
     return ("bf16" if native else "fp16") if wanted == "auto" else wanted
