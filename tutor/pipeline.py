@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tutor import artifacts
+from tutor import artifacts, capacity
 from tutor.engines import llamacpp_build
 from tutor.errors import RecipeError
 from tutor.recipe import Recipe
@@ -250,13 +250,18 @@ def run_all(recipe: Recipe, build: Path, *, until: str | None = None) -> list[st
     """Run what is not up to date, in order, at most to the stage `until`; the names of the stages that ran."""
     _refuse_early(recipe)
     names = list(BY_NAME)[: list(BY_NAME).index(until) + 1] if until else list(BY_NAME)
-    ran = []
+    ran: list[str] = []
+    weighed = False
     with artifacts.locked(build / recipe.name):
         for name in names:
-            state = {found.stage.name: found for found in inspect(recipe, build, names=names)}[name]
-            if state.condition != "up to date":
-                _run(state.stage, recipe, build, state)
-                ran.append(name)
+            states = {found.stage.name: found for found in inspect(recipe, build, names=names)}
+            if states[name].condition == "up to date":
+                continue
+            if not weighed and name != "data":  # its rows tell how long a training's are
+                capacity.refuse(recipe, build, [other for other in names if states[other].condition != "up to date"])
+                weighed = True
+            _run(states[name].stage, recipe, build, states[name])
+            ran.append(name)
     return ran
 
 
@@ -272,6 +277,8 @@ def run_one(name: str, recipe: Recipe, build: Path) -> bool:
                 log.warning("%s is out of date with the recipe or its inputs; tutor why %s says why", need, need)
         if states[name].condition == "up to date":
             return False
+        if name != "data":
+            capacity.refuse(recipe, build, [name])
         _run(stage, recipe, build, states[name])
     return True
 
