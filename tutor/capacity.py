@@ -263,9 +263,10 @@ def _count(path: Path) -> int:
 def disk_sizes(recipe: Recipe, shape: Shape, stages: Collection[str]) -> dict[str, int]:
     """Bytes that each of the named stages will write, and "hub" what is still to be fetched; none that are empty."""
     sizes = estimate.disk(shape, plan_of(recipe, shape, None, checkpointing=False))
-    snapshot = hub_snapshot(recipe.base.source)
-    there = sum(path.stat().st_size for path in snapshot.glob("*.safetensors") if path.exists()) if snapshot else 0
-    sizes["hub"] = max(0, sizes["hub"] - there)
+    if sizes["hub"] and (snapshot := hub_snapshot(recipe.base.source)):
+        with contextlib.suppress(OSError):
+            there = sum(path.stat().st_size for path in snapshot.glob("*.safetensors") if path.exists())
+            sizes["hub"] = max(0, sizes["hub"] - there)
     wanted = {*stages, *(["hub"] if "base" in stages else [])}
     return {name: size for name, size in sizes.items() if name in wanted and size}
 
@@ -273,7 +274,7 @@ def disk_sizes(recipe: Recipe, shape: Shape, stages: Collection[str]) -> dict[st
 def folders(recipe: Recipe, build: Path, sizes: Mapping[str, int]) -> list[tuple[Path, int]]:
     """Sizes by stage as sizes by the folder that is written to."""
     in_build = sum(size for name, size in sizes.items() if name != "hub")
-    return [(build / recipe.name, in_build), (hub_cache(), sizes.get("hub", 0))]
+    return [(build / recipe.name, in_build), *([(hub_cache(), sizes["hub"])] if "hub" in sizes else [])]
 
 
 def short_disks(needs: Iterable[tuple[Path, int]]) -> list[tuple[Path, int, int]]:

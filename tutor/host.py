@@ -155,8 +155,14 @@ def processor(root: Path = Path("/")) -> Processor:
 
 def free_disk(folder: Path) -> tuple[int, Path, int]:
     """The disk that a folder lies on, or would: its number, the nearest folder that exists, free bytes."""
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    place = next((path for path in (folder.absolute(), *folder.absolute().parents) if _is_there(path)), Path("/"))
     return place.stat().st_dev, place, shutil.disk_usage(place).free
+
+
+def _is_there(path: Path) -> bool:
+    with contextlib.suppress(OSError):  # a folder above it that this user may not enter
+        return path.exists()
+    return False
 
 
 def version(text: str) -> tuple[int, ...]:
