@@ -339,6 +339,14 @@ def test_where_nothing_fits_that_is_said(machine, roomy, based_on, tmp_path):
         capacity.refuse(based_on(), tmp_path, ["train"])
 
 
+def test_where_only_what_is_assumed_does_not_fit_it_is_a_warning(machine, roomy, based_on, tmp_path, caplog):
+    """The tensors of an 8B and short rows take about 6 GB; CUDA's own share and the allocator's were never measured."""
+    machine.gpu(6.4)
+    with caplog.at_level("WARNING"):
+        capacity.refuse(based_on(max_length=128), tmp_path, ["train"])
+    assert "a card has 6.4 GB: it may not fit; if it does not, " in caplog.text
+
+
 def test_memory_of_the_gpu_that_others_hold_is_named_with_its_holders(machine, roomy, based_on, tmp_path):
     machine.gpu(24, 2)
     (machine.folder / "apps").write_text("4242, /usr/bin/python3, 20480\n7, [Not Found], [N/A]\n")
@@ -387,7 +395,7 @@ def test_main_memory_that_others_use_is_a_warning_and_too_little_of_it_a_refusal
     short = capacity.Fit(training, {"weights": 8 * GIB}, "this machine", 16 * GIB, 4 * GIB, {})
     with caplog.at_level("WARNING"):
         capacity.refuse_memory(short)
-    assert "other programs have the rest" in caplog.text
+    assert "the rest is held by other programs" in caplog.text
     beyond = capacity.Fit(training, {"weights": 8 * GIB}, "this container", 4 * GIB, 4 * GIB, {"max_length": 256})
     with pytest.raises(HostError, match=r"this container has 4.3 GB; set train.max_length = 256"):
         capacity.refuse_memory(beyond)

@@ -132,6 +132,19 @@ def test_an_8b_of_the_specification_trains_on_8_gb():
     assert 6e9 < sum(memory(LARGE, SPECIFIED).values()) < 8e9
 
 
+def test_a_gpu_holds_the_whole_tile_of_a_small_vocabulary_too():
+    """Measured: 698 MB for 4,096 tokens in fp32, of which main memory keeps but what is touched."""
+    training = on_cpu(4096, "none", "fp32", row=1024, **SPECIFICATION)
+    assert memory(TINY, replace(training, gpu=True))["workspace"] > 4 * 4096 * 32768
+    assert memory(TINY, training)["workspace"] < 2e8
+
+
+def test_what_is_assumed_of_a_gpu_is_not_certain():
+    parts = memory(LARGE, SPECIFIED)
+    assert estimate.certain(parts, gpu=True) == sum(parts.values()) - parts["process"]
+    assert estimate.certain(parts, gpu=False) == sum(parts.values())
+
+
 def test_held_out_rows_are_scored_with_all_their_logits():
     short = replace(SPECIFIED, longest=128)
     assert memory(LARGE, SPECIFIED)["workspace"] > 2 * memory(LARGE, short)["workspace"]
@@ -171,6 +184,11 @@ def test_more_of_anything_never_takes_less(training, shape):
 
 # A setting that fits
 
+
+def whole_of(parts: dict[str, int]) -> int:
+    return sum(parts.values())
+
+
 KNOWN = {"gradient_checkpointing", "pass_tokens", "batch_size", "quantization", "max_length"}
 EFFECTS = {
     "gradient_checkpointing": lambda training, _: replace(training, checkpointing=True),
@@ -185,7 +203,7 @@ EFFECTS = {
 @given(trainings, st.integers(int(1e9), int(4e10)), st.sets(st.sampled_from(sorted(KNOWN))))
 def test_what_is_proposed_fits_and_nothing_of_it_can_be_left_out(training, budget, known):
     training = replace(training, tokens=max(training.tokens, training.longest))
-    found = fitting(LARGE, training, budget, known)
+    found = fitting(LARGE, training, budget, known, whole_of)
     if sum(memory(LARGE, training).values()) <= budget:
         assert found == {}
     if not found:
@@ -214,13 +232,13 @@ def test_what_is_proposed_fits_and_nothing_of_it_can_be_left_out(training, budge
     ],
 )
 def test_the_mildest_setting_is_proposed(gigabytes, changes, proposed):
-    assert fitting(LARGE, replace(SPECIFIED, **changes), int(gigabytes * 1e9), KNOWN) == proposed
+    assert fitting(LARGE, replace(SPECIFIED, **changes), int(gigabytes * 1e9), KNOWN, whole_of) == proposed
 
 
 def test_without_packing_fewer_rows_a_pass_are_proposed():
     rows = replace(SPECIFIED, tokens=8 * 256, longest=256)
     one_row = sum(memory(LARGE, replace(rows, tokens=256)).values())
-    assert fitting(LARGE, rows, one_row, {"batch_size"}) == {"batch_size": 1}
+    assert fitting(LARGE, rows, one_row, {"batch_size"}, whole_of) == {"batch_size": 1}
 
 
 def test_the_settings_that_are_proposed_without_being_asked_for_exist():

@@ -50,7 +50,7 @@ class Fit:
     device: str
     total: int
     free: int
-    change: Mapping[str, str | int] | None  # settings with which it fits into `total`; None where none do
+    change: Mapping[str, str | int] | None  # settings with which it fits into `total`, at least what is certain
 
     @property
     def gpu(self) -> bool:
@@ -61,6 +61,11 @@ class Fit:
     def need(self) -> int:
         """All parts together."""
         return sum(self.parts.values())
+
+    @property
+    def certain(self) -> int:
+        """What it cannot do without."""
+        return estimate.certain(self.parts, gpu=self.gpu)
 
     @property
     def hint(self) -> str:
@@ -121,16 +126,21 @@ def refuse_gpu(settings: TrainSettings, gpu: host.Gpu | None) -> None:
 
 
 def refuse_memory(fit: Fit) -> None:
-    """Raise HostError for a training that does not fit; main memory that others use is only a warning."""
+    """Raise HostError for a training that cannot fit, warn of one that may not.
+
+    Main memory that others use is no more than a warning: they may end, and the kernel can make room.
+    """
     kind = "GPU memory" if fit.gpu else "memory"
     takes = f"this training takes about {gb(fit.need)} of {kind} ({parts_line(fit.parts)})"
-    if fit.need > fit.total:
+    if fit.certain > fit.total:
         raise HostError(f"{takes}; {fit.device} has {gb(fit.total)}", fit.hint)
-    if fit.need > fit.free and fit.gpu:
-        users = ", ".join(host.gpu_users()) or "other programs"
+    users = (", ".join(host.gpu_users()) if fit.gpu and fit.need > fit.free else "") or "other programs"
+    if fit.certain > fit.free and fit.gpu:
         raise HostError(f"{takes}; of {fit.device} {gb(fit.free)} are free, the rest is held by {users}", "end them")
-    if fit.need > fit.free:
-        log.warning("%s; %s are free: other programs have the rest", takes, gb(fit.free))
+    if fit.need > fit.total:
+        log.warning("%s; %s has %s: it may not fit; if it does not, %s", takes, fit.device, gb(fit.total), fit.hint)
+    elif fit.need > fit.free:
+        log.warning("%s; %s are free, the rest is held by %s", takes, gb(fit.free), users)
 
 
 def fit(recipe: Recipe, build: Path, shape: Shape, gpu: host.Gpu | None) -> Fit:
@@ -143,7 +153,12 @@ def fit(recipe: Recipe, build: Path, shape: Shape, gpu: host.Gpu | None) -> Fit:
         memory = host.memory()
         total, free = (memory.total, memory.available) if memory else (sum(parts.values()),) * 2
         device = "this container" if memory and memory.limit else "this machine"
-    change = estimate.fitting(shape, training, total, TrainSettings.model_fields.keys())
+    known = TrainSettings.model_fields.keys()
+    change = estimate.fitting(shape, training, total, known, lambda parts: sum(parts.values()))
+    if change is None:
+        change = estimate.fitting(
+            shape, training, total, known, lambda parts: estimate.certain(parts, gpu=training.gpu)
+        )
     return Fit(training, parts, device, total, free, change)
 
 

@@ -91,7 +91,7 @@ def tables(recipe: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str
         return
     memory = recipe["memory"]
     rows = [(name, _gb(size), "") for name, size in memory["parts"].items()]
-    verdict = "" if memory["fits"] else "does not fit"
+    verdict = "may not fit" if memory["tight"] else "" if memory["fits"] else "does not fit"
     have = [("together", _gb(memory["need"]), verdict), (memory["device"], _gb(memory["total"]), "")]
     kind = "GPU memory" if memory["gpu"] else "Memory"
     size = f"{recipe['parameters'] / 1e6:,.0f} million parameters, {memory['pass_tokens']} tokens a pass"

@@ -6,7 +6,7 @@ Memory follows what PyTorch keeps for the backward pass; docs/benchmarks.md comp
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -225,7 +225,8 @@ def _head(shape: Shape, training: Training) -> float:
         weights = 0 if width == 4 else 4 * shape.vocabulary * shape.hidden
         return float(weights + 4 * CHUNK_ROWS * shape.vocabulary + 12 * training.tokens * shape.hidden)
     columns, rows = min(shape.vocabulary, HEAD_COLUMNS), min(training.tokens, HEAD_ROWS)
-    tile = width * rows * columns
+    # The tile is made in full width; of main memory, what a small vocabulary does not touch takes nothing.
+    tile = width * rows * (HEAD_COLUMNS if training.gpu else columns)
     if not training.gpu:
         # Two moments: the fold's temporaries, then tile and weights in fp32 to be multiplied.
         cast = 0 if width == 4 else 4 * columns * (rows + shape.hidden)
@@ -233,16 +234,24 @@ def _head(shape: Shape, training: Training) -> float:
     return float(tile + 4 * training.tokens * shape.hidden)
 
 
-def fitting(shape: Shape, training: Training, budget: int, known: Collection[str]) -> dict[str, str | int] | None:
+def certain(parts: Mapping[str, int], *, gpu: bool) -> int:
+    """Bytes that a training cannot do without: on a GPU without CUDA's and the allocator's, which are assumed."""
+    return sum(parts.values()) - (parts["process"] if gpu else 0)
+
+
+def fitting(
+    shape: Shape, training: Training, budget: int, known: Collection[str], size: Callable[[Mapping[str, int]], int]
+) -> dict[str, str | int] | None:
     """The fewest, mildest settings with which a training fits into `budget` bytes; None where none do.
 
     By their names in the recipe's `train` section, of which `known` are those that there are; empty when it fits.
+    `size` says how much of an estimate has to fit: all of it, or what is certain.
     """
     chosen: dict[str, tuple[str | int, dict[str, Any]]] = {}
 
     def fits(given: Mapping[str, tuple[str | int, dict[str, Any]]]) -> bool:
         changes = {name: value for _, change in given.values() for name, value in change.items()}
-        return sum(memory(shape, replace(training, **changes)).values()) <= budget
+        return size(memory(shape, replace(training, **changes))) <= budget
 
     for name, value, change in _milder(training, known):
         if fits(chosen):
