@@ -15,6 +15,7 @@ import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -212,21 +213,51 @@ def test_a_toolkit_with_known_escapes_is_refused(host, recipe, tmp_path):
     assert problems(recipe, tmp_path, gpu=True) == ()
 
 
-def test_a_disk_without_room_is_named_with_both_numbers(host, recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, "SMALL_GB", (1e6, 1e6))
-    found = problems(recipe, tmp_path / "not" / "made")
-    assert len(found) == 1
-    # The build folder and Docker's lie on one disk: their needs add up.
-    assert re.search(rf"the disk of {tmp_path} has \d+ GB free of 20000\d\d GB; make room", found[0])
+@pytest.fixture
+def vast(recipe_file: Path) -> Recipe:
+    """A recipe whose base would fill any disk, though not the memory that training takes."""
+    shape = {"hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 64, "num_attention_heads": 1}
+    (recipe_file.parent / "vast").mkdir()
+    config = {**shape, "vocab_size": 1 << 30, "tie_word_embeddings": True, "head_dim": 1}
+    (recipe_file.parent / "vast" / "config.json").write_text(json.dumps(config))
+    recipe_file.write_text(recipe_file.read_text().replace('"tiny"', '"path:vast"'))
+    return read_recipe(recipe_file)
 
 
-def test_what_is_made_already_needs_no_room(host, recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, "SMALL_GB", (1e6, 0.0))
-    assert problems(recipe, tmp_path)
-    made = tmp_path / "small" / "gguf" / "manifest.json"
-    made.parent.mkdir(parents=True)
-    made.touch()
-    assert problems(recipe, tmp_path) == ()
+def test_a_disk_without_room_is_named_with_both_numbers(host, vast, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=300 * 10**9))
+    found = [line for line in problems(vast, tmp_path / "not" / "made", gpu=False) if "disk" in line]
+    # The build folder and Docker's lie on one disk: their needs add up, 782 and 357 GB.
+    assert found == [f"the disk of {tmp_path} has 300 GB free of 1139 GB; make room"]
+
+
+def test_what_is_made_already_needs_no_room(host, vast, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=300 * 10**9))
+    for name in ("base/manifest.json", "adapter/manifest.json", "merged/manifest.json", "gguf/manifest.json"):
+        (tmp_path / "small" / name).parent.mkdir(parents=True)
+        (tmp_path / "small" / name).touch()
+    assert "has 300 GB free of 357 GB" in problems(vast, tmp_path, gpu=False)[0]  # in Ollama it is not
+    (tmp_path / "small" / "model").mkdir()
+    (tmp_path / "small" / "model" / "published.json").touch()
+    assert problems(vast, tmp_path, gpu=False) == ()
+
+
+def test_images_that_are_not_built_need_room_too(host, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**9))
+    assert not any("disk" in line for line in problems(recipe, tmp_path))
+    host.says("docker image inspect", code=1)
+    assert any("1 GB free of 14 GB" in line for line in problems(recipe, tmp_path))
+
+
+def test_a_training_beyond_the_gpu_is_said_before_anything_is_built(host, large, tmp_path):
+    """With the setting that fits, and among all else that is missing."""
+    large = large.model_copy(update={"base": type(large.base)()})
+    host.add("nvidia-smi")
+    host.says("nvidia-smi --query-gpu", stdout="0, GPU-1, NVIDIA T1000, 580.95.05, 7.5, 4096, 4000\n")
+    host.says("nvidia-smi --list-gpus", stdout="GPU 0: NVIDIA T1000 (UUID: GPU-1)\n")
+    host.says("docker info", stdout=json.dumps({**INFO, "Runtimes": {"nvidia": {}}}))
+    (found,) = [line for line in problems(large, tmp_path) if "disk" not in line]
+    assert "NVIDIA T1000 has 4.3 GB; no setting makes it fit" in found
 
 
 def test_a_port_that_another_program_has_is_said_before_anything_runs(host, recipe, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from tutor import boundary, cli_data, cli_serving, cli_stack
+from tutor import boundary, cli_data, cli_doctor, cli_serving, cli_stack
 from tutor.cli_options import emit, json_option, read, recipe_option, shown_on_stderr, tree
 from tutor.errors import ArtifactError
 
@@ -45,6 +45,9 @@ def cli(context: click.Context, *, debug: bool, quiet: bool) -> None:
     default; settings of the model itself stand only in the recipe.
     """
     context.obj = {"debug": debug, "quiet": quiet}
+
+
+cli.add_command(cli_doctor.doctor_command)
 
 
 @cli.group()

@@ -27,6 +27,21 @@ def _build_folder(context: click.Context, parameter: click.Parameter, value: Pat
     return value
 
 
+def build_option(command: Command) -> Command:
+    """--build: where everything is made."""
+    return click.option(
+        "-b",
+        "--build",
+        type=click.Path(path_type=Path, file_okay=False),
+        default=Path("build"),
+        show_default=True,
+        envvar="TUTOR_BUILD",
+        show_envvar=True,
+        callback=_build_folder,
+        help="Where stages write, in a folder named after the recipe.",
+    )(command)
+
+
 def recipe_option(command: Command) -> Command:
     """--recipe and --build: where the settings are, and where everything is made."""
     recipe = click.option(
@@ -40,18 +55,7 @@ def recipe_option(command: Command) -> Command:
         show_envvar=True,
         help="The TOML file with every setting of a run.",
     )
-    build = click.option(
-        "-b",
-        "--build",
-        type=click.Path(path_type=Path, file_okay=False),
-        default=Path("build"),
-        show_default=True,
-        envvar="TUTOR_BUILD",
-        show_envvar=True,
-        callback=_build_folder,
-        help="Where stages write, in a folder named after the recipe.",
-    )
-    return recipe(build(command))
+    return recipe(build_option(command))
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")

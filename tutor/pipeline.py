@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tutor import artifacts
+from tutor import artifacts, capacity
 from tutor.engines import llamacpp_build
 from tutor.errors import RecipeError
 from tutor.recipe import Recipe
@@ -233,15 +233,19 @@ def run_all(recipe: Recipe, build: Path, *, until: str | None = None) -> list[st
     """Run what is not up to date, in order, at most to the stage `until`; the names of the stages that ran."""
     _refuse_early(recipe)
     names = list(BY_NAME)[: list(BY_NAME).index(until) + 1] if until else list(BY_NAME)
-    ran = []
+    ran: list[str] = []
+    weighed = False
     with artifacts.locked(build / recipe.name):
         for name in names:
-            state = {found.stage.name: found for found in inspect(recipe, build, names=names)}[name]
-            if state.condition != "up to date":
-                _run(state.stage, recipe, build, state)
-                ran.append(name)
-            else:
-                artifacts.remove(artifacts.checkpoints(state.folder))  # the last run was killed before it could
+            states = {found.stage.name: found for found in inspect(recipe, build, names=names)}
+            if states[name].condition == "up to date":
+                artifacts.remove(artifacts.checkpoints(states[name].folder))  # the last run was killed before it could
+                continue
+            if not weighed and name != "data":  # its rows tell how long a training's are
+                capacity.refuse(recipe, build, [other for other in names if states[other].condition != "up to date"])
+                weighed = True
+            _run(states[name].stage, recipe, build, states[name])
+            ran.append(name)
     return ran
 
 
@@ -258,6 +262,8 @@ def run_one(name: str, recipe: Recipe, build: Path) -> bool:
         if states[name].condition == "up to date":
             artifacts.remove(artifacts.checkpoints(states[name].folder))  # the last run was killed before it could
             return False
+        if name != "data":
+            capacity.refuse(recipe, build, [name])
         _run(stage, recipe, build, states[name])
     return True
 

@@ -5,26 +5,29 @@ In: a recipe, a build folder, the programs on PATH. Out: findings, a line each. 
 
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
 import socket
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tutor import capacity, host
+from tutor.artifacts import MANIFEST
 from tutor.errors import HostError, RecipeError
+from tutor.estimate import Shape
+from tutor.host import said, version
 from tutor.recipe import Recipe
+
+log = logging.getLogger(__name__)
 
 COMPOSE = (2, 24)
 TOOLKIT = (1, 17, 8)  # older ones let a hostile image out of its container (CVE-2025-23266)
 IMAGES = ("tutor-trainer", "tutor-converter", "tutor-client", "tutor-ollama")
 IMAGES_GB = 14.0
-LARGE_GB, SMALL_GB = (52.0, 35.0), (2.0, 1.0)
-"""In the build folder and in Docker's own (the hub's cache, Ollama's copies): an 8B model, a toy."""
-ASKING = 60  # seconds until a program has answered
 PORT = 11434
 
 
@@ -58,7 +61,12 @@ def check(recipe: Recipe, build: Path, *, gpu: bool | None = None) -> bool:
     faults = [] if gpu is False else gpu_faults(info)
     wanted = gpu or (gpu is None and is_large(recipe))
     findings = [*docker_faults(info), *(faults if wanted else ())]
-    findings += disk_faults(recipe, build, info)
+    shape = capacity.find_shape(recipe, build)
+    if shape is None:
+        log.warning("%s is not known before it is fetched: memory and disk cannot be estimated", recipe.base.source)
+    elif not (wanted and faults):
+        findings += memory_faults(recipe, build, shape, gpu=gpu is not False and not faults)
+    findings += disk_faults(recipe, build, shape, info)
     if info:
         findings += port_faults()
     if findings:
@@ -144,24 +152,40 @@ def gpu_faults(info: Mapping[str, Any]) -> list[Finding]:
     return findings
 
 
-def disk_faults(recipe: Recipe, build: Path, info: Mapping[str, Any]) -> list[Finding]:
+def memory_faults(recipe: Recipe, build: Path, shape: Shape, *, gpu: bool) -> list[Finding]:
+    """A training to come that fits neither the GPU nor, without one, main memory; and a setting that does."""
+    if is_made(recipe, build, "train"):
+        return []
+    gpus = {str(found.index): found for found in host.gpus()} if gpu else {}
+    if gpu and not gpus:
+        return []  # it answers with less than is asked: the trainer will see
+    try:
+        capacity.refuse_training(recipe, build, shape, gpus.get(os.environ.get("TUTOR_GPU", "0")))
+    except HostError as error:
+        return [Finding(error.message, error.hint or "")]
+    return []
+
+
+def disk_faults(recipe: Recipe, build: Path, shape: Shape | None, info: Mapping[str, Any]) -> list[Finding]:
     """Disks without room for what is not there yet; two folders on one disk need the sum."""
-    in_build, in_docker = LARGE_GB if is_large(recipe) else SMALL_GB
-    if (build / recipe.name / "gguf" / "manifest.json").exists():
-        in_build, in_docker = 0.0, SMALL_GB[1]
+    to_do = [name for name in capacity.FOLDERS if not is_made(recipe, build, name)]
+    sizes = capacity.disk_sizes(recipe, shape, [*to_do, "publish"]) if shape else {}
+    if (build / recipe.name / capacity.PUBLISHED).exists():
+        sizes.pop("publish", None)
+    # The hub's cache and Ollama's models are volumes of Docker's.
+    in_docker = sum(sizes.pop(name, 0) for name in ("hub", "publish"))
     if not info or said("docker", "image", "inspect", *IMAGES)[0]:
-        in_docker += IMAGES_GB
-    needs: dict[int, tuple[Path, float]] = {}
-    for folder, gigabytes in ((build, in_build), (Path(info.get("DockerRootDir") or "/"), in_docker)):
-        place = next((path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()), Path("/"))
-        device = place.stat().st_dev
-        needs[device] = (needs[device][0] if device in needs else place, needs.get(device, (place, 0.0))[1] + gigabytes)
-    findings = []
-    for place, gigabytes in needs.values():
-        free = shutil.disk_usage(place).free / 1e9
-        if free < gigabytes:
-            findings.append(Finding(f"the disk of {place} has {free:.0f} GB free of {gigabytes:.0f} GB", "make room"))
-    return findings
+        in_docker += round(IMAGES_GB * 1e9)
+    needs = [(build, sum(sizes.values())), (Path(info.get("DockerRootDir") or "/"), in_docker)]
+    return [
+        Finding(f"the disk of {place} has {free / 1e9:.0f} GB free of {need / 1e9:.0f} GB", "make room")
+        for place, free, need in capacity.short_disks(needs)
+    ]
+
+
+def is_made(recipe: Recipe, build: Path, stage: str) -> bool:
+    """Whether a stage's folder is there and whole."""
+    return (build / recipe.name / capacity.FOLDERS[stage] / MANIFEST).exists()
 
 
 def port_faults() -> list[Finding]:
@@ -182,29 +206,3 @@ def port_faults() -> list[Finding]:
             hint = "end what listens there (an Ollama of your own?), or set TUTOR_OLLAMA_PORT to another"
             return [Finding(f"port {given} of 127.0.0.1 cannot be had: {error.strerror}", hint)]
     return []
-
-
-def version(text: str) -> tuple[int, ...]:
-    """The first dotted number of a text; (0,) without one."""
-    found = re.search(r"\d+(\.\d+)+", text)
-    return tuple(map(int, found[0].split("."))) if found else (0,)
-
-
-def said(*command: str) -> tuple[int, str]:
-    """A program's exit code and all that it prints; 127 when it is not there."""
-    try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=ASKING,
-            check=False,
-        )
-    except FileNotFoundError:
-        return 127, ""
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return 126, str(error)
-    return done.returncode, done.stdout
