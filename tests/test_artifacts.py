@@ -25,8 +25,10 @@ from tutor.artifacts import (
     check,
     digest,
     file_sha256,
+    known_sha256,
     locked,
     read_manifest,
+    remember_sha256,
     require,
     write_json,
     writing,
@@ -238,6 +240,87 @@ def test_what_a_stage_keeps_beside_survives_an_error_and_goes_when_it_is_complet
         assert (kept / "half").exists()
         (out / "top.txt").touch()
     assert beside(folder) == []
+
+
+# Going on after a kill
+
+
+def in_steps(folder: Path, text: str = "new") -> list[str]:
+    """Write a folder of three files whose stage goes on where it was; which of them it wrote this time."""
+    wrote = []
+    with writing(folder, "merge", {"text": text}, resume=True) as (out, results):
+        for name in ("a", "b", "c"):
+            done = out / artifacts.RESUME / name
+            if not done.exists():
+                (out / name).write_text(text + name)
+                done.touch()
+                wrote.append(name)
+        results["wrote"] = len(wrote)
+    assert check(folder, content=True) == []
+    assert [path.read_text() for path in sorted(folder.iterdir())[:3]] == [text + name for name in "abc"]
+    assert len([*folder.iterdir()]) == 4
+    return wrote
+
+
+@pytest.mark.parametrize("before", [None, "old"])
+def test_a_stage_that_resumes_is_whole_or_absent_after_a_kill_at_any_step(tmp_path, before):
+    steps, resumed = 0, 0
+    while True:
+        folder = tmp_path / str(steps) / "merged"
+        folder.parent.mkdir()
+        if before:
+            in_steps(folder, before)
+        killed = killed_at(steps, partial(in_steps, folder))
+        if folder.exists():
+            assert check(folder, content=True) == []
+            assert (folder / "a").read_text() in ("olda", "newa")
+        resumed += len(in_steps(folder)) < 3
+        assert beside(folder) == []
+        if not killed:
+            break
+        steps += 1
+    assert steps > resumed > 3
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143)])
+def test_what_an_interrupted_run_had_done_comes_back_with_the_same_fields_alone(tmp_path, stop):
+    folder = tmp_path / "merged"
+    for fields, left in (({"number": 1}, True), ({"number": 1}, True), ({"number": 2}, False)):
+        with pytest.raises(type(stop)), writing(folder, "merge", fields, resume=True) as (out, _):
+            (out / "file").write_text("half")
+            raise stop
+        with pytest.raises(type(stop)), writing(folder, "merge", {"number": 1}, resume=True) as (out, _):
+            assert (out / "file").exists() == left
+            raise stop
+    with pytest.raises(type(stop)), writing(folder, "merge", {"number": 1}) as (out, _):
+        assert list(out.iterdir()) == []
+        raise stop
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [ArtifactError("no"), ValueError("a bug"), OSError(errno.ENOSPC, "full")])
+def test_an_error_of_a_stage_that_resumes_leaves_nothing(tmp_path, error):
+    with pytest.raises((type(error), HostError)), writing(tmp_path / "merged", "merge", {}, resume=True) as (out, _):
+        (out / "file").write_text("half")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hash_that_the_stage_took_while_it_wrote_is_the_manifests(tmp_path):
+    with writing(tmp_path / "merged", "merge", {}, resume=True) as (out, _):
+        for name in ("told", "changed", "unknown"):
+            (out / name).write_text(name)
+        cache = out / artifacts.RESUME / artifacts.HASHES
+        remember_sha256(out / "told", cache, "0" * 64)  # so that one sees that it was not read again
+        remember_sha256(out / "changed", cache, "0" * 64)
+        assert known_sha256(out / "changed", cache) == "0" * 64
+        (out / "changed").write_text("since then")
+        assert known_sha256(out / "changed", cache) is None
+    outputs = require(tmp_path / "merged", "merge").outputs
+    assert outputs["told"]["sha256"] == "0" * 64
+    assert {name: outputs[name]["sha256"] for name in ("changed", "unknown")} == {
+        name: file_sha256(tmp_path / "merged" / name) for name in ("changed", "unknown")
+    }
 
 
 # The disk

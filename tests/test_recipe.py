@@ -71,7 +71,7 @@ def test_the_big_recipe_says_nothing_else_than_the_defaults_but_the_base():
         ("[train]\nepoch = 1", "unknown setting train.epoch; did you mean epochs? known: accumulation, alpha"),
         ("[trian]\nrank = 1", "unknown setting trian; did you mean train?"),
         ("[train]\nzzz = 1\nyyy = 2", "unknown setting train.yyy; known:"),
-        ("path = '/etc/passwd'", "unknown setting path; known: base, convert, data, generate, ollama, seed, system"),
+        ("path = '/etc/passwd'", "unknown setting path; known: base, convert, data, generate, merge, ollama, seed, system"),
     ],
 )
 def test_an_unknown_setting_is_named_with_its_neighbours(refused, text, expected):
@@ -123,6 +123,10 @@ def test_every_successor_of_a_retired_name_exists():
         ("[train]\ngradient_checkpointing = 1", "train.gradient_checkpointing"),
         ("[train]\npatience = 3\nevaluations_per_epoch = 0", "train.patience counts evaluations"),
         ("[convert]\nquantizations = ['Q4']", "convert.quantizations.0 is 'Q4'"),
+        (
+            "[merge]\nbase = 'nf4'\n[train]\nquantization = 'none'",
+            "merge.base is 'nf4' and train.quantization is 'none'; set merge.base to original or auto",
+        ),
         ("[ollama]\nquantization = 'Q4'", "ollama.quantization is 'Q4'; converted are Q4_K_M, Q5_K_M, Q8_0, F16"),
         ("[ollama]\nmodel = 'host/tutor'", "ollama.model is 'host/tutor'"),
         ("[ollama]\nmodel = 'deepseek-r1'", "ollama.model is 'deepseek-r1'"),

@@ -31,6 +31,8 @@ OLD = ".old"
 CHECKPOINTS = ".checkpoints"
 LOG = ".log"
 HASHES = ".hashes.json"
+RESUME = ".resume"
+"""What a stage keeps in its scratch folder to go on from after a kill; no part of the finished folder."""
 
 
 @dataclass(frozen=True)
@@ -96,18 +98,32 @@ def file_sha256(path: Path) -> str:
 
 def cached_sha256(path: Path, cache: Path) -> str:
     """sha256 of an input file, looked up by size, mtime and inode: 16 GB of weights are read once, not each time."""
-    stat = path.stat()
-    seen = f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}"
-    known = _read_json(cache) or {}
-    entry = known.get(str(path.resolve()))
-    if isinstance(entry, dict) and entry.get("seen") == seen and "sha256" in entry:
-        return str(entry["sha256"])
+    if known := known_sha256(path, cache):
+        return known
     value = file_sha256(path)
     # It only saves time: `tutor status` has to work on a disk that is full or read-only.
     with contextlib.suppress(OSError):
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        write_json(cache, {**known, str(path.resolve()): {"seen": seen, "sha256": value}})
+        remember_sha256(path, cache, value)
     return value
+
+
+def known_sha256(path: Path, cache: Path) -> str | None:
+    """What `remember_sha256` was told of a file, as long as its size, mtime and inode are the same."""
+    entry = (_read_json(cache) or {}).get(str(path.resolve()))
+    if isinstance(entry, dict) and entry.get("seen") == _seen(path) and "sha256" in entry:
+        return str(entry["sha256"])
+    return None
+
+
+def remember_sha256(path: Path, cache: Path, value: str) -> None:
+    """Keep a file's sha256 for `known_sha256`. Raises OSError when the cache cannot be written."""
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    write_json(cache, {**(_read_json(cache) or {}), str(path.resolve()): {"seen": _seen(path), "sha256": value}})
+
+
+def _seen(path: Path) -> str:
+    stat = path.stat()
+    return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}"
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -190,26 +206,36 @@ def refuse_foreign(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing(folder: Path, stage: str, fields: Mapping[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
+def writing(
+    folder: Path, stage: str, fields: Mapping[str, Any], *, resume: bool = False
+) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yield a scratch folder and a dict for the results; on a clean exit both become `folder`, else nothing changes.
 
+    With `resume` the scratch folder of a run that was killed or interrupted comes back as it was left, if its fields
+    were the same. What the stage keeps there below RESUME is never part of `folder`; an error still removes all of it.
     Raises HostError when the disk is full or cannot be written, RecipeError when `folder` is not one of ours,
     ArtifactError when the scratch folder is removed meanwhile.
     """
     partial = folder.with_name(folder.name + PARTIAL)
+    key = digest(dict(fields))
     started = datetime.datetime.now(datetime.UTC)
     clock = _Clock()
     refuse_foreign(folder)
     try:
-        remove(partial)
+        if not resume or (_read_json(partial / RESUME / "key.json") or {}).get("key") != key:
+            remove(partial)
         _finish_interrupted_swap(folder)
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)
+        if resume:
+            (partial / RESUME).mkdir(exist_ok=True)
+            write_json(partial / RESUME / "key.json", {"key": key})
         results: dict[str, Any] = {}
         yield partial, results
         outputs = seal(partial)
+        remove(partial / RESUME)
         manifest = Manifest(
             stage=stage,
-            key=digest(dict(fields)),
+            key=key,
             fields=dict(fields),
             outputs=outputs,
             results=results,
@@ -221,7 +247,8 @@ def writing(folder: Path, stage: str, fields: Mapping[str, Any]) -> Iterator[tup
         _swap(partial, folder)
     except BaseException as error:
         fault = disk_fault(error, partial)  # before the disk is freed
-        remove(partial)
+        if not resume or isinstance(error, Exception):
+            remove(partial)
         if fault:
             raise fault from error
         raise
@@ -267,11 +294,14 @@ def seal(partial: Path) -> dict[str, dict[str, Any]]:
     outputs = {}
     partial.chmod(0o755)
     for path in sorted(partial.rglob("*")):
+        if path.is_relative_to(partial / RESUME):
+            continue
         path.chmod(0o755 if path.is_dir() else 0o644)
         sync(path)
         if not path.is_dir():
             name = path.relative_to(partial).as_posix()
-            outputs[name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+            sha256 = known_sha256(path, partial / RESUME / HASHES) or file_sha256(path)
+            outputs[name] = {"size": path.stat().st_size, "sha256": sha256}
     return outputs
 
 

