@@ -122,7 +122,7 @@ class ConvertSettings(Settings):
     quantizations: list[Annotated[str, AfterValidator(_quantization)]] = Field(
         default=["Q4_K_M", "Q5_K_M", "Q8_0"], min_length=1
     )
-    imatrix: bool = False  # weigh each weight by what the training split makes of it; some minutes for the 8B
+    imatrix: bool = False  # weigh the weights by what the training split makes of them: F16 reads it once
     base: bool = True  # also the untuned base, to compare with
     # Of ollama.quantization = "auto": nats a held-out token at most, in loss and in KL divergence to F16 alike.
     # 0.01 is the specification's own promise for quantizing, less than 1 % lost (3.2).

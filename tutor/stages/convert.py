@@ -22,7 +22,7 @@ from tutor.modelfolder import WEIGHTS, read_facts
 from tutor.quantizations import AUTO, F16
 from tutor.stages.gguf_says import Expected, check_gguf, differences, expect, fallbacks
 from tutor.stages.lineage import base_lineage, keyed, tutor_lineage
-from tutor.stages.readback import Figures, exact, measure, refuse_lost, replaced
+from tutor.stages.readback import Figures, exact, measure, refuse_lost, replaced, unfit
 from tutor.stages.splits import read_rows
 from tutor.template import chat_template, completion, conversation, render
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+WEIGHED = 150_000
+"""Characters of the training split that an importance matrix is made of: about a hundred pieces of 512 tokens."""
 LARGEST_SHARE = 0.55
 """Of F16's size: what Q8_0, the largest quantization, takes, rounded up."""
 
@@ -119,12 +121,12 @@ def _quantized(
         return gguf, measure(target, gguf, weights, source.base)
 
     gguf, figures = make()
-    instead = {}
-    # What was asked for by name is not replaced but refused.
-    if figures.amplified and kind not in figures.amplified:
-        instead = {each: sum(tensor.kind == each for tensor in gguf.tensors.values()) for each in figures.amplified}
-        log.info("%s: %s makes what was trained larger, quantizing again without it", kind, ", ".join(instead))
-        gguf, figures = make(replaced(gguf, figures.amplified))
+    instead = {
+        each: sum(tensor.kind == each for tensor in gguf.tensors.values()) for each in unfit(gguf, kind, figures)
+    }
+    if instead:
+        log.info("%s: %s does not hold what was trained, quantizing again without it", kind, ", ".join(instead))
+        gguf, figures = make(replaced(gguf, instead))
     refuse_lost(target, kind, figures)
     return gguf, {"error": figures.error, "kept": figures.kept, **({"replaced": instead} if instead else {})}
 
@@ -141,10 +143,10 @@ def importance(source: Source, whole: Path, out: Path) -> Path:
     tokens = fields["tokenizer.ggml.tokens"]
     bos = tokens[source.expected.bos] if source.expected.add_bos and source.expected.bos is not None else ""
     eos = tokens[fields["tokenizer.ggml.eos_token_id"]]
-    text = training_text(source.rows, source.system, bos, eos)
+    text = training_text(fewer(source.rows), source.system, bos, eos)
     # Bare names in one folder: the matrix, and every file made with it, keep them.
     given, matrix = out / "train.txt", out / f"{source.name}.imatrix"
-    log.info("weighing %s by %d training rows", whole.name, len(source.rows))
+    log.info("weighing %s by the training rows", whole.name)
     given.write_text(text, "utf-8")
     try:
         # A lower bound of the tokens is enough: eight characters a token are more than a text averages.
@@ -152,6 +154,13 @@ def importance(source: Source, whole: Path, out: Path) -> Path:
     finally:
         given.unlink()
     return matrix
+
+
+def fewer(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Rows at even distances that hold WEIGHED characters together, about; all where there are no more."""
+    length = sum(len(row["instruction"]) + len(row["response"]) for row in rows)
+    count = min(len(rows), max(1, len(rows) * WEIGHED // max(length, 1)))
+    return [rows[index * len(rows) // count] for index in range(count)]
 
 
 def training_text(rows: Sequence[Mapping[str, Any]], system: str, bos: str, eos: str) -> str:

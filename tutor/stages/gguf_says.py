@@ -9,13 +9,15 @@ from pathlib import Path
 from gguf import LlamaFileType
 from safetensors import SafetensorError, safe_open
 
-from tutor.engines.gguf_file import SAME_SPLIT, Gguf, read_gguf
+from tutor.engines.gguf_file import SAME_SPLIT, Gguf, Tensor, read_gguf
 from tutor.errors import ArtifactError
 from tutor.modelfolder import SIXTEEN_BIT, WEIGHTS, Facts, read_json, refuse
 from tutor.quantizations import F16
 
 DTYPES = ("F16", "BF16", "F32")
 """safetensors' names of what may be converted; anything else is how a quantized model is stored."""
+BLOCKS_OF_32 = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
+"""Types, and quantizations of the same names; all others have blocks of 256."""
 
 
 @dataclass(frozen=True)
@@ -140,14 +142,19 @@ def differences(expected: Expected, found: Expected) -> list[str]:
 
 
 def fallbacks(gguf: Gguf, kind: str) -> int:
-    """How many matrices have another type than the quantization gives: their rows do not divide into its blocks.
+    """How many matrices have another type than the quantization gives."""
+    return sum(is_fallback(name, tensor, kind) for name, tensor in gguf.tensors.items())
+
+
+def is_fallback(name: str, tensor: Tensor, kind: str) -> bool:
+    """Whether a matrix has another type than its quantization gives: its rows do not divide into blocks of 256.
 
     As llama-quantize counts them: what it chooses for the embedding and the output is no fallback.
     """
-    matrices = {name: tensor.kind for name, tensor in gguf.tensors.items() if len(tensor.shape) > 1}
-    types = [found for name, found in matrices.items() if name not in ("token_embd.weight", "output.weight")]
-    usual = [found.endswith("_K") if "_K" in kind else found == kind for found in types]
-    return usual.count(False)
+    if len(tensor.shape) < 2 or name in ("token_embd.weight", "output.weight"):
+        return False
+    small = (*BLOCKS_OF_32, F16)
+    return tensor.kind != kind if kind in small else tensor.kind in small
 
 
 def _file_type(number: int | None) -> str:

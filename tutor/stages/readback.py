@@ -16,6 +16,7 @@ from pathlib import Path
 from tutor.engines.gguf_file import Gguf
 from tutor.engines.gguf_weights import Compared, Weight, check_exact, check_names, compare
 from tutor.errors import ArtifactError, GateError
+from tutor.stages.gguf_says import is_fallback
 
 LARGEST_ERROR = {
     "F32": 0.0,
@@ -30,14 +31,12 @@ LARGEST_ERROR = {
 """Root mean square of a tensor's error over that of its weights."""
 LARGEST_OTHER = 0.95
 """The same for types of two bits and less: beyond it a tensor might as well be zero."""
-AMPLIFIED = 1.25
-"""Of what training changed: what is lost only weakens an answer, what is made larger than this ruins it."""
-KEPT = 0.5
-"""Of what training changed, over a whole file: with less it is the base that answers."""
+LEAST, MOST = 0.5, 1.25
+"""Of what training changed: with less it is the base that answers, and with more nothing that was ever trained."""
 CERTAIN = 0.1
 """Standard error of `kept` up to which it is judged: in four bits, hardly any training is hard to see."""
 REPLACEMENT = "Q8_0"
-"""What a tensor gets instead of an amplifying type: llama.cpp's own fallback for Q6_K, of blocks of 32."""
+"""What a tensor gets instead of such a type that llama.cpp fell back to: its own fallback for Q6_K, of blocks of 32."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Figures:
 
     error: float  # the largest of a tensor, relative
     kept: float | None  # of what training changed; None where nothing was, or too little to be seen
-    amplified: tuple[str, ...]  # types
+    by_type: Mapping[str, float | None]  # the same of a type's tensors
 
 
 def exact(path: Path, gguf: Gguf, weights: Mapping[str, Weight]) -> None:
@@ -60,10 +59,9 @@ def measure(path: Path, gguf: Gguf, weights: Mapping[str, Weight], base: Mapping
     found = compare(path, gguf, weights, base)
     far = {name: each for name, each in found.items() if not each.relative <= _bound(each.kind)}
     _raise(path, [f"{name} ({each.kind}) is {100 * each.relative:.1f} % off" for name, each in far.items()])
-    types = {each.kind for each in found.values()}
+    types = sorted({each.kind for each in found.values()})
     by_type = {kind: kept(each for each in found.values() if each.kind == kind) for kind in types}
-    amplified = tuple(sorted(kind for kind, value in by_type.items() if value is not None and value > AMPLIFIED))
-    return Figures(max(each.relative for each in found.values()), kept(found.values()), amplified)
+    return Figures(max(each.relative for each in found.values()), kept(found.values()), by_type)
 
 
 def kept(tensors: Iterable[Compared]) -> float | None:
@@ -80,24 +78,32 @@ def kept(tensors: Iterable[Compared]) -> float | None:
 
 def refuse_lost(path: Path, kind: str, figures: Figures) -> None:
     """Raise GateError for a file that says something else than was trained."""
-    if figures.kept is None or (figures.kept >= KEPT and not figures.amplified):
-        return
-    what = f"{path.name} has {100 * figures.kept:.0f} % of what training changed"
-    if figures.amplified:
-        what += f", {' and '.join(figures.amplified)} making it larger"
-    raise GateError(
-        f"{what}: the base was once quantized, and {kind} meets its old grid",
-        "take another of convert.quantizations: Q8_0, Q5_0 and Q4_0 have grids of their own",
-    )
+    if not holds(figures.kept):
+        raise GateError(
+            f"{path.name} has {100 * (figures.kept or 0):.0f} % of what training changed: the base was once quantized, "
+            f"and {kind} meets its old grid",
+            "take others for convert.quantizations: Q8_0, Q5_0 and Q4_0 have grids of their own",
+        )
 
 
-def replaced(gguf: Gguf, amplified: Iterable[str]) -> dict[str, str]:
-    """Every matrix's type by name, with another in place of the amplifying ones.
+def holds(kept: float | None) -> bool:
+    """Whether so much of what training changed is enough, and not too much."""
+    return kept is None or LEAST <= kept <= MOST
+
+
+def unfit(gguf: Gguf, kind: str, figures: Figures) -> tuple[str, ...]:
+    """The types that llama.cpp fell back to and that do not hold what was trained."""
+    fallbacks = {tensor.kind for name, tensor in gguf.tensors.items() if is_fallback(name, tensor, kind)}
+    return tuple(type_ for type_, kept in figures.by_type.items() if type_ in fallbacks and not holds(kept))
+
+
+def replaced(gguf: Gguf, unfit: Iterable[str]) -> dict[str, str]:
+    """Every matrix's type by name, with another in place of the unfit ones.
 
     Every one: llama.cpp does not count a tensor whose type is given, and would choose others' types otherwise.
     """
     matrices = {name: tensor.kind for name, tensor in gguf.tensors.items() if len(tensor.shape) > 1}
-    return {name: REPLACEMENT if kind in amplified else kind for name, kind in matrices.items()}
+    return {name: REPLACEMENT if kind in unfit else kind for name, kind in matrices.items()}
 
 
 def _bound(kind: str) -> float:
