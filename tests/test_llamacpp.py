@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,11 +17,13 @@ from typing import Any
 import pytest
 from gguf import GGUFWriter
 
-from tutor.engines import llamacpp
+from tutor.engines import llamacpp, llamacpp_process
 from tutor.engines.answer import Generation
-from tutor.engines.gguf_file import GPT2, LLAMA3, pre_tokenizer
+from tutor.engines.gguf_file import GPT2, LLAMA3, pre_tokenizer, read_gguf
 from tutor.engines.llamacpp_build import MARKER, PROGRAMS, VERSION, build_folder, is_built
+from tutor.engines.llamacpp_score import reference_bytes
 from tutor.errors import ArtifactError, HostError, RecipeError, ServiceError
+from tutor.quantizations import KINDS, NEED_IMATRIX, SECOND_NAMES
 from tutor.template import conversation, render
 
 GREEDY = Generation(max_new_tokens=24, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=7)
@@ -87,7 +90,10 @@ def main():
         parser.add_argument(name)
     given = vars(parser.parse_args())
     print("hola, converting")
-    given["pre"] = TextModel().get_vocab_base_pre("a tokenizer")
+    model = TextModel()
+    given["pre"] = model.get_vocab_base_pre("a tokenizer")
+    model.prepare_metadata(vocab_only=False)
+    given["says"] = model.gguf_writer.said
     given["gguf"] = gguf.__file__
     Path(given["outfile"]).write_text(json.dumps(given))
 """
@@ -95,7 +101,20 @@ def main():
 RECOGNISER = """
 import logging
 
+class Writer:
+    def __init__(self):
+        self.said = {}
+
+    def add_string(self, key, value):
+        self.said[key] = value
+
 class TextModel:
+    def __init__(self):
+        self.gguf_writer = Writer()
+
+    def prepare_metadata(self, vocab_only):
+        self.gguf_writer.add_string("theirs", str(vocab_only))
+
     def get_vocab_base_pre(self, tokenizer):
         found = open(__file__.replace("base.py", "knows.txt")).read()
         if not found:
@@ -237,7 +256,7 @@ def test_the_server_is_stopped_when_its_user_fails(
 def test_a_server_that_ignores_sigterm_is_killed(
     build: Path, pretend: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llamacpp, "STOP_SECONDS", 0.2)
+    monkeypatch.setattr(llamacpp_process, "STOP_SECONDS", 0.2)
     with llamacpp.serve(**pretend(stubborn=True)):
         pass
     assert not alive(started(build)["pid"])
@@ -453,7 +472,7 @@ def test_the_quantizer_s_own_reason_is_in_the_error(build: Path, tmp_path: Path)
 def test_a_quantized_source_is_refused_in_the_specification_s_words(
     build: Path, tmp_path: Path, file_type: int
 ) -> None:
-    with pytest.raises(RecipeError, match=r"already quantized .* FP16/FP32") as raised:
+    with pytest.raises(RecipeError, match=r"already quantized .* FP16/FP32 \(specification, 7\.2\)") as raised:
         llamacpp.quantize(write_gguf(tmp_path / "a.gguf", file_type), tmp_path / "q.gguf", "Q4_K_M", 1)
     assert raised.value.code == 2
 
@@ -472,6 +491,48 @@ def test_a_source_that_does_not_say_what_it_is_is_refused(build: Path, tmp_path:
 def test_an_unknown_quantization_is_a_recipe_error(build: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="'Q9_X'"):
         llamacpp.quantize(write_gguf(tmp_path / "a.gguf", 1), tmp_path / "q.gguf", "Q9_X", 1)
+
+
+def test_a_matrix_is_named_without_its_folder_and_types_by_whole_names(build: Path, tmp_path: Path) -> None:
+    """The file keeps the name as it is given: two build folders must give the same bytes."""
+    script(build, "llama-quantize", "import json, os, sys; open(sys.argv[-3], 'w').write(json.dumps(sys.argv[1:]))")
+    source, target = write_gguf(tmp_path / "a.gguf", 1), tmp_path / "q.gguf"
+    (tmp_path / "m.imatrix").touch()
+    types = {"blk.1.attn_q.weight": "Q8_0"}
+    llamacpp.quantize(source, target, "Q4_K_M", 3, matrix=tmp_path / "m.imatrix", types=types)
+    given = json.loads(target.read_text("utf-8"))
+    assert given[:4] == ["--imatrix", "m.imatrix", "--tensor-type", r"^blk\.1\.attn_q\.weight$=q8_0"]
+    assert (given[4], given[6:]) == (str(source), ["Q4_K_M", "3"])
+
+
+def test_relative_paths_reach_the_quantizer_whole(build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(build, "llama-quantize", "import shutil, sys; shutil.copy(*sys.argv[-4:-2])")
+    monkeypatch.chdir(tmp_path)
+    write_gguf(tmp_path / "a.gguf", 1)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "m.imatrix").touch()
+    llamacpp.quantize(Path("a.gguf"), Path("q.gguf"), "Q4_K_M", 1, matrix=Path("sub/m.imatrix"))
+    assert (tmp_path / "q.gguf").read_bytes() == (tmp_path / "a.gguf").read_bytes()
+
+
+@pytest.mark.parametrize(("tokens", "piece"), [(100_000, 512), (1024, 512), (1023, 256), (70, 32), (3, 32)])
+def test_a_short_text_is_weighed_in_shorter_pieces(build: Path, tmp_path: Path, tokens: int, piece: int) -> None:
+    writes = "import json, sys; a = sys.argv; open(a[a.index('-o') + 1], 'w').write(json.dumps(a[1:]))"
+    script(build, "llama-imatrix", writes)
+    (tmp_path / "train.txt").touch()
+    llamacpp.imatrix(tmp_path / "a.gguf", tmp_path / "train.txt", tmp_path / "a.imatrix", tokens, 2)
+    given = json.loads((tmp_path / "a.imatrix").read_text("utf-8"))
+    options = dict(itertools.pairwise(given))
+    assert (options["-f"], options["-c"], options["-t"]) == ("train.txt", str(piece), "2")
+    assert {"--parse-special", "--no-ppl"} <= set(given)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_matrix_that_fails_leaves_nothing(build: Path, tmp_path: Path) -> None:
+    script(build, "llama-imatrix", "import sys; print('error: you need at least 64 tokens'); sys.exit(1)")
+    with pytest.raises(ArtifactError, match=r"importance matrix.*64 tokens"):
+        llamacpp.imatrix(tmp_path / "a.gguf", tmp_path / "train.txt", tmp_path / "a.imatrix", 1, 1)
+    assert list(tmp_path.glob("*imatrix*")) == []
 
 
 # Convert
@@ -493,9 +554,9 @@ def converter(build: Path) -> Callable[[str], Path]:
     return knows
 
 
-def converted(tmp_path: Path, pre: str) -> dict[str, str]:
+def converted(tmp_path: Path, pre: str, says: dict[str, str] | None = None) -> dict[str, Any]:
     target = tmp_path / "tutor-F16.gguf"
-    llamacpp.to_gguf(tmp_path, target, pre)
+    llamacpp.to_gguf(tmp_path, target, pre, says)
     return json.loads(target.read_text("utf-8"))
 
 
@@ -507,6 +568,15 @@ def test_a_tokenizer_that_the_converter_does_not_know_gets_our_name(
     assert (given["pre"], given["outtype"], given["model_name"]) == ("llama-bpe", "f16", "tutor")
     assert given["gguf"] == str(build / "gguf-py" / "gguf.py")
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_what_the_file_shall_say_stands_behind_what_the_converter_says(
+    converter: Callable[[str], Path], tmp_path: Path
+) -> None:
+    converter("")
+    given = converted(tmp_path, "llama-bpe", {"tutor.base": "año «'\"", "tutor.version": "1"})
+    assert list(given["says"].items()) == [("theirs", "False"), ("tutor.base", "año «'\""), ("tutor.version", "1")]
+    assert converted(tmp_path, "llama-bpe")["says"] == {"theirs": "False"}
 
 
 @pytest.mark.parametrize(("known", "pre"), [("smollm", "smollm"), ("starcoder", "smollm"), ("falcon3", "llama-bpe")])
@@ -585,6 +655,37 @@ def test_scores_that_are_missing_or_no_numbers_are_an_error(build: Path, text: s
     script(build, "tutor-score", text)
     with pytest.raises(ArtifactError, match=what):
         llamacpp.score(build / "a.gguf", [([1], [2]), ([1], [2])], threads=1)
+
+
+COMPARER = """
+import json, sys
+options = dict(zip(sys.argv[4::2], sys.argv[5::2]))
+if "--keep" in options:
+    open(options["--keep"], "w").write("distributions")
+for line in sys.stdin:
+    n, *ids = map(int, line.split())
+    count = len(ids) - n
+    score = {"logprobs": [-1.0] * count, "top": [[[1, -0.5]]] * count}
+    if "--against" in options:
+        score |= {"kl": [0.25] * count, "same": [0, 1, 1, 1][:count]}
+    print(json.dumps(score))
+"""
+
+
+def test_the_first_model_writes_the_reference_and_the_next_is_compared_with_it(build: Path, tmp_path: Path) -> None:
+    script(build, "tutor-score", COMPARER)
+    reference, rows = tmp_path / "reference.bin", [([1], [2, 3])]
+    (first,) = llamacpp.score(build / "a.gguf", rows, threads=1, reference=reference)
+    (second,) = llamacpp.score(build / "b.gguf", rows, threads=1, reference=reference)
+    assert (first.kl, first.same) == ((), ())
+    assert (second.kl, second.same) == ((0.25, 0.25), (False, True))
+
+
+def test_a_comparison_that_is_missing_is_an_error(build: Path, tmp_path: Path) -> None:
+    script(build, "tutor-score", COMPARER.replace('if "--against"', 'if "--never"'))
+    (tmp_path / "reference.bin").touch()
+    with pytest.raises(ArtifactError, match="other scores"):
+        llamacpp.score(build / "a.gguf", [([1], [2])], threads=1, reference=tmp_path / "reference.bin")
 
 
 # Pre-tokenizers
@@ -852,6 +953,72 @@ def test_scores_are_the_log_softmax_of_transformers(tiny: Path, model: Any, toke
         assert score.logprobs == pytest.approx(expected[range(len(answer)), answer].tolist(), abs=2e-2)
         assert [place[0][0] for place in score.top] == expected.argmax(-1).tolist()
         assert [place[0][1] for place in score.top] == pytest.approx(expected.max(-1).values.tolist(), abs=2e-2)
+
+
+@pytest.mark.llamacpp
+def test_divergence_is_that_of_the_whole_distributions(tiny: Path, tmp_path: Path) -> None:
+    import numpy as np
+
+    llamacpp.quantize(tiny / "tiny-F16.gguf", tmp_path / "q.gguf", "Q4_0", 1)
+    rows, files = [([5, 6, 7], [8, 9, 10]), ([7], [12])], (tiny / "tiny-F16.gguf", tmp_path / "q.gguf")
+    whole = []
+    for path in files:
+        vocabulary = len(read_gguf(path).fields["tokenizer.ggml.tokens"])
+        places = [place for item in llamacpp.score(path, rows, threads=1, top=vocabulary) for place in item.top]
+        whole.append(np.array([[logprob for _, logprob in sorted(place)] for place in places]))
+    expected = (np.exp(whole[0]) * (whole[0] - whole[1])).sum(-1)
+    reference = tmp_path / "reference.bin"
+    llamacpp.score(files[0], rows, threads=1, reference=reference)
+    assert reference.stat().st_size == 16 + reference_bytes(rows, vocabulary)
+    itself, other = (llamacpp.score(path, rows, threads=1, reference=reference) for path in files)
+    assert [value for item in other for value in item.kl] == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-6)
+    assert min(value for item in other for value in item.kl) > 1e-4
+    same = (whole[0].argmax(-1) == whole[1].argmax(-1)).tolist()
+    assert [value for item in other for value in item.same] == same
+    assert max(abs(value) for item in itself for value in item.kl) < 1e-5
+    assert all(value for item in itself for value in item.same)
+
+
+@pytest.mark.llamacpp
+def test_a_reference_of_other_rows_is_refused(tiny: Path, tmp_path: Path) -> None:
+    reference = tmp_path / "reference.bin"
+    llamacpp.score(tiny / "tiny-F16.gguf", [([5], [6, 7])], threads=1, reference=reference)
+    with pytest.raises(ArtifactError, match="not of these rows"):
+        llamacpp.score(tiny / "tiny-F16.gguf", [([5], [6])], threads=1, reference=reference)
+    reference.write_bytes(reference.read_bytes()[:-4])
+    with pytest.raises(ArtifactError, match="cut short"):
+        llamacpp.score(tiny / "tiny-F16.gguf", [([5], [6, 7])], threads=1, reference=reference)
+
+
+@pytest.mark.llamacpp
+def test_speed_and_memory_are_those_of_the_running_server(server: llamacpp.LlamaServer, tiny: Path) -> None:
+    speed = server.speed(list(range(5, 105)), 16)
+    assert speed.prompt > 0 < speed.generation
+    memory = server.peak_memory()
+    assert memory is not None
+    assert memory > (tiny / "tiny-F16.gguf").stat().st_size
+
+
+@pytest.mark.llamacpp
+def test_the_recipe_s_quantizations_are_the_quantizer_s_own(real: None) -> None:
+    done = subprocess.run([llamacpp.programs().quantize, "--help"], capture_output=True, text=True, check=False)
+    listed = re.findall(r"^ +\d+ +or +(\w+) ", done.stdout, re.MULTILINE)
+    unfit = {"F16", "BF16", "F32", "COPY", "MXFP4_MOE", "Q1_0", "Q2_0", *SECOND_NAMES}
+    assert len(listed) > 30
+    assert set(KINDS) == set(listed) - unfit
+
+
+@pytest.mark.llamacpp
+def test_what_needs_a_matrix_is_refused_without_one_and_nothing_else(tiny: Path, tmp_path: Path) -> None:
+    def makes(kind: str) -> bool:
+        try:
+            llamacpp.quantize(tiny / "tiny-F16.gguf", tmp_path / "q.gguf", kind, 1)
+        except ArtifactError:
+            return False
+        return True
+
+    refused = {kind for kind in KINDS if not makes(kind)}
+    assert refused <= set(NEED_IMATRIX)
 
 
 @pytest.mark.llamacpp

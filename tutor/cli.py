@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from tutor import boundary, cli_data, cli_doctor, cli_serving, cli_stack
+from tutor import boundary, cli_data, cli_doctor, cli_serving, cli_stack, cli_verify
 from tutor.cli_options import emit, json_option, read, recipe_option, shown_on_stderr, tree
 from tutor.errors import ArtifactError
 
@@ -81,6 +81,7 @@ _stage_command("base", "base", "Fetch or make the base model, and check it.")
 _stage_command("train", "train", "Train the LoRA adapter (QLoRA), and score it on the held-out rows.")
 _stage_command("merge", "merge", "Merge the adapter into the 16-bit base.")
 _stage_command("convert", "convert", "Convert to GGUF and quantize, with the pinned llama.cpp.")
+_stage_command("ladder", "ladder", "Measure what each quantization loses, its speed and memory; choose one.")
 _stage_command("modelfile", "modelfile", "Render the Modelfile for Ollama.")
 
 
@@ -194,7 +195,7 @@ def _summary_lines(recipe: "Recipe", build: Path) -> list[str]:
     return summary.lines(summary.collect(recipe, build), str(recipe.path))
 
 
-for command in (*cli_serving.COMMANDS, cli_stack.stack_group):
+for command in (*cli_serving.COMMANDS, *cli_verify.COMMANDS, cli_stack.stack_group):
     cli.add_command(command)
 
 

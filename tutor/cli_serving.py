@@ -47,7 +47,7 @@ def who_answers(command: Command) -> Command:
         show_default=True,
         help="tutor and base answer through llama.cpp; adapter is base + adapter in transformers.",
     )
-    quantization = click.option("--quantization", help="Which GGUF answers; the recipe's ollama.quantization.")
+    quantization = click.option("--quantization", help="Which GGUF answers; the one that is served.")
     engine = click.option(
         "--engine",
         type=click.Choice(ENGINES),
@@ -164,10 +164,13 @@ def _engine(recipe: "Recipe", build: Path, who: Who) -> "Iterator[Engine]":
         )
         return
     from tutor.engines import llamacpp
+    from tutor.served import served_quantization
 
     made = folder / pipeline.BY_NAME["convert"].folder
     artifacts.require(made, "convert")
-    gguf = made / f"{who.model}-{who.quantization or recipe.ollama.quantization}.gguf"
+    ladder = folder / pipeline.BY_NAME["ladder"].folder
+    kind = who.quantization or served_quantization(recipe.ollama.quantization, ladder)
+    gguf = made / f"{who.model}-{kind}.gguf"
     if not gguf.is_file():
         found = ", ".join(sorted(path.stem.partition("-")[2] for path in made.glob(f"{who.model}-*.gguf")))
         raise RecipeError(f"{gguf} is not there", f"made for {who.model}: {found}")

@@ -21,6 +21,12 @@ CANARIES = (
 )
 """transformers 5.3.0 to 5.21.1 gave the first one back without its blanks, and training ran on (pitfalls.md, F2)."""
 
+SIXTEEN_BIT = (
+    "conversion can fail with models already quantized to 4 bits, it needs one in FP16/FP32 (specification, 7.2): "
+    "name the original"
+)
+"""What to do instead of quantizing twice: the specification's own warning."""
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -77,7 +83,7 @@ def refuse_config(config: Mapping[str, Any], where: str) -> None:
     settings = config.get("quantization_config")
     if settings is not None:
         method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "unknown"
-        raise ArtifactError(f"{where} is already quantized ({method}); the base must be 16-bit", "name the original")
+        raise ArtifactError(f"{where} is already quantized ({method}); the base must be 16-bit", SIXTEEN_BIT)
     if "auto_map" in config:
         raise ArtifactError(f"{where} brings code of its own (auto_map), which is never run", "name another base")
     if config.get("model_type") != "llama":

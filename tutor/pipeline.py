@@ -17,6 +17,7 @@ from tutor.engines import llamacpp_build
 from tutor.errors import RecipeError
 from tutor.recipe import Recipe
 from tutor.stages import checkpoint
+from tutor.stages.lineage import TOOLS, recipe_hash
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,15 @@ def _merge(recipe: Recipe) -> dict[str, Any]:
 
 
 def _convert(recipe: Recipe) -> dict[str, Any]:
-    return {**recipe.convert.model_dump(), "served": recipe.ollama.quantization}
+    made = recipe.convert.model_dump(exclude={"budget"})
+    text = {"system": recipe.system} if recipe.convert.imatrix else {}
+    return {**made, **text, "served": recipe.ollama.quantization, "lineage": recipe_hash(recipe)}
+
+
+def _ladder(recipe: Recipe) -> dict[str, Any]:
+    chosen_from = {"quantizations": recipe.convert.quantizations, "base": recipe.convert.base}
+    how = {"budget": recipe.convert.budget, "context": recipe.generate.context, "system": recipe.system}
+    return {**chosen_from, **how, "served": recipe.ollama.quantization}
 
 
 def _modelfile(recipe: Recipe) -> dict[str, Any]:
@@ -128,38 +137,65 @@ STAGES = (
         "convert",
         "gguf",
         "convert to GGUF and quantize",
-        needs=("base", "merge"),
+        needs=("data", "base", "train", "merge"),
         settings=_convert,
         sources=(
             "stages/convert.py",
+            "stages/gguf_says.py",
+            "stages/lineage.py",
+            "stages/readback.py",
+            "stages/splits.py",
             "modelfolder.py",
-            "engines/llamacpp.py",
+            "engines/llamacpp_convert.py",
+            "engines/llamacpp_process.py",
             "engines/gguf_file.py",
+            "engines/gguf_weights.py",
             "engines/llamacpp_src/convert.py",
             "template.py",
         ),
-        packages=("transformers", "gguf"),
+        packages=("tutor", *TOOLS),
+        llamacpp=True,
+    ),
+    Stage(
+        "ladder",
+        "ladder",
+        "measure what each quantization loses",
+        needs=("data", "base", "convert"),
+        settings=_ladder,
+        sources=(
+            "stages/ladder.py",
+            "stages/ladder_plot.py",
+            "stages/splits.py",
+            "served.py",
+            "engines/llamacpp.py",
+            "engines/llamacpp_process.py",
+            "engines/llamacpp_score.py",
+            "template.py",
+        ),
         llamacpp=True,
     ),
     Stage(
         "modelfile",
         "model",
         "render the Modelfile",
-        needs=("base", "convert"),
+        needs=("base", "convert", "ladder"),
         settings=_modelfile,
-        sources=("stages/modelfile.py", "template.py"),
+        sources=("stages/modelfile.py", "served.py", "template.py"),
         packages=("jinja2",),
     ),
     Stage(
         "evaluate",
         "eval",
         "answer the held-out prompts and judge",
-        needs=("data", "base", "convert"),
+        needs=("data", "convert", "ladder"),
         settings=_evaluate,
         sources=(
             "stages/evaluate.py",
+            "stages/splits.py",
+            "served.py",
             "engines/answer.py",
             "engines/llamacpp.py",
+            "engines/llamacpp_process.py",
             "judges/code.py",
             "judges/fences.py",
             "judges/format.py",

@@ -21,7 +21,9 @@ from tutor.engines.llamacpp_build import build_key
 from tutor.errors import ArtifactError
 from tutor.pipeline import BY_NAME, PACKAGE
 from tutor.recipe import Recipe
+from tutor.served import served_quantization
 from tutor.stages import publish as stage
+from tutor.stages.splits import read_rows
 from tutor.template import GO_TEMPLATE, STOPS, shown
 
 log = logging.getLogger(__name__)
@@ -30,7 +32,14 @@ PUBLISHED = "published.json"
 LORA = "lora"
 EVALUATED = "eval-ollama"
 PARSER = "passthrough"
-LORA_CODE = ("publishing.py", "engines/lora_gguf.py", "stages/modelfile.py", "template.py")
+LORA_CODE = (
+    "publishing.py",
+    "engines/lora_gguf.py",
+    "engines/llamacpp_process.py",
+    "stages/modelfile.py",
+    "served.py",
+    "template.py",
+)
 EVALUATE_CODE = ("publishing.py", "stages/evaluate.py", "engines/ollama.py", "template.py")
 
 
@@ -53,11 +62,15 @@ def publish(
         with ollama.connect(host) as server:
             server.wait_ready(wait)  # before gigabytes are hashed for no one
             made = _lora_folder(recipe, folder) if adapter else made
-            model = stage.read_model(made, recipe.ollama.quantization)
+            model = stage.read_model(made, _served(recipe, folder))
             result = stage.publish(model, _hashes(model, folder), server)
         if result["published"] or not (made / PUBLISHED).exists():
             artifacts.write_json(made / PUBLISHED, result)
     return result
+
+
+def _served(recipe: Recipe, folder: Path) -> str:
+    return served_quantization(recipe.ollama.quantization, folder / BY_NAME["ladder"].folder)
 
 
 @contextmanager
@@ -105,7 +118,7 @@ def _lora_folder(recipe: Recipe, folder: Path) -> Path:
     target = folder / LORA
     if _is_made(target, fields):
         return target
-    base = inputs["convert"] / f"base-{recipe.ollama.quantization}.gguf"
+    base = inputs["convert"] / f"base-{_served(recipe, folder)}.gguf"
     if not base.is_file():
         raise ArtifactError(f"{base} is not there", "an adapter needs convert.base = true; then run: tutor convert")
     log.info("converting the adapter to GGUF")
@@ -189,7 +202,7 @@ def evaluate(recipe: Recipe, build: Path, *, host: str | None = None, model: str
     data, target = folder / BY_NAME["data"].folder, folder / EVALUATED
     generation = greedy(recipe.generate, recipe.seed)
     asked = {"input.data": artifacts.require(data, "data").fingerprint, "system": recipe.system, **asdict(generation)}
-    prompts = evaluation.read_rows(data / "prompts.jsonl")
+    prompts = read_rows(data / "prompts.jsonl")
     with artifacts.locked(folder), ollama.connect(host) as server:
         served = {"model": model, "host": server.host, "version": server.version()}
         served["digest"] = stage.digest_of(server, model) or ""

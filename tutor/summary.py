@@ -1,6 +1,7 @@
 """What a run made, for people: losses, sizes, speed, verdicts and a few answers side by side. Reads manifests only."""
 
 import json
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,7 +41,9 @@ def lines(summary: Mapping[str, Any], recipe: str) -> list[str]:
     if "train" in stages:
         parts += _training(stages["train"])
     if "convert" in stages:
-        parts += _files(stages["convert"], stages.get("evaluate", {}).get("perplexity", {}))
+        parts += _files(stages["convert"], stages.get("ladder", {}).get("perplexity", {}))
+    if "ladder" in stages:
+        parts += ladder_lines(stages["ladder"])
     if "evaluate" in stages:
         parts += verdict_lines(stages["evaluate"])
     for example in summary["examples"]:
@@ -75,6 +78,27 @@ def _files(convert: Mapping[str, Any], perplexities: Mapping[str, Any]) -> list[
         scored = perplexities.get(name.removesuffix(".gguf"), {}).get("perplexity")
         rows.append(f"  {name:<22}{entry['size'] / 1e6:>8.1f} MB{'' if scored is None else f'{scored:>22.2f}'}")
     return rows
+
+
+def ladder_lines(ladder: Mapping[str, Any]) -> list[str]:
+    """What each quantization loses against F16, its speed and memory: a row each, the largest first."""
+    heads = ("loses", "KL", "KL p99", "same token", "reads", "writes", "memory")
+    rows = ["", f"  {'against F16':<13}" + "".join(f"{head:>11}" for head in heads)]
+    for kind, rung in sorted(ladder["rungs"].items(), key=lambda item: -item[1]["size"]):
+        memory = "-" if rung["memory"] is None else f"{rung['memory'] / 1e6:.0f} MB"
+        cells = (
+            f"{100 * (math.exp(rung['more']) - 1):+.2f} %",
+            f"{rung['kl']:.4f}",
+            f"{rung['kl_p99']:.3f}",
+            f"{100 * rung['same']:.1f} %",
+            f"{rung['prompt_per_second']:.0f} t/s",
+            f"{rung['tokens_per_second']:.1f} t/s",
+            memory,
+        )
+        served = " *" if kind == ladder["served"] else ""
+        rows.append(f"  {kind + served:<13}" + "".join(f"{cell:>11}" for cell in cells))
+    inside = f"{ladder['chosen']} is the smallest within {ladder['budget']:g} nats of F16, in loss and in KL"
+    return [*rows, f"  * is served; {inside}"]
 
 
 def verdict_lines(evaluate: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ import math
 import mmap
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Tensor:
 
     kind: str  # F16, Q4_K, ...
     shape: tuple[int, ...]  # the row's length first
+    start: int = field(default=0, compare=False)  # the file's byte at which its data begins
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,10 @@ def _read(cursor: _Cursor) -> Gguf:
             raise ValueError(f"the tensor {name!r} is there twice")
         tensors[name] = tensor
         places.append((offset, size, name))
-    _check_places(places, cursor, fields.get("general.alignment", ALIGNMENT))
-    return Gguf(fields, tensors)
+    alignment = fields.get("general.alignment", ALIGNMENT)
+    _check_places(places, cursor, alignment)
+    start = _aligned(cursor.at, alignment)
+    return Gguf(fields, {name: replace(tensors[name], start=start + offset) for offset, _, name in places})
 
 
 def _tensor(cursor: _Cursor) -> tuple[str, Tensor, int, int]:

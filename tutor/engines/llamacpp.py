@@ -1,7 +1,8 @@
-"""The pinned llama.cpp's programs: convert, quantize, score, and a llama-server's lifetime.
+"""A llama-server of the pinned llama.cpp: its lifetime, its answers, its speed. What its other programs do is here by
+name too: llamacpp_convert.py makes files, llamacpp_score.py scores them.
 
-In: model folders and GGUF files. Out: GGUF files, scores, answers of the `Engine` protocol.
-Does not build llama.cpp (llamacpp_build.py), does not judge a GGUF (stages/convert.py), and imports no torch.
+In: a GGUF file. Out: answers of the `Engine` protocol.
+Does not build llama.cpp (llamacpp_build.py), and imports no torch.
 """
 
 import contextlib
@@ -9,186 +10,45 @@ import json
 import logging
 import os
 import re
-import signal
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx2
 
-from tutor.artifacts import PARTIAL
 from tutor.engines.answer import Answer, Finish, Generation
-from tutor.engines.gguf_file import SAME_SPLIT, pre_tokenizer, read_gguf
-from tutor.engines.llamacpp_build import SOURCE, VERSION, build_folder, is_built
-from tutor.errors import ArtifactError, HostError, RecipeError, ServiceError, TutorError
+from tutor.engines.gguf_file import pre_tokenizer
+from tutor.engines.llamacpp_convert import imatrix, quantize, to_gguf
+from tutor.engines.llamacpp_process import Command, Programs, clean_environment, fault, programs, stop, tethered
+from tutor.engines.llamacpp_score import Score, score
+from tutor.errors import HostError, ServiceError
 from tutor.template import Message, render
 
-__all__ = ["LlamaServer", "Programs", "Score", "pre_tokenizer", "programs", "quantize", "score", "serve", "to_gguf"]
+__all__ = [
+    "LlamaServer",
+    "Programs",
+    "Score",
+    "Speed",
+    "imatrix",
+    "pre_tokenizer",
+    "programs",
+    "quantize",
+    "score",
+    "serve",
+    "to_gguf",
+]
 
 logger = logging.getLogger(__name__)
 
 LOAD_SECONDS = 900.0  # 16 GB from a slow disk
-STOP_SECONDS = 5.0
 POLL_SECONDS = 0.05
 TIMEOUT = httpx2.Timeout(connect=5, read=900, write=60, pool=5)  # read: a long prompt on a slow processor
 TOP_K = 40  # Ollama's default
-Command = Sequence[str | Path | int]
 FINISHES: dict[str, Finish] = {"eos": "stop", "word": "stop", "limit": "length"}
-TETHER = """
-import ctypes, os, sys
-ctypes.CDLL(None).prctl(1, 9)
-if os.getppid() != int(sys.argv[1]):
-    os._exit(1)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-"""Asks the kernel for SIGKILL at its parent's end (PR_SET_PDEATHSIG), then becomes the program."""
-
-
-@dataclass(frozen=True)
-class Programs:
-    """Where the pinned build lies."""
-
-    folder: Path  # the converters, `conversion/` and gguf-py
-    quantize: Path
-    server: Path
-    score: Path
-
-
-def programs() -> Programs:
-    """The programs of the pinned build. Raises HostError naming the command that builds them."""
-    folder = build_folder()
-    if not is_built(folder):
-        raise HostError(
-            f"llama.cpp is not built: {folder} is missing or not whole",
-            "run: make llamacpp (or: python scripts/build_llamacpp.py), once, some minutes",
-        )
-    binaries = folder / "bin"
-    return Programs(folder, binaries / "llama-quantize", binaries / "llama-server", binaries / "tutor-score")
-
-
-def to_gguf(model: Path, target: Path, pre_tokenizer: str) -> None:
-    """Write the F16 GGUF of a 16-bit Hugging Face folder, whole or not at all.
-
-    `pre_tokenizer` is what the function of that name says. Raises ArtifactError with the converter's last line.
-    """
-    folder, names = programs().folder, ",".join((pre_tokenizer, *SAME_SPLIT.get(pre_tokenizer, ())))
-    command: Command = [sys.executable, SOURCE / "convert.py", folder, model, _partial(target), names]
-    code, output = _write(target, command, {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"})
-    if "BPE pre-tokenizer was not recognized" in output and code:
-        found = re.search(r"chkhsh:\s*([0-9a-f]{64})", output)
-        raise ArtifactError(
-            f"cannot convert {model}: its BPE pre-tokenizer was not recognized (chkhsh {found[1] if found else '?'}) "
-            f"by the pinned llama.cpp (of llama_cpp_python {VERSION})",
-            "tokenizer changed? compare tokenizer.json with the base's",
-        )
-    if code:
-        raise _fault(f"cannot convert {model}", code, output, output.rpartition("\n")[2])
-
-
-def quantize(source: Path, target: Path, kind: str, threads: int) -> None:
-    """Quantize a 16- or 32-bit GGUF, whole or not at all.
-
-    Raises RecipeError for an unknown kind or a source that is quantized already, ArtifactError where it fails.
-    """
-    import gguf
-
-    kinds = {item.name.removeprefix("MOSTLY_"): item for item in gguf.LlamaFileType}
-    if kind not in kinds:
-        raise RecipeError(f"unknown quantization {kind!r}", "known: Q4_K_M, Q5_K_M, Q8_0 and llama.cpp's others")
-    found = gguf.LlamaFileType(read_gguf(source).fields.get("general.file_type", kinds["GUESSED"]))
-    if found not in (kinds["ALL_F32"], kinds["F16"], kinds["BF16"]):
-        raise RecipeError(
-            f"{source} is already quantized ({found.name.removeprefix('MOSTLY_')}), and quantizing again can fail",
-            "it needs a model in FP16/FP32",
-        )
-    code, output = _write(target, [programs().quantize, source, _partial(target), kind, threads])
-    if code:
-        raise _fault(f"cannot quantize {source} to {kind}", code, output)
-
-
-def _partial(target: Path) -> Path:
-    return target.with_name(target.name + PARTIAL)
-
-
-def _write(target: Path, command: Command, environment: Mapping[str, str] | None = None) -> tuple[int, str]:
-    """Run a program that writes the partial of `target`, which gets its name on exit code 0: code and output."""
-    partial = _partial(target)
-    try:
-        done = subprocess.run(
-            _tethered(command),
-            env=_environment() | dict(environment or {}),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-        output = done.stdout.strip()
-        if done.returncode == 0:
-            if not partial.is_file():
-                raise ArtifactError(f"{command[0]} wrote no {partial}")
-            partial.replace(target)
-        return done.returncode, output
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@dataclass(frozen=True)
-class Score:
-    """What a model makes of one given answer, token by token, in natural logarithms."""
-
-    logprobs: tuple[float, ...]  # of the answer's ids
-    top: tuple[tuple[tuple[int, float], ...], ...]  # at each place, the most probable ids, best first
-
-
-def score(
-    gguf: Path,
-    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
-    *,
-    threads: int,
-    top: int = 1,
-    lora: Path | None = None,
-) -> list[Score]:
-    """Teacher-forced scores of (prompt ids, answer ids) rows, in their order; one process for all of them.
-
-    Raises ArtifactError when the model does not load, an id is outside its vocabulary, or a score is not finite.
-    """
-    if not rows:
-        return []
-    command: Command = [programs().score, gguf, threads, top, *([lora] if lora else [])]
-    # Rows come from a file and complaints go to one: no pipe can fill while the other side waits.
-    with tempfile.TemporaryFile("w+") as given, tempfile.TemporaryFile("w+", errors="replace") as complaints:
-        given.writelines(f"{len(prompt)} {' '.join(map(str, (*prompt, *answer)))}\n" for prompt, answer in rows)
-        given.seek(0)
-        process = subprocess.Popen(
-            _tethered(command), stdin=given, stdout=subprocess.PIPE, stderr=complaints, env=_environment(), text=True
-        )
-        try:
-            scores = [_score(line, gguf) for line in process.stdout or ()]
-            code = process.wait()
-        finally:
-            _stop(process)
-        complaints.seek(0)
-        if code:
-            raise _fault(f"cannot score with {gguf}", code, complaints.read())
-    if [len(item.logprobs) for item in scores] != [len(answer) for _, answer in rows]:
-        raise ArtifactError(f"{programs().score} gave other scores than it was asked for")
-    return scores
-
-
-def _score(line: str, gguf: Path) -> Score:
-    try:
-        values = json.loads(line)
-    except ValueError:  # C++ writes nan and inf as JSON does not
-        raise ArtifactError(f"{gguf} gives probabilities that are not finite") from None
-    tops = tuple(tuple((int(id_), float(logprob)) for id_, logprob in place) for place in values["top"])
-    return Score(tuple(values["logprobs"]), tops)
 
 
 @contextlib.contextmanager
@@ -204,11 +64,11 @@ def serve(gguf: Path, *, context: int, threads: int, lora: Path | None = None, l
     with _socket_folder() as folder, log.open("wb") as output:
         socket = folder / "llama.sock"
         process = subprocess.Popen(
-            _tethered([*command, "--host", socket]),
+            tethered([*command, "--host", socket]),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=_environment(),
+            env=clean_environment(),
             start_new_session=True,  # Ctrl-C at the terminal ends an answer, not the server
         )
         # A connection a request: the server closes kept ones when it likes, and the next request meets the closing.
@@ -219,9 +79,9 @@ def serve(gguf: Path, *, context: int, threads: int, lora: Path | None = None, l
                 base_url="http://llama-server", transport=transport, timeout=TIMEOUT, trust_env=False
             ) as client:
                 _wait_until_ready(client, process, gguf, log)
-                yield LlamaServer(client, context, log)
+                yield LlamaServer(client, context, log, process.pid)
         finally:
-            _stop(process)
+            stop(process)
 
 
 @contextlib.contextmanager
@@ -237,8 +97,8 @@ def _wait_until_ready(client: httpx2.Client, process: subprocess.Popen[bytes], g
     started = time.monotonic()
     while time.monotonic() - started < LOAD_SECONDS:
         if process.poll() is not None:
-            fault = _fault(f"llama-server cannot serve {gguf}", process.returncode, log.read_text("utf-8", "replace"))
-            raise fault if isinstance(fault, HostError) else ServiceError(fault.message, f"all it said: {log}")
+            error = fault(f"llama-server cannot serve {gguf}", process.returncode, log.read_text("utf-8", "replace"))
+            raise error if isinstance(error, HostError) else ServiceError(error.message, f"all it said: {log}")
         with contextlib.suppress(httpx2.TransportError):  # no socket yet
             if client.get("/health").status_code == 200:
                 logger.info("llama-server has loaded %s in %.1f s", gguf.name, time.monotonic() - started)
@@ -247,15 +107,24 @@ def _wait_until_ready(client: httpx2.Client, process: subprocess.Popen[bytes], g
     raise ServiceError(f"llama-server has not loaded {gguf} in {LOAD_SECONDS:.0f} s", f"what it said: {log}")
 
 
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second."""
+
+    prompt: float  # read
+    generation: float  # written
+
+
 class LlamaServer:
     """An `Engine`: a running llama-server."""
 
     name = "llama.cpp"
 
-    def __init__(self, client: httpx2.Client, context: int, log: Path) -> None:
+    def __init__(self, client: httpx2.Client, context: int, log: Path, pid: int) -> None:
         self._client = client
         self._context = context
         self._log = log
+        self._pid = pid
 
     def answer(
         self, messages: Sequence[Message], generation: Generation, on_text: Callable[[str], None] | None = None
@@ -296,6 +165,25 @@ class LlamaServer:
             return [int(token) for token in response.json()["tokens"]]
         except (httpx2.TransportError, ValueError, KeyError) as error:
             raise self._failure(f"no ids: {error}") from error
+
+    def speed(self, ids: Sequence[int], tokens: int) -> "Speed":
+        """How fast a prompt of these ids is read and `tokens` more are written, whatever they are."""
+        request = {"prompt": list(ids), "n_predict": tokens, "ignore_eos": True, "cache_prompt": False, "top_k": 1}
+        try:
+            response = self._client.post("/completion", json=request)
+            timings = response.json()["timings"]
+            return Speed(float(timings["prompt_per_second"]), float(timings["predicted_per_second"]))
+        except (httpx2.TransportError, ValueError, KeyError, TypeError) as error:
+            raise self._failure(f"no speed: {error}") from error
+
+    def peak_memory(self) -> int | None:
+        """The most that the server ever had in memory, in bytes, its file's pages with it; None where unknown."""
+        try:
+            status = Path(f"/proc/{self._pid}/status").read_text("utf-8")
+        except OSError:
+            return None
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+        return int(found[1]) * 1024 if found else None
 
     def _events(self, response: httpx2.Response) -> Iterator[dict[str, Any]]:
         if response.status_code != 200:
@@ -341,38 +229,3 @@ def _complaint(text: str) -> str:
         return str(json.loads(text)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return text[:200]
-
-
-def _tethered(command: Command) -> list[str]:
-    """The command, to be killed by the kernel when the thread that starts it ends, SIGKILL included (Linux)."""
-    words = [str(word) for word in command]
-    return [sys.executable, "-I", "-S", "-c", TETHER, str(os.getpid()), *words] if sys.platform == "linux" else words
-
-
-def _environment() -> dict[str, str]:
-    """Ours, without the variables by which llama.cpp takes options."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("LLAMA_", "AIP_", "NO_LOCAL_"))}
-
-
-def _stop(process: subprocess.Popen[Any]) -> None:
-    """SIGTERM, and after a grace SIGKILL; a second Ctrl-C while waiting kills at once."""
-    process.terminate()
-    try:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_SECONDS)
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _fault(what: str, code: int, output: str, line: str | None = None) -> TutorError:
-    """The error of a program that ended with `code`: this machine's where that shows, else the file's."""
-    if code == -signal.SIGILL:
-        return HostError(f"{what}: this processor lacks instructions that the build uses", "run: make llamacpp, here")
-    if code == -signal.SIGKILL:
-        return HostError(f"{what}: it was killed, most likely for lack of memory")
-    if re.search(r"No space left on device|iostream error|basic_ios::clear", output):
-        return HostError(f"{what}: the disk is full")
-    lines = [re.sub(r"^[\d.]+ \w +", "", item.strip()) for item in output.split("\n") if item.strip()]
-    telling = [item for item in lines if re.search(r"\b(error|failed|invalid|cannot|couldn't|unknown)\b", item)]
-    return ArtifactError(f"{what}: {line or next(iter(telling or lines[-1:]), f'exit code {code}')}")

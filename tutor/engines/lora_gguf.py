@@ -6,14 +6,11 @@ In: PEFT's adapter folder, the base's 16-bit folder and its GGUF. Out: one GGUF 
 
 import logging
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
-from tutor.artifacts import PARTIAL
 from tutor.engines.gguf_file import Gguf, read_gguf
-from tutor.engines.llamacpp import programs
+from tutor.engines.llamacpp_process import OFFLINE, Command, fault, partial_of, programs, write_file
 from tutor.errors import ArtifactError, HostError
 from tutor.modelfolder import read_json
 
@@ -22,6 +19,8 @@ log = logging.getLogger(__name__)
 UNKNOWN = ("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out", "alpha_pattern", "rank_pattern", "modules_to_save")
 """PEFT's settings for which a GGUF adapter, which knows one alpha and pairs of matrices, has no place."""
 ENDS = (".lora_a", ".lora_b")
+KINDS = ("F16", "F32")
+"""Of an adapter's tensors: a quantized one would lose more than the file is worth."""
 
 
 def lora_to_gguf(adapter: Path, base_model: Path, base_gguf: Path, target: Path) -> int:
@@ -33,34 +32,19 @@ def lora_to_gguf(adapter: Path, base_model: Path, base_gguf: Path, target: Path)
     config = read_json(adapter / "adapter_config.json")
     if used := [name for name in UNKNOWN if config.get(name)]:
         raise ArtifactError(f"{adapter} uses {used[0]}, which a GGUF adapter cannot say", "serve the merged model")
-    partial = target.with_name(target.name + PARTIAL)
-    command: list[str | Path] = [
-        sys.executable,
-        programs().folder / "convert_lora_to_gguf.py",
-        adapter,
-        "--base",
-        base_model,
-    ]
+    made = target.with_name(f"{target.name}.unchecked")
+    command: Command = [sys.executable, programs().folder / "convert_lora_to_gguf.py", adapter, "--base", base_model]
     try:
-        done = subprocess.run(
-            [*command, "--outfile", partial, "--outtype", "f16"],
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-        if done.returncode or not partial.is_file():
-            line = done.stdout.strip().rpartition("\n")[2] or f"exit code {done.returncode}"
+        code, output = write_file(made, [*command, "--outfile", partial_of(made), "--outtype", "f16"], OFFLINE)
+        if code:
+            line = output.rpartition("\n")[2] or f"exit code {code}"
             if "ModuleNotFoundError" in line:
                 raise HostError(f"cannot convert {adapter}: {line}", "make install")
-            raise ArtifactError(f"cannot convert {adapter}: {line}")
-        pairs = check_adapter(partial, base_gguf)
-        partial.replace(target)
+            raise fault(f"cannot convert {adapter}", code, output, line)
+        pairs = check_adapter(made, base_gguf)
+        made.replace(target)
     finally:
-        partial.unlink(missing_ok=True)
+        made.unlink(missing_ok=True)
     log.info("%s changes %d matrices of %s", target.name, pairs, base_gguf.name)
     return pairs
 
@@ -111,4 +95,5 @@ def _tensors(lora: Gguf, model: Gguf) -> list[str]:
             rank = first.shape[-1]
             if found != (base.shape[0], rank, rank, base.shape[-1]):
                 problems.append(f"{name} has the shapes {first.shape} and {second.shape} for {base.shape}")
+            problems += [f"{name} has a half of type {half.kind}" for half in (first, second) if half.kind not in KINDS]
     return problems

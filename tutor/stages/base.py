@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 from tutor.artifacts import digest, file_sha256
 from tutor.engines.gguf_file import pre_tokenizer, read_gguf
 from tutor.errors import ArtifactError, HostError, RecipeError, ServiceError
-from tutor.modelfolder import WEIGHTS, Facts, load_tokenizer, open_weights, read_json, refuse, refuse_config
+from tutor.modelfolder import (
+    SIXTEEN_BIT,
+    WEIGHTS,
+    Facts,
+    load_tokenizer,
+    open_weights,
+    read_json,
+    refuse,
+    refuse_config,
+)
 from tutor.template import adds_bos
 
 if TYPE_CHECKING:
@@ -197,7 +206,7 @@ def embedding_rows(model: Path) -> int:
             for name in file.keys():  # noqa: SIM118 - safe_open is no dict
                 tensor = file.get_slice(name)
                 if (kind := tensor.get_dtype()) not in WHOLE:
-                    raise ArtifactError(f"{path}: {name} is {kind}; the base must be 16-bit", "name the original")
+                    raise ArtifactError(f"{path}: {name} is {kind}; the base must be 16-bit", SIXTEEN_BIT)
                 if name == EMBEDDING:
                     rows = int(tensor.get_shape()[0])
     if rows is None:

@@ -1,7 +1,8 @@
 """The convert stage: the merged model as GGUF, F16 and quantized; every file read back and compared with its folder.
 
-In: base/ (its facts, and its 16-bit folder to compare with) and merged/. Out: `tutor-F16.gguf`, `tutor-<Q>.gguf` for
-each quantization, and where asked `base-<served>.gguf`. Does not merge and does not publish.
+In: merged/, base/ (its facts, and its 16-bit folder to compare with), data/ and adapter/ (what the files say of where
+they come from; the rows weigh the weights). Out: `tutor-F16.gguf`, `tutor-<Q>.gguf` for each quantization, where
+asked `base-<Q>.gguf` and importance matrices. Does not merge, choose or publish.
 """
 
 import logging
@@ -9,76 +10,77 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gguf import LlamaFileType
-from safetensors import SafetensorError, safe_open
-
-from tutor.engines.gguf_file import SAME_SPLIT, Gguf, read_gguf
-from tutor.engines.llamacpp import quantize, to_gguf
+from tutor.engines.gguf_file import Gguf, read_gguf
+from tutor.engines.gguf_weights import Weight, weights_of
+from tutor.engines.llamacpp_convert import imatrix, quantize, to_gguf
 from tutor.errors import ArtifactError, HostError
-from tutor.modelfolder import WEIGHTS, Facts, read_facts, read_json, refuse
-from tutor.template import chat_template
+from tutor.modelfolder import WEIGHTS, read_facts
+from tutor.quantizations import AUTO, F16
+from tutor.stages.gguf_says import Expected, check_gguf, differences, expect, fallbacks
+from tutor.stages.lineage import base_lineage, keyed, tutor_lineage
+from tutor.stages.readback import Figures, exact, measure, refuse_lost, replaced, unfit
+from tutor.stages.splits import read_rows
+from tutor.template import chat_template, completion, conversation, render
 
 if TYPE_CHECKING:
     from tutor.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
-F16 = "F16"
-DTYPES = ("F16", "BF16", "F32")
-"""safetensors' names of what may be converted; anything else is how a quantized model is stored."""
+WEIGHED = 150_000
+"""Characters of the training split that an importance matrix is made of: about a hundred pieces of 512 tokens."""
 LARGEST_SHARE = 0.55
 """Of F16's size: what Q8_0, the largest quantization, takes, rounded up."""
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What a GGUF must say because its model folder says so; what is found is told in the same words."""
+class Source:
+    """A model to be converted: its folder, and what its files must hold and say."""
 
-    architecture: str | None
-    file_type: str  # F16, Q4_K_M, ...
-    vocabulary: int  # tokens in the tokenizer's list
-    embedding_rows: int
-    blocks: int | None
-    context: int | None
-    bos: int | None
-    eos: int | None
-    pad: int | None
-    add_bos: bool | None  # None: not said, and llama.cpp would add one
-    pre_tokenizer: str | None
-    rope_base: float  # to six digits: the file keeps 32 bits of it
-    rope_factors: bool  # whether it has them, as llama3 scaling needs
-    tensors: int
-    chat_template: str | None  # None where expected: the folder's own, whatever it is
+    name: str
+    folder: Path
+    expected: Expected
+    lineage: Mapping[str, str]  # as key-values
+    rows: Sequence[Mapping[str, Any]]  # whose text weighs the weights; none: no importance matrix
+    system: str
+    base: Mapping[str, Weight] | None  # the untuned weights, where these are tuned
 
 
 def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
-    """Write and check every GGUF file of a recipe into `out`: their sizes, and how many tensors fell back.
+    """Write and check every GGUF file of a recipe into `out`: their sizes, types and distance from the weights.
 
-    Raises ArtifactError when a folder cannot be converted or a file does not say what its folder says.
+    Raises ArtifactError when a folder cannot be converted or a file does not hold what its folder holds, GateError
+    when a quantization does not keep what was trained.
     """
     facts, base = read_facts(inputs["base"])
-    served = recipe.ollama.quantization
-    folders = {"tutor": inputs["merge"], "base": base}
-    says = {name: expect(folder, facts) for name, folder in folders.items()}
+    says = {name: expect(folder, facts) for name, folder in (("tutor", inputs["merge"]), ("base", base))}
     if lines := differences(says["base"], says["tutor"]):
         raise ArtifactError(f"{inputs['merge']} is not like its base {base}:\n  " + "\n  ".join(lines))
     says["tutor"] = replace(says["tutor"], chat_template=chat_template(add_bos=facts.add_bos))
-    wanted: dict[str, list[str]] = {"tutor": [*recipe.convert.quantizations]}
+    rows = read_rows(inputs["data"] / "train.jsonl") if recipe.convert.imatrix else []
+    served = recipe.ollama.quantization
+    asked = recipe.convert.quantizations
+    wanted: dict[str, list[str]] = {"tutor": [*asked]}
     if recipe.convert.base:
-        wanted["base"] = [served] if served != F16 else []
+        # Which of them is served is not known before the ladder: the base is compared as the tutor is served.
+        wanted["base"] = [*asked] if served == AUTO else [served] if served != F16 else []
+    folders = {"tutor": inputs["merge"], "base": base}
     _check_room([(folders[name], kinds) for name, kinds in wanted.items()], out)
+    lineage = {"tutor": keyed(tutor_lineage(recipe, inputs)), "base": keyed(base_lineage(inputs["base"]))}
     files: dict[str, dict[str, Any]] = {}
     for name, kinds in wanted.items():
-        files |= convert(name, says[name], folders[name], kinds, out)
-    if recipe.convert.base and served != F16:
-        # It was there to be quantized: the base is compared as the tutor is served.
+        untuned = weights_of(base) if name == "tutor" else None
+        source = Source(name, folders[name], says[name], lineage[name], rows, recipe.system, untuned)
+        files |= convert(source, kinds, out)
+    if recipe.convert.base and served not in (F16, AUTO):
+        # It was there to be quantized.
         (out / file_name("base", F16)).unlink()
         del files[file_name("base", F16)]
-    return {"files": files, "pre_tokenizer": facts.pre_tokenizer}
+    return {"files": files, "pre_tokenizer": facts.pre_tokenizer, "lineage": lineage["tutor"]}
 
 
 def file_name(model: str, kind: str) -> str:
@@ -86,144 +88,85 @@ def file_name(model: str, kind: str) -> str:
     return f"{model}-{kind}.gguf"
 
 
-def convert(name: str, expected: Expected, model: Path, kinds: Sequence[str], out: Path) -> dict[str, dict[str, Any]]:
-    """Write the F16 file of a folder and its quantizations into `out`, each checked; an entry a file."""
-    source = out / file_name(name, F16)
-    entries = {}
-    for kind in (F16, *kinds):
+def convert(source: Source, kinds: Sequence[str], out: Path) -> dict[str, dict[str, Any]]:
+    """Write the F16 file of a model and its quantizations into `out`, each checked; an entry a file."""
+    weights = weights_of(source.folder)
+    whole = out / file_name(source.name, F16)
+    started = time.monotonic()
+    log.info("converting %s to %s", source.folder, whole.name)
+    to_gguf(source.folder, whole, source.expected.pre_tokenizer or "", source.lineage)
+    gguf = check_gguf(whole, source.expected)
+    exact(whole, gguf, weights)
+    entries = {whole.name: _entry(whole, F16, gguf, started)}
+    matrix = importance(source, whole, out) if source.rows and kinds else None
+    for kind in kinds:
         started = time.monotonic()
-        target = out / file_name(name, kind)
-        if kind == F16:
-            log.info("converting %s to %s", model, target.name)
-            to_gguf(model, target, expected.pre_tokenizer or "")
-        else:
-            log.info("quantizing %s to %s", source.name, kind)
-            quantize(source, target, kind, len(os.sched_getaffinity(0)))
-        gguf = check_gguf(target, replace(expected, file_type=kind))
-        size, seconds = target.stat().st_size, time.monotonic() - started
-        log.info("%s has %.1f MB, made and checked in %.1f s", target.name, size / 1e6, seconds)
-        entries[target.name] = {"size": size, "quantization": kind, "fallback_tensors": fallbacks(gguf, kind)}
+        target = out / file_name(source.name, kind)
+        log.info("quantizing %s to %s", whole.name, kind)
+        gguf, figures = _quantized(source, weights, target, kind, matrix)
+        entries[target.name] = {**_entry(target, kind, gguf, started), **figures}
     return entries
 
 
-def expect(model: Path, facts: Facts) -> Expected:
-    """What a folder's F16 file must say, template aside. Raises ArtifactError where it is not whole or not 16-bit."""
-    refuse(model)
-    config = read_json(model / "config.json")
-    shapes = weight_shapes(model)
-    rope = config.get("rope_parameters") or {
-        **(config.get("rope_scaling") or {}),
-        "rope_theta": config.get("rope_theta"),
+def _quantized(
+    source: Source, weights: Mapping[str, Weight], target: Path, kind: str, matrix: Path | None
+) -> tuple[Gguf, dict[str, Any]]:
+    """Make and check a quantization, a second time where a type that llama.cpp fell back to ruins what was trained."""
+    whole = target.with_name(file_name(source.name, F16))
+    expected, threads = replace(source.expected, file_type=kind), len(os.sched_getaffinity(0))
+
+    def make(types: Mapping[str, str] | None = None) -> tuple[Gguf, Figures]:
+        quantize(whole, target, kind, threads, matrix=matrix, types=types)
+        gguf = check_gguf(target, expected)
+        return gguf, measure(target, gguf, weights, source.base)
+
+    gguf, figures = make()
+    instead = {
+        each: sum(tensor.kind == each for tensor in gguf.tensors.values()) for each in unfit(gguf, kind, figures)
     }
-    scaled = (rope.get("rope_type") or rope.get("type")) == "llama3"
-    ids = {name: getattr(facts, name) for name in ("bos", "eos", "pad")}
-    # The converter asks the configuration where the tokenizer is silent.
-    ids = {name: config.get(f"{name}_token_id") if id_ is None else id_ for name, id_ in ids.items()}
+    if instead:
+        log.info("%s: %s does not hold what was trained, quantizing again without it", kind, ", ".join(instead))
+        gguf, figures = make(replaced(gguf, instead))
+    refuse_lost(target, kind, figures)
+    return gguf, {"error": figures.error, "kept": figures.kept, **({"replaced": instead} if instead else {})}
+
+
+def _entry(path: Path, kind: str, gguf: Gguf, started: float) -> dict[str, Any]:
+    size, seconds = path.stat().st_size, time.monotonic() - started
+    log.info("%s has %.1f MB, made and checked in %.1f s", path.name, size / 1e6, seconds)
+    return {"size": size, "quantization": kind, "fallback_tensors": fallbacks(gguf, kind)}
+
+
+def importance(source: Source, whole: Path, out: Path) -> Path:
+    """The importance matrix of a model on its training rows, rendered as it was trained on them."""
+    fields = read_gguf(whole).fields
+    tokens = fields["tokenizer.ggml.tokens"]
+    bos = tokens[source.expected.bos] if source.expected.add_bos and source.expected.bos is not None else ""
+    eos = tokens[fields["tokenizer.ggml.eos_token_id"]]
+    text = training_text(fewer(source.rows), source.system, bos, eos)
+    # Bare names in one folder: the matrix, and every file made with it, keep them.
+    given, matrix = out / "train.txt", out / f"{source.name}.imatrix"
+    log.info("weighing %s by the training rows", whole.name)
+    given.write_text(text, "utf-8")
     try:
-        return Expected(
-            architecture="llama",
-            file_type=F16,
-            vocabulary=facts.vocabulary,
-            embedding_rows=shapes["model.embed_tokens.weight"][0],
-            blocks=config["num_hidden_layers"],
-            context=config["max_position_embeddings"],
-            **ids,
-            add_bos=facts.add_bos,
-            pre_tokenizer=facts.pre_tokenizer,
-            rope_base=_six_digits(rope.get("rope_theta") or 10000.0),
-            rope_factors=scaled,
-            tensors=len(shapes) + scaled,
-            chat_template=None,
-        )
-    except KeyError as missing:
-        raise ArtifactError(f"{model} lacks {missing}") from None
+        # A lower bound of the tokens is enough: eight characters a token are more than a text averages.
+        imatrix(whole, given, matrix, len(text) // 8, len(os.sched_getaffinity(0)))
+    finally:
+        given.unlink()
+    return matrix
 
 
-def weight_shapes(model: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of a folder's weights, from the files' headers. Raises ArtifactError where they are not 16-bit."""
-    shapes = {}
-    for path in sorted(model.glob(WEIGHTS)):
-        try:
-            with safe_open(path, framework="numpy") as file:
-                for name in file.keys():  # noqa: SIM118 - safe_open is no dict
-                    part = file.get_slice(name)
-                    if part.get_dtype() not in DTYPES:
-                        raise ArtifactError(
-                            f"{path}: {name} is {part.get_dtype()}: a quantized model cannot be converted",
-                            "merge into the 16-bit base",
-                        )
-                    shapes[name] = tuple(part.get_shape())
-        except (SafetensorError, OSError) as error:
-            raise ArtifactError(f"{path} is damaged: {error}") from None
-    return {name: shape for name, shape in shapes.items() if not name.endswith(".rotary_emb.inv_freq")}
+def fewer(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Rows at even distances that hold WEIGHED characters together, about; all where there are no more."""
+    length = sum(len(row["instruction"]) + len(row["response"]) for row in rows)
+    count = min(len(rows), max(1, len(rows) * WEIGHED // max(length, 1)))
+    return [rows[index * len(rows) // count] for index in range(count)]
 
 
-def check_gguf(path: Path, expected: Expected) -> Gguf:
-    """Read a GGUF back. Raises ArtifactError when it is not whole, or with a line for each thing it says otherwise."""
-    gguf = read_gguf(path)
-    found = describe(gguf)
-    if lines := differences(expected, found):
-        raise ArtifactError(f"{path} is not what it was made from:\n  " + "\n  ".join(lines))
-    return gguf
-
-
-def describe(gguf: Gguf) -> Expected:
-    """What a GGUF says of itself."""
-    said = gguf.fields.get
-    embedding = gguf.tensors.get("token_embd.weight")
-    pre = said("tokenizer.ggml.pre") if said("tokenizer.ggml.model") == "gpt2" else ""
-    adds_bos_unless_told = pre in ("", "llama-bpe", *SAME_SPLIT["llama-bpe"])
-    return Expected(
-        architecture=said("general.architecture"),
-        file_type=_file_type(said("general.file_type")),
-        vocabulary=len(said("tokenizer.ggml.tokens", ())),
-        embedding_rows=embedding.shape[-1] if embedding else 0,
-        blocks=said("llama.block_count"),
-        context=said("llama.context_length"),
-        bos=said("tokenizer.ggml.bos_token_id"),
-        eos=said("tokenizer.ggml.eos_token_id"),
-        pad=said("tokenizer.ggml.padding_token_id"),
-        add_bos=said("tokenizer.ggml.add_bos_token", None if adds_bos_unless_told else False),
-        pre_tokenizer=pre,
-        rope_base=_six_digits(said("llama.rope.freq_base", 10000.0)),
-        rope_factors="rope_freqs.weight" in gguf.tensors,
-        tensors=len(gguf.tensors),
-        chat_template=said("tokenizer.chat_template"),
-    )
-
-
-def differences(expected: Expected, found: Expected) -> list[str]:
-    """A line for each thing that is not as expected."""
-    lines = []
-    for name in (field.name for field in fields(Expected)):
-        wanted, has = getattr(expected, name), getattr(found, name)
-        if name == "chat_template" and wanted is None:
-            continue
-        if name == "pre_tokenizer" and has in SAME_SPLIT.get(wanted, ()):
-            continue
-        if wanted != has:
-            lines.append(f"{name}: expected {wanted!r}, found {has!r}")
-    return lines
-
-
-def fallbacks(gguf: Gguf, kind: str) -> int:
-    """How many matrices have another type than the quantization gives: their rows do not divide into its blocks.
-
-    As llama-quantize counts them: what it chooses for the embedding and the output is no fallback.
-    """
-    matrices = {name: tensor.kind for name, tensor in gguf.tensors.items() if len(tensor.shape) > 1}
-    types = [found for name, found in matrices.items() if name not in ("token_embd.weight", "output.weight")]
-    usual = [found.endswith("_K") if "_K" in kind else found == kind for found in types]
-    return usual.count(False)
-
-
-def _file_type(number: int | None) -> str:
-    names = [item.name for item in LlamaFileType if item == number]
-    return str(names[0]).removeprefix("MOSTLY_") if names else f"type {number}"
-
-
-def _six_digits(number: float) -> float:
-    return float(f"{number:.6g}")
+def training_text(rows: Sequence[Mapping[str, Any]], system: str, bos: str, eos: str) -> str:
+    """Rows as the model was trained on them, one behind the other; the first BOS is the tokenizer's own."""
+    texts = [render(conversation(row["instruction"], system)) + completion(row["response"]) for row in rows]
+    return (eos + bos).join(texts) + eos
 
 
 def _check_room(wanted: Iterable[tuple[Path, Sequence[str]]], out: Path) -> None:

@@ -1,12 +1,10 @@
-"""The evaluate stage: every prompt to the base and to the tutor, greedily; verdicts; perplexity of every GGUF.
+"""The evaluate stage: every prompt to the base and to the tutor, greedily, and verdicts on the answers.
 
-In: data/ (prompts.jsonl, held_out.jsonl), base/ (its tokenizer), convert/ (the GGUF files).
-Out: answers.json (all answers side by side) and perplexity.json. Does not decide whether that is good enough.
+In: data/ (prompts.jsonl), convert/ (the GGUF files), ladder/ (which of them is served).
+Out: answers.json (all answers side by side). Does not decide whether that is good enough.
 """
 
-import json
 import logging
-import math
 import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,21 +16,22 @@ from typing import TYPE_CHECKING, Any
 
 from tutor.artifacts import write_json
 from tutor.engines.answer import Answer, Engine, Generation, greedy
-from tutor.engines.llamacpp import score, serve
+from tutor.engines.llamacpp import serve
 from tutor.errors import ArtifactError, ServiceError
 from tutor.judges.code import judge_answers, wants_code
 from tutor.judges.format import judge_format
 from tutor.judges.language import is_spanish
 from tutor.judges.typescript_install import find_compiler
-from tutor.modelfolder import load_tokenizer, read_facts
-from tutor.template import conversation, encode
+from tutor.served import served_quantization
+from tutor.stages.splits import read_rows
+from tutor.template import conversation
 
 if TYPE_CHECKING:
     from tutor.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
-ANSWERS, PERPLEXITY = "answers.json", "perplexity.json"
+ANSWERS = "answers.json"
 RATES = ("stopped", "answered", "fences_closed", "code_block", "no_loop", "no_leak", "spanish")
 """The verdicts that are yes or no, as they are counted; yes is good."""
 CODE_RATES = ("compiles", "expected")
@@ -45,7 +44,7 @@ Record = dict[str, Any]
 
 
 def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
-    """Ask, judge and score into `out`; the summary: rates by model and category, tokens/s, perplexities.
+    """Ask and judge into `out`; the summary: rates by model and category, tokens/s.
 
     Raises ArtifactError when a file is missing, ServiceError when a model's server cannot be kept alive, HostError
     when prompts expect code and the compiler that judges it is not installed.
@@ -53,7 +52,8 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     prompts = read_rows(inputs["data"] / "prompts.jsonl")
     if any(map(wants_code, prompts)):
         find_compiler()  # before the answers, which take long, not after them
-    files = served_files(inputs["convert"], recipe.ollama.quantization, base=recipe.convert.base)
+    served = served_quantization(recipe.ollama.quantization, inputs["ladder"])
+    files = served_files(inputs["convert"], served, base=recipe.convert.base)
     generation = greedy(recipe.generate, recipe.seed)
     threads = len(os.sched_getaffinity(0))
     records = {}
@@ -63,26 +63,10 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
         start = partial(serve, gguf, context=recipe.generate.context, threads=threads, log=said)
         records[name] = with_code(prompts, ask_all(start, prompts, generation, recipe.system, name))
     write_json(out / ANSWERS, side_by_side(prompts, records))
-    rows = held_out_rows(inputs["data"] / "held_out.jsonl", inputs["base"], recipe.system)
-    perplexities = {}
-    for gguf in sorted(inputs["convert"].glob("*.gguf")):
-        scores = score(gguf, rows, threads=threads)
-        perplexities[gguf.stem] = perplexity([item.logprobs for item in scores])
-        log.info("held-out perplexity of %s: %.3f", gguf.stem, perplexities[gguf.stem]["perplexity"])
-    write_json(out / PERPLEXITY, perplexities)
     return {
         "generation": asdict(generation),
         "models": {name: {"file": files[name].stem, **summarise(prompts, records[name])} for name in files},
-        "perplexity": perplexities,
     }
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file that the data stage wrote. Raises ArtifactError when it is missing or damaged."""
-    try:
-        return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"cannot read {path}: {error}", "run: tutor data") from None
 
 
 def served_files(convert: Path, quantization: str, *, base: bool) -> dict[str, Path]:
@@ -183,28 +167,6 @@ def side_by_side(prompts: Sequence[Mapping[str, Any]], records: Mapping[str, Seq
     ]
 
 
-def held_out_rows(held_out: Path, base: Path, system: str) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, answer ids with EOS) of the held-out rows, by the base's own tokenizer and the prompt contract."""
-    _, model = read_facts(base)
-    tokenizer = load_tokenizer(model)
-    encoded = [encode(tokenizer, row["instruction"], row["response"], system) for row in read_rows(held_out)]
-    return [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in encoded]
-
-
-def perplexity(logprobs: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Mean negative log-likelihood (nats) over all tokens of all rows, its exponential, and how many tokens.
-
-    Raises ArtifactError where it is no number: a model with broken weights.
-    """
-    tokens = sum(len(row) for row in logprobs)
-    loss = -math.fsum(value for row in logprobs for value in row) / tokens if tokens else math.nan
-    if not loss < 700:  # e^710 is no float; NaN compares as false
-        raise ArtifactError(
-            f"the held-out loss over {tokens} tokens is {loss}", "the weights may be broken: convert again"
-        )
-    return {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens}
-
-
 def summarise(prompts: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> dict[str, Any]:
     """Verdict rates over all prompts and by category, and the median speed in tokens/s (None without an answer)."""
     categories: dict[str, list[Record]] = {}
@@ -240,7 +202,6 @@ def compare_table(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
         ("without a loop", lambda model: _share(model, "no_loop")),
         ("code compiles", lambda model: _share(model, "compiles")),
         ("as expected", lambda model: _share(model, "expected")),
-        ("held-out perplexity", lambda model: f"{summary['perplexity'][model['file']]['perplexity']:.2f}"),
         ("tokens/s", lambda model: "-" if model["tokens_per_second"] is None else f"{model['tokens_per_second']:.1f}"),
     )
     return [("", *models), *((label, *(shown(model) for model in models.values())) for label, shown in lines)]

@@ -20,6 +20,7 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from tutor.errors import ArtifactError, RecipeError
 from tutor.recipe import MODEL_NAME, Recipe
+from tutor.served import served_quantization
 from tutor.template import CUE, GO_TEMPLATE, STOPS
 
 Parameter = int | float | bool | str | list[str]
@@ -35,8 +36,8 @@ TYPES: Mapping[str, Kind] = {
 }
 """Ollama's parameters (api/types.go, Options)."""
 WORDS: Mapping[Kind, str] = {int: "an integer", float: "a number", bool: "true or false", list[str]: "non-empty texts"}
-DEPRECATED = {"penalize_newline", "low_vram", "f16_kv", "logits_all", "vocab_only", "use_mlock"}
-DEPRECATED |= {"mirostat", "mirostat_tau", "mirostat_eta"}
+DEPRECATED = {"penalize_newline", "low_vram", "f16_kv", "logits_all", "vocab_only", "use_mlock", "mirostat"}
+DEPRECATED |= {"mirostat_tau", "mirostat_eta"}
 REMOVED = {"tfs_z", "numa", "num_gqa", "embedding_only", "rope_frequency_base", "rope_frequency_scale"}
 FLOAT32_LIMIT = 2.0**128 - 2.0**103  # from here on a number rounds to no float32, and Go refuses it
 
@@ -385,16 +386,14 @@ def parameters(generate: Mapping[str, int | float], seed: int, stops: Sequence[s
 
 
 def run(recipe: Recipe, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
-    """Write `out`/Modelfile and `out`/create.json; what they say, in short. Raises what `render` does.
-
-    create.json is the request, with each file's path from `out` where its digest will stand.
-    """
-    gguf = inputs["convert"] / f"tutor-{recipe.ollama.quantization}.gguf"
+    """Write `out`/Modelfile and `out`/create.json; what they say, in short. Raises what `render` does."""
+    # create.json is the request, with each file's path from `out` where its digest will stand.
+    served = served_quantization(recipe.ollama.quantization, inputs["ladder"])
+    gguf = inputs["convert"] / f"tutor-{served}.gguf"
     settings = parameters(recipe.generate.model_dump(), recipe.seed, STOPS)
     spec = ModelSpec(recipe.ollama.model, gguf, GO_TEMPLATE, settings, system=recipe.system)
-    text = render(spec, out)
     place = _location(gguf, out)
     create = {"name": spec.name, **_body(spec, {gguf: place})}
-    (out / "Modelfile").write_bytes(text.encode())
+    (out / "Modelfile").write_bytes(render(spec, out).encode())
     (out / "create.json").write_text(json.dumps(create, indent=1, ensure_ascii=False) + "\n", "utf-8")
     return {"model": spec.name, "gguf": place, "system": spec.system, "parameters": settings}

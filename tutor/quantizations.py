@@ -1,0 +1,17 @@
+"""llama.cpp's quantizations by name. Imports nothing: the recipe is checked without gguf and without a build."""
+
+F16 = "F16"
+AUTO = "auto"
+"""Of ollama.quantization: whichever the ladder finds smallest inside the budget."""
+
+NEED_IMATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "Q2_K_S", "IQ3_XXS", "IQ3_XS")
+"""llama-quantize refuses these without an importance matrix."""
+
+KINDS = (
+    *("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_0", "Q4_1", "Q4_K_S", "Q4_K_M", "Q5_0", "Q5_1", "Q5_K_S", "Q5_K_M"),
+    *("Q6_K", "Q8_0", "IQ3_S", "IQ3_M", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", *NEED_IMATRIX),
+)
+"""What the pinned llama-quantize makes of a Llama and gguf-py reads back: its list without F32, F16, BF16, COPY,
+the second names Q3_K, Q4_K, Q5_K, the experts' MXFP4_MOE, and Q1_0 and Q2_0, which gguf-py cannot dequantize."""
+
+SECOND_NAMES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
