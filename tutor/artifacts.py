@@ -26,6 +26,10 @@ from tutor.errors import ArtifactError, HostError, LockError, RecipeError, Tutor
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 OLD = ".old"
+JOURNAL = ".journal"
+"""Beside a stage's folder: what a run that was ended had done already, for the stage to go on from."""
+SCRATCH = (PARTIAL, OLD, JOURNAL)
+"""Endings of what may lie beside a stage's folder and goes with it."""
 HASHES = ".hashes.json"
 
 
@@ -188,6 +192,7 @@ def writing(folder: Path, stage: str, fields: Mapping[str, Any]) -> Iterator[tup
         )
         write_json(partial / MANIFEST, asdict(manifest))
         _swap(partial, folder)
+        remove(folder.with_name(folder.name + JOURNAL))
     except BaseException as error:
         fault = _disk_fault(error, partial)  # before the disk is freed
         remove(partial)

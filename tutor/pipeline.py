@@ -35,6 +35,7 @@ class Stage:
     sources: tuple[str, ...]  # files of tutor/ whose change means another result
     packages: tuple[str, ...] = ()
     llamacpp: bool = False
+    files: Callable[[Recipe], Mapping[str, Path]] = lambda _: {}  # the user's, beside the folders of `needs`
 
     @property
     def module(self) -> Any:
@@ -65,8 +66,15 @@ def _modelfile(recipe: Recipe) -> dict[str, Any]:
 
 
 def _evaluate(recipe: Recipe) -> dict[str, Any]:
-    limits = {"max_new_tokens": recipe.generate.max_new_tokens, "context": recipe.generate.context}
-    return {**limits, "served": recipe.ollama.quantization, "system": recipe.system, "seed": recipe.seed}
+    names = ("max_new_tokens", "context", "repetition_penalty")
+    greedy = {name: getattr(recipe.generate, name) for name in names}
+    return {**greedy, "served": recipe.ollama.quantization, "system": recipe.system, "seed": recipe.seed}
+
+
+def _evaluate_files(recipe: Recipe) -> Mapping[str, Path]:
+    from tutor.stages.honesty import named_files
+
+    return named_files(recipe)
 
 
 STAGES = (
@@ -140,19 +148,27 @@ STAGES = (
         settings=_evaluate,
         sources=(
             "stages/evaluate.py",
+            "stages/asked.py",
+            "stages/honesty.py",
+            "stages/rates.py",
+            "statistics.py",
             "engines/answer.py",
             "engines/llamacpp.py",
             "judges/code.py",
             "judges/fences.py",
             "judges/format.py",
+            "judges/kept.py",
             "judges/language.py",
+            "judges/overlap.py",
             "judges/typescript.py",
             "judges/typescript_install.py",
             "judges/typescript_scan.py",
+            "judges/verdict.py",
             "template.py",
         ),
-        packages=("markdown-it-py",),
+        packages=("markdown-it-py", "lingua-language-detector"),
         llamacpp=True,
+        files=_evaluate_files,
     ),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}
@@ -202,9 +218,8 @@ def key_fields(stage: Stage, recipe: Recipe, build: Path, states: Mapping[str, S
     """What decides a stage's result, flat, so that two of them can be compared line by line."""
     fields: dict[str, Any] = {f"recipe.{name}": value for name, value in stage.settings(recipe).items()}
     cache = build / recipe.name / artifacts.HASHES
-    if not stage.needs:
-        files = stage.module.input_files(recipe)
-        fields |= {f"file.{name}": artifacts.cached_sha256(path, cache) for name, path in files.items()}
+    files = stage.files(recipe) if stage.needs else stage.module.input_files(recipe)
+    fields |= {f"file.{name}": artifacts.cached_sha256(path, cache) for name, path in files.items()}
     for need in stage.needs:
         manifest = states[need].manifest
         assert manifest is not None
@@ -212,13 +227,14 @@ def key_fields(stage: Stage, recipe: Recipe, build: Path, states: Mapping[str, S
     for source in stage.sources:
         fields[f"code.{source}"] = artifacts.file_sha256(PACKAGE / source)[:16]
     for package in stage.packages:
-        fields[f"version.{package}"] = _version(package)
+        fields[f"version.{package}"] = installed(package)
     if stage.llamacpp:
         fields["version.llama.cpp"] = llamacpp_build.build_key()
     return fields
 
 
-def _version(package: str) -> str:
+def installed(package: str) -> str:
+    """A package's version, or that it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -282,9 +298,11 @@ def _with_needs(name: str) -> set[str]:
 
 
 def _refuse_early(recipe: Recipe) -> None:
-    """Raise RecipeError for what only the last stages would refuse, after hours of training."""
+    """Raise RecipeError or DataError for what only the last stages would refuse, after hours of training."""
+    from tutor.stages.honesty import check_files
     from tutor.stages.modelfile import representable
 
+    check_files(recipe)
     if not representable(recipe.system):
         raise RecipeError(
             f"{recipe.path}: system has an invisible character that Ollama would drop, or a line ending in "
@@ -297,16 +315,20 @@ def _run(stage: Stage, recipe: Recipe, build: Path, state: State) -> None:
     for need in stage.needs:  # someone may have removed it since its stage ran
         artifacts.require(build / recipe.name / BY_NAME[need].folder, need)
     assert state.fields is not None, f"{stage.name} lacks an input"
-    with _announced(stage), artifacts.writing(state.folder, stage.name, state.fields) as (out, results):
+    with (
+        announced(stage.name, stage.about),
+        artifacts.writing(state.folder, stage.name, state.fields) as (out, results),
+    ):
         inputs = {need: build / recipe.name / BY_NAME[need].folder for need in stage.needs}
         results.update(stage.module.run(recipe, inputs, out))
 
 
 @contextmanager
-def _announced(stage: Stage) -> Iterator[None]:
-    log.info("%s: %s", stage.name, stage.about, extra={"stage": stage.name})
+def announced(name: str, about: str) -> Iterator[None]:
+    """Progress as a stage's, for what runs inside."""
+    log.info("%s: %s", name, about, extra={"stage": name})
     yield
-    log.info("%s: done", stage.name, extra={"stage_done": stage.name})
+    log.info("%s: done", name, extra={"stage_done": name})
 
 
 def clean(recipe: Recipe, build: Path, names: tuple[str, ...]) -> list[Path]:
@@ -318,7 +340,7 @@ def clean(recipe: Recipe, build: Path, names: tuple[str, ...]) -> list[Path]:
         for name in names or tuple(BY_NAME):
             folder = build / recipe.name / BY_NAME[name].folder
             artifacts.refuse_foreign(folder)
-            for path in (folder, *(folder.with_name(folder.name + end) for end in (artifacts.PARTIAL, artifacts.OLD))):
+            for path in (folder, *(folder.with_name(folder.name + end) for end in artifacts.SCRATCH)):
                 if path.exists():
                     artifacts.remove(path)
                     removed.append(path)
