@@ -153,7 +153,8 @@ def _answer_waiting(start: Callable[[], AbstractContextManager[Engine]], work: _
         while work.waiting and not work.stopped.is_set():
             with start() as engine:
                 # The first request is slower, and tells a dead engine from a bad prompt.
-                warm_up = partial(engine.answer, conversation("Hola"), replace(work.task.generation, max_new_tokens=1))
+                least = replace(work.task.generation, max_new_tokens=1)
+                warm_up = partial(engine.answer, conversation("Hola"), least, work.heed)
                 warm_up()
                 while (place := work.take()) is not None:
                     if not _answered(engine, place, work, warm_up):
