@@ -1,147 +1,31 @@
-"""stages/evaluate.py: the loop over prompts with engines in this process, the figures, and a run on fake programs."""
+"""stages/evaluate.py: a run on fake programs, whole and ended in the middle, and the figures of its own."""
 
-import contextlib
 import json
 import math
 import stat
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import write_rows
 from hypothesis import given
 from hypothesis import strategies as st
-from test_typescript import pretend  # noqa: F401 - a fixture
 
-from tutor.engines.answer import Answer, Engine, Finish, Generation
 from tutor.engines.llamacpp_build import MARKER, PROGRAMS
-from tutor.errors import ArtifactError, ServiceError
+from tutor.errors import ArtifactError, HostError, ServiceError
 from tutor.recipe import Recipe
-from tutor.stages.evaluate import (
-    RATES,
-    ask,
-    ask_all,
-    compare_table,
-    judged,
-    perplexity,
-    rates,
-    read_rows,
-    run,
-    side_by_side,
-    summarise,
-    with_code,
-)
-from tutor.template import Message, render
+from tutor.stages.evaluate import journals, perplexity, read_rows, run, side_by_side
 
-GREEDY = Generation(max_new_tokens=50, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=7)
 SPANISH = (
     " Una interfaz describe la forma de un objeto y sus propiedades.\n\n"
     "```ts\ninterface A { b: string }\n```\n\nÚsala cuando varias funciones la compartan."
 )
 ENGLISH = " An interface describes the shape of an object and all of its properties, one by one."
 PROMPTS = [
-    {"instruction": f"¿Qué es {name}?", "category": category, "topic": "t", "code": [], "expect": {"code": True}}
+    {"instruction": f"¿Qué es {name}? Explícamelo.", "category": category, "topic": "t", "code": [], "expect": {}}
     for name, category in (("a", "definicion"), ("b", "ejemplo"), ("c", "definicion"), ("d", "ejemplo"))
 ]
-
-
-def an_answer(text: str = SPANISH, finish: Finish = "stop", tokens: int = 10, speed: float = 20.0) -> Answer:
-    return Answer(text, finish, 12, tokens, 0.5, speed)
-
-
-@dataclass
-class Fake:
-    """Answers in Spanish, unless the script has an error for a question; `dead` from the n-th request on."""
-
-    faults: dict[str, str] = field(default_factory=dict)
-    dead_from: int | None = None
-    name: str = "fake"
-    asked: list[tuple[str, Generation]] = field(default_factory=list)
-
-    def answer(
-        self, messages: Sequence[Message], generation: Generation, on_text: Callable[[str], None] | None = None
-    ) -> Answer:
-        self.asked.append((render(messages), generation))
-        if self.dead_from is not None and len(self.asked) >= self.dead_from:
-            raise ServiceError("connection refused")
-        if fault := self.faults.get(messages[-1]["content"]):
-            raise ServiceError(fault)
-        return an_answer()
-
-
-def starter(*engines: Engine) -> Callable[[], contextlib.AbstractContextManager[Engine]]:
-    """Gives the engines one after the other, as a server that is started again."""
-    left = list(engines)
-
-    @contextlib.contextmanager
-    def start() -> Iterator[Engine]:
-        yield left.pop(0)
-
-    return start
-
-
-def test_every_prompt_is_asked_once_in_order_after_one_warm_up() -> None:
-    engine = Fake()
-    records = ask(engine, PROMPTS, GREEDY, "Eres un tutor.", "tutor")
-    assert len(records) == 4
-    assert [prompt for prompt, _ in engine.asked[1:]] == [
-        f"Eres un tutor.\n\nInstrucción: {prompt['instruction']}\nRespuesta:" for prompt in PROMPTS
-    ]
-    assert engine.asked[0][1].max_new_tokens == 1
-    assert {generation for _, generation in engine.asked[1:]} == {GREEDY}
-
-
-def test_a_prompt_that_fails_is_a_record_and_the_rest_is_asked() -> None:
-    engine = Fake(faults={"¿Qué es b?": "the prompt is too long"})
-    records = ask(engine, PROMPTS, GREEDY, "", "tutor")
-    assert records[1] == {"error": "the prompt is too long"}
-    assert ["verdicts" in record for record in records] == [True, False, True, True]
-
-
-def test_a_dead_engine_is_started_again_at_the_prompt_it_died_on() -> None:
-    first, second = Fake(dead_from=4), Fake()
-    records = ask_all(starter(first, second), PROMPTS, GREEDY, "", "tutor")
-    assert ["verdicts" in record for record in records] == [True] * 4
-    assert [prompt[13:23] for prompt, _ in second.asked[1:]] == ["¿Qué es c?", "¿Qué es d?"]
-
-
-def test_an_engine_that_dies_again_ends_the_run() -> None:
-    with pytest.raises(ServiceError, match="died 2 times, the last time at prompt 3 of 4"):
-        ask_all(starter(Fake(dead_from=3), Fake(dead_from=3)), PROMPTS, GREEDY, "", "tutor")
-
-
-def test_an_engine_that_never_answers_ends_the_run_at_once() -> None:
-    with pytest.raises(ServiceError, match="refused"):
-        ask_all(starter(Fake(dead_from=1)), PROMPTS, GREEDY, "", "tutor")
-
-
-def test_an_answer_is_kept_as_it_came_with_its_verdicts() -> None:
-    record = judged(an_answer(ENGLISH, finish="length"))
-    assert record["text"] == ENGLISH
-    assert {name for name in RATES if not record["verdicts"][name]} == {"stopped", "code_block", "spanish"}
-    json.dumps(record, allow_nan=False)
-
-
-def test_rates_count_an_error_as_no_pass() -> None:
-    counted = rates([judged(an_answer()), judged(an_answer(ENGLISH)), {"error": "x"}])
-    assert (counted["n"], counted["errors"]) == (3, 1)
-    assert counted["spanish"] == {"n": 1, "share": 0.3333}
-    assert counted["answered"] == {"n": 2, "share": 0.6667}
-
-
-def test_no_prompts_are_no_division() -> None:
-    assert rates([])["spanish"] == {"n": 0, "share": 0.0}
-    assert summarise([], [])["tokens_per_second"] is None
-
-
-def test_a_summary_is_by_category_with_the_median_speed() -> None:
-    speeds = (10.0, 30.0, 50.0)
-    records = [judged(an_answer(speed=speed)) for speed in speeds] + [judged(an_answer(tokens=1, speed=9999.0))]
-    summary = summarise(PROMPTS, records)
-    assert {name: part["n"] for name, part in summary["categories"].items()} == {"definicion": 2, "ejemplo": 2}
-    assert summary["all"]["n"] == 4
-    assert summary["tokens_per_second"] == 30.0
 
 
 def test_answers_stand_side_by_side_with_their_prompt() -> None:
@@ -177,19 +61,6 @@ def test_rows_are_lines_and_nothing_else_is_a_line_end(tmp_path: Path) -> None:
         read_rows(path)
 
 
-def test_the_closing_table_compares_the_models() -> None:
-    models = {
-        name: {"file": f"{name}-Q8_0", **summarise(PROMPTS, [judged(an_answer(text))] * 4)}
-        for name, text in (("base", ENGLISH), ("tutor", SPANISH))
-    }
-    scores = {"base-Q8_0": perplexity([[-2.0]]), "tutor-Q8_0": perplexity([[-1.0]])}
-    table = compare_table({"models": models, "perplexity": scores})
-    assert table[0] == ("", "base", "tutor")
-    assert ("in Spanish", "0 % (0/4)", "100 % (4/4)") in table
-    assert ("held-out perplexity", "7.39", "2.72") in table
-    assert ("tokens/s", "20.0", "20.0") in table
-
-
 SERVER = """
 import json, os, socketserver, sys
 from http.server import BaseHTTPRequestHandler
@@ -209,8 +80,8 @@ class Handler(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with open(model["asked"], "a") as file: file.write(json.dumps(request) + "\\n")
         if model["dies_on"] and model["dies_on"] in request["prompt"]:
-            if not os.path.exists(model["asked"] + ".died"):
-                open(model["asked"] + ".died", "w").close()
+            with open(model["asked"] + ".died", "a") as file: file.write("x")
+            if os.path.getsize(model["asked"] + ".died") <= model["times"]:
                 os._exit(3)
         event = {"content": model["says"], "stop": True, "stop_type": "eos", "tokens_evaluated": 9,
                  "tokens_predicted": 21, "timings": {"predicted_per_second": 40.0}}
@@ -260,17 +131,17 @@ def write_base(folder: Path) -> None:
     (folder / "base.json").write_text(json.dumps({**facts, "eos": 256, "pad": None, "pre_tokenizer": "x"}), "utf-8")
 
 
-def write_inputs(root: Path, **tutor: str) -> dict[str, Path]:
+def write_inputs(root: Path, **tutor: Any) -> dict[str, Path]:
     """The folders that the stage reads; `tutor` changes what the tutor's GGUF does."""
     inputs = {name: root / name for name in ("data", "base", "convert")}
     for name in ("data", "convert"):
         inputs[name].mkdir()
     rows = [{**prompt, "response": "Sí."} for prompt in PROMPTS[:2]]
-    for name, lines in (("prompts", PROMPTS), ("held_out", rows)):
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        (inputs["data"] / f"{name}.jsonl").write_text(text, "utf-8")
+    trained = [{"instruction": "¿?", "response": SPANISH, "line": 3}]
+    for name, lines in (("prompts", PROMPTS), ("held_out", rows), ("train", trained)):
+        write_rows(inputs["data"] / f"{name}.jsonl", lines)
     write_base(inputs["base"])
-    base = {"says": ENGLISH, "logprob": -2.0, "asked": str(root / "base.asked"), "dies_on": ""}
+    base = {"says": ENGLISH, "logprob": -2.0, "asked": str(root / "base.asked"), "dies_on": "", "times": 1}
     tuned = {**base, "says": SPANISH, "logprob": -1.0, "asked": str(root / "tutor.asked"), **tutor}
     for name, model in (("base-Q4_K_M", base), ("tutor-Q4_K_M", tuned), ("tutor-F16", tuned)):
         (inputs["convert"] / f"{name}.gguf").write_text(json.dumps(model), "utf-8")
@@ -281,34 +152,53 @@ def asked(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    folder = tmp_path / "eval.partial"
+    folder.mkdir()
+    return folder
+
+
+def recipe(folder: Path, **sections: Any) -> Recipe:
+    return Recipe.model_validate({"seed": 5, **sections}).model_copy(update={"path": folder / "r.toml"})
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text("utf-8"))
+
+
 @pytest.mark.usefixtures("llamacpp")
-def test_a_run_asks_judges_and_scores_every_model(tmp_path: Path) -> None:
-    inputs = write_inputs(tmp_path)
-    out = tmp_path / "eval.partial"
-    out.mkdir()
-    summary = run(Recipe(seed=5), inputs, out)
-    assert sorted(path.name for path in out.iterdir()) == ["answers.json", "perplexity.json"]
-    answers = json.loads((out / "answers.json").read_text("utf-8"))
+def test_a_run_asks_judges_and_scores_every_model(tmp_path: Path, out: Path) -> None:
+    summary = run(recipe(tmp_path), write_inputs(tmp_path), out)
+    assert sorted(path.name for path in out.iterdir()) == ["answers.json", "paraphrased.json", "perplexity.json"]
+    answers = read(out / "answers.json")
     assert [entry["instruction"] for entry in answers] == [prompt["instruction"] for prompt in PROMPTS]
-    assert answers[0]["answers"]["tutor"]["text"] == SPANISH
-    assert answers[0]["answers"]["base"]["verdicts"]["spanish"] is False
-    perplexities = json.loads((out / "perplexity.json").read_text("utf-8"))
-    assert {name: value["loss"] for name, value in perplexities.items()} == {
+    record = answers[0]["answers"]["tutor"]
+    assert (record["text"], record["passed"], record["reasons"]) == (SPANISH, True, [])
+    assert record["verdicts"]["usual_length"] is True
+    assert record["copied"]["line"] == 3
+    assert answers[0]["answers"]["base"]["reasons"] == ["its prose is not Spanish (confidence 0.00)"]
+    assert {name: value["loss"] for name, value in read(out / "perplexity.json").items()} == {
         "base-Q4_K_M": 2.0,
         "tutor-F16": 1.0,
         "tutor-Q4_K_M": 1.0,
     }
-    assert summary["models"]["tutor"]["all"]["spanish"] == {"n": 4, "share": 1.0}
-    assert summary["models"]["base"]["all"]["spanish"] == {"n": 0, "share": 0.0}
+    assert (summary["models"]["tutor"]["all"]["passed"]["n"], summary["models"]["base"]["all"]["passed"]["n"]) == (4, 0)
     assert summary["models"]["tutor"]["tokens_per_second"] == 40.0
+    (change,) = summary["differences"]
+    assert (change["before"], change["after"], change["all"]["passed"]["difference"]) == ("base", "tutor", 1.0)
+    assert len(change["better"]) == 4
+    assert summary["copied"]["tutor"]["half_copied"] == 4
+    assert (summary["paraphrases"], summary["general"]) == (None, None)
+    assert [finding["said"] for finding in summary["findings"]] == ["worse", *["no difference shown"] * 1]
     json.dumps(summary, allow_nan=False)
-    assert compare_table(summary)[0] == ("", "base", "tutor")
 
 
 @pytest.mark.usefixtures("llamacpp")
-def test_a_run_is_greedy_with_the_seed_and_scores_the_answer_behind_its_blank_with_eos(tmp_path: Path) -> None:
-    inputs = write_inputs(tmp_path)
-    run(Recipe(seed=5), inputs, tmp_path / "data")
+def test_a_run_is_greedy_with_the_seed_and_scores_the_answer_behind_its_blank_with_eos(
+    tmp_path: Path, out: Path
+) -> None:
+    run(recipe(tmp_path), write_inputs(tmp_path), out)
     requests = [line for line in asked(tmp_path / "tutor.asked") if "prompt" in line and "scored" not in line]
     assert all((line["temperature"], line["seed"]) == (0.0, 5) for line in requests)
     assert [line["n_predict"] for line in requests] == [1, 515, 515, 515, 515]
@@ -321,38 +211,88 @@ def test_a_run_is_greedy_with_the_seed_and_scores_the_answer_behind_its_blank_wi
 
 
 @pytest.mark.usefixtures("llamacpp")
-def test_a_server_that_dies_once_costs_no_answer(tmp_path: Path) -> None:
-    inputs = write_inputs(tmp_path, dies_on="¿Qué es c?")
-    out = tmp_path / "eval.partial"
-    out.mkdir()
-    summary = run(Recipe(), inputs, out)
+def test_prompts_in_other_words_are_asked_of_the_tutor_and_compared_with_the_same_in_their_own(
+    tmp_path: Path, out: Path
+) -> None:
+    rows = [
+        {"original": "¿Qué es c? Explícamelo.", "instruction": "Explícame qué es c, por favor."},
+        {"original": "¿Qué es de otro conjunto?", "instruction": "No se pregunta."},
+    ]
+    write_rows(tmp_path / "words.jsonl", rows)
+    summary = run(recipe(tmp_path, evaluate={"paraphrases": "words.jsonl"}), write_inputs(tmp_path), out)
+    (row,) = read(out / "paraphrased.json")
+    assert (row["original"], row["category"]) == (rows[0]["original"], "definicion")
+    assert list(row["answers"]) == ["tutor"]
+    assert (summary["paraphrases"]["n"], summary["paraphrases"]["difference"]) == (1, 0.0)
+    assert summary["models"]["tutor"]["all"]["n"] == 4, "they are no prompts of their own"
+    for name, count in (("base", 5), ("tutor", 6)):
+        assert sum("n_predict" in line for line in asked(tmp_path / f"{name}.asked")) == count
+
+
+@pytest.mark.usefixtures("llamacpp")
+def test_general_texts_are_scored_by_base_and_tutor(tmp_path: Path, out: Path) -> None:
+    write_rows(tmp_path / "general.jsonl", [{"text": f"Texto número {n}.", "language": "es"} for n in range(7)])
+    inputs = write_inputs(tmp_path, logprob=-3.0)
+    summary = run(recipe(tmp_path, evaluate={"general": "general.jsonl"}), inputs, out)
+    assert (summary["general"]["n"], summary["general"]["difference"]) == (7, 1.0)
+    assert summary["general"]["said"] == "worse"
+    assert "general texts: perplexity 7.39 before and 20.09 after tuning (7 texts): worse" in [
+        finding["text"] for finding in summary["findings"]
+    ]
+    alone = recipe(tmp_path, evaluate={"general": "general.jsonl"}, convert={"base": False})
+    assert run(alone, inputs, out)["general"] is None
+
+
+@pytest.mark.usefixtures("llamacpp")
+def test_a_server_that_dies_once_costs_no_answer(tmp_path: Path, out: Path) -> None:
+    summary = run(recipe(tmp_path), write_inputs(tmp_path, dies_on="¿Qué es c?"), out)
     assert (tmp_path / "tutor.asked.died").exists()
     assert summary["models"]["tutor"]["all"]["errors"] == 0
     assert summary["models"]["tutor"]["all"]["stopped"]["n"] == 4
 
 
 @pytest.mark.usefixtures("llamacpp")
-def test_without_a_base_gguf_only_the_tutor_is_asked(tmp_path: Path) -> None:
+def test_a_prompt_that_kills_every_server_has_failed_and_the_run_goes_on(tmp_path: Path, out: Path) -> None:
+    summary = run(recipe(tmp_path), write_inputs(tmp_path, dies_on="¿Qué es c?", times=99), out)
+    assert summary["models"]["tutor"]["all"]["errors"] == 1
+    assert summary["models"]["tutor"]["all"]["passed"]["n"] == 3
+    assert read(out / "answers.json")[2]["answers"]["tutor"]["reasons"] == ["no answer: the engine died on it 2 times"]
+
+
+@pytest.mark.usefixtures("llamacpp")
+def test_a_run_that_failed_asks_nothing_twice(tmp_path: Path, out: Path) -> None:
+    inputs = write_inputs(tmp_path, dies_on="¿Qué es", times=6)
+    with pytest.raises(ServiceError, match="died on 3 prompts in a row"):
+        run(recipe(tmp_path), inputs, out)
+    assert sorted(path.name for path in journals(out).iterdir()) == [
+        "base.jsonl",
+        "base.log",
+        "tutor.jsonl",
+        "tutor.log",
+    ]
+    before = len(asked(tmp_path / "base.asked"))
+    assert run(recipe(tmp_path), inputs, out)["models"]["tutor"]["all"]["errors"] == 0
+    since = [line for line in asked(tmp_path / "base.asked")[before:] if "n_predict" in line]
+    assert since == [], "the base's answers were kept"
+
+
+@pytest.mark.usefixtures("llamacpp")
+def test_without_a_base_gguf_only_the_tutor_is_asked(tmp_path: Path, out: Path) -> None:
     inputs = write_inputs(tmp_path)
     (inputs["convert"] / "base-Q4_K_M.gguf").unlink()
     with pytest.raises(ArtifactError, match=r"base-Q4_K_M\.gguf is missing; run: tutor convert"):
-        run(Recipe(), inputs, tmp_path / "data")
-    recipe = Recipe.model_validate({"convert": {"base": False}})
-    assert list(run(recipe, inputs, tmp_path / "data")["models"]) == ["tutor"]
+        run(recipe(tmp_path), inputs, out)
+    summary = run(recipe(tmp_path, convert={"base": False}), inputs, out)
+    assert (list(summary["models"]), summary["differences"]) == (["tutor"], [])
 
 
-def test_code_verdicts_are_counted_where_prompts_expect_something(pretend: Path) -> None:  # noqa: F811
-    asked = [{"instruction": "¿?", "category": "a", "expect": {"include": [["tupla"]]}}] * 3
-    texts = (" Una tupla.\n```ts\na;\n```", " ```ts\nTS2322\n```")
-    records = [judged(Answer(text, "stop", 5, 3, 1.0, 9.0)) for text in texts] + [{"error": "died"}]
-    found = with_code(asked, records)
-    rates = summarise(asked, found)["all"]
-    assert (rates["compiles"], rates["expected"]) == ({"n": 1, "share": 0.3333}, {"n": 1, "share": 0.3333})
-    assert found[1]["code"]["blocks"][0]["diagnostics"][0]["code"] == "TS2322"
-    assert found[2] == records[2]
-
-
-def test_prompts_that_expect_nothing_leave_the_records_alone() -> None:
-    records = [judged(Answer(" Sí.", "stop", 5, 3, 1.0, 9.0))]
-    assert with_code([{"instruction": "¿?", "category": "a"}], records) == records
-    assert "compiles" not in summarise([{"instruction": "¿?", "category": "a"}], records)["all"]
+@pytest.mark.usefixtures("llamacpp")
+def test_without_the_compiler_nothing_is_asked_that_it_would_have_to_judge(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUTOR_TYPESCRIPT", str(tmp_path / "nowhere"))
+    inputs = write_inputs(tmp_path)
+    write_rows(inputs["data"] / "prompts.jsonl", [{**PROMPTS[0], "expect": {"code": True}}])
+    with pytest.raises(HostError):
+        run(recipe(tmp_path), inputs, out)
+    assert not (tmp_path / "base.asked").exists()

@@ -91,7 +91,9 @@ SETTINGS = [("seed",), ("system",)] + [
     for section, values in Recipe()
     if isinstance(values, Settings)
     for name in type(values).model_fields
-    if (section, name) not in (("data", "train"), ("data", "eval"))  # by their content
+    # Files count by their content.
+    if (section, name)
+    not in {("data", "train"), ("data", "eval"), ("evaluate", "paraphrases"), ("evaluate", "general")}
 ]
 
 

@@ -11,7 +11,7 @@ import fake_ollama as fake
 import pytest
 from fake_ollama import FakeOllama, write_gguf
 
-from tutor import artifacts, publishing, summary
+from tutor import artifacts, evaluating, publishing, summary
 from tutor.engines.ollama_api import Ollama, connect
 from tutor.errors import ArtifactError, GateError, LockError, RecipeError, ServiceError, TutorError
 from tutor.pipeline import BY_NAME
@@ -525,11 +525,12 @@ def prompts(recipe: Recipe, build: Path) -> list[dict[str, Any]]:
     rows = [{"instruction": f"¿Qué es {thing}?", "category": "tipos"} for thing in ("any", "never", "void")]
     with artifacts.writing(build / "small/data", "data", {}) as (out, _):
         (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        (out / "train.jsonl").write_text(json.dumps({"instruction": "¿?", "response": "Sí."}) + "\n", "utf-8")
     return rows
 
 
 def evaluated(server: FakeOllama, recipe: Recipe, build: Path) -> dict[str, Any]:
-    return publishing.evaluate(recipe, build, host=server.host, model="tutor")
+    return evaluating.published(recipe, build, host=server.host)
 
 
 def test_every_prompt_is_asked_greedily_and_judged_once(
@@ -587,7 +588,7 @@ def test_a_cut_answer_is_no_whole_answer_and_an_aborted_one_is_recorded(
     assert "repeated one token" in rows[1]["answers"]["ollama"]["error"]
 
 
-def test_a_model_deleted_while_it_is_asked_leaves_no_half_evaluation(
+def test_a_model_deleted_while_it_is_asked_leaves_its_answers_for_the_next_run_and_no_half_evaluation(
     server: FakeOllama, recipe: Recipe, build: Path, prompts: list[dict[str, Any]]
 ) -> None:
     publishing.publish(recipe, build, host=server.host)
@@ -596,7 +597,14 @@ def test_a_model_deleted_while_it_is_asked_leaves_no_half_evaluation(
         server.models.clear()
         handler.error(404, "model 'tutor' not found")
 
-    server.script("POST /api/chat", None, delete)
+    there = dict(server.models)
+    server.script("POST /api/chat", None, None, delete)
     with pytest.raises(ServiceError):
         evaluated(server, recipe, build)
-    assert not list((build / "small").glob("eval-ollama*"))
+    assert [path.name for path in (build / "small").glob("eval-ollama*")] == ["eval-ollama.journal"]
+    server.models.update(there)
+    server.requests.clear()
+    assert evaluated(server, recipe, build)["all"]["errors"] == 0
+    asked = [body["messages"][-1]["content"] for body in server.asked("POST /api/chat")[1:]]
+    assert asked == [row["instruction"] for row in prompts[1:]]
+    assert [path.name for path in (build / "small").glob("eval-ollama*")] == ["eval-ollama"]

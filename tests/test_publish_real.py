@@ -24,7 +24,7 @@ import httpx
 import pytest
 from conftest import ROOT, TUTOR, environment
 
-from tutor import artifacts, pipeline, publishing
+from tutor import artifacts, evaluating, pipeline, publishing
 from tutor.engines import llamacpp
 from tutor.engines.answer import Generation
 from tutor.engines.ollama import OllamaServer, serve
@@ -353,7 +353,7 @@ def test_models_outlive_a_restart_of_the_server(
 
 def test_the_published_model_is_evaluated(recipe: Recipe, build: Path) -> None:
     publish(recipe, build)
-    result = publishing.evaluate(recipe, build, host=HOST, model=NAME)
+    result = evaluating.published(recipe, build, host=HOST)
     answers = json.loads((build / "tiny/eval-ollama/answers.json").read_text("utf-8"))
     assert result["all"]["n"] == len(answers) == 5
     assert all(row["answers"]["ollama"].get("text") for row in answers)

@@ -71,7 +71,10 @@ def test_the_big_recipe_says_nothing_else_than_the_defaults_but_the_base():
         ("[train]\nepoch = 1", "unknown setting train.epoch; did you mean epochs? known: accumulation, alpha"),
         ("[trian]\nrank = 1", "unknown setting trian; did you mean train?"),
         ("[train]\nzzz = 1\nyyy = 2", "unknown setting train.yyy; known:"),
-        ("path = '/etc/passwd'", "unknown setting path; known: base, convert, data, generate, merge, ollama, seed, system"),
+        (
+            "path = '/etc/passwd'",
+            "unknown setting path; known: base, convert, data, generate, merge, ollama, seed, system",
+        ),
     ],
 )
 def test_an_unknown_setting_is_named_with_its_neighbours(refused, text, expected):

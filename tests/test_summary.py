@@ -10,8 +10,8 @@ from tutor import summary
 from tutor.artifacts import writing
 from tutor.recipe import Recipe, read_recipe
 
-VERDICTS = ("spanish", "stopped", "code_block", "no_loop")
-MODEL = {"all": {"n": 5, **{name: {"share": 0.8} for name in VERDICTS}}, "tokens_per_second": 95.2}
+VERDICTS = ("passed", "spanish", "stopped", "code_block", "no_loop")
+MODEL = {"all": {"n": 5, **{name: {"n": 4, "share": 0.8} for name in VERDICTS}}, "tokens_per_second": 95.2}
 TRAIN = {
     "rows": 19,
     "samples_per_second": 1.5,
@@ -82,7 +82,7 @@ def test_answers_stand_side_by_side_from_different_places_and_a_cut_one_says_so(
     assert "  tutor: Respuesta 3." in lines
     split = [line.split() for line in lines]
     assert ["5", "held-out", "prompts", "base-F16", "tutor-F16"] in split
-    assert ["in", "Spanish", "80", "%", "80", "%"] in split
+    assert ["in", "Spanish", "80", "%", "(4/5)", "80", "%", "(4/5)"] in split
     assert ["tokens", "per", "second", "0", "95"] in split
     assert ["tutor-F16.gguf", "271.0", "MB", "4.50"] in split
 
@@ -92,3 +92,9 @@ def test_an_answer_that_failed_is_shown_as_such(recipe, tmp_path):
     made(tmp_path / "build" / "small" / "eval", "evaluate", {"models": {"tutor": MODEL}}, answers=[failed])
     lines = summary.lines(summary.collect(recipe, tmp_path / "build"), "r.toml")
     assert "  tutor: (timed out) […cut at 0 tokens]" in lines
+
+
+def test_what_got_worse_is_said_below_the_table():
+    found = [{"said": "worse", "text": "general texts: …"}, {"said": "better", "text": "in Spanish: …"}]
+    lines = summary.verdict_lines({"models": {"tutor": MODEL}, "findings": found})
+    assert lines[-2:] == ["  WORSE: general texts: …", "  in Spanish: …"]

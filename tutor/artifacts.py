@@ -30,6 +30,10 @@ PARTIAL = ".partial"
 OLD = ".old"
 CHECKPOINTS = ".checkpoints"
 LOG = ".log"
+JOURNAL = ".journal"
+"""Beside a stage's folder: what a run that was ended had done already, for the stage to go on from."""
+SCRATCH = (PARTIAL, OLD, CHECKPOINTS, LOG, JOURNAL)
+"""Endings of what may lie beside a stage's folder and goes with it."""
 HASHES = ".hashes.json"
 RESUME = ".resume"
 """What a stage keeps in its scratch folder to go on from after a kill; no part of the finished folder."""
@@ -57,10 +61,11 @@ class Manifest:
 def provenance(sources: Iterable[str], packages: Iterable[str]) -> dict[str, str]:
     """Hashes of files of tutor/ and versions of packages, as fields of a key."""
     code = {f"code.{source}": file_sha256(Path(__file__).parent / source)[:16] for source in sources}
-    return code | {f"version.{package}": _version(package) for package in packages}
+    return code | {f"version.{package}": installed(package) for package in packages}
 
 
-def _version(package: str) -> str:
+def installed(package: str) -> str:
+    """A package's version, or that it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -245,6 +250,7 @@ def writing(
         )
         write_json(partial / MANIFEST, asdict(manifest))
         _swap(partial, folder)
+        remove(folder.with_name(folder.name + JOURNAL))
     except BaseException as error:
         fault = disk_fault(error, partial)  # before the disk is freed
         if not resume or isinstance(error, Exception):

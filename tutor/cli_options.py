@@ -58,6 +58,10 @@ def recipe_option(command: Command) -> Command:
     return recipe(build_option(command))
 
 
+host_option = click.option(
+    "--host", envvar="OLLAMA_HOST", show_envvar=True, help="Where Ollama answers; 127.0.0.1:11434 where not said."
+)
+adapter_option = click.option("--adapter", is_flag=True, help="The base with the adapter on it, not the merged model.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 
 

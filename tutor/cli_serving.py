@@ -1,40 +1,33 @@
-"""The commands that serve and ask: ask, chat, eval through Ollama, publish, promote, rollback, models."""
+"""The commands that answer and serve: ask, chat, publish, promote, rollback, models."""
 
 import contextlib
 import functools
 import json
-import os
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from tutor.cli_options import Command, emit, json_option, read, recipe_option, shown_on_stderr
+from tutor.cli_options import (
+    Command,
+    adapter_option,
+    emit,
+    host_option,
+    json_option,
+    read,
+    recipe_option,
+    shown_on_stderr,
+)
 
 if TYPE_CHECKING:
+    from tutor.answering import Who
     from tutor.engines.answer import Engine
     from tutor.recipe import Recipe
 
 MODELS = ("tutor", "base", "adapter")
 ENGINES = ("llamacpp", "ollama")
-
-host_option = click.option(
-    "--host", envvar="OLLAMA_HOST", show_envvar=True, help="Where Ollama answers; 127.0.0.1:11434 where not said."
-)
-adapter_option = click.option("--adapter", is_flag=True, help="The base with the adapter on it, not the merged model.")
-
-
-@dataclass(frozen=True)
-class Who:
-    """Who answers: which model, through which engine."""
-
-    model: str
-    quantization: str | None
-    engine: str
-    host: str | None
 
 
 def who_answers(command: Command) -> Command:
@@ -58,6 +51,8 @@ def who_answers(command: Command) -> Command:
 
     @functools.wraps(command)
     def collected(*args: Any, **options: Any) -> Any:
+        from tutor.answering import Who
+
         parts = {name: options.pop(name) for name in ("model", "quantization", "engine", "host")}
         return command(*args, who=Who(**parts), **options)
 
@@ -72,7 +67,7 @@ def who_answers(command: Command) -> Command:
 @json_option
 @click.pass_obj
 def ask_command(
-    flags: dict[str, bool], question: str | None, who: Who, recipe_path: Path, build: Path, *, as_json: bool
+    flags: dict[str, bool], question: str | None, who: "Who", recipe_path: Path, build: Path, *, as_json: bool
 ) -> None:
     """Ask one QUESTION (or stdin) and print the answer."""
     from tutor.engines.answer import sampling
@@ -93,7 +88,7 @@ def ask_command(
         started = started or bool(piece)
         click.echo(piece, nl=False)
 
-    with shown_on_stderr(flags), _engine(recipe, build, who) as engine:
+    with shown_on_stderr(flags), _opened(recipe, build, who) as engine:
         answer = engine.answer(
             conversation(text, recipe.system),
             sampling(recipe.generate, recipe.seed),
@@ -111,7 +106,7 @@ def ask_command(
 @who_answers
 @recipe_option
 @click.pass_obj
-def chat_command(flags: dict[str, bool], who: Who, recipe_path: Path, build: Path) -> None:
+def chat_command(flags: dict[str, bool], who: "Who", recipe_path: Path, build: Path) -> None:
     """Talk with the model; /salir leaves, Ctrl-C stops an answer."""
     from tutor.chat import Terminal, converse
     from tutor.engines.answer import sampling
@@ -124,7 +119,7 @@ def chat_command(flags: dict[str, bool], who: Who, recipe_path: Path, build: Pat
         write=lambda piece: click.echo(piece, nl=False),
         note=lambda line: click.echo(line, err=True),
     )
-    with shown_on_stderr({**flags, "quiet": True}), _engine(recipe, build, who) as engine:
+    with shown_on_stderr({**flags, "quiet": True}), _opened(recipe, build, who) as engine:
         converse(
             engine,
             sampling(recipe.generate, recipe.seed),
@@ -134,87 +129,17 @@ def chat_command(flags: dict[str, bool], who: Who, recipe_path: Path, build: Pat
         )
 
 
-@contextlib.contextmanager
-def _engine(recipe: "Recipe", build: Path, who: Who) -> "Iterator[Engine]":
-    """The engine that answers, stopped when done. Raises ArtifactError naming the stage that is missing."""
-    from tutor import artifacts, pipeline
+def _opened(recipe: "Recipe", build: Path, who: "Who") -> "contextlib.AbstractContextManager[Engine]":
+    """The engine that answers; with Ollama, under the name that publishing gave the model."""
+    from tutor import publishing
+    from tutor.answering import opened
     from tutor.errors import RecipeError
 
-    folder = build / recipe.name
     if who.engine == "ollama":
-        from tutor import publishing
-        from tutor.engines import ollama
-
         if who.model == "base" or who.quantization:
             raise RecipeError("Ollama has what was published: no base, and one quantization", "try --engine llamacpp")
-        with ollama.serve(publishing.served_name(recipe, adapter=who.model == "adapter"), who.host) as engine:
-            yield engine
-        return
-    if who.model == "adapter":
-        from tutor.engines import hf
-        from tutor.modelfolder import read_facts
-
-        trained = artifacts.require(folder / pipeline.BY_NAME["train"].folder, "train")
-        _, base = read_facts(folder / pipeline.BY_NAME["base"].folder)
-        yield hf.load(
-            base,
-            folder / pipeline.BY_NAME["train"].folder,
-            quantization=trained.results["quantization"],  # the recipe may leave it open
-            precision=recipe.train.precision,
-        )
-        return
-    from tutor.engines import llamacpp
-    from tutor.served import served_quantization
-
-    made = folder / pipeline.BY_NAME["convert"].folder
-    artifacts.require(made, "convert")
-    ladder = folder / pipeline.BY_NAME["ladder"].folder
-    kind = who.quantization or served_quantization(recipe.ollama.quantization, ladder)
-    gguf = made / f"{who.model}-{kind}.gguf"
-    if not gguf.is_file():
-        found = ", ".join(sorted(path.stem.partition("-")[2] for path in made.glob(f"{who.model}-*.gguf")))
-        raise RecipeError(f"{gguf} is not there", f"made for {who.model}: {found}")
-    with llamacpp.serve(
-        gguf, context=recipe.generate.context, threads=len(os.sched_getaffinity(0)), log=folder / "server.log"
-    ) as server:
-        yield server
-
-
-@click.command("eval")
-@click.option(
-    "--engine",
-    type=click.Choice(ENGINES),
-    default="llamacpp",
-    show_default=True,
-    help="llamacpp compares base and tutor; ollama asks the published tutor, and how far both engines agree.",
-)
-@host_option
-@adapter_option
-@recipe_option
-@json_option
-@click.pass_obj
-def eval_command(  # noqa: PLR0913 - a command's options
-    flags: dict[str, bool],
-    engine: str,
-    host: str | None,
-    recipe_path: Path,
-    build: Path,
-    *,
-    adapter: bool,
-    as_json: bool,
-) -> None:
-    """Answer the held-out prompts with the base and the tutor, and judge."""
-    from tutor import pipeline, publishing, summary
-
-    recipe = read(recipe_path)
-    with shown_on_stderr(flags):
-        if engine == "ollama":
-            model = publishing.served_name(recipe, adapter=adapter)
-            result = publishing.evaluate(recipe, build, host=host, model=model)
-        else:
-            pipeline.run_one("evaluate", recipe, build)
-            result = summary.collect(recipe, build)["stages"]["evaluate"]
-    emit(result, summary.verdict_lines(result), as_json=as_json)
+        who = replace(who, model=publishing.served_name(recipe, adapter=who.model == "adapter"))
+    return opened(recipe, build, who)
 
 
 @click.command("publish")
@@ -298,7 +223,6 @@ def models_command(host: str | None, recipe_path: Path, build: Path, *, as_json:
 COMMANDS = (
     ask_command,
     chat_command,
-    eval_command,
     publish_command,
     promote_command,
     rollback_command,

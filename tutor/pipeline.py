@@ -38,6 +38,7 @@ class Stage:
     llamacpp: bool = False
     beside: str = ""  # what a command outside the pipeline makes of its folder: removed with it
     resumes: bool = False  # goes on after a kill with what it had finished
+    files: Callable[[Recipe], Mapping[str, Path]] = lambda _: {}  # the user's, beside the folders of `needs`
 
     @property
     def module(self) -> Any:
@@ -81,8 +82,15 @@ def _modelfile(recipe: Recipe) -> dict[str, Any]:
 
 
 def _evaluate(recipe: Recipe) -> dict[str, Any]:
-    limits = {"max_new_tokens": recipe.generate.max_new_tokens, "context": recipe.generate.context}
-    return {**limits, "served": recipe.ollama.quantization, "system": recipe.system, "seed": recipe.seed}
+    names = ("max_new_tokens", "context", "repetition_penalty")
+    greedy = {name: getattr(recipe.generate, name) for name in names}
+    return {**greedy, "served": recipe.ollama.quantization, "system": recipe.system, "seed": recipe.seed}
+
+
+def _evaluate_files(recipe: Recipe) -> Mapping[str, Path]:
+    from tutor.stages.honesty import named_files
+
+    return named_files(recipe)
 
 
 STAGES = (
@@ -187,27 +195,35 @@ STAGES = (
         "evaluate",
         "eval",
         "answer the held-out prompts and judge",
-        needs=("data", "convert", "ladder"),
+        needs=("data", "base", "convert", "ladder"),
         settings=_evaluate,
         sources=(
             "stages/evaluate.py",
             "stages/splits.py",
             "served.py",
+            "stages/asked.py",
+            "stages/honesty.py",
+            "stages/rates.py",
+            "statistics.py",
             "engines/answer.py",
             "engines/llamacpp.py",
             "engines/llamacpp_process.py",
             "judges/code.py",
             "judges/fences.py",
             "judges/format.py",
+            "judges/kept.py",
             "judges/language.py",
+            "judges/overlap.py",
             "judges/typescript.py",
             "judges/typescript_install.py",
             "judges/typescript_scan.py",
+            "judges/verdict.py",
             "template.py",
         ),
-        packages=("markdown-it-py",),
+        packages=("markdown-it-py", "lingua-language-detector"),
         llamacpp=True,
         beside="eval-ollama",
+        files=_evaluate_files,
     ),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}
@@ -257,9 +273,8 @@ def key_fields(stage: Stage, recipe: Recipe, build: Path, states: Mapping[str, S
     """What decides a stage's result, flat, so that two of them can be compared line by line."""
     fields: dict[str, Any] = {f"recipe.{name}": value for name, value in stage.settings(recipe).items()}
     cache = build / recipe.name / artifacts.HASHES
-    if not stage.needs:
-        files = stage.module.input_files(recipe)
-        fields |= {f"file.{name}": artifacts.cached_sha256(path, cache) for name, path in files.items()}
+    files = stage.files(recipe) if stage.needs else stage.module.input_files(recipe)
+    fields |= {f"file.{name}": artifacts.cached_sha256(path, cache) for name, path in files.items()}
     for need in stage.needs:
         manifest = states[need].manifest
         assert manifest is not None
@@ -326,9 +341,11 @@ def _with_needs(name: str) -> set[str]:
 
 
 def _refuse_early(recipe: Recipe) -> None:
-    """Raise RecipeError for what only the last stages would refuse, after hours of training."""
+    """Raise RecipeError or DataError for what only the last stages would refuse, after hours of training."""
+    from tutor.stages.honesty import check_files
     from tutor.stages.modelfile import representable
 
+    check_files(recipe)
     if not representable(recipe.system):
         raise RecipeError(
             f"{recipe.path}: system has an invisible character that Ollama would drop, or a line ending in "
@@ -342,16 +359,17 @@ def _run(stage: Stage, recipe: Recipe, build: Path, state: State) -> None:
         artifacts.require(build / recipe.name / BY_NAME[need].folder, need)
     assert state.fields is not None, f"{stage.name} lacks an input"
     scratch = artifacts.writing(state.folder, stage.name, state.fields, resume=stage.resumes)
-    with _announced(stage), scratch as (out, results):
+    with announced(stage.name, stage.about), scratch as (out, results):
         inputs = {need: build / recipe.name / BY_NAME[need].folder for need in stage.needs}
         results.update(stage.module.run(recipe, inputs, out))
 
 
 @contextmanager
-def _announced(stage: Stage) -> Iterator[None]:
-    log.info("%s: %s", stage.name, stage.about, extra={"stage": stage.name})
+def announced(name: str, about: str) -> Iterator[None]:
+    """Progress as a stage's, for what runs inside."""
+    log.info("%s: %s", name, about, extra={"stage": name})
     yield
-    log.info("%s: done", stage.name, extra={"stage_done": stage.name})
+    log.info("%s: done", name, extra={"stage_done": name})
 
 
 def clean(recipe: Recipe, build: Path, names: tuple[str, ...]) -> list[Path]:
@@ -364,8 +382,7 @@ def clean(recipe: Recipe, build: Path, names: tuple[str, ...]) -> list[Path]:
             folders = [build / recipe.name / name for name in (stage.folder, stage.beside) if name]
             for folder in folders:
                 artifacts.refuse_foreign(folder)
-            ends = (artifacts.PARTIAL, artifacts.OLD, artifacts.CHECKPOINTS, artifacts.LOG)
-            for path in (folder.with_name(folder.name + end) for folder in folders for end in ("", *ends)):
+            for path in (folder.with_name(folder.name + end) for folder in folders for end in ("", *artifacts.SCRATCH)):
                 if path.exists():
                     artifacts.remove(path)
                     removed.append(path)

@@ -1,17 +1,12 @@
-"""What the commands around Ollama do with a recipe's build folder: publish its model, merged or as base and adapter,
-and ask the published one.
+"""What the commands around Ollama do with a recipe's build folder: publish its model, merged or as base and adapter.
 
 In: a recipe and its stages' folders, checked to belong together. Out: models on an Ollama server, `published.json`
-beside the Modelfile, `lora/` where an adapter is published, `eval-ollama/` where the published model was evaluated.
+beside the Modelfile, `lora/` where an adapter is published.
 """
 
-import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +14,16 @@ from tutor import artifacts
 from tutor.engines import ollama
 from tutor.engines.llamacpp_build import build_key
 from tutor.errors import ArtifactError
-from tutor.pipeline import BY_NAME, PACKAGE
+from tutor.pipeline import BY_NAME, PACKAGE, announced
 from tutor.recipe import Recipe
 from tutor.served import served_quantization
 from tutor.stages import publish as stage
-from tutor.stages.splits import read_rows
 from tutor.template import GO_TEMPLATE, STOPS, shown
 
 log = logging.getLogger(__name__)
 
 PUBLISHED = "published.json"
 LORA = "lora"
-EVALUATED = "eval-ollama"
 PARSER = "passthrough"
 LORA_CODE = (
     "publishing.py",
@@ -40,7 +33,6 @@ LORA_CODE = (
     "served.py",
     "template.py",
 )
-EVALUATE_CODE = ("publishing.py", "stages/evaluate.py", "engines/ollama.py", "template.py")
 
 
 def served_name(recipe: Recipe, *, adapter: bool = False) -> str:
@@ -57,7 +49,7 @@ def publish(
     faults, GateError when it would serve something else than was trained.
     """
     folder = build / recipe.name
-    with artifacts.locked(folder), _announced("publish", "put the model onto Ollama and prove it"):
+    with artifacts.locked(folder), announced("publish", "put the model onto Ollama and prove it"):
         made = _model_folder(recipe, folder)
         with ollama.connect(host) as server:
             server.wait_ready(wait)  # before gigabytes are hashed for no one
@@ -71,14 +63,6 @@ def publish(
 
 def _served(recipe: Recipe, folder: Path) -> str:
     return served_quantization(recipe.ollama.quantization, folder / BY_NAME["ladder"].folder)
-
-
-@contextmanager
-def _announced(name: str, about: str) -> Iterator[None]:
-    """Progress as a stage's, which this is but for its folder."""
-    log.info("%s: %s", name, about, extra={"stage": name})
-    yield
-    log.info("%s: done", name, extra={"stage_done": name})
 
 
 def _model_folder(recipe: Recipe, folder: Path) -> Path:
@@ -116,7 +100,7 @@ def _lora_folder(recipe: Recipe, folder: Path) -> Path:
     fields |= {f"code.{source}": artifacts.file_sha256(PACKAGE / source)[:16] for source in LORA_CODE}
     fields["version.llama.cpp"] = build_key()
     target = folder / LORA
-    if _is_made(target, fields):
+    if is_made(target, fields):
         return target
     base = inputs["convert"] / f"base-{_served(recipe, folder)}.gguf"
     if not base.is_file():
@@ -189,51 +173,7 @@ def model_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def evaluate(recipe: Recipe, build: Path, *, host: str | None = None, model: str) -> dict[str, Any]:
-    """Ask a published model every prompt, greedily, and judge; the rates, and how often llama-server says the same.
-
-    Writes `eval-ollama/answers.json`, unless it is there already of the same model, prompts and server (`ran` false).
-    Raises ArtifactError without the data stage, ServiceError when the model is not there or the server dies.
-    """
-    from tutor.engines.answer import greedy
-    from tutor.stages import evaluate as evaluation
-
-    folder = build / recipe.name
-    data, target = folder / BY_NAME["data"].folder, folder / EVALUATED
-    generation = greedy(recipe.generate, recipe.seed)
-    asked = {"input.data": artifacts.require(data, "data").fingerprint, "system": recipe.system, **asdict(generation)}
-    prompts = read_rows(data / "prompts.jsonl")
-    with artifacts.locked(folder), ollama.connect(host) as server:
-        served = {"model": model, "host": server.host, "version": server.version()}
-        served["digest"] = stage.digest_of(server, model) or ""
-        code = {f"code.{source}": artifacts.file_sha256(PACKAGE / source)[:16] for source in EVALUATE_CODE}
-        fields = {**asked, **served, **code}
-        ran = not _is_made(target, fields)
-        if ran:
-            asking = _announced("evaluate", f"ask {model} at {server.host} the prompts and judge")
-            with asking, artifacts.writing(target, EVALUATED, fields) as (out, results):
-                start = partial(ollama.serve, model, host)
-                records = evaluation.ask_all(start, prompts, generation, recipe.system, model)
-                artifacts.write_json(out / evaluation.ANSWERS, evaluation.side_by_side(prompts, {"ollama": records}))
-                rates = evaluation.summarise(prompts, records)
-                results.update(served, generation=asdict(generation), models={model: rates}, all=rates["all"])
-                theirs = folder / BY_NAME["evaluate"].folder / evaluation.ANSWERS
-                results["as_llama_server"] = _agreement(theirs, records)
-    return {"ran": ran, **artifacts.require(target, EVALUATED).results}
-
-
-def _is_made(folder: Path, fields: Mapping[str, Any]) -> bool:
+def is_made(folder: Path, fields: Mapping[str, Any]) -> bool:
     """Whether a folder is whole and made of exactly these fields."""
     manifest = artifacts.read_manifest(folder)
     return manifest is not None and manifest.key == artifacts.digest(dict(fields)) and not artifacts.check(folder)
-
-
-def _agreement(path: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, int] | None:
-    """In how many answers Ollama and llama-server, asked by the evaluate stage, agree to the letter; None without."""
-    try:
-        rows = json.loads(path.read_text("utf-8"))
-        theirs = [row["answers"]["tutor"].get("text") for row in rows]
-    except (OSError, ValueError, KeyError):
-        return None
-    same = sum(text is not None and text == record.get("text") for text, record in zip(theirs, records, strict=False))
-    return {"same": same, "of": len(theirs)}

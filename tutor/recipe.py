@@ -177,6 +177,13 @@ class GenerateSettings(Settings):
     context: int = Field(4096, ge=64)  # always explicit: Ollama's default goes from 4k to 256k with the card
 
 
+class EvaluateSettings(Settings):
+    """What the evaluation reads beside data.eval; empty: nothing of the kind. Rows as data/README.md says."""
+
+    paraphrases: str = ""  # prompts of data.eval in other words
+    general: str = ""  # texts about anything else: what tuning must not make the model forget
+
+
 class OllamaSettings(Settings):
     """What is published."""
 
@@ -195,6 +202,7 @@ class Recipe(Settings):
     merge: MergeSettings = MergeSettings()
     convert: ConvertSettings = ConvertSettings()
     generate: GenerateSettings = GenerateSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
     ollama: OllamaSettings = OllamaSettings()
     path: Path = Field(default=Path(), exclude=True)  # where it was read; not a setting
 

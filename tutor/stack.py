@@ -44,7 +44,12 @@ COMMANDS = {
     "shell": ("run", "--rm", "--no-deps", "trainer", "bash"),
 }
 """What people do with the containers beside running the whole stack: `docker compose` with our files and variables."""
-SHARES = {"spanish": "answered in Spanish", "stopped": "ended by themselves", "code_block": "with a code block"}
+SHARES = {
+    "passed": "with all that was asked",
+    "spanish": "answered in Spanish",
+    "stopped": "ended by themselves",
+    "code_block": "with a code block",
+}
 """Of the evaluator's verdicts, what the end says; its JSON and eval-ollama/ have the rest."""
 RUN = "docker compose exec ollama ollama run"
 STARTING = "180"  # seconds until Ollama must be healthy

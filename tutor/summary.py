@@ -10,10 +10,13 @@ from typing import Any
 from tutor import artifacts
 from tutor.pipeline import BY_NAME
 from tutor.recipe import Recipe
+from tutor.stages.rates import LABELS
 from tutor.template import shown
 
 EXAMPLES = 3
 """How many answers are shown side by side."""
+SHOWN = ("passed", "spanish", "stopped", "code_block", "no_loop", "compiles", "expected")
+"""Of the verdicts, those of the table; the others are in the results and the report."""
 
 
 def collect(recipe: Recipe, build: Path) -> dict[str, Any]:
@@ -102,23 +105,55 @@ def ladder_lines(ladder: Mapping[str, Any]) -> list[str]:
 
 
 def verdict_lines(evaluate: Mapping[str, Any]) -> list[str]:
-    """Verdict shares and speed, a column a model."""
+    """Verdicts as shares with their counts and median speed, a column a model; then what must be said of them."""
     models = evaluate["models"]
     number = next(iter(models.values()))["all"]["n"]
-    rows = ["", f"  {f'{number} held-out prompts':<22}" + "".join(f"{name:>12}" for name in models)]
-    for label, verdict in (
-        ("in Spanish", "spanish"),
-        ("stopped by itself", "stopped"),
-        ("with code", "code_block"),
-        ("without a loop", "no_loop"),
-        ("code compiles", "compiles"),
-        ("as expected", "expected"),
-    ):
+    width = max(18, *(len(name) + 2 for name in models))
+    rows = ["", f"  {f'{number} held-out prompts':<22}" + "".join(f"{name:>{width}}" for name in models)]
+    for verdict in SHOWN:
         if all(verdict in model["all"] for model in models.values()):
-            shares = "".join(f"{100 * model['all'][verdict]['share']:>10.0f} %" for model in models.values())
-            rows.append(f"  {label:<22}{shares}")
-    speeds = "".join(f"{model['tokens_per_second'] or 0:>12.0f}" for model in models.values())
-    return [*rows, f"  {'tokens per second':<22}{speeds}"]
+            shares = "".join(f"{_share(model['all'][verdict], number):>{width}}" for model in models.values())
+            rows.append(f"  {LABELS[verdict]:<22}{shares}")
+    speeds = "".join(f"{model['tokens_per_second'] or 0:>{width}.0f}" for model in models.values())
+    rows.append(f"  {'tokens per second':<22}{speeds}")
+    return [*rows, *(f"  {_finding(found)}" for found in evaluate.get("findings", ()))]
+
+
+def _share(rate: Mapping[str, Any], number: int) -> str:
+    return f"{100 * rate['share']:.0f} % ({rate['n']}/{number})"
+
+
+def _finding(found: Mapping[str, str]) -> str:
+    return f"WORSE: {found['text']}" if found["said"] == "worse" else found["text"]
+
+
+def compared_lines(result: Mapping[str, Any]) -> list[str]:
+    """What changed between two models, for a terminal: every verdict, every kind of question, and which prompts."""
+    left_out = sum(result["left_out"].values())
+    note = f"; {left_out} asked of one alone are left out" if left_out else ""
+    number = result["n"]
+    rows = [
+        f"A: {result['before']}",
+        f"B: {result['after']}",
+        f"{number} prompts asked of both{note}",
+        "",
+        f"  {'':<22}{'A':>18}{'B':>18}   B - A, in points (95 %)",
+        *(_change(LABELS[name], entry) for name, entry in result["all"].items()),
+    ]
+    if len(result["categories"]) > 1:
+        rows += ["", f"  {LABELS['passed']}, by kind of question"]
+        rows += [_change(name or "(none)", entry) for name, entry in result["categories"].items()]
+    for name in ("better", "worse"):
+        if result[name]:
+            rows += ["", f"  {name} in B: {len(result[name])} of {number}"]
+            rows += [f"  » {textwrap.shorten(question, 96, placeholder=' …')}" for question in result[name]]
+    return rows
+
+
+def _change(label: str, entry: Mapping[str, Any]) -> str:
+    shares = "".join(f"{_share(entry[side], entry['n']):>18}" for side in ("before", "after"))
+    interval = "" if entry["low"] is None else f"[{100 * entry['low']:+.0f}, {100 * entry['high']:+.0f}]"
+    return f"  {label:<22}{shares}   {100 * entry['difference']:+4.0f} {interval:<14}{entry['said']}"
 
 
 def _example(example: Mapping[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tutor.judges.fences import TYPESCRIPT, Block, fenced, typescript
+from tutor.judges.kept import dropped
 from tutor.judges.typescript import SECONDS, Verdict, judge_blocks
 
 UNCHECKED = "-"
@@ -134,22 +135,29 @@ def judge_answers(
     """A verdict for each prompt's answer; JSON values.
 
     `compiles`: all of its TypeScript compiles, a block alone or behind the answer's blocks before it, and there is
-    some if the prompt's `expect` wants code. `given_fails`: the question's code fails as the prompt states (None where
-    it states nothing). `expected`: it compiles, the given code fails, every concept of `expect` is there and nothing
-    of its `exclude`; `missing` and `forbidden` say which. Where no prompt wants code none is compiled; else raises
-    HostError without a compiler.
+    some if the prompt's `expect` wants code; the question's own code, quoted unchanged, is left out. `given_fails`: the
+    question's code fails as the prompt states (None where it states nothing). `dropped`: the names of failing code
+    that the answer's lacks (kept.py). `expected`: it compiles, the given code fails and is kept, every concept of
+    `expect` is there and nothing of its `exclude`; `missing` and `forbidden` say which. Where no prompt wants code
+    none is compiled; else raises HostError without a compiler.
     """
     given = [_given(prompt) for prompt in prompts]
     compiled = any(wants_code(prompt) for prompt in prompts)
-    found = [typescript(fenced(text)) if compiled and len(text) <= MAX_TEXT else [] for text in texts]
+    found = [
+        _own_blocks(text, [each.block for each in row]) if compiled else []
+        for text, row in zip(texts, given, strict=True)
+    ]
     flat = [each.block for row in given for each in row] + [block for blocks in found for block in blocks]
     verdicts = iter(judge_blocks(flat, seconds=seconds))
     fails = [[fulfils(next(verdicts), each.codes) for each in row] for row in given]
     alone = [[next(verdicts) for _ in blocks] for blocks in found]
     judged = _behind_others(found, alone, seconds)
+    lost = [_lost(row, blocks) if compiled else [] for row, blocks in zip(given, found, strict=True)]
     return [
-        _answer(prompt, text, list(zip(blocks, outcomes, strict=True)), as_stated)
-        for prompt, text, blocks, outcomes, as_stated in zip(prompts, texts, found, judged, fails, strict=True)
+        _answer(prompt, text, list(zip(blocks, outcomes, strict=True)), {"fails": as_stated, "dropped": gone})
+        for prompt, text, blocks, outcomes, as_stated, gone in zip(
+            prompts, texts, found, judged, fails, lost, strict=True
+        )
     ]
 
 
@@ -166,6 +174,19 @@ def _given(prompt: Mapping[str, Any]) -> list[_Wanted]:
     """The blocks of a prompt's question of which it says what they do."""
     asked = len(fenced(prompt["instruction"]))
     return _wanted(Marked(prompt["instruction"], code=list(prompt.get("code") or ())[:asked] or [UNCHECKED] * asked))[0]
+
+
+def _own_blocks(text: str, given: Sequence[Block]) -> list[Block]:
+    """An answer's TypeScript without the question's: who explains a fault may show it again."""
+    if len(text) > MAX_TEXT:
+        return []
+    quoted = {" ".join(block.code.split()) for block in given}
+    return [block for block in typescript(fenced(text)) if " ".join(block.code.split()) not in quoted]
+
+
+def _lost(given: Sequence[_Wanted], blocks: Sequence[Block]) -> list[str]:
+    """What a correction dropped of the code that it was to correct."""
+    return dropped([each.block.code for each in given if each.codes], [block.code for block in blocks])
 
 
 def _behind_others(found: list[list[Block]], alone: list[list[Verdict]], seconds: float) -> list[list[Verdict]]:
@@ -191,7 +212,7 @@ def _behind_others(found: list[list[Block]], alone: list[list[Verdict]], seconds
 
 
 def _answer(
-    prompt: Mapping[str, Any], text: str, blocks: Sequence[tuple[Block, Verdict]], as_stated: Sequence[bool]
+    prompt: Mapping[str, Any], text: str, blocks: Sequence[tuple[Block, Verdict]], given: Mapping[str, Any]
 ) -> dict[str, Any]:
     expect = prompt.get("expect") or {}
     outcomes = {verdict.outcome for _, verdict in blocks} or {"no_code" if len(text) <= MAX_TEXT else "judge_error"}
@@ -201,12 +222,14 @@ def _answer(
     forbidden = [name for name in expect.get("exclude", ()) if fold(name) in folded]
     needs_none = not expect.get("code", bool(expect))
     compiles = outcome == "pass" or (needs_none and outcome == "no_code" and not blocks)
-    given_fails = all(as_stated) if as_stated else None
+    given_fails = all(given["fails"]) if given["fails"] else None
+    good_words = not missing and not forbidden
     return {
         "compiles": compiles,
         "outcome": outcome,
         "given_fails": given_fails,
-        "expected": compiles and given_fails is not False and not missing and not forbidden,
+        "expected": compiles and given_fails is not False and good_words and not given["dropped"],
+        "dropped": given["dropped"],
         "missing": missing,
         "forbidden": forbidden,
         "blocks": [

@@ -1,72 +1,175 @@
-"""The evaluate stage: every prompt to the base and to the tutor, greedily, and verdicts on the answers.
+"""The evaluate stage: every prompt to the base and to the tutor, greedily; verdicts, and what they prove.
 
-In: data/ (prompts.jsonl), convert/ (the GGUF files), ladder/ (which of them is served).
-Out: answers.json (all answers side by side). Does not decide whether that is good enough.
+In: data/ (prompts, train and held-out rows), base/ (its tokenizer), convert/ (the GGUF files), the two small files of
+the recipe's [evaluate]. Out, in eval/:
+
+    answers.json     a list, an entry a prompt: the prompt's own keys (instruction, category, topic, code, expect, line)
+                     and `answers`: by model ("base", "tutor") a record as judges/verdict.py says, with `copied`
+    paraphrased.json the same for the prompts in other words, each with its `original`; "tutor" alone is asked
+
+and as the manifest's results:
+
+    models           by model: `file`, `all` and `categories` (rates.py), `characters`, `tokens_per_second`
+    differences      from the base to the tutor: a list of `before`, `after` and what rates.differences says
+    paraphrases      a difference (rates.py), from the prompts to the same in other words; None where none are named
+    general          how the tutor predicts general texts, against the base (honesty.drift); None likewise
+    copied           by model, and for the held-out rows: the longest runs that also stand in a row trained on
+    findings         what of all this must be said, in words: `said` (better, worse, no difference shown) and `text`
+
+Does not decide whether that is good enough.
 """
 
 import logging
 import os
-import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+import statistics as figures
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tutor import artifacts
 from tutor.artifacts import write_json
-from tutor.engines.answer import Answer, Engine, Generation, greedy
+from tutor.engines.answer import greedy
 from tutor.engines.llamacpp import serve
-from tutor.errors import ArtifactError, ServiceError
-from tutor.judges.code import judge_answers, wants_code
-from tutor.judges.format import judge_format
-from tutor.judges.language import is_spanish
+from tutor.engines.llamacpp_build import build_key
+from tutor.engines.llamacpp_score import score
+from tutor.errors import ArtifactError
+from tutor.judges.code import wants_code
 from tutor.judges.typescript_install import find_compiler
+from tutor.judges.verdict import Record, judge
+from tutor.modelfolder import load_tokenizer, read_facts
 from tutor.served import served_quantization
+from tutor.stages import honesty, rates
+from tutor.stages.asked import Task, ask_all
 from tutor.stages.splits import read_rows
-from tutor.template import conversation
 
 if TYPE_CHECKING:
     from tutor.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
-ANSWERS = "answers.json"
-RATES = ("stopped", "answered", "fences_closed", "code_block", "no_loop", "no_leak", "spanish")
-"""The verdicts that are yes or no, as they are counted; yes is good."""
-CODE_RATES = ("compiles", "expected")
-"""The same, where prompts say what they expect."""
-STARTS = 2
-"""How often a model's server is started: one that died is given one more chance, at the prompt it died on."""
-
-Record = dict[str, Any]
-"""An answer with its verdicts, or `error`: why there is none."""
+ANSWERS, PARAPHRASED = "answers.json", "paraphrased.json"
 
 
 def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
-    """Ask and judge into `out`; the summary: rates by model and category, tokens/s.
+    """Ask, judge and score into `out`; the results above.
 
-    Raises ArtifactError when a file is missing, ServiceError when a model's server cannot be kept alive, HostError
-    when prompts expect code and the compiler that judges it is not installed.
+    Raises ArtifactError when a file is missing, ServiceError when a model's server cannot be kept alive (its answers
+    so far are kept beside `out` for the next run), HostError when prompts expect code and the compiler that judges it
+    is not installed, DataError for a file of [evaluate].
     """
     prompts = read_rows(inputs["data"] / "prompts.jsonl")
     if any(map(wants_code, prompts)):
         find_compiler()  # before the answers, which take long, not after them
+    named = honesty.named_files(recipe)
+    reworded = []
+    if "paraphrases" in named:
+        reworded = honesty.in_other_words(honesty.read_texts(named["paraphrases"], honesty.PARAPHRASE), prompts)
     served = served_quantization(recipe.ollama.quantization, inputs["ladder"])
     files = served_files(inputs["convert"], served, base=recipe.convert.base)
-    generation = greedy(recipe.generate, recipe.seed)
-    threads = len(os.sched_getaffinity(0))
-    records = {}
-    for name, gguf in files.items():
-        # Beside `out`: what a server said must outlive a run that fails, whose folder is taken away.
-        said = out.parent / f"evaluate-{name}.log"
-        start = partial(serve, gguf, context=recipe.generate.context, threads=threads, log=said)
-        records[name] = with_code(prompts, ask_all(start, prompts, generation, recipe.system, name))
-    write_json(out / ANSWERS, side_by_side(prompts, records))
-    return {
-        "generation": asdict(generation),
-        "models": {name: {"file": files[name].stem, **summarise(prompts, records[name])} for name in files},
+    training = read_rows(inputs["data"] / "train.jsonl")
+    asked = {name: [*prompts, *reworded] if name == "tutor" else prompts for name in files}
+    records = {name: _ask(recipe, name, gguf, out, asked[name]) for name, gguf in files.items()}
+    records = {name: judge_and_compare(asked[name], found, training) for name, found in records.items()}
+    plain = {name: found[: len(prompts)] for name, found in records.items()}
+    write_json(out / ANSWERS, side_by_side(prompts, plain))
+    write_json(out / PARAPHRASED, side_by_side(reworded, {"tutor": records["tutor"][len(prompts) :]}))
+    results: dict[str, Any] = {
+        "generation": asdict(greedy(recipe.generate, recipe.seed)),
+        "models": {name: {"file": files[name].stem, **rates.summarise(prompts, plain[name])} for name in files},
+        "differences": between(prompts, plain, recipe.seed),
+        "paraphrases": _reworded(prompts, reworded, records["tutor"], recipe.seed),
+        "general": _general(recipe, named, files, inputs["base"]),
+        "copied": _copied(plain, read_rows(inputs["data"] / "held_out.jsonl"), training),
     }
+    return {**results, "findings": honesty.findings(results)}
+
+
+def _threads() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def journals(out: Path) -> Path:
+    """The folder of a stage's journals, beside its own, whose scratch folder does not outlive a run that fails."""
+    return out.with_name(out.name.removesuffix(artifacts.PARTIAL) + artifacts.JOURNAL)
+
+
+def _ask(recipe: "Recipe", name: str, gguf: Path, out: Path, prompts: Sequence[Mapping[str, Any]]) -> list[Record]:
+    """The answers of one GGUF, through a llama-server of its own."""
+    context, threads = recipe.generate.context, _threads()
+    # What a server said outlives a run that fails, as the journal does.
+    start = partial(serve, gguf, context=context, threads=threads, log=journals(out) / f"{name}.log")
+    manifest = artifacts.read_manifest(gguf.parent)
+    made = manifest.outputs.get(gguf.name, {}).get("sha256") if manifest else None
+    key = {"model": made or artifacts.file_sha256(gguf), "context": context, "engine": build_key()}
+    generation = greedy(recipe.generate, recipe.seed)
+    return ask_all(start, prompts, Task(name, generation, recipe.system, journals(out) / f"{name}.jsonl", key))
+
+
+def judge_and_compare(
+    prompts: Sequence[Mapping[str, Any]], answers: Sequence[Record], training: Sequence[Mapping[str, Any]]
+) -> list[Record]:
+    """The records with their verdicts and what they copy from the rows that were trained on."""
+    lengths = sorted(len(row["response"].strip()) for row in training)
+    judged = judge(prompts, answers, (lengths[0], lengths[-1]) if lengths else None)
+    copies = honesty.copying(answers, training)
+    return [{**record, **({"copied": copied} if copied else {})} for record, copied in zip(judged, copies, strict=True)]
+
+
+def between(
+    prompts: Sequence[Mapping[str, Any]], records: Mapping[str, Sequence[Record]], seed: int
+) -> list[dict[str, Any]]:
+    """What changed from the first model to each of the others."""
+    first, *others = records
+    return [
+        {"before": first, "after": name, **rates.differences(prompts, records[first], records[name], seed)}
+        for name in others
+    ]
+
+
+def _reworded(
+    prompts: Sequence[Mapping[str, Any]],
+    reworded: Sequence[Mapping[str, Any]],
+    records: Sequence[Record],
+    seed: int,
+) -> dict[str, Any] | None:
+    """The difference that other words make, over the prompts of which there are any."""
+    if not reworded:
+        return None
+    places = {prompt["instruction"].strip(): place for place, prompt in enumerate(prompts)}
+    originals = [records[places[row["original"].strip()]] for row in reworded]
+    return rates.difference(originals, records[len(prompts) :], "passed", seed)
+
+
+def _general(
+    recipe: "Recipe", named: Mapping[str, Path], files: Mapping[str, Path], base: Path
+) -> dict[str, Any] | None:
+    """What the general texts cost the base and the tutor, where there are both."""
+    if "general" not in named:
+        return None
+    if "base" not in files:
+        log.info("general texts: left out, for there is no base to compare with (convert.base = false)")
+        return None
+    texts = honesty.read_texts(named["general"], honesty.GENERAL)
+    log.info("general texts: the base and the tutor predict %d", len(texts))
+    tokenizer = load_tokenizer(read_facts(base)[1])
+    ids = [list(tokenizer(row["text"])["input_ids"]) for row in texts]
+    rows = [(each[:1], each[1:]) for each in ids]
+    scores = {name: score(gguf, rows, threads=_threads()) for name, gguf in files.items()}
+    losses = {name: [-figures.fmean(item.logprobs) for item in found] for name, found in scores.items()}
+    return honesty.drift(losses, texts, recipe.seed)
+
+
+def _copied(
+    records: Mapping[str, Sequence[Record]],
+    held_out: Sequence[Mapping[str, Any]],
+    training: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """By model, and for the held-out rows: what is usual of their author, who wrote the others too."""
+    found = {name: honesty.copied_runs([record.get("copied") for record in said]) for name, said in records.items()}
+    same_author = honesty.copying([{"text": row["response"]} for row in held_out], training)
+    return {**found, "held-out rows": honesty.copied_runs(same_author)}
 
 
 def served_files(convert: Path, quantization: str, *, base: bool) -> dict[str, Path]:
@@ -78,137 +181,9 @@ def served_files(convert: Path, quantization: str, *, base: bool) -> dict[str, P
     return files
 
 
-def ask_all(
-    start: Callable[[], AbstractContextManager[Engine]],
-    prompts: Sequence[Mapping[str, Any]],
-    generation: Generation,
-    system: str,
-    name: str,
-) -> list[Record]:
-    """A record a prompt, from an engine that is started again once when it dies. Raises ServiceError when it dies on.
-
-    `name` is the model's, for the progress lines.
-    """
-    records: list[Record] = []
-    for _ in range(STARTS):
-        with start() as engine:
-            records += ask(engine, prompts[len(records) :], generation, system, name)
-        if len(records) == len(prompts):
-            return records
-        log.warning("%s: the server died at prompt %d of %d", name, len(records) + 1, len(prompts))
-    raise ServiceError(
-        f"{name}: the server died {STARTS} times, the last time at prompt {len(records) + 1} of {len(prompts)}",
-        "memory may be short: try a smaller ollama.quantization or generate.context",
-    )
-
-
-def ask(
-    engine: Engine, prompts: Sequence[Mapping[str, Any]], generation: Generation, system: str, name: str
-) -> list[Record]:
-    """A record a prompt; fewer when the engine is dead, that is fails on a prompt and then on a warm-up request too."""
-    warm_up = partial(engine.answer, conversation("Hola"), replace(generation, max_new_tokens=1))
-    warm_up()
-    records: list[Record] = []
-    for number, prompt in enumerate(prompts, 1):
-        try:
-            answer = engine.answer(conversation(prompt["instruction"], system), generation)
-        except ServiceError as error:
-            if _fails(warm_up):
-                break
-            records.append({"error": error.message})
-            log.warning("%s: no answer to %r: %s", name, prompt["instruction"][:60], error)
-            continue
-        records.append(judged(answer))
-        log.info("%s %d/%d: %d tokens, %s", name, number, len(prompts), answer.tokens, answer.finish)
-    return records
-
-
-def _fails(request: Callable[[], object]) -> bool:
-    try:
-        request()
-    except ServiceError:
-        return True
-    return False
-
-
-def judged(answer: Answer) -> Record:
-    """An answer with its verdicts."""
-    spanish, confidence = is_spanish(answer.text)
-    verdicts = {**judge_format(answer.text, answer.finish), "spanish": spanish, "spanish_confidence": confidence}
-    return {**asdict(answer), "verdicts": verdicts}
-
-
-def expects_something(prompts: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether any prompt says what a right answer has, or what the code in its question does."""
-    return any(prompt.get("expect") or prompt.get("code") for prompt in prompts)
-
-
-def with_code(prompts: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> list[Record]:
-    """The records with the verdicts on their code, all in one run of the compiler; as they are where none is expected.
-
-    `compiles` and `expected` join the verdicts; why stands in `code`.
-    """
-    if not expects_something(prompts):
-        return list(records)
-    answered = [place for place, record in enumerate(records) if "verdicts" in record]
-    found = judge_answers([prompts[place] for place in answered], [records[place]["text"] for place in answered])
-    judged = list(records)
-    for place, code in zip(answered, found, strict=True):
-        counted = {name: code.pop(name) for name in CODE_RATES}
-        judged[place] = {**records[place], "verdicts": {**records[place]["verdicts"], **counted}, "code": code}
-    return judged
-
-
 def side_by_side(prompts: Sequence[Mapping[str, Any]], records: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
     """One entry a prompt: the prompt's own keys, and `answers` by model."""
     return [
         {**prompt, "answers": {name: answers[index] for name, answers in records.items()}}
         for index, prompt in enumerate(prompts)
     ]
-
-
-def summarise(prompts: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> dict[str, Any]:
-    """Verdict rates over all prompts and by category, and the median speed in tokens/s (None without an answer)."""
-    categories: dict[str, list[Record]] = {}
-    for prompt, record in zip(prompts, records, strict=True):
-        categories.setdefault(prompt["category"], []).append(record)
-    speeds = [record["tokens_per_second"] for record in records if record.get("tokens", 0) > 1]
-    return {
-        "all": rates(records),
-        "categories": {name: rates(members) for name, members in sorted(categories.items())},
-        "tokens_per_second": round(statistics.median(speeds), 2) if speeds else None,
-    }
-
-
-def rates(records: Sequence[Record]) -> dict[str, Any]:
-    """How many prompts, errors and, for each verdict, passes with their share; no answer passes nothing."""
-    verdicts = [record["verdicts"] for record in records if "verdicts" in record]
-    counted = [name for name in (*RATES, *CODE_RATES) if all(name in verdict for verdict in verdicts)]
-    passes = {name: sum(verdict[name] for verdict in verdicts) for name in counted}
-    return {
-        "n": len(records),
-        "errors": len(records) - len(verdicts),
-        **{name: {"n": n, "share": round(n / len(records), 4) if records else 0.0} for name, n in passes.items()},
-    }
-
-
-def compare_table(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The summary's few numbers for a terminal: a header with the models' names, then a row a property."""
-    models = summary["models"]
-    lines: Iterable[tuple[str, Callable[[Mapping[str, Any]], str]]] = (
-        ("in Spanish", lambda model: _share(model, "spanish")),
-        ("ended by itself", lambda model: _share(model, "stopped")),
-        ("with a code block", lambda model: _share(model, "code_block")),
-        ("without a loop", lambda model: _share(model, "no_loop")),
-        ("code compiles", lambda model: _share(model, "compiles")),
-        ("as expected", lambda model: _share(model, "expected")),
-        ("tokens/s", lambda model: "-" if model["tokens_per_second"] is None else f"{model['tokens_per_second']:.1f}"),
-    )
-    return [("", *models), *((label, *(shown(model) for model in models.values())) for label, shown in lines)]
-
-
-def _share(model: Mapping[str, Any], verdict: str) -> str:
-    rate = model["all"].get(verdict)
-    if rate is None:
-        return "-"
-    return f"{100 * rate['share']:.0f} % ({rate['n']}/{model['all']['n']})"

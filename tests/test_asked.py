@@ -1,0 +1,272 @@
+"""stages/asked.py: the loop over prompts, engines that die, several at a time, and journals of runs that were ended."""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tutor.engines.answer import Answer, Engine, Generation
+from tutor.errors import ServiceError
+from tutor.stages.asked import DEADLY, Task, ask_all
+from tutor.template import Message, render
+
+GREEDY = Generation(max_new_tokens=50, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=7)
+PROMPTS = [{"instruction": f"¿Qué es {name}?"} for name in "abcdef"]
+
+
+@dataclass
+class Fake:
+    """Echoes its question; `faults` are of single questions, `dies_on` is fatal, as is every request from `dead_from`."""
+
+    faults: dict[str, str] = field(default_factory=dict)
+    dies_on: str = ""
+    dead_from: int | None = None
+    pause: float = 0.0
+    name: str = "fake"
+    asked: list[tuple[str, Generation]] = field(default_factory=list)
+
+    def answer(
+        self, messages: Sequence[Message], generation: Generation, on_text: Callable[[str], None] | None = None
+    ) -> Answer:
+        question = messages[-1]["content"]
+        self.asked.append((render(messages), generation))
+        for _ in range(3):
+            time.sleep(self.pause / 3)
+            if on_text:
+                on_text("x")
+        if self.dies_on and self.dies_on in question:
+            self.dead_from = 0
+        if self.dead_from is not None and len(self.asked) >= self.dead_from:
+            raise ServiceError("connection refused")
+        if fault := self.faults.get(question):
+            raise ServiceError(fault)
+        return Answer(f" Sobre {question}", "stop", 12, 10, 0.5, 20.0)
+
+
+class Servers:
+    """Starts engines, one after the other or side by side; `made` are those that were started."""
+
+    def __init__(self, *engines: Fake, always: Fake | None = None) -> None:
+        self.left = list(engines)
+        self.always = always
+        self.made: list[Fake] = []
+        self.running = 0
+        self.most = 0
+        self.lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[Engine]:
+        with self.lock:
+            if not self.left and self.always is None:
+                raise ServiceError("no engine starts any more")
+            self.made.append(self.left.pop(0) if self.left else replace(self.always or Fake(), asked=[]))
+            engine = self.made[-1]
+            self.running += 1
+            self.most = max(self.most, self.running)
+        try:
+            yield engine
+        finally:
+            with self.lock:
+                self.running -= 1
+
+    def questions(self) -> list[str]:
+        """All that was asked but for the warm-ups."""
+        asked = [entry for engine in self.made for entry in engine.asked]
+        return [prompt[13:23] for prompt, generation in asked if generation.max_new_tokens > 1]
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Task:
+    return Task("tutor", GREEDY, "", tmp_path / "eval.journal" / "tutor.jsonl", {"model": "0" * 64})
+
+
+def texts(records: Sequence[dict[str, Any]]) -> list[str]:
+    return [record.get("text", record.get("error")) for record in records]
+
+
+EXPECTED = [f" Sobre ¿Qué es {name}?" for name in "abcdef"]
+
+
+def test_every_prompt_is_asked_once_in_order_after_one_warm_up(task: Task) -> None:
+    servers = Servers(Fake())
+    records = ask_all(servers, PROMPTS, replace(task, system="Eres un tutor."))
+    assert texts(records) == EXPECTED
+    asked = servers.made[0].asked
+    assert asked[0][1].max_new_tokens == 1
+    assert [prompt for prompt, _ in asked[1:]] == [
+        f"Eres un tutor.\n\nInstrucción: {prompt['instruction']}\nRespuesta:" for prompt in PROMPTS
+    ]
+    assert {generation for _, generation in asked[1:]} == {GREEDY}
+
+
+def test_a_prompt_that_fails_is_a_record_and_the_rest_is_asked(task: Task) -> None:
+    records = ask_all(Servers(Fake(faults={"¿Qué es b?": "too long"})), PROMPTS, task)
+    assert records[1] == {"error": "too long"}
+    assert texts(records) == [EXPECTED[0], "too long", *EXPECTED[2:]]
+
+
+def test_a_dead_engine_is_started_again_at_the_prompt_it_died_on(task: Task) -> None:
+    servers = Servers(Fake(dead_from=4), Fake())
+    assert texts(ask_all(servers, PROMPTS, task)) == EXPECTED
+    assert [prompt[13:23] for prompt, _ in servers.made[1].asked[1:]][:2] == ["¿Qué es c?", "¿Qué es d?"]
+
+
+def test_a_prompt_on_which_every_engine_dies_is_given_up_and_the_rest_is_asked(task: Task) -> None:
+    servers = Servers(always=Fake(dies_on="c"))
+    records = ask_all(servers, PROMPTS, task)
+    assert records[2] == {"error": "the engine died on it 2 times"}
+    assert [record for record in texts(records) if record in EXPECTED] == [*EXPECTED[:2], *EXPECTED[3:]]
+    assert len(servers.made) == 3
+
+
+def test_an_engine_that_dies_on_everything_ends_the_run(task: Task) -> None:
+    servers = Servers(always=Fake(dies_on="¿"))
+    with pytest.raises(ServiceError, match=f"died on {DEADLY} prompts in a row, 2 times each.*prompt 3 of 6"):
+        ask_all(servers, PROMPTS, task)
+    assert servers.running == 0
+
+
+def test_an_engine_that_never_answers_ends_the_run_at_once(task: Task) -> None:
+    servers = Servers(Fake(dead_from=1))
+    with pytest.raises(ServiceError, match="refused"):
+        ask_all(servers, PROMPTS, task)
+    assert len(servers.made) == 1
+
+
+# Several at a time
+
+
+def test_answers_are_the_same_in_the_same_order_however_many_are_asked_at_a_time(task: Task) -> None:
+    servers = Servers(always=Fake(pause=0.02))
+    assert texts(ask_all(servers, PROMPTS, task, parallel=3)) == EXPECTED
+    assert servers.most == 3, "each with an engine of its own"
+    assert sorted(servers.questions()) == [f"¿Qué es {name}?" for name in "abcdef"]
+
+
+def test_no_more_engines_are_started_than_there_are_prompts(task: Task) -> None:
+    servers = Servers(always=Fake())
+    ask_all(servers, PROMPTS[:2], task, parallel=64)
+    assert len(servers.made) <= 2
+
+
+def test_one_of_several_that_fails_ends_the_others_soon(task: Task) -> None:
+    servers = Servers(Fake(dead_from=1), Fake(pause=9), Fake(pause=9))
+    began = time.monotonic()
+    with pytest.raises(ServiceError, match="refused"):
+        ask_all(servers, PROMPTS, task, parallel=3)
+    assert time.monotonic() - began < 6
+    assert servers.running == 0
+
+
+def test_of_several_one_dies_and_the_prompt_is_asked_again(task: Task) -> None:
+    servers = Servers(Fake(dead_from=3), always=Fake(pause=0.01))
+    assert texts(ask_all(servers, PROMPTS, task, parallel=2)) == EXPECTED
+
+
+# Journals
+
+
+class Killed(BaseException):
+    """The end of a run that nothing foresees."""
+
+
+@dataclass
+class Ending(Fake):
+    """Answers some prompts, then the process ends."""
+
+    answers: int = 3
+
+    def answer(
+        self, messages: Sequence[Message], generation: Generation, on_text: Callable[[str], None] | None = None
+    ) -> Answer:
+        if generation.max_new_tokens > 1:
+            self.answers -= 1
+        if self.answers < 0:
+            raise Killed
+        return super().answer(messages, generation, on_text)
+
+
+def ended(task: Task, answers: int = 3, **options: Any) -> None:
+    with pytest.raises(Killed):
+        ask_all(Servers(Ending(answers=answers, **options)), PROMPTS, task)
+
+
+def test_a_run_that_was_ended_goes_on_where_it_stopped(task: Task, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "tutor")
+    ended(task)
+    servers = Servers(Fake())
+    assert texts(ask_all(servers, PROMPTS, task)) == EXPECTED
+    assert servers.questions() == ["¿Qué es d?", "¿Qué es e?", "¿Qué es f?"]
+    assert "3 of 6 answers are there" in caplog.text
+    assert ("tutor 6/6: 10 tokens, stop", 6, 6) in [
+        (record.getMessage(), getattr(record, "done", None), getattr(record, "total", None))
+        for record in caplog.records
+    ]
+
+
+def test_all_answers_there_is_no_engine_started(task: Task) -> None:
+    ask_all(Servers(Fake()), PROMPTS, task)
+    assert texts(ask_all(Servers(), PROMPTS, task)) == EXPECTED
+
+
+def test_an_error_is_not_kept_but_asked_again(task: Task) -> None:
+    ask_all(Servers(Fake(faults={"¿Qué es b?": "busy"})), PROMPTS, task)
+    servers = Servers(Fake())
+    assert texts(ask_all(servers, PROMPTS, task)) == EXPECTED
+    assert servers.questions() == ["¿Qué es b?"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"key": {"model": "1" * 64}},
+        {"generation": replace(GREEDY, seed=8)},
+        {"generation": replace(GREEDY, max_new_tokens=51)},
+        {"system": "Otro."},
+    ],
+)
+def test_answers_of_another_model_or_other_settings_are_not_taken(task: Task, other: dict[str, Any]) -> None:
+    ended(task)
+    servers = Servers(Fake())
+    ask_all(servers, PROMPTS, replace(task, **other))
+    assert len(servers.questions()) == 6
+
+
+def test_answers_to_other_prompts_are_not_taken(task: Task) -> None:
+    ended(task)
+    servers = Servers(Fake())
+    assert texts(ask_all(servers, PROMPTS[1:], task)) == EXPECTED[1:]
+    assert len(servers.questions()) == 5
+
+
+@given(st.integers(0, 2000))
+@settings(max_examples=60, deadline=None)
+def test_wherever_a_journal_was_cut_what_is_whole_is_taken_and_the_rest_asked(
+    tmp_path_factory: pytest.TempPathFactory, kept: int
+) -> None:
+    path = tmp_path_factory.mktemp("cut") / "j.jsonl"
+    task = Task("tutor", GREEDY, "", path, {})
+    ended(task, answers=4)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:kept])
+    servers = Servers(Fake())
+    assert texts(ask_all(servers, PROMPTS, task)) == EXPECTED
+    assert len(servers.questions()) == 6 - max(0, whole[:kept].count(b"\n") - 1)
+    assert json.loads(path.read_bytes().splitlines()[0]).keys() == {"key"}
+    assert texts(ask_all(Servers(), PROMPTS, task)) == EXPECTED
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"[]\n", b"null\n", b"\xff\xfe\n", b'{"key": 1}\n{}\n', b"{\n"])
+def test_a_file_that_is_no_journal_is_written_over(task: Task, content: bytes) -> None:
+    task.journal.parent.mkdir()
+    task.journal.write_bytes(content)
+    assert texts(ask_all(Servers(Fake()), PROMPTS, task)) == EXPECTED
+    assert texts(ask_all(Servers(), PROMPTS, task)) == EXPECTED

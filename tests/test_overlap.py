@@ -1,0 +1,59 @@
+"""judges/overlap.py: the longest run that an answer shares with a training text, against comparing everything."""
+
+import re
+import time
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tutor.judges.overlap import SHORTEST, Copied, longest_copies
+
+TEXTS = st.lists(st.text(alphabet="abcd ", max_size=60), max_size=3)
+
+
+def longest(answer: str, training: list[str]) -> int:
+    """By comparing every place with every place."""
+    words = re.findall(r"\w+|[^\w\s]", answer)
+    best = 0
+    for text in training:
+        known = re.findall(r"\w+|[^\w\s]", text)
+        for at in range(len(words)):
+            for place in range(len(known)):
+                run = 0
+                while words[at + run : at + run + 1] == known[place + run : place + run + 1] != []:
+                    run += 1
+                best = max(best, run)
+    return best if best >= SHORTEST else 0
+
+
+@given(TEXTS, TEXTS)
+@settings(max_examples=200, deadline=None)
+def test_it_is_the_longest_there_is(answers: list[str], training: list[str]) -> None:
+    answers, training = ([" ".join(text.replace(" ", "")) for text in texts] for texts in (answers, training))
+    found = [copy.run for copy in longest_copies(answers, training)]
+    for run, answer in zip(found, answers, strict=True):
+        true = longest(answer, training)
+        # Of words that an answer repeats more than four times not every place is looked at.
+        assert run == true or (len(answer) > 4 * SHORTEST and SHORTEST <= run < true)
+
+
+def test_a_run_says_where_it_comes_from_and_is_as_the_answer_has_it() -> None:
+    training = ["Nada.", "Una tupla es un array de longitud fija, con un tipo en cada posición."]
+    answer = "Pues una tupla  es un array de longitud\nfija, dicen."
+    assert longest_copies([answer], training) == [Copied(8, 12, 1, "tupla  es un array de longitud\nfija,")]
+    assert longest_copies([answer], training)[0].share == 8 / 12
+
+
+def test_a_short_run_is_what_any_two_texts_share() -> None:
+    assert longest_copies(["const a: number = 1;"], ["let b: number = 2;"]) == [Copied(0, 7)]
+
+
+def test_an_answer_without_words_copies_nothing_of_nothing() -> None:
+    assert longest_copies(["", " \n"], ["a"])[0].share == 0.0
+    assert longest_copies([], ["a"]) == []
+
+
+def test_stuck_answers_do_not_hold_it_up() -> None:
+    began = time.process_time()
+    assert longest_copies(["a " * 500] * 120, ["a " * 500] * 5)[0].run == 500
+    assert time.process_time() - began < 5

@@ -1,0 +1,118 @@
+"""statistics.py: intervals that few prompts allow, against values worked out elsewhere and by simulation."""
+
+import random
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tutor.statistics import FEWEST, Difference, paired_values, paired_verdicts, said, wilson
+
+PAIRS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=12)
+
+
+def difference(better: int, worse: int, same: int) -> Difference:
+    before = [False] * better + [True] * worse + [True] * same
+    after = [True] * better + [False] * worse + [True] * same
+    return paired_verdicts(before, after, 7)
+
+
+@pytest.mark.parametrize(
+    ("passed", "n", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (9, 10, 0.5958, 0.9821), (81, 263, 0.2553, 0.3662), (0, 0, 0, 1)],
+)
+def test_a_rates_interval_is_wilsons(passed: int, n: int, low: float, high: float) -> None:
+    """The fourth is Newcombe's example (1998); the others follow from the formula by hand."""
+    assert wilson(passed, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_a_rates_interval_ends_where_rates_do() -> None:
+    assert wilson(0, 3)[0] == 0.0
+    assert wilson(7, 7)[1] == 1.0
+
+
+@given(st.integers(1, 400), st.data())
+def test_a_rates_interval_holds_the_rate(n: int, data: st.DataObject) -> None:
+    passed = data.draw(st.integers(0, n))
+    low, high = wilson(passed, n)
+    assert 0 <= low <= passed / n <= high <= 1
+
+
+def test_a_clear_difference_is_shown_and_its_mirror_too() -> None:
+    better, worse = difference(20, 2, 8), difference(2, 20, 8)
+    assert (better.n, better.higher, better.lower, better.mean) == (30, 20, 2, 0.6)
+    assert said(better) == "better"
+    assert said(worse) == "worse"
+    assert said(better, more_is_better=False) == "worse"
+
+
+def test_a_model_against_itself_shows_no_difference_and_is_not_certain_of_it() -> None:
+    found = difference(0, 0, 10)
+    assert said(found) == "no difference shown"
+    assert (found.low, found.high) == (-0.2, 0.2)
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 3, 4])
+def test_a_handful_of_prompts_proves_nothing_even_where_all_are_won(prompts: int) -> None:
+    assert said(difference(prompts, 0, 0)) == "no difference shown"
+
+
+def test_ten_of_ten_is_shown_without_claiming_certainty() -> None:
+    found = difference(10, 0, 0)
+    assert said(found) == "better"
+    assert found.low is not None
+    assert found.low < 0.7
+
+
+def test_only_what_changes_counts_however_many_stay_the_same() -> None:
+    """Two models whose rates differ by 5 points, on the same easy and hard prompts: pairing shows it, rates do not."""
+    assert said(difference(6, 0, 114)) == "better"
+
+
+@given(PAIRS, st.integers(0, 2**32))
+@settings(max_examples=20, deadline=None)
+def test_the_order_of_the_prompts_does_not_count_and_the_seed_decides(
+    pairs: list[tuple[bool, bool]], seed: int
+) -> None:
+    before, after = zip(*pairs, strict=True)
+    turned = paired_verdicts(before[::-1], after[::-1], seed)
+    assert paired_verdicts(before, after, seed) == turned
+
+
+def test_the_interval_holds_the_true_difference_about_as_often_as_it_says() -> None:
+    draw, held = random.Random(3), 0
+    for trial in range(100):
+        outcomes = draw.choices([(False, True), (True, False), (True, True)], [0.3, 0.1, 0.6], k=24)
+        before, after = zip(*outcomes, strict=True)
+        found = paired_verdicts(before, after, trial)
+        assert found.low is not None
+        assert found.high is not None
+        held += found.low <= 0.2 <= found.high
+    assert held >= 88  # of 100; were it 95 in truth, fewer happen in 1 of 500 such tests
+
+
+def test_the_whole_evaluation_takes_well_under_a_second() -> None:
+    began = time.process_time()
+    difference(40, 20, 60)
+    assert time.process_time() - began < 1
+
+
+def test_measurements_are_compared_by_text() -> None:
+    before = [3.0 + number % 5 for number in range(20)]
+    found = paired_values(before, [value + 0.1 for value in before], 7)
+    assert found.mean == pytest.approx(0.1)
+    assert found.low == pytest.approx(0.1)
+    assert said(found, more_is_better=False) == "worse"
+
+
+def test_measurements_that_go_both_ways_show_nothing() -> None:
+    before = [2.0] * 20
+    after = [2.0 + (-1) ** number for number in range(20)]
+    assert said(paired_values(before, after, 7), more_is_better=False) == "no difference shown"
+
+
+def test_too_few_measurements_have_no_interval() -> None:
+    found = paired_values([1.0] * (FEWEST - 1), [9.0] * (FEWEST - 1), 7)
+    assert (found.low, found.high, said(found)) == (None, None, "no difference shown")
+    assert paired_values([], [], 7).mean == 0.0

@@ -1,0 +1,115 @@
+"""Verdicts as figures: rates with their intervals, by kind of question, and what changed between two models.
+
+Helper of the evaluate stage. In: prompts with their category, records with their verdicts (judges/verdict.py). Out:
+JSON values: a rate is `n` of the prompts with its `share` and the `low` and `high` of its 95 % interval; a difference
+has the two shares, their difference with its interval, how many prompts changed each way, and `said`.
+"""
+
+import statistics as figures
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tutor.statistics import paired_verdicts, said, wilson
+
+Record = Mapping[str, Any]
+
+LABELS = {
+    "passed": "all that was asked",
+    "spanish": "in Spanish",
+    "stopped": "stopped by itself",
+    "answered": "not empty",
+    "code_block": "with code",
+    "fences_closed": "code fences closed",
+    "no_loop": "without a loop",
+    "no_leak": "no template text",
+    "usual_length": "length as trained",
+    "compiles": "code compiles",
+    "expected": "as expected",
+}
+"""The yes-or-no verdicts as they are counted, and what people call them; yes is good."""
+
+
+def summarise(prompts: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> dict[str, Any]:
+    """Rates over all prompts and by category, median characters and median speed in tokens/s (None: no answer)."""
+    answers = [record for record in records if "verdicts" in record]
+    speeds = [record["tokens_per_second"] for record in answers if record["tokens"] > 1]
+    lengths = [record["verdicts"]["characters"] for record in answers]
+    return {
+        "all": rates(records),
+        "categories": {name: rates([records[place] for place in places]) for name, places in _kinds(prompts).items()},
+        "characters": round(figures.median(lengths)) if lengths else None,
+        "tokens_per_second": round(figures.median(speeds), 2) if speeds else None,
+    }
+
+
+def rates(records: Sequence[Record]) -> dict[str, Any]:
+    """How many prompts, errors and, for each verdict, passes with share and interval; no answer passes nothing."""
+    counted = _counted(records)
+    return {
+        "n": len(records),
+        "errors": sum("error" in record for record in records),
+        **{name: rate(sum(_held(record, name) for record in records), len(records)) for name in counted},
+    }
+
+
+def rate(passed: int, n: int) -> dict[str, Any]:
+    """A rate as JSON has it."""
+    low, high = wilson(passed, n)
+    share = round(passed / n, 4) if n else 0.0
+    return {"n": passed, "share": share, "low": round(low, 4), "high": round(high, 4)}
+
+
+def differences(
+    prompts: Sequence[Mapping[str, Any]], before: Sequence[Record], after: Sequence[Record], seed: int
+) -> dict[str, Any]:
+    """What changed from one model's records to another's over the same prompts.
+
+    `all`: every verdict; `categories`: `passed` alone; `better` and `worse`: the questions that only one passes.
+    """
+    common = [name for name in _counted(before) if name in _counted(after)]
+    won = [_held(record, "passed") for record in after]
+    lost = [_held(record, "passed") for record in before]
+    places = range(len(prompts))
+    return {
+        "all": {name: difference(before, after, name, seed) for name in common},
+        "categories": {
+            name: difference([before[at] for at in members], [after[at] for at in members], "passed", seed)
+            for name, members in _kinds(prompts).items()
+        },
+        "better": [prompts[at]["instruction"] for at in places if won[at] and not lost[at]],
+        "worse": [prompts[at]["instruction"] for at in places if lost[at] and not won[at]],
+    }
+
+
+def difference(before: Sequence[Record], after: Sequence[Record], name: str, seed: int) -> dict[str, Any]:
+    """What changed in one verdict, over records in the same order."""
+    early, late = ([_held(record, name) for record in records] for records in (before, after))
+    found = paired_verdicts(early, late, seed)
+    return {
+        "n": found.n,
+        "before": rate(sum(early), found.n),
+        "after": rate(sum(late), found.n),
+        "difference": round(found.mean, 4),
+        "low": None if found.low is None else round(found.low, 4),
+        "high": None if found.high is None else round(found.high, 4),
+        "better": found.higher,
+        "worse": found.lower,
+        "said": said(found),
+    }
+
+
+def _held(record: Record, name: str) -> bool:
+    return bool(record["passed"] if name == "passed" else record.get("verdicts", {}).get(name, False))
+
+
+def _counted(records: Sequence[Record]) -> list[str]:
+    """The verdicts that every answer has."""
+    verdicts = [record["verdicts"] for record in records if "verdicts" in record]
+    return [name for name in LABELS if name == "passed" or all(name in verdict for verdict in verdicts)]
+
+
+def _kinds(prompts: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+    kinds: dict[str, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        kinds.setdefault(prompt["category"], []).append(place)
+    return dict(sorted(kinds.items()))
