@@ -5,6 +5,7 @@ Nothing here needs a network, a GPU or a model.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -119,3 +120,8 @@ def make_tokenizer(*, add_bos: bool, pad: str | None = None) -> Any:
 def tokenizer(request: pytest.FixtureRequest) -> Any:
     """Both kinds of base: one whose tokenizer puts a BOS before plain text, one whose does not."""
     return make_tokenizer(add_bos=request.param)
+
+
+def pytest_configure() -> None:
+    """Ctrl-C as at a terminal: a script's background job ignores it, and what the tests start would inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

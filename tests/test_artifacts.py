@@ -220,6 +220,26 @@ def test_a_scratch_folder_that_is_removed_meanwhile_is_an_artifact_error(tmp_pat
         assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_stage_keeps_beside_survives_an_error_and_goes_when_it_is_complete(tmp_path):
+    folder = tmp_path / "adapter"
+    kept = artifacts.checkpoints(folder)
+
+    def stop_half_way() -> None:
+        with writing(folder, "train", {}) as (out, _):
+            assert artifacts.checkpoints(out) == kept
+            kept.mkdir()
+            (kept / "half").touch()
+            raise GateError("no")
+
+    with pytest.raises(GateError):
+        stop_half_way()
+    assert beside(folder) == ["adapter.checkpoints"]
+    with writing(folder, "train", {}) as (out, _):
+        assert (kept / "half").exists()
+        (out / "top.txt").touch()
+    assert beside(folder) == []
+
+
 # The disk
 
 

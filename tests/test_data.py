@@ -611,6 +611,16 @@ def test_a_sample_has_so_many_rows_in_proportion_and_in_order(
     whole, part = (Counter((each.category, each.topic) for each in side) for side in (examples, chosen))
     for group, size in whole.items():
         assert abs(part[group] - size * len(chosen) / len(examples)) < 1
+    whole, part = (Counter(each.category for each in side) for side in (examples, chosen))
+    for name, size in whole.items():
+        assert abs(part[name] - size * len(chosen) / len(examples)) < 1
+
+
+def test_a_small_sample_of_a_balanced_set_has_every_category_and_topic() -> None:
+    examples = [Example(f"{c}{t}{n}", "r", c, t) for c in "abcde" for t in "uvwxyz" for n in range(4)]
+    chosen = data.sample(examples, 10, 42)
+    assert Counter(each.category for each in chosen) == dict.fromkeys("abcde", 2)
+    assert {each.topic for each in chosen} == set("uvwxyz")
 
 
 def test_a_sample_of_zero_rows_is_all_of_them() -> None:

@@ -195,11 +195,12 @@ def test_an_adapter_changes_what_the_model_says(engine: hf.TransformersEngine, f
     assert tuned.model.generation_config.top_k is None
 
 
-def test_four_bits_still_answer_and_say_so_in_the_name(folder: Path) -> None:
+@pytest.mark.parametrize(("quantization", "kind"), [("nf4", "Linear4bit"), ("int8", "Linear8bitLt")])
+def test_a_quantized_model_still_answers_and_says_so_in_its_name(folder: Path, quantization: str, kind: str) -> None:
     pytest.importorskip("bitsandbytes")
-    engine = hf.load(folder, None, quantization="nf4", precision="fp32")
-    assert "NF4" in engine.name
-    assert type(engine.model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    engine = hf.load(folder, None, quantization=quantization, precision="fp32")
+    assert quantization.upper() in engine.name
+    assert type(engine.model.model.layers[0].mlp.up_proj).__name__ == kind
     assert ask(engine, ENDS[0])[0].tokens > 0
 
 

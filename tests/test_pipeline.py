@@ -235,11 +235,37 @@ def test_a_system_text_that_ollama_cannot_keep_is_refused_before_any_work(recipe
 def test_clean_removes_what_is_named_with_all_that_a_kill_can_leave(recipe_file, build):
     recipe = read_recipe(recipe_file)
     folder = build / "small"
-    for name in ("data.partial", "data.old", "base.partial"):
+    for name in ("data.partial", "data.old", "data.log", "base.partial"):
         (folder / name).mkdir()
-    assert clean(recipe, build, ("data",)) == [folder / "data", folder / "data.partial", folder / "data.old"]
+    gone = [folder / name for name in ("data", "data.partial", "data.old", "data.log")]
+    assert clean(recipe, build, ("data",)) == gone
     assert clean(recipe, build, ()) == [folder / "base.partial"]
     assert clean(recipe, build, ()) == []
+
+
+def test_clean_removes_what_commands_made_of_a_stage_and_an_unfinished_training(recipe_file, build):
+    recipe = read_recipe(recipe_file)
+    folder = build / "small"
+    for name in ("lora", "eval-ollama"):
+        with artifacts.writing(folder / name, name, {}):
+            pass
+    for name in ("adapter.checkpoints", "lora.partial"):
+        (folder / name).mkdir()
+    assert clean(recipe, build, ("merge",)) == []
+    assert clean(recipe, build, ("train",)) == [
+        folder / "adapter.checkpoints", folder / "lora", folder / "lora.partial"
+    ]  # fmt: skip
+    assert clean(recipe, build, ()) == [folder / "data", folder / "eval-ollama"]
+
+
+def test_checkpoints_that_a_kill_left_behind_a_complete_stage_are_removed(recipe_file, build):
+    """The last thing a stage does, after its folder has its name."""
+    recipe = read_recipe(recipe_file)
+    left = build / "small" / "data.checkpoints"
+    for run in (lambda: run_one("data", recipe, build), lambda: run_all(recipe, build, until="data")):
+        left.mkdir()
+        assert not run()
+        assert not left.exists()
 
 
 def test_clean_refuses_what_it_does_not_know(recipe_file, build):

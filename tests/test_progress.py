@@ -44,6 +44,13 @@ def test_counted_messages_are_thinned_but_the_last_one_is_told(capsys):
     assert capsys.readouterr().err == "step 1 of 1000\nstep 1000 of 1000\n"
 
 
+def test_what_is_only_worth_a_glance_is_no_line(capsys):
+    with shown():
+        log.info("step 1 of 9", extra={"done": 1, "total": 9, "live": True})
+        log.info("step 2 of 9, and how fast", extra={"done": 2, "total": 9})
+    assert capsys.readouterr().err == "step 2 of 9, and how fast\n"
+
+
 def test_quiet_shows_warnings_only(capsys):
     with shown(quiet=True):
         log.info("nothing to see")

@@ -630,6 +630,7 @@ def test_a_build_sees_no_data_no_artifact_and_no_secret():
         "pyproject.toml",
         "requirements/*.txt",
         "scripts/build_llamacpp.py",
+        "scripts/install_typescript.py",
         "tutor",
     }
 

@@ -5,7 +5,6 @@ import math
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,14 +12,16 @@ from tiny_models import adapter_stage, base_stage, copied, edit, one_thread, rec
 
 torch = pytest.importorskip("torch")
 from bitsandbytes.functional import dequantize_4bit, has_avx512bf16  # noqa: E402
-from bitsandbytes.nn import Linear4bit  # noqa: E402
+from bitsandbytes.nn import Linear4bit, Linear8bitLt  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import DataCollatorForLanguageModeling, TrainerCallback  # noqa: E402
 
+from tutor.artifacts import log_folder  # noqa: E402
+from tutor.engines import scoring  # noqa: E402
 from tutor.engines.hf import choose_precision, load_base, score  # noqa: E402
 from tutor.errors import ArtifactError, DataError, HostError  # noqa: E402
 from tutor.modelfolder import load_tokenizer  # noqa: E402
-from tutor.stages import train  # noqa: E402
+from tutor.stages import fit, train  # noqa: E402
 from tutor.template import Encoded, audit, completion, conversation, render  # noqa: E402
 
 __all__ = ["one_thread", "tiny"]
@@ -211,7 +212,9 @@ def test_a_collator_that_masks_pad_and_so_the_end_stops_the_run(
 # --- the gradients ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("quantization", "precision"), [("nf4", "bf16"), ("nf4", "fp32"), ("none", "bf16")])
+@pytest.mark.parametrize(
+    ("quantization", "precision"), [("nf4", "bf16"), ("nf4", "fp32"), ("int8", "bf16"), ("none", "bf16")]
+)
 def test_adapters_are_fp32_and_alone_train(
     quantization: str, precision: str, trainer_of: Any, rows: list[Encoded]
 ) -> None:
@@ -221,7 +224,8 @@ def test_adapters_are_fp32_and_alone_train(
     assert {weight.dtype for weight in trained.values()} == {torch.float32}
     assert all(".lora_" in name for name in trained)
     layers = [module for name, module in model.named_modules() if name.endswith("_proj.base_layer")]
-    assert {type(layer) for layer in layers} == {Linear4bit if quantization == "nf4" else torch.nn.Linear}
+    kinds = {"nf4": Linear4bit, "int8": Linear8bitLt, "none": torch.nn.Linear}
+    assert {type(layer) for layer in layers} == {kinds[quantization]}
     if quantization == "nf4":
         states = [layer.weight.quant_state for layer in layers]
         assert {(state.quant_type, state.nested) for state in states} == {("nf4", True)}
@@ -230,33 +234,34 @@ def test_adapters_are_fp32_and_alone_train(
 def test_a_4_bit_weight_counts_as_the_numbers_it_stands_for(trainer_of: Any, rows: list[Encoded], tiny: Path) -> None:
     plain = sum(weight.numel() for weight in tensors(tiny).values())
     adapter = 8 * 2 * (64 + 64 + 64 + 32 + 64 + 32 + 64 + 64)
-    for quantization in ("nf4", "none"):
+    for quantization in ("nf4", "int8", "none"):
         assert train.count_parameters(trainer_of(rows, quantization).model) == (adapter, plain + adapter)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_scoring_leaves_4_bit_gradients_and_the_mode_as_they_were(
-    precision: str, trainer_of: Any, rows: list[Encoded]
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_scoring_leaves_gradients_and_the_mode_as_they_were(
+    quantization: str, precision: str, trainer_of: Any, rows: list[Encoded]
 ) -> None:
-    model = moved(trainer_of(rows, "nf4", precision, dropout=0.0).model)
+    model = moved(trainer_of(rows, quantization, precision, dropout=0.0).model)
     assert all(module.training for module in model.modules())
     model.get_input_embeddings().eval()
     modes = {name: module.training for name, module in model.named_modules()}
     before = gradients(model, rows[:4])
-    first = train.mean_loss(model, rows)
+    first = scoring.mean_loss(model, rows)
     assert {name: module.training for name, module in model.named_modules()} == modes
-    assert train.mean_loss(model, rows) == first
-    train.refuse_packed(model)
+    assert scoring.mean_loss(model, rows) == first
+    scoring.refuse_packed(model)
     after = gradients(model, rows[:4])
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_scoring_has_no_dropout_and_gives_the_mode_back_after_an_error(trainer_of: Any, rows: list[Encoded]) -> None:
     model = moved(trainer_of(rows, "nf4", dropout=0.5).model)
-    assert train.mean_loss(model, rows) == train.mean_loss(model, rows)
+    assert scoring.mean_loss(model, rows) == scoring.mean_loss(model, rows)
 
     def leave() -> None:
-        with train.scoring(model):
+        with scoring.scoring(model):
             assert not torch.is_grad_enabled()
             assert not any(m.training for m in model.modules() if not isinstance(m, Linear4bit))
             raise KeyboardInterrupt
@@ -268,17 +273,27 @@ def test_scoring_has_no_dropout_and_gives_the_mode_back_after_an_error(trainer_o
     assert torch.is_grad_enabled()
 
 
-def test_4_bit_gradients_are_those_of_the_dequantized_weights(trainer_of: Any, rows: list[Encoded]) -> None:
-    model = moved(trainer_of(rows, "nf4", dropout=0.0).model)
-    found = gradients(model, rows[:4])
+def dequantized(layer: Any) -> Any:
+    if isinstance(layer, Linear4bit):
+        return dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    return layer.state.CB.float() * layer.state.SCB[:, None] / 127
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_gradients_and_scores_are_those_of_the_dequantized_weights(
+    quantization: str, trainer_of: Any, rows: list[Encoded]
+) -> None:
+    model = moved(trainer_of(rows, quantization, dropout=0.0).model)
+    found, loss = gradients(model, rows[:4]), scoring.mean_loss(model, rows)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, Linear4bit):
-                weight = dequantize_4bit(child.weight.data, child.weight.quant_state).float()
+            if isinstance(child, Linear4bit | Linear8bitLt):
+                weight = dequantized(child)
                 plain = torch.nn.Linear(child.in_features, child.out_features, bias=False)
                 plain.weight = torch.nn.Parameter(weight, requires_grad=False)
                 setattr(parent, name, plain)
     assert apart(found, gradients(model, rows[:4])) < 1e-4
+    assert scoring.mean_loss(model, rows) == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.skipif(not has_avx512bf16(), reason="bitsandbytes packs for inference on CPUs with AVX512-BF16 only")
@@ -292,7 +307,7 @@ def test_a_layer_that_eval_mode_packed_is_refused_before_it_trains_wrongly(
         model(input_ids=torch.tensor([rows[0].ids]))
     model.train()
     with pytest.raises(ArtifactError, match=r"layers\.0\.self_attn\.q_proj is packed for inference") as caught:
-        train.refuse_packed(model)
+        scoring.refuse_packed(model)
     assert caught.value.code == 5
     assert apart(gradients(model, rows[:4]), right) > 0.01  # and this is why
 
@@ -337,7 +352,7 @@ def test_accumulated_rows_weigh_by_their_tokens_as_one_batch_does(
 def test_mean_loss_weighs_every_supervised_token_the_same(precision: str, trainer_of: Any, rows: list[Encoded]) -> None:
     model = trainer_of(rows, "none", precision).model
     ids = [torch.tensor([row.ids]) for row in rows]
-    with torch.no_grad(), train.scoring(model):
+    with torch.no_grad(), scoring.scoring(model):
         losses = [
             torch.nn.functional.cross_entropy(
                 model(input_ids=item).logits[0, row.n_prompt - 1 : -1].float(),
@@ -346,7 +361,7 @@ def test_mean_loss_weighs_every_supervised_token_the_same(precision: str, traine
             )
             for item, row in zip(ids, rows, strict=True)
         ]
-    assert train.mean_loss(model, rows) == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+    assert scoring.mean_loss(model, rows) == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
     scores = score(model, [(rows[0].ids[: rows[0].n_prompt], rows[0].ids[rows[0].n_prompt :])])
     assert [len(values) for values in scores] == [sum(rows[0].mask)]
 
@@ -356,30 +371,8 @@ def test_a_loss_that_is_no_number_is_an_error_and_not_a_result(trainer_of: Any, 
     with torch.no_grad():
         next(weight for weight in model.parameters() if weight.requires_grad).fill_(math.nan)
     with pytest.raises(ArtifactError, match="held-out loss is nan") as caught:
-        train.mean_loss(model, rows)
+        scoring.mean_loss(model, rows)
     assert caught.value.code == 5
-
-
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_stops_the_training(
-    loss: float, trainer_of: Any, rows: list[Encoded], tmp_path: Path
-) -> None:
-    trainer = trainer_of(rows)
-    trainer.add_callback(train.Metrics(tmp_path / "metrics.jsonl"))
-    with torch.no_grad():
-        trainer.model.get_output_embeddings().weight[0].fill_(math.inf if math.isinf(loss) else loss)
-    with pytest.raises(ArtifactError, match=r"the loss is (nan|inf) at step 1; lower train.learning_rate") as caught:
-        trainer.train()
-    assert caught.value.code == 5
-    assert not (tmp_path / "metrics.jsonl").exists()
-
-
-def test_metrics_stay_json_where_a_gradient_is_no_number(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    state = SimpleNamespace(global_step=1, max_steps=2, epoch=None)
-    train.Metrics(path).on_log(None, state, None, {"loss": 2.5, "grad_norm": math.inf, "learning_rate": 1e-3})
-    line = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert (line["loss"], line["grad_norm"], line["learning_rate"]) == (2.5, None, 1e-3)
 
 
 def test_a_cpu_computes_in_bf16_only_where_it_has_it_and_never_in_fp16() -> None:
@@ -436,7 +429,7 @@ def test_saving_an_adapter_asks_no_hub(
 
     monkeypatch.setattr(socket, "getaddrinfo", nobody)
     monkeypatch.setattr(socket.socket, "connect", nobody)
-    train.save_adapter(model, "tiny", tmp_path / "adapter")
+    fit.save_adapter(model, "tiny", tmp_path / "adapter")
     assert asked == []
 
 
@@ -497,17 +490,64 @@ def test_metrics_have_one_line_a_step(trained: Trained) -> None:
 
 
 @pytest.mark.pipeline
+def test_the_held_out_rows_are_scored_on_the_way_and_the_best_adapter_is_kept(trained: Trained) -> None:
+    out, results = trained
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    scored = {line["step"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
+    assert list(scored) == [3, 6, 9, 12, 15, 18]
+    assert results["kept_step"] == min(scored, key=scored.__getitem__)
+    assert results["held_out"]["loss_after"] == pytest.approx(min(scored.values()), rel=1e-3)  # rounded to FP16
+    timed = [json.loads(line) for line in (log_folder(out) / "metrics.jsonl").read_text().splitlines()]
+    assert [{name: line[name] for name in lines[0]} for line in timed] == [
+        {name: line[name] for name in lines[0]} for line in lines
+    ]
+    assert all(line["samples_per_second"] > 0 for line in timed)
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize(
+    ("wanted", "quantization", "checkpointing"),
+    [
+        ({"quantization": "int8"}, "int8", False),
+        ({"quantization": "auto", "precision": "bf16"}, "none", False),
+        ({"gradient_checkpointing": True}, "nf4", True),
+    ],
+    ids=["int8", "auto", "checkpointing"],
+)
+def test_each_way_to_fit_a_machine_learns(
+    wanted: dict[str, Any], quantization: str, checkpointing: Any, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    results = run(inputs, tmp_path / "out", **wanted)
+    assert (results["quantization"], results["gradient_checkpointing"]) == (quantization, checkpointing)
+    assert results["held_out"]["loss_after"] < 0.8 * results["held_out"]["loss_before"]
+
+
+@pytest.mark.pipeline
+def test_checkpointing_changes_no_adapter(trained: Trained, inputs: dict[str, Path], tmp_path: Path) -> None:
+    results = run(inputs, tmp_path / "out", gradient_checkpointing=True)
+    assert results["held_out"] == trained[1]["held_out"]
+
+
+@pytest.mark.pipeline
+def test_patience_ends_a_training_early_and_says_at_which_step(inputs: dict[str, Path], tmp_path: Path) -> None:
+    results = run(inputs, tmp_path / "out", learning_rate=0.9, epochs=8, patience=1)
+    assert results["steps"] < 48
+    assert results["kept_step"] <= results["steps"]
+
+
+@pytest.mark.pipeline
 def test_the_adapter_names_its_source_and_no_path_of_this_machine(trained: Trained, tiny: Path) -> None:
     out, results = trained
     config = json.loads((out / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], results["base_source"]) == (SOURCE, SOURCE)
     assert config["target_modules"] == sorted(config["target_modules"])  # a set's order changes from run to run
     assert {path.name for path in out.iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "metrics.jsonl",
+        "adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "training.svg",
     }  # fmt: skip
     for path in out.iterdir():
         assert str(tiny.parent).encode() not in path.read_bytes()
-    assert {str(tensor.dtype) for tensor in tensors(out).values()} == {"torch.float32"}
+    assert {str(tensor.dtype) for tensor in tensors(out).values()} == {"torch.float16"}
+    assert results["adapter_bytes"] == (out / "adapter_model.safetensors").stat().st_size < 2 * 7168 + 4096
 
 
 @pytest.mark.pipeline
@@ -515,8 +555,8 @@ def test_the_same_recipe_gives_the_same_adapter_byte_for_byte(
     trained: Trained, inputs: dict[str, Path], tmp_path: Path
 ) -> None:
     again = run(inputs, tmp_path / "again")
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (tmp_path / "again" / name).read_bytes() == (trained[0] / name).read_bytes()
+    for path in trained[0].iterdir():  # all that the next stage's key looks at
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
     assert again["held_out"] == trained[1]["held_out"]
 
 

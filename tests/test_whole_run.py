@@ -124,7 +124,7 @@ def test_sigterm_during_training_exits_143_and_leaves_nothing(built: Path, tmp_p
     command = [TUTOR, "train", "--recipe", RECIPE, "--build", tmp_path]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     partial = tmp_path / "tiny" / "adapter.partial"
-    while not (partial / "metrics.jsonl").exists() and process.poll() is None:
+    while not (tmp_path / "tiny" / "adapter.log" / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143

@@ -9,11 +9,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tutor import artifacts
 from tutor.errors import ArtifactError, RecipeError
-from tutor.pipeline import BY_NAME, installed
+from tutor.pipeline import BY_NAME
 
 if TYPE_CHECKING:
     from tutor.engines.answer import Engine
@@ -73,8 +73,7 @@ def opened(recipe: "Recipe", build: Path, who: Who, *, share: int = 1, log: Path
         from tutor.engines import hf
 
         model, adapter = _folders(folder, who.model)
-        merged = who.model == "tutor"
-        quantization = "none" if merged else recipe.train.quantization
+        quantization = _quantization(folder, who.model)
         yield hf.load(model, adapter, quantization=quantization, precision=recipe.train.precision)
     else:
         from tutor.engines import llamacpp
@@ -115,8 +114,8 @@ def identity(recipe: "Recipe", build: Path, who: Who) -> dict[str, Any]:
         _folders(folder, who.model)
         stages = {"base": ("base",), "tutor": ("merge",), "adapter": ("base", "train")}[who.model]
         made = {name: artifacts.require(folder / BY_NAME[name].folder, name).fingerprint for name in stages}
-        settings = {"quantization": recipe.train.quantization, "precision": recipe.train.precision}
-        return {**made, **settings, **{name: installed(name) for name in ("transformers", "torch", "peft")}}
+        settings = {"quantization": _quantization(folder, who.model), "precision": recipe.train.precision}
+        return {**made, **settings, **artifacts.provenance((), ("transformers", "torch", "peft"))}
     from tutor.engines.llamacpp_build import build_key
 
     gguf = gguf_of(recipe, build, who)
@@ -142,3 +141,11 @@ def _folders(folder: Path, model: str) -> tuple[Path, Path | None]:
     if model == "adapter":
         artifacts.require(adapter, "train")
     return read_facts(base)[1], adapter if model == "adapter" else None
+
+
+def _quantization(folder: Path, model: str) -> Literal["nf4", "int8", "none"]:
+    """In what transformers loads a model: the base as it was trained on, the merged one in 16 bits."""
+    trained = artifacts.read_manifest(folder / BY_NAME["train"].folder)
+    if model == "tutor" or trained is None:
+        return "none"
+    return trained.results["quantization"]  # type: ignore[no-any-return] # the recipe may leave it open

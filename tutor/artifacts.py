@@ -1,20 +1,22 @@
 """Stage folders: whole or absent, each with a manifest, a key and what made it; one writer a build at a time.
 
 In: a folder, the key's fields, a function that fills a scratch folder. Out: the folder under its final name,
-`manifest.json` written last inside, everything synced, then one rename. A killed run leaves a `.partial`, never a half.
+`manifest.json` written last inside, everything synced, then one rename. A killed run leaves a `.partial`, never a half,
+and `.checkpoints` where its stage keeps any: what lies there survives until the stage is complete.
 """
 
 import contextlib
 import datetime
 import errno
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,8 @@ from tutor.errors import ArtifactError, HostError, LockError, RecipeError, Tutor
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 OLD = ".old"
-JOURNAL = ".journal"
-"""Beside a stage's folder: what a run that was ended had done already, for the stage to go on from."""
-SCRATCH = (PARTIAL, OLD, JOURNAL)
-"""Endings of what may lie beside a stage's folder and goes with it."""
+CHECKPOINTS = ".checkpoints"
+LOG = ".log"
 HASHES = ".hashes.json"
 
 
@@ -50,6 +50,33 @@ class Manifest:
     def fingerprint(self) -> str:
         """sha256 over the names and contents of the outputs: equal bytes, equal fingerprint, whoever made them."""
         return digest({name: entry["sha256"] for name, entry in self.outputs.items()})
+
+
+def provenance(sources: Iterable[str], packages: Iterable[str]) -> dict[str, str]:
+    """Hashes of files of tutor/ and versions of packages, as fields of a key."""
+    code = {f"code.{source}": file_sha256(Path(__file__).parent / source)[:16] for source in sources}
+    return code | {f"version.{package}": _version(package) for package in packages}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The fields that differ, a line each."""
+    return [
+        f"{name}: {_short(before.get(name))} -> {_short(now.get(name))}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = "(absent)" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:16]}…"
 
 
 def digest(value: Any) -> str:
@@ -106,7 +133,7 @@ def write_json(path: Path, value: Any) -> None:
         except BaseException:
             Path(handle.name).unlink(missing_ok=True)
             raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -179,7 +206,7 @@ def writing(folder: Path, stage: str, fields: Mapping[str, Any]) -> Iterator[tup
         partial.mkdir(parents=True)
         results: dict[str, Any] = {}
         yield partial, results
-        outputs = _seal(partial)
+        outputs = seal(partial)
         manifest = Manifest(
             stage=stage,
             key=digest(dict(fields)),
@@ -192,9 +219,8 @@ def writing(folder: Path, stage: str, fields: Mapping[str, Any]) -> Iterator[tup
         )
         write_json(partial / MANIFEST, asdict(manifest))
         _swap(partial, folder)
-        remove(folder.with_name(folder.name + JOURNAL))
     except BaseException as error:
-        fault = _disk_fault(error, partial)  # before the disk is freed
+        fault = disk_fault(error, partial)  # before the disk is freed
         remove(partial)
         if fault:
             raise fault from error
@@ -206,7 +232,7 @@ _FULL = 1 << 20
 """Bytes: with less left the disk is taken as full, whatever a library made of it (PyTorch does not say why)."""
 
 
-def _disk_fault(error: BaseException, partial: Path) -> TutorError | None:
+def disk_fault(error: BaseException, partial: Path) -> TutorError | None:
     """What happened to the disk, when that is why writing ended."""
     if isinstance(error, TutorError) or not isinstance(error, Exception):
         return None
@@ -236,22 +262,21 @@ class _Clock:
         return os.times().elapsed - self._start
 
 
-def _seal(partial: Path) -> dict[str, dict[str, Any]]:
-    """Make every file readable (safetensors writes 0600), sync it, and record size and hash."""
+def seal(partial: Path) -> dict[str, dict[str, Any]]:
+    """Make all in it readable (safetensors writes 0600), sync it, and record each file's size and hash."""
     outputs = {}
     partial.chmod(0o755)
     for path in sorted(partial.rglob("*")):
-        if path.is_dir():
-            path.chmod(0o755)
-        else:
-            path.chmod(0o644)
-            _sync(path)
+        path.chmod(0o755 if path.is_dir() else 0o644)
+        sync(path)
+        if not path.is_dir():
             name = path.relative_to(partial).as_posix()
             outputs[name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
     return outputs
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the disk hold a file, or the names in a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -261,13 +286,19 @@ def _sync(path: Path) -> None:
 
 def _swap(partial: Path, folder: Path) -> None:
     """Put the new folder in place of the old one: between the two renames the name is absent, never half."""
-    _sync(partial)
+    sync(partial)
     old = folder.with_name(folder.name + OLD)
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     remove(old)
+    remove(checkpoints(folder))
+
+
+def checkpoints(folder: Path) -> Path:
+    """Where the stage that writes `folder` may keep what a killed run must not lose; gone once it is complete."""
+    return folder.with_name(folder.name.removesuffix(PARTIAL) + CHECKPOINTS)
 
 
 def _finish_interrupted_swap(folder: Path) -> None:
@@ -276,6 +307,11 @@ def _finish_interrupted_swap(folder: Path) -> None:
     if old.exists() and not folder.exists():
         old.rename(folder)
     remove(old)
+
+
+def log_folder(partial: Path) -> Path:
+    """Where a stage that writes `partial` says how it goes: beside it, part of no manifest, and there when it fails."""
+    return partial.with_name(partial.name.removesuffix(PARTIAL) + LOG)
 
 
 def remove(path: Path) -> None:

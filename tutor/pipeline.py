@@ -5,7 +5,6 @@ that it reads, the content of its inputs, and the versions of its code and tools
 """
 
 import importlib
-import importlib.metadata
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from tutor import artifacts
 from tutor.engines import llamacpp_build
 from tutor.errors import RecipeError
 from tutor.recipe import Recipe
+from tutor.stages import checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ class Stage:
     packages: tuple[str, ...] = ()
     llamacpp: bool = False
     files: Callable[[Recipe], Mapping[str, Path]] = lambda _: {}  # the user's, beside the folders of `needs`
+    beside: str = ""  # a pattern: what commands outside the pipeline make of its folder, removed with it
 
     @property
     def module(self) -> Any:
@@ -102,8 +103,9 @@ STAGES = (
         "train the LoRA adapter",
         needs=("data", "base"),
         settings=_train,
-        sources=("stages/train.py", "engines/hf.py", "modelfolder.py", "template.py"),
-        packages=("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets"),
+        sources=checkpoint.SOURCES,
+        packages=checkpoint.PACKAGES,
+        beside="lora*",
     ),
     Stage(
         "merge",
@@ -169,6 +171,7 @@ STAGES = (
         packages=("markdown-it-py", "lingua-language-detector"),
         llamacpp=True,
         files=_evaluate_files,
+        beside="eval-*",
     ),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}
@@ -224,21 +227,10 @@ def key_fields(stage: Stage, recipe: Recipe, build: Path, states: Mapping[str, S
         manifest = states[need].manifest
         assert manifest is not None
         fields[f"input.{need}"] = manifest.fingerprint
-    for source in stage.sources:
-        fields[f"code.{source}"] = artifacts.file_sha256(PACKAGE / source)[:16]
-    for package in stage.packages:
-        fields[f"version.{package}"] = installed(package)
+    fields |= artifacts.provenance(stage.sources, stage.packages)
     if stage.llamacpp:
         fields["version.llama.cpp"] = llamacpp_build.build_key()
     return fields
-
-
-def installed(package: str) -> str:
-    """A package's version, or that it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def differences(state: State) -> list[str]:
@@ -249,17 +241,7 @@ def differences(state: State) -> list[str]:
         return list(state.problems)
     if state.fields is None:
         return [f"needs {', '.join(state.stage.needs)} first"]
-    before, now = state.manifest.fields, state.fields
-    return [
-        f"{name}: {_short(before.get(name))} -> {_short(now.get(name))}"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
-    ]
-
-
-def _short(value: Any) -> str:
-    text = "(absent)" if value is None else str(value)
-    return text if len(text) <= 40 else f"{text[:16]}…"
+    return artifacts.compare(state.manifest.fields, state.fields)
 
 
 def run_all(recipe: Recipe, build: Path, *, until: str | None = None) -> list[str]:
@@ -273,6 +255,8 @@ def run_all(recipe: Recipe, build: Path, *, until: str | None = None) -> list[st
             if state.condition != "up to date":
                 _run(state.stage, recipe, build, state)
                 ran.append(name)
+            else:
+                artifacts.remove(artifacts.checkpoints(state.folder))  # the last run was killed before it could
     return ran
 
 
@@ -287,6 +271,7 @@ def run_one(name: str, recipe: Recipe, build: Path) -> bool:
             if states[need].condition == "stale":
                 log.warning("%s is out of date with the recipe or its inputs; tutor why %s says why", need, need)
         if states[name].condition == "up to date":
+            artifacts.remove(artifacts.checkpoints(states[name].folder))  # the last run was killed before it could
             return False
         _run(stage, recipe, build, states[name])
     return True
@@ -337,10 +322,14 @@ def clean(recipe: Recipe, build: Path, names: tuple[str, ...]) -> list[Path]:
         raise RecipeError(f"no stage {unknown[0]!r}; known: {', '.join(BY_NAME)}")
     removed = []
     with artifacts.locked(build / recipe.name):
-        for name in names or tuple(BY_NAME):
-            folder = build / recipe.name / BY_NAME[name].folder
-            artifacts.refuse_foreign(folder)
-            for path in (folder, *(folder.with_name(folder.name + end) for end in artifacts.SCRATCH)):
+        for stage in (BY_NAME[name] for name in names or BY_NAME):
+            made = build / recipe.name / stage.folder
+            found = [made, *(sorted(made.parent.glob(stage.beside)) if stage.beside else ())]
+            ends = (artifacts.PARTIAL, artifacts.OLD, artifacts.CHECKPOINTS, artifacts.LOG)
+            for folder in found:
+                if not folder.name.endswith(ends):
+                    artifacts.refuse_foreign(folder)
+            for path in (*found, *(made.with_name(made.name + end) for end in ends)):
                 if path.exists():
                     artifacts.remove(path)
                     removed.append(path)

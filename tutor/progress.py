@@ -1,6 +1,7 @@
 """What a person sees while stages run: a live bar a stage at a terminal, plain lines elsewhere. Always on stderr.
 
-Stages only log. A record may carry `stage`, `stage_done`, and `done` with `total`, which move the bar.
+Stages only log. A record may carry `stage`, `stage_done`, and `done` with `total`, which move the bar; one that is
+`live` is worth a glance while it is true, and no line in a log.
 """
 
 import contextlib
@@ -50,6 +51,8 @@ class _Lines(logging.Handler):
             self._stage, self._began = stage, time.monotonic()
         done, total = getattr(record, "done", None), getattr(record, "total", None)
         now = time.monotonic()
+        if getattr(record, "live", False):
+            return
         if done is not None and done != total and now - self._last < PLAIN_EVERY:
             return
         self._last = now
@@ -109,4 +112,5 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.simplefilter("ignore")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("bitsandbytes", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)

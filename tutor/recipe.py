@@ -15,9 +15,15 @@ from tutor.errors import RecipeError
 
 RETIRED = {
     "warmup_ratio": "it is called train.warmup here",
-    "logging_dir": "nothing replaces it: metrics go to adapter/metrics.jsonl",
+    "logging_dir": "nothing replaces it: metrics go to adapter/metrics.jsonl, TensorBoard's files to adapter.log/",
     "overwrite_output_dir": "nothing replaces it: a stage's folder is replaced when its inputs change",
-    "evaluation_strategy": "nothing replaces it: the held-out rows are scored before and after training",
+    "evaluation_strategy": "it is called train.evaluations_per_epoch here",
+    "eval_steps": "it is called train.evaluations_per_epoch here",
+    "early_stopping_patience": "it is called train.patience here",
+    "load_best_model_at_end": "nothing replaces it: the adapter with the lowest held-out loss is the one that is kept",
+    "load_in_4bit": "it is called train.quantization here (nf4)",
+    "load_in_8bit": "it is called train.quantization here (int8)",
+    "device_map": "nothing replaces it: train.max_memory says how much the GPU may hold, and the rest is streamed",
     "per_device_train_batch_size": "it is called train.batch_size here",
     "gradient_accumulation_steps": "it is called train.accumulation here",
     "num_train_epochs": "it is called train.epochs here",
@@ -31,6 +37,8 @@ MAX_BYTES = 1 << 16
 """A recipe is some lines: what is longer is another file, and a parser's time grows with the square of a key."""
 
 MAX_PROBLEMS = 5
+
+MEMORY = re.compile(r"(\d{1,6}(?:\.\d{1,3})?) ?(MB|MiB|GB|GiB)")
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}")
 """A model name that Ollama accepts (ollama.md 2.1), without host, namespace and tag."""
@@ -84,6 +92,19 @@ def _linear_layer(name: str) -> str:
     return name
 
 
+def _amount(value: str) -> str:
+    if not MEMORY.fullmatch(value):
+        raise ValueError("give a number and MB, MiB, GB or GiB, as in '6GiB'")
+    return value
+
+
+class MemoryLimits(Settings):
+    """How much the base may take of each memory while training; without a limit, all that is free."""
+
+    gpu: Annotated[str, AfterValidator(_amount)] | None = None  # layers beyond it wait in RAM, one by one streamed
+    cpu: Annotated[str, AfterValidator(_amount)] | None = None  # for those layers
+
+
 class TrainSettings(Settings):
     """QLoRA."""
 
@@ -93,7 +114,8 @@ class TrainSettings(Settings):
     target_modules: list[Annotated[str, AfterValidator(_linear_layer)]] = Field(
         default=["q_proj", "k_proj", "v_proj", "o_proj"], min_length=1
     )
-    quantization: Literal["nf4", "none"] = "nf4"  # of the frozen base while training; nf4 is double-quantized
+    # Of the frozen base while training; nf4 is double-quantized, auto is none where 16 bits fit and nf4 elsewhere.
+    quantization: Literal["auto", "nf4", "int8", "none"] = "nf4"
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     batch_size: int = Field(1, ge=1)
     accumulation: int = Field(10, ge=1)
@@ -101,8 +123,14 @@ class TrainSettings(Settings):
     learning_rate: float = Field(2e-4, gt=0, lt=1)  # not in the specification; TRL's 2e-5 is too low for LoRA
     warmup: float = Field(0.03, ge=0, lt=1)  # share of the steps
     max_length: int = Field(1024, ge=16)  # tokens of prompt, answer and EOS; a longer row is an error
+    gradient_checkpointing: Literal["auto"] | bool = "auto"  # compute activations twice; auto: where they do not fit
+    max_memory: MemoryLimits = MemoryLimits()
+    evaluations_per_epoch: int = Field(2, ge=0)  # of the held-out rows; the best adapter of them all is kept
+    patience: int = Field(0, ge=0)  # end after so many evaluations without a better one; 0: all epochs, as they say
     logging_steps: int = Field(50, ge=1)
     save_steps: int = Field(500, ge=1)
+    # Not in the specification, whose 500 steps are more than its 278 rows ever make; 0: by steps alone.
+    save_minutes: float = Field(2, ge=0)
 
 
 class ConvertSettings(Settings):
@@ -213,6 +241,18 @@ def _check_together(recipe: Recipe) -> None:
         raise RecipeError(
             f"{recipe.path}: ollama.model is {recipe.ollama.model!r}",
             "letters, digits, '_', '-' and '.', at most 80, and not deepseek-r1, which Ollama treats specially",
+        )
+    if recipe.train.patience and not recipe.train.evaluations_per_epoch:
+        raise RecipeError(f"{recipe.path}: train.patience counts evaluations, and train.evaluations_per_epoch is 0")
+    if recipe.train.max_memory.gpu and recipe.train.quantization == "int8":
+        raise RecipeError(
+            f"{recipe.path}: train.max_memory cannot stream int8 weights (bitsandbytes keeps its own copy of them)",
+            "set train.quantization to nf4 or none",
+        )
+    if recipe.train.max_memory.gpu and recipe.train.gradient_checkpointing is False:
+        raise RecipeError(
+            f"{recipe.path}: train.max_memory needs gradient checkpointing: without it all layers stay on the GPU",
+            "remove train.gradient_checkpointing",
         )
     if recipe.generate.max_new_tokens >= recipe.generate.context:
         raise RecipeError(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import psutil
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, StoppingCriteriaList
@@ -158,7 +159,7 @@ def _generation_config(generation: Generation, room: int, tokenizer: "PreTrained
 
 
 def load(
-    model: Path, adapter: Path | None, *, quantization: Literal["nf4", "none"], precision: str
+    model: Path, adapter: Path | None, *, quantization: Literal["nf4", "int8", "none"], precision: str
 ) -> TransformersEngine:
     """An engine on a model folder, with a PEFT adapter over it where one is named.
 
@@ -172,7 +173,7 @@ def load(
     loaded.generation_config = GenerationConfig()
     if adapter is not None:
         loaded = _with_adapter(loaded, adapter)
-    name = f"transformers ({'NF4, ' if quantization == 'nf4' else ''}{chosen})"
+    name = f"transformers ({'' if quantization == 'none' else quantization.upper() + ', '}{chosen})"
     return TransformersEngine(name, loaded.eval(), tokenizer)
 
 
@@ -192,26 +193,36 @@ def choose_precision(wanted: str) -> str:
     return ("bf16" if native else "fp16") if wanted == "auto" else wanted
 
 
-def load_base(folder: Path, quantization: str, precision: str) -> Any:
-    """A model in 4 bits (NF4, double-quantized) or as it is, computing in `precision`, on the first GPU or the CPU.
+def free_memory() -> int:
+    """Bytes that are free where models are loaded: on the first GPU, or in RAM."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    return int(psutil.virtual_memory().available)
 
-    Raises ArtifactError when the folder cannot be loaded, HostError when memory does not suffice.
+
+def load_base(folder: Path, quantization: str, precision: str, *, in_ram: bool = False) -> Any:
+    """A model in 4 bits (NF4, double-quantized), in 8 (LLM.int8) or as it is, computing in `precision`.
+
+    On the first GPU, or the CPU where there is none or `in_ram` says so. Raises ArtifactError when the folder cannot be
+    loaded, HostError when memory does not suffice.
     """
     dtype = DTYPES[precision]
-    config = None
-    if quantization == "nf4":
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
+    configs: dict[str, dict[str, Any]] = {
+        "nf4": {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": dtype,
+        },
+        "int8": {"load_in_8bit": True},
+    }
+    config = BitsAndBytesConfig(**configs[quantization]) if quantization in configs else None
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             quantization_config=config,
-            device_map={"": 0 if torch.cuda.is_available() else "cpu"},
+            device_map={"": 0 if torch.cuda.is_available() and not in_ram else "cpu"},
             attn_implementation="sdpa",
             local_files_only=True,
             trust_remote_code=False,
@@ -222,7 +233,7 @@ def load_base(folder: Path, quantization: str, precision: str) -> Any:
         raise ArtifactError(f"cannot load {folder}: {_first_line(error)}") from error
     except torch.OutOfMemoryError as error:
         raise HostError(
-            f"the GPU has no room for {folder}", "end what else uses it, or set quantization nf4"
+            f"the GPU has no room for {folder}", "end what else uses it, or set train.quantization to nf4"
         ) from error
     # transformers fills these with random numbers, with no more than a warning.
     if bad := sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}):

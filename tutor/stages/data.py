@@ -4,6 +4,7 @@ Every row is checked before any is used (rows.py). Knows no tokenizer: whether a
 """
 
 import hashlib
+import itertools
 import json
 import re
 import statistics as figures
@@ -204,12 +205,30 @@ def sample(examples: Sequence[Kept], rows: int, seed: int) -> list[Kept]:
     groups: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
     for place, example in enumerate(examples):
         groups[example.category, example.topic].append(place)
-    quota = _apportion(rows, {key: len(group) for key, group in groups.items()}, {})
+    quota = _spread(rows, {key: len(group) for key, group in groups.items()})
     chosen: set[int] = set()
     for key, group in groups.items():
         group.sort(key=lambda place: _rank(seed, f"{examples[place].instruction}\0{examples[place].line}"))
         chosen.update(group[: quota[key]])
     return [example for place, example in enumerate(examples) if place in chosen]
+
+
+def _spread(total: int, sizes: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], int]:
+    """`total` shared out in proportion, so that each cell and each category has its share within one row.
+
+    Every so manyth row is taken along the cells in order (systematic sampling). Topics begin one further in each
+    category: the same step would otherwise meet the same topics everywhere.
+    """
+    topics = sorted({topic for _, topic in sizes})
+    order = [
+        (category, topic)
+        for number, category in enumerate(sorted({category for category, _ in sizes}))
+        for topic in (*topics[number % len(topics) :], *topics[: number % len(topics)])
+        if (category, topic) in sizes
+    ]
+    ends = [0, *itertools.accumulate(sizes[cell] for cell in order)]
+    taken = [(2 * total * end + ends[-1]) // (2 * ends[-1]) for end in ends]
+    return {cell: taken[place + 1] - taken[place] for place, cell in enumerate(order)}
 
 
 def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:

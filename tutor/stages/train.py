@@ -1,29 +1,32 @@
-"""The train stage: QLoRA on the train split. In: data/ and base/. Out: adapter/ (LoRA safetensors, metrics.jsonl).
+"""The train stage: QLoRA on the train split. In: data/ and base/. Out: adapter/ (LoRA, metrics.jsonl, training.svg).
 
 TRL's SFTTrainer trains on ids and labels that the prompt contract made; before the first step every row is read back
 as the trainer will feed it, and a row that breaks the contract stops the run. Does not merge and does not answer.
 """
 
-import contextlib
 import json
 import logging
-import math
-import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
-from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
-from tutor.engines.hf import choose_precision, load_base, score
-from tutor.errors import ArtifactError, DataError
+from tutor.artifacts import log_folder
+from tutor.engines import memory
+from tutor.engines.hf import choose_precision, free_memory, load_base
+from tutor.engines.offload import stream_layers
+from tutor.engines.scoring import mean_loss, perplexity
+from tutor.errors import DataError
 from tutor.modelfolder import load_tokenizer, read_facts
+from tutor.stages import checkpoint
+from tutor.stages.fit import fit, write
+from tutor.stages.monitor import Course
+from tutor.stages.saving import less_memory, saving
 from tutor.template import Encoded, Tokenizer, audit, encode
 
 if TYPE_CHECKING:
@@ -31,64 +34,129 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"
 IGNORED = -100
 """The label of an id without loss, by PyTorch's cross entropy."""
 
 
 def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
-    """Train an adapter into `out`; held-out loss before and after, counts, the base's identity."""
+    """Train an adapter into `out`; held-out loss before and after, counts, the base's identity.
+
+    Goes on from the newest whole checkpoint of the same training beside `out`, where a run before was ended.
+    """
     settings = recipe.train
     facts, model_folder = read_facts(inputs["base"])
     tokenizer = load_tokenizer(model_folder)
-    train = encode_rows(tokenizer, read_rows(inputs["data"] / "train.jsonl"), recipe.system, settings.max_length)
-    held_out = encode_rows(tokenizer, read_rows(inputs["data"] / "held_out.jsonl"), recipe.system, settings.max_length)
+    train, held_out = (
+        encode_rows(tokenizer, read_rows(inputs["data"] / f"{name}.jsonl"), recipe.system, settings.max_length)
+        for name in ("train", "held_out")
+    )
     precision = choose_precision(settings.precision)
+    plan = make_plan(settings, precision, model_folder, train)
+    training = checkpoint.Training(
+        out,
+        checkpoint.identity(
+            settings.model_dump() | {"quantization": plan.quantization}, {"train": train, "held_out": held_out},
+            seed=recipe.seed, base=facts.weights,
+            precision=precision, device="cuda" if torch.cuda.is_available() else "cpu",
+        ),
+    )  # fmt: skip
+    saved = checkpoint.resume(training)
     set_seed(recipe.seed)
-    model = load_base(model_folder, settings.quantization, precision)
-    arguments = training_arguments(settings, precision, recipe.seed, out / CHECKPOINTS)
-    trainer = make_trainer(model, tokenizer, train, lora_config(settings), arguments)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Metrics(out / "metrics.jsonl"))
+    again = plan.checkpointing
+    arguments = training_arguments(settings, precision, recipe.seed, training.folder, checkpointing=again)
+    trainer = load_trainer(model_folder, tokenizer, train, lora_config(settings), arguments, plan)
     audited = audit_labels(trainer, train, tokenizer)
     trainable, total = count_parameters(trainer.model)
     log.info(
-        "%d rows audited: EOS supervised, BOS as served, prompts are prefixes; %s of %s parameters train (%.2f %%)",
+        "%d rows audited: EOS supervised, BOS as served, prompts are prefixes; %s of %s parameters train (%.3f %%): "
+        "rank %d on %s",
         audited, f"{trainable:,}", f"{total:,}", 100 * trainable / total,
+        settings.rank, ", ".join(settings.target_modules),
     )  # fmt: skip
     before = mean_loss(trainer.model, held_out)
-    log.info("held-out loss before training: %.4f (perplexity %.2f)", before, math.exp(before))
-    refuse_packed(trainer.model)
-    clock = time.monotonic()
-    trainer.train()
-    seconds = time.monotonic() - clock
-    if trainer.state.global_step != trainer.state.max_steps:
-        raise ArtifactError(f"training ended at step {trainer.state.global_step} of {trainer.state.max_steps}")
-    after = mean_loss(trainer.model, held_out)
-    log.info("held-out loss after training: %.4f (perplexity %.2f)", after, math.exp(after))
-    save_adapter(trainer.model, facts.source, out)
-    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-    tokens = sum(len(row.ids) for row in train)
+    log.info("held-out loss before training: %.4f (perplexity %.2f)", before, perplexity(before))
+    course = Course(
+        rows=len(train),
+        tokens=sum(len(row.ids) for row in train),
+        evaluations=settings.epochs * settings.evaluations_per_epoch,
+        patience=settings.patience,
+        report_every=settings.logging_steps,
+        start=before,
+        skips=precision == "fp16",
+    )
+    hint = less_memory(settings.batch_size, settings.accumulation)
+    session = saving(trainer, training, saved, settings.save_minutes, hint)
+    fitted = fit(trainer, course, held_out, log_folder(out), session, resume=saved[0] if saved else None)
+    size = write(trainer, course, fitted, facts.source, out)
     return {
         "base_source": facts.source,
         "base_weights": facts.weights,
         "precision": precision,
-        "quantization": settings.quantization,
+        "quantization": plan.quantization,
+        "gradient_checkpointing": plan.checkpointing,
         "rows": len(train),
         "steps": trainer.state.global_step,
-        "tokens_per_epoch": tokens,
+        "kept_step": fitted.step,
+        "tokens_per_epoch": course.tokens,
         "trainable_parameters": trainable,
+        "adapter_bytes": size,
         "held_out": {
             "rows": len(held_out),
             "tokens": sum(sum(row.mask) for row in held_out),
             "loss_before": before,
-            "loss_after": after,
-            "perplexity_before": math.exp(before),
-            "perplexity_after": math.exp(after),
+            "loss_after": fitted.loss,
+            "perplexity_before": perplexity(before),
+            "perplexity_after": perplexity(fitted.loss),
         },
-        "samples_per_second": round(len(train) * settings.epochs / seconds, 3),
-        "tokens_per_second": round(tokens * settings.epochs / seconds, 1),
+        "samples_per_second": round(fitted.epochs * course.rows / fitted.seconds, 3),
+        "tokens_per_second": round(fitted.epochs * course.tokens / fitted.seconds, 1),
     }
+
+
+def make_plan(settings: "TrainSettings", precision: str, model_folder: Path, rows: Sequence[Encoded]) -> memory.Plan:
+    """How training fits this machine. Raises HostError when it does not."""
+    gpu, cpu = (text and memory.parse_bytes(text) for text in (settings.max_memory.gpu, settings.max_memory.cpu))
+    if gpu and not torch.cuda.is_available():
+        log.warning("train.max_memory has no effect without a GPU: all of the base is in RAM")
+        gpu = None
+    wanted = memory.Wanted(
+        quantization=settings.quantization,
+        checkpointing=settings.gradient_checkpointing,
+        precision=precision,
+        tokens=settings.batch_size * max(len(row.ids) for row in rows),
+        rank=settings.rank,
+        targets=settings.target_modules,
+        gpu=gpu or None,
+        cpu=cpu or None,
+    )
+    shape, free = memory.read_shape(model_folder), free_memory()
+    plan = memory.plan(shape, wanted, free)
+    log.info(
+        "base in %s, computing in %s, gradient checkpointing %s%s: about %.1f GB of the %.1f GB that are free",
+        "16 bits" if plan.quantization == "none" and precision != "fp32" else plan.quantization.replace("none", "fp32"),
+        precision, "on" if plan.checkpointing else "off",
+        "" if plan.resident == shape.layers else f", {shape.layers - plan.resident} of {shape.layers} layers in RAM",
+        plan.needed / 1e9, free / 1e9,
+    )  # fmt: skip
+    return plan
+
+
+def load_trainer(
+    model_folder: Path,
+    tokenizer: Any,
+    rows: Sequence[Encoded],
+    lora: LoraConfig,
+    arguments: SFTConfig,
+    plan: memory.Plan,
+) -> SFTTrainer:
+    """The trainer on the base as planned, which may leave layers in RAM."""
+    precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
+    streams = plan.resident < memory.read_shape(model_folder).layers
+    model = load_base(model_folder, plan.quantization, precision, in_ram=streams)
+    trainer = make_trainer(model, tokenizer, rows, lora, arguments)
+    if streams:
+        stream_layers(trainer.model, plan.resident, arguments.device)
+    return trainer
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -113,7 +181,9 @@ def encode_rows(tokenizer: Tokenizer, rows: Sequence[Mapping[str, str]], system:
     return encoded
 
 
-def training_arguments(settings: "TrainSettings", precision: str, seed: int, checkpoints: Path) -> SFTConfig:
+def training_arguments(
+    settings: "TrainSettings", precision: str, seed: int, checkpoints: Path, *, checkpointing: bool = False
+) -> SFTConfig:
     """TRL's arguments for the recipe's numbers; what it would do by itself to the rows (cut, pack, report) is off."""
     cuda = torch.cuda.is_available()
     return SFTConfig(
@@ -124,18 +194,17 @@ def training_arguments(settings: "TrainSettings", precision: str, seed: int, che
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=settings.warmup,
-        logging_steps=settings.logging_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
+        logging_steps=1,  # the monitor sees every step, and reports as the recipe says
+        # fp16's loss scaler skips a step that is no number, and the trainer's sum of losses must survive it.
+        logging_nan_inf_filter=precision == "fp16",
         save_strategy="steps",
         save_steps=settings.save_steps,
-        save_total_limit=2,
         max_length=None,
         packing=False,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         use_cpu=not cuda,
-        gradient_checkpointing=cuda,
+        gradient_checkpointing=checkpointing,
         dataloader_pin_memory=cuda,
         optim="adamw_torch",
         report_to="none",
@@ -169,7 +238,7 @@ def make_trainer(
         if parameter.requires_grad:
             # TRL casts them to bf16 over a 4-bit base: small updates would round away, and fp16 cannot unscale them.
             parameter.data = parameter.data.float()
-    trainer.model.train()  # it is loaded in eval mode, which 4-bit layers must not see (`scoring`)
+    trainer.model.train()  # it is loaded in eval mode, which 4-bit layers must not see (engines/scoring.py)
     return trainer
 
 
@@ -202,84 +271,3 @@ def count_parameters(model: Any) -> tuple[int, int]:
     """Trainable and all parameters; a 4-bit weight counts as the numbers it stands for."""
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return trainable, int(model.num_parameters())
-
-
-@contextlib.contextmanager
-def scoring(model: Any) -> Iterator[None]:
-    """No dropout and no gradients inside, and the model afterwards exactly as it was.
-
-    bitsandbytes 0.50 repacks a 4-bit layer for the CPU the first time it runs in eval mode, for good, and the packed
-    kernel has no gradient: training after it goes on with wrong ones. So 4-bit layers never see eval mode.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.train()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def refuse_packed(model: Any) -> None:
-    """Raise ArtifactError when a 4-bit layer is packed for inference: its gradients would be wrong without a word."""
-    for name, module in model.named_modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):
-            raise ArtifactError(f"{name} is packed for inference and cannot pass gradients on")
-
-
-def mean_loss(model: Any, rows: Sequence[Encoded]) -> float:
-    """Mean negative log-likelihood (nats) over all supervised tokens of all rows, teacher-forced, in fp32.
-
-    Raises ArtifactError when it is no number.
-    """
-    with scoring(model):
-        scores = score(model, [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in rows])
-    loss = -math.fsum(value for row in scores for value in row) / sum(len(row) for row in scores)
-    if not math.isfinite(loss):
-        raise ArtifactError(f"the held-out loss is {loss}", "lower train.learning_rate, or fetch the base again")
-    return loss
-
-
-def save_adapter(model: Any, source: str, out: Path) -> None:
-    """The adapter in PEFT's format, naming its base by source and not by this machine's path."""
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = source
-        config.target_modules = sorted(config.target_modules)  # of a set, whose order is another in every process
-    # "auto" would ask the model hub for a repository named like the source.
-    model.save_pretrained(out, safe_serialization=True, save_embedding_layers=False)
-    (out / "README.md").unlink(missing_ok=True)
-
-
-class Metrics(TrainerCallback):  # type: ignore[misc]
-    """Append what the trainer logs to a JSONL file, a step a line, and stop at a loss that is no number."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._start = time.monotonic()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        """Write one line. Raises ArtifactError when the loss is NaN or infinite."""
-        del args, control
-        values = {name: value for name, value in (logs or {}).items() if name in {"loss", "grad_norm", "learning_rate"}}
-        if "loss" not in values:
-            return
-        if not math.isfinite(values["loss"]):
-            raise ArtifactError(
-                f"the loss is {values['loss']} at step {state.global_step}", "lower train.learning_rate"
-            )
-        line = {
-            "step": state.global_step,
-            "epoch": round(state.epoch or 0.0, 3),
-            # A gradient may be infinite where fp16 then skips the step; JSON has no word for it.
-            **{name: value if math.isfinite(value) else None for name, value in values.items()},
-            "seconds": round(time.monotonic() - self._start, 2),
-        }
-        with self._path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(line) + "\n")
-        counted = {"done": state.global_step, "total": state.max_steps}
-        log.info("step %d/%d: loss %.4f", state.global_step, state.max_steps, values["loss"], extra=counted)
