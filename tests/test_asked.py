@@ -24,7 +24,7 @@ PROMPTS = [{"instruction": f"¿Qué es {name}?"} for name in "abcdef"]
 
 @dataclass
 class Fake:
-    """Echoes its question; `faults` are of single questions, `dies_on` is fatal, as is every request from `dead_from`."""
+    """Echoes its question; `faults` are of single ones, `dies_on` is fatal, as is the request number `dead_from`."""
 
     faults: dict[str, str] = field(default_factory=dict)
     dies_on: str = ""

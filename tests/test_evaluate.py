@@ -12,10 +12,11 @@ from conftest import write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tutor import artifacts
 from tutor.engines.llamacpp_build import MARKER, PROGRAMS
 from tutor.errors import ArtifactError, HostError, ServiceError
 from tutor.recipe import Recipe
-from tutor.stages.evaluate import journals, perplexity, read_rows, run, side_by_side
+from tutor.stages.evaluate import perplexity, read_rows, run, side_by_side
 
 SPANISH = (
     " Una interfaz describe la forma de un objeto y sus propiedades.\n\n"
@@ -264,12 +265,7 @@ def test_a_run_that_failed_asks_nothing_twice(tmp_path: Path, out: Path) -> None
     inputs = write_inputs(tmp_path, dies_on="¿Qué es", times=6)
     with pytest.raises(ServiceError, match="died on 3 prompts in a row"):
         run(recipe(tmp_path), inputs, out)
-    assert sorted(path.name for path in journals(out).iterdir()) == [
-        "base.jsonl",
-        "base.log",
-        "tutor.jsonl",
-        "tutor.log",
-    ]
+    assert sorted(path.name for path in artifacts.checkpoints(out).iterdir()) == ["base.jsonl", "tutor.jsonl"]
     before = len(asked(tmp_path / "base.asked"))
     assert run(recipe(tmp_path), inputs, out)["models"]["tutor"]["all"]["errors"] == 0
     since = [line for line in asked(tmp_path / "base.asked")[before:] if "n_predict" in line]

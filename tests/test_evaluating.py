@@ -15,7 +15,7 @@ from tutor.answering import Who, named
 from tutor.cli_eval import compare_command
 from tutor.errors import ArtifactError, RecipeError, ServiceError
 from tutor.evaluating import compare, evaluate
-from tutor.pipeline import BY_NAME
+from tutor.pipeline import BY_NAME, clean
 from tutor.recipe import Recipe
 
 PROMPTS = [
@@ -111,9 +111,11 @@ def test_what_was_said_once_is_not_asked_again_until_something_changes(
 
 
 @pytest.mark.usefixtures("llamacpp")
-def test_what_a_server_said_goes_with_the_journal_when_all_is_done(recipe: Recipe, build: Path) -> None:
+def test_cleaning_the_evaluation_removes_what_was_asked_beside_it(recipe: Recipe, build: Path) -> None:
     evaluate(recipe, build, [named("tutor")])
-    assert sorted(path.name for path in (build / "small").glob("eval*")) == ["eval-tutor"]
+    assert sorted(path.name for path in (build / "small").glob("eval*")) == ["eval-tutor", "eval-tutor.log"]
+    clean(recipe, build, ("evaluate",))
+    assert not list((build / "small").glob("eval*"))
 
 
 def test_a_model_that_was_not_made_names_what_was(recipe: Recipe, build: Path) -> None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tutor import artifacts
 from tutor.errors import ArtifactError, RecipeError
@@ -74,7 +74,7 @@ def opened(recipe: "Recipe", build: Path, who: Who, *, share: int = 1, log: Path
         from tutor.engines import hf
 
         model, adapter = _folders(folder, who.model)
-        quantization = _trained(folder) if adapter else "none"
+        quantization = _quantization(folder, who.model)
         yield hf.load(model, adapter, quantization=quantization, precision=recipe.train.precision)
     else:
         from tutor.engines import llamacpp
@@ -117,9 +117,8 @@ def identity(recipe: "Recipe", build: Path, who: Who) -> dict[str, Any]:
         _folders(folder, who.model)
         stages = {"base": ("base",), "tutor": ("merge",), "adapter": ("base", "train")}[who.model]
         made = {name: artifacts.require(folder / BY_NAME[name].folder, name).fingerprint for name in stages}
-        quantization = _trained(folder) if who.model == "adapter" else "none"
-        settings = {"quantization": quantization, "precision": recipe.train.precision}
-        return {**made, **settings, **{name: artifacts.installed(name) for name in ("transformers", "torch", "peft")}}
+        settings = {"quantization": _quantization(folder, who.model), "precision": recipe.train.precision}
+        return {**made, **settings, **artifacts.provenance((), ("transformers", "torch", "peft"))}
     from tutor.engines.llamacpp_build import build_key
 
     gguf = gguf_of(recipe, build, who)
@@ -134,11 +133,6 @@ def identity(recipe: "Recipe", build: Path, who: Who) -> dict[str, Any]:
     }
 
 
-def _trained(folder: Path) -> Any:
-    """What the base was quantized to in training, which the recipe may leave open. Raises ArtifactError."""
-    return artifacts.require(folder / BY_NAME["train"].folder, "train").results["quantization"]
-
-
 def _folders(folder: Path, model: str) -> tuple[Path, Path | None]:
     """What transformers loads: a 16-bit model folder, and an adapter over it or None. Raises ArtifactError."""
     from tutor.modelfolder import read_facts
@@ -150,3 +144,11 @@ def _folders(folder: Path, model: str) -> tuple[Path, Path | None]:
     if model == "adapter":
         artifacts.require(adapter, "train")
     return read_facts(base)[1], adapter if model == "adapter" else None
+
+
+def _quantization(folder: Path, model: str) -> Literal["nf4", "int8", "none"]:
+    """In what transformers loads a model: the base as it was trained on, the merged one in 16 bits."""
+    trained = artifacts.read_manifest(folder / BY_NAME["train"].folder)
+    if model == "tutor" or trained is None:
+        return "none"
+    return trained.results["quantization"]  # type: ignore[no-any-return] # the recipe may leave it open

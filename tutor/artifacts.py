@@ -30,10 +30,6 @@ PARTIAL = ".partial"
 OLD = ".old"
 CHECKPOINTS = ".checkpoints"
 LOG = ".log"
-JOURNAL = ".journal"
-"""Beside a stage's folder: what a run that was ended had done already, for the stage to go on from."""
-SCRATCH = (PARTIAL, OLD, CHECKPOINTS, LOG, JOURNAL)
-"""Endings of what may lie beside a stage's folder and goes with it."""
 HASHES = ".hashes.json"
 RESUME = ".resume"
 """What a stage keeps in its scratch folder to go on from after a kill; no part of the finished folder."""
@@ -250,7 +246,6 @@ def writing(
         )
         write_json(partial / MANIFEST, asdict(manifest))
         _swap(partial, folder)
-        remove(folder.with_name(folder.name + JOURNAL))
     except BaseException as error:
         fault = disk_fault(error, partial)  # before the disk is freed
         if not resume or isinstance(error, Exception):

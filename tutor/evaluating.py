@@ -18,7 +18,7 @@ from tutor import artifacts, publishing
 from tutor.answering import Who, identity, named, opened
 from tutor.engines.answer import greedy
 from tutor.errors import ArtifactError, RecipeError
-from tutor.pipeline import BY_NAME, PACKAGE, announced
+from tutor.pipeline import BY_NAME, announced
 from tutor.recipe import Recipe
 from tutor.stages import evaluate as stage
 from tutor.stages import honesty, rates
@@ -144,8 +144,7 @@ def _ask(recipe: Recipe, build: Path, who: Who, label: str, parallel: int) -> As
         served = identity(recipe, build, who)
         if who.engine == "ollama" and parallel > 1:
             served["parallel"] = parallel  # a server with more than one slot batches them (stages/asked.py)
-        code = {f"code.{source}": artifacts.file_sha256(PACKAGE / source)[:16] for source in CODE}
-        fields = {**asked, **asdict(generation), **served, **code}
+        fields = {**asked, **asdict(generation), **served, **artifacts.provenance(CODE, ())}
         ran = not publishing.is_made(target, fields)
         if ran:
             prompts = read_rows(data / "prompts.jsonl")
@@ -154,10 +153,11 @@ def _ask(recipe: Recipe, build: Path, who: Who, label: str, parallel: int) -> As
             number = itertools.count(1)  # of the servers that are started, each with its log
             asking = announced("evaluate", f"ask {label} the prompts and judge")
             with asking, artifacts.writing(target, target.name, fields) as (out, results):
-                journals = stage.journals(out)
-                task = Task(label, generation, recipe.system, journals / "answers.jsonl", served)
+                logs = artifacts.log_folder(out)
+                logs.mkdir(exist_ok=True)
+                task = Task(label, generation, recipe.system, artifacts.checkpoints(out) / "answers.jsonl", served)
                 answers = ask_all(
-                    lambda: opened(recipe, build, who, share=at_once, log=journals / f"{next(number)}.log"),
+                    lambda: opened(recipe, build, who, share=at_once, log=logs / f"{next(number)}.log"),
                     prompts,
                     task,
                     parallel=at_once,

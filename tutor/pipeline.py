@@ -36,9 +36,9 @@ class Stage:
     sources: tuple[str, ...]  # files of tutor/ whose change means another result
     packages: tuple[str, ...] = ()
     llamacpp: bool = False
-    beside: str = ""  # what a command outside the pipeline makes of its folder: removed with it
-    resumes: bool = False  # goes on after a kill with what it had finished
     files: Callable[[Recipe], Mapping[str, Path]] = lambda _: {}  # the user's, beside the folders of `needs`
+    beside: str = ""  # a pattern: what commands outside the pipeline make of its folder, removed with it
+    resumes: bool = False  # goes on after a kill with what it had finished
 
     @property
     def module(self) -> Any:
@@ -120,7 +120,7 @@ STAGES = (
         settings=_train,
         sources=checkpoint.SOURCES,
         packages=checkpoint.PACKAGES,
-        beside="lora",
+        beside="lora*",
     ),
     Stage(
         "merge",
@@ -222,8 +222,8 @@ STAGES = (
         ),
         packages=("markdown-it-py", "lingua-language-detector"),
         llamacpp=True,
-        beside="eval-ollama",
         files=_evaluate_files,
+        beside="eval-*",
     ),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}
@@ -379,10 +379,13 @@ def clean(recipe: Recipe, build: Path, names: tuple[str, ...]) -> list[Path]:
     removed = []
     with artifacts.locked(build / recipe.name):
         for stage in (BY_NAME[name] for name in names or BY_NAME):
-            folders = [build / recipe.name / name for name in (stage.folder, stage.beside) if name]
-            for folder in folders:
-                artifacts.refuse_foreign(folder)
-            for path in (folder.with_name(folder.name + end) for folder in folders for end in ("", *artifacts.SCRATCH)):
+            made = build / recipe.name / stage.folder
+            found = [made, *(sorted(made.parent.glob(stage.beside)) if stage.beside else ())]
+            ends = (artifacts.PARTIAL, artifacts.OLD, artifacts.CHECKPOINTS, artifacts.LOG)
+            for folder in found:
+                if not folder.name.endswith(ends):
+                    artifacts.refuse_foreign(folder)
+            for path in (*found, *(made.with_name(made.name + end) for end in ends)):
                 if path.exists():
                     artifacts.remove(path)
                     removed.append(path)

@@ -83,6 +83,8 @@ def refuse_outside(recipe: Recipe) -> None:
     """Raise RecipeError for what lies beyond the recipe's folder, all that the containers see of the host's files."""
     folder = recipe.path.parent
     named = {"data.train": recipe.data.train, "data.eval": recipe.data.eval}
+    # An empty one is the folder itself.
+    named |= {f"evaluate.{name}": value for name, value in recipe.evaluate.model_dump().items()}
     if recipe.base.source.startswith("path:"):
         named["base.source"] = recipe.base.source.removeprefix("path:")
     beyond = [f"{name} is {value}" for name, value in named.items() if not recipe.resolve(value).is_relative_to(folder)]

@@ -90,21 +90,19 @@ def _threads() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def journals(out: Path) -> Path:
-    """The folder of a stage's journals, beside its own, whose scratch folder does not outlive a run that fails."""
-    return out.with_name(out.name.removesuffix(artifacts.PARTIAL) + artifacts.JOURNAL)
-
-
 def _ask(recipe: "Recipe", name: str, gguf: Path, out: Path, prompts: Sequence[Mapping[str, Any]]) -> list[Record]:
     """The answers of one GGUF, through a llama-server of its own."""
     context, threads = recipe.generate.context, _threads()
-    # What a server said outlives a run that fails, as the journal does.
-    start = partial(serve, gguf, context=context, threads=threads, log=journals(out) / f"{name}.log")
+    logs = artifacts.log_folder(out)
+    logs.mkdir(exist_ok=True)
+    start = partial(serve, gguf, context=context, threads=threads, log=logs / f"{name}.log")
     manifest = artifacts.read_manifest(gguf.parent)
     made = manifest.outputs.get(gguf.name, {}).get("sha256") if manifest else None
     key = {"model": made or artifacts.file_sha256(gguf), "context": context, "engine": build_key()}
     generation = greedy(recipe.generate, recipe.seed)
-    return ask_all(start, prompts, Task(name, generation, recipe.system, journals(out) / f"{name}.jsonl", key))
+    return ask_all(
+        start, prompts, Task(name, generation, recipe.system, artifacts.checkpoints(out) / f"{name}.jsonl", key)
+    )
 
 
 def judge_and_compare(
