@@ -2,7 +2,8 @@
 and ask the published one.
 
 In: a recipe and its stages' folders, checked to belong together. Out: models on an Ollama server, `published.json`
-beside the Modelfile, `lora/` where an adapter is published, `eval-ollama/` where the published model was evaluated.
+beside the Modelfile, `lora/` where an adapter is published, `eval-ollama/` where the published model was evaluated,
+`parity-ollama/` where it was compared again.
 """
 
 import json
@@ -18,10 +19,13 @@ from typing import Any
 from tutor import artifacts
 from tutor.engines import ollama
 from tutor.engines.llamacpp_build import build_key
-from tutor.errors import ArtifactError
-from tutor.pipeline import BY_NAME, PACKAGE
+from tutor.engines.ollama_api import Ollama
+from tutor.errors import ArtifactError, GateError
+from tutor.pipeline import BY_NAME, PACKAGE, pass_gate
 from tutor.recipe import Recipe
+from tutor.stages import parity_ollama
 from tutor.stages import publish as stage
+from tutor.stages.parity_gate import lines, refusal
 from tutor.template import GO_TEMPLATE, STOPS, shown
 
 log = logging.getLogger(__name__)
@@ -29,6 +33,7 @@ log = logging.getLogger(__name__)
 PUBLISHED = "published.json"
 LORA = "lora"
 EVALUATED = "eval-ollama"
+COMPARED = "parity-ollama"
 PARSER = "passthrough"
 LORA_CODE = ("publishing.py", "engines/lora_gguf.py", "stages/modelfile.py", "template.py")
 EVALUATE_CODE = ("publishing.py", "stages/evaluate.py", "engines/ollama.py", "template.py")
@@ -50,11 +55,13 @@ def publish(
     folder = build / recipe.name
     with artifacts.locked(folder), _announced("publish", "put the model onto Ollama and prove it"):
         made = _model_folder(recipe, folder)
+        reference = _reference(folder)
         with ollama.connect(host) as server:
             server.wait_ready(wait)  # before gigabytes are hashed for no one
             made = _lora_folder(recipe, folder) if adapter else made
             model = stage.read_model(made, recipe.ollama.quantization)
-            result = stage.publish(model, _hashes(model, folder), server)
+            check = partial(_same_answers, reference, same_file=not adapter)
+            result = stage.publish(model, _hashes(model, folder), server, check=check)
         if result["published"] or not (made / PUBLISHED).exists():
             artifacts.write_json(made / PUBLISHED, result)
     return result
@@ -78,6 +85,61 @@ def _model_folder(recipe: Recipe, folder: Path) -> Path:
     if changed := [name for name, value in wanted.items() if manifest.fields.get(name) != value]:
         raise ArtifactError(f"{model} was rendered from another {changed[0]}", "run: tutor run --until modelfile")
     return model
+
+
+def _reference(folder: Path) -> parity_ollama.Reference:
+    """What the parity stage recorded. Raises GateError where it said no, ArtifactError where it saw other files."""
+    made = folder / BY_NAME["parity"].folder
+    manifest = artifacts.require(made, "parity")
+    gguf = artifacts.require(folder / BY_NAME["convert"].folder, "convert")
+    if manifest.fields.get("input.convert") != gguf.fingerprint:
+        raise ArtifactError(f"{made} compared another {gguf.stage}", "run: tutor parity")
+    pass_gate(made)
+    return parity_ollama.read_reference(made)
+
+
+def _same_answers(
+    reference: parity_ollama.Reference, server: Ollama, tag: str, *, same_file: bool
+) -> dict[str, dict[str, Any]]:
+    """The hand-over to Ollama, as a record. Raises GateError where it diverges."""
+    log.info("comparing %s with %s in llama.cpp", tag, reference.engine)
+    item = parity_ollama.published(reference, server, tag, same_file=same_file)
+    if refused := refusal([item]):
+        raise GateError(refused["message"], refused["hint"])
+    return {"parity": item.record()}
+
+
+def parity(recipe: Recipe, build: Path, *, host: str | None = None) -> dict[str, Any]:
+    """What a server serves now as `latest` against the parity stage's record; `refused` where it diverges.
+
+    Writes `parity-ollama/`. Raises ArtifactError without that stage, ServiceError when the model is not there.
+    """
+    folder, name = build / recipe.name, served_name(recipe)
+    with artifacts.locked(folder), ollama.connect(host) as server:
+        reference = _reference(folder)
+        version, found = server.version(), stage.digest_of(server, name)
+        served = {"model": name, "host": server.host, "version": version, "digest": found or ""}
+        with (
+            _announced("parity", f"compare {name} at {server.host} with {reference.engine} in llama.cpp"),
+            artifacts.writing(folder / COMPARED, COMPARED, served) as (_, results),
+        ):
+            wanted = _published_digest(folder)
+            item = parity_ollama.identity(reference, found, wanted) if found and wanted else None
+            if item is None or item.state == "same":
+                item = parity_ollama.published(reference, server, name)
+            refused = refusal([item])
+            results.update(served, hand_overs=[item.record()], **({"refused": refused} if refused else {}))
+    return {**results}
+
+
+def _published_digest(folder: Path) -> str | None:
+    """The digest of what was published from this folder; None where nothing was, or it does not say."""
+    path = folder / BY_NAME["modelfile"].folder / PUBLISHED
+    try:
+        digest = json.loads(path.read_text("utf-8")).get("digest")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return digest if isinstance(digest, str) else None
 
 
 def _hashes(model: stage.Model, folder: Path) -> dict[Path, str]:
@@ -161,7 +223,8 @@ def published_lines(result: Mapping[str, Any]) -> list[str]:
     if not result["published"]:
         return [f"Nothing to do: {where} is what is served as {result['model']}."]
     checked = f"{result['prompts']} prompts as trained; it answers: {shown(result['answer'])!r}"
-    return [f"Published {where}: {checked}", f"Next: ollama run {result['model']}"]
+    compared = lines([result["parity"]]) if "parity" in result else []
+    return [f"Published {where}: {checked}", *compared, f"Next: ollama run {result['model']}"]
 
 
 def model_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:

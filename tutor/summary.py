@@ -9,6 +9,7 @@ from typing import Any
 from tutor import artifacts
 from tutor.pipeline import BY_NAME
 from tutor.recipe import Recipe
+from tutor.stages.parity_gate import lines as parity_lines
 from tutor.template import shown
 
 EXAMPLES = 3
@@ -41,6 +42,8 @@ def lines(summary: Mapping[str, Any], recipe: str) -> list[str]:
         parts += _training(stages["train"])
     if "convert" in stages:
         parts += _files(stages["convert"], stages.get("evaluate", {}).get("perplexity", {}))
+    if "parity" in stages:
+        parts += ["", *parity_lines(stages["parity"]["hand_overs"])]
     if "evaluate" in stages:
         parts += verdict_lines(stages["evaluate"])
     for example in summary["examples"]:
