@@ -54,8 +54,7 @@ def publish(
     """
     folder = build / recipe.name
     with artifacts.locked(folder), _announced("publish", "put the model onto Ollama and prove it"):
-        made = _model_folder(recipe, folder)
-        reference = _reference(folder)
+        made, reference = _folder_of("modelfile", recipe, folder), _reference(recipe, folder)
         with ollama.connect(host) as server:
             server.wait_ready(wait)  # before gigabytes are hashed for no one
             made = _lora_folder(recipe, folder) if adapter else made
@@ -75,25 +74,21 @@ def _announced(name: str, about: str) -> Iterator[None]:
     log.info("%s: done", name, extra={"stage_done": name})
 
 
-def _model_folder(recipe: Recipe, folder: Path) -> Path:
-    """The modelfile stage's folder. Raises ArtifactError when it says something else than the recipe or gguf/."""
-    model = folder / BY_NAME["modelfile"].folder
-    manifest = artifacts.require(model, "modelfile")
+def _folder_of(name: str, recipe: Recipe, folder: Path) -> Path:
+    """The folder of a stage behind convert. Raises ArtifactError when it was made of another recipe or gguf/."""
+    made = folder / BY_NAME[name].folder
+    manifest = artifacts.require(made, name)
     gguf = artifacts.require(folder / BY_NAME["convert"].folder, "convert")
-    wanted = {f"recipe.{name}": value for name, value in BY_NAME["modelfile"].settings(recipe).items()}
+    wanted = {f"recipe.{key}": value for key, value in BY_NAME[name].settings(recipe).items()}
     wanted["input.convert"] = gguf.fingerprint
-    if changed := [name for name, value in wanted.items() if manifest.fields.get(name) != value]:
-        raise ArtifactError(f"{model} was rendered from another {changed[0]}", "run: tutor run --until modelfile")
-    return model
+    if changed := [key for key, value in wanted.items() if manifest.fields.get(key) != value]:
+        raise ArtifactError(f"{made} was made of another {changed[0]}", "run: tutor run --until modelfile")
+    return made
 
 
-def _reference(folder: Path) -> parity_ollama.Reference:
-    """What the parity stage recorded. Raises GateError where it said no, ArtifactError where it saw other files."""
-    made = folder / BY_NAME["parity"].folder
-    manifest = artifacts.require(made, "parity")
-    gguf = artifacts.require(folder / BY_NAME["convert"].folder, "convert")
-    if manifest.fields.get("input.convert") != gguf.fingerprint:
-        raise ArtifactError(f"{made} compared another {gguf.stage}", "run: tutor parity")
+def _reference(recipe: Recipe, folder: Path) -> parity_ollama.Reference:
+    """What the parity stage recorded. Raises GateError where it said no."""
+    made = _folder_of("parity", recipe, folder)
     pass_gate(made)
     return parity_ollama.read_reference(made)
 
@@ -116,7 +111,7 @@ def parity(recipe: Recipe, build: Path, *, host: str | None = None) -> dict[str,
     """
     folder, name = build / recipe.name, served_name(recipe)
     with artifacts.locked(folder), ollama.connect(host) as server:
-        reference = _reference(folder)
+        reference = _reference(recipe, folder)
         version, found = server.version(), stage.digest_of(server, name)
         served = {"model": name, "host": server.host, "version": version, "digest": found or ""}
         with (

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from tutor.artifacts import read_manifest, write_json
 from tutor.errors import ArtifactError
-from tutor.modelfolder import WEIGHTS, load_tokenizer, read_facts
+from tutor.modelfolder import WEIGHTS, load_tokenizer, read_facts, read_json
 from tutor.stages import parity_collect as collect
 from tutor.stages.parity_compare import Seen
 from tutor.stages.parity_gate import SAME_WEIGHTS, HandOver, Kind, budget, hand_over, refusal, to_record
@@ -87,8 +87,9 @@ class Trained:
     """What transformers made of the conversations, by engine; or `missing`, why it was not asked."""
 
     seen: Mapping[str, Sequence[Seen]]
-    precision: str | None
+    precision: str | None  # in which it computed
     missing: str = ""
+    kept: str = ""  # the coarser one of that precision and of what the merged weights are stored in
 
 
 def _in_transformers(inputs: Mapping[str, Path], asked: Sequence[Conversation], free: int) -> Trained:
@@ -110,10 +111,13 @@ def _in_transformers(inputs: Mapping[str, Path], asked: Sequence[Conversation], 
     merged = collect.from_transformers(engine, asked, own_template=True)
     collect.let_go(engine)
     log.info("asking %s in transformers (%s)", ADAPTER, precision)
-    engine = load(read_facts(inputs["base"])[1], inputs["train"], quantization=_merged_into(inputs["merge"]))
+    engine = load(read_facts(inputs["base"])[1], inputs["train"], quantization="none")
+    if seen_as := _seen_as(inputs["merge"], inputs["train"]):
+        collect.to_nf4_and_back(engine, seen_as)
     trained = collect.from_transformers(engine, asked, paths=merged.paths, own_template=False)
     collect.let_go(engine)
-    return Trained({ADAPTER: trained.seen, MERGED: merged.seen}, precision)
+    in_bf16 = read_json(inputs["merge"] / "config.json").get("dtype") == "bfloat16"
+    return Trained({ADAPTER: trained.seen, MERGED: merged.seen}, precision, kept="bf16" if in_bf16 else precision)
 
 
 def fitting(weights: int, free: int) -> str | None:
@@ -138,10 +142,10 @@ def free_memory(root: Path = Path("/")) -> int:
         return free
 
 
-def _merged_into(merged: Path) -> Literal["nf4", "none"]:
-    """In which form the merge stage took the base: "nf4", what 4-bit training saw of it, or "none", as it is."""
-    manifest = read_manifest(merged)
-    return "nf4" if manifest and manifest.results.get("base") == "nf4" else "none"
+def _seen_as(merged: Path, adapter: Path) -> str | None:
+    """The precision in which 4-bit training saw the base, where the merge stage took the base so; None: as it is."""
+    merge, train = read_manifest(merged), read_manifest(adapter)
+    return str(train.results["precision"]) if merge and train and merge.results.get("base") == "nf4" else None
 
 
 def _reference(asked: Sequence[Conversation], seen: Mapping[str, Sequence[Seen]], served: str) -> dict[str, Any]:
@@ -157,8 +161,8 @@ def _same_weights(seen: Mapping[str, Sequence[Seen]], trained: Trained) -> list[
     chain: tuple[tuple[Kind, str, str], ...] = (("merge", ADAPTER, MERGED), ("convert", MERGED, F16))
     if trained.precision is None:
         return [HandOver(kind, ours, theirs, missing=trained.missing) for kind, ours, theirs in chain]
-    limit = SAME_WEIGHTS[trained.precision]
-    return [hand_over(kind, (ours, theirs), (seen[ours], seen[theirs]), limit) for kind, ours, theirs in chain]
+    limits = {"merge": SAME_WEIGHTS[trained.kept], "convert": SAME_WEIGHTS[trained.precision]}
+    return [hand_over(kind, (ours, theirs), (seen[ours], seen[theirs]), limits[kind]) for kind, ours, theirs in chain]
 
 
 def _quantized(

@@ -120,6 +120,20 @@ def from_gguf(gguf: Path, reads: Sequence[Read], serving: Serving, *, served: bo
     return tuple(seen)
 
 
+def to_nf4_and_back(engine: "TransformersEngine", precision: str) -> None:
+    """Give a loaded base the weights that training on it in 4 bits saw: NF4 with double quantization, and back."""
+    from bitsandbytes import functional
+
+    from tutor.engines.hf import DTYPES
+
+    for name, weight in engine.model.named_parameters():
+        if ".layers." in name and weight.dim() == 2 and "lora_" not in name:
+            codes, state = functional.quantize_4bit(
+                weight.data.to(DTYPES[precision]), quant_type="nf4", compress_statistics=True
+            )
+            weight.data.copy_(functional.dequantize_4bit(codes, state))
+
+
 def let_go(engine: "TransformersEngine") -> None:
     """Free a model's memory: the next one needs it."""
     import torch

@@ -23,8 +23,11 @@ Measured over 1,400 tokens of the demo's 135M (kl, mean, worst): base + adapter 
 bf16 0.0026, 0.055, 1.0; merged to F16 in llama.cpp, fp32 3e-6, 0.0018, 0.043, bf16 0.0019, 0.046, 0.98. The best two
 changed places in bf16 alone, at leads up to 0.06. The tiny model stays below a quarter of its fp32 figures.
 """
-PUBLISHED = Tolerance(kl=0.01, mean=0.1, worst=2.0, lead=0.5)
-"""The same file in another build of llama.cpp, perhaps on a GPU, which multiplies 4- and 8-bit weights otherwise."""
+PUBLISHED = Tolerance(kl=0.02, mean=0.2, worst=3.0, lead=0.5)
+"""The same file in another build of llama.cpp, perhaps on a GPU: activations are rounded to 8 bits, and a last bit that
+differs rounds some otherwise. About five times what Ollama on the same CPU made: on the demo's 135M 0.0018 (kl), 0.022
+(mean), 0.37 (worst) for Q8_0, 0.0041, 0.040, 0.43 for Q4_K_M, 0.0037, 0.023, 0.21 for Q5_K_M; 1.3e-5 on the tiny Q8_0.
+"""
 
 CAUSES: Mapping[Kind, Mapping[str, str]] = {
     "merge": {
