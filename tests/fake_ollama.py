@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 CREATE = {"model", "files", "adapters", "template", "system", "parameters", "license", "messages", "parser", "stream"}
-CHAT = {"model", "messages", "stream", "truncate", "options", "think", "_debug_render_only"}
+CHAT = {"model", "messages", "stream", "truncate", "options", "think", "_debug_render_only", "logprobs", "top_logprobs"}
 GENERATE = {"model", "prompt", "system", "stream", "truncate", "options", "keep_alive", "_debug_render_only"}
 LOAD_TIME = {"num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread", "draft_num_predict"}
 OPTIONS: dict[str, type | tuple[type, ...]] = {
@@ -76,7 +76,8 @@ def legacy(template: str, messages: list[dict[str, str]]) -> str:
     for turn in turns:
         last = turn is turns[-1]
         text = template.partition("{{ .Response }}")[0] + "\0" if last else template
-        text = re.sub(r"{{ if \.System }}(.*?){{ end }}", lambda m: m[1] if "System" in turn else "", text, flags=re.S)  # noqa: B023
+        system = "" if not turn.get("System") else r"\1"  # for Go's `if`, an empty text is none
+        text = re.sub(r"{{ if \.System }}(.*?){{ end }}", system, text, flags=re.S)
         text = re.sub(r"{{ \.(System|Prompt|Response) }}", lambda m: turn.get(m[1], ""), text)  # noqa: B023
         parts.append(text.replace("\0", turn.get("Response", "")))
     return "".join(parts)
@@ -98,6 +99,8 @@ class FakeOllama(ThreadingHTTPServer):
         self.order: list[str] = []  # names, the last written last
         self.loaded: list[str] = []
         self.shows_prompts = True
+        self.says: Callable[[str], list[tuple[str, float]]] | None = None  # pieces and their logprobs, to a prompt
+        self.counts = lambda prompt: len(prompt.split())  # tokens
         self.requests: list[tuple[str, Any]] = []
         self.scripts: dict[str, list[Reply | None]] = {}
         self.cancelled = threading.Event()
@@ -374,23 +377,31 @@ class Handler(BaseHTTPRequestHandler):
         if body.get("_debug_render_only") and self.server.shows_prompts:
             return self.json({**empty, "done": False, "_debug_info": {"rendered_template": prompt}})
         limit = body["options"]["num_predict"]
-        pieces, words = self.server.pieces[:limit], len(prompt.split())
+        said = self.server.says(prompt) if self.server.says else [(piece, -0.1) for piece in self.server.pieces]
+        pieces, words = said[:limit], self.server.counts(prompt)
         if words > model.body.get("parameters", {}).get("num_ctx", 4096):
             what = {"code": 400, "message": f"request ({words} tokens) exceeds the available context size", "n_ctx": 64}
             return self.error(400, json.dumps({"error": what}))
-        last = {**empty, "done": True, "done_reason": "length" if limit < len(self.server.pieces) else "stop"}
+        last = {**empty, "done": True, "done_reason": "length" if limit < len(said) else "stop"}
         last |= {"prompt_eval_count": words, "eval_count": len(pieces) + 1, "eval_duration": 500_000_000}
         if not body["stream"]:
-            return self.json({**last, "message": {"role": "assistant", "content": "".join(pieces)}})
-        return self.lines([*map(chunk, pieces), last])
+            return self.json(
+                {**last, "message": {"role": "assistant", "content": "".join(piece for piece, _ in pieces)}}
+            )
+        top = int(body.get("top_logprobs", 0)) if body.get("logprobs") else 0
+        return self.lines([*(chunk(piece, logprob, top) for piece, logprob in pieces), last])
 
 
 def running_model(name: str) -> dict[str, Any]:
     return {"name": name, "model": name, "size": 400, "size_vram": 300}
 
 
-def chunk(text: str) -> dict[str, Any]:
-    return {"message": {"role": "assistant", "content": text}, "done": False}
+def chunk(text: str, logprob: float = 0.0, top: int = 0) -> dict[str, Any]:
+    event: dict[str, Any] = {"message": {"role": "assistant", "content": text}, "done": False}
+    if top:
+        others = [{"token": text, "logprob": logprob}, {"token": "�", "logprob": logprob - 3}]
+        event["logprobs"] = [{"token": text, "logprob": logprob, "top_logprobs": others[:top]}]
+    return event
 
 
 # Bad replies, for `script`

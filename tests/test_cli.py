@@ -97,7 +97,7 @@ def test_every_command_and_option_has_help(path, command):
 
 def test_commands_stand_in_pipeline_order():
     names = list(cli.commands)
-    stages = ["data", "base", "train", "merge", "convert", "modelfile", "eval"]
+    stages = ["data", "base", "train", "merge", "convert", "parity", "modelfile", "eval"]
     assert [name for name in names if name in stages] == stages
 
 

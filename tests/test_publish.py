@@ -10,6 +10,7 @@ from typing import Any
 import fake_ollama as fake
 import pytest
 from fake_ollama import FakeOllama, write_gguf
+from parity_folders import write_parity
 
 from tutor import artifacts, evaluating, publishing, summary
 from tutor.engines.ollama_api import Ollama, connect
@@ -418,6 +419,7 @@ def make_stages(recipe: Recipe, build: Path, **facts: Any) -> None:
     fields = {f"recipe.{name}": value for name, value in BY_NAME["modelfile"].settings(recipe).items()}
     with artifacts.writing(folder / "model", "modelfile", {**fields, "input.convert": gguf.fingerprint}) as (out, _):
         modelfile.run(recipe, {"convert": folder / "gguf"}, out)
+    write_parity(recipe, build)
 
 
 def test_what_the_modelfile_stage_wrote_is_published(server: FakeOllama, recipe: Recipe, build: Path) -> None:

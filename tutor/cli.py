@@ -3,6 +3,7 @@
 Everything heavy is imported inside the commands: `tutor --help` must not wait for torch.
 """
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -10,7 +11,7 @@ import click
 
 from tutor import boundary, cli_data, cli_doctor, cli_eval, cli_serving, cli_stack, cli_verify
 from tutor.cli_options import emit, json_option, read, recipe_option, shown_on_stderr, tree
-from tutor.errors import ArtifactError
+from tutor.errors import ArtifactError, GateError
 
 if TYPE_CHECKING:
     from tutor.recipe import Recipe
@@ -82,6 +83,31 @@ _stage_command("train", "train", "Train the LoRA adapter (QLoRA), and score it o
 _stage_command("merge", "merge", "Merge the adapter into the 16-bit base.")
 _stage_command("convert", "convert", "Convert to GGUF and quantize, with the pinned llama.cpp.")
 _stage_command("ladder", "ladder", "Measure what each quantization loses, its speed and memory; choose one.")
+
+
+@cli.command("parity")
+@click.option("--host", metavar="HOST", help="Compare what this Ollama serves, with what the stage has recorded.")
+@recipe_option
+@json_option
+@click.pass_context
+def parity_command(context: click.Context, host: str | None, recipe_path: Path, build: Path, *, as_json: bool) -> None:
+    """Compare every engine that the model passes, token by token. Exit 8 when one diverges."""
+    from tutor import pipeline, publishing, summary
+    from tutor.stages.parity_gate import lines
+
+    recipe = read(recipe_path)
+    with shown_on_stderr(context.obj):
+        if host is None:
+            with contextlib.suppress(GateError):  # said below, behind the table
+                pipeline.run_one("parity", recipe, build)
+            result = summary.collect(recipe, build)["stages"]["parity"]
+        else:
+            result = publishing.parity(recipe, build, host=host)
+    emit(result, lines(result["hand_overs"]), as_json=as_json)
+    if refused := result.get("refused"):
+        context.exit(boundary.fail(refused["message"], GateError.code, refused["hint"], as_json=False))
+
+
 _stage_command("modelfile", "modelfile", "Render the Modelfile for Ollama.")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from tutor import artifacts, capacity
 from tutor.engines import llamacpp_build
-from tutor.errors import RecipeError
+from tutor.errors import GateError, RecipeError
 from tutor.recipe import Recipe
 from tutor.stages import checkpoint
 from tutor.stages.lineage import TOOLS, recipe_hash
@@ -22,6 +22,10 @@ from tutor.stages.lineage import TOOLS, recipe_hash
 log = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parent
+REFUSED = "refused"
+"""The key of a gate's results that says no: a `message` and a `hint`."""
+MADE = ("up to date", REFUSED)
+"""The conditions of a stage that has nothing to do: asked again, a gate says the same."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,11 @@ def _ladder(recipe: Recipe) -> dict[str, Any]:
     chosen_from = {"quantizations": recipe.convert.quantizations, "base": recipe.convert.base}
     how = {"budget": recipe.convert.budget, "context": recipe.generate.context, "system": recipe.system}
     return {**chosen_from, **how, "served": recipe.ollama.quantization}
+
+
+def _parity(recipe: Recipe) -> dict[str, Any]:
+    served = {"served": recipe.ollama.quantization, "context": recipe.generate.context}
+    return {**recipe.parity.model_dump(), **served, "system": recipe.system}
 
 
 def _modelfile(recipe: Recipe) -> dict[str, Any]:
@@ -183,6 +192,29 @@ STAGES = (
         llamacpp=True,
     ),
     Stage(
+        "parity",
+        "parity",
+        "compare every engine that the model passes",
+        needs=("data", "base", "train", "merge", "convert", "ladder"),
+        settings=_parity,
+        sources=(
+            "stages/parity.py",
+            "stages/parity_collect.py",
+            "stages/parity_compare.py",
+            "stages/parity_gate.py",
+            "stages/parity_set.py",
+            "engines/hf.py",
+            "engines/hf_trace.py",
+            "engines/llamacpp.py",
+            "engines/llamacpp_trace.py",
+            "engines/trace.py",
+            "modelfolder.py",
+            "template.py",
+        ),
+        packages=("torch", "transformers", "peft"),
+        llamacpp=True,
+    ),
+    Stage(
         "modelfile",
         "model",
         "render the Modelfile",
@@ -241,14 +273,14 @@ class State:
 
     @property
     def condition(self) -> str:
-        """missing, damaged, stale or up to date."""
+        """missing, damaged, stale, refused (made, and its own results say no) or up to date."""
         if self.manifest is None:
             return "missing"
         if self.problems:
             return "damaged"
         if self.fields is None or self.manifest.key != artifacts.digest(self.fields):
             return "stale"
-        return "up to date"
+        return "refused" if REFUSED in self.manifest.results else "up to date"
 
 
 def inspect(
@@ -291,13 +323,18 @@ def differences(state: State) -> list[str]:
         return [f"{state.folder} is not there"]
     if state.problems:
         return list(state.problems)
+    if state.condition == "refused":
+        return [str(state.manifest.results[REFUSED]["message"])]
     if state.fields is None:
         return [f"needs {', '.join(state.stage.needs)} first"]
     return artifacts.compare(state.manifest.fields, state.fields)
 
 
 def run_all(recipe: Recipe, build: Path, *, until: str | None = None) -> list[str]:
-    """Run what is not up to date, in order, at most to the stage `until`; the names of the stages that ran."""
+    """Run what is not up to date, in order, at most to the stage `until`; the names of the stages that ran.
+
+    Raises GateError, and runs no stage behind it, where a gate says no.
+    """
     _refuse_early(recipe)
     names = list(BY_NAME)[: list(BY_NAME).index(until) + 1] if until else list(BY_NAME)
     ran: list[str] = []
@@ -305,14 +342,16 @@ def run_all(recipe: Recipe, build: Path, *, until: str | None = None) -> list[st
     with artifacts.locked(build / recipe.name):
         for name in names:
             states = {found.stage.name: found for found in inspect(recipe, build, names=names)}
-            if states[name].condition == "up to date":
-                artifacts.remove(artifacts.checkpoints(states[name].folder))  # the last run was killed before it could
-                continue
-            if not weighed and name != "data":  # its rows tell how long a training's are
-                capacity.refuse(recipe, build, [other for other in names if states[other].condition != "up to date"])
-                weighed = True
-            _run(states[name].stage, recipe, build, states[name])
-            ran.append(name)
+            state = states[name]
+            if state.condition in MADE:
+                artifacts.remove(artifacts.checkpoints(state.folder))  # the last run was killed before it could
+            else:
+                if not weighed and name != "data":  # its rows tell how long a training's are
+                    capacity.refuse(recipe, build, [one for one in names if states[one].condition not in MADE])
+                    weighed = True
+                _run(state.stage, recipe, build, state)
+                ran.append(name)
+            pass_gate(state.folder)
     return ran
 
 
@@ -326,13 +365,22 @@ def run_one(name: str, recipe: Recipe, build: Path) -> bool:
             artifacts.require(states[need].folder, need)
             if states[need].condition == "stale":
                 log.warning("%s is out of date with the recipe or its inputs; tutor why %s says why", need, need)
-        if states[name].condition == "up to date":
+        made = states[name].condition in MADE
+        if made:
             artifacts.remove(artifacts.checkpoints(states[name].folder))  # the last run was killed before it could
-            return False
-        if name != "data":
-            capacity.refuse(recipe, build, [name])
-        _run(stage, recipe, build, states[name])
-    return True
+        else:
+            if name != "data":
+                capacity.refuse(recipe, build, [name])
+            _run(stage, recipe, build, states[name])
+        pass_gate(states[name].folder)
+    return not made
+
+
+def pass_gate(folder: Path) -> None:
+    """Raise GateError where a stage's own results say no; its folder stays, for those who ask why."""
+    manifest = artifacts.read_manifest(folder)
+    if manifest and (refused := manifest.results.get(REFUSED)):
+        raise GateError(refused["message"], refused["hint"])
 
 
 def _with_needs(name: str) -> set[str]:

@@ -1,29 +1,36 @@
 """What the commands around Ollama do with a recipe's build folder: publish its model, merged or as base and adapter.
 
 In: a recipe and its stages' folders, checked to belong together. Out: models on an Ollama server, `published.json`
-beside the Modelfile, `lora/` where an adapter is published.
+beside the Modelfile, `lora/` where an adapter is published, `parity-ollama/` where the published model was compared
+again.
 """
 
+import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tutor import artifacts
 from tutor.engines import ollama
 from tutor.engines.llamacpp_build import build_key
-from tutor.errors import ArtifactError
-from tutor.pipeline import BY_NAME, PACKAGE, announced
+from tutor.engines.ollama_api import Ollama
+from tutor.errors import ArtifactError, GateError
+from tutor.pipeline import BY_NAME, PACKAGE, announced, pass_gate
 from tutor.recipe import Recipe
 from tutor.served import served_quantization
+from tutor.stages import parity_ollama
 from tutor.stages import publish as stage
+from tutor.stages.parity_gate import lines, refusal
 from tutor.template import GO_TEMPLATE, STOPS, shown
 
 log = logging.getLogger(__name__)
 
 PUBLISHED = "published.json"
 LORA = "lora"
+COMPARED = "parity-ollama"
 PARSER = "passthrough"
 LORA_CODE = (
     "publishing.py",
@@ -50,12 +57,13 @@ def publish(
     """
     folder = build / recipe.name
     with artifacts.locked(folder), announced("publish", "put the model onto Ollama and prove it"):
-        made = _model_folder(recipe, folder)
+        made, reference = _folder_of("modelfile", recipe, folder), _reference(recipe, folder)
         with ollama.connect(host) as server:
             server.wait_ready(wait)  # before gigabytes are hashed for no one
             made = _lora_folder(recipe, folder) if adapter else made
             model = stage.read_model(made, _served(recipe, folder))
-            result = stage.publish(model, _hashes(model, folder), server)
+            check = partial(_same_answers, reference, same_file=not adapter)
+            result = stage.publish(model, _hashes(model, folder), server, check=check)
         if result["published"] or not (made / PUBLISHED).exists():
             artifacts.write_json(made / PUBLISHED, result)
     return result
@@ -65,16 +73,67 @@ def _served(recipe: Recipe, folder: Path) -> str:
     return served_quantization(recipe.ollama.quantization, folder / BY_NAME["ladder"].folder)
 
 
-def _model_folder(recipe: Recipe, folder: Path) -> Path:
-    """The modelfile stage's folder. Raises ArtifactError when it says something else than the recipe or gguf/."""
-    model = folder / BY_NAME["modelfile"].folder
-    manifest = artifacts.require(model, "modelfile")
+def _folder_of(name: str, recipe: Recipe, folder: Path) -> Path:
+    """The folder of a stage behind convert. Raises ArtifactError when it was made of another recipe or gguf/."""
+    made = folder / BY_NAME[name].folder
+    manifest = artifacts.require(made, name)
     gguf = artifacts.require(folder / BY_NAME["convert"].folder, "convert")
-    wanted = {f"recipe.{name}": value for name, value in BY_NAME["modelfile"].settings(recipe).items()}
+    wanted = {f"recipe.{key}": value for key, value in BY_NAME[name].settings(recipe).items()}
     wanted["input.convert"] = gguf.fingerprint
-    if changed := [name for name, value in wanted.items() if manifest.fields.get(name) != value]:
-        raise ArtifactError(f"{model} was rendered from another {changed[0]}", "run: tutor run --until modelfile")
-    return model
+    if changed := [key for key, value in wanted.items() if manifest.fields.get(key) != value]:
+        raise ArtifactError(f"{made} was made of another {changed[0]}", "run: tutor run --until modelfile")
+    return made
+
+
+def _reference(recipe: Recipe, folder: Path) -> parity_ollama.Reference:
+    """What the parity stage recorded. Raises GateError where it said no."""
+    made = _folder_of("parity", recipe, folder)
+    pass_gate(made)
+    return parity_ollama.read_reference(made)
+
+
+def _same_answers(
+    reference: parity_ollama.Reference, server: Ollama, tag: str, *, same_file: bool
+) -> dict[str, dict[str, Any]]:
+    """The hand-over to Ollama, as a record. Raises GateError where it diverges."""
+    log.info("comparing %s with %s in llama.cpp", tag, reference.engine)
+    item = parity_ollama.published(reference, server, tag, same_file=same_file)
+    if refused := refusal([item]):
+        raise GateError(refused["message"], refused["hint"])
+    return {"parity": item.record()}
+
+
+def parity(recipe: Recipe, build: Path, *, host: str | None = None) -> dict[str, Any]:
+    """What a server serves now as `latest` against the parity stage's record; `refused` where it diverges.
+
+    Writes `parity-ollama/`. Raises ArtifactError without that stage, ServiceError when the model is not there.
+    """
+    folder, name = build / recipe.name, served_name(recipe)
+    with artifacts.locked(folder), ollama.connect(host) as server:
+        reference = _reference(recipe, folder)
+        version, found = server.version(), stage.digest_of(server, name)
+        served = {"model": name, "host": server.host, "version": version, "digest": found or ""}
+        with (
+            announced("parity", f"compare {name} at {server.host} with {reference.engine} in llama.cpp"),
+            artifacts.writing(folder / COMPARED, COMPARED, served) as (_, results),
+        ):
+            wanted = _published_digest(folder)
+            item = parity_ollama.identity(reference, found, wanted) if found and wanted else None
+            if item is None or item.state == "same":
+                item = parity_ollama.published(reference, server, name)
+            refused = refusal([item])
+            results.update(served, hand_overs=[item.record()], **({"refused": refused} if refused else {}))
+    return {**results}
+
+
+def _published_digest(folder: Path) -> str | None:
+    """The digest of what was published from this folder; None where nothing was, or it does not say."""
+    path = folder / BY_NAME["modelfile"].folder / PUBLISHED
+    try:
+        digest = json.loads(path.read_text("utf-8")).get("digest")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return digest if isinstance(digest, str) else None
 
 
 def _hashes(model: stage.Model, folder: Path) -> dict[Path, str]:
@@ -158,7 +217,8 @@ def published_lines(result: Mapping[str, Any]) -> list[str]:
     if not result["published"]:
         return [f"Nothing to do: {where} is what is served as {result['model']}."]
     checked = f"{result['prompts']} prompts as trained; it answers: {shown(result['answer'])!r}"
-    return [f"Published {where}: {checked}", f"Next: ollama run {result['model']}"]
+    compared = lines([result["parity"]]) if "parity" in result else []
+    return [f"Published {where}: {checked}", *compared, f"Next: ollama run {result['model']}"]
 
 
 def model_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -154,12 +154,30 @@ def _quantization(name: str) -> str:
     return name
 
 
+Kind = Annotated[str, AfterValidator(_quantization)]
+
+BUDGETS: dict[str, float] = {
+    "Q8_0": 0.02,
+    "Q6_K": 0.05,
+    "Q5_K_M": 0.1,
+    "Q5_K_S": 0.12,
+    "Q4_K_M": 0.2,
+    "Q5_0": 0.25,
+    "Q4_K_S": 0.25,
+    "Q4_0": 0.8,
+}
+"""Two to three times what the demo's 135M loses (0.0054, 0.016, -, -, 0.075, 0.105, 0.091, 0.35); small models lose
+most. Q5_K_M and Q5_K_S stand between their neighbours: in their Q5_1 tensors this llama.cpp computes wrongly."""
+
+
+def _with_defaults(given: dict[str, float]) -> dict[str, float]:
+    return {**BUDGETS, **given}
+
+
 class ConvertSettings(Settings):
     """GGUF files beside F16."""
 
-    quantizations: list[Annotated[str, AfterValidator(_quantization)]] = Field(
-        default=["Q4_K_M", "Q5_K_M", "Q8_0"], min_length=1
-    )
+    quantizations: list[Kind] = Field(default=["Q4_K_M", "Q5_K_M", "Q8_0"], min_length=1)
     imatrix: bool = False  # weigh the weights by what the training split makes of them: F16 reads it once
     base: bool = True  # also the untuned base, to compare with
     # Of ollama.quantization = "auto": nats a held-out token at most, in loss and in KL divergence to F16 alike.
@@ -184,6 +202,14 @@ class EvaluateSettings(Settings):
     general: str = ""  # texts about anything else: what tuning must not make the model forget
 
 
+class ParitySettings(Settings):
+    """The gate behind conversion: the same conversations through every engine."""
+
+    prompts: int = Field(2, ge=0)  # held-out rows among them, the shortest ones; the other texts are fixed
+    # KL to F16 in nats a token that a quantization may cost; what is not named here is as in BUDGETS
+    budgets: Annotated[dict[Kind, Annotated[float, Field(gt=0)]], AfterValidator(_with_defaults)] = BUDGETS
+
+
 class OllamaSettings(Settings):
     """What is published."""
 
@@ -203,6 +229,7 @@ class Recipe(Settings):
     convert: ConvertSettings = ConvertSettings()
     generate: GenerateSettings = GenerateSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    parity: ParitySettings = ParitySettings()
     ollama: OllamaSettings = OllamaSettings()
     path: Path = Field(default=Path(), exclude=True)  # where it was read; not a setting
 

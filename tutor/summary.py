@@ -10,6 +10,7 @@ from typing import Any
 from tutor import artifacts
 from tutor.pipeline import BY_NAME
 from tutor.recipe import Recipe
+from tutor.stages.parity_gate import lines as parity_lines
 from tutor.stages.rates import LABELS
 from tutor.template import shown
 
@@ -47,6 +48,8 @@ def lines(summary: Mapping[str, Any], recipe: str) -> list[str]:
         parts += _files(stages["convert"], stages.get("ladder", {}).get("perplexity", {}))
     if "ladder" in stages:
         parts += ladder_lines(stages["ladder"])
+    if "parity" in stages:
+        parts += ["", *parity_lines(stages["parity"]["hand_overs"])]
     if "evaluate" in stages:
         parts += verdict_lines(stages["evaluate"])
     for example in summary["examples"]:

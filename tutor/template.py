@@ -34,7 +34,8 @@ GO_TEMPLATE = (
 
 JINJA_TEMPLATE = (
     "{%- for message in messages -%}"
-    "{%- if message['role'] == 'system' -%}{{- message['content'] + '\\n\\n' -}}"
+    "{%- if message['role'] == 'system' -%}"
+    "{%- if message['content'] -%}{{- message['content'] + '\\n\\n' -}}{%- endif -%}"
     "{%- elif message['role'] == 'user' -%}{{- 'Instrucción: ' + message['content'] + '\\nRespuesta:' -}}"
     "{%- else -%}{{- message['content'] -}}{%- if not loop.last -%}{{- '\\n\\n' -}}{%- endif -%}"
     "{%- endif -%}{%- endfor -%}"

@@ -52,15 +52,19 @@ FINISHES: dict[str, Finish] = {"eos": "stop", "word": "stop", "limit": "length"}
 
 
 @contextlib.contextmanager
-def serve(gguf: Path, *, context: int, threads: int, lora: Path | None = None, log: Path) -> Iterator["LlamaServer"]:
+def serve(
+    gguf: Path, *, context: int, threads: int, lora: Path | None = None, log: Path, own_template: bool = False
+) -> Iterator["LlamaServer"]:
     """A ready llama-server for exactly this file, stopped on the way out, whatever happens.
 
-    `context` in tokens; `log` takes what the server says. Raises ServiceError when it does not get ready.
+    `context` in tokens; `log` takes what the server says; `own_template` keeps the file's chat template, which only
+    says how it would render a conversation. Raises ServiceError when it does not get ready.
     """
     command: Command = [programs().server, "-m", gguf, "-c", context, "-t", threads, "-tb", threads, "-np", 1]
     command = [*command, "--offline", "--no-webui", "--no-slots", "--fit", "off", "--cache-ram", 0]
     # Prompts come rendered: the file's own template stays out.
-    command = [*command, "--no-jinja", "--chat-template", "chatml", *(("--lora", lora) if lora else ())]
+    template = ("--jinja",) if own_template else ("--no-jinja", "--chat-template", "chatml")
+    command = [*command, *template, *(("--lora", lora) if lora else ())]
     with _socket_folder() as folder, log.open("wb") as output:
         socket = folder / "llama.sock"
         process = subprocess.Popen(
@@ -159,12 +163,19 @@ class LlamaServer:
 
     def tokenize(self, text: str) -> list[int]:
         """The ids of a text as the server reads a prompt: special tokens in it, BOS where the model wants one."""
-        request = {"content": text, "add_special": True, "parse_special": True}
+        answer = self.post("/tokenize", {"content": text, "add_special": True, "parse_special": True})
+        return [int(token) for token in answer["tokens"]]
+
+    def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """What the server answers to a request at once. Raises ServiceError where it is no JSON object, or an error."""
         try:
-            response = self._client.post("/tokenize", json=request)
-            return [int(token) for token in response.json()["tokens"]]
-        except (httpx2.TransportError, ValueError, KeyError) as error:
-            raise self._failure(f"no ids: {error}") from error
+            response = self._client.post(path, json=body)
+            value = response.json()
+        except (httpx2.TransportError, ValueError) as error:
+            raise self._failure(f"no answer from {path}: {error}") from error
+        if response.status_code != 200 or not isinstance(value, dict):
+            raise self._failure(_complaint(response.text))
+        return value
 
     def speed(self, ids: Sequence[int], tokens: int) -> "Speed":
         """How fast a prompt of these ids is read and `tokens` more are written, whatever they are."""

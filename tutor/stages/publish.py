@@ -9,7 +9,7 @@ Changes nothing in the build folder, and makes no GGUF.
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,8 @@ OWN_TEMPLATE = (
     "Ollama took the GGUF's own chat template, which promises more (tools, thinking) than TEMPLATE: convert again, "
     "so that the file carries tutor's template"
 )
+Checking = Callable[[Ollama, str], dict[str, Any]]
+"""A further check of a tag that is not served yet: what it found, to be reported. Raises GateError."""
 TURNS: tuple[list[Message], ...] = (
     [{"role": "user", "content": "Hola"}],
     [{"role": "system", "content": "Otro sistema: «ñ».\nDos líneas."}, {"role": "user", "content": QUESTION}],
@@ -89,10 +91,12 @@ def build_id(model: Model, hashes: Mapping[Path, str]) -> str:
     return digest({**content, **model.settings})[:DIGITS]
 
 
-def publish(model: Model, hashes: Mapping[Path, str], server: Ollama, *, wait: float = 5.0) -> dict[str, Any]:
+def publish(
+    model: Model, hashes: Mapping[Path, str], server: Ollama, *, wait: float = 5.0, check: Checking | None = None
+) -> dict[str, Any]:
     """Put a model on a server under its build and, when every check passes, under `latest`; what was done.
 
-    `hashes` are the files' sha256 in hex, `wait` is seconds for a server that is still starting.
+    `hashes` are the files' sha256 in hex, `wait` is seconds for a server that is still starting, `check` is asked last.
     Raises GateError when the server would serve something else: that build is deleted again, `latest` is untouched.
     """
     started = time.monotonic()
@@ -109,7 +113,10 @@ def publish(model: Model, hashes: Mapping[Path, str], server: Ollama, *, wait: f
         if made:
             _create(model, hashes, server, tag)
         checks = prove(model, server, tag)
+        if check:
+            checks |= check(server, tag)
         switch(server, model.name, tag)
+    checks["digest"] = digest_of(server, tag)
     return {**result, "published": True, "created": made, **checks, "seconds": round(time.monotonic() - started, 3)}
 
 

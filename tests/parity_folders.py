@@ -1,0 +1,42 @@
+"""The parity stage's folder as tests need it: what it would have recorded of a file that answers as the fake Ollama."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tutor import artifacts
+from tutor.engines.trace import END, Step, Trace
+from tutor.pipeline import BY_NAME
+from tutor.recipe import Recipe
+from tutor.stages.parity_compare import Seen
+from tutor.stages.parity_gate import to_record
+from tutor.stages.parity_set import conversations
+
+PIECES = (" Una", " interfaz", " describe", " un", " objeto", ".")
+"""What the fake says to everything."""
+
+
+def trace(pieces: Sequence[str] = PIECES, logprob: float = -0.1, prompt_tokens: int = 1) -> Trace:
+    """An answer of these pieces that ends by itself, the second candidate three nats behind at each."""
+    steps = [Step(piece, logprob, ((piece, logprob), ("", logprob - 3.0))) for piece in pieces]
+    return Trace((*steps, Step(END, logprob, ((END, logprob), (" y", logprob - 3.0)))), "stop", prompt_tokens)
+
+
+def write_parity(recipe: Recipe, build: Path, refused: dict[str, str] | None = None) -> Path:
+    """The folder of a stage that found everything the same, or (`refused`) said no."""
+    folder = build / recipe.name
+    fields: dict[str, Any] = {f"recipe.{name}": value for name, value in BY_NAME["parity"].settings(recipe).items()}
+    fields["input.convert"] = artifacts.require(folder / "gguf", "convert").fingerprint
+    talks = conversations([("¿Qué es any?", "Lo que sea.")], recipe.system, lambda prompt: len(prompt.split()) < 200)
+    served = recipe.ollama.quantization
+    seen = []
+    for talk in talks:
+        words = len(talk.prompt.split())
+        found = trace(prompt_tokens=words) if talk.reach in ("everywhere", "served") else None
+        seen.append(to_record(Seen(talk.name, talk.prompt, (1,) * words, words, None, found), candidates=True))
+    with artifacts.writing(folder / "parity", "parity", fields) as (out, results):
+        record = {"served": served, "steps": 16, "conversations": [asdict(talk) for talk in talks]}
+        artifacts.write_json(out / "reference.json", {**record, "engines": {served: seen}})
+        results.update({"refused": refused} if refused else {})
+    return folder / "parity"
