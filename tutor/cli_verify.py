@@ -5,8 +5,7 @@ from pathlib import Path
 import click
 
 from tutor import boundary
-from tutor.cli_options import emit, json_option, read, recipe_option
-from tutor.cli_serving import host_option
+from tutor.cli_options import emit, host_option, json_option, read, recipe_option
 from tutor.errors import ArtifactError
 
 

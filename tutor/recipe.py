@@ -282,9 +282,8 @@ def _load(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} is not valid TOML: {error}") from None
 
 
-def _check_together(recipe: Recipe) -> None:
-    if not recipe.name.strip("."):
-        raise RecipeError(f"{recipe.path} has no name, and the build folder is named after it", "call it NAME.toml")
+def _check_weights(recipe: Recipe) -> None:
+    """What is merged and converted."""
     if recipe.merge.base == "nf4" and recipe.train.quantization != "nf4":
         raise RecipeError(
             f"{recipe.path}: merge.base is 'nf4' and train.quantization is {recipe.train.quantization!r}",
@@ -298,7 +297,13 @@ def _check_together(recipe: Recipe) -> None:
             f"{recipe.path}: llama.cpp makes {blind[0]} of convert.quantizations only with an importance matrix",
             "set convert.imatrix = true",
         )
-    known = (*made, F16, AUTO)
+
+
+def _check_together(recipe: Recipe) -> None:
+    if not recipe.name.strip("."):
+        raise RecipeError(f"{recipe.path} has no name, and the build folder is named after it", "call it NAME.toml")
+    _check_weights(recipe)
+    known = (*recipe.convert.quantizations, F16, AUTO)
     if recipe.ollama.quantization not in known:
         raise RecipeError(
             f"{recipe.path}: ollama.quantization is {recipe.ollama.quantization!r}; converted are {', '.join(known)}"

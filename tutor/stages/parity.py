@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tutor.artifacts import read_manifest, write_json
 from tutor.errors import ArtifactError
 from tutor.modelfolder import WEIGHTS, load_tokenizer, read_facts, read_json
+from tutor.served import served_quantization
 from tutor.stages import parity_collect as collect
 from tutor.stages.parity_compare import Seen
 from tutor.stages.parity_gate import SAME_WEIGHTS, HandOver, Kind, budget, hand_over, refusal, to_record
@@ -24,7 +25,7 @@ from tutor.stages.parity_ollama import REFERENCE
 from tutor.stages.parity_set import Conversation, conversations
 
 if TYPE_CHECKING:
-    from tutor.recipe import Quantization, Recipe
+    from tutor.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     tokenizer = load_tokenizer(inputs["merge"])
     asked = _conversations(tokenizer, recipe, inputs["data"])
     trained = _in_transformers(inputs, asked, free_memory())
-    served = recipe.ollama.quantization
+    served = served_quantization(recipe.ollama.quantization, inputs["ladder"])
     reads = [collect.read(tokenizer, conversation) for conversation in asked]
     serving = collect.Serving(recipe.generate.context, len(os.sched_getaffinity(0)), out.parent / "parity.log")
     seen = dict(trained.seen)
@@ -166,7 +167,7 @@ def _same_weights(seen: Mapping[str, Sequence[Seen]], trained: Trained) -> list[
 
 
 def _quantized(
-    seen: Mapping[str, Sequence[Seen]], kinds: Sequence["Quantization"], budgets: Mapping["Quantization", float]
+    seen: Mapping[str, Sequence[Seen]], kinds: Sequence[str], budgets: Mapping[str, float]
 ) -> list[HandOver]:
     """F16 -> every quantization: no more may be lost than its budget allows."""
     return [hand_over("quantize", (F16, kind), (seen[F16], seen[kind]), budget(budgets[kind])) for kind in kinds]
