@@ -284,25 +284,36 @@ def test_a_stage_that_resumes_is_whole_or_absent_after_a_kill_at_any_step(tmp_pa
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143)])
 def test_what_an_interrupted_run_had_done_comes_back_with_the_same_fields_alone(tmp_path, stop):
-    folder = tmp_path / "merged"
-    for fields, left in (({"number": 1}, True), ({"number": 1}, True), ({"number": 2}, False)):
-        with pytest.raises(type(stop)), writing(folder, "merge", fields, resume=True) as (out, _):
-            (out / "file").write_text("half")
+    def interrupted(number, content=None, **options):
+        """Whether the file was there when the run began; it is written and the run stopped."""
+        with writing(tmp_path / "merged", "merge", {"number": number}, **options) as (out, _):
+            found.append(sorted(path.name for path in out.iterdir()))
+            if content:
+                (out / "file").write_text(content)
             raise stop
-        with pytest.raises(type(stop)), writing(folder, "merge", {"number": 1}, resume=True) as (out, _):
-            assert (out / "file").exists() == left
-            raise stop
-    with pytest.raises(type(stop)), writing(folder, "merge", {"number": 1}) as (out, _):
-        assert list(out.iterdir()) == []
-        raise stop
+
+    found = []
+    for number in (1, 1, 2):
+        with pytest.raises(type(stop)):
+            interrupted(number, "half", resume=True)
+        with pytest.raises(type(stop)):
+            interrupted(1, resume=True)
+    with pytest.raises(type(stop)):
+        interrupted(1)
+    kept, fresh = [artifacts.RESUME, "file"], [artifacts.RESUME]
+    assert found == [fresh, kept, kept, kept, fresh, fresh, []]
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("error", [ArtifactError("no"), ValueError("a bug"), OSError(errno.ENOSPC, "full")])
 def test_an_error_of_a_stage_that_resumes_leaves_nothing(tmp_path, error):
-    with pytest.raises((type(error), HostError)), writing(tmp_path / "merged", "merge", {}, resume=True) as (out, _):
-        (out / "file").write_text("half")
-        raise error
+    def fail():
+        with writing(tmp_path / "merged", "merge", {}, resume=True) as (out, _):
+            (out / "file").write_text("half")
+            raise error
+
+    with pytest.raises((type(error), HostError)):
+        fail()
     assert list(tmp_path.iterdir()) == []
 
 

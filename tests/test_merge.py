@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -381,8 +380,8 @@ def test_after_nf4_training_both_bases_are_scored_and_the_better_is_kept(stages:
         files = read_folder(stages.model)
         shutil.rmtree(tmp_path / base / artifacts.RESUME)
         merge.write_shards(stages.merged(torch.bfloat16 if base == "nf4" else None), files, tmp_path / base)
-        scores = sum(hf.score(hf.load_base(tmp_path / base, "none", "fp32"), pairs), [])
-        by_hf[base] = -sum(scores) / len(scores)
+        scores = hf.score(hf.load_base(tmp_path / base, "none", "fp32"), pairs)
+        by_hf[base] = -sum(map(sum, scores)) / sum(map(len, scores))
     said = found["held_out"]
     assert said["loss"] == pytest.approx(by_hf, abs=2e-5)
     assert abs(by_hf["nf4"] - by_hf["original"]) > 2e-4  # so the choice is not the noise's

@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from tutor.artifacts import file_sha256
-from tutor.engines.tensor_files import AHEAD, BLOCK, PIECE, Stored, header, pieces, read_folder, read_header, writing
+from tutor.engines.tensor_files import (
+    AHEAD,
+    BLOCK,
+    PIECE,
+    Stored,
+    Writer,
+    header,
+    pieces,
+    read_folder,
+    read_header,
+    writing,
+)
 from tutor.errors import ArtifactError
 
 SHAPES = {
@@ -91,17 +102,28 @@ def test_a_file_that_is_cut_meanwhile_is_an_artifact_error(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("count", [1, 4 * AHEAD])
 def test_a_full_disk_is_told_by_write_or_finish(count: int) -> None:
-    with pytest.raises(OSError, match="No space left") as caught, writing(Path("/dev/full")) as file:
-        for _ in range(count):
-            file.write(bytes(1000))
-        file.finish()
+    def fill() -> None:
+        with writing(Path("/dev/full")) as file:
+            for _ in range(count):
+                file.write(bytes(1000))
+            file.finish()
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        fill()
     assert caught.value.errno == errno.ENOSPC
 
 
 def test_an_error_of_the_caller_ends_the_threads_and_is_not_renamed(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), writing(tmp_path / "file") as file:
-        for _ in range(AHEAD):
-            file.write(bytes(1 << 20))
-        raise KeyError
+    opened: list[Writer] = []
+
+    def fail() -> None:
+        with writing(tmp_path / "file") as file:
+            opened.append(file)
+            for _ in range(AHEAD):
+                file.write(bytes(1 << 20))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     with pytest.raises(RuntimeError, match="shutdown"):
-        file.write(b"")
+        opened[0].write(b"")

@@ -4,6 +4,7 @@ As engines/hf.score of the same weights in fp32. In: a configuration, weights pi
 Generates nothing.
 """
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -48,8 +49,8 @@ def score(model: Path, weights: Weights, rows: Sequence[tuple[Sequence[int], Seq
     asked = [norm(states[0, len(prompt) - 1 : -1]) for states, (prompt, _) in zip(hidden, rows, strict=True)]
     targets = torch.tensor([token for _, answer in rows for token in answer], device=device)
     head = EMBEDDING if config.tie_word_embeddings else HEAD
-    scores = _log_probabilities(torch.cat(asked), targets, weights(head)).split([len(answer) for _, answer in rows])
-    return [row.tolist() for row in scores]
+    scores = iter(_log_probabilities(torch.cat(asked), targets, weights(head)).tolist())
+    return [[next(scores) for _ in answer] for _, answer in rows]
 
 
 def _embed(ids: Sequence[Sequence[int]], weights: Weights, width: int, device: torch.device) -> list[torch.Tensor]:
@@ -61,7 +62,8 @@ def _embed(ids: Sequence[Sequence[int]], weights: Weights, width: int, device: t
         here = (wanted >= first) & (wanted < first + len(piece))
         found[here] = piece[wanted[here] - first].float()
         first += len(piece)
-    return [states[None].to(device) for states in found.split([len(sequence) for sequence in ids])]
+    ends = list(itertools.accumulate(len(sequence) for sequence in ids))
+    return [found[start:end][None].to(device) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _fill(parameter: torch.Tensor, pieces: Iterator[torch.Tensor]) -> None:

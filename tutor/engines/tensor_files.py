@@ -88,7 +88,7 @@ def pieces(tensor: Stored) -> Iterator[Bits]:
         file.seek(tensor.start)
         for first in range(0, tensor.count, step):
             bits = np.empty(min(step, tensor.count - first), f"<u{width}")
-            left = memoryview(bits.view(np.uint8))
+            left = bits.data.cast("B")
             while left:
                 read = file.readinto(left)
                 if not read:
@@ -120,7 +120,7 @@ class Writer:
 
     def write(self, data: bytes | Bits) -> None:
         """Take a piece, which must not change any more. Raises OSError for this one or an earlier one."""
-        view = memoryview(data).cast("B")
+        view = memoryview(data) if isinstance(data, bytes) else data.data.cast("B")
         while len(self._waiting) > 2 * AHEAD:
             self._waiting.popleft().result()
         for thread, work in zip(self._threads, (self._put, self._sha256.update), strict=True):

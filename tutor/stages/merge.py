@@ -74,7 +74,8 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
 
 def _held_out(data: Path, base: Path, system: str) -> list[Encoded]:
     """The held-out rows as ids, as many from the first on as MOST_TOKENS allows."""
-    tokenizer, rows, tokens = load_tokenizer(base), [], 0
+    rows: list[Encoded] = []
+    tokenizer, tokens = load_tokenizer(base), 0
     for line in (data / "held_out.jsonl").read_text("utf-8").split("\n"):
         if line:
             row = json.loads(line)
