@@ -1,7 +1,6 @@
-"""stages/evaluate.py: a run on fake programs, whole and ended in the middle, and the figures of its own."""
+"""stages/evaluate.py: a run on fake programs, whole and ended in the middle."""
 
 import json
-import math
 import stat
 import sys
 from pathlib import Path
@@ -9,14 +8,13 @@ from typing import Any
 
 import pytest
 from conftest import write_rows
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tutor import artifacts
 from tutor.engines.llamacpp_build import MARKER, PROGRAMS
 from tutor.errors import ArtifactError, HostError, ServiceError
 from tutor.recipe import Recipe
-from tutor.stages.evaluate import perplexity, read_rows, run, side_by_side
+from tutor.served import write_served
+from tutor.stages.evaluate import run, side_by_side
 
 SPANISH = (
     " Una interfaz describe la forma de un objeto y sus propiedades.\n\n"
@@ -32,34 +30,6 @@ PROMPTS = [
 def test_answers_stand_side_by_side_with_their_prompt() -> None:
     rows = side_by_side(PROMPTS[:1], {"base": [{"error": "x"}], "tutor": [{"text": "y"}]})
     assert rows == [{**PROMPTS[0], "answers": {"base": {"error": "x"}, "tutor": {"text": "y"}}}]
-
-
-def test_perplexity_is_weighted_by_token() -> None:
-    result = perplexity([[-1.0], [-2.0, -2.0, -2.0]])
-    assert (result["loss"], result["tokens"]) == (1.75, 4)
-    assert result["perplexity"] == pytest.approx(math.exp(1.75))
-
-
-@given(st.lists(st.lists(st.floats(-30, 0), min_size=1, max_size=5), min_size=1, max_size=5))
-def test_perplexity_does_not_depend_on_how_tokens_are_grouped(rows: list[list[float]]) -> None:
-    assert perplexity(rows)["loss"] == pytest.approx(
-        perplexity([[value for row in rows for value in row]])["loss"], abs=1e-12
-    )
-
-
-@pytest.mark.parametrize("rows", [[[math.nan]], [[-math.inf, -1.0]], [[-800.0]], []])
-def test_a_loss_that_is_no_number_is_an_error(rows: list[list[float]]) -> None:
-    with pytest.raises(ArtifactError, match="held-out loss"):
-        perplexity(rows)
-
-
-def test_rows_are_lines_and_nothing_else_is_a_line_end(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"instruction": "a\u2028b"}\n{"instruction": "c"}\n', "utf-8")
-    assert [row["instruction"] for row in read_rows(path)] == ["a\u2028b", "c"]
-    path.write_text('{"instruction": ', "utf-8")
-    with pytest.raises(ArtifactError, match=r"rows\.jsonl"):
-        read_rows(path)
 
 
 SERVER = """
@@ -134,8 +104,8 @@ def write_base(folder: Path) -> None:
 
 def write_inputs(root: Path, **tutor: Any) -> dict[str, Path]:
     """The folders that the stage reads; `tutor` changes what the tutor's GGUF does."""
-    inputs = {name: root / name for name in ("data", "base", "convert")}
-    for name in ("data", "convert"):
+    inputs = {name: root / name for name in ("data", "base", "convert", "ladder")}
+    for name in ("data", "convert", "ladder"):
         inputs[name].mkdir()
     rows = [{**prompt, "response": "Sí."} for prompt in PROMPTS[:2]]
     trained = [{"instruction": "¿?", "response": SPANISH, "line": 3}]
@@ -171,7 +141,7 @@ def read(path: Path) -> Any:
 @pytest.mark.usefixtures("llamacpp")
 def test_a_run_asks_judges_and_scores_every_model(tmp_path: Path, out: Path) -> None:
     summary = run(recipe(tmp_path), write_inputs(tmp_path), out)
-    assert sorted(path.name for path in out.iterdir()) == ["answers.json", "paraphrased.json", "perplexity.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["answers.json", "paraphrased.json"]
     answers = read(out / "answers.json")
     assert [entry["instruction"] for entry in answers] == [prompt["instruction"] for prompt in PROMPTS]
     record = answers[0]["answers"]["tutor"]
@@ -179,11 +149,6 @@ def test_a_run_asks_judges_and_scores_every_model(tmp_path: Path, out: Path) -> 
     assert record["verdicts"]["usual_length"] is True
     assert record["copied"]["line"] == 3
     assert answers[0]["answers"]["base"]["reasons"] == ["its prose is not Spanish (confidence 0.00)"]
-    assert {name: value["loss"] for name, value in read(out / "perplexity.json").items()} == {
-        "base-Q4_K_M": 2.0,
-        "tutor-F16": 1.0,
-        "tutor-Q4_K_M": 1.0,
-    }
     assert (summary["models"]["tutor"]["all"]["passed"]["n"], summary["models"]["base"]["all"]["passed"]["n"]) == (4, 0)
     assert summary["models"]["tutor"]["tokens_per_second"] == 40.0
     (change,) = summary["differences"]
@@ -196,19 +161,11 @@ def test_a_run_asks_judges_and_scores_every_model(tmp_path: Path, out: Path) -> 
 
 
 @pytest.mark.usefixtures("llamacpp")
-def test_a_run_is_greedy_with_the_seed_and_scores_the_answer_behind_its_blank_with_eos(
-    tmp_path: Path, out: Path
-) -> None:
+def test_a_run_is_greedy_with_the_seed(tmp_path: Path, out: Path) -> None:
     run(recipe(tmp_path), write_inputs(tmp_path), out)
-    requests = [line for line in asked(tmp_path / "tutor.asked") if "prompt" in line and "scored" not in line]
+    requests = asked(tmp_path / "tutor.asked")
     assert all((line["temperature"], line["seed"]) == (0.0, 5) for line in requests)
     assert [line["n_predict"] for line in requests] == [1, 515, 515, 515, 515]
-    scored = [line for line in asked(tmp_path / "tutor.asked") if "scored" in line]
-    for line in scored[:2]:
-        ids, n = line["scored"], line["prompt"]
-        assert isinstance(ids, list)
-        assert ids[-1] == 256
-        assert len(ids) - n == len(" Sí.".encode()) + 1
 
 
 @pytest.mark.usefixtures("llamacpp")
@@ -280,6 +237,18 @@ def test_without_a_base_gguf_only_the_tutor_is_asked(tmp_path: Path, out: Path) 
         run(recipe(tmp_path), inputs, out)
     summary = run(recipe(tmp_path, convert={"base": False}), inputs, out)
     assert (list(summary["models"]), summary["differences"]) == (["tutor"], [])
+
+
+@pytest.mark.usefixtures("llamacpp")
+def test_the_quantization_that_the_ladder_chose_is_the_one_that_is_asked(tmp_path: Path, out: Path) -> None:
+    inputs = write_inputs(tmp_path)
+    (inputs["convert"] / "tutor-Q4_K_M.gguf").unlink()
+    chosen = recipe(tmp_path, convert={"base": False}, ollama={"quantization": "auto"})
+    with pytest.raises(ArtifactError, match="run: tutor ladder"):
+        run(chosen, inputs, out)
+    write_served(inputs["ladder"], "F16")
+    artifacts.write_json(inputs["ladder"] / artifacts.MANIFEST, {})
+    assert run(chosen, inputs, out)["models"]["tutor"]["file"] == "tutor-F16"
 
 
 @pytest.mark.usefixtures("llamacpp")

@@ -25,6 +25,14 @@ TRAIN = {
         "perplexity_after": 3.49,
     },
 }
+RUNG = {"size": 271_000_000, "more": 0.0, "kl": 0.0, "kl_p99": 0.0, "same": 1.0, "memory": None}
+LADDER = {
+    "rungs": {"F16": {**RUNG, "prompt_per_second": 300.0, "tokens_per_second": 95.0}},
+    "budget": 0.01,
+    "chosen": "F16",
+    "served": "F16",
+    "perplexity": {"tutor-F16": {"perplexity": 4.5}},
+}
 FILES = {"tutor-F16.gguf": {"size": 271_000_000}, "tutor-Q4_K_M.gguf": {"size": 105_000_000}}
 
 
@@ -74,8 +82,8 @@ def test_answers_stand_side_by_side_from_different_places_and_a_cut_one_says_so(
     ]
     models = {"base-F16": {**MODEL, "tokens_per_second": None}, "tutor-F16": MODEL}
     made(folder / "gguf", "convert", {"files": FILES})
-    scored = {"tutor-F16": {"perplexity": 4.5}}
-    made(folder / "eval", "evaluate", {"models": models, "perplexity": scored}, answers=answers)
+    made(folder / "ladder", "ladder", LADDER)
+    made(folder / "eval", "evaluate", {"models": models}, answers=answers)
     lines = summary.lines(summary.collect(recipe, tmp_path / "build"), "r.toml")
     assert [line for line in lines if line.startswith("»")] == ["» ¿Pregunta 0?", "» ¿Pregunta 3?", "» ¿Pregunta 6?"]
     assert "  base: Hello […cut at 24 tokens]" in lines

@@ -56,6 +56,7 @@ def test_prompts_in_another_language_do_not_demand_spanish() -> None:
 
 def test_a_set_asks_in_spanish_as_a_whole_however_short_one_question_is() -> None:
     assert in_spanish([prompt(question="¿`any`?"), prompt(), prompt(question="¿Y `never`?")])
+    assert in_spanish([prompt(question="¿Qué es el tipo void?")] * 8), "as a whole the detector hears Catalan"
     assert not in_spanish([])
 
 
