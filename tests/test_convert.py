@@ -11,6 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from conftest import write_rows
 from safetensors.numpy import save_file
 from test_llamacpp import llama3_splitter, make_tiny, real  # noqa: F401 - a fixture
 
@@ -19,6 +20,7 @@ from tutor.errors import ArtifactError, HostError
 from tutor.modelfolder import Facts
 from tutor.recipe import ConvertSettings, OllamaSettings, Recipe
 from tutor.stages import convert as stage
+from tutor.stages.gguf_says import check_gguf, describe, differences, expect, fallbacks
 from tutor.template import CAPABILITY_WORDS, adds_bos, chat_template
 
 # Reading
@@ -152,7 +154,7 @@ SAID: dict[str, Any] = {
     "llama.rope.freq_base": 500000.0,
 }
 TENSORS = {"token_embd.weight": Tensor("Q4_K", (256, 3)), "rope_freqs.weight": Tensor("F32", (8,))}
-EXPECTED = stage.describe(Gguf(SAID, TENSORS))
+EXPECTED = describe(Gguf(SAID, TENSORS))
 
 
 def without(name: str) -> dict[str, Any]:
@@ -184,34 +186,34 @@ def without(name: str) -> dict[str, Any]:
 def test_whatever_a_file_says_otherwise_is_a_line_of_its_own(
     said: dict[str, Any], tensors: dict[str, Tensor], line: str
 ) -> None:
-    lines = stage.differences(EXPECTED, stage.describe(Gguf(said, tensors)))
+    lines = differences(EXPECTED, describe(Gguf(said, tensors)))
     assert [found for found in lines if found.startswith(line)]
 
 
 def test_a_file_as_expected_has_no_differences() -> None:
-    assert stage.differences(EXPECTED, stage.describe(Gguf(dict(SAID), dict(TENSORS)))) == []
+    assert differences(EXPECTED, describe(Gguf(dict(SAID), dict(TENSORS)))) == []
 
 
 def test_another_name_of_the_same_splitting_is_as_expected() -> None:
     said = {**SAID, "tokenizer.ggml.pre": "falcon3"}
-    assert stage.differences(EXPECTED, stage.describe(Gguf(said, TENSORS))) == []
+    assert differences(EXPECTED, describe(Gguf(said, TENSORS))) == []
 
 
 def test_the_base_s_own_template_is_not_compared() -> None:
     said = {**SAID, "tokenizer.chat_template": "{{ tools }}"}
     expected = replace(EXPECTED, chat_template=None)
-    assert stage.differences(expected, stage.describe(Gguf(said, TENSORS))) == []
+    assert differences(expected, describe(Gguf(said, TENSORS))) == []
 
 
 def test_gpt_2_s_splitting_adds_no_bos_where_the_file_is_silent() -> None:
     said = {**without("tokenizer.ggml.add_bos_token"), "tokenizer.ggml.pre": "gpt-2"}
-    assert stage.describe(Gguf(said, TENSORS)).add_bos is False
+    assert describe(Gguf(said, TENSORS)).add_bos is False
 
 
 def test_every_difference_is_told_at_once(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(whole())
     with pytest.raises(ArtifactError) as raised:
-        stage.check_gguf(tmp_path / "a.gguf", EXPECTED)
+        check_gguf(tmp_path / "a.gguf", EXPECTED)
     told = str(raised.value).split("\n  ")
     assert "a.gguf" in told[0]
     assert len(told) > 8
@@ -231,7 +233,7 @@ def test_every_difference_is_told_at_once(tmp_path: Path) -> None:
 def test_matrices_of_another_type_than_asked_for_are_counted(kind: str, types: list[str], count: int) -> None:
     tensors = {str(n): Tensor(item, (32, 2) if item != "F32" else (32,)) for n, item in enumerate(types)}
     tensors["token_embd.weight"] = tensors["output.weight"] = Tensor("Q8_0", (32, 2))
-    assert stage.fallbacks(Gguf({}, tensors), kind) == count
+    assert fallbacks(Gguf({}, tensors), kind) == count
 
 
 # The model folder
@@ -252,7 +254,7 @@ def folder(path: Path, weights: dict[str, Any] | None = None, **config: Any) -> 
 
 
 def test_a_folder_says_what_its_file_must_say(tmp_path: Path) -> None:
-    expected = stage.expect(folder(tmp_path / "m", pad_token_id=2), facts())
+    expected = expect(folder(tmp_path / "m", pad_token_id=2), facts())
     assert (expected.embedding_rows, expected.blocks, expected.context, expected.tensors) == (3, 2, 512, 2)
     assert (expected.rope_base, expected.rope_factors) == (1e6, False)
     assert (expected.bos, expected.eos, expected.pad) == (0, 1, 2)
@@ -268,20 +270,20 @@ def test_a_folder_says_what_its_file_must_say(tmp_path: Path) -> None:
     ],
 )
 def test_llama_3_scaling_is_seen_in_the_words_of_every_version(tmp_path: Path, rope: dict[str, Any]) -> None:
-    expected = stage.expect(folder(tmp_path / "m", **rope), facts())
+    expected = expect(folder(tmp_path / "m", **rope), facts())
     assert (expected.rope_base, expected.rope_factors, expected.tensors) == (5e5, True, 3)
 
 
 def test_four_bit_weights_do_not_reach_the_converter(tmp_path: Path) -> None:
     packed = {"model.layers.0.self_attn.q_proj.weight": np.zeros((32, 1), np.uint8)}
-    with pytest.raises(ArtifactError, match=r"q_proj.weight is U8.*16-bit base"):
-        stage.expect(folder(tmp_path / "m", packed), facts())
+    with pytest.raises(ArtifactError, match=r"q_proj.weight is U8: it is already quantized; .*needs one in FP16/FP32"):
+        expect(folder(tmp_path / "m", packed), facts())
 
 
 def test_a_quantized_folder_is_refused_by_its_configuration(tmp_path: Path) -> None:
     model = folder(tmp_path / "m", quantization_config={"quant_method": "bitsandbytes"})
     with pytest.raises(ArtifactError, match="already quantized"):
-        stage.expect(model, facts())
+        expect(model, facts())
 
 
 def test_a_missing_shard_is_told_before_the_converter_runs(tmp_path: Path) -> None:
@@ -289,19 +291,19 @@ def test_a_missing_shard_is_told_before_the_converter_runs(tmp_path: Path) -> No
     index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
     with pytest.raises(ArtifactError, match="lacks model-00002-of-00002"):
-        stage.expect(model, facts())
+        expect(model, facts())
 
 
 def test_damaged_weights_are_an_artifact_error(tmp_path: Path) -> None:
     model = folder(tmp_path / "m")
     (model / "model.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(ArtifactError, match=r"model\.safetensors is damaged"):
-        stage.expect(model, facts())
+        expect(model, facts())
 
 
 def test_a_folder_without_an_embedding_says_what_it_lacks(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"lacks 'model\.embed_tokens\.weight'"):
-        stage.expect(folder(tmp_path / "m", {"a": np.zeros(2, np.float16)}), facts())
+        expect(folder(tmp_path / "m", {"a": np.zeros(2, np.float16)}), facts())
 
 
 def test_a_disk_that_is_too_small_is_told_before_the_work(tmp_path: Path) -> None:
@@ -336,7 +338,12 @@ def inputs(real: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
         pad=tokenizer.pad_token_id,
     )
     (base / "base.json").write_text(json.dumps(asdict(found)), "utf-8")
-    return {"base": base, "merge": merged}
+    adapter, data = home / "adapter", home / "data"
+    for made in (adapter, data):
+        made.mkdir()
+    save_file({"a.lora_A.weight": np.zeros((8, 8), np.float32)}, adapter / "adapter_model.safetensors")
+    write_rows(data / "train.jsonl", [{"instruction": f"¿Qué es {n}?", "response": "Un tipo. " * 20} for n in range(9)])
+    return {"base": base, "merge": merged, "train": adapter, "data": data}
 
 
 def recipe(*kinds: Any, base: bool = True, served: str = "Q4_K_M") -> Recipe:
