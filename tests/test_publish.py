@@ -418,7 +418,7 @@ def make_stages(recipe: Recipe, build: Path, **facts: Any) -> None:
     gguf = artifacts.require(folder / "gguf", "convert")
     fields = {f"recipe.{name}": value for name, value in BY_NAME["modelfile"].settings(recipe).items()}
     with artifacts.writing(folder / "model", "modelfile", {**fields, "input.convert": gguf.fingerprint}) as (out, _):
-        modelfile.run(recipe, {"convert": folder / "gguf"}, out)
+        modelfile.run(recipe, {"convert": folder / "gguf", "ladder": folder / "ladder"}, out)
     write_parity(recipe, build)
 
 
@@ -497,7 +497,8 @@ def test_without_a_server_the_fault_comes_within_five_seconds(recipe: Recipe, bu
 def test_a_person_reads_what_was_published_and_what_comes_next(server: FakeOllama, recipe: Recipe, build: Path) -> None:
     lines = publishing.published_lines(publishing.publish(recipe, build, host=server.host))
     assert "7 prompts as trained" in lines[0]
-    assert lines[1] == "Next: ollama run tutor"
+    assert "Q8_0 -> Ollama" in lines[-2]
+    assert lines[-1] == "Next: ollama run tutor"
     assert publishing.published_lines(publishing.publish(recipe, build, host=server.host))[0].startswith(
         "Nothing to do"
     )

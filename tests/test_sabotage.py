@@ -112,6 +112,8 @@ def test_a_build_that_nobody_touched_passes(recipe: Recipe, folder: Path) -> Non
 
 def test_an_end_that_is_not_learnt(recipe: Recipe, made: Path, report: Report) -> None:
     """pad = eos, and a collator that masks what is pad: the model would never stop."""
+    from datasets import Dataset
+
     from tutor.modelfolder import load_tokenizer, read_facts
     from tutor.stages.train import IGNORED, audit_labels, encode_rows, read_rows
 
@@ -123,13 +125,15 @@ def test_an_end_that_is_not_learnt(recipe: Recipe, made: Path, report: Report) -
 
         (item,) = items
         masked = [IGNORED if token == tokenizer.eos_token_id else token for token in item["labels"]]
-        return {"input_ids": torch.tensor([item["input_ids"]]), "labels": torch.tensor([masked])}
+        ids = torch.tensor([item["input_ids"]])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([masked])}
 
     data = [
         {"input_ids": row.ids, "labels": [i if on else IGNORED for i, on in zip(row.ids, row.mask, strict=True)]}
         for row in rows
     ]
-    trainer: Any = SimpleNamespace(train_dataset=data, data_collator=collate)
+    args = SimpleNamespace(per_device_train_batch_size=1)
+    trainer: Any = SimpleNamespace(train_dataset=Dataset.from_list(data), data_collator=collate, args=args)
     with pytest.raises(DataError) as caught:
         audit_labels(trainer, rows, tokenizer)
     assert "EOS is not supervised at the end" in caught.value.problems[0]
@@ -383,7 +387,8 @@ def test_a_model_replaced_after_publishing(
     server: fake.FakeOllama, tutor_recipe: Recipe, build: Path, report: Report, *, known: bool
 ) -> None:
     publishing.publish(tutor_recipe, build, host=server.host)
-    server.models["tutor:latest"] = fake.Model(server.models["tutor:latest"].body, {"chat_template": ""}, "other")
+    theirs = server.models["tutor:latest"]
+    server.models["tutor:latest"] = fake.Model({**theirs.body, "license": "x"}, theirs.facts, theirs.blob)
     server.says = lambda _: [(" Otra", -0.1), (" cosa", -0.2)]
     if not known:
         (build / "small/model/published.json").unlink()

@@ -45,7 +45,8 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     trained = _in_transformers(inputs, asked, free_memory())
     served = served_quantization(recipe.ollama.quantization, inputs["ladder"])
     reads = [collect.read(tokenizer, conversation) for conversation in asked]
-    serving = collect.Serving(recipe.generate.context, len(os.sched_getaffinity(0)), out.parent / "parity.log")
+    bos = tokenizer.bos_token or ""
+    serving = collect.Serving(recipe.generate.context, len(os.sched_getaffinity(0)), out.parent / "parity.log", bos)
     seen = dict(trained.seen)
     for kind in (F16, *recipe.convert.quantizations):
         gguf = inputs["convert"] / f"tutor-{kind}.gguf"

@@ -102,6 +102,7 @@ class Serving:
     context: int
     threads: int
     log: Path
+    bos: str  # what a template may write for BOS: of a file that says it adds none, llama-server leaves it there
 
 
 def from_gguf(gguf: Path, reads: Sequence[Read], serving: Serving, *, served: bool) -> tuple[Seen, ...]:
@@ -115,7 +116,7 @@ def from_gguf(gguf: Path, reads: Sequence[Read], serving: Serving, *, served: bo
             conversation = item.conversation
             ids = tuple(server.tokenize(conversation.prompt))
             found = llamacpp_trace(server, conversation.prompt, STEPS) if conversation.reach in reaches else None
-            prompt = rendered(server, conversation.messages)
+            prompt = rendered(server, conversation.messages).removeprefix(serving.bos)
             seen.append(Seen(conversation.name, prompt, ids, len(ids), scored.get(conversation.name), found))
     return tuple(seen)
 

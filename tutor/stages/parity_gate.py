@@ -84,7 +84,7 @@ class HandOver:
 
     def record(self) -> dict[str, Any]:
         """As parity.json and a manifest hold it."""
-        return {**asdict(self), "state": self.state}
+        return {**asdict(self), "checks": [asdict(check) for check in self.checks], "state": self.state}
 
 
 def hand_over(
