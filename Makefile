@@ -46,8 +46,9 @@ eval: ## answer the held-out prompts again and judge
 status: ## what is up to date
 	@$(TUTOR) status --recipe $(RECIPE)
 
-bench: .venv/demo ## training speed and memory beside the specification's own loop; BENCH=... are its options
+bench: .venv/demo llamacpp ## training, merging, converting beside the plain way; BENCH=, BENCH_MERGE= are their options
 	@$(BIN)/python scripts/bench_train.py $(BENCH)
+	@$(BIN)/python scripts/bench_merge.py $(BENCH_MERGE)
 
 install: .venv/demo ## the environment alone: .venv
 
