@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from tutor import boundary, cli_data, cli_doctor, cli_eval, cli_serving, cli_stack, cli_verify
+from tutor import boundary, cli_data, cli_doctor, cli_eval, cli_report, cli_serving, cli_stack, cli_verify
 from tutor.cli_options import emit, json_option, read, recipe_option, shown_on_stderr, tree
 from tutor.errors import ArtifactError, GateError
 
@@ -221,7 +221,13 @@ def _summary_lines(recipe: "Recipe", build: Path) -> list[str]:
     return summary.lines(summary.collect(recipe, build), str(recipe.path))
 
 
-for command in (*cli_eval.COMMANDS, *cli_serving.COMMANDS, *cli_verify.COMMANDS, cli_stack.stack_group):
+for command in (
+    *cli_eval.COMMANDS,
+    cli_report.report_command,
+    *cli_serving.COMMANDS,
+    *cli_verify.COMMANDS,
+    cli_stack.stack_group,
+):
     cli.add_command(command)
 
 

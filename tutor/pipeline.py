@@ -8,7 +8,7 @@ import importlib
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Stage:
     files: Callable[[Recipe], Mapping[str, Path]] = lambda _: {}  # the user's, beside the folders of `needs`
     beside: str = ""  # a pattern: what commands outside the pipeline make of its folder, removed with it
     resumes: bool = False  # goes on after a kill with what it had finished
+    reads: tuple[str, ...] = ()  # folders whose manifests and files it takes where they are there, and needs none of
 
     @property
     def module(self) -> Any:
@@ -94,6 +95,10 @@ def _evaluate(recipe: Recipe) -> dict[str, Any]:
     names = ("max_new_tokens", "context", "repetition_penalty")
     greedy = {name: getattr(recipe.generate, name) for name in names}
     return {**greedy, "served": recipe.ollama.quantization, "system": recipe.system, "seed": recipe.seed}
+
+
+def _report(recipe: Recipe) -> dict[str, Any]:
+    return {"name": recipe.name, "model": recipe.ollama.model, "system": recipe.system}
 
 
 def _evaluate_files(recipe: Recipe) -> Mapping[str, Path]:
@@ -261,6 +266,33 @@ STAGES = (
         files=_evaluate_files,
         beside="eval-*",
     ),
+    Stage(
+        "report",
+        "report",
+        "write the page and the model card",
+        needs=("data",),
+        settings=_report,
+        sources=(
+            "stages/report.py",
+            "stages/page.py",
+            "stages/page.css",
+            "stages/rates.py",
+            "stages/report.html.j2",
+            "stages/report_card.py",
+            "stages/report_charts.py",
+            "stages/report_labels.py",
+            "stages/report_prompts.py",
+            "stages/report_view.py",
+            "stages/splits.py",
+            "host.py",
+            "judges/language.py",
+            "judges/verdict.py",
+            "modelfolder.py",
+            "template.py",
+        ),
+        packages=("jinja2", "lingua-language-detector", "transformers"),
+        reads=("base", "adapter", "merged", "gguf", "ladder", "parity", "parity-ollama", "eval", "eval-ollama"),
+    ),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}
 
@@ -315,6 +347,9 @@ def key_fields(stage: Stage, recipe: Recipe, build: Path, states: Mapping[str, S
         manifest = states[need].manifest
         assert manifest is not None
         fields[f"input.{need}"] = manifest.fingerprint
+    for name in stage.reads:
+        if found := artifacts.read_manifest(build / recipe.name / name):
+            fields[f"input.{name}"] = artifacts.digest(asdict(found))  # its times and results are read, too
     fields |= artifacts.provenance(stage.sources, stage.packages)
     if stage.llamacpp:
         fields["version.llama.cpp"] = llamacpp_build.build_key()
@@ -413,6 +448,7 @@ def _run(stage: Stage, recipe: Recipe, build: Path, state: State) -> None:
     scratch = artifacts.writing(state.folder, stage.name, state.fields, resume=stage.resumes)
     with announced(stage.name, stage.about), scratch as (out, results):
         inputs = {need: build / recipe.name / BY_NAME[need].folder for need in stage.needs}
+        inputs |= {name: build / recipe.name / name for name in stage.reads}
         results.update(stage.module.run(recipe, inputs, out))
 
 

@@ -9,12 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
 from tutor.stages.jsonl import Limits, read_values
 from tutor.stages.lint import KINDS, NEAR, Report
+from tutor.stages.page import render
 
-TEMPLATE = Path(__file__).with_name("lint.html.j2")
 SHOWN = 300
 """Characters of a question."""
 WIDTH, HEIGHT, FLOOR, CEILING = 720, 220, 196, 24
@@ -48,8 +46,8 @@ def page(report: Report, limits: Limits | None = None) -> str:
         }
         for kind, count in report.counts.items()
     ]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, finalize=_visible)
-    return environment.from_string(TEMPLATE.read_text("utf-8")).render(
+    return render(
+        "lint.html.j2",
         title=f"Lint of {', '.join(Path(name).name for name in report.files)}",
         files=report.files,
         figures=report.figures,
@@ -94,13 +92,6 @@ def _questions(places: Iterable[Place], limits: Limits) -> dict[Place, str]:
                 text = str(found.get("instruction", ""))
                 texts[name, line] = text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
     return texts
-
-
-def _visible(value: Any) -> Any:
-    """What is shown: in a text, a replacement character for each sign that has no shape of its own."""
-    if not isinstance(value, str) or value.isprintable():
-        return value
-    return "".join(sign if sign.isprintable() or sign in "\n\t" else "�" for sign in value)
 
 
 def _chart(lengths: dict[str, Any]) -> dict[str, Any]:

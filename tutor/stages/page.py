@@ -1,0 +1,28 @@
+"""Pages that need nothing else: one file, no script, no network, light and dark (page.css is what they share).
+
+In: a template beside this file and its values. Out: the page's text. Every value is escaped: rows and answers are
+texts of strangers.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+FOLDER = Path(__file__).parent
+
+
+def render(template: str, **values: Any) -> str:
+    """The text of a page; the same values give the same bytes."""
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, finalize=visible
+    )
+    return environment.get_template(template).render(values)
+
+
+def visible(value: Any) -> Any:
+    """What is shown: in a text, a replacement character for each sign that has no shape of its own."""
+    if not isinstance(value, str) or isinstance(value, Markup) or value.isprintable():
+        return value
+    return "".join(sign if sign.isprintable() or sign in "\n\t" else "�" for sign in value)
