@@ -12,7 +12,7 @@ import pytest
 from fake_ollama import FakeOllama, write_gguf
 from parity_folders import write_parity
 
-from tutor import artifacts, evaluating, publishing, summary
+from tutor import artifacts, evaluating, promoting, publishing, summary
 from tutor.engines.ollama_api import Ollama, connect
 from tutor.errors import ArtifactError, GateError, LockError, RecipeError, ServiceError, TutorError
 from tutor.pipeline import BY_NAME
@@ -516,7 +516,7 @@ def test_a_person_reads_which_build_is_served(server: FakeOllama, recipe: Recipe
     assert [line.split()[0] for line in lines] == [second["tag"], first["tag"]]
     assert [line.split()[-1] for line in lines] == ["latest", "previous"]
     assert publishing.rollback(recipe, host=server.host)["build"] == first["build"]
-    assert publishing.promote(recipe, host=server.host, build=second["build"])["build"] == second["build"]
+    assert promoting.promote(recipe, build, second["build"], host=server.host)["build"] == second["build"]
 
 
 # Asking the published model

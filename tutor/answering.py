@@ -112,7 +112,9 @@ def identity(recipe: "Recipe", build: Path, who: Who) -> dict[str, Any]:
 
         with connect(who.host) as server:
             digest = digest_of(server, who.model) or ""
-            return {"model": who.model, "host": server.host, "version": server.version(), "digest": digest}
+            # Its digest says which build it is: asked by its tag before it is served, it need not be asked again.
+            name = who.model.partition(":")[0]
+            return {"model": name, "host": server.host, "version": server.version(), "digest": digest}
     if who.engine == "hf" or who.model == "adapter":
         _folders(folder, who.model)
         stages = {"base": ("base",), "tutor": ("merge",), "adapter": ("base", "train")}[who.model]

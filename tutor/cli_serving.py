@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from tutor.engines.answer import Engine
     from tutor.recipe import Recipe
 
+force_option = click.option(
+    "--force", is_flag=True, help="Serve it though a gate says no; what was overridden is recorded."
+)
+
 MODELS = ("tutor", "base", "adapter")
 ENGINES = ("llamacpp", "ollama")
 
@@ -147,6 +151,7 @@ def _opened(recipe: "Recipe", build: Path, who: "Who") -> "contextlib.AbstractCo
 @adapter_option
 @click.option("--wait", default=5.0, show_default=True, help="Seconds that a server may need to start.")
 @click.option("--if-there", is_flag=True, help="No server is no error: say so and end.")
+@force_option
 @recipe_option
 @json_option
 @click.pass_obj
@@ -159,15 +164,16 @@ def publish_command(  # noqa: PLR0913 - a command's options
     *,
     adapter: bool,
     if_there: bool,
+    force: bool,
     as_json: bool,
 ) -> None:
-    """Put the model into Ollama, prove that it is prompted as trained, and serve it as latest."""
-    from tutor import publishing
+    """Put the model into Ollama, prove that it is what was trained, and serve it as latest where it is no worse."""
+    from tutor import promoting, publishing
     from tutor.engines.ollama_wire import UnreachableError
 
     try:
         with shown_on_stderr(flags):
-            result = publishing.publish(read(recipe_path), build, host=host, adapter=adapter, wait=wait)
+            result = promoting.publish(read(recipe_path), build, host=host, adapter=adapter, wait=wait, force=force)
     except UnreachableError as error:
         if not if_there:
             raise
@@ -180,17 +186,28 @@ def publish_command(  # noqa: PLR0913 - a command's options
 @click.argument("published_build", metavar="[BUILD]", required=False)
 @host_option
 @adapter_option
+@force_option
 @recipe_option
 @json_option
-def promote_command(
-    published_build: str | None, host: str | None, recipe_path: Path, build: Path, *, adapter: bool, as_json: bool
+@click.pass_obj
+def promote_command(  # noqa: PLR0913 - a command's options
+    flags: dict[str, bool],
+    published_build: str | None,
+    host: str | None,
+    recipe_path: Path,
+    build: Path,
+    *,
+    adapter: bool,
+    force: bool,
+    as_json: bool,
 ) -> None:
-    """Serve a published BUILD (the newest one where none is named) as latest."""
-    del build
-    from tutor import publishing
+    """Serve a published BUILD (the newest one where none is named) as latest, where it is no worse. Exit 8 if it is."""
+    from tutor import promoting, publishing
 
-    result = publishing.promote(read(recipe_path), host=host, build=published_build, adapter=adapter)
-    emit(result, [f"{result['model']}:latest is {result['build']} at {result['host']}"], as_json=as_json)
+    with shown_on_stderr(flags):
+        result = promoting.promote(read(recipe_path), build, published_build, host=host, adapter=adapter, force=force)
+    line = f"{result['model']}:latest is {result['build']} at {result['host']}"
+    emit(result, [line, *publishing.promotion_lines(result["promotion"])], as_json=as_json)
 
 
 @click.command("rollback")

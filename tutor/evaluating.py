@@ -49,12 +49,17 @@ def published(
     Raises ArtifactError without the data stage, ServiceError when the model is not there or the server dies.
     """
     who = Who(publishing.served_name(recipe, adapter=adapter), None, "ollama", host)
-    found = _ask(recipe, build, who, PUBLISHED, parallel)
+    found = ask_published(recipe, build, who, parallel)
     theirs = build / recipe.name / BY_NAME["evaluate"].folder / stage.ANSWERS
     agreement = _agreement(theirs, found.records)
     rated = found.results["models"][PUBLISHED]
     shown = {**found.results, "models": {who.model: rated}, "all": rated["all"]}
     return {"ran": found.ran, **shown, "as_llama_server": agreement}
+
+
+def ask_published(recipe: Recipe, build: Path, who: Who, parallel: int = 1) -> Asked:
+    """The answers of a published model, by its name or one of its tags, kept as `eval-ollama/`."""
+    return _ask(recipe, build, who, PUBLISHED, parallel)
 
 
 def evaluate(recipe: Recipe, build: Path, whom: Sequence[Who], *, parallel: int = 1) -> dict[str, Any]:

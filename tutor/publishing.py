@@ -48,9 +48,17 @@ def served_name(recipe: Recipe, *, adapter: bool = False) -> str:
 
 
 def publish(
-    recipe: Recipe, build: Path, *, host: str | None = None, adapter: bool = False, wait: float = 5.0
+    recipe: Recipe,
+    build: Path,
+    *,
+    host: str | None = None,
+    adapter: bool = False,
+    wait: float = 5.0,
+    serve: bool = True,
 ) -> dict[str, Any]:
     """Publish what the stages made, to a server that may need `wait` seconds to start; what was done.
+
+    Without `serve` it is proven and not yet `latest`, nor recorded as what is served (promoting.py).
 
     Raises ArtifactError when the folders are missing, damaged or of other settings, ServiceError for the server's
     faults, GateError when it would serve something else than was trained.
@@ -63,10 +71,15 @@ def publish(
             made = _lora_folder(recipe, folder) if adapter else made
             model = stage.read_model(made, _served(recipe, folder))
             check = partial(_same_answers, reference, same_file=not adapter)
-            result = stage.publish(model, _hashes(model, folder), server, check=check)
-        if result["published"] or not (made / PUBLISHED).exists():
+            result = stage.publish(model, _hashes(model, folder), server, check=check, serve=serve)
+        if serve and (result["published"] or not (made / PUBLISHED).exists()):
             artifacts.write_json(made / PUBLISHED, result)
     return result
+
+
+def record_of(folder: Path, *, adapter: bool = False) -> Path:
+    """Where the last publishing of a build folder is recorded."""
+    return folder / (LORA if adapter else BY_NAME["modelfile"].folder) / PUBLISHED
 
 
 def _served(recipe: Recipe, folder: Path) -> str:
@@ -118,7 +131,7 @@ def parity(recipe: Recipe, build: Path, *, host: str | None = None) -> dict[str,
             artifacts.writing(folder / COMPARED, COMPARED, served) as (_, results),
         ):
             wanted = _published_digest(folder)
-            item = parity_ollama.identity(reference, found, wanted) if found and wanted else None
+            item = parity_ollama.identity(reference.engine, found, wanted) if found and wanted else None
             if item is None or item.state == "same":
                 item = parity_ollama.published(reference, server, name)
             refused = refusal([item])
@@ -128,9 +141,8 @@ def parity(recipe: Recipe, build: Path, *, host: str | None = None) -> dict[str,
 
 def _published_digest(folder: Path) -> str | None:
     """The digest of what was published from this folder; None where nothing was, or it does not say."""
-    path = folder / BY_NAME["modelfile"].folder / PUBLISHED
     try:
-        digest = json.loads(path.read_text("utf-8")).get("digest")
+        digest = json.loads(record_of(folder).read_text("utf-8")).get("digest")
     except (OSError, ValueError, AttributeError):
         return None
     return digest if isinstance(digest, str) else None
@@ -190,14 +202,6 @@ def _write_modelfile(recipe: Recipe, base: Path, adapter: Path, out: Path) -> No
     artifacts.write_json(out / "create.json", {"name": name, **body, "parser": PARSER})
 
 
-def promote(
-    recipe: Recipe, *, host: str | None = None, build: str | None = None, adapter: bool = False
-) -> dict[str, Any]:
-    """Serve a published build, or (None) the newest one, as `latest`."""
-    with ollama.connect(host) as server:
-        return stage.promote(server, served_name(recipe, adapter=adapter), build)
-
-
 def rollback(recipe: Recipe, *, host: str | None = None, adapter: bool = False) -> dict[str, Any]:
     """Serve again what `latest` was before."""
     with ollama.connect(host) as server:
@@ -218,7 +222,13 @@ def published_lines(result: Mapping[str, Any]) -> list[str]:
         return [f"Nothing to do: {where} is what is served as {result['model']}."]
     checked = f"{result['prompts']} prompts as trained; it answers: {shown(result['answer'])!r}"
     compared = lines([result["parity"]]) if "parity" in result else []
+    compared += promotion_lines(result["promotion"]) if "promotion" in result else []
     return [f"Published {where}: {checked}", *compared, f"Next: ollama run {result['model']}"]
+
+
+def promotion_lines(promotion: Mapping[str, Any]) -> list[str]:
+    """What a build was weighed against before it was served, and what was overridden, for a terminal."""
+    return [promotion["said"], *(f"Forced, although: {problem}" for problem in promotion["overrode"])]
 
 
 def model_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:

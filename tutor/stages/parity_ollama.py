@@ -59,10 +59,10 @@ def published(reference: Reference, server: Ollama, model: str, *, same_file: bo
     return hand_over("publish", (reference.engine, "Ollama"), (ours, theirs), PUBLISHED)
 
 
-def identity(reference: Reference, found: str, wanted: str) -> HandOver:
+def identity(engine: str, found: str, wanted: str) -> HandOver:
     """Whether the model under the name is the one that was published, by its digest: another one need not be asked."""
     what = "" if found == wanted else f"its digest is {found[:12]}, published was {wanted[:12]}"
-    return HandOver("publish", reference.engine, "Ollama", (Check("model", not what, {}, what),), PUBLISHED)
+    return HandOver("publish", engine, "Ollama", (Check("model", not what, {}, what),), PUBLISHED)
 
 
 def _ask(reference: Reference, server: Ollama, model: str, *, same_file: bool) -> Iterator[Seen]:

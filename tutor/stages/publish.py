@@ -92,9 +92,17 @@ def build_id(model: Model, hashes: Mapping[Path, str]) -> str:
 
 
 def publish(
-    model: Model, hashes: Mapping[Path, str], server: Ollama, *, wait: float = 5.0, check: Checking | None = None
+    model: Model,
+    hashes: Mapping[Path, str],
+    server: Ollama,
+    *,
+    wait: float = 5.0,
+    check: Checking | None = None,
+    serve: bool = True,
 ) -> dict[str, Any]:
     """Put a model on a server under its build and, when every check passes, under `latest`; what was done.
+
+    Without `serve` it is proven and has its build's name alone.
 
     `hashes` are the files' sha256 in hex, `wait` is seconds for a server that is still starting, `check` is asked last.
     Raises GateError when the server would serve something else: that build is deleted again, `latest` is untouched.
@@ -115,7 +123,8 @@ def publish(
         checks = prove(model, server, tag)
         if check:
             checks |= check(server, tag)
-        switch(server, model.name, tag)
+        if serve:
+            switch(server, model.name, tag)
     checks["digest"] = digest_of(server, tag)
     return {**result, "published": True, "created": made, **checks, "seconds": round(time.monotonic() - started, 3)}
 
@@ -217,15 +226,21 @@ def switch(server: Ollama, name: str, tag: str) -> None:
         raise GateError(f"{name}:{LATEST} is not {tag} after copying", "another client writes it too? publish again")
 
 
-def promote(server: Ollama, name: str, build: str | None = None) -> dict[str, Any]:
-    """Serve a published build, by the beginning of its hash, or (None) the newest one. Raises RecipeError for none."""
+def find(server: Ollama, name: str, build: str | None = None) -> str:
+    """A published build, by the beginning of its hash, or (None) the newest one. Raises RecipeError for none."""
     builds = [row for row in models(server, name) if row["build"]]
     matching = [row for row in builds if build is None or row["build"].startswith(build.lower())]
     if not matching or (build is not None and len(matching) > 1):
         known = ", ".join(row["build"] for row in builds) or "none: run tutor publish"
         raise RecipeError(f"{len(matching)} builds of {name} begin with {build or ''!r}", f"known: {known}")
-    switch(server, name, f"{name}:{matching[0]['build']}")
-    return {"model": name, "build": matching[0]["build"], "host": server.host}
+    return str(matching[0]["build"])
+
+
+def promote(server: Ollama, name: str, build: str | None = None) -> dict[str, Any]:
+    """Serve a published build, found as `find` does, whatever it answers."""
+    found = find(server, name, build)
+    switch(server, name, f"{name}:{found}")
+    return {"model": name, "build": found, "host": server.host}
 
 
 def rollback(server: Ollama, name: str) -> dict[str, Any]:
