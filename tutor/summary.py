@@ -83,6 +83,9 @@ def _files(convert: Mapping[str, Any], perplexities: Mapping[str, Any]) -> list[
     for name, entry in sorted(convert["files"].items(), key=lambda item: -item[1]["size"]):
         scored = perplexities.get(name.removesuffix(".gguf"), {}).get("perplexity")
         rows.append(f"  {name:<22}{entry['size'] / 1e6:>8.1f} MB{'' if scored is None else f'{scored:>22.2f}'}")
+    for name, entry in convert["files"].items():
+        for kind, count in entry.get("replaced", {}).items():
+            rows.append(f"  {name}: Q8_0 in place of {kind} in {count} tensors: it does not hold what was trained")
     return rows
 
 
@@ -104,7 +107,11 @@ def ladder_lines(ladder: Mapping[str, Any]) -> list[str]:
         served = " *" if kind == ladder["served"] else ""
         rows.append(f"  {kind + served:<13}" + "".join(f"{cell:>11}" for cell in cells))
     inside = f"{ladder['chosen']} is the smallest within {ladder['budget']:g} nats of F16, in loss and in KL"
-    return [*rows, f"  * is served; {inside}"]
+    worse = [
+        f"  {kind} is larger than {better} and loses more: leave it out"
+        for kind, better in ladder.get("worse_and_larger", {}).items()
+    ]
+    return [*rows, f"  * is served; {inside}", *worse]
 
 
 def verdict_lines(evaluate: Mapping[str, Any]) -> list[str]:

@@ -50,6 +50,9 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     served = chosen if recipe.ollama.quantization == AUTO else recipe.ollama.quantization
     if recipe.ollama.quantization == AUTO and chosen == F16:
         log.warning("no quantization loses less than convert.budget (%g): F16 is served", recipe.convert.budget)
+    worse = worse_and_larger(rungs)
+    for kind, better in worse.items():
+        log.warning("%s is larger than %s and loses more: nothing speaks for it", kind, better)
     write_json(out / "ladder.json", rungs)
     (out / "ladder.svg").write_text(plot(rungs, recipe.convert.budget, served), "utf-8")
     write_served(out, served)
@@ -64,6 +67,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
         "budget": recipe.convert.budget,
         "chosen": chosen,
         "served": served,
+        "worse_and_larger": worse,
         "perplexity": scored,
     }
 
@@ -137,6 +141,20 @@ def choose(rungs: Mapping[str, Mapping[str, Any]], budget: float) -> str:
     """
     inside = [kind for kind, rung in rungs.items() if rung["more"] <= budget and rung["kl"] <= budget]
     return min(inside, key=lambda kind: (rungs[kind]["size"], kind), default=F16)
+
+
+def worse_and_larger(rungs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Each rung that another beats in size, loss and KL alike, with the smallest such; `choose` never takes one."""
+    found = {}
+    for kind, rung in rungs.items():
+        better = [
+            (other["size"], name)
+            for name, other in rungs.items()
+            if other["size"] < rung["size"] and other["more"] < rung["more"] and other["kl"] < rung["kl"]
+        ]
+        if better:
+            found[kind] = min(better)[1]
+    return found
 
 
 def measured(path: Path, rows: Rows, context: int, threads: int, said: Path) -> dict[str, Any]:

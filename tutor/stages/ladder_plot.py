@@ -1,13 +1,17 @@
 """The ladder as a picture: SVG that needs nothing else. In: rungs. Out: the same text from the same rungs."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
+
+from tutor.quantizations import F16
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 380, 76, 24, 64, 52
 HALO = 'stroke="#ffffff" stroke-width="3" paint-order="stroke"'
 """Of text: it stays readable on a line."""
+LINE, LABEL = 14, 110
+"""A label's height and width at most."""
 LEAST = 1e-5
 """Nats: what is drawn lowest, F16's own zero with it."""
 
@@ -40,13 +44,28 @@ def plot(rungs: Mapping[str, Mapping[str, Any]], budget: float, served: str) -> 
         parts.append(_text(across(size * 1e6), HEIGHT - BOTTOM + 18, f"{size:g}", "middle"))
     parts.append(_line(down(budget), "#b45309", dashes=True))
     parts.append(_text(WIDTH - RIGHT, down(budget) - 5, f"budget {budget:g}", "end", "#b45309"))
-    for kind, rung in sorted(rungs.items(), key=lambda item: item[1]["size"]):
-        x, y = across(rung["size"]), down(rung["kl"])
+    points = [(across(rung["size"]), down(rung["kl"]), kind) for kind, rung in rungs.items()]
+    for (x, y, kind), (label_x, label_y, anchor) in zip(sorted(points, key=_from_above), _labels(points), strict=True):
         colour = "#15803d" if kind == served else "#1d4ed8"
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"/>')
-        label = f"{kind} (served)" if kind == served else kind
-        parts.append(_text(x, y - 10, label, "middle", colour))
+        roles = ["reference"] * (kind == F16) + ["served"] * (kind == served)
+        label = f"{kind} ({', '.join(roles)})" if roles else kind
+        parts.append(_text(label_x, label_y, label, anchor, colour))
     return "\n".join([*parts, "</svg>\n"])
+
+
+def _from_above(point: tuple[float, float, str]) -> tuple[float, float]:
+    return point[1], point[0]
+
+
+def _labels(points: Iterable[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """Where each point's label stands, from above: beside it, and below another's that it would cover."""
+    placed: list[tuple[float, float, str]] = []
+    for x, y, _ in sorted(points, key=_from_above):
+        below = [at + LINE for other, at, _ in placed if abs(other - x) < LABEL and at + LINE > y + 4]
+        inside = x + LABEL < WIDTH
+        placed.append((x + 9 if inside else x - 9, max([y + 4, *below]), "start" if inside else "end"))
+    return placed
 
 
 def _title(rungs: Mapping[str, Mapping[str, Any]], served: str) -> str:
