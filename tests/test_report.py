@@ -21,6 +21,7 @@ from tutor.artifacts import Manifest, writing
 from tutor.pipeline import BY_NAME, State, inspect, run_one
 from tutor.recipe import read_recipe
 from tutor.stages import rates
+from tutor.stages.page import visible
 from tutor.stages.report import page
 from tutor.stages.report_card import card, escaped, hub_name
 from tutor.stages.report_charts import curves, ladder, ticks
@@ -293,6 +294,32 @@ def test_a_base_that_was_not_asked_leaves_the_tutor_alone(made: Made) -> None:
     assert (shown.open, shown.wrong) == ([], [])
     assert "only base passes" not in shown.text
     assert "tutor passes (6)" in shown.text
+
+
+def test_an_emoji_of_several_stays_one_and_a_lone_joiner_is_seen() -> None:
+    assert visible("👩‍💻 👩🏽‍🏫 ❤️‍🔥") == "👩‍💻 👩🏽‍🏫 ❤️‍🔥"
+    assert visible("a\u200db\n") == "a�b\n"
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_text_stands_out_from_its_ground(made: Made, theme: str) -> None:
+    """WCAG AA: 4.5 to 1."""
+    pairs = re.findall(r"--(\w+): light-dark\(#(\w+), #(\w+)\)", page(made))
+    colours = {name: dark if theme == "dark" else light for name, light, dark in pairs}
+    for text in ("text", "soft", "bar", "over", "good"):
+        for ground in ("page", "card"):
+            assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
+    assert min(contrast(colours["text"], colours[ground]) for ground in ("mark", "wash")) >= 4.5
+    assert contrast(colours["text"], colours["within"]) >= 3
+
+
+def contrast(one: str, other: str) -> float:
+    values = []
+    for colour in (one, other):
+        parts = [int(colour[at : at + 2], 16) / 255 for at in (0, 2, 4)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        values.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    return (max(values) + 0.05) / (min(values) + 0.05)
 
 
 # --- prompts and filters

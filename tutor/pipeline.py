@@ -282,6 +282,7 @@ STAGES = (
             "stages/report_charts.py",
             "stages/report_labels.py",
             "stages/report_prompts.py",
+            "stages/report_tables.py",
             "stages/report_view.py",
             "stages/splits.py",
             "host.py",

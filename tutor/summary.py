@@ -54,6 +54,8 @@ def lines(summary: Mapping[str, Any], recipe: str) -> list[str]:
         parts += verdict_lines(stages["evaluate"])
     for example in summary["examples"]:
         parts += _example(example)
+    if "report" in stages:
+        parts += ["", f"All of it on one page: tutor report --open -r {_short(recipe)}"]
     if "convert" in stages:
         parts += ["", f"Next: make chat, or: tutor ask -r {_short(recipe)} '¿Qué es una interfaz?'"]
     return parts

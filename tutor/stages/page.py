@@ -4,6 +4,7 @@ In: a template beside this file and its values. Out: the page's text. Every valu
 texts of strangers.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 FOLDER = Path(__file__).parent
+PICTURE = "[\U0001f000-\U0001faff\u2600-\u27bf\ufe0f]"
+JOINER = re.compile(f"(?<={PICTURE})\u200d(?={PICTURE})")
+"""What makes one emoji of several: seen as what it joins."""
 
 
 def render(template: str, **values: Any) -> str:
@@ -25,4 +29,6 @@ def visible(value: Any) -> Any:
     """What is shown: in a text, a replacement character for each sign that has no shape of its own."""
     if not isinstance(value, str) or isinstance(value, Markup) or value.isprintable():
         return value
-    return "".join(sign if sign.isprintable() or sign in "\n\t" else "�" for sign in value)
+    return "\u200d".join(
+        "".join(sign if sign.isprintable() or sign in "\n\t" else "�" for sign in part) for part in JOINER.split(value)
+    )

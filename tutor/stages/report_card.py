@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tutor.stages.rates import LABELS
-from tutor.stages.report_view import Made, megabytes, percent
+from tutor.stages.report_tables import megabytes, percent
+from tutor.stages.report_view import Made
 from tutor.template import CUE, QUESTION, STOPS
 
 HUB = re.compile(r"hub:([\w.-]+/[\w.-]+)@[0-9a-f]{40}")

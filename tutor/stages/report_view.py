@@ -4,16 +4,13 @@ In: manifests of the stages that are there, and what lies in their folders. Out:
 stage has not run. Whatever is missing is named with the command that makes it.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tutor.artifacts import Manifest
 from tutor.stages import report_charts as charts
-from tutor.stages.rates import LABELS
-
-Json = Mapping[str, Any]
+from tutor.stages.report_tables import Json, ladder, megabytes, parity, percent, verdicts
 
 MISSING = {
     "base": ("the base model", "tutor base"),
@@ -25,7 +22,6 @@ MISSING = {
     "eval": ("the verdicts and answers", "tutor eval"),
 }
 """By folder: what the page lacks without it, and what makes it."""
-SECTIONS = ("train", "base", "merge", "convert")
 PLAIN = "plain"
 
 
@@ -57,7 +53,7 @@ class Made:
 
 def view(made: Made) -> dict[str, Any]:
     """All values of the page."""
-    evaluated = made.evaluated
+    evaluated, gate, rungs = made.evaluated, made.results("parity"), made.results("ladder")
     return {
         "name": made.name,
         "model": made.model,
@@ -69,8 +65,8 @@ def view(made: Made) -> dict[str, Any]:
         "training": training(made),
         "labels": made.labels,
         "no_labels": made.no_labels,
-        "parity": parity(made),
-        "ladder": ladder(made),
+        "parity": parity(gate, made.results("parity-ollama") or {}) if gate else None,
+        "ladder": ladder(rungs) if rungs else None,
         "verdicts": verdicts(evaluated) if evaluated else None,
         "paraphrases": (evaluated or {}).get("paraphrases"),
         "general": (evaluated or {}).get("general"),
@@ -78,7 +74,6 @@ def view(made: Made) -> dict[str, Any]:
         "stages": stages(made),
         "versions": versions(made),
         "machine": made.machine,
-        "labels_of": LABELS,
     }
 
 
@@ -185,116 +180,6 @@ def _trained(made: Made, found: Json, asked: Json, seconds: float) -> list[tuple
     return facts
 
 
-def parity(made: Made) -> dict[str, Any] | None:
-    """The hand-overs with their figures as texts; the published model's among them where it was compared."""
-    gate = made.results("parity")
-    if gate is None:
-        return None
-    published = made.results("parity-ollama") or {}
-    return {
-        "conversations": gate["conversations"],
-        "precision": gate["precision"],
-        "refused": gate.get("refused") or published.get("refused"),
-        "published": bool(published),
-        "rows": [_hand_over(item) for item in (*gate["hand_overs"], *published.get("hand_overs", ()))],
-    }
-
-
-def _hand_over(item: Json) -> dict[str, Any]:
-    checks = {check["name"]: check["figures"] for check in item["checks"]}
-    numbers = checks.get("log-probabilities", {})
-    limit = item.get("tolerance") or {}
-    return {
-        "names": (item["ours"], item["theirs"]),
-        "kind": item["kind"],
-        "state": item["state"],
-        "why": item["missing"] or next((check["what"] for check in item["checks"] if not check["ok"]), ""),
-        "cells": [
-            _counted(checks.get("prompt")),
-            _counted(checks.get("tokens")),
-            *(f"{numbers[key]:.2g}" if key in numbers else "–" for key in ("mean", "worst", "kl")),
-            f"{limit['kl']:g}" if limit.get("kl") is not None else "–",
-            _counted(checks.get("greedy answer"), "agreed", "steps"),
-            _counted(checks.get("end")),
-        ],
-    }
-
-
-def _counted(figures: Json | None, part: str = "equal", whole: str = "of") -> str:
-    return f"{figures[part]:.0f}/{figures[whole]:.0f}" if figures and figures[whole] else "–"
-
-
-def ladder(made: Made) -> dict[str, Any] | None:
-    """The files, the largest first, with what each loses, its speed and memory; and the picture of it."""
-    found = made.results("ladder")
-    if found is None:
-        return None
-    rows = [
-        {
-            "kind": kind,
-            "served": kind == found["served"],
-            "cells": [
-                megabytes(rung["size"]),
-                f"{rung['perplexity']:.2f}",
-                f"{100 * math.expm1(rung['more']):+.2f} %",
-                f"{rung['kl']:.4f}",
-                f"{rung['kl_p99']:.3f}",
-                percent(rung["same"]),
-                f"{rung['prompt_per_second']:.0f}",
-                f"{rung['tokens_per_second']:.1f}",
-                "–" if rung["memory"] is None else megabytes(rung["memory"]),
-            ],
-        }
-        for kind, rung in sorted(found["rungs"].items(), key=lambda item: -item[1]["size"])
-    ]
-    chart = charts.ladder(found["rungs"], found["budget"], found["served"])
-    told = {name: found[name] for name in ("budget", "chosen", "served")}
-    base = {name: entry for name, entry in found["perplexity"].items() if name.startswith("base-")}
-    return {**told, "rows": rows, "chart": chart, "base": base, "tokens": found["rungs"]["F16"]["tokens"]}
-
-
-def verdicts(evaluated: Json) -> dict[str, Any]:
-    """Rates of every model over all prompts and by kind, with what changed from the first model to each other."""
-    models: Mapping[str, Json] = evaluated["models"]
-    shown = [name for name in LABELS if all(name in model["all"] for model in models.values())]
-    changes = list(evaluated.get("differences") or ())
-    kinds = sorted({kind for model in models.values() for kind in model["categories"]})
-    return {
-        "n": next(iter(models.values()))["all"]["n"],
-        "errors": sum(model["all"]["errors"] for model in models.values()),
-        "models": {name: {"file": each["file"], "speed": each["tokens_per_second"]} for name, each in models.items()},
-        "changes": [f"{change['before']} to {change['after']}" for change in changes],
-        "all": [
-            {
-                "label": LABELS[name],
-                "rates": [(model["all"][name], model["all"]["n"]) for model in models.values()],
-                "changes": [change["all"].get(name) for change in changes],
-            }
-            for name in shown
-        ],
-        "kinds": [
-            {
-                "label": kind or "(no kind)",
-                "rates": [
-                    (each["passed"], each["n"]) for each in (model["categories"][kind] for model in models.values())
-                ],
-                "changes": [change["categories"].get(kind) for change in changes],
-            }
-            for kind in kinds
-        ],
-        "each": [_each(name, model["categories"], kinds, shown) for name, model in models.items()],
-    }
-
-
-def _each(model: str, by_kind: Mapping[str, Json], kinds: Sequence[str], shown: Sequence[str]) -> dict[str, Any]:
-    """All verdicts of one model, a row a kind."""
-    rows = [
-        {"kind": kind or "(no kind)", "n": by_kind[kind]["n"], "rates": [by_kind[kind].get(name) for name in shown]}
-        for kind in kinds
-    ]
-    return {"model": model, "heads": [LABELS[name] for name in shown], "rows": rows}
-
-
 def stages(made: Made) -> list[dict[str, Any]]:
     """Every stage that is there: when, how long, where, its key and its files."""
     return [
@@ -324,16 +209,6 @@ def versions(made: Made) -> list[tuple[str, list[str]]]:
 def moment(iso: str) -> str:
     """A manifest's time as people read it."""
     return iso.replace("T", " ").replace("+00:00", " UTC")
-
-
-def percent(share: float) -> str:
-    """A share as people read it."""
-    return f"{100 * share:.0f} %"
-
-
-def megabytes(size: float) -> str:
-    """Bytes as people read them."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def duration(seconds: float) -> str:
