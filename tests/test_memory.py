@@ -107,7 +107,14 @@ def test_activations_are_what_autograd_keeps(targets: tuple[str, ...], checkpoin
 
 @pytest.mark.parametrize(
     ("free", "quantization", "checkpointing"),
-    [(80, "none", False), (24, "none", False), (18, "none", True), (17, "nf4", False), (12, "nf4", True), (8, "nf4", True)],
+    [
+        (80, "none", False),
+        (24, "none", False),
+        (18, "none", True),
+        (17, "nf4", False),
+        (12, "nf4", True),
+        (8, "nf4", True),
+    ],
 )
 def test_auto_takes_16_bits_where_they_fit_and_keeps_activations_where_they_fit(
     free: int, quantization: str, checkpointing: Any
@@ -127,7 +134,8 @@ def test_what_the_recipe_says_is_done() -> None:
 
 def test_a_base_that_cannot_fit_is_refused_with_both_sizes() -> None:
     with pytest.raises(
-        HostError, match=r"the base takes 5\.7 GB in nf4 and this training 6\.4 GB, and 5\.0 GB are free; .*train\.max_memory"
+        HostError,
+        match=r"the base takes 5\.7 GB in nf4 and this training 6\.4 GB, and 5\.0 GB are free; .*train\.max_memory",
     ) as one:
         plan(WANTED, 5)
     assert one.value.code == 4

@@ -67,12 +67,15 @@ class Fit:
         return "set " + ", ".join(f"train.{name} = {json.dumps(value)}" for name, value in self.change.items())
 
 
-def refuse(recipe: Recipe, build: Path, stages: Collection[str]) -> None:
-    """Raise HostError when the named stages, which are to run, cannot: memory for training, disk for all."""
+def refuse(recipe: Recipe, build: Path, stages: Collection[str]) -> bool:
+    """Raise HostError when the named stages, which are to run, cannot: memory for training, disk for all.
+
+    Whether that could be told: not of a base that is known to the hub alone, before it is fetched.
+    """
     shape = find_shape(recipe, build)
     if shape is None:
         log.info("%s is not known before it is fetched: memory and disk cannot be estimated", recipe.base.source)
-        return
+        return False
     if "train" in stages:
         refuse_training(recipe, build, shape, next(iter(host.gpus()), None))
     sizes = disk_sizes(recipe, shape, [name for name in stages if name in FOLDERS])
@@ -81,6 +84,7 @@ def refuse(recipe: Recipe, build: Path, stages: Collection[str]) -> None:
             f"the stages will write {gb(need)} ({parts_line(sizes)}) to the disk of {place}, which has {gb(free)} free",
             "make room, or give another --build (HF_HOME for what the hub sends)",
         )
+    return True
 
 
 def refuse_training(recipe: Recipe, build: Path, shape: Shape, gpu: host.Gpu | None) -> None:
