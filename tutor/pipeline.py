@@ -242,8 +242,8 @@ def run_all(recipe: Recipe, build: Path, *, until: str | None = None) -> list[st
                 artifacts.remove(artifacts.checkpoints(states[name].folder))  # the last run was killed before it could
                 continue
             if not weighed and name != "data":  # its rows tell how long a training's are
-                capacity.refuse(recipe, build, [other for other in names if states[other].condition != "up to date"])
-                weighed = True
+                to_do = [other for other in names if states[other].condition != "up to date"]
+                weighed = capacity.refuse(recipe, build, to_do)
             _run(states[name].stage, recipe, build, states[name])
             ran.append(name)
     return ran

@@ -14,8 +14,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, StoppingCriteriaList
 
+from tutor import host
 from tutor.engines.answer import Answer, Finish, Generation
 from tutor.errors import ArtifactError, HostError, ServiceError
+from tutor.estimate import CUDA, SCORE_ROWS
 from tutor.modelfolder import load_tokenizer
 from tutor.template import Message, render
 
@@ -200,11 +202,16 @@ def decide_precision(wanted: str, capability: tuple[int, int] | None, *, cpu_bf1
     return ("bf16" if native else "fp16") if wanted == "auto" else wanted
 
 
-def free_memory() -> int:
-    """Bytes that are free where models are loaded: on the first GPU, or in RAM."""
+def room() -> tuple[int, int]:
+    """Bytes where models are loaded, on the first GPU or in RAM: free, what this process holds included; and all."""
     if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    return int(psutil.virtual_memory().available)
+        free, total = torch.cuda.mem_get_info()
+        return min(int(free + CUDA), total), total
+    memory, own = host.memory(), psutil.Process().memory_info()
+    if memory is None:
+        machine = psutil.virtual_memory()
+        return int(machine.available), int(machine.total)
+    return min(memory.available + own.rss - own.shared, memory.total), memory.total
 
 
 def load_base(folder: Path, quantization: str, precision: str, *, in_ram: bool = False) -> Any:
@@ -265,15 +272,23 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
 def score(model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
     """Log-probabilities (nats) of each row's answer ids, given its prompt ids and the answer so far; in float32.
 
-    `model` is an engine's model; rows are (prompt ids, answer ids). A pass a row, so that no padding has a say.
+    `model` is an engine's model; rows are (prompt ids, answer ids). A pass a row, so that no padding has a say, but
+    few logits at a time: all of a row's, of a vocabulary of 128,256, would be more than a training step takes.
     """
+    head = model.get_output_embeddings()
+    decoder = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
     scores = []
     for prompt, answer in rows:
         ids = torch.tensor([[*prompt, *answer]], device=model.device)
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1]
-        chosen = torch.log_softmax(logits.float(), dim=-1).gather(1, ids[0, len(prompt) :, None])
-        scores.append([float(value) for value in chosen[:, 0]])
+        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1]
+        parts = zip(*(torch.split(part, SCORE_ROWS) for part in (hidden, ids[0, len(prompt) :])), strict=True)
+        scores.append([value for states, chosen in parts for value in _log_probabilities(head(states), chosen)])
     return scores
+
+
+def _log_probabilities(logits: torch.Tensor, chosen: torch.Tensor) -> list[float]:
+    found: list[float] = torch.log_softmax(logits.float(), dim=-1).gather(1, chosen[:, None])[:, 0].tolist()
+    return found
 
 
 def _first_line(error: BaseException) -> str:

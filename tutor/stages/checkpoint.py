@@ -39,7 +39,9 @@ SOURCES = (
     "engines/memory.py",
     "engines/offload.py",
     "engines/scoring.py",
+    "estimate.py",
     "modelfolder.py",
+    "passes.py",
     "template.py",
 )
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "matplotlib")

@@ -18,8 +18,8 @@ import torch
 from transformers import TrainerCallback
 
 from tutor import artifacts
-from tutor.engines.packed import Passes
 from tutor.errors import HostError, TutorError
+from tutor.passes import Passes
 from tutor.stages import checkpoint
 
 log = logging.getLogger(__name__)

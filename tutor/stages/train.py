@@ -19,12 +19,14 @@ from trl import SFTConfig
 from tutor.artifacts import log_folder
 from tutor.engines import memory
 from tutor.engines.cpu_head import IGNORED, Trainer
-from tutor.engines.hf import choose_precision, free_memory, load_base
+from tutor.engines.hf import choose_precision, load_base, room
 from tutor.engines.offload import stream_layers
-from tutor.engines.packed import Passes, attend_within_rows, packed_passes, padded_passes, rows_of, with_lengths
+from tutor.engines.packed import attend_within_rows, rows_of, with_lengths
 from tutor.engines.scoring import mean_loss, perplexity
 from tutor.errors import DataError
+from tutor.estimate import parts_line
 from tutor.modelfolder import load_tokenizer, read_facts
+from tutor.passes import Passes, passes_of
 from tutor.stages import checkpoint
 from tutor.stages.fit import fit, write
 from tutor.stages.monitor import Course
@@ -115,36 +117,23 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
 
 def plan_passes(settings: "TrainSettings", rows: Sequence[Encoded]) -> Passes:
     """How the rows of an optimizer step go through the model: packed, or padded as the specification has it."""
-    lengths = [len(row.ids) for row in rows]
-    if settings.packing:
-        return packed_passes(settings.batch_size * settings.accumulation, lengths, settings.pass_tokens)
-    return padded_passes(settings.batch_size, settings.accumulation, lengths)
+    return passes_of(settings, [len(row.ids) for row in rows])
 
 
 def make_plan(settings: "TrainSettings", precision: str, model_folder: Path, passes: Passes) -> memory.Plan:
-    """How training fits this machine. Raises HostError when it does not."""
-    gpu, cpu = (text and memory.parse_bytes(text) for text in (settings.max_memory.gpu, settings.max_memory.cpu))
-    if gpu and not torch.cuda.is_available():
+    """How training fits this machine, as `tutor doctor` says it. Raises HostError when it does not."""
+    cuda = torch.cuda.is_available()
+    if settings.max_memory.gpu and not cuda:
         log.warning("train.max_memory has no effect without a GPU: all of the base is in RAM")
-        gpu = None
-    wanted = memory.Wanted(
-        quantization=settings.quantization,
-        checkpointing=settings.gradient_checkpointing,
-        precision=precision,
-        tokens=passes.tokens,
-        rank=settings.rank,
-        targets=settings.target_modules,
-        gpu=gpu or None,
-        cpu=cpu or None,
-    )
-    shape, free = memory.read_shape(model_folder), free_memory()
-    plan = memory.plan(shape, wanted, free)
+    wanted = memory.wanted(settings, precision, passes.tokens, passes.tokens, on_gpu=cuda)
+    shape, (free, total) = memory.read_shape(model_folder), room()
+    plan = memory.plan(shape, wanted, free, total)
     log.info(
-        "base in %s, computing in %s, gradient checkpointing %s%s, %s: about %.1f GB of the %.1f GB that are free",
+        "base in %s, computing in %s, gradient checkpointing %s%s, %s: about %.2f GB (%s) of the %.2f GB that are free",
         "16 bits" if plan.quantization == "none" and precision != "fp32" else plan.quantization.replace("none", "fp32"),
         precision, "on" if plan.checkpointing else "off",
         "" if plan.resident == shape.layers else f", {shape.layers - plan.resident} of {shape.layers} layers in RAM",
-        passes, plan.needed / 1e9, free / 1e9,
+        passes, plan.needed / 1e9, parts_line(plan.parts), free / 1e9,
     )  # fmt: skip
     return plan
 
