@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, StoppingCriteriaList
 
+from tutor.engines import processes
 from tutor.engines.answer import Answer, Finish, Generation
 from tutor.errors import ArtifactError, HostError, ServiceError
 from tutor.modelfolder import load_tokenizer
@@ -201,25 +202,30 @@ def decide_precision(wanted: str, capability: tuple[int, int] | None, *, cpu_bf1
 
 
 def free_memory() -> int:
-    """Bytes that are free where models are loaded: on the first GPU, or in RAM."""
+    """Bytes that are free where models are loaded: on this process's GPU, or its part of RAM.
+
+    Of all GPUs together where the model is sharded over them.
+    """
     if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    return int(psutil.virtual_memory().available)
+        return int(torch.cuda.mem_get_info()[0]) * (processes.world() if processes.is_sharded() else 1)
+    return int(psutil.virtual_memory().available) // processes.beside()
 
 
 def load_base(folder: Path, quantization: str, precision: str, *, in_ram: bool = False) -> Any:
     """A model in 4 bits (NF4, double-quantized), in 8 (LLM.int8) or as it is, computing in `precision`.
 
-    On the first GPU, or the CPU where there is none or `in_ram` says so. Raises ArtifactError when the folder cannot be
-    loaded, HostError when memory does not suffice.
+    On this process's GPU, or the CPU where there is none or `in_ram` says so. Raises ArtifactError when the folder
+    cannot be loaded, HostError when memory does not suffice.
     """
     dtype = DTYPES[precision]
+    sharded = processes.is_sharded()
     configs: dict[str, dict[str, Any]] = {
         "nf4": {
             "load_in_4bit": True,
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": True,
             "bnb_4bit_compute_dtype": dtype,
+            "bnb_4bit_quant_storage": quant_storage(precision, sharded=sharded),
         },
         "int8": {"load_in_8bit": True},
     }
@@ -229,7 +235,7 @@ def load_base(folder: Path, quantization: str, precision: str, *, in_ram: bool =
             folder,
             dtype=dtype,
             quantization_config=config,
-            device_map={"": 0 if torch.cuda.is_available() and not in_ram else "cpu"},
+            device_map={"": torch.cuda.current_device() if torch.cuda.is_available() and not in_ram else "cpu"},
             attn_implementation="sdpa",
             local_files_only=True,
             trust_remote_code=False,
@@ -245,7 +251,14 @@ def load_base(folder: Path, quantization: str, precision: str, *, in_ram: bool =
     # transformers fills these with random numbers, with no more than a warning.
     if bad := sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}):
         raise ArtifactError(f"{folder} lacks {len(bad)} tensors, or has them in another shape: {bad[0]}")
+    if sharded:
+        model.__dict__.pop("hf_device_map", None)  # accelerate moves it to the GPUs, and refuses one that is placed
     return model
+
+
+def quant_storage(precision: str, *, sharded: bool) -> torch.dtype:
+    """The numbers that 4-bit weights are stored as: FSDP parts only those of the type that is computed in."""
+    return DTYPES[precision] if sharded else torch.uint8
 
 
 def _with_adapter(model: Any, adapter: Path) -> Any:

@@ -32,10 +32,17 @@ class Passes:
     count: int  # passes a step
     tokens: int  # of the largest pass that can come, padding included
     packed: bool
+    processes: int = 1  # each takes its share of a step's rows, in so many passes
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of an optimizer step, in all processes."""
+        return self.rows * self.count * self.processes
 
     def __str__(self) -> str:
         way = "packed" if self.packed else "padded"
-        return f"{self.rows * self.count} rows a step, {self.rows} a pass, {way}: at most {self.tokens:,} tokens"
+        shared = f" in {self.processes} processes" if self.processes > 1 else ""
+        return f"{self.step_rows} rows a step{shared}, {self.rows} a pass, {way}: at most {self.tokens:,} tokens"
 
 
 def packed_passes(step_rows: int, lengths: Sequence[int], budget: int) -> Passes:
