@@ -17,7 +17,6 @@ import click
 from tutor.engines import processes
 from tutor.errors import HostError, TutorError
 
-
 FIRST = 5.0
 """Seconds that the first of several processes has for its line, before the others say theirs: the launcher ends them
 when it fails, and the same fault is one line."""

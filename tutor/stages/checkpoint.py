@@ -54,7 +54,8 @@ FREE = frozenset(
 
 NAME = re.compile(r"checkpoint-([1-9][0-9]{0,17})")
 REQUIRED = frozenset({"adapter_model.safetensors", "scheduler.pt", "trainer_state.json"})
-"""Beside the optimizer and each process's random state. Without one of them the trainer resumes all the same, and makes another model without a word (faults.md A4)."""
+"""Beside the optimizer's and each process's random state. Without one of them the trainer resumes all the same, and
+makes another model without a word (faults.md A4)."""
 
 KEEP = 2
 """Whole checkpoints that stay: the newest, and the one to fall back to."""
@@ -227,7 +228,9 @@ def seal(training: Training, progress: Progress) -> Path:
     Raises ArtifactError when the trainer saved less than it needs to resume.
     """
     path = training.folder / f"checkpoint-{progress.step}"
-    if missing := sorted(name for name in required(processes.world(), sharded=processes.is_sharded()) if not (path / name).is_file()):
+    if missing := sorted(
+        name for name in required(processes.world(), sharded=processes.is_sharded()) if not (path / name).is_file()
+    ):
         raise ArtifactError(f"the trainer saved {path} without {', '.join(missing)}", "a library's doing: report it")
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     shutil.copytree(training.out, path / STAGE)
