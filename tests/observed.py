@@ -41,7 +41,7 @@ def main() -> None:
     quiet_libraries()
     from tutor.engines import cpu_head
 
-    cpu_head.Trainer.compute_loss = noting(cpu_head.Trainer.compute_loss, note)
+    cpu_head.Trainer.compute_loss = noting(cpu_head.Trainer.compute_loss, note)  # type: ignore[method-assign]
     sys.addaudithook(heard)
     cli.main()
 
