@@ -53,7 +53,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_stage_leaves_a_whole_folder(built: Path) -> None:
     for state in result("status", "--verify", build=built):
         assert state["condition"] == "up to date", state
-    left = [path.name for path in (built / "tiny").iterdir() if path.name.endswith((".partial", ".old", ".checkpoints"))]
+    left = [
+        path.name for path in (built / "tiny").iterdir() if path.name.endswith((".partial", ".old", ".checkpoints"))
+    ]
     assert left == []
 
 

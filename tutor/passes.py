@@ -3,8 +3,9 @@
 In: the rows' lengths in tokens and the recipe's numbers. Out: `Passes`, whose largest decides what training takes.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -20,17 +21,28 @@ class Passes:
     count: int  # passes a step
     tokens: int  # of the largest pass that can come, padding included
     packed: bool
+    processes: int = 1  # each takes its share of a step's rows, in so many passes
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of an optimizer step, in all processes."""
+        return self.rows * self.count * self.processes
 
     def __str__(self) -> str:
         way = "packed" if self.packed else "padded"
-        return f"{self.rows * self.count} rows a step, {self.rows} a pass, {way}: at most {self.tokens:,} tokens"
+        shared = f" in {self.processes} processes" if self.processes > 1 else ""
+        return f"{self.step_rows} rows a step{shared}, {self.rows} a pass, {way}: at most {self.tokens:,} tokens"
 
 
-def passes_of(settings: "TrainSettings", lengths: Sequence[int]) -> Passes:
-    """The passes of a recipe over rows of these lengths: packed, or padded as the specification has it."""
+def passes_of(settings: "TrainSettings", lengths: Sequence[int], count: int = 1) -> Passes:
+    """The passes of a recipe over rows of these lengths, in each of `count` processes that share a step's rows."""
+    rows = settings.batch_size * settings.accumulation // count
     if settings.packing:
-        return packed_passes(settings.batch_size * settings.accumulation, lengths, settings.pass_tokens)
-    return padded_passes(settings.batch_size, settings.accumulation, lengths)
+        passes = packed_passes(rows, lengths, settings.pass_tokens)
+    else:
+        size = math.gcd(settings.batch_size, rows)
+        passes = padded_passes(size, rows // size, lengths)
+    return replace(passes, processes=count)
 
 
 def most_tokens(settings: "TrainSettings", lengths: Sequence[int]) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tutor import artifacts, capacity
-from tutor.engines import llamacpp_build
+from tutor.engines import llamacpp_build, processes
 from tutor.errors import RecipeError
 from tutor.recipe import Recipe
 from tutor.stages import checkpoint
@@ -250,9 +250,22 @@ def run_all(recipe: Recipe, build: Path, *, until: str | None = None) -> list[st
 
 
 def run_one(name: str, recipe: Recipe, build: Path) -> bool:
-    """Run one stage where it is not up to date; whether it ran. Raises ArtifactError when an input is missing."""
+    """Run one stage where it is not up to date; whether it ran. Raises ArtifactError when an input is missing.
+
+    In several processes the first does all this, and the others only what the stage itself gives them to do.
+    """
     _refuse_early(recipe)
     stage = BY_NAME[name]
+    with processes.joined():
+        if processes.is_first():
+            return _run_first(stage, recipe, build)
+        if ready := processes.tell():
+            stage.module.run(recipe, *ready)
+        return bool(ready)
+
+
+def _run_first(stage: Stage, recipe: Recipe, build: Path) -> bool:
+    name = stage.name
     with artifacts.locked(build / recipe.name):
         states = {found.stage.name: found for found in inspect(recipe, build, names=_with_needs(name))}
         for need in stage.needs:
@@ -261,8 +274,9 @@ def run_one(name: str, recipe: Recipe, build: Path) -> bool:
                 log.warning("%s is out of date with the recipe or its inputs; tutor why %s says why", need, need)
         if states[name].condition == "up to date":
             artifacts.remove(artifacts.checkpoints(states[name].folder))  # the last run was killed before it could
+            processes.tell(None)
             return False
-        if name != "data":
+        if name != "data" and not processes.is_sharded():  # it knows one GPU
             capacity.refuse(recipe, build, [name])
         _run(stage, recipe, build, states[name])
     return True
@@ -291,6 +305,7 @@ def _run(stage: Stage, recipe: Recipe, build: Path, state: State) -> None:
     assert state.fields is not None, f"{stage.name} lacks an input"
     with _announced(stage), artifacts.writing(state.folder, stage.name, state.fields) as (out, results):
         inputs = {need: build / recipe.name / BY_NAME[need].folder for need in stage.needs}
+        processes.tell((inputs, out))
         results.update(stage.module.run(recipe, inputs, out))
 
 

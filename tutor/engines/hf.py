@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, StoppingCriteriaList
 
 from tutor import host
+from tutor.engines import processes
 from tutor.engines.answer import Answer, Finish, Generation
 from tutor.errors import ArtifactError, HostError, ServiceError
 from tutor.estimate import CUDA, SCORE_ROWS
@@ -203,30 +204,37 @@ def decide_precision(wanted: str, capability: tuple[int, int] | None, *, cpu_bf1
 
 
 def room() -> tuple[int, int]:
-    """Bytes where models are loaded, on the first GPU or in RAM: free, what this process holds included; and all."""
+    """Bytes where models are loaded, on this process's GPU or its part of RAM: free, what it holds included; and all.
+
+    Of all GPUs together where the model is sharded over them.
+    """
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
-        return min(int(free + CUDA), total), total
-    memory, own = host.memory(), psutil.Process().memory_info()
+        cards = processes.world() if processes.is_sharded() else 1
+        return min(int(free + CUDA), total) * cards, total * cards
+    memory, own, sharers = host.memory(), psutil.Process().memory_info(), processes.beside()
     if memory is None:
         machine = psutil.virtual_memory()
-        return int(machine.available), int(machine.total)
-    return min(memory.available + own.rss - own.shared, memory.total), memory.total
+        return int(machine.available) // sharers, int(machine.total) // sharers
+    total = memory.total // sharers
+    return min(memory.available // sharers + own.rss - own.shared, total), total
 
 
 def load_base(folder: Path, quantization: str, precision: str, *, in_ram: bool = False) -> Any:
     """A model in 4 bits (NF4, double-quantized), in 8 (LLM.int8) or as it is, computing in `precision`.
 
-    On the first GPU, or the CPU where there is none or `in_ram` says so. Raises ArtifactError when the folder cannot be
-    loaded, HostError when memory does not suffice.
+    On this process's GPU, or the CPU where there is none or `in_ram` says so. Raises ArtifactError when the folder
+    cannot be loaded, HostError when memory does not suffice.
     """
     dtype = DTYPES[precision]
+    sharded = processes.is_sharded()
     configs: dict[str, dict[str, Any]] = {
         "nf4": {
             "load_in_4bit": True,
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": True,
             "bnb_4bit_compute_dtype": dtype,
+            "bnb_4bit_quant_storage": quant_storage(precision, sharded=sharded),
         },
         "int8": {"load_in_8bit": True},
     }
@@ -236,7 +244,7 @@ def load_base(folder: Path, quantization: str, precision: str, *, in_ram: bool =
             folder,
             dtype=dtype,
             quantization_config=config,
-            device_map={"": 0 if torch.cuda.is_available() and not in_ram else "cpu"},
+            device_map={"": torch.cuda.current_device() if torch.cuda.is_available() and not in_ram else "cpu"},
             attn_implementation="sdpa",
             local_files_only=True,
             trust_remote_code=False,
@@ -252,7 +260,14 @@ def load_base(folder: Path, quantization: str, precision: str, *, in_ram: bool =
     # transformers fills these with random numbers, with no more than a warning.
     if bad := sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}):
         raise ArtifactError(f"{folder} lacks {len(bad)} tensors, or has them in another shape: {bad[0]}")
+    if sharded:
+        model.__dict__.pop("hf_device_map", None)  # accelerate moves it to the GPUs, and refuses one that is placed
     return model
+
+
+def quant_storage(precision: str, *, sharded: bool) -> torch.dtype:
+    """The numbers that 4-bit weights are stored as: FSDP parts only those of the type that is computed in."""
+    return DTYPES[precision] if sharded else torch.uint8
 
 
 def _with_adapter(model: Any, adapter: Path) -> Any:

@@ -17,13 +17,13 @@ from transformers import set_seed
 from trl import SFTConfig
 
 from tutor.artifacts import log_folder
-from tutor.engines import memory
+from tutor.engines import memory, processes
 from tutor.engines.cpu_head import IGNORED, Trainer
 from tutor.engines.hf import choose_precision, load_base, room
 from tutor.engines.offload import stream_layers
 from tutor.engines.packed import attend_within_rows, rows_of, with_lengths
 from tutor.engines.scoring import mean_loss, perplexity
-from tutor.errors import DataError
+from tutor.errors import DataError, RecipeError
 from tutor.estimate import parts_line
 from tutor.modelfolder import load_tokenizer, read_facts
 from tutor.passes import Passes, passes_of
@@ -42,7 +42,8 @@ log = logging.getLogger(__name__)
 def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
     """Train an adapter into `out`; held-out loss before and after, counts, the base's identity.
 
-    Goes on from the newest whole checkpoint of the same training beside `out`, where a run before was ended.
+    Goes on from the newest whole checkpoint of the same training beside `out`, where a run before was ended. Several
+    processes train together; the first decides, and writes.
     """
     settings = recipe.train
     facts, model_folder = read_facts(inputs["base"])
@@ -51,18 +52,18 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
         encode_rows(tokenizer, read_rows(inputs["data"] / f"{name}.jsonl"), recipe.system, settings.max_length)
         for name in ("train", "held_out")
     )
-    precision = choose_precision(settings.precision)
-    passes = plan_passes(settings, train)
-    plan = make_plan(settings, precision, model_folder, passes)
+    precision = processes.same(choose_precision, settings.precision)
+    passes = plan_passes(settings, train, processes.world())
+    plan = processes.same(make_plan, settings, precision, model_folder, passes)
     training = checkpoint.Training(
         out,
         checkpoint.identity(
             settings.model_dump() | {"quantization": plan.quantization}, {"train": train, "held_out": held_out},
             seed=recipe.seed, base=facts.weights,
-            precision=precision, device="cuda" if torch.cuda.is_available() else "cpu",
+            precision=precision, device="cuda" if torch.cuda.is_available() else "cpu", processes=processes.world(),
         ),
     )  # fmt: skip
-    saved = checkpoint.resume(training)
+    saved = processes.same(checkpoint.resume, training)
     set_seed(recipe.seed)
     again = plan.checkpointing
     arguments = training_arguments(settings, precision, recipe.seed, training.folder, passes, checkpointing=again)
@@ -115,9 +116,19 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     }
 
 
-def plan_passes(settings: "TrainSettings", rows: Sequence[Encoded]) -> Passes:
-    """How the rows of an optimizer step go through the model: packed, or padded as the specification has it."""
-    return passes_of(settings, [len(row.ids) for row in rows])
+def plan_passes(settings: "TrainSettings", rows: Sequence[Encoded], count: int = 1) -> Passes:
+    """How the rows of an optimizer step go through the model: packed, or padded as the specification has it.
+
+    Raises RecipeError when `count` processes cannot share a step's rows equally.
+    """
+    step_rows = settings.batch_size * settings.accumulation
+    if step_rows % count:
+        raise RecipeError(
+            f"{count} processes cannot share the {step_rows} rows of a step "
+            "(train.batch_size x train.accumulation) equally",
+            "start as many as divide them, or change train.accumulation",
+        )
+    return passes_of(settings, [len(row.ids) for row in rows], count)
 
 
 def make_plan(settings: "TrainSettings", precision: str, model_folder: Path, passes: Passes) -> memory.Plan:
@@ -148,9 +159,15 @@ def load_trainer(
 ) -> Trainer:
     """The trainer on the base as planned, which may leave layers in RAM."""
     precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
-    streams = plan.resident < memory.read_shape(model_folder).layers
-    model = load_base(model_folder, plan.quantization, precision, in_ram=streams)
+    streams, sharded = plan.resident < memory.read_shape(model_folder).layers, processes.is_sharded()
+    if streams and processes.world() > 1:
+        raise RecipeError("train.max_memory leaves layers in RAM of a single process", "remove it, or the launcher")
+    if sharded and plan.quantization == "int8":
+        raise RecipeError("FSDP cannot shard int8 weights", "set train.quantization to nf4 or none")
+    model = load_base(model_folder, plan.quantization, precision, in_ram=streams or sharded)
     trainer = make_trainer(model, tokenizer, rows, lora, arguments)
+    if not processes.is_first():
+        torch.manual_seed(arguments.seed + processes.rank())  # dropout of its own; the adapter is the first's
     if streams:
         stream_layers(trainer.model, plan.resident, arguments.device)
     return trainer
@@ -211,6 +228,7 @@ def training_arguments(
         gradient_checkpointing=checkpointing,
         dataloader_pin_memory=cuda,
         optim="adamw_torch",
+        ddp_find_unused_parameters=False,  # every adapter is part of every pass
         report_to="none",
         disable_tqdm=True,
         seed=seed,
