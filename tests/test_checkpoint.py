@@ -22,7 +22,7 @@ from tutor.stages import checkpoint
 from tutor.stages.checkpoint import Progress, Training, damage, identity, newest, resume, seal
 from tutor.template import Encoded
 
-FILES = sorted(checkpoint.REQUIRED)
+FILES = sorted(checkpoint.required(1))
 ROWS = {"train": [Encoded([1, 5, 6, 2], [0, 0, 1, 1]), Encoded([1, 7, 2], [0, 1, 1])], "held_out": []}
 
 

@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 from conftest import ROOT, environment, write_rows
 
-from tutor import capacity, doctor, host, pipeline, preflight
+from tutor import capacity, doctor, host, lengths, pipeline, preflight
 from tutor.errors import HostError
 from tutor.estimate import SHAPES
 from tutor.host import MIB, Gpu, Memory, Processor
+from tutor.lengths import Rows
 from tutor.recipe import Recipe, read_recipe
 
 DEFAULT = "hub:deepseek-ai/DeepSeek-R1-Distill-Llama-8B@6a6f4aa4197940add57724a7707d069478df56b1"
@@ -281,13 +282,17 @@ def test_a_packages_gguf_tells_its_shape(machine, based_on, tmp_path, monkeypatc
 # Rows
 
 
+def rows_of(recipe: Recipe, build: Path) -> Rows | None:
+    return lengths.rows_of(recipe, build, build / recipe.name / "base")
+
+
 def test_rows_are_measured_by_the_split_and_before_it_by_the_file(machine, based_on, recipe_file, tmp_path):
     recipe = based_on("tiny")
-    before = capacity.rows_of(recipe, tmp_path)
+    before = rows_of(recipe, tmp_path)
     split = tmp_path / "small" / "data"
     split.mkdir(parents=True)
     write_rows(split / "train.jsonl", [{"instruction": "¿?", "response": "a" * 2000}])
-    after = capacity.rows_of(recipe, tmp_path)
+    after = rows_of(recipe, tmp_path)
     assert before.longest < 50
     assert 2000 / 3 < after.longest < 1000
     assert after.tokens < after.longest
@@ -296,13 +301,13 @@ def test_rows_are_measured_by_the_split_and_before_it_by_the_file(machine, based
 @pytest.mark.parametrize("text", ["", "[1]\n", "{\n", '{"instruction": 1, "response": 2}\n', "\udcff", "[" * 100_000])
 def test_rows_that_are_wrong_are_the_data_stages_to_refuse(machine, based_on, recipe_file, tmp_path, text):
     recipe_file.with_name("tutor.jsonl").write_bytes(text.encode("utf-8", "surrogateescape"))
-    assert capacity.rows_of(based_on(), tmp_path) is None
+    assert rows_of(based_on(), tmp_path) is None
 
 
 def test_a_pipe_is_not_waited_for(machine, based_on, recipe_file, tmp_path):
     recipe_file.with_name("tutor.jsonl").unlink()
     os.mkfifo(recipe_file.with_name("tutor.jsonl"))
-    assert capacity.rows_of(based_on(), tmp_path) is None
+    assert rows_of(based_on(), tmp_path) is None
 
 
 # Whether it fits
@@ -378,16 +383,16 @@ def test_a_precision_that_would_fail_later_is_refused_now(machine, based_on, tmp
 def test_without_bf16_a_gpu_computes_in_fp16_and_a_cpu_in_fp32(based_on):
     train = based_on().train
     old = Gpu(0, "T4", "580", (7, 5), 1, 1)
-    assert capacity.training_of(train, None, old, CPU).precision == "fp16"
-    assert capacity.training_of(train, None, None, CPU).precision == "fp32"
-    assert capacity.training_of(train, None, None, Processor("x", 2, ("bf16",))).precision == "bf16"
+    assert capacity.wanted_of(train, None, old, CPU).precision == "fp16"
+    assert capacity.wanted_of(train, None, None, CPU).precision == "fp32"
+    assert capacity.wanted_of(train, None, None, Processor("x", 2, ("bf16",))).precision == "bf16"
 
 
 def test_a_row_is_never_estimated_longer_than_the_recipe_allows(based_on):
-    train = based_on(max_length=256, batch_size=4).train
-    assert capacity.training_of(train, capacity.Rows(9000, 1), None, CPU).tokens == 1024
-    assert capacity.training_of(train, capacity.Rows(100, 1), None, CPU).tokens == 400
-    assert capacity.training_of(train, None, None, CPU).longest == 256
+    train = based_on(max_length=256, batch_size=4, packing=False).train
+    assert capacity.wanted_of(train, Rows([9000] * 9, 1), None, CPU).tokens == 1024
+    assert capacity.wanted_of(train, Rows([100] * 9, 1), None, CPU).tokens == 400
+    assert capacity.wanted_of(train, None, None, CPU).longest == 256
 
 
 def test_main_memory_that_others_use_is_a_warning_and_too_little_of_it_a_refusal(caplog):

@@ -369,7 +369,8 @@ def test_steps_that_fp16_skips_are_written_as_none_and_training_goes_on(
 ) -> None:
     chosen = settings(epochs=2, batch_size=2, accumulation=1)
     rows = train.encode_rows(tokenizer, ROWS, "", 1024)
-    arguments = train.training_arguments(chosen, "fp16", 1, tmp_path / "checkpoints")
+    passes = train.plan_passes(chosen, rows)
+    arguments = train.training_arguments(chosen, "fp16", 1, tmp_path / "checkpoints", passes)
     trainer = train.make_trainer(load_base(tiny, "none", "fp16"), tokenizer, rows, train.lora_config(chosen), arguments)
     trainer.remove_callback(PrinterCallback)
     # accelerate makes one on a GPU alone. Its first scales are too large for FP16, as 65536 is for a large model.

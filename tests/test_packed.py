@@ -19,9 +19,10 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling  # noqa: E40
 from tutor.engines import packed  # noqa: E402
 from tutor.engines.cpu_head import IGNORED, summed_loss  # noqa: E402
 from tutor.engines.hf import load_base, score  # noqa: E402
-from tutor.engines.packed import LENGTHS, Passes, attend_within_rows, packed_passes, padded_passes  # noqa: E402
+from tutor.engines.packed import LENGTHS, attend_within_rows  # noqa: E402
 from tutor.errors import DataError  # noqa: E402
 from tutor.modelfolder import load_tokenizer  # noqa: E402
+from tutor.passes import Passes, most_tokens, packed_passes, padded_passes, passes_of  # noqa: E402
 from tutor.stages import train  # noqa: E402
 from tutor.template import Encoded  # noqa: E402
 
@@ -76,6 +77,18 @@ def test_without_packing_the_passes_are_the_recipes(rows: int, count: int, lengt
     plan = padded_passes(rows, count, lengths)
     assert (plan.rows, plan.count, plan.packed) == (rows, count, False)
     assert plan.tokens == min(rows, len(lengths)) * max(lengths)
+
+
+@given(
+    lengths=lengths_of, budget=st.integers(1, 5000), batch=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    packing=st.booleans(), room=st.integers(0, 300),
+)  # fmt: skip
+def test_no_pass_of_rows_that_are_not_longer_has_more_tokens_than_the_most(
+    lengths: list[int], budget: int, batch: tuple[int, int], room: int, *, packing: bool
+) -> None:
+    chosen = {"batch_size": batch[0], "accumulation": batch[1], "packing": packing, "pass_tokens": budget}
+    settings = recipe(Path("r.toml"), train=chosen).train
+    assert passes_of(settings, lengths).tokens <= most_tokens(settings, [length + room for length in lengths])
 
 
 def test_the_specifications_ten_rows_go_in_one_pass_or_two() -> None:

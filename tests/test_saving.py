@@ -26,8 +26,8 @@ from tiny_models import one_thread, recipe, tiny
 torch = pytest.importorskip("torch")
 
 from tutor import artifacts  # noqa: E402
-from tutor.engines.packed import Passes  # noqa: E402
 from tutor.errors import ArtifactError, HostError  # noqa: E402
+from tutor.passes import Passes  # noqa: E402
 from tutor.stages import checkpoint, train  # noqa: E402
 from tutor.stages.saving import less_memory  # noqa: E402
 

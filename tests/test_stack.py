@@ -87,6 +87,7 @@ class Host:
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     """A host with Docker and Compose, without a GPU, with room on its disks."""
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=500 * 10**9))
     for name in [name for name in os.environ if name.startswith(("TUTOR_", "HF_"))]:
         monkeypatch.delenv(name)
     with socket.socket() as probe:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,12 @@ from typing import NoReturn
 
 import click
 
+from tutor.engines import processes
 from tutor.errors import HostError, TutorError
+
+FIRST = 5.0
+"""Seconds that the first of several processes has for its line, before the others say theirs: the launcher ends them
+when it fails, and the same fault is one line."""
 
 
 def main(command: click.Command, name: str) -> NoReturn:
@@ -66,6 +72,7 @@ def _run(command: click.Command, name: str, arguments: list[str], *, debug: bool
 
 def fail(message: str, code: int, hint: str | None, *, as_json: bool, problems: Sequence[str] = ()) -> int:
     """Say what went wrong, on stderr and as JSON on stdout where asked; `code` again."""
+    _after_the_first()
     if as_json:
         click.echo(
             json.dumps(
@@ -77,6 +84,11 @@ def fail(message: str, code: int, hint: str | None, *, as_json: bool, problems: 
     for problem in problems:
         click.echo(f"  {_plain(problem)}", err=True)
     return code
+
+
+def _after_the_first() -> None:
+    if not processes.is_first():
+        time.sleep(FIRST)
 
 
 def _plain(text: str) -> str:
@@ -95,6 +107,7 @@ def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
 
 
 def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    _after_the_first()
     place = ""
     while trace is not None:
         place = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"

@@ -7,38 +7,29 @@ fits. Needs no torch; where the base's shape is not known before it is fetched, 
 import contextlib
 import json
 import logging
-import math
 import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tutor import estimate, host
+from tutor import estimate, host, lengths
+from tutor.engines import memory
 from tutor.engines.gguf_file import Gguf, read_gguf
 from tutor.errors import HostError, TutorError
-from tutor.estimate import Plan, Shape, Training
+from tutor.estimate import Plan, Shape, Training, gb, parts_line
+from tutor.fitting import MIB, fitting
+from tutor.lengths import Rows
 from tutor.modelfolder import read_json
 from tutor.recipe import Recipe, TrainSettings
 from tutor.stages.base import HUB, PACKAGE, input_files
 
 log = logging.getLogger(__name__)
 
-FEWEST, USUAL = 2.2, 2.6
-"""Characters a token of Spanish with code: the least of the 278 rows, and all of them, in the 135M's vocabulary."""
-MARKS = 40  # characters that the prompt contract adds to a row, at most
 LONG = 24 * 3600.0  # seconds of training on a CPU that are worth a warning
 CAPABILITY, NATIVE_BF16 = (7, 5), (8, 0)
 """Of a GPU: what the pinned wheels of CUDA 13 need, and what computes in bf16 itself."""
 FOLDERS = {"base": "base", "train": "adapter", "merge": "merged", "convert": "gguf"}
 PUBLISHED = "model/published.json"
-
-
-@dataclass(frozen=True)
-class Rows:
-    """How long the rows of a training are."""
-
-    longest: int  # tokens, at most
-    tokens: int  # of all rows, about
 
 
 @dataclass(frozen=True)
@@ -51,6 +42,7 @@ class Fit:
     total: int
     free: int
     change: Mapping[str, str | int] | None  # settings with which it fits into `total`, at least what is certain
+    rows: Rows | None = None
 
     @property
     def gpu(self) -> bool:
@@ -71,17 +63,19 @@ class Fit:
     def hint(self) -> str:
         """What to do where it does not fit."""
         if self.change is None:
-            offload = ", or train.max_memory to leave layers in main memory" if _offloads() and self.gpu else ""
-            return f"no setting makes it fit: take a smaller base{offload}"
+            return "no setting makes it fit: take a smaller base"
         return "set " + ", ".join(f"train.{name} = {json.dumps(value)}" for name, value in self.change.items())
 
 
-def refuse(recipe: Recipe, build: Path, stages: Collection[str]) -> None:
-    """Raise HostError when the named stages, which are to run, cannot: memory for training, disk for all."""
+def refuse(recipe: Recipe, build: Path, stages: Collection[str]) -> bool:
+    """Raise HostError when the named stages, which are to run, cannot: memory for training, disk for all.
+
+    Whether that could be told: not of a base that is known to the hub alone, before it is fetched.
+    """
     shape = find_shape(recipe, build)
     if shape is None:
         log.info("%s is not known before it is fetched: memory and disk cannot be estimated", recipe.base.source)
-        return
+        return False
     if "train" in stages:
         refuse_training(recipe, build, shape, next(iter(host.gpus()), None))
     sizes = disk_sizes(recipe, shape, [name for name in stages if name in FOLDERS])
@@ -90,26 +84,27 @@ def refuse(recipe: Recipe, build: Path, stages: Collection[str]) -> None:
             f"the stages will write {gb(need)} ({parts_line(sizes)}) to the disk of {place}, which has {gb(free)} free",
             "make room, or give another --build (HF_HOME for what the hub sends)",
         )
+    return True
 
 
 def refuse_training(recipe: Recipe, build: Path, shape: Shape, gpu: host.Gpu | None) -> None:
     """Raise HostError for a training that fails on this GPU, or without one on this CPU."""
     refuse_gpu(recipe.train, gpu)
     found = fit(recipe, build, shape, gpu)
+    wanted = wanted_of(recipe.train, found.rows, gpu, host.processor())
+    memory.refuse_limits(shape, wanted, found.training, found.free)
     refuse_memory(found)
-    takes = seconds(recipe, build, shape, found.training, gpu)["train"]
+    takes = seconds(recipe, shape, found, gpu)["train"]
     if gpu is None and takes and takes > LONG:
         log.warning("no NVIDIA GPU answers: training on this CPU takes about %.0f hours", takes / 3600)
 
 
-def seconds(
-    recipe: Recipe, build: Path, shape: Shape, training: Training, gpu: host.Gpu | None
-) -> dict[str, float | None]:
+def seconds(recipe: Recipe, shape: Shape, fit: Fit, gpu: host.Gpu | None) -> dict[str, float | None]:
     """Seconds by stage on this machine, roughly; None where it cannot be told."""
-    rows, cores = rows_of(recipe, build), host.processor().cores
-    rate = estimate.gpu_rate(gpu.name) if gpu else cores * estimate.CPU_RATES[training.precision]
-    plan = plan_of(recipe, shape, rows, checkpointing=training.checkpointing)
-    return estimate.seconds(shape, plan, rate if rows else None, cores)
+    cores = host.processor().cores
+    rate = estimate.gpu_rate(gpu.name) if gpu else cores * estimate.CPU_RATES[fit.training.precision]
+    plan = plan_of(recipe, shape, fit.rows, checkpointing=fit.training.checkpointing)
+    return estimate.seconds(shape, plan, rate if fit.rows else None, cores)
 
 
 def refuse_gpu(settings: TrainSettings, gpu: host.Gpu | None) -> None:
@@ -145,55 +140,52 @@ def refuse_memory(fit: Fit) -> None:
 
 def fit(recipe: Recipe, build: Path, shape: Shape, gpu: host.Gpu | None) -> Fit:
     """What a recipe's training takes here, on a GPU or, without one, on the CPU."""
-    training = training_of(recipe.train, rows_of(recipe, build), gpu, host.processor())
+    total, free, device = room(gpu)
+    rows = lengths.rows_of(recipe, build, build / recipe.name / FOLDERS["base"])
+    wanted = wanted_of(recipe.train, rows, gpu, host.processor())
+    training = memory.decide(shape, wanted, free)
     parts = estimate.memory(shape, training)
-    if gpu is not None:
-        total, free, device = gpu.total, gpu.free, gpu.name
-    else:
-        memory = host.memory()
-        total, free = (memory.total, memory.available) if memory else (sum(parts.values()),) * 2
-        device = "this container" if memory and memory.limit else "this machine"
-    known = TrainSettings.model_fields.keys()
-    change = estimate.fitting(shape, training, total, known, lambda parts: sum(parts.values()))
+    known = {*TrainSettings.model_fields, "max_memory.gpu"}
+    if (main := host.memory()) is None or main.total < estimate.layer_bytes(shape, "nf4", 2) * shape.layers:
+        known.remove("max_memory.gpu")
+    change = fitting(shape, training, total // MIB * MIB, known, lambda parts: sum(parts.values()))
     if change is None:
-        change = estimate.fitting(
-            shape, training, total, known, lambda parts: estimate.certain(parts, gpu=training.gpu)
-        )
-    return Fit(training, parts, device, total, free, change)
+        certain = known - {"max_memory.gpu"}  # its limit is for all parts
+        change = fitting(shape, training, total, certain, lambda parts: estimate.certain(parts, gpu=training.gpu))
+    return Fit(training, parts, device, total, free, change, rows)
 
 
-def training_of(settings: TrainSettings, rows: Rows | None, gpu: host.Gpu | None, cpu: host.Processor) -> Training:
-    """What a recipe's settings mean for memory here; the one place that reads them."""
+def room(gpu: host.Gpu | None) -> tuple[int, int, str]:
+    """Bytes in all and bytes free of the memory that trains, and whose it is; without limits where nobody says."""
+    if gpu is not None:
+        return gpu.total, gpu.free, gpu.name
+    main = host.memory()
+    total, free = (main.total, main.available) if main else (1 << 62, 1 << 62)
+    return total, free, "this container" if main and main.limit else "this machine"
+
+
+def wanted_of(settings: TrainSettings, rows: Rows | None, gpu: host.Gpu | None, cpu: host.Processor) -> memory.Wanted:
+    """What a recipe's settings mean for memory here, with what they leave open still open."""
     precision = settings.precision
     if precision == "auto":
         native = gpu.capability >= NATIVE_BF16 if gpu else cpu.multiplies_bf16
         precision = "bf16" if native else "fp16" if gpu else "fp32"
-    longest = min(settings.max_length, rows.longest) if rows else settings.max_length
-    return Training(
-        tokens=settings.batch_size * longest,
-        longest=longest,
-        quantization=settings.quantization,
-        precision=precision,
-        rank=settings.rank,
-        targets=tuple(name for name in settings.target_modules if name in estimate.SOURCES),
-        dropout=settings.dropout > 0,
-        checkpointing=gpu is not None,
-        head="tiled",
-        gpu=gpu is not None,
-    )
+    tokens, longest = lengths.pass_tokens(settings, rows)
+    return memory.wanted(settings, precision, tokens, longest, on_gpu=gpu is not None)
 
 
 def plan_of(recipe: Recipe, shape: Shape, rows: Rows | None, *, checkpointing: bool) -> Plan:
     """What a recipe makes: files, tokens, answers."""
     source, train = recipe.base.source, recipe.train
-    tokens = rows.tokens if rows else 0
+    evaluations = 2 + train.epochs * train.evaluations_per_epoch  # before and after the training too
     return Plan(
         fetched=source.startswith("hub:"),
         made=source == "tiny" or source.startswith("package:"),
         adapters=estimate.trained(
             shape, train.rank, [name for name in train.target_modules if name in estimate.SOURCES]
         ),
-        tokens=train.epochs * tokens,
+        tokens=train.epochs * rows.tokens if rows else 0,
+        scored=evaluations * rows.scored if rows else 0,
         checkpointing=checkpointing,
         quantizations=recipe.convert.quantizations,
         served=recipe.ollama.quantization,
@@ -252,22 +244,6 @@ def hub_cache() -> Path:
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
 
 
-def rows_of(recipe: Recipe, build: Path) -> Rows | None:
-    """How long the rows are, in tokens, by their characters: of the split, else of the recipe's file; None unread."""
-    split = build / recipe.name / "data" / "train.jsonl"
-    path = split if split.exists() else recipe.resolve(recipe.data.train)
-    lengths = []
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        for line in path.read_text("utf-8").split("\n") if path.is_file() else ():
-            if line.strip():
-                row = json.loads(line)
-                lengths.append(len(row["instruction"]) + len(row["response"]) + len(recipe.system) + MARKS)
-    if not lengths:
-        return None
-    count = min(len(lengths), recipe.data.rows or len(lengths)) * (1 if path == split else 1 - recipe.data.held_out)
-    return Rows(math.ceil(max(lengths) / FEWEST), round(count * sum(lengths) / len(lengths) / USUAL))
-
-
 def _count(path: Path) -> int:
     with contextlib.suppress(OSError, ValueError):
         if path.is_file():
@@ -300,17 +276,3 @@ def short_disks(needs: Iterable[tuple[Path, int]]) -> list[tuple[Path, int, int]
         first, _, before = disks.get(device, (place, free, 0))
         disks[device] = (first, free, before + size)
     return [(place, free, need) for place, free, need in disks.values() if need > free]
-
-
-def parts_line(parts: Mapping[str, int]) -> str:
-    """The larger parts of an estimate in GB, for a sentence."""
-    return ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size >= 5e7)
-
-
-def gb(size: float) -> str:
-    """Bytes in GB."""
-    return f"{size / 1e9:.1f} GB"
-
-
-def _offloads() -> bool:
-    return "max_memory" in TrainSettings.model_fields

@@ -11,7 +11,8 @@ import click
 
 from tutor import boundary, cli_data, cli_doctor, cli_eval, cli_report, cli_serving, cli_stack, cli_verify
 from tutor.cli_options import emit, json_option, read, recipe_option, shown_on_stderr, tree
-from tutor.errors import ArtifactError, GateError
+from tutor.engines import processes
+from tutor.errors import ArtifactError, GateError, RecipeError
 
 if TYPE_CHECKING:
     from tutor.recipe import Recipe
@@ -46,6 +47,11 @@ def cli(context: click.Context, *, debug: bool, quiet: bool) -> None:
     default; settings of the model itself stand only in the recipe.
     """
     context.obj = {"debug": debug, "quiet": quiet}
+    if processes.world() > 1 and context.invoked_subcommand != "train":
+        raise RecipeError(
+            f"only tutor train runs in several processes, and this is tutor {context.invoked_subcommand}",
+            "start it without a launcher; tutor train goes between tutor run --until base and tutor run",
+        )
 
 
 cli.add_command(cli_doctor.doctor_command)
@@ -202,6 +208,8 @@ def _stage(name: str, flags: dict[str, bool], recipe_path: Path, build: Path, *,
     recipe = read(recipe_path)
     with shown_on_stderr(flags):
         ran = pipeline.run_one(name, recipe, build)
+    if not processes.is_first():
+        return
     folder = build / recipe.name / pipeline.BY_NAME[name].folder
     manifest = artifacts.require(folder, name)
     result = {"stage": name, "ran": ran, "folder": str(folder), "results": manifest.results}

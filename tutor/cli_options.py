@@ -74,9 +74,12 @@ def read(path: Path) -> "Recipe":
 
 def shown_on_stderr(flags: dict[str, bool]) -> contextlib.AbstractContextManager[None]:
     """Progress while a stage runs; the libraries' own is off, from before they are imported."""
-    from tutor.progress import quiet_libraries, shown
+    from tutor.engines.processes import is_first
+    from tutor.progress import quiet_libraries, shown, silenced
 
     quiet_libraries()
+    if not is_first():
+        return silenced()
     return shown(quiet=flags["quiet"])
 
 

@@ -115,7 +115,7 @@ def taken(recipe: Recipe, build: Path, shape: estimate.Shape | None, gpu: host.G
         return {**result, "memory": None, "disk": None, "seconds": None, "measured": []}
     fit = capacity.fit(recipe, build, shape, gpu)
     measured = last_seconds(recipe, build)
-    roughly = capacity.seconds(recipe, build, shape, fit.training, gpu)
+    roughly = capacity.seconds(recipe, shape, fit, gpu)
     return {
         **result,
         "parameters": shape.parameters,
@@ -154,7 +154,7 @@ def gpu_checks(gpus: list[host.Gpu]) -> Iterator[Check]:
         return
     several = f"{len(gpus)} are visible; training takes one" if len(gpus) > 1 else ""
     for gpu in gpus:
-        memory = f"{gpu.name}, {capacity.gb(gpu.total)}, {capacity.gb(gpu.free)} free"
+        memory = f"{gpu.name}, {estimate.gb(gpu.total)}, {estimate.gb(gpu.free)} free"
         yield Check("GPU", "warning" if several else "ok", memory, several and f"{several}: set CUDA_VISIBLE_DEVICES")
     first = gpus[0]
     capability = ".".join(map(str, first.capability))
@@ -187,7 +187,7 @@ def machine_checks(build: Path) -> Iterator[Check]:
         yield Check("memory", "warning", "unknown", "/proc/meminfo cannot be read")
     else:
         limit = ", the container's limit" if memory.limit else ""
-        yield Check("memory", "ok", f"{capacity.gb(memory.total)}{limit}, {capacity.gb(memory.available)} free")
+        yield Check("memory", "ok", f"{estimate.gb(memory.total)}{limit}, {estimate.gb(memory.available)} free")
     cpu = host.processor()
     found = f"{cpu.name}, {cpu.cores} cores{''.join(f', {name}' for name in cpu.features)}"
     vectors = any(name in cpu.features for name in host.VECTOR_FEATURES)
@@ -195,7 +195,7 @@ def machine_checks(build: Path) -> Iterator[Check]:
     _, place, free = host.free_disk(build)
     writable = os.access(place, os.W_OK)
     hint = "" if writable else "nothing can be written there: give another --build"
-    yield Check("disk", "ok" if writable else "missing", f"{capacity.gb(free)} free on that of {place}", hint)
+    yield Check("disk", "ok" if writable else "missing", f"{estimate.gb(free)} free on that of {place}", hint)
 
 
 def package_checks() -> Iterator[Check]:

@@ -1,13 +1,14 @@
 """What a run takes: bytes of memory by part, bytes of disk and seconds by stage, from a model's shape and settings.
 
-In: plain numbers. Out: plain numbers, and a setting that fits where the given ones do not. Pure: asks no machine.
-Memory follows what PyTorch keeps for the backward pass; docs/benchmarks.md compares it with measured peaks.
+In: plain numbers. Out: plain numbers. Pure: asks no machine. The one estimate: `tutor doctor` prints it, the train
+stage decides with it. Memory follows what PyTorch keeps for the backward pass; docs/benchmarks.md compares it with
+measured peaks.
 """
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
@@ -21,13 +22,13 @@ CHUNK_ROWS = 128
 """Of logits in fp32 at a time, where the head is PyTorch's."""
 HEAD_TEMPORARIES = 29
 """Bytes of fp32 and flags a tile's number has beside itself where no Triton kernel folds it: on a CPU."""
-SCORE_BYTES = 8
-"""Of a logit while held-out rows are scored, beside itself: in fp32, and its logarithm."""
+SCORE_ROWS, SCORE_BYTES = 256, 8
+"""Tokens whose logits are made at a time when held-out rows are scored (engines/hf.py); of such a logit, beside itself:
+in fp32, and its logarithm."""
 PROCESS, CUDA = 1.1e9, 0.5e9
 """Python with its libraries after a first step, measured on a CPU; CUDA's own context, an allowance."""
 CPU_SLACK, GPU_SLACK = 0.25, 0.05
 """What the allocator holds beside what is in use: measured on a CPU (glibc), an allowance on a GPU."""
-CHECKPOINTING, PASS_TOKENS = "gradient_checkpointing", "pass_tokens"
 GGUF_BITS = {
     "F16": (16.0, 16.0),
     "Q8_0": (8.5, 8.5),
@@ -154,6 +155,8 @@ class Training:
     checkpointing: bool
     head: Literal["tiled", "chunked"]  # TRL's; PyTorch's linear_cross_entropy
     gpu: bool
+    resident: int | None = None  # layers on the GPU, where not all: the others wait in main memory
+    packed: bool = True  # rows fill a pass up to its tokens; else so many rows as the recipe has
 
     @property
     def width(self) -> int:
@@ -169,7 +172,7 @@ def memory(shape: Shape, training: Training) -> dict[str, int]:
     workspace = max(_head(shape, training), _layer_again(shape, training), _scoring(shape, training) - activations)
     fixed, slack = (CUDA, GPU_SLACK) if training.gpu else (PROCESS, CPU_SLACK)
     parts = {
-        "weights": _weights(shape, training.quantization, training.width),
+        "weights": _weights(shape, training),
         "adapters": ADAPTER_BYTES * adapters,
         "optimizer": OPTIMIZER_BYTES * adapters,
         "gradients": gradients,
@@ -180,11 +183,27 @@ def memory(shape: Shape, training: Training) -> dict[str, int]:
     return {name: math.ceil(size) for name, size in parts.items()}
 
 
-def _weights(shape: Shape, quantization: str, width: int) -> float:
+def layer_bytes(shape: Shape, quantization: str, width: int) -> float:
+    """Bytes of one layer's matrices."""
     # int8 keeps a scale in fp32 for each row; rows are as many as a layer's outputs.
-    scales = 4 * shape.layers * sum(outputs for _, outputs in shape.matrices.values())
-    matrices = {"nf4": NF4_BITS / 8 * shape.in_matrices, "int8": shape.in_matrices + scales}
-    return matrices.get(quantization, width * shape.in_matrices) + width * shape.elsewhere
+    numbers, scales = shape.in_matrices / shape.layers, 4 * sum(outputs for _, outputs in shape.matrices.values())
+    return {"nf4": NF4_BITS / 8 * numbers, "int8": numbers + scales}.get(quantization, width * numbers)
+
+
+def waiting_bytes(shape: Shape, training: Training) -> int:
+    """Bytes of main memory for the layers that wait there."""
+    waiting = shape.layers - (shape.layers if training.resident is None else training.resident)
+    return math.ceil(waiting * layer_bytes(shape, training.quantization, training.width))
+
+
+def _weights(shape: Shape, training: Training) -> float:
+    layer = layer_bytes(shape, training.quantization, training.width)
+    rest = training.width * shape.elsewhere
+    if training.resident is None or training.resident >= shape.layers:
+        return shape.layers * layer + rest
+    # One layer more passes through; the scales of those in NF4 stay on the GPU.
+    scales = (NF4_BITS - 4) / 8 * shape.in_matrices / shape.layers if training.quantization == "nf4" else 0.0
+    return (training.resident + 1) * layer + (shape.layers - training.resident - 1) * scales + rest
 
 
 def _activations(shape: Shape, training: Training) -> float:
@@ -214,8 +233,8 @@ def _layer_again(shape: Shape, training: Training) -> float:
 
 
 def _scoring(shape: Shape, training: Training) -> float:
-    """All logits of the longest row: held-out rows are scored before and after, when nothing is kept."""
-    return float(training.longest * shape.vocabulary * (training.width + SCORE_BYTES))
+    """The logits of a part of a held-out row: these are scored when nothing is kept for a backward pass."""
+    return float(min(training.tokens, SCORE_ROWS) * shape.vocabulary * (training.width + SCORE_BYTES))
 
 
 def _head(shape: Shape, training: Training) -> float:
@@ -239,49 +258,14 @@ def certain(parts: Mapping[str, int], *, gpu: bool) -> int:
     return sum(parts.values()) - (parts["process"] if gpu else 0)
 
 
-def fitting(
-    shape: Shape, training: Training, budget: int, known: Collection[str], size: Callable[[Mapping[str, int]], int]
-) -> dict[str, str | int] | None:
-    """The fewest, mildest settings with which a training fits into `budget` bytes; None where none do.
-
-    By their names in the recipe's `train` section, of which `known` are those that there are; empty when it fits.
-    `size` says how much of an estimate has to fit: all of it, or what is certain.
-    """
-    chosen: dict[str, tuple[str | int, dict[str, Any]]] = {}
-
-    def fits(given: Mapping[str, tuple[str | int, dict[str, Any]]]) -> bool:
-        changes = {name: value for _, change in given.values() for name, value in change.items()}
-        return size(memory(shape, replace(training, **changes))) <= budget
-
-    for name, value, change in _milder(training, known):
-        if fits(chosen):
-            break
-        chosen[name] = (value, change)
-    if not fits(chosen):
-        return None
-    for name in list(chosen):
-        rest = {other: change for other, change in chosen.items() if other != name}
-        chosen = rest if fits(rest) else chosen
-    return {name: value for name, (value, _) in chosen.items()}
+def parts_line(parts: Mapping[str, int]) -> str:
+    """The larger parts of an estimate in GB, for a sentence."""
+    return ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size >= 5e7)
 
 
-def _milder(training: Training, known: Collection[str]) -> Iterator[tuple[str, str | int, dict[str, Any]]]:
-    """Settings that take less and less: name, value, and what they change. Those that only cost time come first."""
-    if not training.checkpointing and CHECKPOINTING in known:
-        yield CHECKPOINTING, "on", {"checkpointing": True}
-    tokens = training.tokens
-    while tokens > training.longest:
-        tokens = max(training.longest, tokens // 2)
-        if PASS_TOKENS in known:
-            yield PASS_TOKENS, tokens, {"tokens": tokens}
-        else:
-            rows = max(1, tokens // training.longest)
-            yield "batch_size", rows, {"tokens": rows * training.longest}
-    if training.quantization != "nf4":
-        yield "quantization", "nf4", {"quantization": "nf4"}
-    for length in (512, 384, 256, 128):
-        if length < training.longest:
-            yield "max_length", length, {"tokens": length, "longest": length}
+def gb(size: float) -> str:
+    """Bytes in GB."""
+    return f"{size / 1e9:.1f} GB"
 
 
 def gguf_bytes(shape: Shape, kind: str) -> int:
@@ -304,6 +288,7 @@ class Plan:
     made: bool  # the base is written into the build folder
     adapters: int  # trained numbers
     tokens: int  # that are trained on, all epochs together
+    scored: int  # of held-out rows, all evaluations together
     checkpointing: bool
     quantizations: Sequence[str]
     served: str
@@ -330,12 +315,13 @@ def disk(shape: Shape, plan: Plan) -> dict[str, int]:
 
 def seconds(shape: Shape, plan: Plan, training_rate: float | None, cores: int) -> dict[str, float | None]:
     """Seconds by stage, roughly; None where it cannot be told. The rate is in floating-point operations a second."""
-    passes = 6 if plan.checkpointing else 4  # forward, backward to the inputs alone, and forward again
+    # Forward, backward to the inputs alone, and forward again; held-out rows are scored forward alone.
+    work = (6 if plan.checkpointing else 4) * plan.tokens + 2 * plan.scored
     models = 2 if plan.with_base else 1
     slow = sum("_K" in kind for kind in plan.quantizations) + plan.with_base
     answers = models * plan.prompts * plan.answer * gguf_bytes(shape, plan.served)
     return {
-        "train": START + passes * shape.parameters * plan.tokens / training_rate if training_rate else None,
+        "train": START + work * shape.parameters / training_rate if training_rate else None,
         "merge": START + 2 * shape.parameters / MERGE_RATE,
         "convert": START
         + models * gguf_bytes(shape, "F16") / CONVERT_RATE

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tutor import artifacts, capacity
-from tutor.engines import llamacpp_build
+from tutor.engines import llamacpp_build, processes
 from tutor.errors import GateError, RecipeError
 from tutor.recipe import Recipe
 from tutor.stages import checkpoint
@@ -387,8 +387,8 @@ def run_all(recipe: Recipe, build: Path, *, until: str | None = None) -> list[st
                 artifacts.remove(artifacts.checkpoints(state.folder))  # the last run was killed before it could
             else:
                 if not weighed and name != "data":  # its rows tell how long a training's are
-                    capacity.refuse(recipe, build, [one for one in names if states[one].condition not in MADE])
-                    weighed = True
+                    to_do = [other for other in names if states[other].condition not in MADE]
+                    weighed = capacity.refuse(recipe, build, to_do)
                 _run(state.stage, recipe, build, state)
                 ran.append(name)
             pass_gate(state.folder)
@@ -396,9 +396,22 @@ def run_all(recipe: Recipe, build: Path, *, until: str | None = None) -> list[st
 
 
 def run_one(name: str, recipe: Recipe, build: Path) -> bool:
-    """Run one stage where it is not up to date; whether it ran. Raises ArtifactError when an input is missing."""
+    """Run one stage where it is not up to date; whether it ran. Raises ArtifactError when an input is missing.
+
+    In several processes the first does all this, and the others only what the stage itself gives them to do.
+    """
     _refuse_early(recipe)
     stage = BY_NAME[name]
+    with processes.joined():
+        if processes.is_first():
+            return _run_first(stage, recipe, build)
+        if ready := processes.tell():
+            stage.module.run(recipe, *ready)
+        return bool(ready)
+
+
+def _run_first(stage: Stage, recipe: Recipe, build: Path) -> bool:
+    name = stage.name
     with artifacts.locked(build / recipe.name):
         states = {found.stage.name: found for found in inspect(recipe, build, names=_with_needs(name))}
         for need in stage.needs:
@@ -408,8 +421,9 @@ def run_one(name: str, recipe: Recipe, build: Path) -> bool:
         made = states[name].condition in MADE
         if made:
             artifacts.remove(artifacts.checkpoints(states[name].folder))  # the last run was killed before it could
+            processes.tell(None)
         else:
-            if name != "data":
+            if name != "data" and not processes.is_sharded():  # it knows one GPU
                 capacity.refuse(recipe, build, [name])
             _run(stage, recipe, build, states[name])
         pass_gate(states[name].folder)
@@ -450,6 +464,7 @@ def _run(stage: Stage, recipe: Recipe, build: Path, state: State) -> None:
     with announced(stage.name, stage.about), scratch as (out, results):
         inputs = {need: build / recipe.name / BY_NAME[need].folder for need in stage.needs}
         inputs |= {name: build / recipe.name / name for name in stage.reads}
+        processes.tell((inputs, out))
         results.update(stage.module.run(recipe, inputs, out))
 
 

@@ -37,6 +37,20 @@ def shown(*, quiet: bool = False) -> Iterator[None]:
         handler.close()
 
 
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Show nothing of it inside: another process says the same."""
+    logger = logging.getLogger("tutor")
+    handler, propagate = logging.NullHandler(), logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+
+
 class _Lines(logging.Handler):
     """One line a message; counted messages at most every PLAIN_EVERY seconds, and always the last one."""
 

@@ -14,8 +14,11 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, StoppingCriteriaList
 
+from tutor import host
+from tutor.engines import processes
 from tutor.engines.answer import Answer, Finish, Generation
 from tutor.errors import ArtifactError, HostError, ServiceError
+from tutor.estimate import CUDA, SCORE_ROWS
 from tutor.modelfolder import load_tokenizer
 from tutor.template import Message, render
 
@@ -200,26 +203,38 @@ def decide_precision(wanted: str, capability: tuple[int, int] | None, *, cpu_bf1
     return ("bf16" if native else "fp16") if wanted == "auto" else wanted
 
 
-def free_memory() -> int:
-    """Bytes that are free where models are loaded: on the first GPU, or in RAM."""
+def room() -> tuple[int, int]:
+    """Bytes where models are loaded, on this process's GPU or its part of RAM: free, what it holds included; and all.
+
+    Of all GPUs together where the model is sharded over them.
+    """
     if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    return int(psutil.virtual_memory().available)
+        free, total = torch.cuda.mem_get_info()
+        cards = processes.world() if processes.is_sharded() else 1
+        return min(int(free + CUDA), total) * cards, total * cards
+    memory, own, sharers = host.memory(), psutil.Process().memory_info(), processes.beside()
+    if memory is None:
+        machine = psutil.virtual_memory()
+        return int(machine.available) // sharers, int(machine.total) // sharers
+    total = memory.total // sharers
+    return min(memory.available // sharers + own.rss - own.shared, total), total
 
 
 def load_base(folder: Path, quantization: str, precision: str, *, in_ram: bool = False) -> Any:
     """A model in 4 bits (NF4, double-quantized), in 8 (LLM.int8) or as it is, computing in `precision`.
 
-    On the first GPU, or the CPU where there is none or `in_ram` says so. Raises ArtifactError when the folder cannot be
-    loaded, HostError when memory does not suffice.
+    On this process's GPU, or the CPU where there is none or `in_ram` says so. Raises ArtifactError when the folder
+    cannot be loaded, HostError when memory does not suffice.
     """
     dtype = DTYPES[precision]
+    sharded = processes.is_sharded()
     configs: dict[str, dict[str, Any]] = {
         "nf4": {
             "load_in_4bit": True,
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": True,
             "bnb_4bit_compute_dtype": dtype,
+            "bnb_4bit_quant_storage": quant_storage(precision, sharded=sharded),
         },
         "int8": {"load_in_8bit": True},
     }
@@ -229,7 +244,7 @@ def load_base(folder: Path, quantization: str, precision: str, *, in_ram: bool =
             folder,
             dtype=dtype,
             quantization_config=config,
-            device_map={"": 0 if torch.cuda.is_available() and not in_ram else "cpu"},
+            device_map={"": torch.cuda.current_device() if torch.cuda.is_available() and not in_ram else "cpu"},
             attn_implementation="sdpa",
             local_files_only=True,
             trust_remote_code=False,
@@ -245,7 +260,14 @@ def load_base(folder: Path, quantization: str, precision: str, *, in_ram: bool =
     # transformers fills these with random numbers, with no more than a warning.
     if bad := sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}):
         raise ArtifactError(f"{folder} lacks {len(bad)} tensors, or has them in another shape: {bad[0]}")
+    if sharded:
+        model.__dict__.pop("hf_device_map", None)  # accelerate moves it to the GPUs, and refuses one that is placed
     return model
+
+
+def quant_storage(precision: str, *, sharded: bool) -> torch.dtype:
+    """The numbers that 4-bit weights are stored as: FSDP parts only those of the type that is computed in."""
+    return DTYPES[precision] if sharded else torch.uint8
 
 
 def _with_adapter(model: Any, adapter: Path) -> Any:
@@ -265,15 +287,23 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
 def score(model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
     """Log-probabilities (nats) of each row's answer ids, given its prompt ids and the answer so far; in float32.
 
-    `model` is an engine's model; rows are (prompt ids, answer ids). A pass a row, so that no padding has a say.
+    `model` is an engine's model; rows are (prompt ids, answer ids). A pass a row, so that no padding has a say, but
+    few logits at a time: all of a row's, of a vocabulary of 128,256, would be more than a training step takes.
     """
+    head = model.get_output_embeddings()
+    decoder = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
     scores = []
     for prompt, answer in rows:
         ids = torch.tensor([[*prompt, *answer]], device=model.device)
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1]
-        chosen = torch.log_softmax(logits.float(), dim=-1).gather(1, ids[0, len(prompt) :, None])
-        scores.append([float(value) for value in chosen[:, 0]])
+        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1]
+        parts = zip(*(torch.split(part, SCORE_ROWS) for part in (hidden, ids[0, len(prompt) :])), strict=True)
+        scores.append([value for states, chosen in parts for value in _log_probabilities(head(states), chosen)])
     return scores
+
+
+def _log_probabilities(logits: torch.Tensor, chosen: torch.Tensor) -> list[float]:
+    found: list[float] = torch.log_softmax(logits.float(), dim=-1).gather(1, chosen[:, None])[:, 0].tolist()
+    return found
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,13 +1,11 @@
 """Packed passes: the rows of an optimizer step flattened, without padding and without attention across them.
 
-In: rows of ids and labels. Out: the plan that splits a step into passes, TRL's padding-free batches with the rows'
-lengths beside them, and an attention for transformers that keeps to them. Loss and gradients are those of one row a
-pass; the order of the rows too.
+In: rows of ids and labels, in passes as passes.py plans them. Out: TRL's padding-free batches with the rows' lengths
+beside them, and an attention for transformers that keeps to them. Loss and gradients are those of one row a pass; the
+order of the rows too.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,38 +20,6 @@ ATTENTION = "packed"
 
 LENGTHS = "row_lengths"
 """The forward argument with the rows' lengths: plain numbers, which no layer has to fetch back from a GPU."""
-
-
-@dataclass(frozen=True)
-class Passes:
-    """How the rows of one optimizer step go through the model."""
-
-    rows: int  # a pass
-    count: int  # passes a step
-    tokens: int  # of the largest pass that can come, padding included
-    packed: bool
-
-    def __str__(self) -> str:
-        way = "packed" if self.packed else "padded"
-        return f"{self.rows * self.count} rows a step, {self.rows} a pass, {way}: at most {self.tokens:,} tokens"
-
-
-def packed_passes(step_rows: int, lengths: Sequence[int], budget: int) -> Passes:
-    """As few passes for `step_rows` rows as keep any pass within `budget` tokens, whichever rows meet in it.
-
-    All passes of a step have the same number of rows, so that number divides `step_rows`: the trainer's sampler cuts
-    no other way. One row a pass, which may itself be longer, where not even two fit.
-    """
-    longest = [0, *accumulate(sorted(lengths, reverse=True))]
-    sizes = [rows for rows in range(1, step_rows + 1) if step_rows % rows == 0]
-    most = [longest[min(rows, len(lengths))] for rows in sizes]
-    rows, tokens = max((size, total) for size, total in zip(sizes, most, strict=True) if size == 1 or total <= budget)
-    return Passes(rows, step_rows // rows, tokens, packed=rows > 1)
-
-
-def padded_passes(rows: int, count: int, lengths: Sequence[int]) -> Passes:
-    """Passes as the recipe has them, every row padded to the longest of its pass."""
-    return Passes(rows, count, min(rows, len(lengths)) * max(lengths), packed=False)
 
 
 def with_lengths(collate: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:

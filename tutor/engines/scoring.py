@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
+from tutor.engines import processes
 from tutor.engines.hf import score
 from tutor.errors import ArtifactError
 from tutor.template import Encoded
@@ -50,10 +51,15 @@ def refuse_packed(model: Any) -> None:
 def mean_loss(model: Any, rows: Sequence[Encoded]) -> float:
     """Mean negative log-likelihood (nats) over all supervised tokens of all rows, teacher-forced, in fp32.
 
-    Raises ArtifactError when it is no number.
+    Several processes share the rows, and all get the same. Raises ArtifactError when it is no number.
     """
+    mine = processes.share(range(len(rows)), len(rows), processes.rank(), processes.world())
+    # Under FSDP all processes have to score as many rows: a blank is any row, and counts for nothing.
+    asked = [rows[number % len(rows)] for number in mine]
     with scoring(model):
-        scores = score(model, [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in rows])
+        scores = score(model, [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in asked])
+    counted = [row for number, row in zip(mine, scores, strict=True) if number < len(rows)]
+    scores = [row for part in processes.gather(counted) for row in part]
     loss = -math.fsum(value for row in scores for value in row) / sum(len(row) for row in scores)
     if not math.isfinite(loss):
         raise ArtifactError(f"the held-out loss is {loss}", "lower train.learning_rate, or fetch the base again")

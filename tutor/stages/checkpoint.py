@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutor import artifacts
+from tutor.engines import processes
 from tutor.errors import ArtifactError, HostError
 
 if TYPE_CHECKING:
@@ -38,8 +39,11 @@ SOURCES = (
     "engines/hf.py",
     "engines/memory.py",
     "engines/offload.py",
+    "engines/processes.py",
     "engines/scoring.py",
+    "estimate.py",
     "modelfolder.py",
+    "passes.py",
     "template.py",
 )
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "matplotlib")
@@ -51,10 +55,9 @@ FREE = frozenset(
 """Settings of training that may change before it is resumed; of the last two only the product counts."""
 
 NAME = re.compile(r"checkpoint-([1-9][0-9]{0,17})")
-REQUIRED = frozenset(
-    {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
-)
-"""Without one of them the trainer resumes all the same, and makes another model without a word (faults.md A4)."""
+REQUIRED = frozenset({"adapter_model.safetensors", "scheduler.pt", "trainer_state.json"})
+"""Beside the optimizer's and each process's random state. Without one of them the trainer resumes all the same, and
+makes another model without a word (faults.md A4)."""
 
 KEEP = 2
 """Whole checkpoints that stay: the newest, and the one to fall back to."""
@@ -215,13 +218,21 @@ def _set_aside(path: Path) -> Path:
     return target
 
 
+def required(count: int, *, sharded: bool = False) -> frozenset[str]:
+    """What a checkpoint of so many processes has to hold."""
+    states = {f"rng_state_{number}.pth" for number in range(count)} if count > 1 else {"rng_state.pth"}
+    return REQUIRED | states | {"optimizer.bin" if sharded else "optimizer.pt"}
+
+
 def seal(training: Training, progress: Progress) -> Path:
     """Make the folder that the trainer has just written a checkpoint, durable before it counts, and drop old ones.
 
     Raises ArtifactError when the trainer saved less than it needs to resume.
     """
     path = training.folder / f"checkpoint-{progress.step}"
-    if missing := sorted(name for name in REQUIRED if not (path / name).is_file()):
+    if missing := sorted(
+        name for name in required(processes.world(), sharded=processes.is_sharded()) if not (path / name).is_file()
+    ):
         raise ArtifactError(f"the trainer saved {path} without {', '.join(missing)}", "a library's doing: report it")
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     shutil.copytree(training.out, path / STAGE)

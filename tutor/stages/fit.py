@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback
 
+from tutor.engines.processes import is_first, whole
 from tutor.engines.scoring import mean_loss, perplexity, refuse_packed
 from tutor.errors import ArtifactError
 from tutor.stages.curves import draw
@@ -76,15 +77,18 @@ def round_adapter(model: Any) -> None:
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.half().float()
-            if not torch.isfinite(parameter).all():
+            with torch.no_grad():
+                parameter.copy_(parameter.half().float())
+            if not torch.isfinite(whole(parameter)).all():
                 raise ArtifactError(f"{name} holds a value beyond FP16's 65504", "lower train.learning_rate")
 
 
 def write(trainer: Any, course: Course, fitted: Fitted, source: str, out: Path) -> int:
-    """Adapter, metrics.jsonl and training.svg into `out`; bytes of the adapter."""
+    """Adapter, metrics.jsonl and training.svg into `out`; bytes of the adapter, for the process that wrote it."""
     state = trainer.state
     save_adapter(trainer.model, source, out)
+    if not is_first():
+        return 0
     lines = reports(state.log_history, state.max_steps, course)
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     draw(state.log_history, course.start, fitted.step, out / "training.svg")
@@ -95,12 +99,12 @@ def write(trainer: Any, course: Course, fitted: Fitted, source: str, out: Path) 
 
 def save_adapter(model: Any, source: str, out: Path) -> None:
     """The adapter in PEFT's format and FP16, naming its base by source and not by this machine's path."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.half()
+    trained = {name: whole(weight).half() for name, weight in model.named_parameters() if weight.requires_grad}
+    if not is_first():
+        return
     for config in model.peft_config.values():
         config.base_model_name_or_path = source
         config.target_modules = sorted(config.target_modules)  # of a set, whose order is another in every process
     # "auto" would ask the model hub for a repository named like the source.
-    model.save_pretrained(out, safe_serialization=True, save_embedding_layers=False)
+    model.save_pretrained(out, state_dict=trained, safe_serialization=True, save_embedding_layers=False)
     (out / "README.md").unlink(missing_ok=True)

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
+from tutor.engines.processes import is_first, parted, whole
 from tutor.engines.scoring import perplexity
 from tutor.errors import ArtifactError
 from tutor.modelfolder import open_weights
@@ -139,6 +140,9 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
         """Start the log anew, or after the step that training resumes from."""
         del control
         self._evaluations = evaluation_steps(state.max_steps, self._course.evaluations)
+        self.pace.begin(state.global_step, state.epoch or 0.0)
+        if not is_first():
+            return
         path = self._folder / "metrics.jsonl"
         kept = []
         if state.global_step:
@@ -150,7 +154,6 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
         self._folder.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(kept), "utf-8")
         self._board = open_board(self._folder / "tensorboard", state.global_step)
-        self.pace.begin(state.global_step, state.epoch or 0.0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Note how busy the GPU is."""
@@ -175,13 +178,15 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
             if patience and waited(state.log_history) >= patience and state.global_step < state.max_steps:
                 log.info("no better held-out loss in %d evaluations: training ends", patience)
                 self.stopped = control.should_training_stop = True
-        self._report(state)
+        if is_first():
+            self._report(state)
 
     def _evaluate(self, entry: dict[str, Any], state: Any, path: Path, model: Any) -> None:
         with self.pace.paused():
             entry["held_out_loss"] = self._score()
             if best_of(state.log_history) == (entry["step"], entry["held_out_loss"]):
-                path.parent.mkdir(parents=True, exist_ok=True)
+                if is_first():
+                    path.parent.mkdir(parents=True, exist_ok=True)
                 save_trained(model, path, entry["step"], entry["held_out_loss"])
 
     def _report(self, state: Any) -> None:
@@ -211,8 +216,9 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
 
 def save_trained(model: Any, path: Path, step: int, loss: float) -> None:
     """Write the weights that train, whole or not at all, with the step that they are of and their held-out loss."""
-    tensors = {name: weight.detach().cpu() for name, weight in model.named_parameters() if weight.requires_grad}
-    save_file(tensors, path, metadata={"step": str(step), "held_out_loss": repr(loss)})
+    tensors = {name: whole(weight.detach()).cpu() for name, weight in model.named_parameters() if weight.requires_grad}
+    if is_first():
+        save_file(tensors, path, metadata={"step": str(step), "held_out_loss": repr(loss)})
 
 
 def restore_best(model: Any, checkpoints: Path, history: History) -> int | None:
@@ -235,7 +241,7 @@ def restore_best(model: Any, checkpoints: Path, history: History) -> int | None:
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if weight.requires_grad:
-                    weight.copy_(file.get_tensor(name))
+                    weight.copy_(parted(file.get_tensor(name), weight))
     log.info(
         "the adapter of step %s is kept: held-out loss %.4f, and %.4f at the end",
         said["step"], float(said["held_out_loss"]), last,

@@ -18,8 +18,9 @@ import torch
 from transformers import TrainerCallback
 
 from tutor import artifacts
-from tutor.engines.packed import Passes
+from tutor.engines import processes
 from tutor.errors import HostError, TutorError
+from tutor.passes import Passes
 from tutor.stages import checkpoint
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,8 @@ class Saver(TrainerCallback):  # type: ignore[misc]
         # The adapter, Adam's two moments of it, and some; from the first one on as it was.
         self._size = checkpoint.size(saved[0]) if saved else 3 * adapter + (2 << 20)
         self._start = self._saved_at = time.monotonic()
-        self.signal: signal.Signals | None = None
+        self.signal: signal.Signals | None = None  # that came here
+        self.ending: signal.Signals | None = None  # that came to any process, as all of them know
 
     @property
     def seconds(self) -> float:
@@ -64,7 +66,7 @@ class Saver(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Refuse a disk without room, and give the trainer its sum of losses back: it starts a new one otherwise."""
         del state, control
-        checkpoint.require_room(self._training, self._size)
+        self._require_room()
         if self._before is not None:
             self._trainer._tr_loss = torch.tensor(self._before.loss, device=args.device)
             self._trainer._globalstep_last_logged = self._before.logged
@@ -83,13 +85,32 @@ class Saver(TrainerCallback):  # type: ignore[misc]
         self._decide(control)
 
     def _decide(self, control: Any) -> None:
-        if self.signal:
+        control.should_save = self._agree(save=control.should_save)
+        if self.ending:
             control.should_save = control.should_training_stop = True
         if control.should_save:
+            self._require_room()
+
+    def _agree(self, *, save: bool = False) -> bool:
+        """Hear of every process's signal; whether the first one saves, whose clock counts."""
+        told = processes.gather((self.signal, save))
+        self.ending = next((number for number, _ in told if number), None)
+        return told[0][1]
+
+    def _require_room(self) -> None:
+        if processes.is_first():
             checkpoint.require_room(self._training, self._size)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Seal what the trainer wrote."""
+        self._agree()  # and so all have written their part
+        if processes.is_first():
+            self._seal(args, state)
+        self._saved_at = time.monotonic()
+        if self.ending:  # it came while saving
+            control.should_training_stop = True
+
+    def _seal(self, args: Any, state: Any) -> None:
         progress = checkpoint.Progress(
             step=state.global_step,
             steps=state.max_steps,
@@ -100,10 +121,7 @@ class Saver(TrainerCallback):  # type: ignore[misc]
             accumulation=args.gradient_accumulation_steps,
         )
         self._size = checkpoint.size(checkpoint.seal(self._training, progress))
-        self._saved_at = time.monotonic()
         log.info("checkpoint of step %d saved", state.global_step)
-        if self.signal:  # it came while saving
-            control.should_training_stop = True
 
 
 @contextlib.contextmanager
@@ -140,16 +158,18 @@ def saving(
         yield saver
     except BaseException as error:
         # The disk first: what was half saved is what fills it.
-        fault = artifacts.disk_fault(error, training.out) or memory_fault(error, trainer, less_memory)
-        checkpoint.discard_unfinished(training)
+        fault = processes.is_first() and artifacts.disk_fault(error, training.out)
+        fault = fault or memory_fault(error, trainer, less_memory)
+        if processes.is_first():
+            checkpoint.discard_unfinished(training)
         if fault:
             raise fault from error
         raise
     finally:
         restore()
-    if saver.signal:
+    if number := saver.ending or saver.signal:
         log.warning("ended after step %d of %d: the same command goes on there", *_steps(trainer))
-        signal.raise_signal(saver.signal)
+        signal.raise_signal(number)
 
 
 def memory_fault(error: BaseException, trainer: Any, hint: str) -> TutorError | None:
@@ -172,7 +192,7 @@ def less_memory(passes: Passes) -> str:
     change = (
         f"train.pass_tokens = {passes.tokens // 2}"
         if passes.packed
-        else f"train.batch_size = {smaller} and train.accumulation = {passes.rows * passes.count // smaller}"
+        else f"train.batch_size = {smaller} and train.accumulation = {passes.step_rows // smaller}"
     )
     return f"set {change}: the same rows a step, and it goes on from the last checkpoint"
 

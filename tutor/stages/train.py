@@ -17,14 +17,16 @@ from transformers import set_seed
 from trl import SFTConfig
 
 from tutor.artifacts import log_folder
-from tutor.engines import memory
+from tutor.engines import memory, processes
 from tutor.engines.cpu_head import IGNORED, Trainer
-from tutor.engines.hf import choose_precision, free_memory, load_base
+from tutor.engines.hf import choose_precision, load_base, room
 from tutor.engines.offload import stream_layers
-from tutor.engines.packed import Passes, attend_within_rows, packed_passes, padded_passes, rows_of, with_lengths
+from tutor.engines.packed import attend_within_rows, rows_of, with_lengths
 from tutor.engines.scoring import mean_loss, perplexity
-from tutor.errors import DataError
+from tutor.errors import DataError, RecipeError
+from tutor.estimate import parts_line
 from tutor.modelfolder import load_tokenizer, read_facts
+from tutor.passes import Passes, passes_of
 from tutor.stages import checkpoint
 from tutor.stages.fit import fit, write
 from tutor.stages.monitor import Course
@@ -40,7 +42,8 @@ log = logging.getLogger(__name__)
 def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
     """Train an adapter into `out`; held-out loss before and after, counts, the base's identity.
 
-    Goes on from the newest whole checkpoint of the same training beside `out`, where a run before was ended.
+    Goes on from the newest whole checkpoint of the same training beside `out`, where a run before was ended. Several
+    processes train together; the first decides, and writes.
     """
     settings = recipe.train
     facts, model_folder = read_facts(inputs["base"])
@@ -49,18 +52,18 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
         encode_rows(tokenizer, read_rows(inputs["data"] / f"{name}.jsonl"), recipe.system, settings.max_length)
         for name in ("train", "held_out")
     )
-    precision = choose_precision(settings.precision)
-    passes = plan_passes(settings, train)
-    plan = make_plan(settings, precision, model_folder, passes)
+    precision = processes.same(choose_precision, settings.precision)
+    passes = plan_passes(settings, train, processes.world())
+    plan = processes.same(make_plan, settings, precision, model_folder, passes)
     training = checkpoint.Training(
         out,
         checkpoint.identity(
             settings.model_dump() | {"quantization": plan.quantization}, {"train": train, "held_out": held_out},
             seed=recipe.seed, base=facts.weights,
-            precision=precision, device="cuda" if torch.cuda.is_available() else "cpu",
+            precision=precision, device="cuda" if torch.cuda.is_available() else "cpu", processes=processes.world(),
         ),
     )  # fmt: skip
-    saved = checkpoint.resume(training)
+    saved = processes.same(checkpoint.resume, training)
     set_seed(recipe.seed)
     again = plan.checkpointing
     arguments = training_arguments(settings, precision, recipe.seed, training.folder, passes, checkpointing=again)
@@ -113,38 +116,35 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     }
 
 
-def plan_passes(settings: "TrainSettings", rows: Sequence[Encoded]) -> Passes:
-    """How the rows of an optimizer step go through the model: packed, or padded as the specification has it."""
-    lengths = [len(row.ids) for row in rows]
-    if settings.packing:
-        return packed_passes(settings.batch_size * settings.accumulation, lengths, settings.pass_tokens)
-    return padded_passes(settings.batch_size, settings.accumulation, lengths)
+def plan_passes(settings: "TrainSettings", rows: Sequence[Encoded], count: int = 1) -> Passes:
+    """How the rows of an optimizer step go through the model: packed, or padded as the specification has it.
+
+    Raises RecipeError when `count` processes cannot share a step's rows equally.
+    """
+    step_rows = settings.batch_size * settings.accumulation
+    if step_rows % count:
+        raise RecipeError(
+            f"{count} processes cannot share the {step_rows} rows of a step "
+            "(train.batch_size x train.accumulation) equally",
+            "start as many as divide them, or change train.accumulation",
+        )
+    return passes_of(settings, [len(row.ids) for row in rows], count)
 
 
 def make_plan(settings: "TrainSettings", precision: str, model_folder: Path, passes: Passes) -> memory.Plan:
-    """How training fits this machine. Raises HostError when it does not."""
-    gpu, cpu = (text and memory.parse_bytes(text) for text in (settings.max_memory.gpu, settings.max_memory.cpu))
-    if gpu and not torch.cuda.is_available():
+    """How training fits this machine, as `tutor doctor` says it. Raises HostError when it does not."""
+    cuda = torch.cuda.is_available()
+    if settings.max_memory.gpu and not cuda:
         log.warning("train.max_memory has no effect without a GPU: all of the base is in RAM")
-        gpu = None
-    wanted = memory.Wanted(
-        quantization=settings.quantization,
-        checkpointing=settings.gradient_checkpointing,
-        precision=precision,
-        tokens=passes.tokens,
-        rank=settings.rank,
-        targets=settings.target_modules,
-        gpu=gpu or None,
-        cpu=cpu or None,
-    )
-    shape, free = memory.read_shape(model_folder), free_memory()
-    plan = memory.plan(shape, wanted, free)
+    wanted = memory.wanted(settings, precision, passes.tokens, passes.tokens, on_gpu=cuda)
+    shape, (free, total) = memory.read_shape(model_folder), room()
+    plan = memory.plan(shape, wanted, free, total)
     log.info(
-        "base in %s, computing in %s, gradient checkpointing %s%s, %s: about %.1f GB of the %.1f GB that are free",
+        "base in %s, computing in %s, gradient checkpointing %s%s, %s: about %.2f GB (%s) of the %.2f GB that are free",
         "16 bits" if plan.quantization == "none" and precision != "fp32" else plan.quantization.replace("none", "fp32"),
         precision, "on" if plan.checkpointing else "off",
         "" if plan.resident == shape.layers else f", {shape.layers - plan.resident} of {shape.layers} layers in RAM",
-        passes, plan.needed / 1e9, free / 1e9,
+        passes, plan.needed / 1e9, parts_line(plan.parts), free / 1e9,
     )  # fmt: skip
     return plan
 
@@ -159,9 +159,15 @@ def load_trainer(
 ) -> Trainer:
     """The trainer on the base as planned, which may leave layers in RAM."""
     precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
-    streams = plan.resident < memory.read_shape(model_folder).layers
-    model = load_base(model_folder, plan.quantization, precision, in_ram=streams)
+    streams, sharded = plan.resident < memory.read_shape(model_folder).layers, processes.is_sharded()
+    if streams and processes.world() > 1:
+        raise RecipeError("train.max_memory leaves layers in RAM of a single process", "remove it, or the launcher")
+    if sharded and plan.quantization == "int8":
+        raise RecipeError("FSDP cannot shard int8 weights", "set train.quantization to nf4 or none")
+    model = load_base(model_folder, plan.quantization, precision, in_ram=streams or sharded)
     trainer = make_trainer(model, tokenizer, rows, lora, arguments)
+    if not processes.is_first():
+        torch.manual_seed(arguments.seed + processes.rank())  # dropout of its own; the adapter is the first's
     if streams:
         stream_layers(trainer.model, plan.resident, arguments.device)
     return trainer
@@ -222,6 +228,7 @@ def training_arguments(
         gradient_checkpointing=checkpointing,
         dataloader_pin_memory=cuda,
         optim="adamw_torch",
+        ddp_find_unused_parameters=False,  # every adapter is part of every pass
         report_to="none",
         disable_tqdm=True,
         seed=seed,

@@ -1,0 +1,50 @@
+"""tutor, observed: each process notes the rows of its passes and what it opens to write, and may be ended at a step."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def noting(plain: Callable[..., Any], note: Callable[[dict[str, Any]], object]) -> Callable[..., Any]:
+    """`plain` is the trainer's compute_loss; the rows that it gets are noted with their step."""
+    from tutor.engines.packed import rows_of
+
+    def compute_loss(self: Any, model: Any, inputs: Any, **given: Any) -> Any:
+        note({"step": self.state.global_step + 1, "rows": rows_of(inputs), "tokens": int(given["num_items_in_batch"])})
+        return plain(self, model, inputs, **given)
+
+    return compute_loss
+
+
+def main() -> None:
+    """Run tutor as its console script does. NOTES is where to note; END: {rank, step, signal, to: self or parent}."""
+    from tutor import cli
+    from tutor.progress import quiet_libraries
+
+    rank = int(os.environ.get("RANK", "0"))
+    end = json.loads(os.environ["END"])
+    notes = os.open(f"{os.environ['NOTES']}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def note(what: dict[str, Any]) -> None:
+        os.write(notes, json.dumps(what).encode() + b"\n")
+        if (what.get("step"), rank) == (end.get("step"), end.get("rank")):
+            os.kill(os.getppid() if end["to"] == "parent" else os.getpid(), end["signal"])
+
+    def heard(event: str, given: tuple[Any, ...]) -> None:
+        opened = event == "open" and isinstance(given[0], str) and given[2] & (os.O_WRONLY | os.O_RDWR)
+        if opened or event in ("os.remove", "os.rename", "os.rmdir"):
+            note({"wrote": str(Path(given[0]).absolute())})
+
+    quiet_libraries()
+    from tutor.engines import cpu_head
+
+    cpu_head.Trainer.compute_loss = noting(cpu_head.Trainer.compute_loss, note)  # type: ignore[method-assign]
+    sys.addaudithook(heard)
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

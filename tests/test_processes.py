@@ -1,0 +1,329 @@
+"""Training in several processes is the training of one: the same rows a step, the same adapter, one writer, one end."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, environment
+from hypothesis import given
+from hypothesis import strategies as st
+from observed import noting
+from test_train import rows, settings, tokenizer
+from tiny_models import one_thread, tiny
+
+from tutor import artifacts, pipeline
+from tutor.engines import processes
+from tutor.errors import RecipeError
+from tutor.recipe import read_recipe
+from tutor.stages import checkpoint
+
+torch = pytest.importorskip("torch")
+from safetensors.torch import load_file  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+from tutor.engines import cpu_head, hf  # noqa: E402
+from tutor.stages import fit, monitor, train  # noqa: E402
+from tutor.stages.saving import less_memory  # noqa: E402
+
+__all__ = ["one_thread", "rows", "tiny", "tokenizer"]
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*autograd kernel was not")]
+
+Steps = dict[int, Any]
+LAUNCH = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0")
+QUIET = ("--mixed_precision", "no", "--dynamo_backend", "no")  # it says what it chose for each one that is not given
+
+
+# --- who is who ------------------------------------------------------------------------------------------------------
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, number: int = 1, count: int = 2, **more: str) -> None:
+    given = {"RANK": str(number), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "x"}
+    for name, value in {**given, **more}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_without_a_launcher_there_is_one_process_that_needs_no_torch() -> None:
+    code = "from tutor.engines import processes as p; import sys; sys.modules['torch'] = None\n"
+    code += "with p.joined(): assert p.tell(3) == 3 == p.same(int, '3') and p.gather(3) == [3]; p.wait()\n"
+    code += "assert (p.world(), p.rank(), p.is_first(), p.beside(), p.is_sharded()) == (1, 0, True, 1, False)"
+    env = environment(PYTHONPATH=str(ROOT), WORLD_SIZE="4")  # some batch systems set this one alone
+    subprocess.run([sys.executable, "-c", code], check=True, env=env, timeout=30)
+
+
+@given(st.integers(0, 40), st.integers(1, 5), st.integers(1, 4))
+def test_processes_take_equally_many_rows_and_together_those_of_one(count: int, part: int, world: int) -> None:
+    order = list(reversed(range(count)))
+    shares = [processes.share(order, part * world, number, world) for number in range(world)]
+    assert len({len(share) for share in shares}) == 1
+    for start in range(0, count, part * world):
+        step = [row for share in shares for row in share[start // world : start // world + part]]
+        assert sorted(row for row in step if row != count) == sorted(order[start : start + part * world])
+        assert step.count(count) < world
+
+
+def test_a_share_is_as_long_as_it_says_and_follows_the_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched(monkeypatch)
+    for count in range(1, 14):
+        order = cpu_head.SeedableRandomSampler(range(count), data_seed=3)
+        share = processes.Share(order, 4)
+        first = list(share)
+        assert len(share) == len(first)
+        share.set_epoch(5)
+        assert list(share) != first or count < 5
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_step_has_as_many_rows_in_any_number_of_processes(*, packing: bool, rows: list[Any]) -> None:
+    wanted = settings(batch_size=2, accumulation=6, packing=packing, pass_tokens=200)
+    for count in (1, 2, 3, 4, 6, 12):
+        passes = train.plan_passes(wanted, rows, count)
+        assert passes.step_rows == 12
+        assert passes.rows <= 2 or packing
+    with pytest.raises(RecipeError, match=r"5 processes cannot share the 12 rows of a step .* equally; start as many"):
+        train.plan_passes(wanted, rows, 5)
+    two = train.plan_passes(settings(batch_size=2, accumulation=6, packing=False), rows, 2)
+    assert "12 rows a step in 2 processes, 2 a pass" in str(two)
+    assert less_memory(two).startswith("set train.batch_size = 1 and train.accumulation = 12:")
+
+
+def test_a_checkpoint_needs_every_process_s_random_state() -> None:
+    assert {"rng_state.pth", "optimizer.pt"} < checkpoint.required(1)
+    assert {"rng_state_0.pth", "rng_state_1.pth"} < checkpoint.required(2)
+    assert "optimizer.bin" in checkpoint.required(2, sharded=True)
+
+
+def test_only_train_runs_in_several_processes() -> None:
+    env = environment(PYTHONPATH=str(ROOT), RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost")
+    command = [sys.executable, "-c", "from tutor.cli import main; main()", "run"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=30, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: only tutor train runs in several processes, and this is tutor run; ")
+    assert done.stderr.count("\n") == 1
+
+
+# --- two processes through accelerate's own launcher -----------------------------------------------------------------
+
+RECIPE = """
+seed = 7
+[data]
+train = "{data}/tutor.jsonl"
+eval = "{data}/eval.jsonl"
+rows = 22
+prompts = 5
+held_out = 0.2
+[base]
+source = "path:{base}"
+[train]
+epochs = 2
+batch_size = 2
+accumulation = 2
+learning_rate = 5e-3
+max_length = 2048
+logging_steps = 1
+save_steps = 3
+dropout = 0.0
+precision = "fp32"
+quantization = "none"
+"""
+"""17 rows of training in steps of four: the last step of an epoch has one, and the second process none of its own."""
+
+
+@pytest.fixture(scope="module")
+def build(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe's file beside its build folder, where data and base are ready."""
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "small.toml").write_text(RECIPE.format(data=ROOT / "data", base=tiny), "utf-8")
+    pipeline.run_all(read_recipe(folder / "small.toml"), folder / "build", until="base")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(build: Path) -> tuple[Path, Steps]:
+    """The adapter of one process, kept aside, and the rows and tokens of its steps."""
+    noted: list[dict[str, Any]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_head.Trainer, "compute_loss", noting(cpu_head.Trainer.compute_loss, noted.append))
+        pipeline.run_one("train", read_recipe(build / "small.toml"), build / "build")
+    folder = build / "build" / "small" / "adapter"
+    return folder.rename(build / "alone"), by_step(noted)
+
+
+def by_step(notes: list[dict[str, Any]]) -> Steps:
+    """The rows of each step, in whatever order, without those that carry no loss; and the tokens that it counts."""
+    found: dict[int, tuple[list[Any], set[int]]] = defaultdict(lambda: ([], set()))
+    for note in notes:
+        held, tokens = found[note["step"]]
+        held.extend([list(ids), list(labels)] for ids, labels in note["rows"] if set(labels) != {cpu_head.IGNORED})
+        tokens.add(note["tokens"])
+    return {step: (sorted(held), tokens) for step, (held, tokens) in found.items()}
+
+
+@pytest.fixture
+def together(build: Path, tmp_path: Path) -> Callable[..., Any]:
+    """`tutor train` in two processes, ended as said: what it printed, its code, its notes, when a rank noted last."""
+
+    def run(**end: Any) -> tuple["subprocess.CompletedProcess[str]", list[list[dict[str, Any]]], float]:
+        launcher = Path(sys.executable).with_name("accelerate")
+        script = [Path(__file__).with_name("observed.py"), "train", "-r", "small.toml", "-b", "build"]
+        env = environment(PYTHONPATH=str(ROOT), NOTES=str(tmp_path / "notes"), END=json.dumps(end))
+        command = [launcher, "launch", *LAUNCH, *QUIET, *script]
+        paths = [tmp_path / f"notes.{number}" for number in range(2)]
+        for path in paths:
+            path.unlink(missing_ok=True)
+        done = subprocess.run(command, cwd=build, env=env, capture_output=True, text=True, timeout=120, check=False)
+        ended = time.time()
+        notes = [[json.loads(line) for line in path.read_text().splitlines()] for path in paths]
+        return done, notes, ended - min(path.stat().st_mtime for path in paths)
+
+    return run
+
+
+def checkpoints(build: Path) -> list[str]:
+    found = checkpoint.by_step(artifacts.checkpoints(build / "build" / "small" / "adapter"))
+    assert [checkpoint.damage(path) for path in found] == [None] * len(found)
+    return [path.name for path in found]
+
+
+def ours(stderr: str) -> list[str]:
+    """What tutor said: the launcher's own report is indented, or begins otherwise."""
+    return [line for line in stderr.splitlines() if line.startswith(("train:", "Error:"))]
+
+
+@pytest.mark.pipeline
+def test_two_processes_train_what_one_does_whatever_ends_them_on_the_way(
+    build: Path, alone: tuple[Path, Steps], together: Callable[..., Any]
+) -> None:
+    adapter, steps = alone
+    assert [len(held) for held, _ in steps.values()] == [4, 4, 4, 4, 1] * 2
+
+    # The second process is killed: the first ends at once, says so, and the checkpoint before is whole.
+    killed, notes, seconds = together(rank=1, step=5, signal=signal.SIGKILL, to="self")
+    assert killed.returncode != 0
+    assert seconds < 10
+    assert checkpoints(build) == ["checkpoint-3"]
+    assert [line for line in ours(killed.stderr) if line.startswith("Error:")] in (
+        [],
+        ["Error: another process of this training ended; its own line or the launcher's report says why; "
+         "run again: it goes on from the last checkpoint"],
+    )  # fmt: skip
+    found = by_step([note for part in notes for note in part if "step" in note])
+    assert [found[step] for step in range(1, 5)] == [steps[step] for step in range(1, 5)]
+
+    # The launcher is told to end: both finish the step, and save it.
+    ended, notes, _ = together(rank=0, step=7, signal=signal.SIGTERM, to="parent")
+    assert ended.returncode != 0
+    assert "resuming after step 3 of 10" in ended.stderr
+    assert ours(ended.stderr)[-2:] == [
+        "train: checkpoint of step 7 saved",
+        "train: warning: ended after step 7 of 10: the same command goes on there",
+    ]
+    assert checkpoints(build) == ["checkpoint-7", "checkpoint-6"]
+
+    # What is left goes on in the second epoch, with the rows of that one.
+    done, notes, _ = together()
+    assert done.returncode == 0, done.stderr
+    assert "resuming after step 7 of 10" in done.stderr
+    assert done.stderr.count("resuming") == done.stdout.count("loss_after") == 1
+    assert [line for line in done.stderr.splitlines() if not line.startswith("train: ")] == []
+    found = by_step([note for part in notes for note in part if "step" in note])
+    assert found == {step: steps[step] for step in (8, 9, 10)}
+    assert_close(build / "build" / "small" / "adapter", adapter)
+    assert_one_wrote(build, *notes)
+
+
+def assert_close(found: Path, wanted: Path) -> None:
+    """The same adapter but for the rounding of other sums, and the same figures."""
+    one, two = (load_file(folder / "adapter_model.safetensors") for folder in (wanted, found))
+    assert one.keys() == two.keys()
+    largest = max(tensor.abs().max().item() for tensor in one.values())
+    assert max((one[name].float() - two[name].float()).abs().max().item() for name in one) < 2e-3 * largest
+    before, after = (artifacts.require(folder, "train").results for folder in (wanted, found))
+    assert after["held_out"]["loss_before"] == pytest.approx(before["held_out"]["loss_before"], rel=1e-12)
+    assert after["held_out"]["loss_after"] == pytest.approx(before["held_out"]["loss_after"], rel=1e-5)
+    assert set(after) == set(before)
+
+
+def assert_one_wrote(build: Path, first: list[dict[str, Any]], second: list[dict[str, Any]]) -> None:
+    """Python's own files apart; a follower's random state is written by PyTorch itself, below Python."""
+    inside = [
+        {note["wrote"] for note in part if note.get("wrote", "").startswith(str(build))} for part in (first, second)
+    ]
+    assert len(inside[0]) > 10
+    assert inside[1] == set()
+
+
+# --- FSDP, as far as it goes without GPUs ----------------------------------------------------------------------------
+
+
+def test_the_shipped_configuration_is_one_that_tutor_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    arguments = ["--config_file", str(ROOT / "data" / "fsdp.yaml"), "tutor", "train"]
+    given = prepare_multi_gpu_env(_validate_launch_command(launch_command_parser().parse_args(arguments))[0])
+    kept = {name: value for name, value in given.items() if name.startswith(("FSDP_", "ACCELERATE_"))}
+    assert kept["FSDP_VERSION"] == "2"
+    launched(monkeypatch, **kept)
+    assert processes.is_sharded()
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    with pytest.raises(RecipeError, match="set fsdp_cpu_ram_efficient_loading: false"):
+        processes.is_sharded()
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(RecipeError, match="set fsdp_version: 2"):
+        processes.is_sharded()
+
+
+def test_4_bit_weights_are_stored_in_the_type_that_is_computed_in_where_they_are_sharded(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = {torch.uint8: hf.load_base(tiny, "nf4", "bf16")}
+    launched(monkeypatch, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    stored[torch.bfloat16] = hf.load_base(tiny, "nf4", "bf16")
+    for dtype, model in stored.items():
+        assert model.model.layers[0].self_attn.q_proj.weight.dtype == dtype
+        assert hf.quant_storage("bf16", sharded=dtype != torch.uint8) == dtype
+    assert not hasattr(stored[torch.bfloat16], "hf_device_map")
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    """A mesh of this process alone, on the CPU."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_an_adapter_whose_weights_are_parts_is_saved_and_restored_whole(tiny: Path, mesh: Any, tmp_path: Path) -> None:
+    from peft import get_peft_model
+    from torch.distributed.fsdp import fully_shard
+
+    def model() -> Any:
+        torch.manual_seed(1)
+        made = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), train.lora_config(settings()))
+        for name, weight in made.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight)
+        return made
+
+    plain, parts = model(), model()
+    for layer in parts.get_base_model().model.layers:
+        fully_shard(layer, mesh=mesh)
+    assert all(hasattr(weight, "full_tensor") for weight in parts.get_base_model().model.layers.parameters())
+    for each, name in ((plain, "plain"), (parts, "parts")):
+        monitor.save_trained(each, tmp_path / monitor.BEST, 4, 1.0)
+        with torch.no_grad():
+            for weight in each.parameters():
+                weight.mul_(0.5)
+        assert monitor.restore_best(each, tmp_path, [{"held_out_loss": 2.0, "step": 8}]) == 4
+        fit.round_adapter(each)
+        fit.save_adapter(each, "tiny", tmp_path / name)
+    assert (tmp_path / "plain" / "adapter_model.safetensors").stat().st_size > 10_000
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
