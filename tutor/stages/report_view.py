@@ -110,7 +110,7 @@ def tiles(made: Made) -> list[dict[str, str]]:
         same = sum(each["state"] == "same" for each in handed)
         apart = any(each["state"] == "diverges" for each in handed)
         tone = "bad" if apart else "good" if same == len(handed) else PLAIN
-        found.append(_tile(f"{same}/{len(handed)}", "hand-overs where both engines say the same", tone))
+        found.append(_tile(f"{same}/{len(handed)}", "hand-overs between engines within their tolerance", tone))
     if (files := made.results("gguf")) and (served := served_kind(made)):
         entry = files["files"].get(f"tutor-{served}.gguf", {"size": 0})
         found.append(_tile(megabytes(entry["size"]), f"{served}, the file that is served", PLAIN))
