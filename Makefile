@@ -18,6 +18,7 @@ help: ## show this list
 demo: .venv/demo llamacpp typescript ## the whole pipeline on this CPU: a real 135M Llama, minutes
 	@$(TUTOR) run --recipe data/demo.toml
 	@$(TUTOR) publish --recipe data/demo.toml --if-there --wait 0
+	@$(TUTOR) report --recipe data/demo.toml
 
 all: .venv/light ## the whole stack in containers, on the GPU: ends with `ollama run tutor`
 	@$(TUTOR) stack run --recipe $(STACK)

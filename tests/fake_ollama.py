@@ -34,9 +34,16 @@ OPTIONS: dict[str, type | tuple[type, ...]] = {
 Reply = Callable[["Handler"], None]
 
 
-def gguf(quantization: str = "Q8_0", chat_template: str = "", kind: str = "model", size: int = 2000) -> bytes:
-    """A file that the fake takes for a GGUF of `size` bytes."""
+def gguf(
+    quantization: str = "Q8_0",
+    chat_template: str = "",
+    kind: str = "model",
+    size: int = 2000,
+    info: dict[str, str] | None = None,
+) -> bytes:
+    """A file that the fake takes for a GGUF of `size` bytes; `info` are key-values that /api/show tells of it."""
     said = {"quantization": quantization, "chat_template": chat_template, "kind": kind, "size": size}
+    said["info"] = info or {}
     return (b"GGUF" + json.dumps(said).encode() + b"\0").ljust(size, b"x")
 
 
@@ -302,7 +309,8 @@ class Handler(BaseHTTPRequestHandler):
                 "parameters": "\n".join(f"{name:<30} {json.dumps(v, ensure_ascii=False)}" for name, v in parameters),
                 "details": {"family": "llama", "quantization_level": model.facts["quantization"]},
                 "capabilities": ["tools", "thinking", "completion"] if model.native else self.server.capabilities,
-                "model_info": {},
+                "model_info": model.facts["info"],
+                "modelfile": f"# by the fake\nFROM /models/blobs/{model.blob.replace(':', '-')}\n",
             }
             self.json(answer | ({"system": said["system"]} if "system" in said else {}))
 

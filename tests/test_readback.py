@@ -50,7 +50,7 @@ def moved(weights: Weights, share: float = 0.01, seed: int = 1) -> Weights:
 
 
 def folder(path: Path, weights: Weights) -> Path:
-    path.mkdir()
+    path.mkdir(parents=True)
     config = {"num_hidden_layers": 1, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
     (path / "config.json").write_text(json.dumps(config), "utf-8")
     save_file(weights, path / "model.safetensors")
@@ -65,9 +65,14 @@ def permuted(name: str, value: Any) -> Any:
     return value.reshape(heads, 2, value.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(value.shape)
 
 
-def file(path: Path, weights: Weights, kind: str = "F16", *, as_is: bool = False) -> Path:
+def file(
+    path: Path, weights: Weights, kind: str = "F16", *, as_is: bool = False, says: Mapping[str, str] | None = None
+) -> Path:
     """A GGUF of the weights, matrices of one type."""
     writer = gguf.GGUFWriter(path, "llama")
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])
+    for key, value in (says or {}).items():
+        writer.add_string(key, value)
     type_ = gguf.GGMLQuantizationType[kind]
     for name, value in weights.items():
         value = value if as_is else permuted(name, value)  # noqa: PLW2901

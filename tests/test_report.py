@@ -100,7 +100,7 @@ LADDER = {
         "F16": {"file": "tutor-F16.gguf", "size": 270e6, **RUNG, **SPEED},
         "Q8_0": {"file": "tutor-Q8_0.gguf", "size": 144e6, **RUNG, **SPEED, "kl": 0.006, "more": 0.001},
     },
-    "budget": 0.01, "chosen": "Q8_0", "served": "Q8_0",
+    "worse_and_larger": {"F16": "Q8_0"}, "budget": 0.01, "chosen": "Q8_0", "served": "Q8_0",
     "perplexity": {"tutor-F16": {"perplexity": 7.4}, "base-Q8_0": {"perplexity": 20.5}},
 }  # fmt: skip
 FIGURES = {
@@ -154,7 +154,7 @@ def evaluated(answers: list[dict[str, Any]]) -> dict[str, Any]:
 def made() -> Made:
     answers = asked()
     parity = {"conversations": 9, "precision": "fp32", "served": "Q8_0", "hand_overs": [handed()]}
-    files = {"files": {"tutor-Q8_0.gguf": {"size": 144_000_000}}}
+    files = {"files": {"tutor-Q8_0.gguf": {"size": 144_000_000, "replaced": {"Q5_1": 3}}}}
     fields = {"recipe.rank": 8, "recipe.alpha": 16, "recipe.target_modules": ["q_proj"], "recipe.epochs": 6,
               "recipe.learning_rate": 2e-4, "recipe.system": "Eres un tutor.", "version.torch": "2.14.0"}  # fmt: skip
     manifests = {
@@ -212,6 +212,7 @@ def test_the_page_says_what_was_trained_on_what_and_what_came_of_it(made: Made) 
         "kept: step 2", "Eres un tutor.", "20.1 → 7.4", "F16 → Q8_0", "41/96", "✓ in budget", "the nf4 base, float16",
         "Worse: general texts", "+0.10 %", "perplexity of 20.50", "code compiles", "aplicacion", "(no kind)",
         "2.14.0, 2.15.0", "ab" * 32, "a CPU", "carry loss", "1 min 1 s",
+        "F16 is larger than Q8_0 and loses more", "Q8_0 in place of Q5_1 in 3 tensors",
     ):  # fmt: skip
         assert said in text, said
 
@@ -283,6 +284,8 @@ def test_what_ollama_serves_is_in_the_table_where_it_was_compared(made: Made) ->
     text = Page(page(replace(made, manifests={**made.manifests, "parity-ollama": ollama}))).text
     assert "Q8_0 → Ollama" in text
     assert "tutor parity --host" not in text
+    once = {"hand_overs": [handed(kind="publish", ours="Q8_0", theirs="Ollama, as published")]}
+    assert "Ollama, as published" in Page(page(replace(made, published=once))).text
 
 
 def test_a_base_that_was_not_asked_leaves_the_tutor_alone(made: Made) -> None:

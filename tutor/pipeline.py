@@ -43,7 +43,7 @@ class Stage:
     files: Callable[[Recipe], Mapping[str, Path]] = lambda _: {}  # the user's, beside the folders of `needs`
     beside: str = ""  # a pattern: what commands outside the pipeline make of its folder, removed with it
     resumes: bool = False  # goes on after a kill with what it had finished
-    reads: tuple[str, ...] = ()  # folders whose manifests and files it takes where they are there, and needs none of
+    reads: tuple[str, ...] = ()  # folders and files that it takes where they are there, and needs none of
 
     @property
     def module(self) -> Any:
@@ -292,7 +292,10 @@ STAGES = (
             "template.py",
         ),
         packages=("jinja2", "lingua-language-detector", "transformers"),
-        reads=("base", "adapter", "merged", "gguf", "ladder", "parity", "parity-ollama", "eval", "eval-ollama"),
+        reads=(
+            *("base", "adapter", "merged", "gguf", "ladder", "parity", "eval"),
+            *("model/published.json", "parity-ollama", "eval-ollama"),
+        ),
     ),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}
@@ -349,8 +352,11 @@ def key_fields(stage: Stage, recipe: Recipe, build: Path, states: Mapping[str, S
         assert manifest is not None
         fields[f"input.{need}"] = manifest.fingerprint
     for name in stage.reads:
-        if found := artifacts.read_manifest(build / recipe.name / name):
+        path = build / recipe.name / name
+        if found := artifacts.read_manifest(path):
             fields[f"input.{name}"] = artifacts.digest(asdict(found))  # its times and results are read, too
+        elif path.is_file():
+            fields[f"input.{name}"] = artifacts.file_sha256(path)
     fields |= artifacts.provenance(stage.sources, stage.packages)
     if stage.llamacpp:
         fields["version.llama.cpp"] = llamacpp_build.build_key()

@@ -1,7 +1,7 @@
 """The ladder as a picture: SVG that needs nothing else. In: rungs. Out: the same text from the same rungs."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -10,8 +10,8 @@ from tutor.quantizations import F16
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 380, 76, 24, 64, 52
 HALO = 'stroke="#ffffff" stroke-width="3" paint-order="stroke"'
 """Of text: it stays readable on a line."""
-LINE, LABEL = 14, 110
-"""A label's height and width at most."""
+LINE, LABEL, NEAR = 14, 110, 30
+"""A label's height and width at most, and how near points are that stand in each other's way."""
 LEAST = 1e-5
 """Nats: what is drawn lowest, F16's own zero with it."""
 
@@ -45,11 +45,14 @@ def plot(rungs: Mapping[str, Mapping[str, Any]], budget: float, served: str) -> 
     parts.append(_line(down(budget), "#b45309", dashes=True))
     parts.append(_text(WIDTH - RIGHT, down(budget) - 5, f"budget {budget:g}", "end", "#b45309"))
     points = [(across(rung["size"]), down(rung["kl"]), kind) for kind, rung in rungs.items()]
-    for (x, y, kind), (label_x, label_y, anchor) in zip(sorted(points, key=_from_above), _labels(points), strict=True):
-        colour = "#15803d" if kind == served else "#1d4ed8"
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"/>')
+    above = sorted(points, key=_from_above)
+    parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{_colour(kind, served)}"/>' for x, y, kind in above]
+    for (x, y, kind), (label_x, label_y, anchor) in zip(above, _labels(above), strict=True):
+        colour = _colour(kind, served)
         roles = ["reference"] * (kind == F16) + ["served"] * (kind == served)
         label = f"{kind} ({', '.join(roles)})" if roles else kind
+        to = label_x + (-2 if anchor == "start" else 2)
+        parts.append(f'<path d="M{x:.1f} {y:.1f}L{to:.1f} {label_y - 4:.1f}" stroke="{colour}"/>')
         parts.append(_text(label_x, label_y, label, anchor, colour))
     return "\n".join([*parts, "</svg>\n"])
 
@@ -58,14 +61,19 @@ def _from_above(point: tuple[float, float, str]) -> tuple[float, float]:
     return point[1], point[0]
 
 
-def _labels(points: Iterable[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
-    """Where each point's label stands, from above: beside it, and below another's that it would cover."""
+def _labels(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """Where each point's label stands: beside its cluster, and below another's that it would cover."""
     placed: list[tuple[float, float, str]] = []
-    for x, y, _ in sorted(points, key=_from_above):
-        below = [at + LINE for other, at, _ in placed if abs(other - x) < LABEL and at + LINE > y + 4]
-        inside = x + LABEL < WIDTH
-        placed.append((x + 9 if inside else x - 9, max([y + 4, *below]), "start" if inside else "end"))
+    for x, y, _ in points:
+        edge = max(other for other, at, _ in points if abs(other - x) < NEAR and abs(at - y) < NEAR) + 12
+        below = [at + LINE for other, at, _ in placed if abs(other - edge) < LABEL and at + LINE > y + 4]
+        inside = edge + LABEL < WIDTH
+        placed.append((edge if inside else x - 12, max([y + 4, *below]), "start" if inside else "end"))
     return placed
+
+
+def _colour(kind: str, served: str) -> str:
+    return "#15803d" if kind == served else "#1d4ed8"
 
 
 def _title(rungs: Mapping[str, Mapping[str, Any]], served: str) -> str:

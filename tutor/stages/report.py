@@ -1,8 +1,8 @@
 """The report stage: all that the others found out, as one page for people, and a model card for the hub.
 
-In: the folders of the stages and of `tutor parity --host`, as far as they are there. Out: report.html (opens anywhere:
-no script, no network) and README.md, the card to put beside the GGUF files. Judges nothing itself; what has not run is
-said in the page and is no error.
+In: the folders of the stages, and what publishing and `tutor parity --host` recorded, as far as they are there. Out:
+report.html (opens anywhere: no script, no network) and README.md, the card to put beside the GGUF files. Judges nothing
+itself; what has not run is said in the page and is no error.
 """
 
 import json
@@ -65,12 +65,23 @@ def gather(name: str, model: str, system: str, inputs: Mapping[str, Path]) -> Ma
         manifests=manifests,
         metrics=read_rows(inputs["adapter"] / "metrics.jsonl") if "adapter" in manifests else [],
         answers=answers,
+        published=_published(inputs["model/published.json"]),
         paraphrased=_json(evaluated / "paraphrased.json", "tutor eval"),
         labels=labels,
         no_labels=no_labels,
         language="es" if answers and in_spanish(answers) else "",
         machine=_machine(),
     )
+
+
+def _published(path: Path) -> dict[str, Any]:
+    """The hand-over to Ollama, as the last publishing recorded it; empty where nothing was published."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    record = value.get("parity") if isinstance(value, dict) else None
+    return {"hand_overs": [record]} if isinstance(record, dict) else {}
 
 
 def _json(path: Path, command: str) -> list[dict[str, Any]]:

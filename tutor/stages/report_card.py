@@ -138,7 +138,7 @@ def _gate(made: Made) -> list[str]:
     if refused := gate.get("refused"):
         return ["", f"**The engines differ:** {escaped(refused['message'])}"]
     checked = [each for each in gate["hand_overs"] if each["state"] == "same"]
-    return ["", f"{len(checked)} of {len(gate['hand_overs'])} hand-overs between engines were found to say the same."]
+    return ["", f"{len(checked)} of {len(gate['hand_overs'])} hand-overs between engines are within their tolerance."]
 
 
 def _rate(rate: Mapping[str, Any]) -> str:

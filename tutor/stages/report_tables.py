@@ -48,7 +48,7 @@ def _counted(figures: Json | None, part: str = "equal", whole: str = "of") -> st
     return f"{figures[part]:.0f}/{figures[whole]:.0f}" if figures and figures[whole] else "–"
 
 
-def ladder(found: Json) -> dict[str, Any]:
+def ladder(found: Json, converted: Json) -> dict[str, Any]:
     """The files, the largest first, with what each loses, its speed and memory; and the picture of it."""
     rows = [
         {
@@ -69,9 +69,24 @@ def ladder(found: Json) -> dict[str, Any]:
         for kind, rung in sorted(found["rungs"].items(), key=lambda item: -item[1]["size"])
     ]
     chart = charts.ladder(found["rungs"], found["budget"], found["served"])
+    notes = [
+        f"{kind} is larger than {better} and loses more: nothing speaks for it."
+        for kind, better in found.get("worse_and_larger", {}).items()
+    ] + [
+        f"{name}: Q8_0 in place of {kind} in {count} tensors, which it does not hold as trained."
+        for name, entry in converted.get("files", {}).items()
+        for kind, count in entry.get("replaced", {}).items()
+    ]
     told = {name: found[name] for name in ("budget", "chosen", "served")}
     base = {name: entry for name, entry in found["perplexity"].items() if name.startswith("base-")}
-    return {**told, "rows": rows, "chart": chart, "base": base, "tokens": found["rungs"]["F16"]["tokens"]}
+    return {
+        **told,
+        "rows": rows,
+        "notes": notes,
+        "chart": chart,
+        "base": base,
+        "tokens": found["rungs"]["F16"]["tokens"],
+    }
 
 
 def verdicts(evaluated: Json) -> dict[str, Any]:

@@ -5,7 +5,7 @@ stage has not run. Whatever is missing is named with the command that makes it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tutor.artifacts import Manifest
@@ -34,6 +34,7 @@ class Made:
     manifests: Mapping[str, Manifest]  # by folder
     metrics: Sequence[Json] = ()
     answers: Sequence[Json] = ()
+    published: Json = field(default_factory=dict)  # the hand-over to Ollama, when it was published
     paraphrased: Sequence[Json] = ()
     labels: Sequence[Json] = ()
     no_labels: str = ""  # why there are none
@@ -50,6 +51,11 @@ class Made:
         """The verdicts: the stage's, or else those on the published model."""
         return self.results("eval") or self.results("eval-ollama")
 
+    @property
+    def ollama(self) -> Json:
+        """The hand-over to Ollama: as it was compared last, or else as it was published."""
+        return self.results("parity-ollama") or self.published
+
 
 def view(made: Made) -> dict[str, Any]:
     """All values of the page."""
@@ -65,8 +71,8 @@ def view(made: Made) -> dict[str, Any]:
         "training": training(made),
         "labels": made.labels,
         "no_labels": made.no_labels,
-        "parity": parity(gate, made.results("parity-ollama") or {}) if gate else None,
-        "ladder": ladder(rungs) if rungs else None,
+        "parity": parity(gate, made.ollama) if gate else None,
+        "ladder": ladder(rungs, made.results("gguf") or {}) if rungs else None,
         "verdicts": verdicts(evaluated) if evaluated else None,
         "paraphrases": (evaluated or {}).get("paraphrases"),
         "general": (evaluated or {}).get("general"),
@@ -100,11 +106,11 @@ def tiles(made: Made) -> list[dict[str, str]]:
         text = f"of {last['all']['n']} held-out prompts: {name} does all that was asked"
         found.append(_tile(percent(rate["share"]), f"{text}{f'; {said}' if said else ''}", tone))
     if gate := made.results("parity"):
-        handed = [*gate["hand_overs"], *(made.results("parity-ollama") or {}).get("hand_overs", ())]
+        handed = [*gate["hand_overs"], *made.ollama.get("hand_overs", ())]
         same = sum(each["state"] == "same" for each in handed)
         apart = any(each["state"] == "diverges" for each in handed)
         tone = "bad" if apart else "good" if same == len(handed) else PLAIN
-        found.append(_tile(f"{same}/{len(handed)}", "hand-overs where both engines say the same", tone))
+        found.append(_tile(f"{same}/{len(handed)}", "hand-overs between engines within their tolerance", tone))
     if (files := made.results("gguf")) and (served := served_kind(made)):
         entry = files["files"].get(f"tutor-{served}.gguf", {"size": 0})
         found.append(_tile(megabytes(entry["size"]), f"{served}, the file that is served", PLAIN))
