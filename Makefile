@@ -43,6 +43,9 @@ chat: ## talk with the tutor of RECIPE
 eval: ## answer the held-out prompts again and judge
 	@$(TUTOR) eval --recipe $(RECIPE)
 
+doctor: ## what this machine has and lacks, and what RECIPE takes
+	@$(TUTOR) doctor --recipe $(RECIPE)
+
 status: ## what is up to date
 	@$(TUTOR) status --recipe $(RECIPE)
 
@@ -96,4 +99,4 @@ lock: ## pin again what pyproject.toml asks for (needs uv)
 clean: ## remove what RECIPE made
 	@$(TUTOR) clean --recipe $(RECIPE)
 
-.PHONY: help demo all up down logs shell test-docker run chat eval status install llamacpp typescript test test-quick bench check lock clean
+.PHONY: help demo all up down logs shell test-docker run chat eval doctor status install llamacpp typescript test test-quick bench check lock clean
