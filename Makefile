@@ -47,6 +47,9 @@ eval: ## answer the held-out prompts again and judge
 report: ## the page of what RECIPE made, in the browser
 	@$(TUTOR) report --open --recipe $(RECIPE)
 
+doctor: ## what this machine has and lacks, and what RECIPE takes
+	@$(TUTOR) doctor --recipe $(RECIPE)
+
 status: ## what is up to date
 	@$(TUTOR) status --recipe $(RECIPE)
 
@@ -101,4 +104,4 @@ lock: ## pin again what pyproject.toml asks for (needs uv)
 clean: ## remove what RECIPE made
 	@$(TUTOR) clean --recipe $(RECIPE)
 
-.PHONY: help demo all up down logs shell test-docker run chat eval report status install llamacpp typescript test test-quick bench check lock clean
+.PHONY: help demo all up down logs shell test-docker run chat eval report doctor status install llamacpp typescript test test-quick bench check lock clean

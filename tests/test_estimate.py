@@ -122,6 +122,33 @@ def test_the_whole_is_within_a_tenth_of_the_processes_measured_peak(shape, train
     assert sum(memory(shape, training).values()) == pytest.approx(measured, rel=0.1)
 
 
+SMALL = Shape(384, 5, 896, 6, 2, 64, 49152, tied=True)  # scripts/bench_train.py's 26m
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "changes", "measured"),
+    [
+        pytest.param(SMALL, 883, {}, 182e6, id="26m"),
+        pytest.param(DEMO, 850, {}, 880e6, id="135M"),
+    ],
+)
+def test_a_packed_pass_with_the_chunked_head_is_within_a_tenth_of_what_was_measured(shape, tokens, changes, measured):
+    """The specification's settings in NF4 and bf16 on a CPU, two rows of data/tutor.jsonl a pass."""
+    parts = memory(shape, on_cpu(tokens, "nf4", "bf16", head="chunked", **SPECIFICATION, **changes))
+    found = parts["activations"] + parts["workspace"] + parts["gradients"]
+    assert found == pytest.approx(measured, rel=0.11)
+
+
+def test_passes_of_many_lengths_cost_a_cpu_their_kernels_in_16_bits_alone():
+    def process(**changes: Any) -> int:
+        training = on_cpu(883, "nf4", changes.pop("precision", "bf16"), head="chunked", **SPECIFICATION, **changes)
+        return memory(SMALL, training)["process"]
+
+    assert process(varied=True) - process() == pytest.approx(estimate.KERNELS, abs=1)
+    assert process(varied=True, precision="fp32") == process(precision="fp32")
+    assert process(varied=True, gpu=True) == process(gpu=True)
+
+
 def test_nf4_keeps_embedding_and_head_in_16_bits():
     """3.6 GB for 6.98 billion numbers at 4.127 bits, 2.1 GB for the rest."""
     assert memory(LARGE, SPECIFIED)["weights"] == pytest.approx(3.600e9 + 2.102e9, rel=1e-3)

@@ -10,14 +10,17 @@ import pytest
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
+from tiny_models import tiny  # noqa: E402
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
 from tutor.engines import hf  # noqa: E402
 from tutor.engines.answer import Generation  # noqa: E402
 from tutor.errors import ArtifactError, ServiceError  # noqa: E402
+from tutor.estimate import SCORE_ROWS  # noqa: E402
 from tutor.template import Encoded, conversation, encode  # noqa: E402
 
+__all__ = ["tiny"]
 ENDS = ("a", " Sí, ñandú 🎉.")
 RUNS_ON = ("b", " Año 👩‍💻\nInsisto.\nInstrucción: c\nRespuesta: no")
 GREEDY = Generation(max_new_tokens=80, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=1)
@@ -231,3 +234,16 @@ def test_faulty_folders_are_named(folder: Path, adapter: Path, tmp_path: Path) -
     (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "r": 8}), "utf-8")
     with pytest.raises(ArtifactError, match="does not fit its base"):
         hf.load(folder, tmp_path, quantization="none", precision="fp32")
+
+
+def test_an_answer_of_many_parts_is_scored_as_all_its_logits_say(tiny: Path) -> None:
+    model = hf.load_base(tiny, "none", "fp32")
+    draw = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 250, (2 * SCORE_ROWS + 90,), generator=draw).tolist()
+    rows = [(ids[:9], ids[9:]), (ids[:1], ids[1 : SCORE_ROWS + 1]), (ids[:80], ids[80:81])]
+    for (prompt, answer), found in zip(rows, hf.score(model, rows), strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+        whole = torch.log_softmax(logits.float(), dim=-1).gather(1, torch.tensor(answer)[:, None])[:, 0].tolist()
+        assert found == pytest.approx(whole, abs=1e-5)
+        assert math.fsum(found) == pytest.approx(math.fsum(whole), rel=1e-6)

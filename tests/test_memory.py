@@ -1,6 +1,7 @@
 """What a training takes of a card, by the specification's 8B, and what is decided from it; layers that wait in RAM."""
 
 import gc
+import json
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -9,15 +10,15 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import one_thread, tensors, tiny
+from tiny_models import base_stage, one_thread, recipe, tensors, tiny
 
 torch = pytest.importorskip("torch")
 from test_train import ROWS, FirstGradient, apart, moved, settings  # noqa: E402
 from transformers import PrinterCallback  # noqa: E402
 
-from tutor import estimate  # noqa: E402
+from tutor import capacity, doctor, estimate  # noqa: E402
 from tutor.engines import memory, offload  # noqa: E402
-from tutor.engines.hf import load_base, room  # noqa: E402
+from tutor.engines.hf import choose_precision, load_base, room  # noqa: E402
 from tutor.engines.memory import Wanted  # noqa: E402
 from tutor.engines.scoring import mean_loss  # noqa: E402
 from tutor.errors import ArtifactError, HostError, RecipeError  # noqa: E402
@@ -189,6 +190,35 @@ def test_no_plan_with_a_limit_goes_beyond_it(free: int, gpu: int | None, quantiz
 def test_some_memory_is_free() -> None:
     free, total = room()
     assert 10**8 < free <= total < 10**14
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"quantization": "auto", "gradient_checkpointing": True}, {"packing": False, "batch_size": 3, "dropout": 0.0}],
+    ids=["packed", "checkpointing", "padded"],
+)
+def test_the_doctor_and_the_train_stage_say_the_same(
+    changes: dict[str, Any], tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before the base is there the doctor says more, never less."""
+    rows = [{"instruction": f"¿Qué es {'x' * number}?", "response": "Un tipo. " * (1 + number)} for number in range(12)]
+    for name, part in (("train", rows[:9]), ("held_out", rows[9:])):
+        path = tmp_path / "r" / "data" / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in part), "utf-8")
+    chosen = recipe(tmp_path / "r.toml", train=changes, base={"source": "tiny"})
+    before = capacity.fit(chosen, tmp_path, estimate.SHAPES["tiny"], None)
+    base_stage(tiny, tmp_path / "r" / "base")
+    facts = json.loads((tmp_path / "r" / "base" / "base.json").read_text())
+    (tmp_path / "r" / "base" / "base.json").write_text(json.dumps({**facts, "source": "tiny"}))
+    said = doctor.taken(chosen, tmp_path, capacity.find_shape(chosen, tmp_path), None)["memory"]
+    encoded = train.encode_rows(load_tokenizer(tiny), rows[:9], "", chosen.train.max_length)
+    with caplog.at_level("INFO"):
+        found = train.make_plan(chosen.train, choose_precision("auto"), tiny, train.plan_passes(chosen.train, encoded))
+    assert found.needed == said["need"]
+    assert found.parts == said["parts"]
+    assert f"about {said['need'] / GB:.2f} GB" in caplog.text
+    assert before.need >= said["need"]
 
 
 # --- layers that wait in RAM -----------------------------------------------------------------------------------------

@@ -27,6 +27,9 @@ SCORE_ROWS, SCORE_BYTES = 256, 8
 in fp32, and its logarithm."""
 PROCESS, CUDA = 1.1e9, 0.5e9
 """Python with its libraries after a first step, measured on a CPU; CUDA's own context, an allowance."""
+KERNELS = 1.3e9
+"""What oneDNN's kernels for passes of ever other lengths come to, in 16 bits on a CPU: measured, 28 MB a new length at
+first, hardly more after 80 passes. Of fp32 it keeps none."""
 CPU_SLACK, GPU_SLACK = 0.25, 0.05
 """What the allocator holds beside what is in use: measured on a CPU (glibc), an allowance on a GPU."""
 GGUF_BITS = {
@@ -157,6 +160,7 @@ class Training:
     gpu: bool
     resident: int | None = None  # layers on the GPU, where not all: the others wait in main memory
     packed: bool = True  # rows fill a pass up to its tokens; else so many rows as the recipe has
+    varied: bool = False  # passes are of many lengths
 
     @property
     def width(self) -> int:
@@ -171,6 +175,8 @@ def memory(shape: Shape, training: Training) -> dict[str, int]:
     activations = _activations(shape, training)
     workspace = max(_head(shape, training), _layer_again(shape, training), _scoring(shape, training) - activations)
     fixed, slack = (CUDA, GPU_SLACK) if training.gpu else (PROCESS, CPU_SLACK)
+    if training.varied and training.width == 2 and not training.gpu:
+        fixed += KERNELS
     parts = {
         "weights": _weights(shape, training),
         "adapters": ADAPTER_BYTES * adapters,

@@ -53,6 +53,7 @@ class Wanted:
             head="tiled" if self.on_gpu else "chunked",
             gpu=self.on_gpu,
             packed=self.packed,
+            varied=True,
         )
 
 

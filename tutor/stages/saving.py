@@ -103,10 +103,11 @@ class Saver(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Seal what the trainer wrote."""
-        self._agree()  # and so all have written their part
+        processes.wait()  # until all have written their part
         if processes.is_first():
             self._seal(args, state)
         self._saved_at = time.monotonic()
+        self._agree()
         if self.ending:  # it came while saving
             control.should_training_stop = True
 
