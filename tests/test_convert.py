@@ -429,3 +429,35 @@ def test_a_merged_folder_that_was_changed_does_not_become_a_tutor(
 
 def drop(text: str, key: str) -> str:
     return json.dumps({**json.loads(text), key: None})
+
+
+@pytest.mark.llamacpp
+def test_auto_makes_the_base_in_every_quantization_and_a_matrix_of_the_training_rows_where_asked(
+    inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    asked = ConvertSettings(quantizations=["Q8_0", "IQ4_NL"], imatrix=True)
+    results = stage.run(Recipe(convert=asked, ollama=OllamaSettings(quantization="auto")), inputs, tmp_path)
+    models = {f"{name}-{kind}.gguf" for name in ("tutor", "base") for kind in ("F16", "Q8_0", "IQ4_NL")}
+    assert set(results["files"]) == models
+    assert {path.name for path in tmp_path.iterdir()} == models | {"tutor.imatrix", "base.imatrix"}
+    said = read_gguf(tmp_path / "tutor-IQ4_NL.gguf").fields
+    assert (said["quantize.imatrix.file"], said["quantize.imatrix.dataset"]) == ("tutor.imatrix", "train.txt")
+
+
+@pytest.mark.llamacpp
+def test_files_carry_their_lineage_through_quantization(made: tuple[Path, dict[str, Any]]) -> None:
+    lineage = made[1]["lineage"]
+    assert {"tutor.data.sha256", "tutor.adapter.sha256", "tutor.merged.sha256", "tutor.tools"} <= set(lineage)
+    for name in ("tutor-F16.gguf", "tutor-Q4_K_M.gguf"):
+        assert lineage.items() <= dict(read_gguf(made[0] / name).fields).items()
+    base = read_gguf(made[0] / "base-Q4_K_M.gguf").fields
+    assert "tutor.base.sha256" in base
+    assert "tutor.adapter.sha256" not in base, "it was never trained"
+
+
+def test_an_importance_matrix_reads_the_rows_as_the_model_was_trained_on_them() -> None:
+    rows = [{"instruction": "¿A?", "response": "Uno."}, {"instruction": "¿B?", "response": "Dos."}]
+    text = stage.training_text(rows, "Sistema.", "<s>", "</s>")
+    one = "Sistema.\n\nInstrucción: ¿A?\nRespuesta: Uno.</s><s>Sistema.\n\nInstrucción: ¿B?\nRespuesta: Dos.</s>"
+    assert text == one
+    assert len(stage.fewer(rows * 10_000)) * 11 == pytest.approx(stage.WEIGHED / len("¿A?Uno.") * 11, rel=0.1)

@@ -89,7 +89,7 @@ def _known(what: str, digest: str, folder: Path) -> Row:
             outputs = manifest.outputs if manifest else {}
             made |= {entry["sha256"]: f"{name}/{file}" for file, entry in outputs.items() if file.endswith(".gguf")}
     if not made:
-        return Row(what, "unknown", digest, f"{folder / BY_NAME['convert'].folder} is not there")
+        return Row(what, "unknown", digest, f"{folder / BY_NAME['convert'].folder} has no manifest")
     if digest in made:
         return Row(what, "ok", digest, made[digest])
     return Row(what, "wrong", digest, f"none of the {len(made)} files that were made in {folder}")
