@@ -19,6 +19,7 @@ from tutor.engines.llamacpp import Score
 from tutor.engines.trace import END, Step, Trace
 from tutor.errors import ArtifactError, GateError
 from tutor.pipeline import BY_NAME
+from tutor.quantizations import KINDS
 from tutor.recipe import BUDGETS, OllamaSettings, ParitySettings, Recipe, read_recipe
 from tutor.stages.parity_compare import CHECKS, Check, Seen, Tolerance, compare
 from tutor.stages.parity_gate import HandOver, budget, from_record, hand_over, lines, refusal, to_record
@@ -224,6 +225,12 @@ def test_a_budget_in_the_recipe_changes_that_one_alone(tmp_path: Path) -> None:
     found = read_recipe(path).parity
     assert found.budgets == {**BUDGETS, "Q8_0": 0.001}
     assert ParitySettings().budgets == BUDGETS
+
+
+def test_every_quantization_has_a_budget_and_a_coarser_one_no_smaller() -> None:
+    assert set(BUDGETS) == set(KINDS)
+    assert list(BUDGETS.values()) == sorted(BUDGETS.values()), "they stand from the finest to the coarsest"
+    assert max(BUDGETS.values()) < 4, "another model of the same shape is further off"
 
 
 @pytest.mark.parametrize("text", ["budgets = {Q9 = 0.1}", "budgets = {Q8_0 = 0}", "prompts = -1"])

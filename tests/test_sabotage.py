@@ -177,6 +177,27 @@ def test_another_base_that_was_put_in_place_silently(recipe: Recipe, folder: Pat
     report("base swapped after merging", "parity: merge", caught)
 
 
+def test_a_merge_into_the_base_in_another_precision_than_was_said(recipe: Recipe, folder: Path, report: Report) -> None:
+    """The gate holds the merge against the base that it says it took: the original one, or its NF4 round trip."""
+    path = folder / "merged" / artifacts.MANIFEST
+    said = json.loads(path.read_text("utf-8"))
+    said["results"]["base"] = {"nf4": "original", "original": "nf4"}[said["results"]["base"]]
+    artifacts.write_json(path, said)
+    caught = compared(recipe, folder, r"base \+ adapter -> merged \(merge\) diverges in its log-probabilities")
+    assert "the base in another precision" in str(caught.value)
+    report("merged into NF4's base, said the original, or back", "parity: merge", caught)
+
+
+@pytest.mark.parametrize("base", ["original", "nf4"])
+def test_either_base_that_a_merge_takes_passes(recipe: Recipe, folder: Path, base: Any) -> None:
+    other = recipe.model_copy(update={"merge": recipe.merge.model_copy(update={"base": base})})
+    for name in ("merged", "gguf", "ladder", "parity"):
+        artifacts.remove(folder / name)
+    for name in ("merge", "convert", "ladder", "parity"):
+        assert pipeline.run_one(name, other, folder.parent)
+    assert artifacts.require(folder / "merged", "merged").results["base"] == base
+
+
 def test_the_adapter_of_another_run(recipe: Recipe, folder: Path, report: Report) -> None:
     from safetensors.torch import load_file, save_file
 

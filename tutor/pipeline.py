@@ -222,6 +222,7 @@ STAGES = (
         ),
         packages=("torch", "transformers", "peft", "bitsandbytes"),
         llamacpp=True,
+        beside="parity-*",
     ),
     Stage(
         "modelfile",

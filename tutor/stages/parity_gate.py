@@ -44,8 +44,8 @@ CAUSES: Mapping[Kind, Mapping[str, str]] = {
     "quantize": {
         "prompt": "the file carries another chat template than F16: another run's? tutor clean convert, and run again",
         "tokens": "the file carries another tokenizer than F16: another run's? tutor clean convert, and run again",
-        "log-probabilities": "the file is damaged, of another model or coarser than its name says, or llama.cpp "
-        "computes one of its types wrongly on this processor; serve another quantization, or raise its parity.budgets",
+        "log-probabilities": "the file is damaged, of another model or coarser than its name says, or its types are "
+        "too coarse for this model: serve another quantization, or raise its parity.budgets",
     },
     "publish": {
         "model": "someone created or copied another model under this name: tutor publish",
