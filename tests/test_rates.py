@@ -58,6 +58,8 @@ def test_a_difference_is_over_all_and_by_kind_and_names_its_prompts() -> None:
     assert (found["all"]["passed"]["difference"], found["all"]["passed"]["said"]) == (0.45, "better")
     assert found["all"]["spanish"]["said"] == "worse"
     assert found["categories"]["definicion"]["said"] == "better"
+    assert found["kinds"]["passed"] == found["categories"]
+    assert set(found["kinds"]["spanish"]) == {"definicion", "ejemplo"}
     assert found["categories"]["ejemplo"]["said"] == "no difference shown"
     assert found["worse"] == ["¿0?"]
     assert len(found["better"]) == 10
@@ -177,10 +179,17 @@ def test_what_got_worse_comes_first_and_in_words() -> None:
         "general texts: perplexity 7.39 before and 12.18 after tuning (12 texts): worse",
         "tutor: 3 of 20 answers are copied by half or more",
         "base to tutor, all that was asked: 0 % (0/20), then 100 % (20/20) (+100 points, +70 to +100): better",
-        "base to tutor, all that was asked, definicion: 0 % (0/10), then 100 % (10/10) (+100 points, +50 to +100): "
-        "better",
-        "base to tutor, all that was asked, ejemplo: 0 % (0/10), then 100 % (10/10) (+100 points, +50 to +100): better",
     ]
+
+
+def test_a_kind_is_named_where_the_verdict_over_all_does_not_say_the_same() -> None:
+    kinds = [prompt["category"] for prompt in PROMPTS]
+    before = [record(spanish=kind == "definicion") for kind in kinds]
+    after = [record(spanish=kind != "definicion") for kind in kinds]
+    change = {"before": "base", "after": "tutor", **differences(PROMPTS, before, after, 7)}
+    assert said({"differences": [change]})[0] == (
+        "base to tutor, in Spanish, definicion: 100 % (10/10), then 0 % (0/10) (-100 points, -100 to -50): worse"
+    )
 
 
 def test_where_nothing_is_shown_only_the_verdict_over_all_is_said() -> None:

@@ -106,3 +106,24 @@ def test_what_got_worse_is_said_below_the_table():
     found = [{"said": "worse", "text": "general texts: …"}, {"said": "better", "text": "in Spanish: …"}]
     lines = summary.verdict_lines({"models": {"tutor": MODEL}, "findings": found})
     assert lines[-2:] == ["  WORSE: general texts: …", "  in Spanish: …"]
+
+
+def test_each_kind_of_question_has_its_count_and_what_changed_its_interval():
+    def rate(n: int) -> dict[str, Any]:
+        return {"n": n, "share": n / 8, "low": 0.0, "high": 1.0}
+
+    entry = {
+        "n": 8,
+        "before": rate(0),
+        "after": rate(8),
+        "difference": 1.0,
+        "low": 0.375,
+        "high": 1.0,
+        "said": "better",
+    }
+    kinds = {kind: {"n": 8, "passed": rate(count)} for kind, count in (("definicion", 2), ("ejemplo", 6))}
+    change = {"before": "base", "after": "tutor", "all": {"passed": entry}, "categories": {"definicion": entry}}
+    lines = summary.verdict_lines({"models": {"base": MODEL, "tutor": MODEL}, "differences": [change]})
+    assert "definicion 0 % (0/8) 100 % (8/8) +100 [+38, +100] better" in [" ".join(line.split()) for line in lines]
+    alone = summary.verdict_lines({"models": {"tutor": {**MODEL, "categories": kinds}}})
+    assert "ejemplo 75 % (6/8)" in [" ".join(line.split()) for line in alone]

@@ -117,7 +117,7 @@ def ladder_lines(ladder: Mapping[str, Any]) -> list[str]:
 
 
 def verdict_lines(evaluate: Mapping[str, Any]) -> list[str]:
-    """Verdicts as shares with their counts and median speed, a column a model; then what must be said of them."""
+    """Verdicts as shares with their counts and median speed, a column a model; kinds; what must be said of it all."""
     models = evaluate["models"]
     number = next(iter(models.values()))["all"]["n"]
     width = max(18, *(len(name) + 2 for name in models))
@@ -128,7 +128,31 @@ def verdict_lines(evaluate: Mapping[str, Any]) -> list[str]:
             rows.append(f"  {LABELS[verdict]:<22}{shares}")
     speeds = "".join(f"{model['tokens_per_second'] or 0:>{width}.0f}" for model in models.values())
     rows.append(f"  {'tokens per second':<22}{speeds}")
-    return [*rows, *(f"  {_finding(found)}" for found in evaluate.get("findings", ()))]
+    rows += _kinds(evaluate, width)
+    findings = [f"  {_finding(found)}" for found in evaluate.get("findings", ())]
+    return [*rows, *([""] if findings else []), *findings]
+
+
+def _kinds(evaluate: Mapping[str, Any], width: int) -> list[str]:
+    """All that was asked by kind of question: what changed from the first model, or each model where there is one."""
+    rows: list[str] = []
+    for change in evaluate.get("differences", ()):
+        sides = f"{change['before']:>18}{change['after']:>18}"
+        rows += [
+            "",
+            f"  {LABELS['passed']:<22}{sides}   change, in points (95 %)",
+            _change("all", change["all"]["passed"]),
+        ]
+        rows += [_change(name or "(no kind)", entry) for name, entry in change["categories"].items()]
+    if rows:
+        return rows
+    models = evaluate["models"].values()
+    kinds = next(iter(models)).get("categories", {})
+    for kind in kinds if len(kinds) > 1 else ():
+        asked = [model["categories"][kind] for model in models]
+        shares = "".join(f"{_share(rate['passed'], rate['n']):>{width}}" for rate in asked)
+        rows.append(f"  {kind or '(no kind)':<22}{shares}")
+    return ["", f"  {LABELS['passed']}, by kind of question", *rows] if rows else []
 
 
 def _share(rate: Mapping[str, Any], number: int) -> str:
@@ -152,9 +176,9 @@ def compared_lines(result: Mapping[str, Any]) -> list[str]:
         f"  {'':<22}{'A':>18}{'B':>18}   B - A, in points (95 %)",
         *(_change(LABELS[name], entry) for name, entry in result["all"].items()),
     ]
-    if len(result["categories"]) > 1:
-        rows += ["", f"  {LABELS['passed']}, by kind of question"]
-        rows += [_change(name or "(none)", entry) for name, entry in result["categories"].items()]
+    for verdict, kinds in result["kinds"].items() if len(result["categories"]) > 1 else ():
+        rows += ["", f"  {LABELS[verdict]}, by kind of question"]
+        rows += [_change(kind or "(no kind)", entry) for kind, entry in kinds.items()]
     for name in ("better", "worse"):
         if result[name]:
             rows += ["", f"  {name} in B: {len(result[name])} of {number}"]

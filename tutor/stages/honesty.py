@@ -139,15 +139,9 @@ def _perplexity(losses: Sequence[float]) -> float:
 
 def findings(results: Mapping[str, Any]) -> list[dict[str, str]]:
     """What the figures say, in plain words: `said` and `text`. What got worse comes first and is never left out."""
-    found = []
+    found: list[dict[str, str]] = []
     for change in results.get("differences", ()):
-        names = f"{change['before']} to {change['after']}"
-        for name, entry in change["all"].items():
-            if name == "passed" or entry["said"] != NOTHING:
-                found.append(_finding(f"{names}, {LABELS[name]}", entry))
-        for kind, entry in change["categories"].items():
-            if entry["said"] != NOTHING:
-                found.append(_finding(f"{names}, {LABELS['passed']}, {kind or '(no kind)'}", entry))
+        found += _changes(change)
     if asked := results.get("paraphrases"):
         found.append(_finding("the same questions in other words", asked))
     if general := results.get("general"):
@@ -159,6 +153,19 @@ def findings(results: Mapping[str, Any]) -> list[dict[str, str]]:
             count = f"{copies['half_copied']} of {copies['n']}"
             found.append({"said": "worse", "text": f"{name}: {count} answers are copied by half or more"})
     return sorted(found, key=lambda finding: finding["said"] != "worse")
+
+
+def _changes(change: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What was asked for, any verdict that changed, and a kind of question of which its verdict does not say so."""
+    names = f"{change['before']} to {change['after']}"
+    found = []
+    for name, over_all in change["all"].items():
+        if name == "passed" or over_all["said"] != NOTHING:
+            found.append(_finding(f"{names}, {LABELS[name]}", over_all))
+        for kind, entry in change["kinds"].get(name, {}).items():
+            if entry["said"] not in (NOTHING, over_all["said"]):
+                found.append(_finding(f"{names}, {LABELS[name]}, {kind or '(no kind)'}", entry))
+    return found
 
 
 def _finding(what: str, entry: Mapping[str, Any]) -> dict[str, str]:

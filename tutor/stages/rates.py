@@ -27,6 +27,8 @@ LABELS = {
     "expected": "as expected",
 }
 """The yes-or-no verdicts as they are counted, and what people call them; yes is good."""
+BY_KIND = ("passed", "spanish", "stopped", "compiles")
+"""Whose changes are counted by kind of question, too: a small model may pass nothing whole and have learnt much."""
 
 
 def summarise(prompts: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> dict[str, Any]:
@@ -64,18 +66,25 @@ def differences(
 ) -> dict[str, Any]:
     """What changed from one model's records to another's over the same prompts.
 
-    `all`: every verdict; `categories`: `passed` alone; `better` and `worse`: the questions that only one passes.
+    `all`: every verdict; `categories`: `passed` by kind of question, `kinds`: each of BY_KIND so; `better` and
+    `worse`: the questions that only one passes.
     """
     common = [name for name in _counted(before) if name in _counted(after)]
     won = [_held(record, "passed") for record in after]
     lost = [_held(record, "passed") for record in before]
     places = range(len(prompts))
+    kinds = {
+        name: {
+            kind: difference([before[at] for at in members], [after[at] for at in members], name, seed)
+            for kind, members in _kinds(prompts).items()
+        }
+        for name in BY_KIND
+        if name in common
+    }
     return {
         "all": {name: difference(before, after, name, seed) for name in common},
-        "categories": {
-            name: difference([before[at] for at in members], [after[at] for at in members], "passed", seed)
-            for name, members in _kinds(prompts).items()
-        },
+        "categories": kinds["passed"],
+        "kinds": kinds,
         "better": [prompts[at]["instruction"] for at in places if won[at] and not lost[at]],
         "worse": [prompts[at]["instruction"] for at in places if lost[at] and not won[at]],
     }
