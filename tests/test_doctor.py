@@ -19,6 +19,7 @@ import pytest
 from conftest import ROOT, environment, write_rows
 
 from tutor import capacity, doctor, host, lengths, pipeline, preflight
+from tutor.engines.memory import Wanted
 from tutor.errors import HostError
 from tutor.estimate import SHAPES
 from tutor.host import MIB, Gpu, Memory, Processor
@@ -37,6 +38,7 @@ CONFIG = {
     "vocab_size": 128256,
 }
 CPU = Processor("a processor", 2, ("avx2",))
+ANY = Wanted("nf4", "auto", "bf16", tokens=1024, rank=8, targets=("q_proj",))
 HEADING = "| NVIDIA-SMI 580.95.05   Driver Version: 580.95.05   CUDA Version: 13.0     |\n"
 NVIDIA_SMI = """#!/bin/sh
 case "$*" in
@@ -397,11 +399,11 @@ def test_a_row_is_never_estimated_longer_than_the_recipe_allows(based_on):
 
 def test_main_memory_that_others_use_is_a_warning_and_too_little_of_it_a_refusal(caplog):
     training = SimpleNamespace(gpu=False)
-    short = capacity.Fit(training, {"weights": 8 * GIB}, "this machine", 16 * GIB, 4 * GIB, {})
+    short = capacity.Fit(training, ANY, {"weights": 8 * GIB}, "this machine", 16 * GIB, 4 * GIB, {})
     with caplog.at_level("WARNING"):
         capacity.refuse_memory(short)
     assert "the rest is held by other programs" in caplog.text
-    beyond = capacity.Fit(training, {"weights": 8 * GIB}, "this container", 4 * GIB, 4 * GIB, {"max_length": 256})
+    beyond = capacity.Fit(training, ANY, {"weights": 8 * GIB}, "this container", 4 * GIB, 4 * GIB, {"max_length": 256})
     with pytest.raises(HostError, match=r"this container has 4.3 GB; set train.max_length = 256"):
         capacity.refuse_memory(beyond)
 

@@ -37,6 +37,7 @@ class Fit:
     """What a training takes and what there is for it, in bytes."""
 
     training: Training
+    wanted: memory.Wanted
     parts: Mapping[str, int]
     device: str
     total: int
@@ -91,8 +92,7 @@ def refuse_training(recipe: Recipe, build: Path, shape: Shape, gpu: host.Gpu | N
     """Raise HostError for a training that fails on this GPU, or without one on this CPU."""
     refuse_gpu(recipe.train, gpu)
     found = fit(recipe, build, shape, gpu)
-    wanted = wanted_of(recipe.train, found.rows, gpu, host.processor())
-    memory.refuse_limits(shape, wanted, found.training, found.free)
+    memory.refuse_limits(shape, found.wanted, found.training, found.free)
     refuse_memory(found)
     takes = seconds(recipe, shape, found, gpu)["train"]
     if gpu is None and takes and takes > LONG:
@@ -142,7 +142,12 @@ def fit(recipe: Recipe, build: Path, shape: Shape, gpu: host.Gpu | None) -> Fit:
     """What a recipe's training takes here, on a GPU or, without one, on the CPU."""
     total, free, device = room(gpu)
     rows = lengths.rows_of(recipe, build, build / recipe.name / FOLDERS["base"])
-    wanted = wanted_of(recipe.train, rows, gpu, host.processor())
+    cpu = host.processor()
+    most = memory.choose_pass_tokens(
+        shape, recipe.train, precision_of(recipe.train, gpu, cpu), lambda tried: lengths.pass_tokens(tried, rows),
+        (free, total), on_gpu=gpu is not None,
+    )  # fmt: skip
+    wanted = wanted_of(recipe.train.model_copy(update={"pass_tokens": most}), rows, gpu, cpu)
     training = memory.decide(shape, wanted, free)
     parts = estimate.memory(shape, training)
     known = {*TrainSettings.model_fields, "max_memory.gpu"}
@@ -152,7 +157,7 @@ def fit(recipe: Recipe, build: Path, shape: Shape, gpu: host.Gpu | None) -> Fit:
     if change is None:
         certain = known - {"max_memory.gpu"}  # its limit is for all parts
         change = fitting(shape, training, total, certain, lambda parts: estimate.certain(parts, gpu=training.gpu))
-    return Fit(training, parts, device, total, free, change, rows)
+    return Fit(training, wanted, parts, device, total, free, change, rows)
 
 
 def room(gpu: host.Gpu | None) -> tuple[int, int, str]:
@@ -166,12 +171,17 @@ def room(gpu: host.Gpu | None) -> tuple[int, int, str]:
 
 def wanted_of(settings: TrainSettings, rows: Rows | None, gpu: host.Gpu | None, cpu: host.Processor) -> memory.Wanted:
     """What a recipe's settings mean for memory here, with what they leave open still open."""
-    precision = settings.precision
-    if precision == "auto":
-        native = gpu.capability >= NATIVE_BF16 if gpu else cpu.multiplies_bf16
-        precision = "bf16" if native else "fp16" if gpu else "fp32"
+    precision = precision_of(settings, gpu, cpu)
     tokens, longest = lengths.pass_tokens(settings, rows)
     return memory.wanted(settings, precision, tokens, longest, on_gpu=gpu is not None)
+
+
+def precision_of(settings: TrainSettings, gpu: host.Gpu | None, cpu: host.Processor) -> str:
+    """What a recipe's training computes in here: bf16, fp16 or fp32."""
+    if settings.precision != "auto":
+        return settings.precision
+    native = gpu.capability >= NATIVE_BF16 if gpu else cpu.multiplies_bf16
+    return "bf16" if native else "fp16" if gpu else "fp32"
 
 
 def plan_of(recipe: Recipe, shape: Shape, rows: Rows | None, *, checkpointing: bool) -> Plan:

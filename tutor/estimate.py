@@ -42,8 +42,30 @@ GGUF_BITS = {
     "Q4_K_M": (4.9, 6.2),
     "Q4_K_S": (4.7, 6.0),
     "Q4_0": (4.7, 5.4),
+    "Q5_1": (6.1, 6.6),
+    "Q4_1": (5.1, 5.8),
+    "IQ4_NL": (4.7, 5.4),
+    "IQ4_XS": (4.5, 5.4),
+    "Q3_K_L": (4.3, 5.7),
+    "Q3_K_M": (4.0, 5.5),
+    "Q3_K_S": (3.7, 5.2),
+    "IQ3_M": (3.8, 5.3),
+    "IQ3_S": (3.7, 5.2),
+    "IQ3_XS": (3.5, 5.2),
+    "IQ3_XXS": (3.4, 5.2),
+    "Q2_K": (3.2, 5.2),
+    "Q2_K_S": (3.0, 5.1),
+    "IQ2_M": (3.0, 5.0),
+    "IQ2_S": (2.8, 5.0),
+    "IQ2_XS": (2.6, 5.0),
+    "IQ2_XXS": (2.4, 4.9),
+    "TQ2_0": (2.6, 4.9),
+    "TQ1_0": (2.2, 4.8),
+    "IQ1_M": (2.2, 4.9),
+    "IQ1_S": (2.0, 4.8),
 }
-"""Of a number on average: of the 8B, by its matrices' types, and where rows do not fill blocks, of the demo's 135M."""
+"""Of a number on average: of the 8B, by its matrices' types, and where rows do not fill blocks, of the demo's 135M;
+rounded up from what `llama-quantize --dry-run` of the pinned llama.cpp says."""
 CPU_RATES = {"bf16": 70e9, "fp32": 40e9}
 """Floating-point operations a second and core that a training gets: the 135M on a core with AMX."""
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "T4": 65e12, "4090": 165e12}

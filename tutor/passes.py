@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tutor.recipe import TrainSettings
 
+LARGEST = 4096
+"""Tokens of a packed pass beyond which it is hardly quicker (docs/benchmarks.md), and its memory grows all the same."""
+
 
 @dataclass(frozen=True)
 class Passes:
@@ -38,11 +41,16 @@ def passes_of(settings: "TrainSettings", lengths: Sequence[int], count: int = 1)
     """The passes of a recipe over rows of these lengths, in each of `count` processes that share a step's rows."""
     rows = settings.batch_size * settings.accumulation // count
     if settings.packing:
-        passes = packed_passes(rows, lengths, settings.pass_tokens)
+        passes = packed_passes(rows, lengths, limit(settings))
     else:
         size = math.gcd(settings.batch_size, rows)
         passes = padded_passes(size, rows // size, lengths)
     return replace(passes, processes=count)
+
+
+def limit(settings: "TrainSettings") -> int:
+    """Tokens of a packed pass at most, where memory does not say less."""
+    return settings.pass_tokens if isinstance(settings.pass_tokens, int) else LARGEST
 
 
 def most_tokens(settings: "TrainSettings", lengths: Sequence[int]) -> int:
@@ -50,7 +58,7 @@ def most_tokens(settings: "TrainSettings", lengths: Sequence[int]) -> int:
     longest = sorted(lengths, reverse=True)
     if not settings.packing:
         return min(settings.batch_size, len(longest)) * longest[0]
-    return max(longest[0], min(settings.pass_tokens, sum(longest[: settings.batch_size * settings.accumulation])))
+    return max(longest[0], min(limit(settings), sum(longest[: settings.batch_size * settings.accumulation])))
 
 
 def packed_passes(step_rows: int, lengths: Sequence[int], budget: int) -> Passes:

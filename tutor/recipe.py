@@ -121,7 +121,8 @@ class TrainSettings(Settings):
     batch_size: int = Field(1, ge=1)
     accumulation: int = Field(10, ge=1)
     packing: bool = True  # the same rows a step in fewer passes, unpadded; false: batch_size a pass, as specified
-    pass_tokens: int = Field(1024, ge=1)  # of a packed pass at most: two of our longest rows; more is quicker
+    # Of a packed pass at most; auto: 4096, the quickest, or what memory has room for without computing twice.
+    pass_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"  # noqa: S105
     epochs: int = Field(6, ge=1)
     learning_rate: float = Field(2e-4, gt=0, lt=1)  # not in the specification; TRL's 2e-5 is too low for LoRA
     warmup: float = Field(0.03, ge=0, lt=1)  # share of the steps

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tutor import estimate
+from tutor import estimate, passes
 from tutor.errors import ArtifactError, HostError, RecipeError
 from tutor.estimate import SOURCES, Shape, Training, gb
 from tutor.modelfolder import read_json
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from tutor.recipe import TrainSettings
 
@@ -103,6 +103,36 @@ def wanted(settings: "TrainSettings", precision: str, tokens: int, longest: int,
         gpu=gpu,
         cpu=cpu,
     )
+
+
+def choose_pass_tokens(
+    shape: Shape,
+    settings: "TrainSettings",
+    precision: str,
+    sizes: "Callable[[TrainSettings], tuple[int, int]]",
+    room: tuple[int, int],
+    *,
+    on_gpu: bool,
+) -> int:
+    """`train.pass_tokens`, or for auto the most of 4096, 2048, ... for which nothing else has to give way.
+
+    `sizes` tells the tokens of the largest pass and of the longest row with given settings; `room` is free and total
+    bytes. Of a GPU what is free counts, of main memory half of all: the same machine then trains the same way again.
+    """
+    if isinstance(settings.pass_tokens, int):
+        return settings.pass_tokens
+    free = room[0] if on_gpu else room[1] // 2
+    fit: list[tuple[bool, bool, int]] = []
+    tokens = passes.LARGEST
+    while True:
+        largest, longest = sizes(settings.model_copy(update={"pass_tokens": tokens}))
+        asked = wanted(settings, precision, largest, longest, on_gpu=on_gpu)
+        training = decide(shape, asked, free)
+        if training.resident is None and needed_bytes(shape, training) <= _budget(asked, free):
+            fit.append((training.quantization == "none", not training.checkpointing, tokens))
+        if largest <= longest or tokens == 1:
+            return max(fit)[2] if fit else tokens
+        tokens //= 2
 
 
 def decide(shape: Shape, wanted: Wanted, free: int) -> Training:

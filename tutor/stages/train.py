@@ -53,6 +53,9 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
         for name in ("train", "held_out")
     )
     precision = processes.same(choose_precision, settings.precision)
+    settings = settings.model_copy(
+        update={"pass_tokens": processes.same(choose_passes, settings, precision, model_folder, train)}
+    )
     passes = plan_passes(settings, train, processes.world())
     plan = processes.same(make_plan, settings, precision, model_folder, passes)
     training = checkpoint.Training(
@@ -129,6 +132,17 @@ def plan_passes(settings: "TrainSettings", rows: Sequence[Encoded], count: int =
             "start as many as divide them, or change train.accumulation",
         )
     return passes_of(settings, [len(row.ids) for row in rows], count)
+
+
+def choose_passes(settings: "TrainSettings", precision: str, model_folder: Path, rows: Sequence[Encoded]) -> int:
+    """Tokens of a packed pass at most, on this machine."""
+
+    def sizes(tried: "TrainSettings") -> tuple[int, int]:
+        return plan_passes(tried, rows, processes.world()).tokens, longest
+
+    shape, longest = memory.read_shape(model_folder), max(len(row.ids) for row in rows)
+    cuda = torch.cuda.is_available()
+    return memory.choose_pass_tokens(shape, settings, precision, sizes, room(), on_gpu=cuda)
 
 
 def make_plan(settings: "TrainSettings", precision: str, model_folder: Path, passes: Passes) -> memory.Plan:
