@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from tutor import artifacts, pipeline
+from tutor import artifacts, chain, pipeline
 from tutor.progress import quiet_libraries
 from tutor.recipe import Recipe, read_recipe
 from tutor.stages import checkpoint
@@ -187,7 +187,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)  # a thread pool does not survive a fork
-    pipeline.BY_NAME["train"].module  # noqa: B018 - the imports, once
+    chain.BY_NAME["train"].module  # noqa: B018 - the imports, once
     with tempfile.TemporaryDirectory(prefix="kill-train-") as root:
         counts = campaign(Path(root), chosen.kills, chosen.epochs, chosen.span, random.Random(chosen.seed))  # noqa: S311
     names = ("LOST CHECKPOINTS", "FAILED RUNS", "OTHER ADAPTERS")

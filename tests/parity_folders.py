@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from tutor import artifacts
+from tutor.chain import BY_NAME
 from tutor.engines.trace import END, Step, Trace
-from tutor.pipeline import BY_NAME
 from tutor.recipe import Recipe
 from tutor.stages.parity_compare import Seen
 from tutor.stages.parity_gate import to_record

@@ -12,10 +12,11 @@ from test_evaluate import ENGLISH, SPANISH, asked, llamacpp  # noqa: F401 - the 
 
 from tutor import artifacts, summary
 from tutor.answering import Who, named
+from tutor.chain import BY_NAME
 from tutor.cli_eval import compare_command
 from tutor.errors import ArtifactError, RecipeError, ServiceError
 from tutor.evaluating import compare, evaluate
-from tutor.pipeline import BY_NAME, clean
+from tutor.pipeline import clean
 from tutor.recipe import Recipe
 
 PROMPTS = [

@@ -15,10 +15,10 @@ from parity_folders import trace, write_parity
 from test_publish import SYSTEM, make_stages
 
 from tutor import artifacts, pipeline, publishing, summary
+from tutor.chain import BY_NAME
 from tutor.engines.llamacpp import Score
 from tutor.engines.trace import END, Step, Trace
 from tutor.errors import ArtifactError, GateError
-from tutor.pipeline import BY_NAME
 from tutor.quantizations import KINDS
 from tutor.recipe import BUDGETS, OllamaSettings, ParitySettings, Recipe, read_recipe
 from tutor.stages.parity_compare import CHECKS, Check, Seen, Tolerance, compare

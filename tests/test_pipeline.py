@@ -11,8 +11,9 @@ import pytest
 from conftest import write_rows
 
 from tutor import artifacts, pipeline
+from tutor.chain import BY_NAME, STAGES
 from tutor.errors import ArtifactError, DataError, RecipeError
-from tutor.pipeline import BY_NAME, STAGES, clean, differences, inspect, run_all, run_one
+from tutor.pipeline import clean, differences, inspect, run_all, run_one
 from tutor.recipe import Recipe, Settings, read_recipe
 
 

@@ -12,8 +12,8 @@ from parity_folders import write_parity
 from test_publish import SYSTEM, make_stages
 
 from tutor import artifacts, promoting, publishing
+from tutor.chain import BY_NAME
 from tutor.errors import GateError, RecipeError
-from tutor.pipeline import BY_NAME
 from tutor.recipe import OllamaSettings, Recipe
 
 PROMPTS = [f"¿Qué es {number}?" for number in range(24)]

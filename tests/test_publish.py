@@ -13,9 +13,9 @@ from fake_ollama import FakeOllama, write_gguf
 from parity_folders import write_parity
 
 from tutor import artifacts, evaluating, promoting, publishing, summary
+from tutor.chain import BY_NAME
 from tutor.engines.ollama_api import Ollama, connect
 from tutor.errors import ArtifactError, GateError, LockError, RecipeError, ServiceError, TutorError
-from tutor.pipeline import BY_NAME
 from tutor.recipe import OllamaSettings, Recipe
 from tutor.stages import modelfile
 from tutor.stages.publish import Model, build_id, models, promote, publish, read_model, rollback, switch

@@ -18,7 +18,8 @@ import pytest
 from conftest import make_tokenizer
 
 from tutor.artifacts import Manifest, writing
-from tutor.pipeline import BY_NAME, State, inspect, run_one
+from tutor.chain import BY_NAME
+from tutor.pipeline import State, inspect, run_one
 from tutor.recipe import read_recipe
 from tutor.stages import rates
 from tutor.stages.page import visible

@@ -21,7 +21,7 @@ import pytest
 from conftest import ROOT, TUTOR, environment
 from test_publish import SYSTEM, make_stages
 
-from tutor import artifacts, pipeline, publishing
+from tutor import artifacts, chain, pipeline, publishing
 from tutor.engines.llamacpp_build import build_folder, is_built
 from tutor.errors import ArtifactError, DataError, GateError, TutorError
 from tutor.recipe import OllamaSettings, Recipe, read_recipe
@@ -162,12 +162,12 @@ def test_another_base_of_the_same_shape_before_merging(recipe: Recipe, folder: P
     (folder / "base/base.json").write_text(json.dumps(facts), "utf-8")
     artifacts.remove(folder / "merged")
     with pytest.raises(ArtifactError, match="was trained on other weights") as caught:
-        pipeline.BY_NAME["merge"].module.run(recipe, inputs(folder), folder / "merged")
+        chain.BY_NAME["merge"].module.run(recipe, inputs(folder), folder / "merged")
     report("another base of the same shape", "merge: base hash", caught)
 
 
 def inputs(folder: Path) -> dict[str, Path]:
-    return {stage.name: folder / stage.folder for stage in pipeline.STAGES}
+    return {stage.name: folder / stage.folder for stage in chain.STAGES}
 
 
 def test_another_base_that_was_put_in_place_silently(recipe: Recipe, folder: Path, report: Report) -> None:
@@ -215,7 +215,7 @@ def test_the_wrong_template_in_the_merged_folder(recipe: Recipe, folder: Path, r
     caught = compared(recipe, folder, r"base \+ adapter -> merged \(merge\) diverges in its prompt")
     report("wrong chat template in merged/, after converting", "parity: merge", caught)
     with pytest.raises(ArtifactError, match="chat_template: expected") as early:
-        pipeline.BY_NAME["convert"].module.run(recipe, inputs(folder), folder)
+        chain.BY_NAME["convert"].module.run(recipe, inputs(folder), folder)
     report("wrong chat template in merged/", "convert: GGUF read-back", early)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, TUTOR, environment
 
-from tutor import artifacts, pipeline
+from tutor import artifacts, chain
 from tutor.engines import llamacpp_build
 
 pytestmark = [
@@ -46,7 +46,7 @@ def result(*arguments: str | Path, build: Path) -> Any:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build folder in which every stage has run."""
     build = tmp_path_factory.mktemp("whole")
-    assert result("run", build=build)["ran"] == list(pipeline.BY_NAME)
+    assert result("run", build=build)["ran"] == list(chain.BY_NAME)
     return build
 
 
@@ -94,14 +94,14 @@ def test_two_runs_from_scratch_are_byte_identical(built: Path, tmp_path: Path) -
         assert (tmp_path / "tiny" / name).read_bytes() == (built / "tiny" / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("stage", list(pipeline.BY_NAME))
+@pytest.mark.parametrize("stage", list(chain.BY_NAME))
 @pytest.mark.parametrize("after", [0.0, 1.5], ids=["at once", "in the middle"])
 def test_kill_9_leaves_nothing_half_and_the_same_command_completes(
     built: Path, tmp_path: Path, stage: str, after: float
 ) -> None:
     shutil.copytree(built / "tiny", tmp_path / "tiny")
     tutor("clean", stage, build=tmp_path)
-    folder = tmp_path / "tiny" / pipeline.BY_NAME[stage].folder
+    folder = tmp_path / "tiny" / chain.BY_NAME[stage].folder
     partial = folder.with_name(folder.name + artifacts.PARTIAL)
     command = [TUTOR, "run", "--until", stage, "--recipe", RECIPE, "--build", tmp_path]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tutor import artifacts
+from tutor.chain import BY_NAME
 from tutor.errors import ArtifactError, RecipeError
-from tutor.pipeline import BY_NAME
 from tutor.served import served_quantization
 
 if TYPE_CHECKING:

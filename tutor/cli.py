@@ -124,10 +124,10 @@ _stage_command("modelfile", "modelfile", "Render the Modelfile for Ollama.")
 @click.pass_obj
 def run_command(flags: dict[str, bool], until: str | None, recipe_path: Path, build: Path, *, as_json: bool) -> None:
     """Run every stage that is not up to date, in order, and sum up."""
-    from tutor import pipeline
+    from tutor import chain, pipeline
 
-    if until is not None and until not in pipeline.BY_NAME:
-        raise click.BadParameter(f"{until!r}; known: {', '.join(pipeline.BY_NAME)}", param_hint="--until")
+    if until is not None and until not in chain.BY_NAME:
+        raise click.BadParameter(f"{until!r}; known: {', '.join(chain.BY_NAME)}", param_hint="--until")
     recipe = read(recipe_path)
     with shown_on_stderr(flags):
         ran = pipeline.run_all(recipe, build, until=until)
@@ -180,10 +180,10 @@ def status_command(context: click.Context, recipe_path: Path, build: Path, *, ve
 @json_option
 def why_command(stage: str, recipe_path: Path, build: Path, *, as_json: bool) -> None:
     """Why STAGE is not up to date: what changed since it was made."""
-    from tutor import pipeline
+    from tutor import chain, pipeline
 
-    if stage not in pipeline.BY_NAME:
-        raise click.BadParameter(f"{stage!r}; known: {', '.join(pipeline.BY_NAME)}", param_hint="STAGE")
+    if stage not in chain.BY_NAME:
+        raise click.BadParameter(f"{stage!r}; known: {', '.join(chain.BY_NAME)}", param_hint="STAGE")
     states = {state.stage.name: state for state in pipeline.inspect(read(recipe_path), build)}
     reasons = pipeline.differences(states[stage])
     lines = reasons or [f"{stage} is up to date"]
@@ -203,14 +203,14 @@ def clean_command(stages: tuple[str, ...], recipe_path: Path, build: Path, *, as
 
 
 def _stage(name: str, flags: dict[str, bool], recipe_path: Path, build: Path, *, as_json: bool) -> None:
-    from tutor import artifacts, pipeline
+    from tutor import artifacts, chain, pipeline
 
     recipe = read(recipe_path)
     with shown_on_stderr(flags):
         ran = pipeline.run_one(name, recipe, build)
     if not processes.is_first():
         return
-    folder = build / recipe.name / pipeline.BY_NAME[name].folder
+    folder = build / recipe.name / chain.BY_NAME[name].folder
     manifest = artifacts.require(folder, name)
     result = {"stage": name, "ran": ran, "folder": str(folder), "results": manifest.results}
     lines = [f"{name}: {folder}" if ran else f"{name}: up to date, {folder}", *tree(manifest.results)]

@@ -136,8 +136,8 @@ def lint_command(  # noqa: PLR0913 - a command's options
 
 def _tokenizer(recipe: "Recipe", build: Path) -> Path | None:
     """The base's tokenizer.json, where the base stage has run and the package that reads it is there."""
+    from tutor.chain import BY_NAME
     from tutor.modelfolder import read_facts
-    from tutor.pipeline import BY_NAME
 
     if importlib.util.find_spec("tokenizers"):
         with contextlib.suppress(ArtifactError):

@@ -15,12 +15,12 @@ from tutor.cli_options import emit, json_option, read, recipe_option, shown_on_s
 @click.pass_obj
 def report_command(flags: dict[str, bool], recipe_path: Path, build: Path, *, opened: bool, as_json: bool) -> None:
     """Write one page of all that was found out, and a model card; what has not run is said in it."""
-    from tutor import artifacts, pipeline
+    from tutor import artifacts, chain, pipeline
 
     recipe = read(recipe_path)
     with shown_on_stderr(flags):
         ran = pipeline.run_one("report", recipe, build)
-    folder = build / recipe.name / pipeline.BY_NAME["report"].folder
+    folder = build / recipe.name / chain.BY_NAME["report"].folder
     results = artifacts.require(folder, "report").results
     page, card = (folder / results[name] for name in ("page", "card"))
     lacks = [f"  not in it, for it has not run: {', '.join(results['missing'])}"] if results["missing"] else []

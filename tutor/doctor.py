@@ -155,7 +155,12 @@ def gpu_checks(gpus: list[host.Gpu]) -> Iterator[Check]:
     several = f"{len(gpus)} are visible; training takes one" if len(gpus) > 1 else ""
     for gpu in gpus:
         memory = f"{gpu.name}, {estimate.gb(gpu.total)}, {estimate.gb(gpu.free)} free"
-        yield Check("GPU", "warning" if several else "ok", memory, several and f"{several}: set CUDA_VISIBLE_DEVICES")
+        yield Check(
+            "GPU",
+            "warning" if several else "ok",
+            memory,
+            several and f"{several}: set CUDA_VISIBLE_DEVICES, or use accelerate launch",
+        )
     first = gpus[0]
     capability = ".".join(map(str, first.capability))
     if first.capability < capacity.CAPABILITY:

@@ -16,9 +16,10 @@ from typing import Any
 
 from tutor import artifacts, publishing
 from tutor.answering import Who, identity, named, opened
+from tutor.chain import BY_NAME
 from tutor.engines.answer import greedy
 from tutor.errors import ArtifactError, RecipeError
-from tutor.pipeline import BY_NAME, announced
+from tutor.pipeline import announced
 from tutor.recipe import Recipe
 from tutor.stages import evaluate as stage
 from tutor.stages import honesty, rates

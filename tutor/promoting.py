@@ -14,11 +14,12 @@ from typing import Any
 
 from tutor import artifacts, evaluating, publishing
 from tutor.answering import Who
+from tutor.chain import BY_NAME
 from tutor.engines import ollama
 from tutor.engines.ollama_api import Ollama
 from tutor.errors import ArtifactError, GateError
 from tutor.modelfolder import read_json
-from tutor.pipeline import BY_NAME, pass_gate
+from tutor.pipeline import pass_gate
 from tutor.recipe import Recipe
 from tutor.stages import evaluate, parity_ollama
 from tutor.stages import publish as stage

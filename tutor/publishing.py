@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from tutor import artifacts
+from tutor.chain import BY_NAME
 from tutor.engines import ollama
 from tutor.engines.llamacpp_build import build_key
 from tutor.engines.ollama_api import Ollama
 from tutor.errors import ArtifactError, GateError
-from tutor.pipeline import BY_NAME, PACKAGE, announced, pass_gate
+from tutor.pipeline import PACKAGE, announced, pass_gate
 from tutor.recipe import Recipe
 from tutor.served import served_quantization
 from tutor.stages import parity_ollama

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tutor import artifacts
-from tutor.pipeline import BY_NAME
+from tutor.chain import BY_NAME
 from tutor.recipe import Recipe
 from tutor.stages.parity_gate import lines as parity_lines
 from tutor.stages.rates import LABELS

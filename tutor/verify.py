@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tutor import artifacts
+from tutor.chain import BY_NAME
 from tutor.engines import ollama_api
 from tutor.engines.gguf_file import Gguf, read_gguf
 from tutor.errors import ArtifactError, RecipeError, ServiceError
 from tutor.modelfolder import read_facts
-from tutor.pipeline import BY_NAME
 from tutor.recipe import Recipe
 from tutor.stages import lineage
 

@@ -48,7 +48,8 @@ def _pairs(encoded: Encoded) -> list[tuple[int, int]]:
 
 def _texts(tokenizer: Decoder, ids: Sequence[int]) -> list[dict[str, Any]]:
     """Tokens as texts: those that share one sign (bytes of an accent) are one entry."""
-    special, texts, held = set(tokenizer.all_special_ids), [], []
+    special, texts = set(tokenizer.all_special_ids), list[dict[str, Any]]()
+    held: list[int] = []
     for token in ids:
         if token in special:
             if held:
