@@ -309,7 +309,7 @@ class Handler(BaseHTTPRequestHandler):
                 "parameters": "\n".join(f"{name:<30} {json.dumps(v, ensure_ascii=False)}" for name, v in parameters),
                 "details": {"family": "llama", "quantization_level": model.facts["quantization"]},
                 "capabilities": ["tools", "thinking", "completion"] if model.native else self.server.capabilities,
-                "model_info": model.facts["info"],
+                "model_info": model.facts.get("info", {}),
                 "modelfile": f"# by the fake\nFROM /models/blobs/{model.blob.replace(':', '-')}\n",
             }
             self.json(answer | ({"system": said["system"]} if "system" in said else {}))

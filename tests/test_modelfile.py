@@ -403,7 +403,7 @@ def test_run_writes_a_modelfile_and_the_same_as_json(build, tmp_path):
     (tmp_path / "r.toml").write_text('system = "Eres un tutor."\nseed = 7\n[ollama]\nmodel = "mi-tutor"\n', "utf-8")
     recipe = read_recipe(tmp_path / "r.toml")
     (build / "model").mkdir()
-    summary = modelfile.run(recipe, {"convert": build / "gguf"}, build / "model")
+    summary = modelfile.run(recipe, {"convert": build / "gguf", "ladder": build / "ladder"}, build / "model")
     parsed = parse((build / "model" / "Modelfile").read_bytes().decode())
     create = json.loads((build / "model" / "create.json").read_bytes())
     assert create == {

@@ -24,6 +24,7 @@ from conftest import ROOT
 
 from tutor import preflight, stack
 from tutor.errors import HostError, RecipeError, ServiceError
+from tutor.host import Memory
 from tutor.recipe import Recipe, read_recipe
 from tutor.stack import Stack, StackError
 
@@ -250,15 +251,16 @@ def test_images_that_are_not_built_need_room_too(host, recipe, tmp_path, monkeyp
     assert any("1 GB free of 14 GB" in line for line in problems(recipe, tmp_path))
 
 
-def test_a_training_beyond_the_gpu_is_said_before_anything_is_built(host, large, tmp_path):
+def test_a_training_beyond_the_gpu_is_said_before_anything_is_built(host, large, tmp_path, monkeypatch):
     """With the setting that fits, and among all else that is missing."""
+    monkeypatch.setattr("tutor.host.memory", lambda: Memory(32 << 30, 30 << 30, None))  # layers may wait in it
     large = large.model_copy(update={"base": type(large.base)()})
     host.add("nvidia-smi")
     host.says("nvidia-smi --query-gpu", stdout="0, GPU-1, NVIDIA T1000, 580.95.05, 7.5, 4096, 4000\n")
     host.says("nvidia-smi --list-gpus", stdout="GPU 0: NVIDIA T1000 (UUID: GPU-1)\n")
     host.says("docker info", stdout=json.dumps({**INFO, "Runtimes": {"nvidia": {}}}))
     (found,) = [line for line in problems(large, tmp_path) if "disk" not in line]
-    assert "NVIDIA T1000 has 4.3 GB; no setting makes it fit" in found
+    assert 'NVIDIA T1000 has 4.3 GB; set train.max_memory.gpu = "4096MiB"' in found
 
 
 def test_a_port_that_another_program_has_is_said_before_anything_runs(host, recipe, tmp_path, monkeypatch):

@@ -80,7 +80,7 @@ def test_training_lowers_the_held_out_loss_and_every_gguf_keeps_it(built: Path) 
     summary = result("summary", build=built)["stages"]
     held = summary["train"]["held_out"]
     assert held["loss_after"] < held["loss_before"] - 0.02
-    scored = {name: entry["loss"] for name, entry in summary["evaluate"]["perplexity"].items()}
+    scored = {name: entry["loss"] for name, entry in summary["ladder"]["perplexity"].items()}
     assert set(scored) == {"base-Q8_0", "tutor-F16", "tutor-Q8_0", "tutor-Q4_K_M"}
     assert all(math.isclose(scored[name], scored["tutor-F16"], rel_tol=0.03) for name in scored if "tutor" in name)
     assert scored["tutor-F16"] < scored["base-Q8_0"] - 0.02
