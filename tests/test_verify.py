@@ -179,7 +179,7 @@ def adapter(built: Built, path: Path) -> Path:
     rank = 2
     random_ = np.random.default_rng(3)
     rows = random()[f"{ATTENTION}q_proj.weight"].shape
-    a, b = (random_.standard_normal(shape).astype(np.float32) for shape in ((rank, rows[1]), (rows[0], rank)))
+    a, b = (random_.standard_normal(shape, np.float32) for shape in ((rank, rows[1]), (rows[0], rank)))
     named = f"base_model.model.{ATTENTION}q_proj.lora_"
     save_file({f"{named}A.weight": a, f"{named}B.weight": b}, built.folder / "adapter" / "adapter_model.safetensors")
     writer = gguf.GGUFWriter(path, "llama")
@@ -188,8 +188,8 @@ def adapter(built: Built, path: Path) -> Path:
     for key, value in lineage.keyed(lineage.adapter_lineage(built.recipe, built.inputs)).items():
         writer.add_string(key, value)
     ordered = permuted(f"{ATTENTION}q_proj.weight", b)
-    for half, value in (("a", a), ("b", ordered)):
-        writer.add_tensor(f"blk.0.attn_q.weight.lora_{half}", value.astype(np.float16))
+    for half, matrix in (("a", a), ("b", ordered)):
+        writer.add_tensor(f"blk.0.attn_q.weight.lora_{half}", matrix.astype(np.float16))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
