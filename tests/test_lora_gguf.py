@@ -8,7 +8,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from test_llamacpp import build, real  # noqa: F401 - fixtures
+from test_llamacpp import RECOGNISER, build, real  # noqa: F401 - fixtures
 
 from tutor.engines.lora_gguf import check_adapter, lora_to_gguf
 from tutor.errors import ArtifactError, HostError
@@ -17,7 +17,7 @@ RANK, ALPHA = 4, 8
 BASE = {"blk.0.attn_q.weight": (16, 16), "blk.0.attn_k.weight": (8, 16)}
 """Rows and columns, as numpy has them; a GGUF names the row's length first."""
 CONVERTER = """
-import argparse, os, shutil, sys
+import argparse, json, os, shutil, sys
 from pathlib import Path
 
 here = Path(__file__).parent
@@ -29,6 +29,10 @@ for name in ("--base", "--outfile", "--outtype"):
     parser.add_argument(name)
 parser.add_argument("adapter")
 given = parser.parse_args()
+from conversion.base import TextModel
+model = TextModel()
+model.prepare_metadata(vocab_only=False)
+(here / "said.json").write_text(json.dumps(model.gguf_writer.said))
 (here / "given.txt").write_text(f"{given.base} {given.outtype} {os.environ['HF_HUB_OFFLINE']}")
 shutil.copy(here / "made.gguf", given.outfile)
 """
@@ -119,6 +123,8 @@ def adapter(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """An adapter's folder, and in `build` a converter that makes a fitting file of any."""
     made: Path = request.getfixturevalue("build")
     (made / "convert_lora_to_gguf.py").write_text(CONVERTER)
+    (made / "conversion").mkdir()
+    (made / "conversion" / "base.py").write_text(RECOGNISER)
     write(made / "made.gguf", pairs(), **FIELDS)
     folder = tmp_path / "adapter"
     folder.mkdir()
@@ -128,7 +134,8 @@ def adapter(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def test_the_converter_gets_the_base_and_no_network(base: Path, adapter: Path, tmp_path: Path) -> None:
     target = tmp_path / "lora.gguf"
-    assert lora_to_gguf(adapter, tmp_path / "base", base, target) == 2
+    assert lora_to_gguf(adapter, tmp_path / "base", base, target, {"tutor.base": "ours"}) == 2
+    assert json.loads((tmp_path / "build/said.json").read_text()) == {"theirs": "False", "tutor.base": "ours"}
     assert (tmp_path / "build/given.txt").read_text() == f"{tmp_path / 'base'} f16 1"
     assert target.read_bytes() == (tmp_path / "build/made.gguf").read_bytes()
 
@@ -173,7 +180,8 @@ def test_an_adapter_that_a_gguf_cannot_hold_is_refused(base: Path, adapter: Path
 def test_base_and_adapter_score_an_answer_as_the_merged_model_does(
     tmp_path: Path, tiny_with_adapter: Callable[[Path], tuple[Path, Path, Path]]
 ) -> None:
-    from tutor.engines.gguf_file import pre_tokenizer
+    from tutor.engines.gguf_file import pre_tokenizer, read_gguf
+    from tutor.engines.gguf_weights import adapter_weights_of, check_exact
     from tutor.engines.llamacpp import score, to_gguf
 
     model, adapter, merged = tiny_with_adapter(tmp_path)
@@ -181,7 +189,10 @@ def test_base_and_adapter_score_an_answer_as_the_merged_model_does(
     for name, folder in files.items():
         to_gguf(folder, tmp_path / f"{name}.gguf", pre_tokenizer(folder / "tokenizer.json"))
     lora = tmp_path / "lora.gguf"
-    assert lora_to_gguf(adapter, model, tmp_path / "base.gguf", lora) == 8
+    assert lora_to_gguf(adapter, model, tmp_path / "base.gguf", lora, {"tutor.adapter.sha256": "abc"}) == 8
+    made = read_gguf(lora)
+    assert made.fields["tutor.adapter.sha256"] == "abc"
+    assert check_exact(lora, made, adapter_weights_of(adapter, model)) == [], "q's and k's rows are reordered in B"
 
     rows = [([1, 40, 41, 42, 90], [43, 44, 45, 46, 47, 48])]
 

@@ -18,6 +18,7 @@ from transformers import PrinterCallback  # noqa: E402
 
 from tutor import capacity, doctor, estimate  # noqa: E402
 from tutor.engines import memory, offload  # noqa: E402
+from tutor.engines.dropout import quicken_dropout  # noqa: E402
 from tutor.engines.hf import choose_precision, load_base, room  # noqa: E402
 from tutor.engines.memory import Wanted  # noqa: E402
 from tutor.engines.scoring import mean_loss  # noqa: E402
@@ -125,6 +126,7 @@ def test_activations_are_what_autograd_keeps(targets: tuple[str, ...], checkpoin
     if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    quicken_dropout(model)
     model.train()
     own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept: dict[int, Any] = {}

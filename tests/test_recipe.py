@@ -127,6 +127,9 @@ def test_every_successor_of_a_retired_name_exists():
         ("[train]\ngradient_checkpointing = 1", "train.gradient_checkpointing"),
         ("[train]\npatience = 3\nevaluations_per_epoch = 0", "train.patience counts evaluations"),
         ("[convert]\nquantizations = ['Q4']", "convert.quantizations.0 is 'Q4'"),
+        ("[convert]\nquantizations = ['Q2_0']", "cannot be read back"),
+        ("[convert]\nquantizations = ['BF16']", "is no quantization, and F16 is always made"),
+        ("[convert]\nquantizations = ['q4_k', 'Q4_K_M', 'Q5_K_M', 'Q8_0']", "names one twice: Q4_K_M, Q4_K_M"),
         (
             "[merge]\nbase = 'nf4'\n[train]\nquantization = 'none'",
             "merge.base is 'nf4' and train.quantization is 'none'; set merge.base to original or auto",
@@ -253,3 +256,12 @@ def test_a_recipe_without_a_name_would_build_outside_its_folder(refused, name):
 def test_a_recipe_cannot_be_changed_once_it_is_read():
     with pytest.raises(ValueError, match="frozen"):
         Recipe().train.rank = 9
+
+
+def test_quantizations_are_taken_by_every_name_that_llama_quantize_knows_them_by(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_text("[convert]\nquantizations = ['q4_k', 'IQ4_nl']\n[ollama]\nquantization = 'Q4_K'")
+    recipe = read_recipe(path)
+    assert (recipe.convert.quantizations, recipe.ollama.quantization) == (["Q4_K_M", "IQ4_NL"], "Q4_K_M")
+    path.write_text("[ollama]\nquantization = 'Auto'")
+    assert read_recipe(path).ollama.quantization == "auto"

@@ -23,6 +23,7 @@ import yaml
 from conftest import ROOT
 
 from tutor import preflight, stack
+from tutor.chain import BY_NAME
 from tutor.errors import HostError, RecipeError, ServiceError
 from tutor.host import Memory
 from tutor.recipe import Recipe, read_recipe
@@ -304,14 +305,46 @@ def services_run(host: Host) -> list[str]:
 def test_services_run_in_order_each_with_a_log_and_a_result(host, recipe, tmp_path):
     host.says("run --rm", stdout='{"ran": true}', stderr="working on it\n")
     result = stack.run_all(recipe, tmp_path / "build")
-    assert services_run(host) == ["trainer", "merger", "converter", "ollama", "publisher", "evaluator"]
-    assert result["ran"] == ["trainer", "merger", "converter", "publisher", "evaluator"]
+    assert services_run(host) == ["trainer", "merger", "converter", "ollama", "publisher", "evaluator", "reporter"]
+    assert result["ran"] == ["trainer", "merger", "converter", "publisher", "evaluator", "reporter"]
     assert result["host"] == "127.0.0.1:11434"
     build = next(index for index, line in enumerate(host.calls) if " build " in line)
     assert build < next(index for index, line in enumerate(host.calls) if " run " in line)
     logs = tmp_path / "build" / "small" / "logs"
     assert {path.name for path in logs.iterdir()} == {f"{name}.log" for name in ("build", *services_run(host))}
     assert "working on it" in (logs / "merger.log").read_text()
+
+
+def test_the_end_names_the_page_where_this_host_sees_it(host, recipe, tmp_path):
+    page = '{"ran": true, "page": "build/small/report/report.html"}'
+    host.says("--name tutor-reporter", stdout=page)
+    host.says("--name tutor-publisher", stdout='{"model": "tutor", "build": "0123456789ab", "version": "0.33.3"}')
+    result = stack.run_all(recipe, tmp_path / "elsewhere")
+    seen = tmp_path / "elsewhere" / "small" / "report" / "report.html"
+    assert f"All that was found out: {seen}" in stack.lines(result)
+
+
+def test_the_stack_passes_every_stage_that_a_run_without_containers_passes():
+    """The gates above all: parity before the publisher, which compares Ollama, and weighs, before it serves."""
+    reached = {" ".join(service["command"]) for service in SERVICES.values()}
+    assert "tutor run --until modelfile --json" in reached
+    names = list(BY_NAME)
+    until = names[: names.index("modelfile") + 1]
+    assert {"ladder", "parity"} <= set(until)
+    by_services = {"evaluate": "tutor eval --engine ollama --json", "report": "tutor report --json"}
+    assert {name: by_services.get(name) in reached for name in names if name not in until} == {
+        "evaluate": True,
+        "report": True,
+    }
+
+
+@pytest.mark.parametrize("name", ["converter", "publisher"])
+def test_a_gate_that_says_no_ends_the_stack_before_anything_behind_it(host, recipe, tmp_path, name):
+    host.says(f"--name tutor-{name}", code=8, stderr="Error: F16 -> Q8_0 (quantize) diverges in its prompt: x\n")
+    with pytest.raises(StackError, match="diverges in its prompt") as caught:
+        stack.run_all(recipe, tmp_path / "build")
+    assert caught.value.code == 8
+    assert services_run(host)[-1] == name
 
 
 def test_a_second_time_nothing_ran(host, recipe, tmp_path):
@@ -329,7 +362,7 @@ def test_one_shots_are_never_brought_up_which_would_hide_their_exit_codes(host, 
     assert all("--no-deps" in line for line in host.calls if " run --rm " in line)
 
 
-@pytest.mark.parametrize("name", ["trainer", "merger", "converter", "publisher", "evaluator"])
+@pytest.mark.parametrize("name", [*stack.BEFORE, *stack.AFTER])
 @pytest.mark.parametrize("code", [1, 3, 8, 137, 143])
 def test_a_service_that_fails_ends_the_run_with_its_own_exit_code(host, recipe, tmp_path, name, code):
     host.says(f"--name tutor-{name}", code=code, stderr="train: step 1\nError: tutor.jsonl:3: what is wrong; do this\n")

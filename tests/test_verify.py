@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import fake_ollama as fake
+import gguf
 import numpy as np
 import pytest
 from conftest import write_rows
 from safetensors.numpy import save_file
 from test_convert import facts
-from test_readback import file, folder, moved, random
+from test_readback import ATTENTION, file, folder, moved, permuted, random
 
 from tutor import artifacts, verify
 from tutor.engines.gguf_file import read_gguf
@@ -157,11 +158,55 @@ def test_what_is_gone_is_unknown_with_its_reason(built: Built, tmp_path: Path) -
     assert not verify.wrong(list(rows.values()))
 
 
+def test_damaged_weights_are_unknown_and_their_hash_is_wrong(built: Built) -> None:
+    path = built.folder / "merged" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    rows = {row.what: row for row in verify.verify_file(built.gguf(), built.recipe, built.build)}
+    assert rows["merged.sha256"].condition == "wrong"
+    assert rows["weights"].condition == "unknown"
+    assert "is damaged" in rows["weights"].found
+
+
 def test_other_software_is_told_and_is_not_wrong(built: Built, tmp_path: Path) -> None:
     says = {**built.says, "tutor.version": "0.0.1", "tutor.tomorrow": "?"}
     path = file(tmp_path / "a.gguf", random(), says=says)
     found = built.conditions(path)
     assert (found["version"], found["tomorrow"]) == ("other", "unknown")
+
+
+def adapter(built: Built, path: Path) -> Path:
+    """A GGUF of an adapter of the base's q, whose PEFT folder is there."""
+    rank = 2
+    random_ = np.random.default_rng(3)
+    rows = random()[f"{ATTENTION}q_proj.weight"].shape
+    a, b = (random_.standard_normal(shape, np.float32) for shape in ((rank, rows[1]), (rows[0], rank)))
+    named = f"base_model.model.{ATTENTION}q_proj.lora_"
+    save_file({f"{named}A.weight": a, f"{named}B.weight": b}, built.folder / "adapter" / "adapter_model.safetensors")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    for key, value in lineage.keyed(lineage.adapter_lineage(built.recipe, built.inputs)).items():
+        writer.add_string(key, value)
+    ordered = permuted(f"{ATTENTION}q_proj.weight", b)
+    for half, matrix in (("a", a), ("b", ordered)):
+        writer.add_tensor(f"blk.0.attn_q.weight.lora_{half}", matrix.astype(np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_an_adapter_s_file_is_compared_with_peft_s(built: Built) -> None:
+    with artifacts.writing(built.folder / "lora", "lora", {}) as (out, _):
+        adapter(built, out / "tutor-lora.gguf")
+    found = built.conditions(built.folder / "lora" / "tutor-lora.gguf")
+    assert set(found.values()) == {"ok"}
+    assert {"file", "weights", "adapter.sha256", "base.sha256"} <= set(found)
+    assert "merged.sha256" not in found
+    other = adapter(built, built.folder / "b.gguf")
+    sabotage_adapter(built)
+    assert built.conditions(other)["adapter.sha256"] == "wrong"
 
 
 def test_a_file_that_says_nothing_of_its_origin_is_an_artifact_error(built: Built, tmp_path: Path) -> None:
@@ -205,7 +250,19 @@ def test_a_published_model_is_known_by_its_file_and_what_it_says(
     rows = {row.what: row for row in verify.verify_model("tutor:latest", server.host, built.recipe, built.build)}
     assert {row.condition for what, row in rows.items() if what != "weights"} == {"ok"}
     assert rows["file"].found == "gguf/tutor-Q8_0.gguf"
-    assert (rows["weights"].condition, rows["weights"].found) == ("unknown", "the file is the server's")
+    assert rows["weights"].condition == "unknown", "the fake's files are no GGUF"
+
+
+def test_a_server_s_file_that_is_here_too_has_its_weights_compared(built: Built, server: fake.FakeOllama) -> None:
+    """The fake tells no key-values of a real file: they are the file's own."""
+    path = built.gguf()
+    server.blobs[digest := f"sha256:{artifacts.file_sha256(path)}"] = path.read_bytes()
+    said = {"info": {"tutor.base": built.says["tutor.base"]}, "chat_template": "", "quantization": "Q8_0"}
+    server.models["tutor:latest"] = fake.Model({}, said, digest)
+    rows = {row.what: row for row in verify.verify_model("tutor:latest", server.host, built.recipe, built.build)}
+    assert {row.condition for row in rows.values()} == {"ok"}
+    assert str(built.folder / "merged") in rows["weights"].found
+    assert "merged.sha256" in rows
 
 
 def test_a_model_of_another_build_is_wrong(built: Built, server: fake.FakeOllama, tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from tutor.engines import processes
 from tutor.errors import ArtifactError, GateError, RecipeError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from tutor.recipe import Recipe
 
 EXIT_CODES = """\b
@@ -88,7 +90,23 @@ _stage_command("base", "base", "Fetch or make the base model, and check it.")
 _stage_command("train", "train", "Train the LoRA adapter (QLoRA), and score it on the held-out rows.")
 _stage_command("merge", "merge", "Merge the adapter into the 16-bit base.")
 _stage_command("convert", "convert", "Convert to GGUF and quantize, with the pinned llama.cpp.")
-_stage_command("ladder", "ladder", "Measure what each quantization loses, its speed and memory; choose one.")
+
+
+@cli.command("ladder")
+@recipe_option
+@json_option
+@click.pass_obj
+def ladder_command(flags: dict[str, bool], recipe_path: Path, build: Path, *, as_json: bool) -> None:
+    """Measure what each quantization loses on the held-out rows, its size, speed and memory; choose one.
+
+    The table: size; perplexity of the held-out answers, and how much more that is than F16's (loses); KL divergence
+    from F16 in nats a token, its mean and 99th percentile; how often both prefer the same token; tokens/s of
+    reading a prompt and of writing an answer, and peak memory, in llama-server on this machine. ladder.svg is the
+    same as a picture. The smallest inside convert.budget is served where ollama.quantization is "auto".
+    """
+    from tutor.summary import ladder_lines
+
+    _stage("ladder", flags, recipe_path, build, as_json=as_json, shown=ladder_lines)
 
 
 @cli.command("parity")
@@ -202,7 +220,15 @@ def clean_command(stages: tuple[str, ...], recipe_path: Path, build: Path, *, as
     emit({"removed": removed}, [f"removed {path}" for path in removed], as_json=as_json)
 
 
-def _stage(name: str, flags: dict[str, bool], recipe_path: Path, build: Path, *, as_json: bool) -> None:
+def _stage(
+    name: str,
+    flags: dict[str, bool],
+    recipe_path: Path,
+    build: Path,
+    *,
+    as_json: bool,
+    shown: "Callable[[Mapping[str, Any]], list[str]]" = tree,
+) -> None:
     from tutor import artifacts, chain, pipeline
 
     recipe = read(recipe_path)
@@ -213,7 +239,7 @@ def _stage(name: str, flags: dict[str, bool], recipe_path: Path, build: Path, *,
     folder = build / recipe.name / chain.BY_NAME[name].folder
     manifest = artifacts.require(folder, name)
     result = {"stage": name, "ran": ran, "folder": str(folder), "results": manifest.results}
-    lines = [f"{name}: {folder}" if ran else f"{name}: up to date, {folder}", *tree(manifest.results)]
+    lines = [f"{name}: {folder}" if ran else f"{name}: up to date, {folder}", *shown(manifest.results)]
     emit(result, lines, as_json=as_json)
 
 

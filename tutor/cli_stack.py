@@ -18,7 +18,7 @@ def stack_group() -> None:
 @json_option
 @click.pass_obj
 def stack_run(flags: dict[str, bool], recipe_path: Path, build: Path, *, gpu: bool | None, as_json: bool) -> None:
-    """Preflight, images, trainer, merger, converter, Ollama, publisher, evaluator."""
+    """Preflight, images, trainer, merger, converter, Ollama, publisher, evaluator, reporter."""
     from tutor import stack
 
     with shown_on_stderr(flags):

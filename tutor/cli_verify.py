@@ -20,7 +20,10 @@ def verify_command(
 ) -> None:
     """Compute again what a GGUF file, or a model in Ollama, says of its origin.
 
-    What cannot be reached from here is said to be unknown. Exit 5 when something does not match.
+    A row each for the file's own sha256, its tensors against the weights that it was made of, the hashes of rows,
+    recipe, adapter, merged weights and base, and the software. ok: the same. wrong: not the same. other: other
+    software here than there, which may well be. unknown: not to be reached from here, and why. Exit 5 when a row is
+    wrong.
     """
     from tutor import verify
 

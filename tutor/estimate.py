@@ -248,9 +248,7 @@ def _layer(shape: Shape, training: Training) -> int:
     # An adapter keeps its own copy of what it reads, cast or dropped out of; else those with one source share it.
     shared = training.precision == "fp32" and not training.dropout
     read = {SOURCES[name] if shared else name: shape.matrices[name][0] for name in training.targets}
-    # Dropout keeps what it multiplied with: a byte where CUDA has a kernel for it, else a number in fp32.
-    mask = (1 if training.gpu else 4) * training.dropout
-    return kept + sum(read.values()) * (width + mask)
+    return kept + sum(read.values()) * (width + training.dropout)  # dropout keeps a byte: which numbers stay
 
 
 def _layer_again(shape: Shape, training: Training) -> float:

@@ -36,7 +36,9 @@ PARSER = "passthrough"
 LORA_CODE = (
     "publishing.py",
     "engines/lora_gguf.py",
+    "engines/llamacpp_src/convert_lora.py",
     "engines/llamacpp_process.py",
+    "stages/lineage.py",
     "stages/modelfile.py",
     "served.py",
     "template.py",
@@ -165,12 +167,13 @@ def _lora_folder(recipe: Recipe, folder: Path) -> Path:
     """`lora/` with the adapter's GGUF and a Modelfile on the converted base, made when it is not there or outdated."""
     from tutor.engines.lora_gguf import lora_to_gguf
     from tutor.modelfolder import read_facts
+    from tutor.stages.lineage import adapter_lineage, keyed, recipe_hash
 
-    inputs = {name: folder / BY_NAME[name].folder for name in ("base", "train", "convert")}
+    inputs = {name: folder / BY_NAME[name].folder for name in ("data", "base", "train", "convert")}
     fields: dict[str, Any] = {f"input.{name}": artifacts.require(at, name).fingerprint for name, at in inputs.items()}
     fields |= {f"recipe.{name}": value for name, value in BY_NAME["modelfile"].settings(recipe).items()}
     fields |= {f"code.{source}": artifacts.file_sha256(PACKAGE / source)[:16] for source in LORA_CODE}
-    fields["version.llama.cpp"] = build_key()
+    fields |= {"version.llama.cpp": build_key(), "recipe.lineage": recipe_hash(recipe)}
     target = folder / LORA
     if is_made(target, fields):
         return target
@@ -180,7 +183,8 @@ def _lora_folder(recipe: Recipe, folder: Path) -> Path:
     log.info("converting the adapter to GGUF")
     with artifacts.writing(target, LORA, fields) as (out, results):
         gguf = out / "tutor-lora.gguf"
-        results["matrices"] = lora_to_gguf(inputs["train"], read_facts(inputs["base"])[1], base, gguf)
+        says = keyed(adapter_lineage(recipe, inputs))
+        results["matrices"] = lora_to_gguf(inputs["train"], read_facts(inputs["base"])[1], base, gguf, says)
         _write_modelfile(recipe, base, gguf, out)
     return target
 

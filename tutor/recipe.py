@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tutor.errors import RecipeError
-from tutor.quantizations import AUTO, F16, KINDS, NEED_IMATRIX, SECOND_NAMES
+from tutor.quantizations import AUTO, F16, KINDS, NEED_IMATRIX, NOT_MADE, canonical
 
 RETIRED = {
     "warmup_ratio": "it is called train.warmup here",
@@ -146,13 +146,18 @@ class MergeSettings(Settings):
 
 
 def _quantization(name: str) -> str:
-    if name in SECOND_NAMES:
-        raise ValueError(f"is called {SECOND_NAMES[name]} here")
-    if name not in KINDS:
-        close = difflib.get_close_matches(name.upper(), KINDS, n=1)
+    called = canonical(name)
+    if called in NOT_MADE:
+        raise ValueError(NOT_MADE[called])
+    if called not in KINDS:
+        close = difflib.get_close_matches(called, KINDS, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise ValueError(f"is no quantization of llama.cpp; {hint}known: {', '.join(KINDS)}")
-    return name
+    return called
+
+
+def _served(name: str) -> str:
+    return AUTO if name.lower() == AUTO else canonical(name)
 
 
 Kind = Annotated[str, AfterValidator(_quantization)]
@@ -218,7 +223,8 @@ class OllamaSettings(Settings):
     """What is published."""
 
     model: str = "tutor"
-    quantization: str = "Q4_K_M"  # which of convert.quantizations is served; "auto": the smallest in convert.budget
+    # Which of convert.quantizations is served; "auto": the smallest in convert.budget.
+    quantization: Annotated[str, AfterValidator(_served)] = "Q4_K_M"
 
 
 class Recipe(Settings):

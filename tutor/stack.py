@@ -26,16 +26,17 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
 UID = 10001
 """The images' own user. The services have it where the caller is root, which no container may be."""
-BUILT = ("trainer", "converter", "publisher", "ollama")  # the merger has the trainer's image, the evaluator publisher's
-BEFORE, SERVER, AFTER = ("trainer", "merger", "converter"), "ollama", ("publisher", "evaluator")
+BUILT = ("trainer", "converter", "publisher", "ollama")  # merger, reporter: the trainer's image; evaluator: publisher's
+BEFORE, SERVER, AFTER = ("trainer", "merger", "converter"), "ollama", ("publisher", "evaluator", "reporter")
 ABOUT = {
     "build": "build the images, some minutes the first time",
     "trainer": "check the rows, fetch the base, train the adapter",
     "merger": "merge the adapter into the base",
-    "converter": "convert to GGUF, quantize, render the Modelfile",
+    "converter": "convert to GGUF, quantize, compare the engines (the parity gate), render the Modelfile",
     "ollama": "start Ollama",
-    "publisher": "publish the model and prove it",
+    "publisher": "publish the model, prove it, and serve it where it is no worse",
     "evaluator": "ask the published model the held-out prompts",
+    "reporter": "write the page and the model card",
 }
 COMMANDS = {
     "up": ("up", "--build", "--detach", "--wait", "--no-deps", SERVER),
@@ -110,7 +111,7 @@ def owner() -> tuple[int, int]:
 
 
 def run_all(recipe: Recipe, build: Path, *, gpu: bool | None = None) -> dict[str, Any]:
-    """Do what is not done yet, from the images to the evaluation; what each service says, and where Ollama is.
+    """Do what is not done yet, from the images to the report; what each service says, and where Ollama is.
 
     Raises UnfitError with all that this host lacks, StackError with the exit code of the service that failed.
     """
@@ -123,7 +124,9 @@ def run_all(recipe: Recipe, build: Path, *, gpu: bool | None = None) -> dict[str
     start_server(stack)
     results |= {name: run_service(stack, name) for name in AFTER}
     ran = [name for name, result in results.items() if did_something(result)]
-    return {"ran": ran, "gpu": stack.gpu, "host": address(stack), "services": results}
+    page = Path(results[AFTER[2]].get("page", "")).parts[-2:]  # as the container sees it
+    report = {"report": str(stack.folder.joinpath(*page))} if page else {}
+    return {"ran": ran, "gpu": stack.gpu, "host": address(stack), **report, "services": results}
 
 
 def did_something(result: dict[str, Any]) -> bool:
@@ -219,7 +222,8 @@ def lines(result: Mapping[str, Any]) -> list[str]:
     rates = result["services"][AFTER[1]].get("all", {})
     shares = [f"{100 * rates[name]['share']:.0f} % {words}" for name, words in SHARES.items() if name in rates]
     answers = [f"Of {rates['n']} held-out prompts: {', '.join(shares)}."] if shares else []
-    return [*opening, f"{where}{'' if result['gpu'] else ', without a GPU'}.", *answers, f"Next: {RUN} {model}"]
+    found = [f"All that was found out: {result['report']}"] if "report" in result else []
+    return [*opening, f"{where}{'' if result['gpu'] else ', without a GPU'}.", *answers, *found, f"Next: {RUN} {model}"]
 
 
 def call(recipe: Recipe, build: Path, name: str) -> int:

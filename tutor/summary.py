@@ -92,12 +92,16 @@ def _files(convert: Mapping[str, Any], perplexities: Mapping[str, Any]) -> list[
 
 
 def ladder_lines(ladder: Mapping[str, Any]) -> list[str]:
-    """What each quantization loses against F16, its speed and memory: a row each, the largest first."""
-    heads = ("loses", "KL", "KL p99", "same token", "reads", "writes", "memory")
-    rows = ["", f"  {'against F16':<13}" + "".join(f"{head:>11}" for head in heads)]
+    """What each quantization loses against F16, its size, speed and memory: a row each, the largest first."""
+    widths = {"size": 12, "perplexity": 11, "loses": 9, "KL": 8, "KL p99": 8, "same": 8, "reads": 10, "writes": 11}
+    widths |= {"memory": 10}
+    rows = ["", f"  {'against F16':<13}" + "".join(f"{head:>{width}}" for head, width in widths.items())]
+    worse = ladder.get("worse_and_larger", {})
     for kind, rung in sorted(ladder["rungs"].items(), key=lambda item: -item[1]["size"]):
         memory = "-" if rung["memory"] is None else f"{rung['memory'] / 1e6:.0f} MB"
         cells = (
+            f"{rung['size'] / 1e6:.1f} MB",
+            f"{rung['perplexity']:.2f}",
             f"{100 * (math.exp(rung['more']) - 1):+.2f} %",
             f"{rung['kl']:.4f}",
             f"{rung['kl_p99']:.3f}",
@@ -106,14 +110,12 @@ def ladder_lines(ladder: Mapping[str, Any]) -> list[str]:
             f"{rung['tokens_per_second']:.1f} t/s",
             memory,
         )
-        served = " *" if kind == ladder["served"] else ""
-        rows.append(f"  {kind + served:<13}" + "".join(f"{cell:>11}" for cell in cells))
+        marks = " *" * (kind == ladder["served"]) + " !" * (kind in worse)
+        shown = zip(cells, widths.values(), strict=True)
+        rows.append(f"  {kind + marks:<13}" + "".join(f"{cell:>{width}}" for cell, width in shown))
     inside = f"{ladder['chosen']} is the smallest within {ladder['budget']:g} nats of F16, in loss and in KL"
-    worse = [
-        f"  {kind} is larger than {better} and loses more: leave it out"
-        for kind, better in ladder.get("worse_and_larger", {}).items()
-    ]
-    return [*rows, f"  * is served; {inside}", *worse]
+    flags = [f"  ! {kind} is larger than {better} and loses more: leave it out" for kind, better in worse.items()]
+    return [*rows, f"  * is served; {inside}", *flags]
 
 
 def verdict_lines(evaluate: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tutor import artifacts
 from tutor.chain import BY_NAME
@@ -22,10 +22,15 @@ from tutor.modelfolder import read_facts
 from tutor.recipe import Recipe
 from tutor.stages import lineage
 
+if TYPE_CHECKING:
+    from tutor.engines.gguf_weights import Weight
+
 Condition = Literal["ok", "wrong", "other", "unknown"]
 BLOB = re.compile(r"^(?P<word>FROM|ADAPTER)\s.*sha256[-:](?P<digest>[0-9a-f]{64})", re.MULTILINE)
 """Where /api/show's Modelfile names the files behind a model."""
 LORA = "lora"
+ALL_F16 = 1
+"""general.file_type of a file without any quantization."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +50,14 @@ def verify_file(path: Path, recipe: Recipe, build: Path) -> list[Row]:
     if not said:
         raise ArtifactError(f"{path} does not say where it comes from", "made by another program? tutor convert says")
     folder = build / recipe.name
-    rows = _computed(said, recipe, folder)
-    return [_known("file", artifacts.file_sha256(path), folder), _weights(path, gguf, said, folder), *rows]
+    known = _known("file", artifacts.file_sha256(path), folder, _made(folder))
+    return [known, _weights("weights", path, gguf, folder), *_computed(said, recipe, folder)]
 
 
 def verify_model(model: str, host: str | None, recipe: Recipe, build: Path) -> list[Row]:
     """The rows of a model on an Ollama server: its files' digests, and what its GGUF says.
 
+    A file of the build folder with the same digest is what the server has: its weights are compared in its place.
     Raises ServiceError without the server or the model, ArtifactError where it says nothing of its origin.
     """
     with ollama_api.connect(host) as server:
@@ -62,12 +68,21 @@ def verify_model(model: str, host: str | None, recipe: Recipe, build: Path) -> l
     if not said:
         raise ArtifactError(f"{model} does not say where it comes from", "published by another program?")
     folder = build / recipe.name
-    blobs = [(found["word"], found["digest"]) for found in BLOB.finditer(str(shown.get("modelfile") or ""))]
-    files = [_known("adapter file" if word == "ADAPTER" else "file", digest, folder) for word, digest in blobs]
-    if not files:
-        files = [Row("file", "unknown", "", "the server does not name its file")]
-    weights = Row("weights", "unknown", "", "the file is the server's")
-    return [*files, weights, *_computed(said, recipe, folder)]
+    made, rows = _made(folder), []
+    for found in BLOB.finditer(str(shown.get("modelfile") or "")):
+        adapter, digest = "adapter " if found["word"] == "ADAPTER" else "", found["digest"]
+        rows.append(_known(f"{adapter}file", digest, folder, made))
+        try:
+            here = _same_here(digest, folder, made)
+            gguf = read_gguf(here)
+            # Of two files a server tells what the base's says alone.
+            said |= lineage.lineage_of(gguf.fields)
+            rows.append(_weights(f"{adapter}weights", here, gguf, folder))
+        except ArtifactError as error:
+            rows.append(Row(f"{adapter}weights", "unknown", "", error.message))
+    if not rows:
+        rows = [Row("file", "unknown", "", "the server does not name its file")]
+    return [*rows, *_computed(said, recipe, folder)]
 
 
 def is_file(name: str) -> bool:
@@ -80,14 +95,29 @@ def is_file(name: str) -> bool:
     return False
 
 
-def _known(what: str, digest: str, folder: Path) -> Row:
-    """Whether a file of this digest is among those that the stages noted when they made them."""
+def _made(folder: Path) -> dict[str, str]:
+    """The GGUF files that the stages noted when they made them: digest -> name in the build folder."""
     made: dict[str, str] = {}
     for name in (BY_NAME["convert"].folder, LORA):
         with suppress(ArtifactError):  # a damaged manifest knows nothing
             manifest = artifacts.read_manifest(folder / name)
             outputs = manifest.outputs if manifest else {}
             made |= {entry["sha256"]: f"{name}/{file}" for file, entry in outputs.items() if file.endswith(".gguf")}
+    return made
+
+
+def _same_here(digest: str, folder: Path, made: Mapping[str, str]) -> Path:
+    """The file of the build folder with this digest. Raises ArtifactError where there is none."""
+    if digest not in made:
+        raise ArtifactError("the file is the server's, and none that was made here is the same")
+    path = folder / made[digest]
+    if not path.is_file() or artifacts.file_sha256(path) != digest:
+        raise ArtifactError(f"the file is the server's, and {path} is gone or changed")
+    return path
+
+
+def _known(what: str, digest: str, folder: Path, made: Mapping[str, str]) -> Row:
+    """Whether a file of this digest is among those that were made here."""
     if not made:
         return Row(what, "unknown", digest, f"{folder / BY_NAME['convert'].folder} has no manifest")
     if digest in made:
@@ -95,27 +125,38 @@ def _known(what: str, digest: str, folder: Path) -> Row:
     return Row(what, "wrong", digest, f"none of the {len(made)} files that were made in {folder}")
 
 
-def _weights(path: Path, gguf: Gguf, said: Mapping[str, str], folder: Path) -> Row:
-    """Whether a file's tensors are the merged model's (or the base's): all numbers of F16, a sample of others."""
-    kind = gguf.fields.get("general.file_type")
-    try:
-        model = folder / BY_NAME["merge"].folder if "merged.sha256" in said else _base_folder(folder)
-        from tutor.engines.gguf_weights import weights_of
-        from tutor.stages import readback
+def _weights(what: str, path: Path, gguf: Gguf, folder: Path) -> Row:
+    """Whether a file's tensors are its model's: all numbers of F16, a sample of others."""
+    from tutor.stages import readback
 
-        weights = weights_of(model)
-        if not weights:
-            return Row("weights", "unknown", "", f"{model} is not there")
-    except ArtifactError as error:
-        return Row("weights", "unknown", "", error.message)
     try:
-        if kind == 1:  # F16
+        model, weights = _made_of(gguf, folder)
+    except ArtifactError as error:
+        return Row(what, "unknown", "", error.message)
+    try:
+        if gguf.fields.get("general.file_type") == ALL_F16:
             readback.exact(path, gguf, weights)
-            return Row("weights", "ok", "", f"number for number those of {model}")
+            return Row(what, "ok", "", f"number for number those of {model}")
         figures = readback.measure(path, gguf, weights, None)
     except ArtifactError as error:
-        return Row("weights", "wrong", "", error.message)
-    return Row("weights", "ok", "", f"those of {model}, at most {100 * figures.error:.2g} % off in a sample")
+        return Row(what, "wrong", "", error.message)
+    return Row(what, "ok", "", f"those of {model}, at most {100 * figures.error:.2g} % off in a sample")
+
+
+def _made_of(gguf: Gguf, folder: Path) -> "tuple[Path, dict[str, Weight]]":
+    """The folder that a file was made of, and its weights. Raises ArtifactError where it is gone or damaged."""
+    from tutor.engines.gguf_weights import adapter_weights_of, weights_of
+
+    if gguf.fields.get("general.type") == "adapter":
+        model = folder / BY_NAME["train"].folder
+        weights = adapter_weights_of(model, _base_folder(folder))
+    else:
+        tuned = "merged.sha256" in lineage.lineage_of(gguf.fields)
+        model = folder / BY_NAME["merge"].folder if tuned else _base_folder(folder)
+        weights = weights_of(model)
+    if not weights:
+        raise ArtifactError(f"{model} holds no weights")
+    return model, weights
 
 
 def _computed(said: Mapping[str, str], recipe: Recipe, folder: Path) -> list[Row]:

@@ -285,7 +285,7 @@ def test_a_build_trusts_what_its_base_image_trusts_and_no_more(inspected_base: t
 # The services
 
 
-@pytest.mark.parametrize("service", ["trainer", "merger", "converter", "publisher", "evaluator"])
+@pytest.mark.parametrize("service", ["trainer", "merger", "converter", "publisher", "evaluator", "reporter"])
 def test_a_service_is_an_unprivileged_user_who_writes_only_what_it_makes(
     images: None, compose: Stack, service: str
 ) -> None:
@@ -297,7 +297,7 @@ def test_a_service_is_an_unprivileged_user_who_writes_only_what_it_makes(
     # The build folder's top is the caller's, who may be root; the recipe's own folder is the service's.
     own = {"/work/build"} if os.getuid() else set()
     assert set(found["writable"]) == own | ({"/cache"} if service == "trainer" else set())
-    assert (found["interfaces"] == ["lo"]) == (service == "merger")
+    assert (found["interfaces"] == ["lo"]) == (service in ("merger", "reporter"))
 
 
 def test_the_token_reaches_the_trainer_as_a_file_and_nobody_as_a_variable(

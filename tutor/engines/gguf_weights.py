@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tutor.engines.gguf_file import Gguf, Tensor
 from tutor.errors import ArtifactError
-from tutor.modelfolder import WEIGHTS, read_json
+from tutor.modelfolder import WEIGHTS, open_weights, read_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,29 +61,56 @@ class Compared:
 
 
 def weights_of(model: Path) -> dict[str, Weight]:
-    """A folder's weights by the names that they have in a GGUF. Raises ArtifactError for one that has none."""
-    import gguf
+    """A folder's weights by the names that they have in a GGUF.
 
-    config = read_json(model / "config.json")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-    heads = {"attn_q": config["num_attention_heads"]}
-    heads["attn_k"] = config.get("num_key_value_heads") or heads["attn_q"]
-    found = {}
+    Raises ArtifactError for one that has none, and where a file is damaged.
+    """
+    known, found = _Names(model), {}
     for path in sorted(model.glob(WEIGHTS)):
         for name, weight in _header(path).items():
             if name.endswith(".rotary_emb.inv_freq"):
                 continue
-            called = names.get_name(name, try_suffixes=(".weight", ".bias"))
-            if called is None:
-                raise ArtifactError(f"{path}: a GGUF has no name for {name}")
-            part = called.split(".")[-2]
-            found[called] = Weight(**{**weight, "heads": heads.get(part, 0)})
+            called, heads = known.of(name, path)
+            found[called] = Weight(**{**weight, "heads": heads})
     return found
 
 
+def adapter_weights_of(adapter: Path, model: Path) -> dict[str, Weight]:
+    """The pairs of a PEFT adapter of `model` by the names that they have in a GGUF. Raises ArtifactError likewise."""
+    known, found = _Names(model), {}
+    for path in sorted(adapter.glob(WEIGHTS)):
+        for name, weight in _header(path).items():
+            matrix, _, half = name.removeprefix("base_model.model.").rpartition(".lora_")
+            called, heads = known.of(f"{matrix}.weight", path)
+            # Heads are a matter of the product's rows, and those are B's.
+            found[f"{called}.lora_{half[:1].lower()}"] = Weight(**{**weight, "heads": heads if half[:1] == "B" else 0})
+    return found
+
+
+class _Names:
+    """What a model's weights are called in a GGUF, and how many heads' rows the converter reorders in each."""
+
+    def __init__(self, model: Path) -> None:
+        import gguf
+
+        config = read_json(model / "config.json")
+        try:
+            self.names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+            queries = config["num_attention_heads"]
+        except KeyError as missing:
+            raise ArtifactError(f"{model / 'config.json'} lacks {missing}") from None
+        self.heads = {"attn_q": queries, "attn_k": config.get("num_key_value_heads") or queries}
+
+    def of(self, name: str, path: Path) -> tuple[str, int]:
+        called = self.names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if called is None:
+            raise ArtifactError(f"{path}: a GGUF has no name for {name}")
+        return called, self.heads.get(called.split(".")[-2], 0)
+
+
 def _header(path: Path) -> dict[str, dict[str, Any]]:
-    """What a safetensors file says of its tensors, whose whole form `refuse` has checked."""
-    with path.open("rb") as file:
+    """What a safetensors file says of its tensors. Raises ArtifactError where it is not whole."""
+    with open_weights(path, "np"), path.open("rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         said = json.loads(file.read(size))
     return {

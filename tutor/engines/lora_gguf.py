@@ -4,12 +4,15 @@ In: PEFT's adapter folder, the base's 16-bit folder and its GGUF. Out: one GGUF 
 --lora. Never Ollama's conversion of safetensors adapters, which scrambles q and k. Merges nothing.
 """
 
+import json
 import logging
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from tutor.engines.gguf_file import Gguf, read_gguf
+from tutor.engines.llamacpp_build import SOURCE
 from tutor.engines.llamacpp_process import OFFLINE, Command, fault, partial_of, programs, write_file
 from tutor.errors import ArtifactError, HostError
 from tutor.modelfolder import read_json
@@ -23,19 +26,23 @@ KINDS = ("F16", "F32")
 """Of an adapter's tensors: a quantized one would lose more than the file is worth."""
 
 
-def lora_to_gguf(adapter: Path, base_model: Path, base_gguf: Path, target: Path) -> int:
+def lora_to_gguf(
+    adapter: Path, base_model: Path, base_gguf: Path, target: Path, says: Mapping[str, str] | None = None
+) -> int:
     """Write an adapter's F16 GGUF, whole or not at all: how many matrices it changes.
 
-    `base_gguf` is the file that it will be loaded with. Raises ArtifactError when the adapter cannot be converted or
-    does not fit it, HostError when this machine lacks what the converter needs.
+    `base_gguf` is the file that it will be loaded with, `says` are key-values to be in the adapter's. Raises
+    ArtifactError when the adapter cannot be converted or does not fit it, HostError when this machine lacks what the
+    converter needs.
     """
     config = read_json(adapter / "adapter_config.json")
     if used := [name for name in UNKNOWN if config.get(name)]:
         raise ArtifactError(f"{adapter} uses {used[0]}, which a GGUF adapter cannot say", "serve the merged model")
     made = target.with_name(f"{target.name}.unchecked")
-    command: Command = [sys.executable, programs().folder / "convert_lora_to_gguf.py", adapter, "--base", base_model]
+    start = (sys.executable, SOURCE / "convert_lora.py", programs().folder, json.dumps(dict(says or {})))
+    command: Command = [*start, adapter, "--base", base_model, "--outfile", partial_of(made), "--outtype", "f16"]
     try:
-        code, output = write_file(made, [*command, "--outfile", partial_of(made), "--outtype", "f16"], OFFLINE)
+        code, output = write_file(made, command, OFFLINE)
         if code:
             line = output.rpartition("\n")[2] or f"exit code {code}"
             if "ModuleNotFoundError" in line:

@@ -37,6 +37,7 @@ SOURCES = (
     "engines/packed.py",
     "engines/cpu_head.py",
     "engines/hf.py",
+    "engines/dropout.py",
     "engines/memory.py",
     "engines/offload.py",
     "engines/processes.py",

@@ -62,15 +62,19 @@ def base_lineage(base: Path) -> dict[str, str]:
     return {"base": facts.source, "base.sha256": facts.weights, **software()}
 
 
-def tutor_lineage(recipe: "Recipe", inputs: Mapping[str, Path]) -> dict[str, str]:
-    """What the tutor's GGUF says; `inputs` are the folders of data, base, train and merge."""
+def adapter_lineage(recipe: "Recipe", inputs: Mapping[str, Path]) -> dict[str, str]:
+    """What the adapter's GGUF says; `inputs` are the folders of data, base and train."""
     return {
         "data.sha256": file_sha256(inputs["data"] / "train.jsonl"),
         "recipe.sha256": recipe_hash(recipe),
         "adapter.sha256": _noted_hash(inputs["train"]),
-        "merged.sha256": _noted_hash(inputs["merge"]),
         **base_lineage(inputs["base"]),
     }
+
+
+def tutor_lineage(recipe: "Recipe", inputs: Mapping[str, Path]) -> dict[str, str]:
+    """What the tutor's GGUF says: what the adapter's does, and the merged weights; `inputs` has merge besides."""
+    return {**adapter_lineage(recipe, inputs), "merged.sha256": _noted_hash(inputs["merge"])}
 
 
 def software() -> dict[str, str]:

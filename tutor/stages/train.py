@@ -19,6 +19,7 @@ from trl import SFTConfig
 from tutor.artifacts import log_folder
 from tutor.engines import memory, processes
 from tutor.engines.cpu_head import IGNORED, Trainer
+from tutor.engines.dropout import quicken_dropout
 from tutor.engines.hf import choose_precision, load_base, room
 from tutor.engines.offload import stream_layers
 from tutor.engines.packed import attend_within_rows, rows_of, with_lengths
@@ -275,6 +276,8 @@ def make_trainer(
         if parameter.requires_grad:
             # TRL casts them to bf16 over a 4-bit base: small updates would round away, and fp16 cannot unscale them.
             parameter.data = parameter.data.float()
+    if arguments.use_cpu:
+        quicken_dropout(trainer.model)
     trainer.model.train()  # it is loaded in eval mode, which 4-bit layers must not see (engines/scoring.py)
     return trainer
 
