@@ -1,6 +1,7 @@
 """The merge stage against PEFT's own merge, tensor by tensor; which base; kills; what lies beside; what is refused."""
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -33,6 +34,7 @@ pytestmark = [
         "ignore:.*alpha_pattern keys did not match",
         "ignore:Setting `save_embedding",
         "ignore:Adapter 'default'",
+        "ignore:`lora_bias=True` was passed",
     ),
 ]
 
@@ -249,6 +251,14 @@ def test_biases_are_merged_as_peft_merges_them(lora: Any, merged: Stages, tmp_pa
     assert len(biases) == (14 if lora.get("bias") == "all" else 8)
 
 
+def test_a_shift_of_a_bias_that_the_base_lacks_is_refused_as_peft_refuses_it(merged: Stages, tmp_path: Path) -> None:
+    adapter = as_if_trained(adapter_stage(merged.model, tmp_path / "adapter", "", lora_bias=True))
+    with pytest.raises(ArtifactError, match=r"the base has no .*_proj\.bias \(8 of 16 adapted tensors missing\)"):
+        written(merged.model, adapter, tmp_path / "out")
+    with pytest.raises(RuntimeError, match="lora_bias"):
+        by_peft(merged.model, adapter)
+
+
 def test_an_adapted_head_is_merged_where_the_adapter_brings_no_head_of_its_own(stages: Stages, tmp_path: Path) -> None:
     """As the train stage saves: without the copy of the base's that PEFT puts beside an adapted head by itself."""
     adapter = adapter_stage(stages.model, tmp_path / "other", "", target_modules=["lm_head"])
@@ -334,6 +344,27 @@ def test_the_results_say_how_much_changed(merged: Stages) -> None:
     assert results["largest_change"] == pytest.approx(largest, abs=1e-6)
     assert largest > 0
     assert results["base_weights"] == read_facts(merged.base)[0].weights
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_progress_is_told_in_bytes_up_to_the_last(stages: Stages, caplog: pytest.LogCaptureFixture, kept: int) -> None:
+    """Of the weights alone; a file that is kept counts as done."""
+    if kept:  # the first file of two, that is
+        stages.merge()
+        sorted(stages.out.glob("*.safetensors"))[1].unlink()
+    stages.out.mkdir(exist_ok=True)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        merge.run(recipe(stages.out / "r.toml"), stages.inputs, stages.out)
+    told = [(record.done, record.total) for record in caplog.records if hasattr(record, "done")]
+    sizes = [
+        weight.nbytes for stored in sorted(stages.out.glob("*.safetensors")) for weight in load_file(stored).values()
+    ]
+    first = sum(weight.nbytes for weight in load_file(min(stages.out.glob("*.safetensors"))).values())
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    assert {total for _, total in told} == {sum(sizes)}
+    assert told[-1][0] == sum(sizes)
+    assert (told[0][0] > first) == bool(kept)
 
 
 # --- which base ------------------------------------------------------------------------------------------------------

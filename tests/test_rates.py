@@ -182,6 +182,14 @@ def test_what_got_worse_comes_first_and_in_words() -> None:
     ]
 
 
+def test_only_a_tuned_model_is_told_off_for_copying() -> None:
+    copies = {"n": 20, "half_copied": 3}
+    untuned = dict.fromkeys(("base", "base-F16", "hf:base", "held-out rows"), copies)
+    assert said({"copied": untuned}) == []
+    tuned = {**untuned, "tutor": copies, "hf:tutor": copies, "tutor-Q8_0": copies, "ollama:base": copies}
+    assert [text.partition(": 3")[0] for text in said({"copied": tuned})] == list(tuned)[4:]
+
+
 def test_a_kind_is_named_where_the_verdict_over_all_does_not_say_the_same() -> None:
     kinds = [prompt["category"] for prompt in PROMPTS]
     before = [record(spanish=kind == "definicion") for kind in kinds]

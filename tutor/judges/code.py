@@ -135,11 +135,11 @@ def judge_answers(
     """A verdict for each prompt's answer; JSON values.
 
     `compiles`: all of its TypeScript compiles, a block alone or behind the answer's blocks before it, and there is
-    some if the prompt's `expect` wants code; the question's own code, quoted unchanged, is left out. `given_fails`: the
-    question's code fails as the prompt states (None where it states nothing). `dropped`: the names of failing code
-    that the answer's lacks (kept.py). `expected`: it compiles, the given code fails and is kept, every concept of
-    `expect` is there and nothing of its `exclude`; `missing` and `forbidden` say which. Where no prompt wants code
-    none is compiled; else raises HostError without a compiler.
+    some if the prompt's `expect` wants code or its own code must fail; the question's own code, quoted unchanged, is
+    left out. `given_fails`: the question's code fails as the prompt states (None where it states nothing). `dropped`:
+    the names of failing code that the answer's lacks (kept.py). `expected`: it compiles, the given code fails and is
+    kept, every concept of `expect` is there and nothing of its `exclude`; `missing` and `forbidden` say which. Where no
+    prompt wants code none is compiled; else raises HostError without a compiler.
     """
     given = [_given(prompt) for prompt in prompts]
     compiled = any(wants_code(prompt) for prompt in prompts)
@@ -153,11 +153,13 @@ def judge_answers(
     alone = [[next(verdicts) for _ in blocks] for blocks in found]
     judged = _behind_others(found, alone, seconds)
     lost = [_lost(row, blocks) if compiled else [] for row, blocks in zip(given, found, strict=True)]
+    states = [
+        {"corrects": any(each.codes for each in row), "fails": as_stated, "dropped": gone}
+        for row, as_stated, gone in zip(given, fails, lost, strict=True)
+    ]
     return [
-        _answer(prompt, text, list(zip(blocks, outcomes, strict=True)), {"fails": as_stated, "dropped": gone})
-        for prompt, text, blocks, outcomes, as_stated, gone in zip(
-            prompts, texts, found, judged, fails, lost, strict=True
-        )
+        _answer(prompt, text, list(zip(blocks, outcomes, strict=True)), stated)
+        for prompt, text, blocks, outcomes, stated in zip(prompts, texts, found, judged, states, strict=True)
     ]
 
 
@@ -220,7 +222,8 @@ def _answer(
     folded = fold(text)
     missing = [group for group in expect.get("include", ()) if not any(fold(name) in folded for name in group)]
     forbidden = [name for name in expect.get("exclude", ()) if fold(name) in folded]
-    needs_none = not expect.get("code", bool(expect))
+    # Who is asked to correct code and only shows it again has corrected nothing.
+    needs_none = not expect.get("code", bool(expect) or given["corrects"])
     compiles = outcome == "pass" or (needs_none and outcome == "no_code" and not blocks)
     given_fails = all(given["fails"]) if given["fails"] else None
     good_words = not missing and not forbidden

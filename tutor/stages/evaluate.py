@@ -167,7 +167,7 @@ def _copied(
     """By model, and for the held-out rows: what is usual of their author, who wrote the others too."""
     found = {name: honesty.copied_runs([record.get("copied") for record in said]) for name, said in records.items()}
     same_author = honesty.copying([{"text": row["response"]} for row in held_out], training)
-    return {**found, "held-out rows": honesty.copied_runs(same_author)}
+    return {**found, honesty.HELD_OUT: honesty.copied_runs(same_author)}
 
 
 def served_files(convert: Path, quantization: str, *, base: bool) -> dict[str, Path]:

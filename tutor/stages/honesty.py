@@ -6,6 +6,7 @@ figures as JSON has them, and findings in plain words. Does not ask a model.
 """
 
 import math
+import re
 import statistics as figures
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,8 @@ PARAPHRASE, GENERAL = ("original", "instruction"), ("text", "language")
 """The keys of a row, all texts and all needed."""
 LIMITS = Limits(max_total_bytes=2**24)
 NOTHING = "no difference shown"
+HELD_OUT = "held-out rows"
+"""What stands beside the models where copying is told: the author of the rows repeats things, too."""
 
 
 def named_files(recipe: "Recipe") -> dict[str, Path]:
@@ -149,10 +152,15 @@ def findings(results: Mapping[str, Any]) -> list[dict[str, str]]:
         text = f"general texts: perplexity {before:.2f} before and {after:.2f} after tuning ({general['n']} texts)"
         found.append({"said": general["said"], "text": f"{text}: {general['said']}"})
     for name, copies in results.get("copied", {}).items():
-        if copies["half_copied"]:
+        if copies["half_copied"] and _tuned(name):
             count = f"{copies['half_copied']} of {copies['n']}"
             found.append({"said": "worse", "text": f"{name}: {count} answers are copied by half or more"})
     return sorted(found, key=lambda finding: finding["said"] != "worse")
+
+
+def _tuned(name: str) -> bool:
+    """Whether tuning can be to blame for what a model copies: not the base (`hf:base`, `base-F16`)."""
+    return name != HELD_OUT and not re.fullmatch(r"(?:hf:)?base(?:-[A-Z0-9_]+)?", name)
 
 
 def _changes(change: Mapping[str, Any]) -> list[dict[str, str]]:

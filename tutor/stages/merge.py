@@ -1,8 +1,10 @@
 """The merge stage: adapter + base -> merged/ in 16 bits, tokenizer as it was with our chat template in it.
 
-Piece by piece from file to file, W + scale·B·A in fp32, rounded once; a file that a killed run finished is kept. The
-base is the original, or NF4's round trip of it that training saw: where that is open, the one that scores better on the
-held-out pairs. Refuses an adapter of another base, and values that the type cannot hold. Does not load a model.
+Piece by piece from file to file, W + scale·B·A in fp32, rounded once: bit for bit PEFT's merge_and_unload(safe_merge=
+True) of the base in fp32, rounded. (PEFT on an FP16 base rounds twice, and is up to one unit in the last place away.)
+A file that a killed run finished is kept. The base is the original, or NF4's round trip of it that training saw: where
+that is open, the one that scores better on the held-out pairs. Refuses an adapter of another base, and values that the
+type cannot hold. Does not load a model.
 """
 
 import contextlib
