@@ -8,6 +8,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from test_llamacpp import RECOGNISER, build, real  # noqa: F401 - fixtures
 
 from tutor.engines.lora_gguf import check_adapter, lora_to_gguf
@@ -129,14 +130,27 @@ def adapter(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     folder = tmp_path / "adapter"
     folder.mkdir()
     (folder / "adapter_config.json").write_text('{"r": 4, "alpha_pattern": {}, "use_dora": false}')
+    peft(folder, 0.0)
+    config = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))  # of the base's 16-bit folder
     return folder
+
+
+def peft(folder: Path, value: float) -> None:
+    """The numbers of an adapter of BASE's matrices as PEFT keeps them."""
+    tensors = {}
+    for name, (rows, columns) in BASE.items():
+        module = f"base_model.model.model.layers.0.self_attn.{name.split('_')[1][0]}_proj"
+        for half, shape in (("A", (RANK, columns)), ("B", (rows, RANK))):
+            tensors[f"{module}.lora_{half}.weight"] = np.full(shape, value, np.float32)
+    save_file(tensors, folder / "adapter_model.safetensors")
 
 
 def test_the_converter_gets_the_base_and_no_network(base: Path, adapter: Path, tmp_path: Path) -> None:
     target = tmp_path / "lora.gguf"
-    assert lora_to_gguf(adapter, tmp_path / "base", base, target, {"tutor.base": "ours"}) == 2
+    assert lora_to_gguf(adapter, tmp_path, base, target, {"tutor.base": "ours"}) == 2
     assert json.loads((tmp_path / "build/said.json").read_text()) == {"theirs": "False", "tutor.base": "ours"}
-    assert (tmp_path / "build/given.txt").read_text() == f"{tmp_path / 'base'} f16 1"
+    assert (tmp_path / "build/given.txt").read_text() == f"{tmp_path} f16 1"
     assert target.read_bytes() == (tmp_path / "build/made.gguf").read_bytes()
 
 
@@ -165,6 +179,15 @@ def test_a_file_that_does_not_fit_does_not_get_its_name(base: Path, adapter: Pat
         lora_to_gguf(adapter, tmp_path, base, target)
     assert target.read_bytes() == b"the older one"
     assert list(tmp_path.glob("*.partial")) == []
+
+
+def test_a_file_with_other_numbers_than_the_adapter_does_not_get_its_name(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    peft(adapter, 0.5)
+    with pytest.raises(ArtifactError, match=r"is not what .* holds: blk\.0\.attn_\w\.weight\.lora_a has other numbers"):
+        lora_to_gguf(adapter, tmp_path, base, tmp_path / "lora.gguf")
+    assert list(tmp_path.glob("lora.gguf*")) == []
 
 
 @pytest.mark.parametrize("setting", ["use_dora", "use_rslora", "alpha_pattern", "modules_to_save"])

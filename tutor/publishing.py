@@ -36,6 +36,7 @@ PARSER = "passthrough"
 LORA_CODE = (
     "publishing.py",
     "engines/lora_gguf.py",
+    "engines/gguf_weights.py",
     "engines/llamacpp_src/convert_lora.py",
     "engines/llamacpp_process.py",
     "stages/lineage.py",

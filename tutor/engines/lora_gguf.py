@@ -1,4 +1,4 @@
-"""A LoRA adapter as a GGUF file, by the pinned llama.cpp's own converter, checked against the base it belongs to.
+"""A LoRA adapter as a GGUF file, by the pinned llama.cpp's own converter, checked against its base and for its numbers.
 
 In: PEFT's adapter folder, the base's 16-bit folder and its GGUF. Out: one GGUF for Ollama's ADAPTER or llama-server's
 --lora. Never Ollama's conversion of safetensors adapters, which scrambles q and k. Merges nothing.
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tutor.engines.gguf_file import Gguf, read_gguf
+from tutor.engines.gguf_weights import adapter_weights_of, check_exact
 from tutor.engines.llamacpp_build import SOURCE
 from tutor.engines.llamacpp_process import OFFLINE, Command, fault, partial_of, programs, write_file
 from tutor.errors import ArtifactError, HostError
@@ -49,6 +50,8 @@ def lora_to_gguf(
                 raise HostError(f"cannot convert {adapter}: {line}", "make install")
             raise fault(f"cannot convert {adapter}", code, output, line)
         pairs = check_adapter(made, base_gguf)
+        if lines := check_exact(made, read_gguf(made), adapter_weights_of(adapter, base_model)):
+            raise ArtifactError(f"{target} is not what {adapter} holds: {lines[0]}", "convert it again")
         made.replace(target)
     finally:
         made.unlink(missing_ok=True)
