@@ -91,9 +91,10 @@ def clean(api: Ollama) -> Iterator[None]:
 
 
 def publish(recipe: Recipe, build: Path, host: str = HOST, *, adapter: bool = False, **changes: Any) -> dict[str, Any]:
-    """Render and publish, as `tutor modelfile` and `tutor publish` do."""
+    """Compare, render and publish, as `tutor parity`, `tutor modelfile` and `tutor publish` do."""
     changed = recipe.model_copy(update=changes)
-    pipeline.run_one("modelfile", changed, build)
+    for stage in ("ladder", "parity", "modelfile"):
+        pipeline.run_one(stage, changed, build)
     return publishing.publish(changed, build, host=host, adapter=adapter, wait=30)
 
 

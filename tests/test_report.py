@@ -300,6 +300,19 @@ def test_a_base_that_was_not_asked_leaves_the_tutor_alone(made: Made) -> None:
     assert "tutor passes (6)" in shown.text
 
 
+def test_where_only_what_ollama_serves_was_asked_its_verdicts_are_shown(made: Made) -> None:
+    """As `make all` leaves it: no GGUF's name, and one model."""
+    answers = [{**item, "answers": {"ollama": item["answers"]["tutor"]}} for item in asked()]
+    rated = {name: value for name, value in evaluated(asked())["models"]["tutor"].items() if name != "file"}
+    copied = {"ollama": {"n": 9, "median": 2.0, "longest": 31, "half_copied": 1}}
+    left = {name: each for name, each in made.manifests.items() if name != "eval"}
+    found = {"eval-ollama": manifest("evaluate", {"models": {"ollama": rated}, "copied": copied})}
+    shown = Page(page(replace(made, answers=answers, paraphrased=(), manifests={**left, **found})))
+    assert (shown.open, shown.wrong) == ([], [])
+    assert "ollama passes (6)" in shown.text
+    assert "longest run 31 words" in shown.text
+
+
 def test_an_emoji_of_several_stays_one_and_a_lone_joiner_is_seen() -> None:
     assert visible("👩‍💻 👩🏽‍🏫 ❤️‍🔥") == "👩‍💻 👩🏽‍🏫 ❤️‍🔥"
     assert visible("a\u200db\n") == "a�b\n"

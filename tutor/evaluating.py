@@ -75,7 +75,7 @@ def evaluate(recipe: Recipe, build: Path, whom: Sequence[Who], *, parallel: int 
     result = {
         "ran": any(each.ran for each in asked),
         "models": {each.label: each.results["models"][each.label] for each in asked},
-        "copied": {each.label: each.results["copied"] for each in asked},
+        "copied": {each.label: each.results["copied"][each.label] for each in asked},
         "differences": stage.between(asked[0].prompts, records, recipe.seed),
     }
     return {**result, "findings": honesty.findings(result)}
@@ -171,7 +171,7 @@ def _ask(recipe: Recipe, build: Path, who: Who, label: str, parallel: int) -> As
                 records = stage.judge_and_compare(prompts, answers, training)
                 artifacts.write_json(out / stage.ANSWERS, stage.side_by_side(prompts, {label: records}))
                 results.update(served, generation=asdict(generation), models={label: rates.summarise(prompts, records)})
-                results["copied"] = honesty.copied_runs([record.get("copied") for record in records])
+                results["copied"] = {label: honesty.copied_runs([record.get("copied") for record in records])}
         results = artifacts.require(target, target.name).results
         rows = json.loads((target / stage.ANSWERS).read_text("utf-8"))
     prompts = [{name: value for name, value in row.items() if name != "answers"} for row in rows]

@@ -347,7 +347,7 @@ def test_a_failing_service_gives_its_own_exit_code(images: None, recipe: Recipe,
     """Nothing to merge: 5. A folder that is not there: Docker's own error, 4."""
     empty = Stack(recipe.path, tmp_path / "build")
     stack.prepare(empty)
-    with pytest.raises(StackError, match="tutor run --until base") as caught:
+    with pytest.raises(StackError, match="tutor run --until data") as caught:
         stack.run_service(empty, "merger")
     assert caught.value.code == 5
     assert "Error: " in (empty.logs / "merger.log").read_text()

@@ -98,7 +98,10 @@ def verdicts(evaluated: Json) -> dict[str, Any]:
     return {
         "n": next(iter(models.values()))["all"]["n"],
         "errors": sum(model["all"]["errors"] for model in models.values()),
-        "models": {name: {"file": each["file"], "speed": each["tokens_per_second"]} for name, each in models.items()},
+        # What Ollama served has no file of ours.
+        "models": {
+            name: {"file": each.get("file", ""), "speed": each["tokens_per_second"]} for name, each in models.items()
+        },
         "changes": [f"{change['before']} to {change['after']}" for change in changes],
         "all": [
             {
