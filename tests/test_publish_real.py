@@ -93,8 +93,8 @@ def clean(api: Ollama) -> Iterator[None]:
 def publish(recipe: Recipe, build: Path, host: str = HOST, *, adapter: bool = False, **changes: Any) -> dict[str, Any]:
     """Compare, render and publish, as `tutor parity`, `tutor modelfile` and `tutor publish` do."""
     changed = recipe.model_copy(update=changes)
-    for stage in ("ladder", "parity", "modelfile"):
-        pipeline.run_one(stage, changed, build)
+    for name in ("ladder", "parity", "modelfile"):
+        pipeline.run_one(name, changed, build)
     return publishing.publish(changed, build, host=host, adapter=adapter, wait=30)
 
 
@@ -177,13 +177,27 @@ def test_logprobs_of_what_it_says_are_there(recipe: Recipe, build: Path) -> None
     assert {len(entry["top_logprobs"]) for entry in answer["logprobs"]} == {3}
 
 
+def first_tokens(model: str, question: str) -> dict[str, float]:
+    """The ten likeliest first tokens of an answer, with their log-probabilities."""
+    body = {"model": model, "messages": conversation(question), "stream": False, "logprobs": True, "top_logprobs": 10}
+    options = {"num_predict": 1, "temperature": 0}
+    answer = httpx.post(f"{HOST}/api/chat", json={**body, "options": options}, timeout=60, trust_env=False).json()
+    return {entry["token"]: entry["logprob"] for entry in answer["logprobs"][0]["top_logprobs"]}
+
+
 def test_base_and_adapter_answer_as_the_merged_model_does(recipe: Recipe, build: Path, api: Ollama) -> None:
     publish(recipe, build)
     result = publish(recipe, build, adapter=True)
     assert result["model"] == f"{NAME}-lora"
     shown = api.show(f"{NAME}-lora") or {}
     assert shown["modelfile"].count("\nADAPTER ") == 1
-    assert [say(f"{NAME}-lora", question) for question in QUESTIONS] == [say(NAME, question) for question in QUESTIONS]
+    for question in QUESTIONS:  # Q8_0 rounds what is merged and leaves the adapter: near, and not the same
+        merged, apart = first_tokens(NAME, question), first_tokens(f"{NAME}-lora", question)
+        assert max(merged, key=merged.__getitem__) == max(apart, key=apart.__getitem__)
+        common = merged.keys() & apart.keys()
+        assert len(common) >= 7
+        # Measured: 0.12; without the adapter 0.28 to 0.48.
+        assert max(abs(merged[token] - apart[token]) for token in common) < 0.2
     assert publish(recipe, build, adapter=True)["published"] is False
 
 

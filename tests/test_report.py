@@ -311,6 +311,7 @@ def test_where_only_what_ollama_serves_was_asked_its_verdicts_are_shown(made: Ma
     assert (shown.open, shown.wrong) == ([], [])
     assert "ollama passes (6)" in shown.text
     assert "longest run 31 words" in shown.text
+    assert "| | ollama |" in card(replace(made, answers=answers, paraphrased=(), manifests={**left, **found}))
 
 
 def test_an_emoji_of_several_stays_one_and_a_lone_joiner_is_seen() -> None:

@@ -117,7 +117,7 @@ def _figures(made: Made) -> list[str]:
     rows = [
         "", "## Evaluation", "",
         f"{number} held-out prompts, answered greedily; shares with their 95 % intervals.", "",
-        f"| | {' | '.join(escaped(model['file']) for model in models.values())} |",
+        f"| | {' | '.join(escaped(model.get('file', name)) for name, model in models.items())} |",
         f"| --- |{' ---: |' * len(models)}",
     ]  # fmt: skip
     for name, label in LABELS.items():
