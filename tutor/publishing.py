@@ -181,6 +181,11 @@ def _lora_folder(recipe: Recipe, folder: Path) -> Path:
     base = inputs["convert"] / f"base-{_served(recipe, folder)}.gguf"
     if not base.is_file():
         raise ArtifactError(f"{base} is not there", "an adapter needs convert.base = true; then run: tutor convert")
+    merged = artifacts.read_manifest(folder / BY_NAME["merge"].folder)
+    if merged and merged.results.get("base") == "nf4":
+        log.warning(
+            "merged/ stands on the base as 4-bit training saw it, the adapter on its 16 bits: their answers differ"
+        )
     log.info("converting the adapter to GGUF")
     with artifacts.writing(target, LORA, fields) as (out, results):
         gguf = out / "tutor-lora.gguf"
