@@ -37,6 +37,7 @@ LORA_CODE = (
     "publishing.py",
     "engines/lora_gguf.py",
     "engines/gguf_weights.py",
+    "engines/llamacpp_src/convert.py",
     "engines/llamacpp_src/convert_lora.py",
     "engines/llamacpp_process.py",
     "stages/lineage.py",

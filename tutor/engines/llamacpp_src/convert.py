@@ -16,14 +16,28 @@ from pathlib import Path
 from typing import Any
 
 
+def carrying(llamacpp: str, says: str) -> Any:
+    """llama.cpp's class of text models, whose files get the strings of the JSON object `says` as key-values."""
+    # Before site-packages: the converter, `conversion` and gguf-py of one version belong together.
+    sys.path[:0] = [llamacpp, str(Path(llamacpp) / "gguf-py")]
+    text_model = importlib.import_module("conversion.base").TextModel
+    prepare_metadata = text_model.prepare_metadata
+
+    def prepare_metadata_and_ours(self: Any, *args: Any, **options: Any) -> None:
+        prepare_metadata(self, *args, **options)
+        for key, value in json.loads(says).items():
+            self.gguf_writer.add_string(key, value)
+
+    text_model.prepare_metadata = prepare_metadata_and_ours
+    return text_model
+
+
 def main() -> None:
     """Convert MODEL to the F16 GGUF file TARGET. Ends with the converter's own traceback, or with one line."""
     llamacpp, model, target, listed, says = sys.argv[1:]
     names = listed.split(",") if listed else []
-    # Before site-packages: the converter, `conversion` and gguf-py of one version belong together.
-    sys.path[:0] = [llamacpp, str(Path(llamacpp) / "gguf-py")]
+    text_model = carrying(llamacpp, says)
     converter = importlib.import_module("convert_hf_to_gguf")
-    text_model = importlib.import_module("conversion.base").TextModel
     recognise = text_model.get_vocab_base_pre
 
     def get_vocab_base_pre(self: Any, tokenizer: Any) -> str:
@@ -38,15 +52,7 @@ def main() -> None:
             raise SystemExit(f"the converter knows this tokenizer as {found!r}, tokenizer.json says {said!r}")
         return found
 
-    prepare_metadata = text_model.prepare_metadata
-
-    def prepare_metadata_and_ours(self: Any, *args: Any, **options: Any) -> None:
-        prepare_metadata(self, *args, **options)
-        for key, value in json.loads(says).items():
-            self.gguf_writer.add_string(key, value)
-
     text_model.get_vocab_base_pre = get_vocab_base_pre
-    text_model.prepare_metadata = prepare_metadata_and_ours
     name = Path(target).name.partition("-")[0]
     sys.argv = ["convert_hf_to_gguf.py", model, "--outfile", target, "--outtype", "f16", "--model-name", name]
     converter.main()
