@@ -84,7 +84,7 @@ typescript: .venv/base ## install the pinned TypeScript compiler, once, into the
 	@$(BIN)/python scripts/install_typescript.py >/dev/null
 
 test: .venv/demo llamacpp typescript ## every test that needs neither GPU nor Docker
-	$(BIN)/pytest -m "not docker"
+	$(BIN)/pytest $(PARALLEL) -m "not docker"
 
 test-docker: .venv/demo llamacpp ## the container tests; they say why where they cannot run
 	$(BIN)/pytest -m docker tests/docker

@@ -8,14 +8,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.command import ROOT, environment, forked
+from support.shared import changed, linked, shared
 
-ROOT = Path(__file__).parent.parent
+__all__ = ["ROOT", "environment"]
 TUTOR = Path(sys.executable).with_name("tutor")
+TINY = ROOT / "tests" / "tiny.toml"
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 SENTENCES = (
@@ -30,10 +33,19 @@ SENTENCES = (
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports every trainer to the hub
 
 
-def environment(**extra: str) -> dict[str, str]:
-    """The environment of a user who has set nothing of ours."""
-    ours = ("TUTOR_", "PYTHON", "NO_COLOR", "FORCE_COLOR")
-    return {name: value for name, value in os.environ.items() if not name.startswith(ours)} | extra
+def use_a_share_of_the_cores() -> None:
+    """Keep a worker of pytest-xdist, and all that it starts, to its share of the cores.
+
+    Programs take a thread a core and spin while they wait: two workers on the same cores take several times as long.
+    OMP_NUM_THREADS in the environment leaves the cores alone.
+    """
+    cores, workers = sorted(os.sched_getaffinity(0)), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if 1 < workers <= len(cores) and "OMP_NUM_THREADS" not in os.environ:
+        number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+        os.sched_setaffinity(0, cores[number::workers])
+
+
+use_a_share_of_the_cores()  # before torch is imported, which counts them
 
 
 @pytest.fixture
@@ -96,6 +108,27 @@ def recipe_file(tmp_path: Path) -> Path:
     path = tmp_path / "small.toml"
     path.write_text('[data]\nheld_out = 0.2\n[base]\nsource = "tiny"\n[convert]\nquantizations = ["Q4_K_M"]\n', "utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny recipe's build folder after a whole `tutor run`, beside run.json (what it printed) and events.json."""
+
+    def make(folder: Path) -> None:
+        process = forked("run", "--json", "--recipe", TINY, "--build", folder, scratch=folder / "run")
+        done = process.finish(280)
+        assert done.returncode == 0, done.stderr
+        (folder / "run.json").write_text(done.stdout, "utf-8")
+        (folder / "run" / "events.json").rename(folder / "events.json")
+
+    return linked(shared(tmp_path_factory, "built", make), tmp_path_factory.mktemp("built"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_folders_stay_whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fail where a test has changed a file that others get as a hard link."""
+    yield
+    assert changed(tmp_path_factory) == [], "a test changed a shared file in place: it wants support.shared.copied"
 
 
 def make_tokenizer(*, add_bos: bool, pad: str | None = None) -> Any:

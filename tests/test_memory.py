@@ -292,6 +292,7 @@ def trainer_on(tiny: Path, rows: list[Any], folder: Path, quantization: str, res
     return trainer
 
 
+@pytest.mark.pipeline
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_layers_that_wait_in_ram_train_as_layers_that_do_not(
     quantization: str, tiny: Path, rows: list[Any], tmp_path: Path
@@ -309,6 +310,7 @@ def test_layers_that_wait_in_ram_train_as_layers_that_do_not(
     assert apart(found[1][1], found[0][1]) == apart(found[2][1], found[0][1]) == 0.0
 
 
+@pytest.mark.pipeline
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_a_waiting_weight_is_copied_for_its_pass_and_every_copy_is_let_go(
     quantization: str, tiny: Path, rows: list[Any], tmp_path: Path
@@ -331,6 +333,7 @@ def test_a_waiting_weight_is_copied_for_its_pass_and_every_copy_is_let_go(
     assert not resident._forward_pre_hooks
 
 
+@pytest.mark.pipeline
 def test_a_pass_that_fails_gives_the_waiting_weights_back(tiny: Path, rows: list[Any], tmp_path: Path) -> None:
     model = trainer_on(tiny, rows, tmp_path, "none", 0).model
     held = [weight for weight in model.parameters() if not weight.requires_grad]
@@ -343,6 +346,7 @@ def test_a_pass_that_fails_gives_the_waiting_weights_back(tiny: Path, rows: list
     )
 
 
+@pytest.mark.pipeline
 def test_streaming_says_how_many_layers_wait(tiny: Path, rows: list[Any], tmp_path: Path) -> None:
     model = trainer_on(tiny, rows, tmp_path, "none", 2).model
     assert offload.stream_layers(model, 2, torch.device("cpu")) == 0

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.command import forked
 from tiny_models import adapter_stage, base_stage, copied, edit, in_two_shards, one_thread, recipe, tensors, tiny
 
 torch = pytest.importorskip("torch")
@@ -23,6 +25,7 @@ from tutor.engines.lora import read_adapter  # noqa: E402
 from tutor.engines.tensor_files import read_folder  # noqa: E402
 from tutor.errors import ArtifactError, HostError  # noqa: E402
 from tutor.modelfolder import load_tokenizer, read_facts, read_json  # noqa: E402
+from tutor.recipe import Recipe  # noqa: E402
 from tutor.stages import merge  # noqa: E402
 from tutor.template import chat_template, conversation, encode, render  # noqa: E402
 
@@ -441,37 +444,31 @@ def test_a_base_that_the_recipe_names_is_not_scored(stages: Stages, base: str) -
 
 # --- kills, disk and memory ------------------------------------------------------------------------------------------
 
-STAGE = """
-import signal, sys
-from pathlib import Path
-from tutor import artifacts
-from tutor.recipe import Recipe
-from tutor.stages import merge
 
-folder, opens = Path(sys.argv[1]), int(sys.argv[2])
+def merge_stage() -> None:
+    """Run the stage as the pipeline does; arguments: the folder, at which opening of the base's files, which signal.
 
-def hook(event, arguments):
-    # Each weight file is opened once for each of its tensors: a kill while the second one is read.
-    global opens
-    if event == "open" and "/model/model-" in str(arguments[0]):
-        opens -= 1
-        if opens == 0:
-            signal.raise_signal(getattr(signal, sys.argv[3]))
+    Each weight file is opened once for each of its tensors: the process is ended while one of them is read.
+    """
+    folder, left, number, version = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 
-sys.addaudithook(hook)
-recipe = Recipe().model_copy(update={"path": folder / "r.toml"})
-inputs = {"data": folder / "data", "base": folder / "base", "train": folder / "adapter"}
-fields = {"version": sys.argv[4]}
-with artifacts.writing(folder / "merged", "merge", fields, resume=True) as (out, results):
-    results.update(merge.run(recipe, inputs, out))
-"""
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        if event == "open" and "/model/model-" in str(arguments[0]):
+            left -= 1
+            if left == 0:
+                signal.raise_signal(number)
+
+    sys.addaudithook(hook)
+    inputs = {"data": folder / "data", "base": folder / "base", "train": folder / "adapter"}
+    with artifacts.writing(folder / "merged", "merge", {"version": version}, resume=True) as (out, results):
+        results.update(merge.run(Recipe().model_copy(update={"path": folder / "r.toml"}), inputs, out))
 
 
-def run_stage(folder: Path, *, opens: int = 0, kind: str = "SIGKILL", version: str = "1") -> int:
+def run_stage(folder: Path, *, opens: int = 0, number: int = signal.SIGKILL, version: str = "1") -> int:
     """Run the stage in a process of its own, which gets a signal at one of its openings of the base's files."""
-    command = [sys.executable, "-c", STAGE, folder, str(opens), kind, version]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, stderr=subprocess.DEVNULL, check=False).returncode
+    given = (str(folder), str(opens), str(int(number)), version)
+    return forked(*given, scratch=folder / "process", entry=merge_stage).finish().returncode
 
 
 def shard(folder: Path, number: int, partial: str = "") -> Path:
@@ -482,10 +479,11 @@ IN_THE_SECOND = 2 + 2 + 8 + 3
 """refuse() and read_folder() open both files, the first has eight tensors; so the second's third."""
 
 
-@pytest.mark.parametrize("kind", ["SIGKILL", "SIGINT"])
-def test_a_merge_that_was_killed_goes_on_at_the_file_it_was_at(stages: Stages, kind: str) -> None:
+@pytest.mark.pipeline
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_merge_that_was_killed_goes_on_at_the_file_it_was_at(stages: Stages, number: int) -> None:
     folder = stages.out.parent
-    assert run_stage(folder, opens=IN_THE_SECOND, kind=kind) != 0
+    assert run_stage(folder, opens=IN_THE_SECOND, number=number) != 0
     assert not stages.out.exists()
     first = shard(folder, 1, ".partial").stat()
     assert shard(folder, 2, ".partial").exists()
@@ -502,6 +500,7 @@ def test_a_merge_that_was_killed_goes_on_at_the_file_it_was_at(stages: Stages, k
     assert sorted(path.name for path in folder.iterdir() if "merged" in path.name) == ["merged"]
 
 
+@pytest.mark.pipeline
 def test_a_finished_file_that_changed_since_is_made_again(stages: Stages) -> None:
     folder = stages.out.parent
     run_stage(folder, opens=IN_THE_SECOND)
@@ -514,6 +513,7 @@ def test_a_finished_file_that_changed_since_is_made_again(stages: Stages) -> Non
     assert differing(tensors(stages.out), by_peft(stages.model, stages.adapter)) == []
 
 
+@pytest.mark.pipeline
 def test_what_another_key_left_is_not_gone_on_with(stages: Stages) -> None:
     folder = stages.out.parent
     run_stage(folder, opens=IN_THE_SECOND)
@@ -522,6 +522,7 @@ def test_what_another_key_left_is_not_gone_on_with(stages: Stages) -> None:
     assert shard(folder, 1).stat().st_mtime_ns != first.st_mtime_ns
 
 
+@pytest.mark.pipeline
 def test_a_choice_that_was_made_stands_when_the_merge_goes_on(stages: Stages) -> None:
     stages.trained_in_nf4()
     stages.merge()
@@ -531,6 +532,7 @@ def test_a_choice_that_was_made_stands_when_the_merge_goes_on(stages: Stages) ->
     assert (again["base"], again["held_out"]) == (chosen["base"], chosen["held_out"])
 
 
+@pytest.mark.pipeline
 def test_a_disk_that_cannot_hold_the_result_is_refused_before_the_work(stages: Stages) -> None:
     full = stages.out.parent / "disk"
     full.mkdir()

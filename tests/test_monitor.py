@@ -218,6 +218,7 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
 
 
+@pytest.mark.pipeline
 def test_the_best_adapter_comes_back_when_the_last_one_is_worse(trainer_of: Any, tmp_path: Path) -> None:
     trainer = trainer_of()
     watching, copies = watched(trainer, tmp_path / "log", [3.0, 1.0, 1.0, 2.0])
@@ -229,6 +230,7 @@ def test_the_best_adapter_comes_back_when_the_last_one_is_worse(trainer_of: Any,
     assert not same(adapter(trainer.model), last)
 
 
+@pytest.mark.pipeline
 def test_the_last_adapter_stays_when_it_is_the_best(trainer_of: Any, tmp_path: Path) -> None:
     trainer = trainer_of()
     _, copies = watched(trainer, tmp_path / "log", [3.0, 1.0])
@@ -236,6 +238,7 @@ def test_the_last_adapter_stays_when_it_is_the_best(trainer_of: Any, tmp_path: P
     assert same(adapter(trainer.model), copies.taken[12])
 
 
+@pytest.mark.pipeline
 def test_a_best_adapter_that_is_gone_is_said_and_the_last_one_stays(
     trainer_of: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -248,6 +251,7 @@ def test_a_best_adapter_that_is_gone_is_said_and_the_last_one_stays(
     assert "is gone" in caplog.text
 
 
+@pytest.mark.pipeline
 def test_patience_ends_a_training_that_gets_no_better(trainer_of: Any, tmp_path: Path) -> None:
     trainer = trainer_of()
     watching, _ = watched(trainer, tmp_path / "log", [3.0, 1.0, 1.5, 1.2, 0.1, 0.0], patience=2)
@@ -256,12 +260,14 @@ def test_patience_ends_a_training_that_gets_no_better(trainer_of: Any, tmp_path:
     assert monitor.restore_best(trainer.model, tmp_path / "checkpoints", trainer.state.log_history) == 4
 
 
+@pytest.mark.pipeline
 def test_without_patience_all_epochs_are_trained(trainer_of: Any, tmp_path: Path) -> None:
     trainer = trainer_of()
     watching, _ = watched(trainer, tmp_path / "log", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     assert (watching.stopped, trainer.state.global_step) == (False, 12)
 
 
+@pytest.mark.pipeline
 def test_evaluations_leave_the_training_as_it_is(trainer_of: Any, tmp_path: Path, tokenizer: Any) -> None:
     from tutor.engines.scoring import mean_loss
 
@@ -280,6 +286,7 @@ def test_evaluations_leave_the_training_as_it_is(trainer_of: Any, tmp_path: Path
     assert same(*adapters)
 
 
+@pytest.mark.pipeline
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_training_whose_loss_is_no_number_stops_at_once(loss: float, trainer_of: Any, tmp_path: Path) -> None:
     trainer = trainer_of()
@@ -290,6 +297,7 @@ def test_a_training_whose_loss_is_no_number_stops_at_once(loss: float, trainer_o
     assert lines_of(tmp_path / "log") == []
 
 
+@pytest.mark.pipeline
 def test_a_training_that_diverges_stops_and_its_log_stays(trainer_of: Any, tmp_path: Path) -> None:
     trainer = trainer_of()
     trainer.args.num_train_epochs = 10
@@ -299,6 +307,7 @@ def test_a_training_that_diverges_stops_and_its_log_stays(trainer_of: Any, tmp_p
     assert [line["step"] for line in lines_of(tmp_path / "log")] == list(range(1, 20))
 
 
+@pytest.mark.pipeline
 def test_every_report_says_how_fast_and_how_much_memory(trainer_of: Any, tmp_path: Path) -> None:
     watched(trainer_of(), tmp_path / "log", [2.0, 1.0], report_every=5)
     lines = lines_of(tmp_path / "log")
@@ -310,6 +319,7 @@ def test_every_report_says_how_fast_and_how_much_memory(trainer_of: Any, tmp_pat
     assert ("gpu_memory_gb" in lines[0]) == torch.cuda.is_available()
 
 
+@pytest.mark.pipeline
 def test_tensorboard_gets_the_same_numbers(trainer_of: Any, tmp_path: Path) -> None:
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     watched(trainer_of(), tmp_path / "log", [2.0, 1.0])
@@ -321,6 +331,7 @@ def test_tensorboard_gets_the_same_numbers(trainer_of: Any, tmp_path: Path) -> N
     assert [(event.step, event.value) for event in events.Scalars("held_out/loss")] == [(6, 2.0), (12, 1.0)]
 
 
+@pytest.mark.pipeline
 def test_without_tensorboard_training_runs_and_one_line_says_so(
     trainer_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -331,6 +342,7 @@ def test_without_tensorboard_training_runs_and_one_line_says_so(
     assert sum("TensorBoard" in record.getMessage() for record in caplog.records) == 1
 
 
+@pytest.mark.pipeline
 def test_the_log_of_another_training_is_replaced_and_that_of_a_resumed_one_goes_on(
     trainer_of: Any, tmp_path: Path
 ) -> None:
@@ -351,6 +363,7 @@ def test_the_log_of_another_training_is_replaced_and_that_of_a_resumed_one_goes_
     )
 
 
+@pytest.mark.pipeline
 def test_a_resumed_training_knows_the_best_adapter_of_before(trainer_of: Any, tmp_path: Path) -> None:
     trainer = trainer_of(save_steps=4)
     _, copies = watched(trainer, tmp_path / "log", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
@@ -364,6 +377,7 @@ def test_a_resumed_training_knows_the_best_adapter_of_before(trainer_of: Any, tm
     assert same(adapter(resumed.model), copies.taken[2])
 
 
+@pytest.mark.pipeline
 def test_steps_that_fp16_skips_are_written_as_none_and_training_goes_on(
     tiny: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -392,6 +406,7 @@ def test_steps_that_fp16_skips_are_written_as_none_and_training_goes_on(
     assert {weight.dtype for weight in before.values()} == {torch.float32}
 
 
+@pytest.mark.pipeline
 def test_an_adapter_is_rounded_to_what_its_file_holds_and_never_to_infinity(trainer_of: Any) -> None:
     model = trainer_of().model
     weight = next(weight for weight in model.parameters() if weight.requires_grad)
@@ -406,10 +421,12 @@ def test_an_adapter_is_rounded_to_what_its_file_holds_and_never_to_infinity(trai
         round_adapter(model)
 
 
+@pytest.mark.pipeline
 def test_the_log_lies_beside_the_stage_whatever_it_is_called_now(tmp_path: Path) -> None:
     assert log_folder(tmp_path / "adapter.partial") == log_folder(tmp_path / "adapter") == tmp_path / "adapter.log"
 
 
+@pytest.mark.pipeline
 def test_a_gpu_without_its_library_has_no_utilization(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         assert gauges.gpu_utilization() in range(101)

@@ -276,6 +276,7 @@ def apart(found: dict[str, Any], wanted: dict[str, Any]) -> float:
     return max((found[name] - wanted[name]).abs().max().item() for name in wanted) / largest
 
 
+@pytest.mark.pipeline
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize(
     ("budget", "rows", "count"), [(1000, 4, 1), (90, 2, 2)], ids=["one pass a step", "two passes a step"]
@@ -299,6 +300,7 @@ def test_loss_and_gradients_are_those_of_one_row_a_pass(
     assert [apart(*pair) < SAME for pair in zip(gradients, wanted, strict=True)] == [True, True]
 
 
+@pytest.mark.pipeline
 def test_gradients_are_the_same_when_layers_are_computed_again(steps_of: Any) -> None:
     kept = steps_of(ROWS, accumulation=4)
     again = steps_of(ROWS, accumulation=4, checkpointing=True)
@@ -307,6 +309,7 @@ def test_gradients_are_the_same_when_layers_are_computed_again(steps_of: Any) ->
     assert [apart(*pair) < 1e-6 for pair in zip(again[2], kept[2], strict=True)] == [True, True]
 
 
+@pytest.mark.pipeline
 def test_a_padded_batch_is_the_same_batch_too(steps_of: Any) -> None:
     found = steps_of(ROWS, batch_size=4, accumulation=1, packing=False)
     wanted = steps_of(ROWS, batch_size=2, accumulation=2)

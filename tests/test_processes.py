@@ -2,25 +2,27 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import observed
 import pytest
 from conftest import ROOT, environment
 from hypothesis import given
 from hypothesis import strategies as st
 from observed import noting
+from support.command import Done, forked
 from test_train import rows, settings, tokenizer
 from tiny_models import one_thread, tiny
 
 from tutor import artifacts, pipeline
 from tutor.engines import processes
-from tutor.errors import RecipeError
+from tutor.errors import HostError, RecipeError
 from tutor.recipe import read_recipe
 from tutor.stages import checkpoint
 
@@ -165,22 +167,51 @@ def by_step(notes: list[dict[str, Any]]) -> Steps:
     return {step: (sorted(held), tokens) for step, (held, tokens) in found.items()}
 
 
-@pytest.fixture
-def together(build: Path, tmp_path: Path) -> Callable[..., Any]:
-    """`tutor train` in two processes, ended as said: what it printed, its code, its notes, when a rank noted last."""
+Ran = tuple["Done[str]", list[list[dict[str, Any]]]]
 
-    def run(**end: Any) -> tuple["subprocess.CompletedProcess[str]", list[list[dict[str, Any]]], float]:
+
+@pytest.fixture
+def launched_by_accelerate(build: Path, tmp_path: Path) -> Callable[..., Ran]:
+    """`accelerate launch tutor train` in two processes, ended as said: what was printed and the notes of each."""
+
+    def run(**end: Any) -> Ran:
         launcher = Path(sys.executable).with_name("accelerate")
         script = [Path(__file__).with_name("observed.py"), "train", "-r", "small.toml", "-b", "build"]
         env = environment(PYTHONPATH=str(ROOT), NOTES=str(tmp_path / "notes"), END=json.dumps(end))
         command = [launcher, "launch", *LAUNCH, *QUIET, *script]
-        paths = [tmp_path / f"notes.{number}" for number in range(2)]
-        for path in paths:
-            path.unlink(missing_ok=True)
         done = subprocess.run(command, cwd=build, env=env, capture_output=True, text=True, timeout=120, check=False)
-        ended = time.time()
-        notes = [[json.loads(line) for line in path.read_text().splitlines()] for path in paths]
-        return done, notes, ended - min(path.stat().st_mtime for path in paths)
+        return done, notes_of(tmp_path / "notes")
+
+    return run
+
+
+def notes_of(path: Path) -> list[list[dict[str, Any]]]:
+    """The notes of both ranks; the next run begins with none."""
+    paths = [path.with_name(f"{path.name}.{rank}") for rank in range(2)]
+    notes = [[json.loads(line) for line in each.read_text().splitlines()] for each in paths]
+    for each in paths:
+        each.unlink()
+    return notes
+
+
+@pytest.fixture
+def together(build: Path, tmp_path: Path) -> Callable[..., tuple[list["Done[str]"], list[list[dict[str, Any]]]]]:
+    """`tutor train` in two processes as a launcher starts them: what each printed, its exit code and its notes."""
+
+    def run(**end: Any) -> tuple[list["Done[str]"], list[list[dict[str, Any]]]]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ranks = []
+        for rank in range(2):
+            env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+            env |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "no"}
+            env |= {"NOTES": tmp_path / "notes", "END": json.dumps(end)}
+            given = {name: str(value) for name, value in env.items()}
+            where = ("-r", "small.toml", "-b", "build")
+            scratch = tmp_path / f"rank{rank}"
+            ranks.append(forked("train", *where, scratch=scratch, env=given, cwd=build, entry=observed.main))
+        return [each.finish() for each in ranks], notes_of(tmp_path / "notes")
 
     return run
 
@@ -198,26 +229,24 @@ def ours(stderr: str) -> list[str]:
 
 @pytest.mark.pipeline
 def test_two_processes_train_what_one_does_whatever_ends_them_on_the_way(
-    build: Path, alone: tuple[Path, Steps], together: Callable[..., Any]
+    build: Path, alone: tuple[Path, Steps], together: Callable[..., Any], launched_by_accelerate: Callable[..., Ran]
 ) -> None:
     adapter, steps = alone
     assert [len(held) for held, _ in steps.values()] == [4, 4, 4, 4, 1] * 2
 
     # The second process is killed: the first ends at once, says so, and the checkpoint before is whole.
-    killed, notes, seconds = together(rank=1, step=5, signal=signal.SIGKILL, to="self")
-    assert killed.returncode != 0
-    assert seconds < 10
+    (first, second), notes = together(rank=1, step=5, signal=signal.SIGKILL, to="self")
+    assert (first.returncode, second.returncode) == (HostError.code, -signal.SIGKILL)
     assert checkpoints(build) == ["checkpoint-3"]
-    assert [line for line in ours(killed.stderr) if line.startswith("Error:")] in (
-        [],
-        ["Error: another process of this training ended; its own line or the launcher's report says why; "
-         "run again: it goes on from the last checkpoint"],
-    )  # fmt: skip
+    assert [line for line in ours(first.stderr) if line.startswith("Error:")] == [
+        "Error: another process of this training ended; its own line or the launcher's report says why; "
+        "run again: it goes on from the last checkpoint",
+    ]  # fmt: skip
     found = by_step([note for part in notes for note in part if "step" in note])
     assert [found[step] for step in range(1, 5)] == [steps[step] for step in range(1, 5)]
 
     # The launcher is told to end: both finish the step, and save it.
-    ended, notes, _ = together(rank=0, step=7, signal=signal.SIGTERM, to="parent")
+    ended, notes = launched_by_accelerate(rank=0, step=7, signal=signal.SIGTERM, to="parent")
     assert ended.returncode != 0
     assert "resuming after step 3 of 10" in ended.stderr
     assert ours(ended.stderr)[-2:] == [
@@ -227,11 +256,12 @@ def test_two_processes_train_what_one_does_whatever_ends_them_on_the_way(
     assert checkpoints(build) == ["checkpoint-7", "checkpoint-6"]
 
     # What is left goes on in the second epoch, with the rows of that one.
-    done, notes, _ = together()
-    assert done.returncode == 0, done.stderr
-    assert "resuming after step 7 of 10" in done.stderr
-    assert done.stderr.count("resuming") == done.stdout.count("loss_after") == 1
-    assert [line for line in done.stderr.splitlines() if not line.startswith("train: ")] == []
+    (first, second), notes = together()
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr
+    assert "resuming after step 7 of 10" in first.stderr
+    assert first.stderr.count("resuming") == first.stdout.count("loss_after") == 1
+    assert [line for line in first.stderr.splitlines() if not line.startswith("train: ")] == []
+    assert (second.stdout, second.stderr) == ("", "")
     found = by_step([note for part in notes for note in part if "step" in note])
     assert found == {step: steps[step] for step in (8, 9, 10)}
     assert_close(build / "build" / "small" / "adapter", adapter)

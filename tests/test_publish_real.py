@@ -22,7 +22,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import ROOT, TUTOR, environment
+from conftest import TINY
+from support.shared import copied
 
 from tutor import artifacts, evaluating, pipeline, publishing
 from tutor.engines import llamacpp
@@ -45,28 +46,22 @@ pytestmark = [
 ]
 needs_binary = pytest.mark.skipif(not BINARY, reason="no ollama program here: set OLLAMA_BINARY")
 
-RECIPE = ROOT / "tests" / "tiny.toml"
 NAME = "tutor-test"
 GREEDY = Generation(max_new_tokens=24, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=7)
 QUESTIONS = ("¿Qué es una interfaz?", "¿Cómo se declara una función genérica?", "Hola")
 
 
 @pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build folder of our own with the tiny recipe's model in it."""
-    build = tmp_path_factory.mktemp("published")
-    if ready := os.environ.get("TUTOR_TEST_BUILD"):
-        return Path(shutil.copytree(ready, build, dirs_exist_ok=True))
-    command: list[str | Path] = [TUTOR, "run", "--until", "convert", "--recipe", RECIPE, "--build", build]
-    done = subprocess.run(command, env=environment(), capture_output=True, encoding="utf-8", timeout=800, check=False)
-    assert done.returncode == 0, done.stderr
-    return build
+    ready = os.environ.get("TUTOR_TEST_BUILD")
+    return copied(Path(ready) if ready else request.getfixturevalue("built"), tmp_path_factory.mktemp("published"))
 
 
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
     """The tiny recipe under a name that no one else's model has."""
-    read = read_recipe(RECIPE)
+    read = read_recipe(TINY)
     return read.model_copy(update={"ollama": read.ollama.model_copy(update={"model": NAME}), "system": "Eres «tutor»."})
 
 

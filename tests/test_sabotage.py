@@ -9,16 +9,17 @@ fake server. A new hand-over gets a case here.
 import json
 import shutil
 import struct
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import fake_ollama as fake
 import pytest
-from conftest import ROOT, TUTOR, environment
+from conftest import ROOT, TINY
+from support.shared import copied, linked, shared
 from test_publish import SYSTEM, make_stages
 
 from tutor import artifacts, chain, pipeline, publishing
@@ -53,26 +54,25 @@ def report() -> Iterator[Report]:
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """The tiny recipe with budgets for a tiny model."""
     budgets = ", ".join(f"{kind} = {value}" for kind, value in BUDGETS.items())
-    text = (ROOT / "tests" / "tiny.toml").read_text("utf-8").replace("../data", str(ROOT / "data"))
+    text = TINY.read_text("utf-8").replace("../data", str(ROOT / "data"))
     path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
     path.write_text(f"{text}\n[parity]\nbudgets = {{{budgets}}}\n", "utf-8")
     return read_recipe(path)
 
 
 @pytest.fixture(scope="module")
-def made(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A build that every gate has passed."""
+def made(recipe: Recipe, built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build that every gate has passed: the shared one, compared within the budgets of this recipe."""
     build = tmp_path_factory.mktemp("sabotage")
-    command = [TUTOR, "run", "--until", "modelfile", "--recipe", recipe.path, "--build", build]
-    done = subprocess.run(command, env=environment(), capture_output=True, encoding="utf-8", timeout=280, check=False)
-    assert done.returncode == 0, done.stderr
+    linked(built / "tiny", build / "tiny")
+    assert pipeline.run_all(recipe, build, until="modelfile") == ["parity"]
     return build
 
 
 @pytest.fixture
 def folder(made: Path, tmp_path: Path) -> Path:
     """A copy to be spoiled: the recipe's folder in a build of its own."""
-    return Path(shutil.copytree(made / "tiny", tmp_path / "build" / "tiny"))
+    return copied(made / "tiny", tmp_path / "build" / "tiny")
 
 
 def replace_bytes(path: Path, old: bytes, new: bytes) -> None:
@@ -144,16 +144,19 @@ def test_an_end_that_is_not_learnt(recipe: Recipe, made: Path, report: Report) -
 # Merging
 
 
-def other_base(folder: Path) -> None:
-    """Another model of the same shape in the base's place: the weights of another seed under the same tokenizer."""
+@pytest.fixture(scope="module")
+def other_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights of a tiny model of the same shape and another seed."""
     from tiny_models import make_tiny, spanish
 
-    make_tiny(folder / "other", spanish(), 99)
-    shutil.copy(folder / "other/model.safetensors", folder / "base/model/model.safetensors")
+    make_other = partial(make_tiny, text=spanish(), seed=99)
+    return shared(tmp_path_factory, "other", make_other) / "model.safetensors"
 
 
-def test_another_base_of_the_same_shape_before_merging(recipe: Recipe, folder: Path, report: Report) -> None:
-    other_base(folder)
+def test_another_base_of_the_same_shape_before_merging(
+    recipe: Recipe, folder: Path, other_weights: Path, report: Report
+) -> None:
+    shutil.copy(other_weights, folder / "base/model/model.safetensors")
     from dataclasses import asdict
 
     from tutor.stages.base import inspect
@@ -170,8 +173,10 @@ def inputs(folder: Path) -> dict[str, Path]:
     return {stage.name: folder / stage.folder for stage in chain.STAGES}
 
 
-def test_another_base_that_was_put_in_place_silently(recipe: Recipe, folder: Path, report: Report) -> None:
-    other_base(folder)
+def test_another_base_that_was_put_in_place_silently(
+    recipe: Recipe, folder: Path, other_weights: Path, report: Report
+) -> None:
+    shutil.copy(other_weights, folder / "base/model/model.safetensors")
     caught = compared(recipe, folder, r"base \+ adapter -> merged \(merge\) diverges in its log-probabilities")
     assert "another run's adapter, a base of the same shape" in str(caught.value)
     report("base swapped after merging", "parity: merge", caught)

@@ -19,7 +19,9 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import pytest
-from conftest import ROOT, TUTOR, environment
+from conftest import ROOT
+from support.command import Forked, forked
+from support.shared import copied, shared
 from test_train import inputs, settings
 from tiny_models import one_thread, recipe, tiny
 
@@ -438,55 +440,52 @@ logging_steps = 1
 """
 
 
-def command(name: str, folder: Path) -> "subprocess.Popen[str]":
-    words = [TUTOR, name, "--recipe", folder / "r.toml", "--build", folder / "build"]
-    words += ["--until", "train"] if name == "run" else []
-    return subprocess.Popen(
-        words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+def command(name: str, folder: Path, scratch: Path) -> Forked:
+    until = ["--until", "train"] if name == "run" else []
+    return forked(name, "--recipe", folder / "r.toml", "--build", folder / "build", *until, scratch=scratch)
 
 
 @pytest.fixture(scope="module")
 def user(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe, and what it makes where nobody interrupts it."""
-    folder = tmp_path_factory.mktemp("user")
-    (folder / "r.toml").write_text(RECIPE.format(root=ROOT), "utf-8")
-    process = command("run", folder)
-    _, said = process.communicate(timeout=200)
-    assert process.returncode == 0, said
-    return folder
+
+    def make(folder: Path) -> None:
+        (folder / "r.toml").write_text(RECIPE.format(root=ROOT), "utf-8")
+        done = command("run", folder, folder / "said").finish()
+        assert done.returncode == 0, done.stderr
+
+    return shared(tmp_path_factory, "user", make)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_the_same_command_goes_on_after_a_signal(number: signal.Signals, code: int, user: Path, tmp_path: Path) -> None:
-    shutil.copytree(user, tmp_path, dirs_exist_ok=True)
-    build = tmp_path / "build" / "r"
+    folder = copied(user, tmp_path / "user")
+    build = folder / "build" / "r"
     wanted = (build / "adapter" / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(build / "adapter")
     shutil.rmtree(artifacts.log_folder(build / "adapter"))
     if number == signal.SIGKILL:  # nothing is saved at it: what was, by steps, has to do
-        text = (tmp_path / "r.toml").read_text()
-        (tmp_path / "r.toml").write_text(text + "save_steps = 3\n")
-    process = command("train", tmp_path)
+        with (folder / "r.toml").open("a") as text:
+            text.write("save_steps = 3\n")
+    process = command("train", folder, tmp_path / "ended")
     metrics, deadline = build / "adapter.log" / "metrics.jsonl", time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         if metrics.exists() and metrics.read_bytes().count(b"\n") >= 8:
             break
         time.sleep(0.01)
     process.send_signal(number)
-    out, said = process.communicate(timeout=60)
-    assert process.returncode == code, said
-    assert out == ""
-    assert "Error" not in said
+    done = process.finish()
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    assert "Error" not in done.stderr
     if number != signal.SIGKILL:
-        assert f"{number.name}: ending this step and saving a checkpoint; once more ends at once" in said
-        assert "the same command goes on there" in said
+        assert f"{number.name}: ending this step and saving a checkpoint; once more ends at once" in done.stderr
+        assert "the same command goes on there" in done.stderr
         assert not (build / "adapter.partial").exists()
     assert not (build / "adapter").exists()
-    again = command("train", tmp_path)
-    _, said = again.communicate(timeout=200)
-    assert again.returncode == 0, said
-    assert "resuming after step" in said
+    again = command("train", folder, tmp_path / "again").finish()
+    assert again.returncode == 0, again.stderr
+    assert "resuming after step" in again.stderr
     assert (build / "adapter" / "adapter_model.safetensors").read_bytes() == wanted
     assert sorted(path.name for path in build.iterdir() if path.name.startswith("adapter")) == [
         "adapter",

@@ -136,12 +136,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("torch")
     if not is_built(build_folder()):
         pytest.skip("no llama.cpp: make llamacpp")
-    from tiny_models import SEED, edit, make_tiny, spanish
+    from tiny_models import copied, edit, tiny_folder
 
     from tutor.template import chat_template
 
-    made = tmp_path_factory.mktemp("traced")
-    make_tiny(made, spanish(), SEED)
+    made = copied(tiny_folder(tmp_path_factory), tmp_path_factory.mktemp("traced") / "model")
     edit(made / "tokenizer_config.json", chat_template=chat_template(add_bos=True))
     llamacpp.to_gguf(made, made / "tiny-F16.gguf", pre_tokenizer(made / "tokenizer.json"))
     return made

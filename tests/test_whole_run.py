@@ -6,15 +6,17 @@ Run alone with: .venv/bin/pytest tests/test_whole_run.py
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, TUTOR, environment
+from conftest import TINY, TUTOR, environment
+from support.command import Done, forked, in_process
+from support.shared import copied, linked
 
 from tutor import artifacts, chain
 from tutor.engines import llamacpp_build
@@ -27,13 +29,11 @@ pytestmark = [
     ),
 ]
 
-RECIPE = ROOT / "tests" / "tiny.toml"
 MADE = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "merged/model.safetensors")
 
 
-def tutor(*arguments: str | Path, build: Path) -> "subprocess.CompletedProcess[str]":
-    command = [TUTOR, *arguments, "--recipe", RECIPE, "--build", build]
-    return subprocess.run(command, env=environment(), capture_output=True, encoding="utf-8", timeout=280, check=False)
+def tutor(*arguments: str | Path, build: Path, stdin: str = "") -> "Done[str]":
+    return in_process(*arguments, "--recipe", TINY, "--build", build, stdin=stdin)
 
 
 def result(*arguments: str | Path, build: Path) -> Any:
@@ -42,15 +42,8 @@ def result(*arguments: str | Path, build: Path) -> Any:
     return json.loads(done.stdout)
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A build folder in which every stage has run."""
-    build = tmp_path_factory.mktemp("whole")
-    assert result("run", build=build)["ran"] == list(chain.BY_NAME)
-    return build
-
-
 def test_every_stage_leaves_a_whole_folder(built: Path) -> None:
+    assert json.loads((built / "run.json").read_text("utf-8"))["ran"] == list(chain.BY_NAME)
     for state in result("status", "--verify", build=built):
         assert state["condition"] == "up to date", state
     left = [
@@ -69,7 +62,7 @@ def test_a_second_run_does_nothing_and_says_so(built: Path) -> None:
 def test_a_run_that_is_up_to_date_imports_no_torch(built: Path) -> None:
     code = (
         "import sys; sys.modules['torch'] = None; from tutor.recipe import read_recipe; from tutor import pipeline; "
-        f"from pathlib import Path; print(pipeline.run_all(read_recipe(Path({str(RECIPE)!r})), Path({str(built)!r})))"
+        f"from pathlib import Path; print(pipeline.run_all(read_recipe(Path({str(TINY)!r})), Path({str(built)!r})))"
     )
     python = TUTOR.with_name("python")
     done = subprocess.run([python, "-c", code], env=environment(), capture_output=True, text=True, check=False)
@@ -87,7 +80,10 @@ def test_training_lowers_the_held_out_loss_and_every_gguf_keeps_it(built: Path) 
 
 
 def test_two_runs_from_scratch_are_byte_identical(built: Path, tmp_path: Path) -> None:
-    result("run", "--until", "convert", build=tmp_path)
+    """The second one is started by the console script, as a user does, and the first was forked: the same bytes."""
+    command = [TUTOR, "run", "--until", "convert", "--recipe", TINY, "--build", tmp_path]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     files = [*MADE, *(f"gguf/{path.name}" for path in (built / "tiny" / "gguf").glob("*.gguf"))]
     assert len(files) == len(MADE) + 4
     for name in files:
@@ -95,43 +91,43 @@ def test_two_runs_from_scratch_are_byte_identical(built: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("stage", list(chain.BY_NAME))
-@pytest.mark.parametrize("after", [0.0, 1.5], ids=["at once", "in the middle"])
+@pytest.mark.parametrize("share", [0.0, 0.5], ids=["at once", "in the middle"])
 def test_kill_9_leaves_nothing_half_and_the_same_command_completes(
-    built: Path, tmp_path: Path, stage: str, after: float
+    built: Path, tmp_path: Path, stage: str, share: float
 ) -> None:
-    shutil.copytree(built / "tiny", tmp_path / "tiny")
-    tutor("clean", stage, build=tmp_path)
-    folder = tmp_path / "tiny" / chain.BY_NAME[stage].folder
-    partial = folder.with_name(folder.name + artifacts.PARTIAL)
-    command = [TUTOR, "run", "--until", stage, "--recipe", RECIPE, "--build", tmp_path]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not partial.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    time.sleep(after)
-    process.kill()
-    process.wait()
-    manifest = artifacts.read_manifest(folder)
-    assert manifest is None or artifacts.check(folder, content=True) == []
-    assert manifest is not None or not folder.exists()
-    again = result("run", "--until", stage, build=tmp_path)
-    assert again["ran"] == ([stage] if manifest is None else [])
+    """Killed at its first file-system event, and when half of those are done that the stage's own run had."""
+    build = linked(built, tmp_path / "build")
+    artifacts.remove(build / "tiny" / chain.BY_NAME[stage].folder)
+    folder = build / "tiny" / chain.BY_NAME[stage].folder
+    events = json.loads((built / "events.json").read_text("utf-8"))[folder.name]
+    at = 1 + round((events - 1) * share)
+    where = ("--until", stage, "--recipe", TINY, "--build", build)
+    killed = forked("run", *where, scratch=tmp_path / "killed", kill=(folder.name, at)).finish()
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert artifacts.read_manifest(folder) is None
+    assert not folder.exists()
+    again = result("run", "--until", stage, build=build)
+    assert again["ran"] == [stage]
     assert artifacts.check(folder, content=True) == []
-    assert not partial.exists()
+    assert not folder.with_name(folder.name + artifacts.PARTIAL).exists()
+
+
+def when(condition: Callable[[], bool], process: Any) -> None:
+    """Wait until a process has come to something; a process that ended, or 60 seconds, end the wait."""
+    deadline = time.monotonic() + 60
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def test_sigterm_during_training_exits_143_and_leaves_nothing_half(built: Path, tmp_path: Path) -> None:
-    shutil.copytree(built / "tiny", tmp_path / "tiny")
-    tutor("clean", "train", build=tmp_path)
-    command = [TUTOR, "train", "--recipe", RECIPE, "--build", tmp_path]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    partial = tmp_path / "tiny" / "adapter.partial"
-    while not (tmp_path / "tiny" / "adapter.log" / "metrics.jsonl").exists() and process.poll() is None:
-        time.sleep(0.01)
+    build = linked(built, tmp_path / "build")
+    assert result("clean", "train", build=build)["removed"]
+    process = forked("train", "--recipe", TINY, "--build", build, scratch=tmp_path / "ended")
+    when((build / "tiny" / "adapter.log" / "metrics.jsonl").exists, process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143
-    assert not partial.exists()
-    assert not (tmp_path / "tiny" / "adapter").exists()
+    assert process.finish().returncode == 143
+    assert not (build / "tiny" / "adapter.partial").exists()
+    assert not (build / "tiny" / "adapter").exists()
 
 
 def test_ask_answers_on_stdout_alone(built: Path) -> None:
@@ -157,15 +153,13 @@ def test_an_unknown_quantization_names_those_that_are_there(built: Path) -> None
 
 
 def test_chat_remembers_and_leaves(built: Path) -> None:
-    command = [TUTOR, "chat", "--recipe", RECIPE, "--build", built]
-    done = subprocess.run(
-        command, input="hola\n¿y después?\n/salir\n", env=environment(), capture_output=True, text=True, check=False
-    )
+    done = tutor("chat", build=built, stdin="hola\n¿y después?\n/salir\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") >= 2
 
 
 def test_no_server_outlives_its_command(built: Path) -> None:
+    assert tutor("ask", "¿Qué es una interfaz?", build=built).returncode == 0
     gguf = str(built / "tiny" / "gguf")
     running = []
     for entry in Path("/proc").iterdir():
@@ -179,12 +173,12 @@ def test_no_server_outlives_its_command(built: Path) -> None:
 
 
 def test_a_damaged_gguf_is_seen_and_made_again(built: Path, tmp_path: Path) -> None:
-    shutil.copytree(built / "tiny", tmp_path / "tiny")
-    gguf = tmp_path / "tiny" / "gguf" / "tutor-Q8_0.gguf"
+    build = copied(built, tmp_path / "build")
+    gguf = build / "tiny" / "gguf" / "tutor-Q8_0.gguf"
     gguf.write_bytes(gguf.read_bytes()[:-16])
-    done = tutor("status", build=tmp_path)
+    done = tutor("status", build=build)
     assert done.returncode == 5
     assert str(gguf) in done.stderr
     # The same bytes come out again, so what was made of them is still right; the report tells when they were made.
-    assert result("run", build=tmp_path)["ran"] == ["convert", "report"]
+    assert result("run", build=build)["ran"] == ["convert", "report"]
     assert artifacts.check(gguf.parent, content=True) == []

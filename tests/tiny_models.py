@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.shared import shared
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read once at import; TRL reports every trainer that is made
 torch = pytest.importorskip("torch")
@@ -33,16 +34,15 @@ def spanish() -> str:
     return "\n".join(f"{row['instruction']}\n{row['response']}" for row in rows)
 
 
-@cache
-def _made(root: Path) -> Path:
-    make_tiny(root / "tiny", spanish(), SEED)
-    return root / "tiny"
+def tiny_folder(factory: pytest.TempPathFactory) -> Path:
+    """Return the tiny model's folder, made once a test run."""
+    return shared(factory, "tiny", lambda folder: make_tiny(folder, spanish(), SEED))
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model's folder; a test that changes something takes a copy."""
-    return _made(tmp_path_factory.getbasetemp())
+    return tiny_folder(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -35,8 +35,8 @@ CHAT_TEMPLATE = (
 )
 """Disagrees with itself as R1's does: it opens `<think>` to serve, and cuts it away to train."""
 
-WARM_UP_STEPS = 240
-BATCH, LENGTH = 16, 96
+WARM_UP_STEPS = 160
+BATCH, LENGTH = 16, 64
 
 
 def make_tiny(folder: Path, text: str, seed: int) -> None:
