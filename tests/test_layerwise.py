@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from tiny_models import copied, in_two_shards, one_thread, tensors, tiny
+from tolerances import forward_error, largest_logit
 
 torch = pytest.importorskip("torch")
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
@@ -45,11 +46,14 @@ def weights_of(model: Path, rows: int = 37) -> layerwise.Weights:
 
 def compare(model: Path, rows: Any) -> None:
     """Within what the order of a sum makes of float32."""
-    wanted = hf.score(hf.load_base(model, "none", "fp32"), rows)
+    loaded = hf.load_base(model, "none", "fp32")
+    wanted = hf.score(loaded, rows)
     found = layerwise.score(model, weights_of(model), rows)
     assert [len(row) for row in found] == [len(row) for row in wanted]
+    longest = max(len(prompt) + len(answer) for prompt, answer in rows)
+    bound = forward_error(loaded.config, longest) * largest_logit(loaded, rows)
     for ours, theirs in zip(found, wanted, strict=True):
-        assert ours == pytest.approx(theirs, abs=2e-5)
+        assert ours == pytest.approx(theirs, abs=bound)
 
 
 @pytest.mark.parametrize(

