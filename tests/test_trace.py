@@ -172,16 +172,20 @@ def test_llama_server_renders_by_the_file_s_own_template(served: llamacpp.LlamaS
 def test_transformers_and_llama_server_tell_of_an_answer_in_the_same_steps(
     served: llamacpp.LlamaServer, loaded: Any, talk: Any
 ) -> None:
+    from tolerances import half_error, largest_logit
+
     from tutor.engines.hf_trace import trace
 
     ids = loaded.tokenizer(render(talk))["input_ids"]
     path, ours = trace(loaded, ids, 12)
+    bound = half_error(loaded.model.config) * largest_logit(loaded.model, [(ids, path)])
+    assert min(step.lead for step in ours.steps) > bound, "which token is the best is no matter of rounding"
     theirs = llamacpp_trace(served, render(talk), 12)
     assert len(path) == 12
     assert (theirs.prompt_tokens, theirs.finish) == (len(ids), "length")
     assert [step.text for step in theirs.steps] == [step.text for step in ours.steps]
-    assert [step.logprob for step in theirs.steps] == pytest.approx([step.logprob for step in ours.steps], abs=0.02)
-    assert [step.lead for step in theirs.steps] == pytest.approx([step.lead for step in ours.steps], abs=0.04)
+    assert [step.logprob for step in theirs.steps] == pytest.approx([step.logprob for step in ours.steps], abs=bound)
+    assert [step.lead for step in theirs.steps] == pytest.approx([step.lead for step in ours.steps], abs=2 * bound)
     assert divergence(dict(ours.steps[0].top), dict(theirs.steps[0].top)) < 1e-3
 
 

@@ -640,7 +640,7 @@ HOSTILE = {
     "nested arrays": ("const a = " + "[" * 5000 + "]" * 5000 + ";", {"timeout"}),
     "a long sum": ("const a = " + "1+" * 31_000 + "1;", {"timeout", "pass"}),
     "a very long sum": ("const a = " + "1+" * 200_000 + "1;", {"judge_error"}),
-    "nested arrows": ("const a = " + "()=>" * 15_000 + "1;", {"timeout"}),
+    "nested arrows": ("const a = " + "()=>" * 15_000 + "1;", {"timeout", "pass"}),
     "many nested arrows": ("const a = " + "()=>" * 20_000 + "1;", {"judge_error"}),
     "tuple bomb": (
         "type D<T extends unknown[]> = [...T, ...T];\ntype X = " + "D<" * 30 + "[1]" + ">" * 30 + ";\nconst x: X = 1;",
