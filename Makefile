@@ -54,6 +54,7 @@ status: ## what is up to date
 	@$(TUTOR) status --recipe $(RECIPE)
 
 bench: .venv/demo llamacpp ## training, merging, converting beside the plain way; BENCH=, BENCH_MERGE= are their options
+	@$(BIN)/python scripts/bench_help.py
 	@$(BIN)/python scripts/bench_train.py $(BENCH)
 	@$(BIN)/python scripts/bench_merge.py $(BENCH_MERGE)
 

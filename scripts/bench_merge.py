@@ -53,7 +53,7 @@ def main() -> None:
             for way, figures in bench(part, options.ways, size, Path(scratch)):
                 ways[way] = figures
                 compare(ways)
-                print(f"{part}, {way}: {figures}", file=sys.stderr)
+                print(f"{part}, {way}:", *(f"{name} {shown(name, figures)}" for name in figures), file=sys.stderr)
                 if options.json:
                     options.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     print(table(found))
@@ -101,7 +101,7 @@ def bench(part: str, ways: Sequence[str], size: Size, scratch: Path) -> Iterator
     shutil.rmtree(beside)
 
 
-def measure(command: Sequence[str | Path], model: Path, out: Path) -> dict[str, Any]:
+def measure(command: Sequence[str | Path], model: Path, out: Path) -> dict[str, float]:
     """Seconds of the work alone, with its checks, until all is on the disk, of the process; peaks of memory in MB."""
     os.sync()
     for path in model.iterdir():
@@ -127,13 +127,14 @@ def measure(command: Sequence[str | Path], model: Path, out: Path) -> dict[str, 
     shutil.rmtree(out)
     inside = json.loads(said.splitlines()[-1]) if said else {"work_s": seconds}
     checked = inside.get("checked_s", inside["work_s"])
-    figures = {"work_s": inside["work_s"], "checked_s": checked, "synced_s": synced - (seconds - checked)}
     return {
-        **{name: round(value, 2) for name, value in figures.items()},
-        "process_s": round(seconds, 2),
-        "peak_rss_mb": round(resident / 1024),
-        "imported_rss_mb": round(inside.get("imported_rss_mb", 0)),
-        "peak_anonymous_mb": round(anonymous / 1024),
+        "work_s": inside["work_s"],
+        "checked_s": checked,
+        "synced_s": synced - (seconds - checked),
+        "process_s": seconds,
+        "peak_rss_mb": max(resident / 1024, inside.get("peak_rss_mb", 0.0)),
+        "imported_rss_mb": inside.get("imported_rss_mb", 0.0),
+        "peak_anonymous_mb": anonymous / 1024,
     }
 
 
@@ -242,7 +243,8 @@ def work(name: str, *folders: str) -> None:
 
     quiet_libraries()
     model, beside, out = map(Path, folders)
-    print(json.dumps(WORK[name](model, beside, out)))
+    figures = WORK[name](model, beside, out)
+    print(json.dumps({**figures, "peak_rss_mb": peak()}))  # what was allocated between two looks from outside counts
 
 
 def peak() -> float:
@@ -250,12 +252,17 @@ def peak() -> float:
     return status(os.getpid()).get("VmHWM", 0) / 1024
 
 
-def compare(ways: dict[str, dict[str, Any]]) -> None:
+def compare(ways: dict[str, dict[str, float]]) -> None:
     """Add to the last way how often it takes the time of those before it."""
     *before, last = ways.values()
     for name, figures in zip(ways, before, strict=False):
         for time_ in ("work", "synced"):
-            last[f"{time_}_times_{name}"] = round(last[f"{time_}_s"] / figures[f"{time_}_s"], 2)
+            last[f"{time_}_times_{name}"] = last[f"{time_}_s"] / figures[f"{time_}_s"]
+
+
+def shown(name: str, figures: dict[str, float]) -> str:
+    """A figure as it is printed: whole MB, seconds and ratios with two decimals; nothing where it was not measured."""
+    return "" if name not in figures else f"{figures[name]:.{0 if name.endswith('_mb') else 2}f}"
 
 
 def table(found: dict[str, Any]) -> str:
@@ -268,7 +275,7 @@ def table(found: dict[str, Any]) -> str:
     lines = [f"{found['size']}, {found['layers']} layers: {found['gigabytes']} GB, {found['cores']} cores"]
     for part, ways in found["parts"].items():
         lines += ["", f"| {part} | {' | '.join(columns.values())} |", "| --- |" + " ---: |" * len(columns)]
-        lines += [f"| {way} | {' | '.join(str(row.get(name, '')) for name in columns)} |" for way, row in ways.items()]
+        lines += [f"| {way} | {' | '.join(shown(name, row) for name in columns)} |" for way, row in ways.items()]
     return "\n".join(lines)
 
 

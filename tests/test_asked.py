@@ -24,12 +24,16 @@ PROMPTS = [{"instruction": f"¿Qué es {name}?"} for name in "abcdef"]
 
 @dataclass
 class Fake:
-    """Echoes its question; `faults` are of single ones, `dies_on` is fatal, as is the request number `dead_from`."""
+    """Echoes its question; `faults` are of single ones, `dies_on` is fatal, as is the request number `dead_from`.
+
+    Engines that share `meet` wait for each other in their first answers.
+    """
 
     faults: dict[str, str] = field(default_factory=dict)
     dies_on: str = ""
     dead_from: int | None = None
     pause: float = 0.0
+    meet: threading.Barrier | None = None
     name: str = "fake"
     asked: list[tuple[str, Generation]] = field(default_factory=list)
 
@@ -38,6 +42,8 @@ class Fake:
     ) -> Answer:
         question = messages[-1]["content"]
         self.asked.append((render(messages), generation))
+        if self.meet and len(self.asked) == 1:
+            self.meet.wait(30)
         for _ in range(3):
             time.sleep(self.pause / 3)
             if on_text:
@@ -145,7 +151,7 @@ def test_an_engine_that_never_answers_ends_the_run_at_once(task: Task) -> None:
 
 
 def test_answers_are_the_same_in_the_same_order_however_many_are_asked_at_a_time(task: Task) -> None:
-    servers = Servers(always=Fake(pause=0.02))
+    servers = Servers(always=Fake(meet=threading.Barrier(3)))
     assert texts(ask_all(servers, PROMPTS, task, parallel=3)) == EXPECTED
     assert servers.most == 3, "each with an engine of its own"
     assert sorted(servers.questions()) == [f"¿Qué es {name}?" for name in "abcdef"]
@@ -157,12 +163,34 @@ def test_no_more_engines_are_started_than_there_are_prompts(task: Task) -> None:
     assert len(servers.made) <= 2
 
 
-def test_one_of_several_that_fails_ends_the_others_soon(task: Task) -> None:
-    servers = Servers(Fake(dead_from=1), Fake(pause=9), Fake(pause=9))
-    began = time.monotonic()
+@dataclass
+class Talkative(Fake):
+    """Answers piece after piece for a minute, unless it is stopped between two of them."""
+
+    stopped: bool = False
+
+    def answer(
+        self, messages: Sequence[Message], generation: Generation, on_text: Callable[[str], None] | None = None
+    ) -> Answer:
+        assert on_text
+        assert self.meet
+        self.meet.wait(30)
+        try:
+            for _ in range(6000):
+                on_text("x")
+                time.sleep(0.01)
+        except Exception:
+            self.stopped = True
+            raise
+        return super().answer(messages, generation, on_text)
+
+
+def test_one_of_several_that_fails_ends_the_others_in_mid_answer(task: Task) -> None:
+    meet = threading.Barrier(3)
+    servers = Servers(Fake(dead_from=1, meet=meet), Talkative(meet=meet), Talkative(meet=meet))
     with pytest.raises(ServiceError, match="refused"):
         ask_all(servers, PROMPTS, task, parallel=3)
-    assert time.monotonic() - began < 6
+    assert [engine.stopped for engine in servers.made if isinstance(engine, Talkative)] == [True, True]
     assert servers.running == 0
 
 

@@ -2,12 +2,14 @@
 
 import importlib.util
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_models import copied, in_two_shards, one_thread, tensors, tiny
+from tolerances import forward_error, largest_logit, sum_error
 
 torch = pytest.importorskip("torch")
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
@@ -45,11 +47,14 @@ def weights_of(model: Path, rows: int = 37) -> layerwise.Weights:
 
 def compare(model: Path, rows: Any) -> None:
     """Within what the order of a sum makes of float32."""
-    wanted = hf.score(hf.load_base(model, "none", "fp32"), rows)
+    loaded = hf.load_base(model, "none", "fp32")
+    wanted = hf.score(loaded, rows)
     found = layerwise.score(model, weights_of(model), rows)
     assert [len(row) for row in found] == [len(row) for row in wanted]
+    longest = max(len(prompt) + len(answer) for prompt, answer in rows)
+    bound = forward_error(loaded.config, longest) * largest_logit(loaded, rows)
     for ours, theirs in zip(found, wanted, strict=True):
-        assert ours == pytest.approx(theirs, abs=2e-5)
+        assert ours == pytest.approx(theirs, abs=bound)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +83,15 @@ def test_real_text_on_the_tiny_model_with_its_scaled_rope(tiny: Path, tmp_path: 
     rows = [encode(tokenizer, f"¿Qué es {word}?", f"Un {word}.") for word in ("número", "objeto")]
     model = in_two_shards(copied(tiny, tmp_path / "model"))
     compare(model, [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in rows])
+
+
+def test_the_softmax_over_many_pieces_is_summed_in_64_bits() -> None:
+    """Logits of zero, which nothing rounds: what is left of 50,000 pieces is the sum over them."""
+    vocabulary = 50_000
+    pieces = torch.zeros(vocabulary, 4).split(1)
+    (found,) = layerwise._log_probabilities(torch.ones(1, 4), torch.tensor([7]), iter(pieces)).tolist()
+    wanted = -math.log(vocabulary)
+    assert found == pytest.approx(wanted, rel=sum_error(vocabulary, torch.float64, exact=True))
 
 
 def test_16_bit_pieces_are_computed_with_in_fp32(tiny: Path) -> None:

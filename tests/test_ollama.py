@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 from conftest import ROOT, environment
 from fake_ollama import FakeOllama
 
+from tutor.engines import ollama_api
 from tutor.engines.answer import Generation, greedy
 from tutor.engines.ollama import OllamaServer, serve
 from tutor.engines.ollama_api import Ollama, connect
@@ -132,15 +133,14 @@ def test_a_server_that_does_not_say_its_version_is_taken_with_one_warning(
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
-def test_no_server_is_said_at_once_with_what_to_do() -> None:
-    started = time.monotonic()
+def test_no_server_is_said_without_waiting_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"it waits {seconds} s to ask again"))
     with (
         pytest.raises(UnreachableError, match=r"no Ollama at http://127.0.0.1:1; start it") as caught,
         connect("127.0.0.1:1") as api,
     ):
         api.version()
     assert caught.value.code == 6
-    assert time.monotonic() - started < 5
 
 
 def test_every_call_says_that_there_is_no_server() -> None:
@@ -159,28 +159,52 @@ def test_every_call_says_that_there_is_no_server() -> None:
                 call()
 
 
-def test_a_server_that_is_still_starting_is_waited_for() -> None:
+class Clock:
+    """A clock that moves when one sleeps, and does something then."""
+
+    def __init__(self, when_slept: Callable[[int], object] = lambda _: None) -> None:
+        self.slept: list[float] = []
+        self.when_slept = when_slept
+
+    def monotonic(self) -> float:
+        return 1000.0 + sum(self.slept)
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.when_slept(len(self.slept))
+
+
+def test_a_server_that_is_still_starting_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
         port = reserved.getsockname()[1]
     started: list[FakeOllama] = []
 
-    def start() -> None:
-        started.append(FakeOllama(port))
-        started[0].serve_forever(0.01)
+    def start(sleeps: int) -> None:
+        if sleeps == 2:
+            started.append(FakeOllama(port))
+            threading.Thread(target=started[0].serve_forever, args=(0.01,), daemon=True).start()
 
-    threading.Timer(0.7, start).start()
+    clock = Clock(start)
+    monkeypatch.setattr(ollama_api, "time", clock)
     with connect(f"127.0.0.1:{port}") as api:
         assert api.wait_ready(10) == "0.33.0-rc2"
+    assert clock.slept == [0.5, 0.5]
     started[0].shutdown()
     started[0].server_close()
 
 
-def test_a_server_that_never_starts_is_given_up_after_the_time_allowed() -> None:
-    started = time.monotonic()
-    with connect("127.0.0.1:1") as api, pytest.raises(UnreachableError):
-        api.wait_ready(1.2)
-    assert 0.5 < time.monotonic() - started < 3
+def test_a_server_that_never_starts_is_given_up_after_the_time_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked at 0, 0.5 and 1 s of 1.25, each time for as long as is left; a fourth would come after the end."""
+    clock, allowed = Clock(), []
+    monkeypatch.setattr(ollama_api, "time", clock)
+    with connect("127.0.0.1:1") as api:
+        version = api.version
+        monkeypatch.setattr(api, "version", lambda seconds: (allowed.append(seconds), version(seconds)))
+        with pytest.raises(UnreachableError):
+            api.wait_ready(1.25)
+    assert clock.slept == [0.5, 0.5]
+    assert allowed == [1.25, 0.75, 0.25]
 
 
 @pytest.mark.parametrize(

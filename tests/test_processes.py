@@ -177,7 +177,9 @@ def launched_by_accelerate(build: Path, tmp_path: Path) -> Callable[..., Ran]:
     def run(**end: Any) -> Ran:
         launcher = Path(sys.executable).with_name("accelerate")
         script = [Path(__file__).with_name("observed.py"), "train", "-r", "small.toml", "-b", "build"]
-        env = environment(PYTHONPATH=str(ROOT), NOTES=str(tmp_path / "notes"), END=json.dumps(end))
+        # One thread, as `alone` has: the order of a sum depends on their number.
+        notes = {"NOTES": str(tmp_path / "notes"), "END": json.dumps(end), "OMP_NUM_THREADS": "1"}
+        env = environment(PYTHONPATH=str(ROOT), **notes)
         command = [launcher, "launch", *LAUNCH, *QUIET, *script]
         done = subprocess.run(command, cwd=build, env=env, capture_output=True, text=True, timeout=120, check=False)
         return done, notes_of(tmp_path / "notes")
@@ -206,7 +208,8 @@ def together(build: Path, tmp_path: Path) -> Callable[..., tuple[list["Done[str]
         for rank in range(2):
             env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
             env |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "no"}
-            env |= {"NOTES": tmp_path / "notes", "END": json.dumps(end)}
+            # One thread, as `alone` has: the order of a sum depends on their number.
+            env |= {"NOTES": tmp_path / "notes", "END": json.dumps(end), "OMP_NUM_THREADS": 1}
             given = {name: str(value) for name, value in env.items()}
             where = ("-r", "small.toml", "-b", "build")
             scratch = tmp_path / f"rank{rank}"
@@ -234,9 +237,10 @@ def test_two_processes_train_what_one_does_whatever_ends_them_on_the_way(
     adapter, steps = alone
     assert [len(held) for held, _ in steps.values()] == [4, 4, 4, 4, 1] * 2
 
-    # The second process is killed: the first ends at once, says so, and the checkpoint before is whole.
+    # The second process is killed: the first does not go on, says so, and the checkpoint before is whole.
     (first, second), notes = together(rank=1, step=5, signal=signal.SIGKILL, to="self")
     assert (first.returncode, second.returncode) == (HostError.code, -signal.SIGKILL)
+    assert max(note["step"] for part in notes for note in part if "step" in note) == 5
     assert checkpoints(build) == ["checkpoint-3"]
     assert [line for line in ours(first.stderr) if line.startswith("Error:")] == [
         "Error: another process of this training ended; its own line or the launcher's report says why; "
@@ -269,11 +273,15 @@ def test_two_processes_train_what_one_does_whatever_ends_them_on_the_way(
 
 
 def assert_close(found: Path, wanted: Path) -> None:
-    """The same adapter but for the rounding of other sums, and the same figures."""
+    """The same adapter but for the rounding of other sums, and the same figures.
+
+    As a whole: Adam moves a weight by the sign of its gradient, and one whose gradient is nearly 0 another way.
+    """
     one, two = (load_file(folder / "adapter_model.safetensors") for folder in (wanted, found))
     assert one.keys() == two.keys()
-    largest = max(tensor.abs().max().item() for tensor in one.values())
-    assert max((one[name].float() - two[name].float()).abs().max().item() for name in one) < 2e-3 * largest
+    # B begins at 0, so that it is what training made. A row too many or too few in one of ten steps is a tenth of it.
+    for name in (name for name in one if "lora_B" in name):
+        assert (one[name].float() - two[name].float()).norm() < 0.01 * one[name].float().norm(), name
     before, after = (artifacts.require(folder, "train").results for folder in (wanted, found))
     assert after["held_out"]["loss_before"] == pytest.approx(before["held_out"]["loss_before"], rel=1e-12)
     assert after["held_out"]["loss_after"] == pytest.approx(before["held_out"]["loss_after"], rel=1e-5)

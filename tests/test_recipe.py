@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -181,12 +180,11 @@ def test_all_problems_are_told_at_once_but_not_thousands(refused):
         ("x" * 70_000, "more than 65536 bytes"),
     ],
 )
-def test_hostile_toml_is_refused_in_one_short_line_at_once(refused, text, expected):
-    began = time.monotonic()
+def test_hostile_toml_is_refused_in_one_short_line(refused, text, expected):
     message = refused(text)
     assert expected in message
     assert len(message) < 400
-    assert time.monotonic() - began < 5
+    assert "\n" not in message
 
 
 @given(st.text() | st.binary())

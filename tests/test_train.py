@@ -1,6 +1,7 @@
 """The train stage on the tiny Llama: what it refuses, that gradients are right, that it learns and repeats itself."""
 
 import json
+import logging
 import math
 import socket
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from tiny_models import adapter_stage, base_stage, copied, edit, one_thread, recipe, tensors, tiny
+from tolerances import backward_error, forward_error, largest_logit, roundoff
 
 torch = pytest.importorskip("torch")
 from bitsandbytes.functional import dequantize_4bit, has_avx512bf16  # noqa: E402
@@ -321,8 +323,12 @@ def test_gradients_and_scores_are_those_of_the_dequantized_weights(
                 plain = torch.nn.Linear(child.in_features, child.out_features, bias=False)
                 plain.weight = torch.nn.Parameter(weight, requires_grad=False)
                 setattr(parent, name, plain)
-    assert apart(found, gradients(model, rows[:4])) < 1e-4
-    assert scoring.mean_loss(model, rows) == pytest.approx(loss, rel=1e-5)
+    tokens = sum(len(row.ids) for row in rows[:4])
+    assert apart(found, gradients(model, rows[:4])) < backward_error(model.get_base_model().config, tokens)
+    longest = max(len(row.ids) for row in rows)
+    pairs = [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in rows]
+    bound = forward_error(model.get_base_model().config, longest) * largest_logit(model, pairs)
+    assert scoring.mean_loss(model, rows) == pytest.approx(loss, abs=bound)
 
 
 @pytest.mark.skipif(not has_avx512bf16(), reason="bitsandbytes packs for inference on CPUs with AVX512-BF16 only")
@@ -369,9 +375,10 @@ def test_accumulated_rows_weigh_by_their_tokens_as_one_batch_does(
         callback = FirstGradient()
         trainer.add_callback(callback)
         trainer.train()
-        assert apart(callback.gradients, wanted) < 1e-4
+        bound = backward_error(trainer.model.get_base_model().config, sum(len(row.ids) for row in mixed))
+        assert apart(callback.gradients, wanted) < bound
         first.append(callback.gradients)
-    assert max(apart(other, first[0]) for other in first[1:]) < 1e-4
+    assert max(apart(other, first[0]) for other in first[1:]) < bound
 
 
 # --- the scores ------------------------------------------------------------------------------------------------------
@@ -390,9 +397,17 @@ def test_mean_loss_weighs_every_supervised_token_the_same(precision: str, traine
             )
             for item, row in zip(ids, rows, strict=True)
         ]
-    assert scoring.mean_loss(model, rows) == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
-    scores = score(model, [(rows[0].ids[: rows[0].n_prompt], rows[0].ids[rows[0].n_prompt :])])
-    assert [len(values) for values in scores] == [sum(rows[0].mask)]
+    pairs = [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in rows]
+    error = forward_error(model.get_base_model().config, max(len(row.ids) for row in rows))
+    if precision == "bf16":  # the logits of the two passes are rounded once more, each to its own side
+        error += 2 * roundoff(torch.bfloat16)
+    bound = error * largest_logit(model, pairs)
+    assert scoring.mean_loss(model, rows) == pytest.approx(torch.cat(losses).mean().item(), abs=bound)
+    with scoring.scoring(model):
+        scores = score(model, pairs)
+    assert [len(values) for values in scores] == [sum(row.mask) for row in rows]
+    each = [value for values in scores for value in values]
+    assert scoring.mean_loss(model, rows) == -math.fsum(each) / len(each)  # every token alike, whatever the rounding
 
 
 def test_a_loss_that_is_no_number_is_an_error_and_not_a_result(trainer_of: Any, rows: list[Encoded]) -> None:
@@ -582,10 +597,28 @@ def test_checkpointing_changes_no_adapter(trained: Trained, inputs: dict[str, Pa
 
 
 @pytest.mark.pipeline
-def test_patience_ends_a_training_early_and_says_at_which_step(inputs: dict[str, Path], tmp_path: Path) -> None:
-    results = run(inputs, tmp_path / "out", learning_rate=0.9, epochs=8, patience=1)
-    assert results["steps"] < 48
-    assert results["kept_step"] <= results["steps"]
+def test_patience_ends_a_training_early_and_says_at_which_step(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An evaluation every three of 48 steps; the held-out losses on the way are given, the last one is measured."""
+    given, measured = iter([3.0, 2.0, 2.5, 2.1]), []
+
+    def mean_loss(model: Any, rows: Sequence[Encoded]) -> float:
+        if (loss := next(given, None)) is None:
+            measured.append(loss := scoring.mean_loss(model, rows))
+        return loss
+
+    monkeypatch.setattr(fit, "mean_loss", mean_loss)
+    with caplog.at_level(logging.INFO, "tutor"):
+        results = run(inputs, tmp_path / "out", epochs=8, patience=2)
+    assert (results["steps"], results["kept_step"]) == (12, 6)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    scored = {line["step"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
+    assert scored == {3: 3.0, 6: 2.0, 9: 2.5, 12: 2.1}
+    assert [results["held_out"]["loss_after"]] == measured
+    assert "no better held-out loss in 2 evaluations: training ends" in caplog.text
+    assert "the adapter of step 6 is kept" in caplog.text
 
 
 @pytest.mark.pipeline

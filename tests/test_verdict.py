@@ -116,7 +116,7 @@ def test_any_text_gets_a_verdict(text: str, finish: str) -> None:
 @pytest.mark.parametrize(
     "text", ["\0\x1b[2J" * 200, "[" * 5000, "`" * 5000, "> " * 3000, "\ud83d" * 9, "a" * (2**20 + 9), "# \n" * 9000]
 )
-def test_a_hostile_text_gets_a_verdict_within_seconds(text: str) -> None:
+def test_a_hostile_text_gets_a_verdict(text: str) -> None:
     record = judge([prompt()], [answer(text)])[0]
     assert record["passed"] is False
     assert record["reasons"]

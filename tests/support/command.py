@@ -145,6 +145,10 @@ def _child(
 ) -> None:
     """Be `tutor` in a forked process."""
     _replace_environment(env)
+    if "OMP_NUM_THREADS" in env:  # torch read the server's when it was imported
+        import torch
+
+        torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
     os.chdir(cwd)
     sys.argv = command
     for descriptor, path in ((0, Path(os.devnull)), (1, scratch / "stdout"), (2, scratch / "stderr")):

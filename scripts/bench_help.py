@@ -1,0 +1,52 @@
+"""Time of `tutor --help` beside `python -c pass`: the median of several runs of each, one after the other by turns.
+
+    .venv/bin/python scripts/bench_help.py [--runs N]
+
+Prints both in milliseconds of wall time, and their ratio. Which modules the help imports is tested: tests/test_cli.py.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+COMMANDS: dict[str, list[str]] = {
+    "python -c pass": [sys.executable, "-c", "pass"],
+    "tutor --help": [str(Path(sys.executable).with_name("tutor")), "--help"],
+}
+
+
+def main() -> None:
+    """Run the commands by turns and print a table."""
+    parser = argparse.ArgumentParser(description="Time of `tutor --help` beside that of Python alone.")
+    parser.add_argument("--runs", type=int, default=20, help="number of runs of each command (default: 20)")
+    runs = parser.parse_args().runs
+    times: dict[str, list[float]] = {name: [] for name in COMMANDS}
+    for command in COMMANDS.values():
+        seconds(command)  # not counted: it reads the files from the disk
+    for _ in range(runs):
+        for name, command in COMMANDS.items():
+            times[name].append(seconds(command))
+    print(table(times))
+
+
+def seconds(command: list[str]) -> float:
+    """Wall time of a command that succeeds."""
+    began = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def table(times: dict[str, list[float]]) -> str:
+    """Medians as Markdown, each with its ratio to the first."""
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    first = next(iter(medians.values()))
+    lines = ["| command | median, ms | ratio |", "| --- | ---: | ---: |"]
+    lines += [f"| `{name}` | {1000 * median:.0f} | {median / first:.2f} |" for name, median in medians.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
