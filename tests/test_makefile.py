@@ -23,7 +23,7 @@ def targets(makefile: str) -> set[str]:
 
 def commands(makefile: str, target: str) -> list[str]:
     """Every command that make would run for a target where nothing exists yet, in order; none of them is run."""
-    plain = {name: value for name, value in environment().items() if not name.startswith(("M", "RECIPE")) and name != "RECIPE"}
+    plain = {name: value for name, value in environment().items() if not name.startswith(("MAKE", "MFLAGS", "RECIPE"))}
     command = ["make", "--file", "-", "--dry-run", "--always-make", target]
     done = subprocess.run(command, cwd=ROOT, env=plain, input=makefile, capture_output=True, text=True, check=True)
     return done.stdout.splitlines()
