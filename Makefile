@@ -38,19 +38,19 @@ shell: .venv/light ## a shell in the trainer's image
 run: .venv/demo llamacpp typescript ## run what is not up to date of RECIPE
 	@$(TUTOR) run --recipe $(RECIPE)
 
-chat: ## talk with the tutor of RECIPE
+chat: .venv/light ## talk with the tutor of RECIPE
 	@$(TUTOR) chat --recipe $(RECIPE)
 
-eval: ## answer the held-out prompts again and judge
+eval: .venv/light ## answer the held-out prompts again and judge
 	@$(TUTOR) eval --recipe $(RECIPE)
 
-report: ## the page of what RECIPE made, in the browser
+report: .venv/light ## the page of what RECIPE made, in the browser
 	@$(TUTOR) report --open --recipe $(RECIPE)
 
-doctor: ## what this machine has and lacks, and what RECIPE takes
+doctor: .venv/light ## what this machine has and lacks, and what RECIPE takes
 	@$(TUTOR) doctor --recipe $(RECIPE)
 
-status: ## what is up to date
+status: .venv/light ## what is up to date
 	@$(TUTOR) status --recipe $(RECIPE)
 
 bench: .venv/demo llamacpp ## training, merging, converting beside the plain way; BENCH=, BENCH_MERGE= are their options
@@ -60,34 +60,45 @@ bench: .venv/demo llamacpp ## training, merging, converting beside the plain way
 
 install: .venv/demo ## the environment alone: .venv
 
-# One marker a set of pins: the environment is made once, and again when the pins change.
+# One marker for each set of pins. The environment is made once, and again when the pins change.
+# dev.txt holds every pin of base.txt, wheel.txt and build.txt, so .venv/base is also .venv/light and .venv/build.
 .venv/base: requirements/dev.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --require-hashes --only-binary :all: -r requirements/dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
-	@touch $@
+	@touch .venv/light .venv/build $@
 
-# What runs on the host beside containers: no torch.
+# The commands that neither train nor convert: no torch.
 .venv/light: requirements/base.txt requirements/wheel.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --require-hashes --only-binary :all: -r requirements/base.txt -r requirements/wheel.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
+# CMake, Ninja and npm, for llama.cpp and for the TypeScript compiler: no torch either.
+.venv/build: .venv/light requirements/build.txt
+	$(BIN)/python -m pip install --quiet --require-hashes --only-binary :all: -r requirements/build.txt
+	@touch $@
+
 .venv/demo: .venv/base requirements/demo.txt
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements/demo.txt
 	@touch $@
 
-llamacpp: .venv/base ## build the pinned llama.cpp, once, into the user's cache
+# uv, which writes the pins.
+.venv/lock: .venv/light requirements/lock.txt
+	$(BIN)/python -m pip install --quiet --require-hashes --only-binary :all: -r requirements/lock.txt
+	@touch $@
+
+llamacpp: .venv/build ## build the pinned llama.cpp, once, into the user's cache
 	@$(BIN)/python scripts/build_llamacpp.py >/dev/null
 
-typescript: .venv/base ## install the pinned TypeScript compiler, once, into the user's cache
+typescript: .venv/build ## install the pinned TypeScript compiler, once, into the user's cache
 	@$(BIN)/python scripts/install_typescript.py >/dev/null
 
 test: .venv/demo llamacpp typescript ## every test that needs neither GPU nor Docker
 	$(BIN)/pytest $(PARALLEL) -m "not docker"
 
-test-docker: .venv/demo llamacpp ## the container tests; they say why where they cannot run
+test-docker: .venv/demo llamacpp typescript ## the container tests; they say why where they cannot run
 	$(BIN)/pytest -m docker tests/docker
 
 test-quick: .venv/base ## the unit tests alone: seconds
@@ -99,10 +110,10 @@ check: .venv/base ## format, lint, types, import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-lock: ## pin again what pyproject.toml asks for (needs uv)
-	scripts/lock
+lock: .venv/lock ## pin again what pyproject.toml asks for
+	PATH="$(abspath $(BIN)):$$PATH" scripts/lock
 
-clean: ## remove what RECIPE made
+clean: .venv/light ## remove what RECIPE made
 	@$(TUTOR) clean --recipe $(RECIPE)
 
 .PHONY: help demo all up down logs shell test-docker run chat eval report doctor status install llamacpp typescript test test-quick bench check lock clean

@@ -728,3 +728,13 @@ def test_workflows_only_call_make(path):
         for step in job["steps"]:
             for line in step.get("run", "").splitlines():
                 assert line.startswith(("make ", "docker version"))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_workflow_cache_keys_name_files_that_exist(path):
+    """A pattern without a file hashes to nothing, and the key would never change."""
+    for named in re.findall(r"hashFiles\((.*?)\)", path.read_text()):
+        patterns = re.findall(r"'(.+?)'", named)
+        assert patterns
+        for pattern in patterns:
+            assert list(ROOT.glob(pattern)), pattern

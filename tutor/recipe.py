@@ -3,6 +3,7 @@
 Each default is written once, here, and is the specification's number unless its comment says otherwise.
 """
 
+import contextlib
 import difflib
 import re
 import tomllib
@@ -251,7 +252,10 @@ class Recipe(Settings):
     def resolve(self, relative: str) -> Path:
         """A path of this recipe, seen from its own folder. Raises RecipeError when it cannot be one."""
         try:
-            return (self.path.parent / Path(relative).expanduser()).resolve()
+            path = (self.path.parent / Path(relative).expanduser()).resolve()
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+                path.stat()  # from Python 3.13 on, `resolve` alone accepts a loop of links
+            return path
         except (OSError, RuntimeError, ValueError) as error:  # a loop of links, an unknown user's ~, a NUL
             raise RecipeError(f"{self.path}: {relative!r} is no path: {error}") from None
 

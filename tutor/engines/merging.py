@@ -110,7 +110,7 @@ def as_tensor(bits: Bits, dtype: str) -> torch.Tensor:
 def _largest(bits: Bits) -> int:
     """The bits of the largest magnitude among 16-bit floats, whose order is their bits' order, sign aside."""
     unsigned = int(bits.max())  # of a negative number, where there is one
-    return max(int(bits.view(np.int16).max()), unsigned - 0x8000)
+    return max(int(bits.view("i2").max()), unsigned - 0x8000)
 
 
 def _unfit(name: str, dtype: str, tensor: torch.Tensor) -> ArtifactError:
