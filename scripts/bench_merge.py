@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from random_llama import SIZES, Size, make_adapter, make_model, put_tokenizer
+from random_llama import SIZES, Size, make_adapter, make_base, make_model, take_tokenizer
 
 PARTS = {"merge": "BF16", "convert": "F16"}
 """What is measured -> the type of the weights that it begins with."""
@@ -50,7 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-merge-", dir=options.folder) as scratch:
         for part in options.parts:
             found["parts"][part] = ways = {}
-            for way, figures in bench(part, options.ways, size, Path(scratch)):
+            for way, figures in bench(part, options.ways, size, Path(scratch), options.base):
                 ways[way] = figures
                 compare(ways)
                 print(f"{part}, {way}:", *(f"{name} {shown(name, figures)}" for name in figures), file=sys.stderr)
@@ -67,6 +67,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="`cp ours` leaves the plain way out")
     parser.add_argument("--folder", type=Path, default=Path("build"), help="where the scratch folder is made")
+    parser.add_argument(
+        "--base", type=Path, help="a base stage's folder with a tokenizer; the demo's is made otherwise"
+    )
     parser.add_argument("--json", type=Path, help="write all that was measured to this file")
     parser.add_argument("--work", nargs="+", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -81,7 +84,9 @@ def refuse_small_disk(folder: Path, size: Size) -> None:
         sys.exit(f"{folder} has {free / 1e9:.1f} GB free, this needs {need / 1e9:.1f}: make room, or give --layers")
 
 
-def bench(part: str, ways: Sequence[str], size: Size, scratch: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def bench(
+    part: str, ways: Sequence[str], size: Size, scratch: Path, base: Path | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """The figures of each way as they are measured; what was made for them is removed."""
     model, beside, out = scratch / "model", scratch / "beside", scratch / "out"
     make_model(model, size, PARTS[part])
@@ -89,9 +94,12 @@ def bench(part: str, ways: Sequence[str], size: Size, scratch: Path) -> Iterator
         make_adapter(beside, size)
     else:
         beside.mkdir()
-        # In another process: this one stays small, for its memory is counted where it starts another.
-        taken: list[str | Path] = [sys.executable, __file__, "--work", "tokenizer", model, beside, out]
-        subprocess.run(taken, check=True, stdout=subprocess.DEVNULL)
+        if base is None:
+            # In another process: this one stays small, for its memory is counted where it starts another.
+            base = scratch / "base"
+            made: list[str | Path] = [sys.executable, __file__, "--work", "base", model, beside, base]
+            subprocess.run(made, check=True, stdout=subprocess.DEVNULL)
+        take_tokenizer(base, model, beside / "facts.json")
     for way in ways:
         command: list[str | Path] = [sys.executable, __file__, "--work", f"{part}-{way}", model, beside, out]
         if way == "cp":
@@ -222,9 +230,10 @@ def convert_ours(model: Path, beside: Path, out: Path) -> dict[str, float]:
     return {"work_s": converted, "checked_s": time.monotonic() - started, "imported_rss_mb": imported}
 
 
-def tokenizer(model: Path, beside: Path, _: Path) -> dict[str, float]:
+def base_of_the_demo(_: Path, __: Path, out: Path) -> dict[str, float]:
     """What converting needs; not measured."""
-    put_tokenizer(model, beside / "facts.json")
+    out.mkdir()
+    make_base(out)
     return {}
 
 
@@ -233,7 +242,7 @@ WORK: dict[str, Callable[[Path, Path, Path], dict[str, float]]] = {
     "merge-ours": merge_ours,
     "convert-plain": convert_plain,
     "convert-ours": convert_ours,
-    "tokenizer": tokenizer,
+    "base": base_of_the_demo,
 }
 
 

