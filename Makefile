@@ -9,6 +9,9 @@ PYTHON ?= python3
 # What the stack makes, and what the targets without a container make; RECIPE=... names another for both.
 STACK := $(or $(RECIPE),data/tutor.toml)
 RECIPE ?= data/demo.toml
+# The workers of make test and make test-quick, one a core; PYTEST holds further options of pytest.
+PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
+PYTEST :=
 BIN := .venv/bin
 TUTOR := $(BIN)/tutor
 
@@ -96,13 +99,13 @@ typescript: .venv/build ## install the pinned TypeScript compiler, once, into th
 	@$(BIN)/python scripts/install_typescript.py >/dev/null
 
 test: .venv/demo llamacpp typescript ## every test that needs neither GPU nor Docker
-	$(BIN)/pytest $(PARALLEL) -m "not docker"
+	$(BIN)/pytest $(PARALLEL) -m "not docker" $(PYTEST)
 
 test-docker: .venv/demo llamacpp typescript ## the container tests; they say why where they cannot run
-	$(BIN)/pytest -m docker tests/docker
+	$(BIN)/pytest -m docker tests/docker $(PYTEST)
 
 test-quick: .venv/base ## the unit tests alone: seconds
-	$(BIN)/pytest -m "not pipeline and not llamacpp and not docker"
+	$(BIN)/pytest $(PARALLEL) -m "not pipeline and not llamacpp and not typescript and not docker" $(PYTEST)
 
 check: .venv/base ## format, lint, types, import rules
 	$(BIN)/ruff format --check .

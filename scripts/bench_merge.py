@@ -68,7 +68,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="`cp ours` leaves the plain way out")
     parser.add_argument("--folder", type=Path, default=Path("build"), help="where the scratch folder is made")
     parser.add_argument(
-        "--base", type=Path, help="a base stage's folder with a tokenizer; the demo's is made otherwise"
+        "--base", type=Path, help="a base stage's folder with a tokenizer; without it the demo's is made"
     )
     parser.add_argument("--json", type=Path, help="write all that was measured to this file")
     parser.add_argument("--work", nargs="+", help=argparse.SUPPRESS)

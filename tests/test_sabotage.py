@@ -195,7 +195,8 @@ def test_a_merge_into_the_base_in_another_precision_than_was_said(recipe: Recipe
 
 @pytest.mark.parametrize("base", ["original", "nf4"])
 def test_either_base_that_a_merge_takes_passes(recipe: Recipe, folder: Path, base: Any) -> None:
-    other = recipe.model_copy(update={"merge": recipe.merge.model_copy(update={"base": base})})
+    merge, convert = recipe.merge.model_copy(update={"base": base}), recipe.convert.model_copy(update={"base": False})
+    other = recipe.model_copy(update={"merge": merge, "convert": convert})
     for name in ("merged", "gguf", "ladder", "parity"):
         artifacts.remove(folder / name)
     for name in ("merge", "convert", "ladder", "parity"):

@@ -24,8 +24,6 @@ from typing import Any
 ROOT = Path(__file__).parent.parent.parent
 OURS = ("TUTOR_", "PYTHON", "NO_COLOR", "FORCE_COLOR")
 """Prefixes of the environment variables that a user who has set nothing of ours does not have."""
-HEAVY = ("tutor.cli", "tutor.stages.base", "tutor.stages.train", "tutor.stages.merge", "tutor.stages.parity")
-"""Modules that the fork server imports: they bring torch, transformers, peft and trl."""
 
 Done = subprocess.CompletedProcess
 
@@ -128,7 +126,7 @@ def forked(
     """
     scratch.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(HEAVY))
+    context.set_forkserver_preload(["support.preloaded"])
     given = (["tutor", *map(str, arguments)], environment(**(env or {})), cwd, scratch, kill, entry)
     process = context.Process(target=_child, args=given)
     process.start()
