@@ -3,6 +3,7 @@
 faults.md G06, T01-T16, V02.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from typing import Any, NoReturn
 
 import pytest
 from conftest import ROOT
+from observed import noting
 from support.command import Forked, forked
 from support.shared import copied, shared
 from test_train import inputs, settings
@@ -28,6 +30,7 @@ from tiny_models import one_thread, recipe, tiny
 torch = pytest.importorskip("torch")
 
 from tutor import artifacts  # noqa: E402
+from tutor.engines import cpu_head  # noqa: E402
 from tutor.errors import ArtifactError, HostError  # noqa: E402
 from tutor.passes import Passes  # noqa: E402
 from tutor.stages import checkpoint, train  # noqa: E402
@@ -124,13 +127,37 @@ def made(folder: Path) -> dict[str, Any]:
     return {"results": results, "metrics": metrics, "files": files}
 
 
+@contextlib.contextmanager
+def noted() -> Iterator[list[dict[str, Any]]]:
+    """The rows of each pass that is trained inside."""
+    notes: list[dict[str, Any]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_head.Trainer, "compute_loss", noting(cpu_head.Trainer.compute_loss, notes.append))
+        yield notes
+
+
+def by_step(notes: list[dict[str, Any]]) -> dict[int, list[Any]]:
+    """The rows of each step, in the order of its passes."""
+    found: dict[int, list[Any]] = {}
+    for note in notes:
+        found.setdefault(note["step"], []).extend(note["rows"])
+    return found
+
+
 @pytest.fixture(scope="module")
-def whole(inputs: Folders, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a run that nothing ends makes."""
+def unbroken(inputs: Folders, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[int, list[Any]]]:
+    """What a run that nothing ends makes, and the rows of its steps."""
     folder = tmp_path_factory.mktemp("whole") / "adapter"
-    stage(inputs, folder)
+    with noted() as notes:
+        stage(inputs, folder)
     assert checkpoints(folder) == []  # nothing is left of them
-    return made(folder)
+    return made(folder), by_step(notes)
+
+
+@pytest.fixture(scope="module")
+def whole(unbroken: tuple[dict[str, Any], dict[int, list[Any]]]) -> dict[str, Any]:
+    """What a run that nothing ends makes."""
+    return unbroken[0]
 
 
 def test_a_run_that_nothing_ends_logs_every_step_once(whole: dict[str, Any]) -> None:
@@ -280,8 +307,12 @@ def exhaust_memory() -> None:
     ids=["PyTorch's CPU allocator", "CUDA", "Python"],
 )
 def test_out_of_memory_keeps_the_checkpoint_and_says_what_to_change_and_that_goes_on(
-    happens: Callable[[], object], inputs: Folders, tmp_path: Path, whole: dict[str, Any]
+    happens: Callable[[], object],
+    inputs: Folders,
+    tmp_path: Path,
+    unbroken: tuple[dict[str, Any], dict[int, list[Any]]],
 ) -> None:
+    whole, rows = unbroken
     folder = tmp_path / "adapter"
     said = r"out of memory in step \d+ of 18; set train.pass_tokens = \d+: the same rows a step"
     with pytest.raises(HostError, match=said) as caught:
@@ -289,9 +320,12 @@ def test_out_of_memory_keeps_the_checkpoint_and_says_what_to_change_and_that_goe
     (fewer,) = re.findall(r"pass_tokens = (\d+)", caught.value.hint)
     assert caught.value.code == 4
     assert checkpoints(folder) == ["checkpoint-5"]
-    assert "resuming after step 5 of 18" in " ".join(stage(inputs, folder, pass_tokens=int(fewer)))
-    found = made(folder)
+    with noted() as notes:
+        assert "resuming after step 5 of 18" in " ".join(stage(inputs, folder, pass_tokens=int(fewer)))
+    assert len(notes) == 2 * len(by_step(notes))  # half as many rows a pass
     # Other sums of floats, and dropout draws by the batch: not the same bytes, the same rows in the same order.
+    assert by_step(notes) == {step: rows[step] for step in range(6, 19)}
+    found = made(folder)
     assert [line["step"] for line in found["metrics"]] == [line["step"] for line in whole["metrics"]]
     ours, theirs = found["results"]["held_out"], whole["results"]["held_out"]
     assert ours["loss_after"] == pytest.approx(theirs["loss_after"], rel=0.05)

@@ -6,10 +6,12 @@ scripts, start-up and interpreters without torch are tested with real processes 
 """
 
 import contextlib
+import functools
 import io
 import json
 import logging
 import multiprocessing
+import multiprocessing.context
 import os
 import re
 import signal
@@ -17,6 +19,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -125,12 +128,32 @@ def forked(
     stage folder. events.json counts these events a stage folder, where it ends by itself.
     """
     scratch.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["support.preloaded"])
     given = (["tutor", *map(str, arguments)], environment(**(env or {})), cwd, scratch, kill, entry)
-    process = context.Process(target=_child, args=given)
+    process = _server().Process(target=_child, args=given)
     process.start()
     return Forked(process, scratch / "stdout", scratch / "stderr")
+
+
+@functools.cache
+def _server() -> multiprocessing.context.ForkServerContext:
+    """Return the server, started and with support.preloaded imported, which it skips silently where it has no path."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["support.preloaded"])
+    before = dict(os.environ)
+    try:
+        os.environ["PYTHONPATH"] = str(ROOT / "tests")
+        forkserver.ensure_running()
+    finally:
+        _replace_environment(before)
+    process = context.Process(target=_assert_preloaded)
+    process.start()
+    process.join()
+    assert process.exitcode == 0, "support.preloaded was not imported"
+    return context
+
+
+def _assert_preloaded() -> None:
+    sys.exit("support.preloaded" not in sys.modules)
 
 
 def _child(
