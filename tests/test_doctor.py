@@ -298,6 +298,9 @@ def test_rows_are_measured_by_the_split_and_before_it_by_the_file(machine, based
     assert before.longest < 50
     assert 2000 / 3 < after.longest < 1000
     assert after.tokens < after.longest
+    (split / "train.jsonl").unlink()
+    prompted = rows_of(recipe.model_copy(update={"system": "s" * 1000}), tmp_path)
+    assert before.longest + 1000 / 3 < prompted.longest < before.longest + 500
 
 
 @pytest.mark.parametrize("text", ["", "[1]\n", "{\n", '{"instruction": 1, "response": 2}\n', "\udcff", "[" * 100_000])
@@ -352,6 +355,14 @@ def test_where_only_what_is_assumed_does_not_fit_it_is_a_warning(machine, roomy,
     with caplog.at_level("WARNING"):
         capacity.refuse(based_on(max_length=128), tmp_path, ["train"])
     assert "a card has 6.4 GB: it may not fit; if it does not, " in caplog.text
+
+
+def test_a_warning_where_no_setting_helps_names_a_smaller_base(machine, roomy, based_on, tmp_path, caplog):
+    """CUDA's own share alone is more than this card has, and no setting of the recipe makes it less."""
+    machine.gpu(0.4)
+    with caplog.at_level("WARNING"):
+        capacity.refuse(based_on("tiny", quantization="nf4", gradient_checkpointing=True), tmp_path, ["train"])
+    assert "if it does not, no setting makes it fit: take a smaller base" in caplog.text
 
 
 def test_memory_of_the_gpu_that_others_hold_is_named_with_its_holders(machine, roomy, based_on, tmp_path):

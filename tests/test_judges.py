@@ -168,7 +168,9 @@ def test_other_languages_are_not_spanish(text: str) -> None:
     assert is_spanish(text) == (False, pytest.approx(0, abs=0.2))
 
 
-@pytest.mark.parametrize("text", ["", "Sí.", "```ts\nconst nombre = 'una interfaz en español';\n```", "`a` `b` `c`"])
+@pytest.mark.parametrize(
+    "text", ["", "Sí.", "¿Qué es una interfaz?", "```ts\nconst nombre = 'una interfaz en español';\n```", "`a` `b` `c`"]
+)
 def test_too_little_prose_is_no_verdict(text: str) -> None:
     assert is_spanish(text) == (False, 0.0)
 

@@ -357,6 +357,15 @@ def test_the_page_shows_findings_and_figures_and_is_well_formed(tmp_path: Path) 
     assert "¿Qué es una tupla frente a una función?" in shown.text
 
 
+def test_the_page_marks_the_bars_of_rows_over_the_limit(tmp_path: Path) -> None:
+    report = look(tmp_path, GOOD)
+    lengths = report.figures["lengths"]
+    last = lengths["bars"][-1]["start"]
+    for limit, marked in ((None, 0), (last, 0), (last - 1, 1)):
+        lengths["limit"] = limit
+        assert page(report).count('fill="var(--over)"') == marked
+
+
 def test_the_page_needs_nothing_else_and_runs_nothing(tmp_path: Path) -> None:
     html = page(look(tmp_path, GOOD))
     shown = Page(html)

@@ -1,5 +1,6 @@
 """What is up to date, why not, what runs: on a build folder where only the data stage has run (faults.md V15-V17)."""
 
+import ast
 import json
 import logging
 import os
@@ -114,6 +115,25 @@ def test_every_file_that_decides_a_stage_is_there_and_the_stages_own_is_among_th
     for stage in STAGES:
         assert f"stages/{stage.name}.py" in stage.sources
         assert all((pipeline.PACKAGE / source).is_file() for source in stage.sources), stage.name
+
+
+PLUMBING = {
+    *("artifacts.py", "errors.py", "modelfolder.py", "quantizations.py", "recipe.py"),
+    *("engines/gguf_file.py", "engines/llamacpp_build.py"),
+}
+"""Modules that read, write and refuse: a stage that imports one may leave it out of its key."""
+
+
+def test_each_module_that_a_stage_imports_is_in_its_key():
+    """A change of one that is not would leave an old result in place as up to date."""
+    for stage in STAGES:
+        tree = ast.parse((pipeline.PACKAGE / "stages" / f"{stage.name}.py").read_text("utf-8"))
+        froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module is not None]
+        named = {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
+        named |= {str(node.module) for node in froms}
+        files = {f"{name.removeprefix('tutor.').replace('.', '/')}.py" for name in named if name.startswith("tutor.")}
+        there = {file for file in files if (pipeline.PACKAGE / file).is_file()}
+        assert there <= {*stage.sources, *PLUMBING}, stage.name
 
 
 # Inputs

@@ -385,6 +385,7 @@ def test_a_copied_answer_says_from_where(made: Made) -> None:
         ("hola", [(False, "hola")]),
         ("a\n\n```ts\nx\n```\n\nb", [(False, "a"), (True, "```ts\nx\n```"), (False, "b")]),
         ("```\nnever closed\n\n  x", [(True, "```\nnever closed\n\n  x")]),
+        ("- a\n  ```\n  x\n  ```\nb", [(False, "- a"), (True, "  ```\n  x\n  ```"), (False, "b")]),
         ("~~~\n```\n~~~\nb", [(True, "~~~\n```\n~~~"), (False, "b")]),
     ],
 )
@@ -433,7 +434,9 @@ def test_every_point_is_inside_its_chart() -> None:
             assert chart["top"] <= dot["y"] <= chart["floor"]
     rungs = {"F16": {"size": 9, "kl": 0.0}, "Q8_0": {"size": 5, "kl": 1e-9}, "Q4_0": {"size": 4.9, "kl": 2.0}}
     drawn = ladder(rungs, 0.01, "Q8_0")
-    assert all(drawn["top"] <= dot["y"] <= drawn["floor"] for dot in drawn["dots"])
+    for dot in drawn["dots"]:
+        assert drawn["left"] <= dot["x"] <= drawn["right"]
+        assert drawn["top"] <= dot["y"] <= drawn["floor"]
     assert curves({"training": [(1, 3.0)]}) is None
 
 

@@ -20,10 +20,12 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from conftest import ROOT
 
 from tutor import preflight, stack
 from tutor.chain import BY_NAME
+from tutor.cli_stack import stack_run
 from tutor.errors import HostError, RecipeError, ServiceError
 from tutor.host import Memory
 from tutor.recipe import Recipe, read_recipe
@@ -293,6 +295,14 @@ def test_rows_outside_the_recipes_folder_are_refused_because_no_container_sees_t
 def test_the_recipes_that_are_shipped_lie_with_their_rows():
     for path in sorted((ROOT / "data").glob("*.toml")):
         preflight.refuse_outside(read_recipe(path))
+
+
+def test_stack_run_passes_on_that_the_gpu_is_required(host, recipe_file, tmp_path):
+    options = ["--recipe", str(recipe_file), "--build", str(tmp_path / "build"), "--gpu"]
+    done = CliRunner().invoke(stack_run, options, obj={"quiet": True})
+    assert isinstance(done.exception, preflight.UnfitError)
+    assert "no NVIDIA GPU answers" in done.exception.problems[0]
+    assert not any("compose" in line and " build " in line for line in host.calls)
 
 
 # The services

@@ -63,7 +63,7 @@ class Fit:
     @property
     def hint(self) -> str:
         """What to do where it does not fit."""
-        if self.change is None:
+        if not self.change:
             return "no setting makes it fit: take a smaller base"
         return "set " + ", ".join(f"train.{name} = {json.dumps(value)}" for name, value in self.change.items())
 

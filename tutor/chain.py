@@ -236,6 +236,7 @@ STAGES = (
             "engines/answer.py",
             "engines/llamacpp.py",
             "engines/llamacpp_process.py",
+            "engines/llamacpp_score.py",
             "judges/code.py",
             "judges/fences.py",
             "judges/format.py",
