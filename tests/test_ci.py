@@ -33,7 +33,7 @@ def run(*arguments: str | Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_each_reason_is_printed_once_with_the_step_that_ran_its_tests(reports: Path) -> None:
+def test_skipped_prints_each_reason_once_with_its_step(reports: Path) -> None:
     assert run(reports) == [
         "   2  no server",
         "      2 of them ran in: container tests",

@@ -337,6 +337,7 @@ def test_a_server_that_is_starting_is_waited_for_and_one_killed_mid_answer_is_a_
     with serve(NAME, host) as server:
         with pytest.raises(ServiceError, match="broke"):
             server.answer(conversation(QUESTIONS[0]), replace(GREEDY, max_new_tokens=1000), kill)
+        process.wait()  # until then its socket accepts connections, and resets them
         with pytest.raises(ServiceError, match="no Ollama at"):
             server.answer(conversation(QUESTIONS[0]), GREEDY)
     assert len(heard) >= 3

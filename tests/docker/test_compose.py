@@ -422,16 +422,18 @@ def program(pinned: str, project: str, tmp_path_factory: pytest.TempPathFactory)
     libraries.mkdir(parents=True)
     container = f"{project}-files"
     docker("create", "--name", container, pinned)
-    docker("cp", "--follow-link", f"{container}:/usr/bin/ollama", str(binary))
-    copy = ["docker", "cp", f"{container}:/usr/lib/ollama/.", "-"]
-    with (
-        subprocess.Popen(copy, stdout=subprocess.PIPE) as process,
-        tarfile.open(fileobj=process.stdout, mode="r|") as archive,
-    ):
-        for member in archive:
-            if "/" not in member.name.removeprefix("./"):  # the folders in it are for GPUs, and are gigabytes
-                archive.extract(member, libraries, filter="data")
-    docker("rm", container)
+    try:
+        docker("cp", "--follow-link", f"{container}:/usr/bin/ollama", str(binary))
+        copy = ["docker", "cp", f"{container}:/usr/lib/ollama/.", "-"]
+        with (
+            subprocess.Popen(copy, stdout=subprocess.PIPE) as process,
+            tarfile.open(fileobj=process.stdout, mode="r|") as archive,
+        ):
+            for member in archive:
+                if "/" not in member.name.removeprefix("./"):  # the folders in it are for GPUs, and are gigabytes
+                    archive.extract(member, libraries)
+    finally:
+        docker("rm", container)
     commands = ([binary, "--version"], [libraries / "llama-server", "--version"])
     own = environment(HOME=str(folder))
     runs = all(subprocess.run(each, env=own, capture_output=True, check=False).returncode == 0 for each in commands)

@@ -121,7 +121,8 @@ def _fetch_source(work: Path) -> Path:
     _run([*pip, "--no-binary", "llama-cpp-python", "-r", str(pin), "-d", str(work)], "fetch the source")
     archive = next(work.glob("llama_cpp_python-*.tar.gz"))
     with tarfile.open(archive) as tar:
-        tar.extractall(work, filter="data")
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.2, Debian 12's, has none
+        tar.extractall(work)  # noqa: S202 - pip has checked its hash
     return work / f"llama_cpp_python-{VERSION}" / "vendor" / "llama.cpp"
 
 
