@@ -900,12 +900,17 @@ def test_another_splitting_is_read_as_transformers_does_too(real: None, tmp_path
 def argmax_answer(model: Any, ids: list[int], tokens: int) -> list[int]:
     """Greedy ids by plain forward passes, so that no generation setting of any library has a say."""
     import torch
+    from tolerances import half_error
 
     ids = list(ids)
     start = len(ids)
     with torch.no_grad():
         for _ in range(tokens):
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+            logits = model(torch.tensor([ids])).logits[0, -1]
+            best, second = logits.topk(2).values.tolist()
+            bound = half_error(model.config) * logits.abs().max().item()
+            assert best - second > bound, "which token is the best is no matter of rounding"
+            ids.append(int(logits.argmax()))
     return ids[start:]
 
 
@@ -952,11 +957,11 @@ def test_scores_are_the_log_softmax_of_transformers(tiny: Path, model: Any, toke
         with torch.no_grad():
             logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
         expected = logits.log_softmax(-1)
-        best = expected.topk(2).values
-        assert (best[:, 0] - best[:, 1]).min() > bound, "which token is the best is no matter of rounding"
+        best, chosen = expected.max(-1).values, [place[0][0] for place in score.top]
         assert score.logprobs == pytest.approx(expected[range(len(answer)), answer].tolist(), abs=bound)
-        assert [place[0][0] for place in score.top] == expected.argmax(-1).tolist()
-        assert [place[0][1] for place in score.top] == pytest.approx(best[:, 0].tolist(), abs=bound)
+        # The best token, or one that is no further below it than rounding moves two of them.
+        assert (best - expected[range(len(answer)), chosen]).max() <= 2 * bound
+        assert [place[0][1] for place in score.top] == pytest.approx(best.tolist(), abs=bound)
 
 
 @pytest.mark.llamacpp
