@@ -1038,8 +1038,9 @@ def test_an_id_outside_the_vocabulary_cannot_be_scored(tiny: Path) -> None:
 
 @pytest.mark.llamacpp
 def test_a_stop_text_ends_an_answer_and_is_not_in_it(server: llamacpp.LlamaServer, model: Any, tokenizer: Any) -> None:
-    text = tokenizer.decode(argmax_answer(model, tokenizer(render(QUESTION))["input_ids"], 24))
+    text = tokenizer.decode(argmax_answer(model, tokenizer(render(QUESTION))["input_ids"], 12))
     stop = text[8:11]
+    assert len(stop) == 3
     answer = server.answer(QUESTION, replace(GREEDY, stops=("never said", stop)))
     assert answer.finish == "stop"
     assert answer.text == text.partition(stop)[0]
