@@ -466,7 +466,7 @@ rows = 24
 [base]
 source = "tiny"
 [train]
-epochs = 12
+epochs = 5
 batch_size = 2
 accumulation = 2
 max_length = 2048
