@@ -104,7 +104,7 @@ test: .venv/demo llamacpp typescript ## every test that needs neither GPU nor Do
 test-docker: .venv/demo llamacpp typescript ## the container tests; they say why where they cannot run
 	$(BIN)/pytest -m docker tests/docker $(PYTEST)
 
-test-quick: .venv/base ## the unit tests alone: seconds
+test-quick: .venv/base ## the unit tests alone: a minute
 	$(BIN)/pytest $(PARALLEL) -m "not pipeline and not llamacpp and not typescript and not docker" $(PYTEST)
 
 check: .venv/base ## format, lint, types, import rules
