@@ -126,6 +126,7 @@ def test_a_stuck_answer_is_a_loop(text: str) -> None:
         GOOD,
         "no, no, no y no " * 2,
         "la interfaz define " * 5,
+        "tipo " * 17,
         "-" * 200 + "\n" + "=" * 80,
         "| --- " * 40,
         "enum Mes {\n" + "".join(f"  M{n} = {n},\n" for n in range(40)) + "}",
@@ -136,6 +137,21 @@ def test_a_stuck_answer_is_a_loop(text: str) -> None:
 )
 def test_code_and_rules_that_repeat_for_a_reason_are_no_loop(text: str) -> None:
     assert not loops(text)
+
+
+def words(count: int) -> str:
+    return " ".join(f"palabra{'abcdefghij'[n // 10 % 10]}{n}" for n in range(count))
+
+
+def test_a_loop_is_three_times_the_same_and_eighteen_words() -> None:
+    assert loops(f"Dice: {words(6)} {words(6)} {words(6)}")
+    assert not loops(f"Dice: {words(6)} {words(6)} {words(5)}")
+    assert not loops(f"{words(9)} {words(9)}")
+
+
+def test_a_unit_of_more_than_120_words_is_no_loop() -> None:
+    assert loops(f"{words(120)} " * 3)
+    assert not loops(f"{words(121)} " * 3)
 
 
 @given(st.text(max_size=300), st.sampled_from(["stop", "length"]))

@@ -140,6 +140,10 @@ def test_only_auto_asks_the_ladder(tmp_path: Path) -> None:
     write_json(tmp_path / MANIFEST, {})
     write_served(tmp_path, "Q8_0")
     assert served_quantization("auto", tmp_path) == "Q8_0"
+    write_json(tmp_path / "served.json", {"quantization": None})
+    with pytest.raises(ArtifactError, match=r"served\.json names no quantization") as caught:
+        served_quantization("auto", tmp_path)
+    assert caught.value.hint == "run: tutor ladder"
 
 
 # A whole run

@@ -48,6 +48,18 @@ def test_a_short_run_is_what_any_two_texts_share() -> None:
     assert longest_copies(["const a: number = 1;"], ["let b: number = 2;"]) == [Copied(0, 7)]
 
 
+def test_a_run_has_six_words_and_ends_where_either_text_ends() -> None:
+    training = ["Una tupla es un array corto"]
+    for answer, run in (
+        ("Una tupla es un array corto", 6),
+        ("una tupla es un array corto", 0),
+        ("Una tupla es un array corto y fijo, sin más", 6),
+        ("Aquí: Una tupla es un array corto", 6),
+    ):
+        assert longest_copies([answer], training)[0].run == run
+    assert longest_copies(["Aquí: Una tupla es un array corto"], ["Una tupla es un array corto y fijo"])[0].run == 6
+
+
 def test_an_answer_without_words_copies_nothing_of_nothing() -> None:
     assert longest_copies(["", " \n"], ["a"])[0].share == 0.0
     assert longest_copies([], ["a"]) == []

@@ -50,6 +50,36 @@ def test_a_summary_is_by_category_with_the_median_speed_and_length() -> None:
     assert summary["characters"] == 100
 
 
+def test_an_answer_that_failed_has_no_speed_and_no_length() -> None:
+    records = [record(tokens=2, speed=10.126), FAILED, record(tokens=1, speed=99.0)]
+    summary = summarise(PROMPTS[:3], records)
+    assert (summary["tokens_per_second"], summary["characters"]) == (10.13, 100)
+    assert list(summary["categories"]) == ["definicion", "ejemplo"], "by name, not as they come"
+
+
+def test_a_verdict_that_not_every_answer_has_is_not_counted() -> None:
+    compiled = record()
+    compiled["verdicts"]["compiles"] = True
+    assert "compiles" not in rates([compiled, record()])
+    for before, after in ((compiled, record()), (record(), compiled)):
+        found = differences(PROMPTS[:1], [before], [after], 7)
+        assert "compiles" not in {**found["all"], **found["kinds"]}
+
+
+def test_a_prompt_is_better_or_worse_where_one_side_alone_passes() -> None:
+    early = [record(passed=passed) for passed in (True, True, False, False)]
+    late = [record(passed=passed) for passed in (True, False, True, False)]
+    found = differences(PROMPTS[:4], early, late, 7)
+    assert (found["better"], found["worse"]) == (["¿2?"], ["¿1?"])
+
+
+def test_figures_of_a_difference_are_rounded_to_four_digits() -> None:
+    found = difference([record(passed=number > 30) for number in range(70)], [record()] * 70, "passed", 7)
+    figures = [found[name] for name in ("low", "difference", "high")]
+    assert figures == [round(round(70 * figure) / 70, 4) for figure in figures]
+    assert 0 < found["low"] < found["difference"] == 0.4429 < found["high"] < 1
+
+
 def test_a_difference_is_over_all_and_by_kind_and_names_its_prompts() -> None:
     before = [record(passed=number == 0) for number in range(20)]
     after = [record(passed=number % 2 == 1, spanish=False) for number in range(20)]
