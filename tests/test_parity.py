@@ -127,6 +127,8 @@ def test_what_the_first_engine_does_not_say_is_in_no_figure() -> None:
     found = checked(seen(), ours=Seen("code", None, None, 3))
     assert all(check.ok for check in found.values())
     assert found["tokens"].figures == {"equal": 1, "of": 1}
+    assert checked(seen(prompt="x"))["prompt"].figures == {"equal": 0, "of": 1}
+    assert checked(seen(), ours=Seen("code"))["tokens"].figures == {"equal": 0, "of": 0}
     assert {found[name].figures.get("of", 0) for name in CHECKS if name != "tokens"} == {0}
 
 
@@ -136,18 +138,13 @@ def test_a_kl_divergence_over_the_budget_is_a_difference() -> None:
     other = replace(other, top=(((0, -0.5), (98, -1.2)), other.top[1]))
     ours, theirs = seen(trace=None), seen(trace=None, scored=other)
     kl = divergence(dict(scored(-0.5, -0.3).top[0]), dict(other.top[0])) / 2
-    assert checked(theirs, ours=ours)["log-probabilities"].figures == {
-        "tokens": 2,
-        "change": 0,
-        "mean": 0,
-        "worst": 0,
-        "kl": pytest.approx(kl, abs=1e-6),
-    }
+    figures = checked(theirs, ours=ours)["log-probabilities"].figures
+    assert figures == {"tokens": 2, "change": 0, "mean": 0, "worst": 0, "kl": round(kl, 6)}
     assert failing(theirs, budget(1.01 * kl), ours) == []
     assert failing(theirs, budget(0.99 * kl), ours) == ["log-probabilities"]
 
 
-def test_the_change_of_log_probabilities_has_a_sign_and_is_a_mean() -> None:
+def test_a_change_of_log_probabilities_is_a_mean_with_its_sign() -> None:
     found = checked(seen(trace=None, scored=scored(-0.9, -0.1)), ours=seen(trace=None))["log-probabilities"]
     assert [found.figures[name] for name in ("change", "mean", "worst")] == [-0.1, 0.3, 0.4]
 
@@ -164,6 +161,33 @@ def test_greedy_figures_count_equal_steps_and_whole_answers() -> None:
     assert shorter["greedy answer"].figures == {"agreed": 2, "steps": 2, "equal": 0, "of": 1}
 
 
+def test_after_the_first_other_step_no_probability_is_compared() -> None:
+    theirs = seen(scored=None, trace=trace((" a", " x", " c"), logprob=-0.1))
+    ours = seen(scored=None, trace=trace((" a", " b", " c"), logprob=-0.1))
+    assert checked(theirs, ours=ours)["log-probabilities"].figures["tokens"] == 1
+
+
+def test_a_step_without_a_probability_is_compared_as_text_alone() -> None:
+    silent = seen(scored=None, trace=Trace((*trace().steps[:-1], Step(END, None)), "stop", 3))
+    for ours, theirs in ((silent, seen(scored=None)), (seen(scored=None), silent)):
+        found = checked(theirs, ours=ours)
+        assert all(check.ok for check in found.values())
+        assert found["log-probabilities"].figures["tokens"] == 6
+
+
+def test_a_given_answers_end_is_tolerated_only_as_a_toss_up() -> None:
+    def ending(lead: float) -> Seen:
+        places = scored(-0.9, -0.8, -0.7).top[:2]
+        return seen(trace=None, scored=Score((-0.9, -0.8, -0.7), (*places, ((99, lead - 0.7), (2, -0.7)))))
+
+    ours, wide = seen(trace=None, scored=scored(-0.9, -0.8, -0.7)), Tolerance(kl=9, mean=None, worst=None, lead=0.2)
+    assert failing(ending(0.1), wide, ours) == []
+    assert failing(ending(0.3), wide, ours) == ["end"]
+    assert failing(ending(0.3), budget(9), ours) == [], "a quantization may end elsewhere"
+    for other in (trace((" Una", " interfaz")), Trace(trace().steps[:-1], None, 3)):
+        assert failing(seen(trace=other), budget(9)) == []
+
+
 def test_ends_are_counted_behind_given_and_greedy_answers() -> None:
     assert checked(seen())["end"].figures == {"equal": 2, "of": 2}
     assert checked(seen(scored=scored(-0.5, -0.3, best=False)))["end"].figures == {"equal": 1, "of": 2}
@@ -174,7 +198,8 @@ def test_a_step_of_unknown_lead_is_judged_by_the_other_ones() -> None:
     silent = seen(trace=Trace((Step(" Un", None),), None, 3))
     for lead, wanted in ((0.1, []), (1.5, ["greedy answer"])):
         step = Step(" Una", -0.7, ((" Una", -0.7), (" Un", -0.7 - lead)))
-        assert failing(silent, ours=seen(trace=Trace((step,), None, 3))) == wanted
+        known = seen(trace=Trace((step,), None, 3))
+        assert failing(silent, ours=known) == failing(known, ours=silent) == wanted
 
 
 def test_probabilities_that_are_no_numbers_are_no_agreement() -> None:
