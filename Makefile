@@ -105,7 +105,7 @@ test-docker: .venv/demo llamacpp typescript ## the container tests; they say why
 	$(BIN)/pytest -m docker tests/docker $(PYTEST)
 
 test-quick: .venv/base ## the unit tests alone: a minute
-	$(BIN)/pytest $(PARALLEL) -m "not pipeline and not llamacpp and not typescript and not docker" $(PYTEST)
+	$(BIN)/pytest $(PARALLEL) -m "not slow and not pipeline and not llamacpp and not typescript and not docker" $(PYTEST)
 
 check: .venv/base ## format, lint, types, import rules
 	$(BIN)/ruff format --check .

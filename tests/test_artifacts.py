@@ -126,6 +126,7 @@ def test_a_folder_is_written_with_a_manifest_that_says_what_made_it(tmp_path, mo
     assert beside(tmp_path / "data") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [None, "old"])
 def test_a_kill_at_any_step_leaves_the_old_folder_or_the_new_and_the_next_run_finishes(tmp_path, before):
     steps = 0
@@ -265,6 +266,7 @@ def in_steps(folder: Path, text: str = "new") -> list[str]:
     return wrote
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [None, "old"])
 def test_a_stage_that_resumes_is_whole_or_absent_after_a_kill_at_any_step(tmp_path, before):
     steps, resumed = 0, 0

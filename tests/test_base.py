@@ -408,6 +408,7 @@ def unreachable(done: "CompletedProcess[str]", revision: str = REVISION) -> bool
     return True
 
 
+@pytest.mark.slow
 def test_a_hub_that_cannot_give_it_is_a_service_error(hub: Hub, fetch: Cli) -> None:
     assert unreachable(fetch(hub.address, "f" * 40), "f" * 40)  # 404
     assert unreachable(fetch(hub.address, HF_HUB_OFFLINE="1"))  # nothing in the cache

@@ -215,6 +215,7 @@ def test_no_flipped_bit_gives_another_training(data: st.DataObject, tmp_path_fac
 # Killed while it saves
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_step_of_saving_loses_no_checkpoint(tmp_path: Path) -> None:
     steps = 0
     while True:

@@ -89,6 +89,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_what_needs_no_model_runs_without_torch(recipe_file, tmp_path):
     where = ("-r", recipe_file, "-b", tmp_path / "build")
 
@@ -309,6 +310,7 @@ def test_a_flag_wins_over_its_variable_and_that_over_the_default(tutor, recipe_f
     assert folder("-r", recipe_file, "-b", "flag", **variables) == "flag/small/data"
 
 
+@pytest.mark.slow
 def test_paths_may_have_blanks_accents_and_bytes_that_are_not_utf8(tutor, recipe_file, tmp_path):
     for name in ("con espacios y ñandúes €", os.fsdecode(b"mal\xf1a")):
         place = tmp_path / name
@@ -323,6 +325,7 @@ def test_paths_may_have_blanks_accents_and_bytes_that_are_not_utf8(tutor, recipe
 # Streams
 
 
+@pytest.mark.slow
 def test_results_are_the_only_thing_on_stdout_and_json_is_one_document(tutor, recipe_file, tmp_path):
     where = ("--json", "-r", recipe_file, "-b", tmp_path / "build")
     split = tutor("data", "split", *where)
@@ -338,6 +341,7 @@ def test_results_are_the_only_thing_on_stdout_and_json_is_one_document(tutor, re
     assert json.loads(tutor("clean", *where).stdout)["removed"] == [str(tmp_path / "build" / "small" / "data")]
 
 
+@pytest.mark.slow
 def test_damage_is_exit_5_and_still_one_json_document(tutor, recipe_file, tmp_path):
     where = ("-r", recipe_file, "-b", tmp_path / "build")
     tutor("data", "split", *where)

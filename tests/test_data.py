@@ -336,6 +336,7 @@ def test_d30_a_broken_array_is_refused(file: Any, text: str) -> None:
     assert refused(file(text.encode(), "rows.json")).problems
 
 
+@pytest.mark.slow
 def test_d34_a_wrong_type_is_found_however_late(file: Any) -> None:
     good = b"".join(b'{"instruction": "%d", "response": "b"}\n' % number for number in range(200_000))
     path = file(good + lines({"instruction": "a", "response": 1}))
@@ -594,6 +595,7 @@ def test_a_split_needs_two_questions() -> None:
     assert caught.value.code == 3
 
 
+@pytest.mark.slow
 @given(SETS, st.integers(1, 70), st.integers(0, 99))
 def test_a_sample_has_so_many_rows_in_proportion_and_in_order(
     rows: list[tuple[int, str, int]], count: int, seed: int

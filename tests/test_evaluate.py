@@ -217,6 +217,7 @@ def test_a_prompt_that_kills_every_server_has_failed_and_the_run_goes_on(tmp_pat
     assert read(out / "answers.json")[2]["answers"]["tutor"]["reasons"] == ["no answer: the engine died on it 2 times"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("llamacpp")
 def test_a_run_that_failed_asks_nothing_twice(tmp_path: Path, out: Path) -> None:
     inputs = write_inputs(tmp_path, dies_on="¿Qué es", times=6)

@@ -82,6 +82,7 @@ def answers(build: Path, folder: str) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("llamacpp")
 def test_every_named_model_is_asked_judged_and_compared_with_the_first(recipe: Recipe, build: Path) -> None:
     result = evaluate(recipe, build, [named("base"), named("tutor"), named("F16")], parallel=3)

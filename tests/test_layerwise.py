@@ -82,6 +82,7 @@ def test_real_text_on_the_tiny_model_with_its_scaled_rope(tiny: Path, tmp_path: 
     compare(model, [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in rows])
 
 
+@pytest.mark.slow
 def test_the_softmax_over_many_pieces_is_summed_in_64_bits() -> None:
     """Logits of zero, which nothing rounds: what is left of 50,000 pieces is the sum over them."""
     vocabulary = 50_000

@@ -230,6 +230,7 @@ def test_a_damaged_tokenizer_names_the_stage_that_makes_it(tmp_path: Path, token
         look(tmp_path, GOOD, tokenizer=tokenizer_file)
 
 
+@pytest.mark.slow
 def test_what_is_kept_of_a_row_does_not_grow_with_its_texts(tmp_path: Path) -> None:
     def peak(characters: int) -> int:
         rows = (row(f"¿Qué es {i} {WORDS[i % 30]}?", f"{i} " + "x" * characters) for i in range(SAMPLE + 2000))

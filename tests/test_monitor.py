@@ -138,6 +138,7 @@ def test_a_clock_reads_as_people_read_it(seconds: float, said: str) -> None:
     assert gauges.clock(seconds) == said
 
 
+@pytest.mark.slow
 def test_the_picture_has_the_same_bytes_in_another_process(tmp_path: Path) -> None:
     found = history([5.0, None, 3.0], at3=2.0)
     found[1]["grad_norm"] = None

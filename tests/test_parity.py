@@ -496,6 +496,7 @@ def test_without_a_record_of_the_digest_the_answers_tell(server: FakeOllama, rec
     assert "greedy answer" in publishing.parity(recipe, build, host=server.host)["refused"]["message"]
 
 
+@pytest.mark.slow
 def test_the_command_shows_the_table_and_exits_8(
     server: FakeOllama, recipe: Recipe, build: Path, tutor: Any, tmp_path: Path
 ) -> None:

@@ -578,6 +578,7 @@ def probed(tmp_path: Path, *options: str) -> dict[str, Any]:
     return value
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
 def test_a_browser_shows_it_without_a_word_on_its_console(made: Made, tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text(page(made), "utf-8")
@@ -588,6 +589,7 @@ def test_a_browser_shows_it_without_a_word_on_its_console(made: Made, tmp_path: 
     assert (tmp_path / "page.png").stat().st_size > 50_000
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
 def test_the_filters_work_on_a_phone_and_nothing_is_wider_than_it(made: Made, tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text(page(made), "utf-8")

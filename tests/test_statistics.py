@@ -81,6 +81,7 @@ def test_the_order_of_the_prompts_does_not_count_and_the_seed_decides(
     assert paired_verdicts(before, after, seed) == turned
 
 
+@pytest.mark.slow
 def test_the_interval_holds_the_true_difference_about_as_often_as_it_says() -> None:
     draw, held = random.Random(3), 0
     for trial in range(100):

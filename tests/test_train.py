@@ -359,6 +359,7 @@ class FirstGradient(TrainerCallback):  # type: ignore[misc]
         control.should_training_stop = True
 
 
+@pytest.mark.slow
 def test_accumulated_rows_weigh_by_their_tokens_as_one_batch_does(
     trainer_of: Any, tokenizer: Any, rows: list[Encoded]
 ) -> None:

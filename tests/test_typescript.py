@@ -196,6 +196,7 @@ def test_any_text_can_be_scanned(pieces: list[str]) -> None:
     scan("".join(pieces))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("piece", "nested"),
@@ -235,6 +236,7 @@ def test_a_diagnostic_has_its_line_in_the_block_and_no_control_characters(preten
     ]
 
 
+@pytest.mark.slow
 def test_a_hang_costs_no_other_block_its_verdict_and_leaves_no_process(pretend: Path) -> None:
     assert outcomes("a;", "TS2322", "HANG", "b;", seconds=3) == ["pass", "type_error", "timeout", "pass"]
     hung = int((pretend / "hanging").read_text())

@@ -284,6 +284,7 @@ def test_a_model_that_is_not_there_or_says_nothing_is_an_error(
 # The command
 
 
+@pytest.mark.slow
 def test_the_command_shows_a_row_each_and_ends_with_5_where_one_is_wrong(built: Built, tutor: Run) -> None:
     where = ("-r", built.path, "-b", built.build)
     fine = tutor("verify", built.gguf(), *where)
