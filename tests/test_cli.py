@@ -372,6 +372,7 @@ def test_head_gets_its_lines(tmp_path):
     assert (done.stdout, done.stderr) == ("{\n", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "env",
     [

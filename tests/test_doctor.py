@@ -641,6 +641,7 @@ def ollama(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     server.server_close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("version", "state"), [("0.33.3", "ok"), ("0.29.9", "missing"), ("0.0.0", "warning")])
 def test_the_server_is_asked_for_its_version(machine, ollama, version, state):
     ollama(version)

@@ -372,6 +372,7 @@ def test_one_shots_are_never_brought_up_which_would_hide_their_exit_codes(host, 
     assert all("--no-deps" in line for line in host.calls if " run --rm " in line)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*stack.BEFORE, *stack.AFTER])
 @pytest.mark.parametrize("code", [1, 3, 8, 137, 143])
 def test_a_service_that_fails_ends_the_run_with_its_own_exit_code(host, recipe, tmp_path, name, code):

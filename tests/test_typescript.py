@@ -243,6 +243,7 @@ def test_a_hang_costs_no_other_block_its_verdict_and_leaves_no_process(pretend: 
     assert not Path(f"/proc/{hung}").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["CRASH", "GREEDY", "CHATTY", "MISCONFIGURED"])
 def test_a_compiler_that_breaks_is_a_judge_error_for_that_block_alone(pretend: Path, fault: str) -> None:
     assert outcomes("a;", fault, "TS2322", memory_mb=1024) == ["pass", "judge_error", "type_error"]
