@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 from conftest import TUTOR, environment
-from tiny_models import copied, edit, in_two_shards, one_thread, recipe, spanish, tensors, tiny
+from support.shared import copied
+from tiny_models import edit, in_two_shards, one_thread, recipe, spanish, tensors, tiny
 
 torch = pytest.importorskip("torch")
 from safetensors.torch import save_file  # noqa: E402

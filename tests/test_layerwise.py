@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import copied, in_two_shards, one_thread, tensors, tiny
+from support.shared import copied
+from tiny_models import in_two_shards, one_thread, tensors, tiny
 from tolerances import forward_error, largest_logit, sum_error
 
 torch = pytest.importorskip("torch")

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 from support.command import forked
-from tiny_models import adapter_stage, base_stage, copied, edit, in_two_shards, one_thread, recipe, tensors, tiny
+from support.shared import copied
+from tiny_models import adapter_stage, base_stage, edit, in_two_shards, one_thread, recipe, tensors, tiny
 from tolerances import forward_error, largest_logit
 
 torch = pytest.importorskip("torch")

@@ -422,12 +422,10 @@ def test_an_adapter_is_rounded_to_what_its_file_holds_and_never_to_infinity(trai
         round_adapter(model)
 
 
-@pytest.mark.pipeline
 def test_the_log_lies_beside_the_stage_whatever_it_is_called_now(tmp_path: Path) -> None:
     assert log_folder(tmp_path / "adapter.partial") == log_folder(tmp_path / "adapter") == tmp_path / "adapter.log"
 
 
-@pytest.mark.pipeline
 def test_a_gpu_without_its_library_has_no_utilization(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         assert gauges.gpu_utilization() in range(101)

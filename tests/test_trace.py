@@ -136,7 +136,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("torch")
     if not is_built(build_folder()):
         pytest.skip("no llama.cpp: make llamacpp")
-    from tiny_models import copied, edit, tiny_folder
+    from support.shared import copied
+    from tiny_models import edit, tiny_folder
 
     from tutor.template import chat_template
 

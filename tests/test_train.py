@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import adapter_stage, base_stage, copied, edit, one_thread, recipe, tensors, tiny
+from support.shared import copied
+from tiny_models import adapter_stage, base_stage, edit, one_thread, recipe, tensors, tiny
 from tolerances import backward_error, forward_error, largest_logit, roundoff
 
 torch = pytest.importorskip("torch")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import cache
@@ -52,11 +51,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def copied(model: Path, to: Path) -> Path:
-    """A model folder of one's own."""
-    return Path(shutil.copytree(model, to))
 
 
 def edit(path: Path, drop: str = "", **changes: Any) -> None:
