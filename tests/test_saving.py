@@ -12,7 +12,6 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -502,11 +501,8 @@ def test_the_same_command_goes_on_after_a_signal(number: signal.Signals, code: i
         with (folder / "r.toml").open("a") as text:
             text.write("save_steps = 3\n")
     process = command("train", folder, tmp_path / "ended")
-    metrics, deadline = build / "adapter.log" / "metrics.jsonl", time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if metrics.exists() and metrics.read_bytes().count(b"\n") >= 8:
-            break
-        time.sleep(0.01)
+    metrics = build / "adapter.log" / "metrics.jsonl"
+    process.wait_until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 8)
     process.send_signal(number)
     done = process.finish()
     assert done.returncode == code, done.stderr

@@ -8,8 +8,6 @@ import math
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,18 +110,11 @@ def test_kill_9_leaves_nothing_half_and_the_same_command_completes(
     assert not folder.with_name(folder.name + artifacts.PARTIAL).exists()
 
 
-def when(condition: Callable[[], bool], process: Any) -> None:
-    """Wait until a process has come to something; a process that ended, or 60 seconds, end the wait."""
-    deadline = time.monotonic() + 60
-    while not condition() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
 def test_sigterm_during_training_exits_143_and_leaves_nothing_half(built: Path, tmp_path: Path) -> None:
     build = linked(built, tmp_path / "build")
     assert result("clean", "train", build=build)["removed"]
     process = forked("train", "--recipe", TINY, "--build", build, scratch=tmp_path / "ended")
-    when((build / "tiny" / "adapter.log" / "metrics.jsonl").exists, process)
+    process.wait_until((build / "tiny" / "adapter.log" / "metrics.jsonl").exists)
     process.send_signal(signal.SIGTERM)
     assert process.finish().returncode == 143
     assert not (build / "tiny" / "adapter.partial").exists()

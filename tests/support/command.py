@@ -17,6 +17,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import forkserver
@@ -97,6 +98,12 @@ class Forked:
     def poll(self) -> int | None:
         """Return the exit code, negative for a signal; None while the process runs."""
         return self.process.exitcode
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
+        """Wait until the process has come to something; its end, or `seconds`, end the wait."""
+        deadline = time.monotonic() + seconds
+        while not condition() and self.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def finish(self, seconds: float = 200) -> "Done[str]":
         """Wait for the end; return exit code, stdout and stderr. Raises TimeoutError after `seconds`."""
