@@ -143,7 +143,7 @@ def plain(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     quiet()
     from transformers import AutoTokenizer, Trainer, TrainerCallback, set_seed
 
-    from tutor.engines.hf import choose_precision
+    from tutor.device import choose_precision
     from tutor.modelfolder import read_facts
     from tutor.stages.train import encode_rows, read_rows
 

@@ -10,7 +10,7 @@ from tutor.chain import BY_NAME
 from tutor.engines.trace import END, Step, Trace
 from tutor.recipe import Recipe
 from tutor.stages.parity_compare import Seen
-from tutor.stages.parity_gate import to_record
+from tutor.stages.parity_record import to_record
 from tutor.stages.parity_set import conversations
 
 PIECES = (" Una", " interfaz", " describe", " un", " objeto", ".")

@@ -17,9 +17,10 @@ from test_train import ROWS, FirstGradient, apart, moved, settings  # noqa: E402
 from transformers import PrinterCallback  # noqa: E402
 
 from tutor import capacity, doctor, estimate  # noqa: E402
+from tutor.device import choose_precision, room  # noqa: E402
 from tutor.engines import memory, offload  # noqa: E402
 from tutor.engines.dropout import quicken_dropout  # noqa: E402
-from tutor.engines.hf import choose_precision, load_base, room  # noqa: E402
+from tutor.engines.hf import load_base  # noqa: E402
 from tutor.engines.memory import Wanted  # noqa: E402
 from tutor.engines.scoring import mean_loss  # noqa: E402
 from tutor.errors import ArtifactError, HostError, RecipeError  # noqa: E402

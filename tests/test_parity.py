@@ -22,8 +22,9 @@ from tutor.errors import ArtifactError, GateError
 from tutor.quantizations import KINDS
 from tutor.recipe import BUDGETS, OllamaSettings, ParitySettings, Recipe, read_recipe
 from tutor.stages.parity_compare import CHECKS, Check, Seen, Tolerance, compare
-from tutor.stages.parity_gate import HandOver, budget, from_record, hand_over, lines, refusal, to_record
+from tutor.stages.parity_gate import HandOver, budget, hand_over, lines, refusal
 from tutor.stages.parity_ollama import read_reference
+from tutor.stages.parity_record import from_record, to_record
 from tutor.stages.parity_set import CODE, EMOJI, SPECIALS, Conversation, conversations
 from tutor.template import render
 

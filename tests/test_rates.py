@@ -9,9 +9,10 @@ import pytest
 from conftest import ROOT, write_rows
 
 from tutor.errors import DataError, RecipeError
+from tutor.judges.verdict import LABELS
 from tutor.recipe import Recipe
 from tutor.stages import honesty
-from tutor.stages.rates import LABELS, difference, differences, rates, summarise
+from tutor.stages.rates import difference, differences, rates, summarise
 
 PROMPTS = [
     {"instruction": f"¿{number}?", "category": "definicion" if number % 2 else "ejemplo"} for number in range(20)

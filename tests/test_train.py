@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import DataCollatorForLanguageModeling, TrainerCallback  # noqa: E402
 
 from tutor.artifacts import log_folder  # noqa: E402
+from tutor.device import choose_precision, decide_precision  # noqa: E402
 from tutor.engines import scoring  # noqa: E402
-from tutor.engines.hf import choose_precision, decide_precision, load_base, score  # noqa: E402
+from tutor.engines.hf import load_base, score  # noqa: E402
 from tutor.engines.packed import LENGTHS, rows_of  # noqa: E402
 from tutor.errors import ArtifactError, DataError, HostError  # noqa: E402
 from tutor.modelfolder import load_tokenizer  # noqa: E402

@@ -71,11 +71,13 @@ def opened(recipe: "Recipe", build: Path, who: Who, *, share: int = 1, log: Path
         with ollama.serve(who.model, who.host) as engine:
             yield engine
     elif who.engine == "hf" or who.model == "adapter":
+        from tutor import device
         from tutor.engines import hf
 
         model, adapter = _folders(folder, who.model)
         quantization = _quantization(folder, who.model)
-        yield hf.load(model, adapter, quantization=quantization, precision=recipe.train.precision)
+        precision = device.choose_precision(recipe.train.precision)
+        yield hf.load(model, adapter, quantization=quantization, precision=precision)
     else:
         from tutor.engines import llamacpp
 

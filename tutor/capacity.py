@@ -7,12 +7,12 @@ fits. Needs no torch; where the base's shape is not known before it is fetched, 
 import contextlib
 import json
 import logging
-import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from tutor import estimate, host, lengths
+from tutor.base_source import HUB, PACKAGE, hub_cache, hub_snapshot, input_files
 from tutor.engines import memory
 from tutor.engines.gguf_file import Gguf, read_gguf
 from tutor.errors import HostError, TutorError
@@ -21,7 +21,6 @@ from tutor.fitting import MIB, fitting
 from tutor.lengths import Rows
 from tutor.modelfolder import read_json
 from tutor.recipe import Recipe, TrainSettings
-from tutor.stages.base import HUB, PACKAGE, input_files
 
 log = logging.getLogger(__name__)
 
@@ -238,20 +237,6 @@ def shape_of_gguf(gguf: Gguf) -> Shape:
     embedding = gguf.tensors.get("token_embd.weight")
     config["vocab_size"] = embedding.shape[-1] if embedding else None
     return estimate.shape_of({**config, "tie_word_embeddings": "output.weight" not in gguf.tensors})
-
-
-def hub_snapshot(source: str) -> Path | None:
-    """Where the hub's cache keeps this revision, there or not; None for another source."""
-    found = HUB.fullmatch(source)
-    return (
-        hub_cache() / f"models--{found['repo'].replace('/', '--')}" / "snapshots" / found["revision"] if found else None
-    )
-
-
-def hub_cache() -> Path:
-    """The hub's cache, by the variables that huggingface_hub reads."""
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
 
 
 def _count(path: Path) -> int:

@@ -87,6 +87,18 @@ def _report(recipe: Recipe) -> dict[str, Any]:
     return {"name": recipe.name, "model": recipe.ollama.model, "system": recipe.system}
 
 
+def _data_files(recipe: Recipe) -> Mapping[str, Path]:
+    from tutor.stages.data import input_files
+
+    return input_files(recipe)
+
+
+def _base_files(recipe: Recipe) -> Mapping[str, Path]:
+    from tutor.base_source import input_files
+
+    return input_files(recipe)
+
+
 def _evaluate_files(recipe: Recipe) -> Mapping[str, Path]:
     from tutor.stages.honesty import named_files
 
@@ -102,6 +114,7 @@ STAGES = (
         settings=_data,
         sources=("stages/data.py", "stages/rows.py", "stages/jsonl.py", "judges/fences.py", "template.py"),
         packages=("pydantic", "markdown-it-py"),
+        files=_data_files,
     ),
     Stage(
         "base",
@@ -109,8 +122,16 @@ STAGES = (
         "fetch or make the base model and check it",
         needs=(),
         settings=_base,
-        sources=("stages/base.py", "stages/tiny.py", "modelfolder.py", "engines/gguf_file.py", "template.py"),
+        sources=(
+            "stages/base.py",
+            "stages/tiny.py",
+            "base_source.py",
+            "modelfolder.py",
+            "engines/gguf_file.py",
+            "template.py",
+        ),
         packages=("transformers", "tokenizers", "torch", "gguf"),
+        files=_base_files,
     ),
     Stage(
         "train",
@@ -193,7 +214,7 @@ STAGES = (
             "stages/parity_collect.py",
             "stages/parity_compare.py",
             "stages/parity_gate.py",
-            "stages/parity_ollama.py",
+            "stages/parity_record.py",
             "stages/parity_set.py",
             "served.py",
             "engines/hf.py",

@@ -70,8 +70,7 @@ def key_fields(stage: Stage, recipe: Recipe, build: Path, states: Mapping[str, S
     """What decides a stage's result, flat, so that two of them can be compared line by line."""
     fields: dict[str, Any] = {f"recipe.{name}": value for name, value in stage.settings(recipe).items()}
     cache = build / recipe.name / artifacts.HASHES
-    files = stage.files(recipe) if stage.needs else stage.module.input_files(recipe)
-    fields |= {f"file.{name}": artifacts.cached_sha256(path, cache) for name, path in files.items()}
+    fields |= {f"file.{name}": artifacts.cached_sha256(path, cache) for name, path in stage.files(recipe).items()}
     for need in stage.needs:
         manifest = states[need].manifest
         assert manifest is not None

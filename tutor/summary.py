@@ -9,9 +9,9 @@ from typing import Any
 
 from tutor import artifacts
 from tutor.chain import BY_NAME
+from tutor.judges.verdict import LABELS
 from tutor.recipe import Recipe
 from tutor.stages.parity_gate import lines as parity_lines
-from tutor.stages.rates import LABELS
 from tutor.template import shown
 
 EXAMPLES = 3

@@ -9,24 +9,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import psutil
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, StoppingCriteriaList
 
-from tutor import host
-from tutor.engines import processes
 from tutor.engines.answer import Answer, Finish, Generation
 from tutor.errors import ArtifactError, HostError, ServiceError
-from tutor.estimate import CUDA, SCORE_ROWS
+from tutor.estimate import SCORE_ROWS
 from tutor.modelfolder import load_tokenizer
 from tutor.template import Message, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
-"""Processor features (x86, Arm) that multiply in bf16 themselves; without them it is slower than fp32."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INCOMPLETE = "\ufffd"
@@ -168,66 +162,24 @@ def load(
 
     Raises ArtifactError when a folder is incomplete or the two do not fit, HostError when memory does not suffice.
     """
-    chosen = choose_precision(precision)
     tokenizer = load_tokenizer(model)
     if tokenizer.eos_token_id is None:
         raise ArtifactError(f"{model}: the tokenizer has no EOS token, so no answer could end")
-    loaded = load_base(model, quantization, chosen)
+    loaded = load_base(model, quantization, precision)
     loaded.generation_config = GenerationConfig()
     if adapter is not None:
         loaded = _with_adapter(loaded, adapter)
-    name = f"transformers ({'' if quantization == 'none' else quantization.upper() + ', '}{chosen})"
+    name = f"transformers ({'' if quantization == 'none' else quantization.upper() + ', '}{precision})"
     return TransformersEngine(name, loaded.eval(), tokenizer)
 
 
-def choose_precision(wanted: str) -> str:
-    """bf16, fp16 or fp32: as wanted, or for "auto" what this machine computes natively. Raises HostError."""
-    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    features = torch.cpu.get_capabilities()
-    return decide_precision(wanted, capability, cpu_bf16=any(features.get(name) for name in CPU_BF16))
-
-
-def decide_precision(wanted: str, capability: tuple[int, int] | None, *, cpu_bf16: bool) -> str:
-    """The same for a GPU of that compute capability, or none and a CPU that has bf16 itself or not.
-
-    bf16 needs 8.0; PyTorch's own is_bf16_supported() says yes to emulation (pitfalls.md, 16). Below it fp16 computes,
-    with loss scaling, over adapters in fp32.
-    """
-    if capability is None:
-        if wanted == "fp16":
-            raise HostError("fp16 needs a GPU", "set train.precision to auto, bf16 or fp32")
-        return ("bf16" if cpu_bf16 else "fp32") if wanted == "auto" else wanted
-    native = capability >= (8, 0)
-    if wanted == "bf16" and not native:
-        raise HostError("this GPU has no native bf16 (compute capability below 8.0)", "set train.precision to auto")
-    return ("bf16" if native else "fp16") if wanted == "auto" else wanted
-
-
-def room() -> tuple[int, int]:
-    """Bytes where models are loaded, on this process's GPU or its part of RAM: free, what it holds included; and all.
-
-    Of all GPUs together where the model is sharded over them.
-    """
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        cards = processes.world() if processes.is_sharded() else 1
-        return min(int(free + CUDA), total) * cards, total * cards
-    memory, own, sharers = host.memory(), psutil.Process().memory_info(), processes.beside()
-    if memory is None:
-        machine = psutil.virtual_memory()
-        return int(machine.available) // sharers, int(machine.total) // sharers
-    total = memory.total // sharers
-    return min(memory.available // sharers + own.rss - own.shared, total), total
-
-
-def load_base(folder: Path, quantization: str, precision: str, *, in_ram: bool = False) -> Any:
+def load_base(folder: Path, quantization: str, precision: str, *, sharded: bool = False, in_ram: bool = False) -> Any:
     """A model in 4 bits (NF4, double-quantized), in 8 (LLM.int8) or as it is, computing in `precision`.
 
-    On this process's GPU, or the CPU where there is none or `in_ram` says so. Raises ArtifactError when the folder
-    cannot be loaded, HostError when memory does not suffice.
+    On this process's GPU, or the CPU where there is none or `in_ram` says so; `sharded`: FSDP will distribute it over
+    the GPUs. Raises ArtifactError when the folder cannot be loaded, HostError when memory does not suffice.
     """
     dtype = DTYPES[precision]
-    sharded = processes.is_sharded()
     configs: dict[str, dict[str, Any]] = {
         "nf4": {
             "load_in_4bit": True,

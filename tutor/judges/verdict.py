@@ -31,6 +31,21 @@ FORM = {
 CODE = ("compiles", "expected")
 """Verdicts on code and words, where prompts say what they expect."""
 
+LABELS = {
+    "passed": "all that was asked",
+    "spanish": "in Spanish",
+    "stopped": "stopped by itself",
+    "answered": "not empty",
+    "code_block": "with code",
+    "fences_closed": "code fences closed",
+    "no_loop": "without a loop",
+    "no_leak": "no template text",
+    "usual_length": "length as trained",
+    "compiles": "code compiles",
+    "expected": "as expected",
+}
+"""The yes-or-no verdicts as they are counted, and what people call them; yes is good."""
+
 
 def judge(
     prompts: Sequence[Mapping[str, Any]], answers: Sequence[Record], lengths: tuple[int, int] | None = None

@@ -4,7 +4,6 @@ In: `base.source` of the recipe. Out: `base/base.json` (where the 16-bit folder 
 facts) and, where it has to be made, `base/model/`. Does not quantize and does not change a hub repository's files.
 """
 
-import importlib.util
 import json
 import logging
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutor.artifacts import digest, file_sha256
+from tutor.base_source import HUB, KNOWN, PACKAGE, local_folder, package_file
 from tutor.engines.gguf_file import pre_tokenizer, read_gguf
 from tutor.errors import ArtifactError, HostError, RecipeError, ServiceError
 from tutor.modelfolder import (
@@ -33,26 +33,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-HUB = re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
-PACKAGE = re.compile(r"package:(?P<module>\w+)/(?P<file>[\w.-]+\.gguf)")
-KNOWN = "known: hub:OWNER/NAME@40-HEX-REVISION, path:FOLDER, package:MODULE/FILE.gguf, tiny"
 WHOLE = ("F16", "BF16", "F32")
 """safetensors' names of the number types that are no quantization."""
 EMBEDDING = "model.embed_tokens.weight"
 FILES = (WEIGHTS, "*.json", "*.jinja", "tokenizer.model", "LICENSE*", "NOTICE*")
-
-
-def input_files(recipe: "Recipe") -> dict[str, Path]:
-    """The files outside `build/` whose content decides what this stage makes."""
-    source = recipe.base.source
-    if source == "tiny":
-        return {"text": recipe.resolve(recipe.data.train)}
-    if found := PACKAGE.fullmatch(source):
-        return {"gguf": _package_file(found["module"], found["file"])}
-    if source.startswith("path:"):
-        folder = _local_folder(recipe, source)
-        return {path.name: path for pattern in (WEIGHTS, "*.json", "*.jinja") for path in sorted(folder.glob(pattern))}
-    return {}
 
 
 def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
@@ -67,36 +51,15 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
         rows = [json.loads(line) for line in lines if line.strip()]
         make_tiny(model, "\n\n".join(f"{row['instruction']}\n{row['response']}" for row in rows), recipe.seed)
     elif found := PACKAGE.fullmatch(source):
-        _from_gguf(_package_file(found["module"], found["file"]), model, found["module"])
+        _from_gguf(package_file(found["module"], found["file"]), model, found["module"])
     elif found := HUB.fullmatch(source):
         model = _from_hub(found["repo"], found["revision"])
     else:
-        model = _local_folder(recipe, source)
+        model = local_folder(recipe, source)
     refuse(model)
     facts = inspect(model, source, "model" if model == out / "model" else str(model))
     (out / "base.json").write_text(json.dumps(asdict(facts), ensure_ascii=False, indent=1) + "\n", "utf-8")
     return asdict(facts)
-
-
-def _local_folder(recipe: "Recipe", source: str) -> Path:
-    kind, _, rest = source.partition(":")
-    if kind != "path" or not rest:
-        raise RecipeError(f"{recipe.path}: base.source is {source!r}", KNOWN)
-    folder = recipe.resolve(rest)
-    if not folder.is_dir():
-        raise RecipeError(f"{recipe.path}: base.source names {folder}, which is not a folder")
-    return folder
-
-
-def _package_file(module: str, name: str) -> Path:
-    """A file inside an installed package, found without importing the package."""
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise HostError(f"the package {module} is not installed", "make install (requirements/demo.txt brings it)")
-    path = Path(spec.origin).parent / name
-    if not path.is_file():
-        raise ArtifactError(f"{path} is missing", f"install {module} again")
-    return path
 
 
 def _from_hub(repo: str, revision: str) -> Path:

@@ -36,6 +36,7 @@ SOURCES = (
     "stages/curves.py",
     "engines/packed.py",
     "engines/cpu_head.py",
+    "device.py",
     "engines/hf.py",
     "engines/dropout.py",
     "engines/memory.py",

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from tutor.errors import DataError
 from tutor.judges.overlap import longest_copies
+from tutor.judges.verdict import LABELS
 from tutor.stages.jsonl import Limits, RowError, check_file, read_values
-from tutor.stages.rates import LABELS
 from tutor.stages.rows import PromptRow, parse_row
 from tutor.statistics import paired_values, said
 

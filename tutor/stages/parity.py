@@ -20,8 +20,8 @@ from tutor.modelfolder import WEIGHTS, load_tokenizer, read_facts, read_json
 from tutor.served import served_quantization
 from tutor.stages import parity_collect as collect
 from tutor.stages.parity_compare import Seen
-from tutor.stages.parity_gate import SAME_WEIGHTS, HandOver, Kind, budget, hand_over, refusal, to_record
-from tutor.stages.parity_ollama import REFERENCE
+from tutor.stages.parity_gate import SAME_WEIGHTS, HandOver, Kind, budget, hand_over, refusal
+from tutor.stages.parity_record import REFERENCE, to_record
 from tutor.stages.parity_set import Conversation, conversations
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from tutor.engines.trace import Step, Trace
 from tutor.stages.parity_compare import Check, Seen, Tolerance, compare
 
 Kind = Literal["merge", "convert", "quantize", "publish"]
@@ -139,27 +138,3 @@ def lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _share(figures: Mapping[str, float], part: str = "equal", whole: str = "of") -> str:
     return f"{figures[part]:.0f}/{figures[whole]:.0f}" if figures[whole] else "-"
-
-
-def to_record(seen: Seen, *, candidates: bool) -> dict[str, Any]:
-    """What one engine made of a conversation, for JSON; with what else each step of its answer could have been, or not.
-
-    The candidates of a given answer's tokens, which are many, are never kept.
-    """
-    trace = asdict(seen.trace) if seen.trace else None
-    for step in trace["steps"] if trace and not candidates else ():
-        del step["top"]
-    scored = [round(value, 6) for value in seen.scored.logprobs] if seen.scored else None
-    record = {"name": seen.name, "prompt": seen.prompt, "ids": seen.ids, "tokens": seen.tokens, "logprobs": scored}
-    return {**record, "trace": trace}
-
-
-def from_record(record: Mapping[str, Any]) -> Seen:
-    """What `to_record` wrote with candidates; the given answer's log-probabilities, which have none, stay out."""
-    trace = record["trace"]
-    steps = tuple(
-        Step(step["text"], step["logprob"], tuple((text, value) for text, value in step["top"]), step["tokens"])
-        for step in (trace["steps"] if trace else ())
-    )
-    found = Trace(steps, trace["finish"], trace["prompt_tokens"]) if trace else None
-    return Seen(record["name"], record["prompt"], tuple(record["ids"]), record["tokens"], None, found)

@@ -13,12 +13,11 @@ from tutor.engines.ollama_api import Ollama
 from tutor.engines.ollama_trace import trace
 from tutor.errors import ArtifactError
 from tutor.stages.parity_compare import Check, Seen
-from tutor.stages.parity_gate import PUBLISHED, HandOver, from_record, hand_over
+from tutor.stages.parity_gate import PUBLISHED, HandOver, hand_over
+from tutor.stages.parity_record import REFERENCE, from_record
 from tutor.template import Message
 
 log = logging.getLogger(__name__)
-
-REFERENCE = "reference.json"
 
 
 @dataclass(frozen=True)

@@ -9,24 +9,11 @@ import statistics as figures
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tutor.judges.verdict import LABELS
 from tutor.statistics import paired_verdicts, said, wilson
 
 Record = Mapping[str, Any]
 
-LABELS = {
-    "passed": "all that was asked",
-    "spanish": "in Spanish",
-    "stopped": "stopped by itself",
-    "answered": "not empty",
-    "code_block": "with code",
-    "fences_closed": "code fences closed",
-    "no_loop": "without a loop",
-    "no_leak": "no template text",
-    "usual_length": "length as trained",
-    "compiles": "code compiles",
-    "expected": "as expected",
-}
-"""The yes-or-no verdicts as they are counted, and what people call them; yes is good."""
 BY_KIND = ("passed", "spanish", "stopped", "compiles")
 """Whose changes are counted by kind of question, too: a small model may pass nothing whole and have learnt much."""
 

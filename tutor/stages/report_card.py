@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tutor.stages.rates import LABELS
+from tutor.judges.verdict import LABELS
 from tutor.stages.report_tables import megabytes, percent
 from tutor.stages.report_view import Made
 from tutor.template import CUE, QUESTION, STOPS

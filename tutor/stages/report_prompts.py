@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tutor.stages.rates import LABELS
+from tutor.judges.verdict import LABELS
 
 Json = Mapping[str, Any]
 

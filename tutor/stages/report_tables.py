@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tutor.judges.verdict import LABELS
 from tutor.stages import report_charts as charts
-from tutor.stages.rates import LABELS
 
 Json = Mapping[str, Any]
 

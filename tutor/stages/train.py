@@ -17,10 +17,11 @@ from transformers import set_seed
 from trl import SFTConfig
 
 from tutor.artifacts import log_folder
+from tutor.device import choose_precision, room
 from tutor.engines import memory, processes
 from tutor.engines.cpu_head import IGNORED, Trainer
 from tutor.engines.dropout import quicken_dropout
-from tutor.engines.hf import choose_precision, load_base, room
+from tutor.engines.hf import load_base
 from tutor.engines.offload import stream_layers
 from tutor.engines.packed import attend_within_rows, rows_of, with_lengths
 from tutor.engines.scoring import mean_loss, perplexity
@@ -179,7 +180,7 @@ def load_trainer(
         raise RecipeError("train.max_memory leaves layers in RAM of a single process", "remove it, or the launcher")
     if sharded and plan.quantization == "int8":
         raise RecipeError("FSDP cannot shard int8 weights", "set train.quantization to nf4 or none")
-    model = load_base(model_folder, plan.quantization, precision, in_ram=streams or sharded)
+    model = load_base(model_folder, plan.quantization, precision, sharded=sharded, in_ram=streams or sharded)
     trainer = make_trainer(model, tokenizer, rows, lora, arguments)
     if not processes.is_first():
         torch.manual_seed(arguments.seed + processes.rank())  # dropout of its own; the adapter is the first's
