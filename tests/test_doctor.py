@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, environment, write_rows
 
-from tutor import capacity, doctor, host, lengths, pipeline, preflight
+from tutor import base_source, capacity, doctor, host, lengths, pipeline, preflight
 from tutor.engines.memory import Wanted
 from tutor.errors import HostError
 from tutor.estimate import SHAPES
@@ -449,7 +449,7 @@ def test_what_the_hub_sent_already_needs_no_room(machine, based_on, tmp_path):
     recipe = based_on()
     before = capacity.disk_sizes(recipe, LARGE, ["base"])
     assert before == {"hub": 2 * LARGE.parameters}
-    snapshot = capacity.hub_snapshot(recipe.base.source)
+    snapshot = base_source.hub_snapshot(recipe.base.source)
     snapshot.mkdir(parents=True)
     with (snapshot / "model-00001-of-00002.safetensors").open("wb") as file:
         file.truncate(9 * 10**9)
