@@ -11,10 +11,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from tutor.engines import hf, llamacpp
-from tutor.engines.answer import greedy
-from tutor.recipe import Recipe, read_recipe
-from tutor.template import conversation, render
+from tutor.engines.hf import engine as hf
+from tutor.engines.llamacpp import server as llamacpp
+from tutor.engines.protocol import greedy
+from tutor.prompt import conversation, render
+from tutor.recipe.settings import Recipe, read_recipe
 
 
 def main(recipe: Recipe, build: Path, count: int) -> None:

@@ -178,11 +178,11 @@ def merge_plain(base: Path, adapter: Path, out: Path) -> dict[str, float]:
 
 def merge_ours(base: Path, adapter: Path, out: Path) -> dict[str, float]:
     """As the merge stage does it, hashes and manifest included; the folder is synced as every stage's is."""
-    from tutor import artifacts
-    from tutor.engines.lora import read_adapter
-    from tutor.engines.merging import Merged
-    from tutor.engines.tensor_files import read_folder
-    from tutor.stages.merge import write_shards
+    from tutor.artifacts import stage_folder as artifacts
+    from tutor.formats.models.safetensors import read_folder
+    from tutor.stages.merge.peft_adapter import read_adapter
+    from tutor.stages.merge.stage import write_shards
+    from tutor.stages.merge.weights import Merged
 
     imported, started = peak(), time.monotonic()
     with artifacts.writing(out, "merge", {}, resume=True) as (scratch, _):
@@ -195,7 +195,7 @@ def merge_ours(base: Path, adapter: Path, out: Path) -> dict[str, float]:
 
 def convert_plain(model: Path, _: Path, out: Path) -> dict[str, float]:
     """With the script that llama.cpp brings, as its README has it."""
-    from tutor.engines.llamacpp_process import OFFLINE, programs
+    from tutor.engines.llamacpp.process import OFFLINE, programs
 
     out.mkdir()
     command: list[str | Path] = [sys.executable, programs().folder / "convert_hf_to_gguf.py", model]
@@ -212,12 +212,12 @@ def convert_plain(model: Path, _: Path, out: Path) -> dict[str, float]:
 
 def convert_ours(model: Path, beside: Path, out: Path) -> dict[str, float]:
     """As the convert stage makes its F16 file; then read back and compared number for number, hashed and synced."""
-    from tutor import artifacts
-    from tutor.engines.gguf_weights import weights_of
-    from tutor.engines.llamacpp_convert import to_gguf
-    from tutor.modelfolder import Facts, read_json
-    from tutor.stages.gguf_says import check_gguf, expect
-    from tutor.stages.readback import exact
+    from tutor.artifacts import stage_folder as artifacts
+    from tutor.engines.llamacpp.convert import to_gguf
+    from tutor.formats.models.gguf_metadata import check_gguf, expect
+    from tutor.formats.models.gguf_weights import weights_of
+    from tutor.formats.models.model_folder import Facts, read_json
+    from tutor.stages.convert.quantization_error import exact
 
     facts = Facts(**read_json(beside / "facts.json"))
     config = read_json(model / "config.json")
@@ -248,7 +248,7 @@ WORK: dict[str, Callable[[Path, Path, Path], dict[str, float]]] = {
 
 def work(name: str, *folders: str) -> None:
     """Do one of them in this process; its figures as JSON on stdout."""
-    from tutor.progress import quiet_libraries
+    from tutor.cli.progress import quiet_libraries
 
     quiet_libraries()
     model, beside, out = map(Path, folders)

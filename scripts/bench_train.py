@@ -76,7 +76,7 @@ def child(name: str, work: Path) -> dict[str, Any]:
 def prepare(options: argparse.Namespace, work: Path) -> None:
     """The base and data stages' folders, once for both."""
     quiet()
-    from tutor.stages import base
+    from tutor.stages.base import stage as base
 
     (work / "data").mkdir(parents=True, exist_ok=True)
     lines = (Path(__file__).parent.parent / "data" / "tutor.jsonl").read_text("utf-8").split("\n")[: options.rows + 4]
@@ -113,7 +113,7 @@ def random_llama(shape: dict[str, Any], tokenizer: Path, folder: Path, seed: int
 
 def recipe(options: argparse.Namespace, work: Path, source: str = "tiny") -> Any:
     """The specification's numbers on this base."""
-    from tutor.recipe import Recipe
+    from tutor.recipe.settings import Recipe
 
     changes = {name: json.loads(value) for name, _, value in (item.partition("=") for item in options.set)}
     train = {"quantization": options.quantization, "precision": options.precision, "epochs": options.epochs}
@@ -125,9 +125,9 @@ def recipe(options: argparse.Namespace, work: Path, source: str = "tiny") -> Any
 def ours(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """The train stage."""
     quiet()
-    from tutor import progress
-    from tutor.artifacts import log_folder
-    from tutor.stages import train
+    from tutor.artifacts.stage_folder import log_folder
+    from tutor.cli import progress
+    from tutor.stages.train import stage as train
 
     with tempfile.TemporaryDirectory(dir=work) as scratch, progress.shown():
         out = Path(scratch) / "adapter"
@@ -143,9 +143,9 @@ def plain(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     quiet()
     from transformers import AutoTokenizer, Trainer, TrainerCallback, set_seed
 
-    from tutor.device import choose_precision
-    from tutor.modelfolder import read_facts
-    from tutor.stages.train import encode_rows, read_rows
+    from tutor.formats.models.model_folder import read_facts
+    from tutor.machine.device import choose_precision
+    from tutor.stages.train.stage import encode_rows, read_rows
 
     _, folder = read_facts(work / "base")
     settings = recipe(options, work).train
@@ -186,7 +186,7 @@ def plain_model(folder: Path, quantization: str, precision: str, settings: Any) 
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from tutor.engines.hf import DTYPES
+    from tutor.engines.hf.engine import DTYPES
 
     dtype = DTYPES[precision]
     four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
@@ -288,7 +288,7 @@ def table(options: argparse.Namespace, results: dict[str, dict[str, Any]]) -> st
 
 def quiet() -> None:
     """The libraries' bars and warnings stay out; before torch is imported."""
-    from tutor.progress import quiet_libraries
+    from tutor.cli.progress import quiet_libraries
 
     quiet_libraries()
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from tutor.engines.llamacpp_build import main
+from tutor.engines.llamacpp.build import main
 
 sys.exit(main())

@@ -2,6 +2,6 @@
 
 import sys
 
-from tutor.judges.typescript_install import main
+from tutor.graders.typescript.install import main
 
 sys.exit(main())

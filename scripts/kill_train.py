@@ -22,10 +22,12 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from tutor import artifacts, chain, pipeline
-from tutor.progress import quiet_libraries
-from tutor.recipe import Recipe, read_recipe
-from tutor.stages import checkpoint
+from tutor.artifacts import stage_folder as artifacts
+from tutor.cli.progress import quiet_libraries
+from tutor.pipeline import registry as chain
+from tutor.pipeline import runner as pipeline
+from tutor.recipe.settings import Recipe, read_recipe
+from tutor.stages.train import checkpoint
 
 ROOT = Path(__file__).parent.parent
 RECIPE = """

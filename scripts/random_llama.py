@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from tutor.engines.tensor_files import header
+from tutor.formats.models.safetensors import header
 
 RANK = 8
 BLOCK = 1 << 25
@@ -119,8 +119,8 @@ def make_adapter(folder: Path, size: Size) -> None:
 
 def make_base(folder: Path) -> None:
     """Fill a folder as the demo's base stage does: llama.cpp's converter knows its tokenizer."""
-    from tutor.recipe import Recipe
-    from tutor.stages import base
+    from tutor.recipe.settings import Recipe
+    from tutor.stages.base import stage as base
 
     recipe = Recipe.model_validate({"base": {"source": DEMO}})
     base.run(recipe.model_copy(update={"path": folder / "r.toml"}), {}, folder)

@@ -10,7 +10,7 @@ from typing import Any
 
 def noting(plain: Callable[..., Any], note: Callable[[dict[str, Any]], object]) -> Callable[..., Any]:
     """`plain` is the trainer's compute_loss; the rows that it gets are noted with their step."""
-    from tutor.engines.packed import rows_of
+    from tutor.stages.train.kernels.packed_attention import rows_of
 
     def compute_loss(self: Any, model: Any, inputs: Any, **given: Any) -> Any:
         note({"step": self.state.global_step + 1, "rows": rows_of(inputs), "tokens": int(given["num_items_in_batch"])})
@@ -21,8 +21,8 @@ def noting(plain: Callable[..., Any], note: Callable[[dict[str, Any]], object]) 
 
 def main() -> None:
     """Run tutor as its console script does. NOTES is where to note; END: {rank, step, signal, to: self or parent}."""
-    from tutor import cli
-    from tutor.progress import quiet_libraries
+    from tutor.cli import main as cli
+    from tutor.cli.progress import quiet_libraries
 
     rank = int(os.environ.get("RANK", "0"))
     end = json.loads(os.environ["END"])
@@ -39,7 +39,7 @@ def main() -> None:
             note({"wrote": str(Path(given[0]).absolute())})
 
     quiet_libraries()
-    from tutor.engines import cpu_head
+    from tutor.stages.train import trainer as cpu_head
 
     cpu_head.Trainer.compute_loss = noting(cpu_head.Trainer.compute_loss, note)  # type: ignore[method-assign]
     sys.addaudithook(heard)

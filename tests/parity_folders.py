@@ -5,13 +5,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tutor import artifacts
-from tutor.chain import BY_NAME
+from tutor.artifacts import stage_folder as artifacts
 from tutor.engines.trace import END, Step, Trace
-from tutor.recipe import Recipe
-from tutor.stages.parity_compare import Seen
-from tutor.stages.parity_record import to_record
-from tutor.stages.parity_set import conversations
+from tutor.pipeline.registry import BY_NAME
+from tutor.recipe.settings import Recipe
+from tutor.stages.parity.compare import Seen
+from tutor.stages.parity.conversations import conversations
+from tutor.stages.parity.record import to_record
 
 PIECES = (" Una", " interfaz", " describe", " un", " objeto", ".")
 """What the fake says to everything."""

@@ -20,8 +20,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tutor import artifacts
-from tutor.artifacts import (
+from tutor.artifacts import stage_folder as artifacts
+from tutor.artifacts.stage_folder import (
     cached_sha256,
     check,
     digest,

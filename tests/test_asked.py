@@ -1,4 +1,4 @@
-"""stages/asked.py: the loop over prompts, engines that die, several at a time, and journals of runs that were ended."""
+"""The loop over prompts: engines that die, several prompts at a time, journals of runs that were ended."""
 
 import contextlib
 import json
@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tutor.engines.answer import Answer, Engine, Generation
+from tutor.engines.protocol import Answer, Engine, Generation
 from tutor.errors import ServiceError
-from tutor.stages.asked import DEADLY, Task, ask_all
-from tutor.template import Message, render
+from tutor.prompt import Message, render
+from tutor.stages.evaluate.answers import DEADLY, Task, ask_all
 
 GREEDY = Generation(max_new_tokens=50, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=7)
 PROMPTS = [{"instruction": f"¿Qué es {name}?"} for name in "abcdef"]

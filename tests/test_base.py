@@ -18,15 +18,15 @@ from support.shared import copied
 from tiny_models import edit, in_two_shards, one_thread, recipe, spanish, tensors, tiny
 
 torch = pytest.importorskip("torch")
-from safetensors.torch import save_file  # noqa: E402
-from tokenizers import Tokenizer, decoders, pre_tokenizers  # noqa: E402
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers
 
-from tutor import base_source  # noqa: E402
-from tutor.errors import ArtifactError, HostError, RecipeError, TutorError  # noqa: E402
-from tutor.modelfolder import CANARIES, load_tokenizer, read_facts, refuse  # noqa: E402
-from tutor.stages import base  # noqa: E402
-from tutor.stages.tiny import make_tiny  # noqa: E402
-from tutor.template import CAPABILITY_WORDS  # noqa: E402
+from tutor.errors import ArtifactError, HostError, RecipeError, TutorError
+from tutor.formats.models import base_source
+from tutor.formats.models.model_folder import CANARIES, load_tokenizer, read_facts, refuse
+from tutor.prompt import CAPABILITY_WORDS
+from tutor.stages.base import stage as base
+from tutor.stages.base.tiny_model import make_tiny
 
 __all__ = ["one_thread", "tiny"]
 pytestmark = pytest.mark.usefixtures("one_thread")

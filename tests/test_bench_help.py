@@ -7,7 +7,7 @@ from conftest import ROOT, environment
 
 SCRIPT = ROOT / "scripts" / "bench_help.py"
 sys.path.insert(0, str(SCRIPT.parent))
-import bench_help  # noqa: E402
+import bench_help
 
 
 def test_table_has_medians_and_their_ratio_to_python_alone() -> None:

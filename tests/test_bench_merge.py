@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from conftest import ROOT, environment
 
-from tutor.engines import llamacpp_build
+from tutor.engines.llamacpp import build as llamacpp_build
 
 SCRIPT = ROOT / "scripts" / "bench_merge.py"
 sys.path.insert(0, str(SCRIPT.parent))
-import bench_merge  # noqa: E402
-from random_llama import PATTERNS, SIZES  # noqa: E402
+import bench_merge
+from random_llama import PATTERNS, SIZES
 
 
 def bench(folder: Path, *options: str | Path) -> "subprocess.CompletedProcess[str]":

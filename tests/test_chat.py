@@ -1,14 +1,14 @@
-"""chat.py: whole transcripts with a scripted engine; what was asked of the engine is part of each."""
+"""serving/chat.py: whole transcripts with a scripted engine; what was asked of the engine is part of each."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
 
-from tutor.chat import HELP, PROMPT, Terminal, converse
-from tutor.engines.answer import Answer, Finish, Generation
+from tutor.engines.protocol import Answer, Finish, Generation
 from tutor.errors import ServiceError
-from tutor.template import Message, render
+from tutor.prompt import Message, render
+from tutor.serving.chat import HELP, PROMPT, Terminal, converse
 
 GENERATION = Generation(max_new_tokens=50, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=1)
 CTRL_C = KeyboardInterrupt()

@@ -15,12 +15,12 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from test_artifacts import killed_at
 
-from tutor import artifacts
+from tutor.artifacts import stage_folder as artifacts
 from tutor.errors import ArtifactError, HostError
-from tutor.recipe import TrainSettings
-from tutor.stages import checkpoint
-from tutor.stages.checkpoint import Progress, Training, damage, identity, newest, resume, seal
-from tutor.template import Encoded
+from tutor.prompt import Encoded
+from tutor.recipe.settings import TrainSettings
+from tutor.stages.train import checkpoint
+from tutor.stages.train.checkpoint import Progress, Training, damage, identity, newest, resume, seal
 
 FILES = sorted(checkpoint.required(1))
 ROWS = {"train": [Encoded([1, 5, 6, 2], [0, 0, 1, 1]), Encoded([1, 7, 2], [0, 1, 1])], "held_out": []}

@@ -20,7 +20,7 @@ import pytest
 from conftest import ROOT, TUTOR, environment, write_rows
 
 from tutor import errors
-from tutor.cli import cli, main
+from tutor.cli.main import cli, main
 
 TINY = ROOT / "tests" / "tiny.toml"
 
@@ -38,7 +38,7 @@ def commands(group: click.Group = cli, path: tuple[str, ...] = ()) -> Iterator[t
 HELP = """
 import sys
 before = set(sys.modules)
-from tutor.cli import main
+from tutor.cli.main import main
 sys.argv = ["tutor", "--help"]
 try:
     main()
@@ -50,9 +50,10 @@ print(*sorted(set(sys.modules) - before), file=sys.stderr)
 
 OURS = frozenset(
     (
-        "tutor", "tutor.boundary", "tutor.cli", "tutor.cli_data", "tutor.cli_doctor", "tutor.cli_eval",
-        "tutor.cli_options", "tutor.cli_report", "tutor.cli_serving", "tutor.cli_stack", "tutor.cli_verify",
-        "tutor.engines", "tutor.engines.processes", "tutor.errors",
+        "tutor", "tutor.cli", "tutor.cli.commands", "tutor.cli.commands.data", "tutor.cli.commands.doctor",
+        "tutor.cli.commands.evaluate", "tutor.cli.commands.inspect", "tutor.cli.commands.report",
+        "tutor.cli.commands.serving", "tutor.cli.commands.stack", "tutor.cli.exit", "tutor.cli.main",
+        "tutor.cli.options", "tutor.errors", "tutor.machine", "tutor.machine.distributed",
     )
 )  # fmt: skip
 """What the command line is made of: each of them imports the standard library, click and the others here alone."""

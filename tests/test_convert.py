@@ -1,4 +1,4 @@
-"""stages/convert.py and the reading of GGUF files, and (marked llamacpp) a whole run on a tiny random Llama."""
+"""stages/convert/stage.py and the reading of GGUF files, and (marked llamacpp) a whole run on a tiny random Llama."""
 
 import json
 import shutil
@@ -15,13 +15,13 @@ from conftest import write_rows
 from safetensors.numpy import save_file
 from test_llamacpp import llama3_splitter, make_tiny, real  # noqa: F401 - a fixture
 
-from tutor.engines.gguf_file import Gguf, Tensor, read_gguf
 from tutor.errors import ArtifactError, HostError
-from tutor.modelfolder import Facts
-from tutor.recipe import ConvertSettings, OllamaSettings, Recipe
-from tutor.stages import convert as stage
-from tutor.stages.gguf_says import check_gguf, describe, differences, expect, fallbacks
-from tutor.template import CAPABILITY_WORDS, adds_bos, chat_template
+from tutor.formats.models.gguf import Gguf, Tensor, read_gguf
+from tutor.formats.models.gguf_metadata import check_gguf, describe, differences, expect, fallbacks
+from tutor.formats.models.model_folder import Facts
+from tutor.prompt import CAPABILITY_WORDS, adds_bos, chat_template
+from tutor.recipe.settings import ConvertSettings, OllamaSettings, Recipe
+from tutor.stages.convert import stage
 
 # Reading
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from tutor.errors import ArtifactError, DataError, RecipeError, TutorError
-from tutor.recipe import DataSettings, Recipe
-from tutor.stages import data
-from tutor.stages.data import Example, Limits, normalise
-from tutor.stages.jsonl import unchanged
-from tutor.stages.rows import fences
+from tutor.formats.rows.jsonl import unchanged
+from tutor.formats.rows.rows import fences
+from tutor.recipe.settings import DataSettings, Recipe
+from tutor.stages.data import stage as data
+from tutor.stages.data.stage import Example, Limits, normalise
 
 BOM = b"\xef\xbb\xbf"
 GOOD: dict[str, Any] = {"instruction": "¿Qué es un tipo?", "response": "Un conjunto de valores."}

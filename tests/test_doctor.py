@@ -18,13 +18,16 @@ from typing import Any
 import pytest
 from conftest import ROOT, environment, write_rows
 
-from tutor import base_source, capacity, doctor, host, lengths, pipeline, preflight
-from tutor.engines.memory import Wanted
 from tutor.errors import HostError
-from tutor.estimate import SHAPES
-from tutor.host import MIB, Gpu, Memory, Processor
-from tutor.lengths import Rows
-from tutor.recipe import Recipe, read_recipe
+from tutor.formats.models import base_source
+from tutor.machine import capacity, doctor, host, preflight
+from tutor.machine.host import MIB, Gpu, Memory, Processor
+from tutor.machine.memory import row_lengths as lengths
+from tutor.machine.memory.estimate import SHAPES
+from tutor.machine.memory.plan import Wanted
+from tutor.machine.memory.row_lengths import Rows
+from tutor.pipeline import runner as pipeline
+from tutor.recipe.settings import Recipe, read_recipe
 
 DEFAULT = "hub:deepseek-ai/DeepSeek-R1-Distill-Llama-8B@6a6f4aa4197940add57724a7707d069478df56b1"
 LARGE = SHAPES["deepseek-ai/DeepSeek-R1-Distill-Llama-8B"]
@@ -685,7 +688,7 @@ def test_one_way_to_train_is_enough():
 
 
 def run(*arguments: str | Path, machine: Machine, **env: str) -> "subprocess.CompletedProcess[str]":
-    code = "from tutor.cli import main; main()"
+    code = "from tutor.cli.main import main; main()"
     variables = {name: os.environ[name] for name in ("PATH", "HF_HOME", "OLLAMA_HOST")}
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
@@ -700,7 +703,7 @@ def run(*arguments: str | Path, machine: Machine, **env: str) -> "subprocess.Com
 def test_the_command_needs_no_torch_and_prints_plain_lines_where_there_is_no_terminal(machine, tmp_path):
     code = (
         "import sys\nfor name in ('torch', 'transformers', 'numpy', 'gguf'): sys.modules[name] = None\n"
-        "from tutor.cli import main; main()"
+        "from tutor.cli.main import main; main()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "doctor", "-b", tmp_path],
@@ -775,7 +778,7 @@ def test_bad_input_is_one_clear_line(machine, arguments, said):
 
 def test_a_terminal_gets_a_table(machine, recipe_file, tmp_path):
     outer, inner = pty.openpty()
-    code = "from tutor.cli import main; main()"
+    code = "from tutor.cli.main import main; main()"
     variables = {name: os.environ[name] for name in ("PATH", "HF_HOME", "OLLAMA_HOST")}
     with subprocess.Popen(
         [sys.executable, "-c", code, "doctor", "-r", recipe_file, "-b", tmp_path],

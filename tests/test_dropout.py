@@ -3,9 +3,9 @@
 import pytest
 
 torch = pytest.importorskip("torch")
-from torch import nn  # noqa: E402
+from torch import nn
 
-from tutor.engines.dropout import Dropout, quicken_dropout  # noqa: E402
+from tutor.stages.train.kernels.fast_dropout import Dropout, quicken_dropout
 
 SHAPE = (400, 501)
 

@@ -7,11 +7,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tutor import estimate
-from tutor.estimate import SHAPES, Plan, Shape, Training, disk, gguf_bytes, memory, seconds, shape_of, trained
-from tutor.fitting import fitting
-from tutor.quantizations import F16, KINDS
-from tutor.recipe import TrainSettings
+from tutor.machine.memory import estimate
+from tutor.machine.memory.estimate import (
+    SHAPES,
+    Plan,
+    Shape,
+    Training,
+    disk,
+    gguf_bytes,
+    memory,
+    seconds,
+    shape_of,
+    trained,
+)
+from tutor.machine.memory.fitting import fitting
+from tutor.recipe.quantizations import F16, KINDS
+from tutor.recipe.settings import TrainSettings
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
@@ -79,7 +90,7 @@ def test_a_size_that_cannot_be_is_named(name, value):
 
 def test_the_tiny_models_shape_is_what_its_stage_makes():
     pytest.importorskip("torch")
-    from tutor.stages.tiny import VOCABULARY, _model
+    from tutor.stages.base.tiny_model import VOCABULARY, _model
 
     assert shape_of(_model(VOCABULARY, 1).config.to_dict()) == TINY
 

@@ -1,4 +1,4 @@
-"""stages/evaluate.py: a run on fake programs, whole and ended in the middle."""
+"""stages/evaluate/stage.py: a run on fake programs, whole and ended in the middle."""
 
 import json
 import stat
@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from conftest import write_rows
 
-from tutor import artifacts
-from tutor.engines.llamacpp_build import MARKER, PROGRAMS
+from tutor.artifacts import stage_folder as artifacts
+from tutor.engines.llamacpp.build import MARKER, PROGRAMS
 from tutor.errors import ArtifactError, HostError, ServiceError
-from tutor.recipe import Recipe
-from tutor.served import write_served
-from tutor.stages.evaluate import run, side_by_side
+from tutor.formats.models.served_quantization import write_served
+from tutor.recipe.settings import Recipe
+from tutor.stages.evaluate.stage import run, side_by_side
 
 SPANISH = (
     " Una interfaz describe la forma de un objeto y sus propiedades.\n\n"

@@ -1,4 +1,4 @@
-"""answering.py and evaluating.py: models by name, what was said once, and the comparison of two, also as commands."""
+"""Models by name, answers that are kept, and the comparison of two models, also as commands."""
 
 import json
 from pathlib import Path
@@ -10,14 +10,15 @@ from click.testing import CliRunner
 from conftest import write_rows
 from test_evaluate import ENGLISH, SPANISH, asked, llamacpp  # noqa: F401 - the last is a fixture
 
-from tutor import artifacts, summary
-from tutor.answering import Who, named
-from tutor.chain import BY_NAME
-from tutor.cli_eval import compare_command
+from tutor.artifacts import stage_folder as artifacts
+from tutor.cli import summary
+from tutor.cli.commands.evaluate import compare_command
 from tutor.errors import ArtifactError, RecipeError, ServiceError
-from tutor.evaluating import compare, evaluate
-from tutor.pipeline import clean
-from tutor.recipe import Recipe
+from tutor.pipeline.registry import BY_NAME
+from tutor.pipeline.runner import clean
+from tutor.recipe.settings import Recipe
+from tutor.serving.compare import compare, evaluate
+from tutor.serving.models import Who, named
 
 PROMPTS = [
     {"instruction": f"¿Qué es el tipo {name} en TypeScript?", "category": "ab"[number % 2], "code": [], "expect": {}}

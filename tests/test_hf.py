@@ -1,4 +1,4 @@
-"""engines/hf.py on a tiny Llama that has learnt three answers by heart, so that what it says is known."""
+"""engines/hf/engine.py on a tiny Llama that has learnt three answers by heart, so that what it says is known."""
 
 import json
 import math
@@ -10,16 +10,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
-from tiny_models import tiny  # noqa: E402
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
-from tolerances import forward_error, largest_logit  # noqa: E402
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+from tiny_models import tiny
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tolerances import forward_error, largest_logit
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tutor.engines import hf  # noqa: E402
-from tutor.engines.answer import Generation  # noqa: E402
-from tutor.errors import ArtifactError, ServiceError  # noqa: E402
-from tutor.estimate import SCORE_ROWS  # noqa: E402
-from tutor.template import Encoded, conversation, encode  # noqa: E402
+from tutor.engines.hf import engine as hf
+from tutor.engines.protocol import SCORE_ROWS, Generation
+from tutor.errors import ArtifactError, ServiceError
+from tutor.prompt import Encoded, conversation, encode
 
 __all__ = ["tiny"]
 ENDS = ("a", " Sí, ñandú 🎉.")

@@ -1,4 +1,4 @@
-"""judges/format.py and judges/language.py: what passes, what does not, and what must not be mistaken for a fault."""
+"""graders/format.py and graders/language.py: what passes, what does not, and what must not be mistaken for a fault."""
 
 import json
 
@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tutor.judges.format import judge_format, loops
-from tutor.judges.language import is_spanish, prose
+from tutor.graders.format import judge_format, loops
+from tutor.graders.language import is_spanish, prose
 
 GOOD = """ Una interfaz describe la forma de un objeto: qué propiedades tiene y de qué tipo es cada una.
 

@@ -1,4 +1,4 @@
-"""stages/ladder.py: the figures and the choice, and (marked llamacpp) real files of a tiny random Llama."""
+"""stages/ladder/stage.py: the figures and the choice, and (marked llamacpp) real files of a tiny random Llama."""
 
 import json
 import math
@@ -12,13 +12,13 @@ import pytest
 from conftest import write_rows
 from test_llamacpp import llama3_splitter, make_tiny, real  # noqa: F401 - a fixture
 
-from tutor.artifacts import MANIFEST, write_json
-from tutor.engines.llamacpp_score import Score
+from tutor.artifacts.stage_folder import MANIFEST, write_json
+from tutor.engines.llamacpp.score import Score
 from tutor.errors import ArtifactError, HostError
-from tutor.recipe import ConvertSettings, GenerateSettings, OllamaSettings, Recipe
-from tutor.served import served_quantization, write_served
-from tutor.stages import ladder as stage
-from tutor.stages.ladder_plot import plot
+from tutor.formats.models.served_quantization import served_quantization, write_served
+from tutor.recipe.settings import ConvertSettings, GenerateSettings, OllamaSettings, Recipe
+from tutor.stages.ladder import stage
+from tutor.stages.ladder.plot import plot
 
 
 def rung(size: int, more: float, kl: float) -> dict[str, Any]:
@@ -155,8 +155,8 @@ def inputs(real: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     from test_convert import facts
     from transformers import AutoTokenizer
 
-    from tutor.engines.llamacpp_convert import quantize, to_gguf
-    from tutor.template import adds_bos
+    from tutor.engines.llamacpp.convert import quantize, to_gguf
+    from tutor.prompt import adds_bos
 
     home = tmp_path_factory.mktemp("build")
     data, base, gguf = home / "data", home / "base", home / "gguf"

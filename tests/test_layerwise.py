@@ -1,4 +1,4 @@
-"""engines/layerwise.py against engines/hf.py: the same log-probabilities from a model that is never loaded."""
+"""The streaming score against the engine's: equal log-probabilities from a model that is never loaded whole."""
 
 import logging
 import math
@@ -12,11 +12,12 @@ from tiny_models import in_two_shards, one_thread, tensors, tiny
 from tolerances import forward_error, largest_logit, sum_error
 
 torch = pytest.importorskip("torch")
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from tutor.engines import hf, layerwise  # noqa: E402
-from tutor.modelfolder import load_tokenizer, read_facts  # noqa: E402
-from tutor.template import encode  # noqa: E402
+from tutor.engines.hf import engine as hf
+from tutor.engines.hf import streaming_score as layerwise
+from tutor.formats.models.model_folder import load_tokenizer, read_facts
+from tutor.prompt import encode
 
 __all__ = ["one_thread", "tiny"]
 pytestmark = pytest.mark.usefixtures("one_thread")

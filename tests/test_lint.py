@@ -14,14 +14,14 @@ from conftest import SENTENCES, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tutor.cli_data import lint_command
+from tutor.cli.commands.data import lint_command
 from tutor.errors import ArtifactError, DataError, RecipeError
-from tutor.stages.data import normalise
-from tutor.stages.lint import KINDS, NEAR, Report, lint
-from tutor.stages.lint_figures import histogram
-from tutor.stages.lint_page import page
-from tutor.stages.lint_rows import LISTED, SAMPLE
-from tutor.stages.similar import Questions, near_pairs, nearest, same
+from tutor.stages.data.lint.figures import histogram
+from tutor.stages.data.lint.linter import KINDS, NEAR, Report, lint
+from tutor.stages.data.lint.near_duplicates import Questions, near_pairs, nearest, same
+from tutor.stages.data.lint.page import page
+from tutor.stages.data.lint.rows import LISTED, SAMPLE
+from tutor.stages.data.stage import normalise
 
 ROOT = Path(__file__).parent.parent
 ANSWER = "Es un valor que el compilador comprueba antes de ejecutar el programa, y nada más."

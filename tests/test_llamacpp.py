@@ -1,4 +1,4 @@
-"""engines/llamacpp.py: against programs that only pretend, and (marked llamacpp) against the pinned build."""
+"""engines/llamacpp/server.py: against programs that only pretend, and (marked llamacpp) against the pinned build."""
 
 import itertools
 import json
@@ -17,14 +17,15 @@ from typing import Any
 import pytest
 from gguf import GGUFWriter
 
-from tutor.engines import llamacpp, llamacpp_process
-from tutor.engines.answer import Generation
-from tutor.engines.gguf_file import GPT2, LLAMA3, pre_tokenizer, read_gguf
-from tutor.engines.llamacpp_build import MARKER, PROGRAMS, VERSION, build_folder, is_built
-from tutor.engines.llamacpp_score import reference_bytes
+from tutor.engines.llamacpp import process as llamacpp_process
+from tutor.engines.llamacpp import server as llamacpp
+from tutor.engines.llamacpp.build import MARKER, PROGRAMS, VERSION, build_folder, is_built
+from tutor.engines.llamacpp.score import reference_bytes
+from tutor.engines.protocol import Generation
 from tutor.errors import ArtifactError, HostError, RecipeError, ServiceError
-from tutor.quantizations import KINDS, NEED_IMATRIX, NOT_MADE, SECOND_NAMES
-from tutor.template import conversation, render
+from tutor.formats.models.gguf import GPT2, LLAMA3, pre_tokenizer, read_gguf
+from tutor.prompt import conversation, render
+from tutor.recipe.quantizations import KINDS, NEED_IMATRIX, NOT_MADE, SECOND_NAMES
 
 GREEDY = Generation(max_new_tokens=24, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=7)
 SAMPLED = Generation(max_new_tokens=9, temperature=0.003, top_p=0.85, repetition_penalty=1.15, seed=7)
@@ -301,7 +302,7 @@ def test_a_server_that_never_gets_ready_is_given_up(
 def kill_the_parent(arguments: dict[str, Any], pid_of_server: Callable[[], int]) -> int:
     """SIGKILL for a process inside `serve`; the id of the server that it had."""
     code = (
-        "import sys, time; from pathlib import Path; from tutor.engines.llamacpp import serve\n"
+        "import sys, time; from pathlib import Path; from tutor.engines.llamacpp.server import serve\n"
         "with serve(Path(sys.argv[1]), context=128, threads=1, log=Path(sys.argv[2])):\n"
         "    print('ready', flush=True); time.sleep(60)\n"
     )

@@ -1,4 +1,4 @@
-"""engines/lora_gguf.py: checks on files made here, a converter that only pretends, and (marked llamacpp) the real."""
+"""Adapters as GGUF: checks on files made here, a fake converter, and (marked llamacpp) the real one."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 from test_llamacpp import RECOGNISER, build, real  # noqa: F401 - fixtures
 
-from tutor.engines.lora_gguf import check_adapter, lora_to_gguf
+from tutor.engines.llamacpp.adapter import check_adapter, lora_to_gguf
 from tutor.errors import ArtifactError, HostError
 
 RANK, ALPHA = 4, 8
@@ -203,9 +203,9 @@ def test_an_adapter_that_a_gguf_cannot_hold_is_refused(base: Path, adapter: Path
 def test_base_and_adapter_score_an_answer_as_the_merged_model_does(
     tmp_path: Path, tiny_with_adapter: Callable[[Path], tuple[Path, Path, Path]]
 ) -> None:
-    from tutor.engines.gguf_file import pre_tokenizer, read_gguf
-    from tutor.engines.gguf_weights import adapter_weights_of, check_exact
-    from tutor.engines.llamacpp import score, to_gguf
+    from tutor.engines.llamacpp.server import score, to_gguf
+    from tutor.formats.models.gguf import pre_tokenizer, read_gguf
+    from tutor.formats.models.gguf_weights import adapter_weights_of, check_exact
 
     model, adapter, merged = tiny_with_adapter(tmp_path)
     files = {"base": model, "merged": merged}

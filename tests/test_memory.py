@@ -13,20 +13,22 @@ from hypothesis import strategies as st
 from tiny_models import base_stage, one_thread, recipe, tensors, tiny
 
 torch = pytest.importorskip("torch")
-from test_train import ROWS, FirstGradient, apart, moved, settings  # noqa: E402
-from transformers import PrinterCallback  # noqa: E402
+from test_train import ROWS, FirstGradient, apart, moved, settings
+from transformers import PrinterCallback
 
-from tutor import capacity, doctor, estimate  # noqa: E402
-from tutor.device import choose_precision, room  # noqa: E402
-from tutor.engines import memory, offload  # noqa: E402
-from tutor.engines.dropout import quicken_dropout  # noqa: E402
-from tutor.engines.hf import load_base  # noqa: E402
-from tutor.engines.memory import Wanted  # noqa: E402
-from tutor.engines.scoring import mean_loss  # noqa: E402
-from tutor.errors import ArtifactError, HostError, RecipeError  # noqa: E402
-from tutor.modelfolder import load_tokenizer  # noqa: E402
-from tutor.passes import LARGEST, passes_of  # noqa: E402
-from tutor.stages import train  # noqa: E402
+from tutor.engines.hf.engine import load_base
+from tutor.errors import ArtifactError, HostError, RecipeError
+from tutor.formats.models.model_folder import load_tokenizer
+from tutor.machine import capacity, doctor
+from tutor.machine.device import choose_precision, room
+from tutor.machine.memory import estimate
+from tutor.machine.memory import plan as memory
+from tutor.machine.memory.batching import LARGEST, passes_of
+from tutor.machine.memory.plan import Wanted
+from tutor.stages.train import stage as train
+from tutor.stages.train.held_out_loss import mean_loss
+from tutor.stages.train.kernels import layer_streaming as offload
+from tutor.stages.train.kernels.fast_dropout import quicken_dropout
 
 __all__ = ["one_thread", "tiny"]
 pytestmark = [

@@ -19,17 +19,18 @@ from tiny_models import adapter_stage, base_stage, edit, in_two_shards, one_thre
 from tolerances import forward_error, largest_logit
 
 torch = pytest.importorskip("torch")
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import load_file, save_file
 
-from tutor import artifacts  # noqa: E402
-from tutor.engines import hf, merging  # noqa: E402
-from tutor.engines.lora import read_adapter  # noqa: E402
-from tutor.engines.tensor_files import read_folder  # noqa: E402
-from tutor.errors import ArtifactError, HostError  # noqa: E402
-from tutor.modelfolder import load_tokenizer, read_facts, read_json  # noqa: E402
-from tutor.recipe import Recipe  # noqa: E402
-from tutor.stages import merge  # noqa: E402
-from tutor.template import chat_template, conversation, encode, render  # noqa: E402
+from tutor.artifacts import stage_folder as artifacts
+from tutor.engines.hf import engine as hf
+from tutor.errors import ArtifactError, HostError
+from tutor.formats.models.model_folder import load_tokenizer, read_facts, read_json
+from tutor.formats.models.safetensors import read_folder
+from tutor.prompt import chat_template, conversation, encode, render
+from tutor.recipe.settings import Recipe
+from tutor.stages.merge import stage as merge
+from tutor.stages.merge import weights as merging
+from tutor.stages.merge.peft_adapter import read_adapter
 
 __all__ = ["one_thread", "tiny"]
 pytestmark = [

@@ -8,10 +8,10 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from tutor.errors import ArtifactError, RecipeError
-from tutor.recipe import read_recipe
-from tutor.stages import modelfile
-from tutor.stages.modelfile import ModelSpec, check, parse, render, representable, request
-from tutor.template import GO_TEMPLATE, STOPS
+from tutor.prompt import GO_TEMPLATE, STOPS
+from tutor.recipe.settings import read_recipe
+from tutor.stages.modelfile import stage as modelfile
+from tutor.stages.modelfile.stage import ModelSpec, check, parse, render, representable, request
 
 GENERATE = {"max_new_tokens": 515, "temperature": 0.003, "top_p": 0.85, "repetition_penalty": 1.15, "context": 4096}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tutor.errors import ArtifactError
-from tutor.modelfolder import Facts, read_facts, read_json
+from tutor.formats.models.model_folder import Facts, read_facts, read_json
 
 
 def test_facts_come_back_with_the_folder_they_speak_of(tmp_path):

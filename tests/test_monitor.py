@@ -15,17 +15,19 @@ from hypothesis import strategies as st
 from tiny_models import one_thread, tiny
 
 torch = pytest.importorskip("torch")
-from test_train import ROWS, settings  # noqa: E402
-from transformers import PrinterCallback, TrainerCallback  # noqa: E402
+from test_train import ROWS, settings
+from transformers import PrinterCallback, TrainerCallback
 
-from tutor.artifacts import log_folder  # noqa: E402
-from tutor.engines.hf import load_base  # noqa: E402
-from tutor.errors import ArtifactError  # noqa: E402
-from tutor.modelfolder import load_tokenizer  # noqa: E402
-from tutor.stages import gauges, monitor, train  # noqa: E402
-from tutor.stages.curves import draw  # noqa: E402
-from tutor.stages.fit import round_adapter  # noqa: E402
-from tutor.stages.monitor import LONG, SKIPPED, Course, Monitor  # noqa: E402
+from tutor.artifacts.stage_folder import log_folder
+from tutor.engines.hf.engine import load_base
+from tutor.errors import ArtifactError
+from tutor.formats.models.model_folder import load_tokenizer
+from tutor.stages.train import metrics as gauges
+from tutor.stages.train import monitor
+from tutor.stages.train import stage as train
+from tutor.stages.train.loop import round_adapter
+from tutor.stages.train.monitor import LONG, SKIPPED, Course, Monitor
+from tutor.stages.train.plot import draw
 
 __all__ = ["one_thread", "tiny"]
 pytestmark = [
@@ -144,7 +146,7 @@ def test_the_picture_has_the_same_bytes_in_another_process(tmp_path: Path) -> No
     found[1]["grad_norm"] = None
     draw(found, 6.0, 3, tmp_path / "one.svg")
     code = (
-        "import json, sys; from pathlib import Path; from tutor.stages.curves import draw;"
+        "import json, sys; from pathlib import Path; from tutor.stages.train.plot import draw;"
         "draw(json.loads(sys.argv[1]), 6.0, 3, Path(sys.argv[2]))"
     )
     subprocess.run([sys.executable, "-c", code, json.dumps(found), tmp_path / "two.svg"], check=True)
@@ -270,7 +272,7 @@ def test_without_patience_all_epochs_are_trained(trainer_of: Any, tmp_path: Path
 
 @pytest.mark.pipeline
 def test_evaluations_leave_the_training_as_it_is(trainer_of: Any, tmp_path: Path, tokenizer: Any) -> None:
-    from tutor.engines.scoring import mean_loss
+    from tutor.stages.train.held_out_loss import mean_loss
 
     rows = train.encode_rows(tokenizer, ROWS[:2], "", 1024)
     adapters = []

@@ -1,4 +1,4 @@
-"""engines/nf4.py: in pieces, bit for bit what bitsandbytes makes of the whole tensor."""
+"""engines/hf/nf4.py: in pieces, bit for bit what bitsandbytes makes of the whole tensor."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 functional = pytest.importorskip("bitsandbytes.functional")
-from tutor.engines.nf4 import round_trip  # noqa: E402
+from tutor.engines.hf.nf4 import round_trip
 
 
 def by_library(weight: Any) -> Any:

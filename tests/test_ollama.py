@@ -1,4 +1,4 @@
-"""engines/ollama.py, ollama_api.py and ollama_wire.py against a fake server on a loopback socket."""
+"""engines/ollama/engine.py, ollama_api.py and ollama_wire.py against a fake server on a loopback socket."""
 
 import hashlib
 import json
@@ -18,15 +18,15 @@ from click.testing import CliRunner
 from conftest import ROOT, environment
 from fake_ollama import FakeOllama
 
-from tutor.cli_serving import ask_command
-from tutor.engines import ollama_api
-from tutor.engines.answer import Generation, greedy
-from tutor.engines.ollama import OllamaServer, serve
-from tutor.engines.ollama_api import Ollama, connect
-from tutor.engines.ollama_wire import MissingError, UnreachableError, check_version, normalised, shown_parameters
+from tutor.cli.commands.serving import ask_command
+from tutor.engines.ollama import client as ollama_api
+from tutor.engines.ollama.client import Ollama, connect
+from tutor.engines.ollama.engine import OllamaServer, serve
+from tutor.engines.ollama.protocol import MissingError, UnreachableError, check_version, normalised, shown_parameters
+from tutor.engines.protocol import Generation, greedy
 from tutor.errors import ArtifactError, RecipeError, ServiceError
-from tutor.recipe import GenerateSettings
-from tutor.template import GO_TEMPLATE, STOPS, Message, conversation
+from tutor.prompt import GO_TEMPLATE, STOPS, Message, conversation
+from tutor.recipe.settings import GenerateSettings
 
 GREEDY = Generation(max_new_tokens=24, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=7)
 HOLA = conversation("Hola")
@@ -98,7 +98,7 @@ def test_a_password_in_the_host_is_refused_and_not_repeated() -> None:
 
 
 def test_a_broken_ollama_host_is_a_users_fault_even_when_the_host_is_given() -> None:
-    code = "from tutor.engines.ollama import connect\nwith connect('127.0.0.1'): pass"
+    code = "from tutor.engines.ollama.engine import connect\nwith connect('127.0.0.1'): pass"
     run = [sys.executable, "-c", code]
     done = subprocess.run(
         run, cwd=ROOT, env=environment(OLLAMA_HOST="x:port"), capture_output=True, text=True, check=False
@@ -465,7 +465,7 @@ def test_a_file_that_shrinks_while_it_is_sent_is_said_so(api: Ollama, tmp_path: 
     path.write_bytes(bytes(8_000_000))
     shrink = logging.Handler()
     shrink.emit = lambda record: path.write_bytes(b"")  # type: ignore[assignment, method-assign]
-    logger = logging.getLogger("tutor.engines.ollama_api")
+    logger = logging.getLogger("tutor.engines.ollama.client")
     logger.addHandler(shrink)
     logger.setLevel(logging.INFO)
     try:

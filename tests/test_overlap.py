@@ -1,4 +1,4 @@
-"""judges/overlap.py: the longest run that an answer shares with a training text, against comparing everything."""
+"""graders/copied_text.py: the longest run that an answer shares with a training text, against comparing everything."""
 
 import re
 from collections.abc import Sequence
@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tutor.judges import overlap
-from tutor.judges.overlap import SHORTEST, Copied, longest_copies
+from tutor.graders import copied_text as overlap
+from tutor.graders.copied_text import SHORTEST, Copied, longest_copies
 
 TEXTS = st.lists(st.text(alphabet="abcd ", max_size=60), max_size=3)
 

@@ -12,20 +12,20 @@ from tiny_models import one_thread, recipe, tiny
 from tolerances import backward_error, forward_error, roundoff, sum_error
 
 torch = pytest.importorskip("torch")
-from transformers import LlamaConfig, TrainerCallback  # noqa: E402
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask  # noqa: E402
-from trl import SFTTrainer  # noqa: E402
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling  # noqa: E402
+from transformers import LlamaConfig, TrainerCallback
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from tutor.engines import packed  # noqa: E402
-from tutor.engines.cpu_head import IGNORED, summed_loss  # noqa: E402
-from tutor.engines.hf import load_base, score  # noqa: E402
-from tutor.engines.packed import LENGTHS, attend_within_rows  # noqa: E402
-from tutor.errors import DataError  # noqa: E402
-from tutor.modelfolder import load_tokenizer  # noqa: E402
-from tutor.passes import Passes, most_tokens, packed_passes, padded_passes, passes_of  # noqa: E402
-from tutor.stages import train  # noqa: E402
-from tutor.template import Encoded  # noqa: E402
+from tutor.engines.hf.engine import load_base, score
+from tutor.errors import DataError
+from tutor.formats.models.model_folder import load_tokenizer
+from tutor.machine.memory.batching import Passes, most_tokens, packed_passes, padded_passes, passes_of
+from tutor.prompt import Encoded
+from tutor.stages.train import stage as train
+from tutor.stages.train.kernels import packed_attention as packed
+from tutor.stages.train.kernels.packed_attention import LENGTHS, attend_within_rows
+from tutor.stages.train.trainer import IGNORED, summed_loss
 
 __all__ = ["one_thread", "tiny"]
 pytestmark = [

@@ -14,19 +14,21 @@ from fake_ollama import FakeOllama
 from parity_folders import trace, write_parity
 from test_publish import SYSTEM, make_stages
 
-from tutor import artifacts, pipeline, publishing, summary
-from tutor.chain import BY_NAME
-from tutor.engines.llamacpp import Score
-from tutor.engines.trace import END, Step, Trace, divergence
+from tutor.artifacts import stage_folder as artifacts
+from tutor.cli import summary
+from tutor.engines.trace import END, Score, Step, Trace, divergence
 from tutor.errors import ArtifactError, GateError
-from tutor.quantizations import KINDS
-from tutor.recipe import BUDGETS, OllamaSettings, ParitySettings, Recipe, read_recipe
-from tutor.stages.parity_compare import CHECKS, Check, Seen, Tolerance, compare
-from tutor.stages.parity_gate import HandOver, budget, hand_over, lines, refusal
-from tutor.stages.parity_ollama import read_reference
-from tutor.stages.parity_record import from_record, to_record
-from tutor.stages.parity_set import CODE, EMOJI, SPECIALS, Conversation, conversations
-from tutor.template import render
+from tutor.pipeline import runner as pipeline
+from tutor.pipeline.registry import BY_NAME
+from tutor.prompt import render
+from tutor.recipe.quantizations import KINDS
+from tutor.recipe.settings import BUDGETS, OllamaSettings, ParitySettings, Recipe, read_recipe
+from tutor.serving import publish as publishing
+from tutor.serving.ollama_parity import read_reference
+from tutor.stages.parity.compare import CHECKS, Check, Seen, Tolerance, compare
+from tutor.stages.parity.conversations import CODE, EMOJI, SPECIALS, Conversation, conversations
+from tutor.stages.parity.gate import HandOver, budget, hand_over, lines, refusal
+from tutor.stages.parity.record import from_record, to_record
 
 TIGHT = Tolerance(kl=1e-3, mean=0.01, worst=0.1, lead=0.2)
 LOOSE = budget(0.05)
@@ -329,7 +331,7 @@ def test_a_budget_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_a_model_that_does_not_fit_in_fp32_is_asked_in_bf16_and_one_that_does_not_fit_at_all_is_not() -> None:
     pytest.importorskip("torch")
-    from tutor.stages.parity import fitting
+    from tutor.stages.parity.stage import fitting
 
     giga = 1 << 30
     assert [fitting(16 * giga, free * giga) for free in (40, 33, 32, 17, 16, 0)] == [
@@ -349,7 +351,7 @@ def test_free_memory_is_the_machine_s_or_less_in_a_container(tmp_path: Path, lim
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         pytest.skip("a GPU's memory is asked of its driver")
-    from tutor.stages.parity import free_memory
+    from tutor.stages.parity.stage import free_memory
 
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemFree: 100 kB\nMemAvailable: 5000 kB\n")

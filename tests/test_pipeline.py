@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from conftest import write_rows
 
-from tutor import artifacts, pipeline
-from tutor.chain import BY_NAME, STAGES
+from tutor.artifacts import stage_folder as artifacts
 from tutor.errors import ArtifactError, DataError, RecipeError
-from tutor.pipeline import clean, differences, inspect, run_all, run_one
-from tutor.recipe import Recipe, Settings, read_recipe
+from tutor.pipeline import runner as pipeline
+from tutor.pipeline.registry import BY_NAME, STAGES
+from tutor.pipeline.runner import clean, differences, inspect, run_all, run_one
+from tutor.recipe.settings import Recipe, Settings, read_recipe
 
 
 @pytest.fixture
@@ -118,8 +119,14 @@ def test_every_file_that_decides_a_stage_is_there_and_the_stages_own_is_among_th
 
 
 PLUMBING = {
-    *("artifacts.py", "errors.py", "modelfolder.py", "quantizations.py", "recipe.py"),
-    *("engines/gguf_file.py", "engines/llamacpp_build.py"),
+    *(
+        "artifacts/stage_folder.py",
+        "errors.py",
+        "formats/models/model_folder.py",
+        "recipe/quantizations.py",
+        "recipe/settings.py",
+    ),
+    *("formats/models/gguf.py", "engines/llamacpp/build.py"),
 }
 """Modules that read, write and refuse: a stage that imports one may leave it out of its key."""
 

@@ -20,19 +20,23 @@ from support.command import Done, forked
 from test_train import rows, settings, tokenizer
 from tiny_models import one_thread, tiny
 
-from tutor import artifacts, pipeline
-from tutor.engines import processes
+from tutor.artifacts import stage_folder as artifacts
 from tutor.errors import HostError, RecipeError
-from tutor.recipe import read_recipe
-from tutor.stages import checkpoint
+from tutor.machine import distributed as processes
+from tutor.pipeline import runner as pipeline
+from tutor.recipe.settings import read_recipe
+from tutor.stages.train import checkpoint
 
 torch = pytest.importorskip("torch")
-from safetensors.torch import load_file  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from tutor.engines import cpu_head, hf  # noqa: E402
-from tutor.stages import fit, monitor, train  # noqa: E402
-from tutor.stages.saving import less_memory  # noqa: E402
+from tutor.engines.hf import engine as hf
+from tutor.stages.train import loop as fit
+from tutor.stages.train import monitor
+from tutor.stages.train import stage as train
+from tutor.stages.train import trainer as cpu_head
+from tutor.stages.train.checkpoint_callback import less_memory
 
 __all__ = ["one_thread", "rows", "tiny", "tokenizer"]
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*autograd kernel was not")]
@@ -103,7 +107,7 @@ def test_a_checkpoint_needs_every_process_s_random_state() -> None:
 
 def test_only_train_runs_in_several_processes() -> None:
     env = environment(PYTHONPATH=str(ROOT), RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost")
-    command = [sys.executable, "-c", "from tutor.cli import main; main()", "run"]
+    command = [sys.executable, "-c", "from tutor.cli.main import main; main()", "run"]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=30, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("Error: only tutor train runs in several processes, and this is tutor run; ")

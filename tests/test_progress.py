@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from conftest import TUTOR, environment
 
-from tutor import progress
-from tutor.progress import PLAIN_EVERY, shown
+from tutor.cli import progress
+from tutor.cli.progress import PLAIN_EVERY, shown
 
 log = logging.getLogger("tutor.stages.example")
 

@@ -1,4 +1,4 @@
-"""promoting.py against a fake server: nothing worse takes the place of what is served, and what forces it is kept."""
+"""Promotion against a fake server: a worse build never replaces the served one, and the reason is kept."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -11,10 +11,12 @@ from fake_ollama import FakeOllama
 from parity_folders import write_parity
 from test_publish import SYSTEM, make_stages
 
-from tutor import artifacts, promoting, publishing
-from tutor.chain import BY_NAME
+from tutor.artifacts import stage_folder as artifacts
 from tutor.errors import GateError, RecipeError
-from tutor.recipe import OllamaSettings, Recipe
+from tutor.pipeline.registry import BY_NAME
+from tutor.recipe.settings import OllamaSettings, Recipe
+from tutor.serving import promote as promoting
+from tutor.serving import publish as publishing
 
 PROMPTS = [f"¿Qué es {number}?" for number in range(24)]
 GOOD = [True] * 24

@@ -1,4 +1,4 @@
-"""stages/publish.py and publishing.py against a fake server: what is served is proven first, and can be taken back."""
+"""Publishing against a fake server: every build is proven before it is served, and can be rolled back."""
 
 import json
 import logging
@@ -12,14 +12,18 @@ import pytest
 from fake_ollama import FakeOllama, write_gguf
 from parity_folders import write_parity
 
-from tutor import artifacts, evaluating, promoting, publishing, summary
-from tutor.chain import BY_NAME
-from tutor.engines.ollama_api import Ollama, connect
+from tutor.artifacts import stage_folder as artifacts
+from tutor.cli import summary
+from tutor.engines.ollama.client import Ollama, connect
 from tutor.errors import ArtifactError, GateError, LockError, RecipeError, ServiceError, TutorError
-from tutor.recipe import OllamaSettings, Recipe
-from tutor.stages import modelfile
-from tutor.stages.publish import Model, build_id, models, promote, publish, read_model, rollback, switch
-from tutor.template import GO_TEMPLATE, STOPS
+from tutor.pipeline.registry import BY_NAME
+from tutor.prompt import GO_TEMPLATE, STOPS
+from tutor.recipe.settings import OllamaSettings, Recipe
+from tutor.serving import compare as evaluating
+from tutor.serving import promote as promoting
+from tutor.serving import publish as publishing
+from tutor.serving.builds import Model, build_id, models, promote, publish, read_model, rollback, switch
+from tutor.stages.modelfile import stage as modelfile
 
 SYSTEM = 'Eres un tutor de TypeScript. Dices "hola", ñandú y 👋.'
 PARAMETERS = {"num_ctx": 4096, "num_predict": 515, "temperature": 0.003, "seed": 42, "stop": list(STOPS)}

@@ -25,16 +25,19 @@ import pytest
 from conftest import TINY
 from support.shared import copied
 
-from tutor import artifacts, evaluating, pipeline, publishing
-from tutor.engines import llamacpp
-from tutor.engines.answer import Generation
-from tutor.engines.ollama import OllamaServer, serve
-from tutor.engines.ollama_api import Ollama, connect
-from tutor.engines.ollama_wire import MissingError, shown_parameters
+from tutor.artifacts import stage_folder as artifacts
+from tutor.engines.llamacpp import server as llamacpp
+from tutor.engines.ollama.client import Ollama, connect
+from tutor.engines.ollama.engine import OllamaServer, serve
+from tutor.engines.ollama.protocol import MissingError, shown_parameters
+from tutor.engines.protocol import Generation
 from tutor.errors import GateError, ServiceError
-from tutor.recipe import Recipe, read_recipe
-from tutor.stages import publish as stage
-from tutor.template import GO_TEMPLATE, Message, conversation, render
+from tutor.pipeline import runner as pipeline
+from tutor.prompt import GO_TEMPLATE, Message, conversation, render
+from tutor.recipe.settings import Recipe, read_recipe
+from tutor.serving import builds as stage
+from tutor.serving import compare as evaluating
+from tutor.serving import publish as publishing
 
 HOST = os.environ.get("TUTOR_TEST_OLLAMA", "")
 BINARY = os.environ.get("OLLAMA_BINARY", shutil.which("ollama") or "")

@@ -1,4 +1,4 @@
-"""stages/rates.py and stages/honesty.py: figures from verdicts, and what must be said of them."""
+"""Figures from verdicts, and the warnings that must stand beside them."""
 
 import json
 import math
@@ -9,10 +9,10 @@ import pytest
 from conftest import ROOT, write_rows
 
 from tutor.errors import DataError, RecipeError
-from tutor.judges.verdict import LABELS
-from tutor.recipe import Recipe
-from tutor.stages import honesty
-from tutor.stages.rates import difference, differences, rates, summarise
+from tutor.graders.verdict import LABELS
+from tutor.recipe.settings import Recipe
+from tutor.stages.evaluate import generalization as honesty
+from tutor.stages.evaluate.rates import difference, differences, rates, summarise
 
 PROMPTS = [
     {"instruction": f"¿{number}?", "category": "definicion" if number % 2 else "ejemplo"} for number in range(20)

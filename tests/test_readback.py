@@ -1,4 +1,4 @@
-"""engines/gguf_weights.py and stages/readback.py: a GGUF's tensors against the weights that it was made of."""
+"""A GGUF's tensors against the weights that it was made of."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tutor.engines import gguf_weights
-from tutor.engines.gguf_file import Gguf, Tensor, read_gguf
-from tutor.engines.gguf_weights import check_exact, check_names, weights_of
 from tutor.errors import ArtifactError, GateError
-from tutor.stages import readback
+from tutor.formats.models import gguf_weights
+from tutor.formats.models.gguf import Gguf, Tensor, read_gguf
+from tutor.formats.models.gguf_weights import check_exact, check_names, weights_of
+from tutor.stages.convert import quantization_error as readback
 
 HEADS, KV_HEADS, HIDDEN, INNER, VOCABULARY = 4, 2, 128, 256, 40
 ATTENTION, MLP = "model.layers.0.self_attn.", "model.layers.0.mlp."

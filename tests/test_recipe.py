@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tutor.errors import RecipeError
-from tutor.recipe import RETIRED, Recipe, read_recipe
+from tutor.recipe.settings import RETIRED, Recipe, read_recipe
 
 ROOT = Path(__file__).parent.parent
 

@@ -17,18 +17,18 @@ from typing import Any
 import pytest
 from conftest import make_tokenizer
 
-from tutor.artifacts import Manifest, writing
-from tutor.chain import BY_NAME
-from tutor.pipeline import State, inspect, run_one
-from tutor.recipe import read_recipe
-from tutor.stages import rates
-from tutor.stages.page import visible
-from tutor.stages.report import page
-from tutor.stages.report_card import card, escaped, hub_name
-from tutor.stages.report_charts import curves, ladder, ticks
-from tutor.stages.report_labels import chosen, marked
-from tutor.stages.report_prompts import parts, prompts
-from tutor.stages.report_view import MISSING, Made, view
+from tutor.artifacts.stage_folder import Manifest, writing
+from tutor.formats.html import visible
+from tutor.pipeline.registry import BY_NAME
+from tutor.pipeline.runner import State, inspect, run_one
+from tutor.recipe.settings import read_recipe
+from tutor.stages.evaluate import rates
+from tutor.stages.report.charts import curves, ladder, ticks
+from tutor.stages.report.labels import chosen, marked
+from tutor.stages.report.model_card import card, escaped, hub_name
+from tutor.stages.report.prompts import parts, prompts
+from tutor.stages.report.stage import page
+from tutor.stages.report.view import MISSING, Made, view
 
 EVIL = '</script><script>alert(1)</script><img src=x onerror="alert(2)">{{ 7*7 }}"\'--><style>*{display:none}</style>'
 KINDS = ("aplicacion", "correccion", "")

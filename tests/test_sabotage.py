@@ -22,10 +22,13 @@ from conftest import ROOT, TINY
 from support.shared import copied, linked, shared
 from test_publish import SYSTEM, make_stages
 
-from tutor import artifacts, chain, pipeline, publishing
-from tutor.engines.llamacpp_build import build_folder, is_built
+from tutor.artifacts import stage_folder as artifacts
+from tutor.engines.llamacpp.build import build_folder, is_built
 from tutor.errors import ArtifactError, DataError, GateError, TutorError
-from tutor.recipe import OllamaSettings, Recipe, read_recipe
+from tutor.pipeline import registry as chain
+from tutor.pipeline import runner as pipeline
+from tutor.recipe.settings import OllamaSettings, Recipe, read_recipe
+from tutor.serving import publish as publishing
 
 pytestmark = [
     pytest.mark.pipeline,
@@ -114,8 +117,8 @@ def test_an_end_that_is_not_learnt(recipe: Recipe, made: Path, report: Report) -
     """pad = eos, and a collator that masks what is pad: the model would never stop."""
     from datasets import Dataset
 
-    from tutor.modelfolder import load_tokenizer, read_facts
-    from tutor.stages.train import IGNORED, audit_labels, encode_rows, read_rows
+    from tutor.formats.models.model_folder import load_tokenizer, read_facts
+    from tutor.stages.train.stage import IGNORED, audit_labels, encode_rows, read_rows
 
     tokenizer = load_tokenizer(read_facts(made / "tiny/base")[1])
     rows = encode_rows(tokenizer, read_rows(made / "tiny/data/train.jsonl"), "", 2048)
@@ -159,7 +162,7 @@ def test_another_base_of_the_same_shape_before_merging(
     shutil.copy(other_weights, folder / "base/model/model.safetensors")
     from dataclasses import asdict
 
-    from tutor.stages.base import inspect
+    from tutor.stages.base.stage import inspect
 
     facts = asdict(inspect(folder / "base/model", "tiny", "model"))
     (folder / "base/base.json").write_text(json.dumps(facts), "utf-8")
@@ -242,9 +245,9 @@ def read_back(folder: Path, kind: str, what: str) -> "pytest.ExceptionInfo[Tutor
     """The convert stage's own check of a file refuses it, naming what is not as it must be."""
     from dataclasses import replace
 
-    from tutor.modelfolder import read_facts
-    from tutor.stages import convert
-    from tutor.template import chat_template
+    from tutor.formats.models.model_folder import read_facts
+    from tutor.prompt import chat_template
+    from tutor.stages.convert import stage as convert
 
     facts, _ = read_facts(folder / "base")
     says = convert.expect(folder / "merged", facts)
@@ -263,7 +266,7 @@ def test_no_bos(recipe: Recipe, folder: Path, report: Report) -> None:
 
 
 def test_another_end_token(folder: Path, report: Report) -> None:
-    from tutor.modelfolder import read_facts
+    from tutor.formats.models.model_folder import read_facts
 
     name, eos = "tokenizer.ggml.eos_token_id", read_facts(folder / "base")[0].eos
     for number, path in ((eos, folder / "gguf/tutor-F16.gguf"),):

@@ -28,12 +28,13 @@ from tiny_models import one_thread, recipe, tiny
 
 torch = pytest.importorskip("torch")
 
-from tutor import artifacts  # noqa: E402
-from tutor.engines import cpu_head  # noqa: E402
-from tutor.errors import ArtifactError, HostError  # noqa: E402
-from tutor.passes import Passes  # noqa: E402
-from tutor.stages import checkpoint, train  # noqa: E402
-from tutor.stages.saving import less_memory  # noqa: E402
+from tutor.artifacts import stage_folder as artifacts
+from tutor.errors import ArtifactError, HostError
+from tutor.machine.memory.batching import Passes
+from tutor.stages.train import checkpoint
+from tutor.stages.train import stage as train
+from tutor.stages.train import trainer as cpu_head
+from tutor.stages.train.checkpoint_callback import less_memory
 
 __all__ = ["inputs", "one_thread", "tiny"]
 pytestmark = [

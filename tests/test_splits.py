@@ -1,4 +1,4 @@
-"""stages/splits.py: the data stage's files as later stages read them."""
+"""formats/rows/split_files.py: the data stage's files as later stages read them."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from conftest import write_rows
 from test_evaluate import write_base
 
 from tutor.errors import ArtifactError
-from tutor.stages.splits import held_out_rows, read_rows
+from tutor.formats.rows.split_files import held_out_rows, read_rows
 
 
 def test_rows_are_lines_and_nothing_else_is_a_line_end(tmp_path: Path) -> None:

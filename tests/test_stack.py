@@ -23,13 +23,14 @@ import yaml
 from click.testing import CliRunner
 from conftest import ROOT
 
-from tutor import preflight, stack
-from tutor.chain import BY_NAME
-from tutor.cli_stack import stack_run
+from tutor.cli.commands.stack import stack_run
 from tutor.errors import HostError, RecipeError, ServiceError
-from tutor.host import Memory
-from tutor.recipe import Recipe, read_recipe
-from tutor.stack import Stack, StackError
+from tutor.machine import preflight
+from tutor.machine.host import Memory
+from tutor.pipeline import compose as stack
+from tutor.pipeline.compose import Stack, StackError
+from tutor.pipeline.registry import BY_NAME
+from tutor.recipe.settings import Recipe, read_recipe
 
 FAKE = """#!{python}
 import json, os, pathlib, sys, time
@@ -256,7 +257,7 @@ def test_images_that_are_not_built_need_room_too(host, recipe, tmp_path, monkeyp
 
 def test_a_training_beyond_the_gpu_is_said_before_anything_is_built(host, large, tmp_path, monkeypatch):
     """With the setting that fits, and among all else that is missing."""
-    monkeypatch.setattr("tutor.host.memory", lambda: Memory(32 << 30, 30 << 30, None))  # layers may wait in it
+    monkeypatch.setattr("tutor.machine.host.memory", lambda: Memory(32 << 30, 30 << 30, None))  # layers may wait in it
     large = large.model_copy(update={"base": type(large.base)()})
     host.add("nvidia-smi")
     host.says("nvidia-smi --query-gpu", stdout="0, GPU-1, NVIDIA T1000, 580.95.05, 7.5, 4096, 4000\n")
@@ -492,7 +493,7 @@ def test_the_hubs_token_is_a_file_of_the_users_own_for_the_stages_and_in_no_vari
 def test_an_interrupted_run_stops_and_removes_the_services_container(host, recipe, tmp_path, number):
     host.says("--name tutor-trainer", seconds=60, stderr="training\n")
     code = (
-        "import pathlib, signal, sys\nfrom tutor import stack\nfrom tutor.recipe import read_recipe\n"
+        "import pathlib, signal, sys\nfrom tutor import stack\nfrom tutor.recipe.settings import read_recipe\n"
         "signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))\n"
         "stack.run_all(read_recipe(pathlib.Path(sys.argv[1])), pathlib.Path(sys.argv[2]))"
     )

@@ -1,4 +1,4 @@
-"""statistics.py: intervals that few prompts allow, against values worked out elsewhere and by simulation."""
+"""Intervals for few prompts, against published values and simulations."""
 
 import random
 from typing import Any
@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tutor import statistics
-from tutor.statistics import FEWEST, Difference, paired_values, paired_verdicts, said, wilson
+from tutor.stages.evaluate import intervals as statistics
+from tutor.stages.evaluate.intervals import FEWEST, Difference, paired_values, paired_verdicts, said, wilson
 
 PAIRS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=12)
 

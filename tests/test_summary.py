@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tutor import summary
-from tutor.artifacts import writing
-from tutor.recipe import Recipe, read_recipe
+from tutor.artifacts.stage_folder import writing
+from tutor.cli import summary
+from tutor.recipe.settings import Recipe, read_recipe
 
 VERDICTS = ("passed", "spanish", "stopped", "code_block", "no_loop")
 MODEL = {"all": {"n": 5, **{name: {"n": 4, "share": 0.8} for name in VERDICTS}}, "tokens_per_second": 95.2}

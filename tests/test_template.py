@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tutor.errors import DataError
-from tutor.template import (
+from tutor.prompt import (
     BOS_PREFIX,
     CAPABILITY_WORDS,
     CUE,

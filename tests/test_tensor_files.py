@@ -1,4 +1,4 @@
-"""engines/tensor_files.py against the safetensors library: the same bytes out, the same numbers in, no more memory."""
+"""Our safetensors files against the safetensors library: equal bytes written, equal numbers read, no more memory."""
 
 import errno
 from pathlib import Path
@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from tutor.artifacts import file_sha256
-from tutor.engines.tensor_files import (
+from tutor.artifacts.stage_folder import file_sha256
+from tutor.errors import ArtifactError
+from tutor.formats.models.safetensors import (
     AHEAD,
     BLOCK,
     PIECE,
@@ -23,7 +24,6 @@ from tutor.engines.tensor_files import (
     read_header,
     writing,
 )
-from tutor.errors import ArtifactError
 
 SHAPES = {
     "b.weight": (3, 5),

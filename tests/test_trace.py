@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tutor.engines import llamacpp
-from tutor.engines.gguf_file import pre_tokenizer
-from tutor.engines.llamacpp_build import build_folder, is_built
-from tutor.engines.llamacpp_trace import rendered
-from tutor.engines.llamacpp_trace import trace as llamacpp_trace
-from tutor.engines.ollama_api import connect
-from tutor.engines.ollama_trace import trace as ollama_trace
+from tutor.engines.llamacpp import server as llamacpp
+from tutor.engines.llamacpp.build import build_folder, is_built
+from tutor.engines.llamacpp.trace import rendered
+from tutor.engines.llamacpp.trace import trace as llamacpp_trace
+from tutor.engines.ollama.client import connect
+from tutor.engines.ollama.trace import trace as ollama_trace
 from tutor.engines.trace import END, Step, candidates, divergence, grouped
 from tutor.errors import ServiceError
-from tutor.template import conversation, render
+from tutor.formats.models.gguf import pre_tokenizer
+from tutor.prompt import conversation, render
 
 HELLO = conversation("Hola")
 distributions = st.lists(st.floats(0.01, 1.0), min_size=4, max_size=9).map(
@@ -139,7 +139,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from support.shared import copied
     from tiny_models import edit, tiny_folder
 
-    from tutor.template import chat_template
+    from tutor.prompt import chat_template
 
     made = copied(tiny_folder(tmp_path_factory), tmp_path_factory.mktemp("traced") / "model")
     edit(made / "tokenizer_config.json", chat_template=chat_template(add_bos=True))
@@ -156,7 +156,7 @@ def served(folder: Path) -> Iterator[llamacpp.LlamaServer]:
 
 @pytest.fixture(scope="module")
 def loaded(folder: Path) -> Any:
-    from tutor.engines import hf
+    from tutor.engines.hf import engine as hf
 
     return hf.load(folder, None, quantization="none", precision="fp32")
 
@@ -181,7 +181,7 @@ def test_transformers_and_llama_server_tell_of_an_answer_in_the_same_steps(
 ) -> None:
     from tolerances import half_error, largest_logit
 
-    from tutor.engines.hf_trace import trace
+    from tutor.engines.hf.trace import trace
 
     ids = loaded.tokenizer(render(talk))["input_ids"]
     path, ours = trace(loaded, ids, 12)
@@ -201,7 +201,7 @@ def test_transformers_and_llama_server_tell_of_an_answer_in_the_same_steps(
 def test_to_follow_an_answer_is_to_give_it(loaded: Any) -> None:
     from tolerances import forward_error, largest_logit
 
-    from tutor.engines.hf_trace import followed, trace
+    from tutor.engines.hf.trace import followed, trace
 
     ids = loaded.tokenizer(render(TALKS[1]))["input_ids"]
     path, own = trace(loaded, ids, 12)
@@ -215,7 +215,7 @@ def test_to_follow_an_answer_is_to_give_it(loaded: Any) -> None:
 
 @pytest.mark.pipeline
 def test_another_answer_is_followed_up_to_the_first_token_that_is_not_the_best(loaded: Any) -> None:
-    from tutor.engines.hf_trace import followed, trace
+    from tutor.engines.hf.trace import followed, trace
 
     ids = loaded.tokenizer(render(HELLO))["input_ids"]
     path, own = trace(loaded, ids, 8)
@@ -227,7 +227,7 @@ def test_another_answer_is_followed_up_to_the_first_token_that_is_not_the_best(l
 
 @pytest.mark.pipeline
 def test_an_end_is_a_step_and_a_finish(loaded: Any) -> None:
-    from tutor.engines.hf_trace import followed
+    from tutor.engines.hf.trace import followed
 
     ids = loaded.tokenizer(render(HELLO))["input_ids"]
     eos = loaded.tokenizer.eos_token_id
@@ -248,8 +248,8 @@ def test_an_end_is_a_step_and_a_finish(loaded: Any) -> None:
 def test_scores_are_those_of_the_evaluation_with_the_best_at_each_place(loaded: Any) -> None:
     from tolerances import forward_error, largest_logit
 
-    from tutor.engines.hf import score
-    from tutor.engines.hf_trace import scores
+    from tutor.engines.hf.engine import score
+    from tutor.engines.hf.trace import scores
 
     rows = [(loaded.tokenizer(render(talk))["input_ids"], [5, 9, 300]) for talk in TALKS]
     longest = max(len(prompt) + len(answer) for prompt, answer in rows)

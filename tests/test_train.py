@@ -14,20 +14,21 @@ from tiny_models import adapter_stage, base_stage, edit, one_thread, recipe, ten
 from tolerances import backward_error, forward_error, largest_logit, roundoff
 
 torch = pytest.importorskip("torch")
-from bitsandbytes.functional import dequantize_4bit, has_avx512bf16  # noqa: E402
-from bitsandbytes.nn import Linear4bit, Linear8bitLt  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import DataCollatorForLanguageModeling, TrainerCallback  # noqa: E402
+from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from safetensors.torch import load_file, save_file
+from transformers import DataCollatorForLanguageModeling, TrainerCallback
 
-from tutor.artifacts import log_folder  # noqa: E402
-from tutor.device import choose_precision, decide_precision  # noqa: E402
-from tutor.engines import scoring  # noqa: E402
-from tutor.engines.hf import load_base, score  # noqa: E402
-from tutor.engines.packed import LENGTHS, rows_of  # noqa: E402
-from tutor.errors import ArtifactError, DataError, HostError  # noqa: E402
-from tutor.modelfolder import load_tokenizer  # noqa: E402
-from tutor.stages import fit, train  # noqa: E402
-from tutor.template import Encoded, audit, completion, conversation, render  # noqa: E402
+from tutor.artifacts.stage_folder import log_folder
+from tutor.engines.hf.engine import load_base, score
+from tutor.errors import ArtifactError, DataError, HostError
+from tutor.formats.models.model_folder import load_tokenizer
+from tutor.machine.device import choose_precision, decide_precision
+from tutor.prompt import Encoded, audit, completion, conversation, render
+from tutor.stages.train import held_out_loss as scoring
+from tutor.stages.train import loop as fit
+from tutor.stages.train import stage as train
+from tutor.stages.train.kernels.packed_attention import LENGTHS, rows_of
 
 __all__ = ["one_thread", "tiny"]
 pytestmark = [

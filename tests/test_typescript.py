@@ -15,13 +15,13 @@ from conftest import write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tutor.cli_data import check_command
+from tutor.cli.commands.data import check_command
 from tutor.errors import ArtifactError, DataError, HostError
-from tutor.judges import typescript_install as installer
-from tutor.judges.code import Marked, check_rows, fold, judge_answers, read_spec
-from tutor.judges.fences import Block, fenced, typescript
-from tutor.judges.typescript import MAX_BYTES, MAX_DEPTH, SECONDS_A_BLOCK, Verdict, _cut_off, judge_blocks
-from tutor.judges.typescript_scan import scan
+from tutor.formats.markdown import Block, fenced, typescript
+from tutor.graders.code import Marked, check_rows, fold, judge_answers, read_spec
+from tutor.graders.typescript import install as installer
+from tutor.graders.typescript.compiler import MAX_BYTES, MAX_DEPTH, SECONDS_A_BLOCK, Verdict, _cut_off, judge_blocks
+from tutor.graders.typescript.scanner import scan
 
 ROOT = Path(__file__).parent.parent
 

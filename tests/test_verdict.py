@@ -1,4 +1,4 @@
-"""judges/verdict.py and judges/kept.py: what each kind of question demands, why an answer does not have it."""
+"""graders/verdict.py and graders/identifiers.py: what each kind of question demands, why an answer does not have it."""
 
 import json
 from typing import Any
@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_typescript import pretend  # noqa: F401 - a fixture
 
-from tutor.judges.fences import fenced
-from tutor.judges.kept import dropped
-from tutor.judges.typescript_install import is_installed
-from tutor.judges.verdict import in_spanish, judge
+from tutor.formats.markdown import fenced
+from tutor.graders.identifiers import dropped
+from tutor.graders.typescript.install import is_installed
+from tutor.graders.verdict import in_spanish, judge
 
 PROSE = "Una interfaz describe la forma de un objeto: qué propiedades tiene y de qué tipo es cada una."
 ENGLISH = "An interface describes the shape of an object and all of its properties, one by one."

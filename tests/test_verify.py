@@ -1,4 +1,4 @@
-"""verify.py, stages/lineage.py and `tutor verify`: what a file says of its origin is computed again."""
+"""serving/verify.py, stages/convert/lineage.py and `tutor verify`: what a file says of its origin is computed again."""
 
 import json
 import shutil
@@ -16,11 +16,12 @@ from safetensors.numpy import save_file
 from test_convert import facts
 from test_readback import ATTENTION, file, folder, moved, permuted, random
 
-from tutor import artifacts, verify
-from tutor.engines.gguf_file import read_gguf
+from tutor.artifacts import stage_folder as artifacts
 from tutor.errors import ArtifactError, RecipeError, ServiceError
-from tutor.recipe import Recipe, read_recipe
-from tutor.stages import lineage
+from tutor.formats.models.gguf import read_gguf
+from tutor.recipe.settings import Recipe, read_recipe
+from tutor.serving import verify
+from tutor.stages.convert import lineage
 
 Run = Callable[..., Any]
 

@@ -16,8 +16,9 @@ from conftest import TINY, TUTOR, environment
 from support.command import Done, forked, in_process
 from support.shared import copied, linked
 
-from tutor import artifacts, chain
-from tutor.engines import llamacpp_build
+from tutor.artifacts import stage_folder as artifacts
+from tutor.engines.llamacpp import build as llamacpp_build
+from tutor.pipeline import registry as chain
 
 pytestmark = [
     pytest.mark.pipeline,
@@ -59,8 +60,9 @@ def test_a_second_run_does_nothing_and_says_so(built: Path) -> None:
 
 def test_a_run_that_is_up_to_date_imports_no_torch(built: Path) -> None:
     code = (
-        "import sys; sys.modules['torch'] = None; from tutor.recipe import read_recipe; from tutor import pipeline; "
-        f"from pathlib import Path; print(pipeline.run_all(read_recipe(Path({str(TINY)!r})), Path({str(built)!r})))"
+        "import sys; sys.modules['torch'] = None; from tutor.recipe.settings import read_recipe; "
+        "from tutor.pipeline import runner; from pathlib import Path; "
+        f"print(runner.run_all(read_recipe(Path({str(TINY)!r})), Path({str(built)!r})))"
     )
     python = TUTOR.with_name("python")
     done = subprocess.run([python, "-c", code], env=environment(), capture_output=True, text=True, check=False)

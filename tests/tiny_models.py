@@ -13,12 +13,12 @@ from support.shared import shared
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read once at import; TRL reports every trainer that is made
 torch = pytest.importorskip("torch")
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import load_file, save_file
 
-from tutor import artifacts  # noqa: E402
-from tutor.recipe import Recipe  # noqa: E402
-from tutor.stages.base import inspect  # noqa: E402
-from tutor.stages.tiny import make_tiny  # noqa: E402
+from tutor.artifacts import stage_folder as artifacts
+from tutor.recipe.settings import Recipe
+from tutor.stages.base.stage import inspect
+from tutor.stages.base.tiny_model import make_tiny
 
 DATA = Path(__file__).parent.parent / "data" / "tutor.jsonl"
 SEED = 7

@@ -23,13 +23,16 @@ from typing import Any
 import pytest
 from conftest import ROOT, TUTOR, environment
 
-from tutor import artifacts, preflight, stack
-from tutor.engines import llamacpp_build, ollama
-from tutor.engines.answer import Generation
+from tutor.artifacts import stage_folder as artifacts
+from tutor.engines.llamacpp import build as llamacpp_build
+from tutor.engines.ollama import engine as ollama
+from tutor.engines.protocol import Generation
 from tutor.errors import HostError, ServiceError
-from tutor.recipe import Recipe, read_recipe
-from tutor.stack import Stack, StackError
-from tutor.template import conversation
+from tutor.machine import preflight
+from tutor.pipeline import compose as stack
+from tutor.pipeline.compose import Stack, StackError
+from tutor.prompt import conversation
+from tutor.recipe.settings import Recipe, read_recipe
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(3600)]
 
@@ -204,7 +207,7 @@ def test_the_client_has_no_torch_and_the_converter_no_compiler_for_cpp(images: N
         run = ["docker", "run", "--rm", "--network", "none", image, *command]
         return subprocess.run(run, capture_output=True, check=False).returncode == 0
 
-    assert has("tutor-client", "python", "-c", "import tutor.publishing, ollama")
+    assert has("tutor-client", "python", "-c", "import tutor.serving.publish, ollama")
     assert not has("tutor-client", "python", "-c", "import torch")
     assert has("tutor-client", "tutor", "--version")
     assert has("tutor-trainer", "gcc", "--version")  # Triton's

@@ -41,7 +41,7 @@ def in_process(
     *arguments: str | Path, env: Mapping[str, str] | None = None, stdin: str = "", cwd: Path = ROOT
 ) -> "Done[str]":
     """Run `tutor` with these arguments in this process; return its exit code, stdout and stderr."""
-    from tutor.cli import main
+    from tutor.cli.main import main
 
     command = ["tutor", *map(str, arguments)]
     out, err = io.StringIO(), io.StringIO()
@@ -116,7 +116,7 @@ class Forked:
 
 def console_script() -> None:
     """Run `tutor` as its console script does."""
-    from tutor.cli import main
+    from tutor.cli.main import main
 
     main()
 

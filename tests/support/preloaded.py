@@ -1,10 +1,13 @@
 """Imported once by the server that `support.command.forked` forks from: what the stages import, as quiet as `tutor`."""
 
-from tutor.progress import quiet_libraries
+from tutor.cli.progress import quiet_libraries
 
 quiet_libraries()  # before they are imported, as the command line does
 
-from tutor import cli  # noqa: E402
-from tutor.stages import base, merge, parity, train  # noqa: E402
+from tutor.cli import main as cli
+from tutor.stages.base import stage as base
+from tutor.stages.merge import stage as merge
+from tutor.stages.parity import stage as parity
+from tutor.stages.train import stage as train
 
 __all__ = ["base", "cli", "merge", "parity", "train"]

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from tutor.engines.answer import Finish
+from tutor.engines.protocol import Finish
 
 TOP = 20
 """How many candidates are looked at in every place: the most that Ollama tells."""
@@ -22,6 +22,16 @@ Key = TypeVar("Key")
 
 Candidates = tuple[tuple[str, float], ...]
 """Texts and their natural-log probabilities, best first; equal texts (parts of characters) are one."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model makes of one given answer, token by token, in natural logarithms."""
+
+    logprobs: tuple[float, ...]  # of the answer's ids
+    top: tuple[tuple[tuple[int, float], ...], ...]  # at each place, the most probable ids, best first
+    kl: tuple[float, ...] = ()  # at each place KL(reference || model) over the whole vocabulary, in nats
+    same: tuple[bool, ...] = ()  # at each place, whether the reference prefers the same id
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,183 @@
+"""The commands about rows: data check, lint, stats."""
+
+import contextlib
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tutor.cli import exit as boundary
+from tutor.cli.options import emit, json_option, read, recipe_option, tree
+from tutor.errors import ArtifactError, DataError, RecipeError
+
+if TYPE_CHECKING:
+    from tutor.recipe.settings import Recipe
+    from tutor.stages.data.lint.linter import Report
+
+files_argument = click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+
+
+@click.command("check")
+@files_argument
+@click.option("--strict", is_flag=True, help="Unknown keys and questions shared with the prompts are errors.")
+@click.option(
+    "--code/--no-code",
+    default=None,
+    help="Compile every fenced block, never run it. Left out where the compiler is not installed and neither is said.",
+)
+@recipe_option
+@json_option
+def check_command(
+    files: tuple[Path, ...], recipe_path: Path, build: Path, *, strict: bool, code: bool | None, as_json: bool
+) -> None:
+    """Check FILES (or the recipe's) row by row, and their code; every fault with its file and line."""
+    del build
+    from tutor.graders.typescript.install import INSTALL, is_installed
+    from tutor.stages.data.code_check import check_code
+
+    compiled = is_installed() if code is None else code
+    checked = []
+    for path, rows, notes in _read_files(files, strict=strict) if files else _read_recipes(recipe_path, strict=strict):
+        item: dict[str, Any] = {"file": str(path), "rows": len(rows), "notes": notes}
+        checked.append({**item, "code": check_code(path, rows)} if compiled else item)
+    if code is None and not compiled:
+        checked[-1]["notes"] = [*checked[-1]["notes"], f"code was not compiled: no compiler; {INSTALL}"]
+    lines = [f"{item['file']}: {item['rows']} rows ok{_code_line(item.get('code'))}" for item in checked]
+    lines += [f"  note: {note}" for item in checked for note in item["notes"]]
+    emit(checked, lines, as_json=as_json)
+
+
+def _read_files(files: tuple[Path, ...], *, strict: bool) -> list[tuple[Path, Any, list[str]]]:
+    from tutor.stages.data import stage
+
+    found = []
+    for path in files:
+        examples, notes = stage.read_examples(path, strict=strict)
+        found.append((path, examples, notes.warnings()))
+    return found
+
+
+def _read_recipes(recipe_path: Path, *, strict: bool) -> list[tuple[Path, Any, list[str]]]:
+    from tutor.stages.data import stage
+
+    inputs = stage.input_files(read(recipe_path))
+    examples, notes = stage.read_examples(inputs["train"], strict=strict)
+    prompts, prompt_notes = stage.read_prompts(inputs["eval"], strict=strict)
+    _, leaks = stage.without_leaks(examples, prompts)
+    if leaks and strict:
+        raise DataError(f"{inputs['train']}: {len(leaks)} rows ask what {inputs['eval']} asks")
+    shared = [f"{len(leaks)} rows are also prompts, and will not be trained on"] if leaks else []
+    return [
+        (inputs["train"], examples, [*notes.warnings(), *shared]),
+        (inputs["eval"], prompts, prompt_notes.warnings()),
+    ]
+
+
+def _code_line(code: dict[str, Any] | None) -> str:
+    if code is None:
+        return ""
+    counts = f"{code['compiled']} blocks compile, {code['failed_as_stated']} fail as they say"
+    return f"; {counts} ({code['seconds']} s)"
+
+
+@click.command("lint")
+@files_argument
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    help="Held-out prompts that must not be among FILES; the recipe's where no FILES are named.",
+)
+@click.option("--strict", is_flag=True, help="Exit 3 when anything is found.")
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page to look at.")
+@recipe_option
+@json_option
+@click.pass_context
+def lint_command(  # noqa: PLR0913 - a command's options
+    context: click.Context,
+    files: tuple[Path, ...],
+    against: Path | None,
+    html: Path | None,
+    recipe_path: Path,
+    build: Path,
+    *,
+    strict: bool,
+    as_json: bool,
+) -> None:
+    """Look through FILES (or the recipe's rows) for what is wrong or doubtful, without compiling any code.
+
+    Duplicates and near-duplicates, contradictions, leaks into the prompts, balance, language, length, special tokens,
+    fences that do not close; every finding with its line. Where the base stage has run, lengths are in its tokens.
+    """
+    from tutor.recipe.settings import TrainSettings
+    from tutor.stages.data import stage
+    from tutor.stages.data.lint.linter import lint
+    from tutor.stages.data.lint.page import page
+
+    recipe = read(recipe_path) if not files or recipe_path.exists() else None
+    inputs = stage.input_files(recipe) if recipe and not files else {}
+    report = lint(
+        files or (inputs["train"],),
+        against or inputs.get("eval"),
+        max_length=(recipe.train if recipe else TrainSettings()).max_length,
+        tokenizer=_tokenizer(recipe, build) if recipe else None,
+        system=recipe.system if recipe else "",
+    )
+    if html:
+        try:
+            html.write_text(page(report), "utf-8")
+        except OSError as error:
+            raise RecipeError(f"{html} cannot be written: {error.strerror}") from None
+    emit(report.as_dict(), _lint_lines(report), as_json=as_json)
+    if strict and (total := sum(report.counts.values())):
+        # The report is the result and already on stdout: with --json it stays the only document there.
+        context.exit(boundary.fail(f"{total} findings", DataError.code, "they are listed on stdout", as_json=False))
+
+
+def _tokenizer(recipe: "Recipe", build: Path) -> Path | None:
+    """The base's tokenizer.json, where the base stage has run and the package that reads it is there."""
+    from tutor.formats.models.model_folder import read_facts
+    from tutor.pipeline.registry import BY_NAME
+
+    if importlib.util.find_spec("tokenizers"):
+        with contextlib.suppress(ArtifactError):
+            path = read_facts(build / recipe.name / BY_NAME["base"].folder)[1] / "tokenizer.json"
+            return path if path.is_file() else None
+    return None
+
+
+def _lint_lines(report: "Report") -> list[str]:
+    lines = [
+        f"{each.file}{f':{each.line}' if each.line else ''}: {each.kind}: {each.message}" for each in report.findings
+    ]
+    lengths, language, nearest = (report.figures[name] for name in ("lengths", "language", "nearest"))
+    rows = ", ".join(f"{name}: {size['rows']} rows" for name, size in report.files.items())
+    limit = "" if lengths["limit"] is None else f" of {lengths['limit']}"
+    middle = f"median {lengths['median']}, p95 {lengths['p95']}, longest {lengths['max']}"
+    lines += [
+        rows,
+        f"  length in {lengths['unit']}: {middle}{limit}",
+        f"  in Spanish: {language['spanish']} of {language['judged']} with prose",
+    ]
+    if nearest:
+        highest = nearest["highest"] if nearest["highest"] is not None else f"below {nearest['looked_for_from']}"
+        lines.append(f"  highest similarity to one of {nearest['prompts']} prompts: {highest}")
+    counts = ", ".join(f"{count} {kind}" for kind, count in report.counts.items())
+    return [*lines, f"  findings: {counts or 'none'}"]
+
+
+@click.command("stats")
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@recipe_option
+@json_option
+def stats_command(file: Path | None, recipe_path: Path, build: Path, *, as_json: bool) -> None:
+    """Count FILE (or the recipe's training rows) by category and topic, with lengths."""
+    del build
+    from tutor.stages.data import stage
+
+    path = file or stage.input_files(read(recipe_path))["train"]
+    counts = stage.statistics(stage.read_examples(path)[0])
+    emit(counts, tree(counts), as_json=as_json)
+
+
+COMMANDS = (check_command, lint_command, stats_command)

@@ -1,0 +1,123 @@
+"""`tutor doctor`: the checks and the estimate as a table at a terminal, as lines elsewhere, as JSON for programs."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tutor.cli import exit as boundary
+from tutor.cli.options import build_option, emit, json_option, read, shown_on_stderr
+
+if TYPE_CHECKING:
+    from tutor.machine.doctor import Report
+
+COLOURS = {"ok": "green", "warning": "yellow", "missing": "red"}
+
+
+@click.command("doctor")
+@click.option(
+    "-r",
+    "--recipe",
+    "recipe_path",
+    type=click.Path(path_type=Path),
+    envvar="TUTOR_RECIPE",
+    show_envvar=True,
+    help="Also estimate what this recipe takes: memory by part, disk and time by stage.",
+)
+@build_option
+@json_option
+@click.pass_context
+def doctor_command(context: click.Context, recipe_path: Path | None, build: Path, *, as_json: bool) -> None:
+    """What this machine has and lacks, and whether a recipe fits it. Exit 4 when it cannot run here.
+
+    A thing that is missing stops only what it is needed by; the versions of libraries that are known to harm count.
+    """
+    from tutor.machine import doctor
+
+    with shown_on_stderr(context.obj):
+        report = doctor.examine(read(recipe_path) if recipe_path else None, build)
+    if not as_json and sys.stdout.isatty():
+        show(report)
+    else:
+        emit(report.as_dict(), list(lines(report)), as_json=as_json)
+    if fault := report.fault:
+        # What was found is the result and already on stdout: with --json it stays the only document there.
+        context.exit(boundary.fail(fault.message, fault.code, fault.hint, as_json=False))
+
+
+def lines(report: "Report") -> Iterator[str]:
+    """The report as plain text: a line a check, and below it what to do."""
+    for check in report.checks:
+        yield f"{check.state:<8} {check.what:<25} {check.found}"
+        if check.hint:
+            yield f"{'':<34} {check.hint}{_needed(check.state, check.needed_by)}"
+    for title, rows in tables(report.recipe) if report.recipe else ():
+        yield ""
+        yield title
+        yield from (f"  {name:<14} {value:>12}  {remark}".rstrip() for name, value, remark in rows)
+
+
+def show(report: "Report") -> None:
+    """The report as tables on the terminal."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column()
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for check in report.checks:
+        hint = f"\n[dim]{escape(check.hint + _needed(check.state, check.needed_by))}[/]" if check.hint else ""
+        colour = COLOURS[check.state]
+        table.add_row(f"[{colour}]{check.state}[/]", check.what, escape(check.found) + hint)
+    console.print(table)
+    for title, rows in tables(report.recipe) if report.recipe else ():
+        table = Table(box=None, show_header=False)
+        table.add_column(min_width=14)
+        table.add_column(justify="right")
+        for name, value, remark in rows:
+            table.add_row(name, value, f"[dim]{escape(remark)}[/]")
+        console.print(f"\n[bold]{escape(title)}[/]", table if rows else "")
+
+
+def tables(recipe: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
+    """A recipe's estimate: a title, and name, value and remark of each row."""
+    if recipe["memory"] is None:
+        yield f"{recipe['base']}: not known before it is fetched, so it cannot be estimated", []
+        return
+    memory = recipe["memory"]
+    rows = [(name, _gb(size), "") for name, size in memory["parts"].items()]
+    verdict = "may not fit" if memory["tight"] else "" if memory["fits"] else "does not fit"
+    have = [("together", _gb(memory["need"]), verdict), (memory["device"], _gb(memory["total"]), "")]
+    kind = "GPU memory" if memory["gpu"] else "Memory"
+    size = f"{recipe['parameters'] / 1e6:,.0f} million parameters, {memory['pass_tokens']} tokens a pass"
+    yield f"{kind} of training: {size}", [*rows, *have]
+    total = sum(recipe["disk"].values())
+    yield "Disk", [*((name, _gb(size), "") for name, size in recipe["disk"].items()), ("together", _gb(total), "")]
+    yield (
+        "Time, roughly",
+        [
+            (name, _time(value), "as measured last time" if name in recipe["measured"] else "")
+            for name, value in recipe["seconds"].items()
+        ],
+    )
+
+
+def _needed(state: str, needed_by: str) -> str:
+    return f" (needed by {needed_by})" if state == "missing" else ""
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"

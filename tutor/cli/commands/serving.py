@@ -1,0 +1,249 @@
+"""The commands that answer and serve: ask, chat, publish, promote, rollback, models."""
+
+import contextlib
+import functools
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tutor.cli.options import (
+    Command,
+    adapter_option,
+    emit,
+    host_option,
+    json_option,
+    read,
+    recipe_option,
+    shown_on_stderr,
+)
+
+if TYPE_CHECKING:
+    from tutor.engines.protocol import Engine
+    from tutor.recipe.settings import Recipe
+    from tutor.serving.models import Who
+
+force_option = click.option(
+    "--force", is_flag=True, help="Serve it though a gate says no; what was overridden is recorded."
+)
+
+MODELS = ("tutor", "base", "adapter")
+ENGINES = ("llamacpp", "ollama")
+
+
+def who_answers(command: Command) -> Command:
+    """--model, --quantization, --engine and --host, given to the command as one `who`."""
+    model = click.option(
+        "-m",
+        "--model",
+        type=click.Choice(MODELS),
+        default="tutor",
+        show_default=True,
+        help="tutor and base answer through llama.cpp; adapter is base + adapter in transformers.",
+    )
+    quantization = click.option("--quantization", help="Which GGUF answers; the one that is served.")
+    engine = click.option(
+        "--engine",
+        type=click.Choice(ENGINES),
+        default="llamacpp",
+        show_default=True,
+        help="llamacpp starts a server of its own; ollama asks what tutor publish published.",
+    )
+
+    @functools.wraps(command)
+    def collected(*args: Any, **options: Any) -> Any:
+        from tutor.serving.models import Who
+
+        parts = {name: options.pop(name) for name in ("model", "quantization", "engine", "host")}
+        return command(*args, who=Who(**parts), **options)
+
+    wrapped: Any = model(quantization(engine(host_option(collected))))
+    return wrapped  # type: ignore[no-any-return]
+
+
+@click.command("ask")
+@click.argument("question", required=False)
+@who_answers
+@recipe_option
+@json_option
+@click.pass_obj
+def ask_command(
+    flags: dict[str, bool], question: str | None, who: "Who", recipe_path: Path, build: Path, *, as_json: bool
+) -> None:
+    """Ask one QUESTION (or stdin) and print the answer."""
+    from tutor.engines.protocol import sampling
+    from tutor.prompt import conversation, shown
+
+    recipe = read(recipe_path)
+    try:
+        text = (question if question is not None else sys.stdin.read() if sys.stdin else "").strip()
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"the question on stdin is not UTF-8 (byte {error.start})") from None
+    if not text:
+        raise click.UsageError("no question: give it as an argument or on stdin")
+    started = False
+
+    def write(piece: str) -> None:
+        nonlocal started
+        piece = piece if started else piece.lstrip()
+        started = started or bool(piece)
+        click.echo(piece, nl=False)
+
+    with shown_on_stderr(flags), _opened(recipe, build, who) as engine:
+        answer = engine.answer(
+            conversation(text, recipe.system),
+            sampling(recipe.generate, recipe.seed),
+            None if as_json else write,
+        )
+    if as_json:
+        click.echo(json.dumps({**asdict(answer), "text": shown(answer.text)}, ensure_ascii=False))
+        return
+    click.echo()
+    if answer.finish == "length":
+        click.echo(f"(cut at {answer.tokens} tokens)", err=True)
+
+
+@click.command("chat")
+@who_answers
+@recipe_option
+@click.pass_obj
+def chat_command(flags: dict[str, bool], who: "Who", recipe_path: Path, build: Path) -> None:
+    """Talk with the model; /salir leaves, Ctrl-C stops an answer."""
+    from tutor.engines.protocol import sampling
+    from tutor.serving.chat import Terminal, converse
+
+    recipe = read(recipe_path)
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - gives input() its line editing and history
+    terminal = Terminal(
+        read=input,
+        write=lambda piece: click.echo(piece, nl=False),
+        note=lambda line: click.echo(line, err=True),
+    )
+    with shown_on_stderr({**flags, "quiet": True}), _opened(recipe, build, who) as engine:
+        converse(
+            engine,
+            sampling(recipe.generate, recipe.seed),
+            terminal,
+            system=recipe.system,
+            context=recipe.generate.context,
+        )
+
+
+def _opened(recipe: "Recipe", build: Path, who: "Who") -> "contextlib.AbstractContextManager[Engine]":
+    """The engine that answers; with Ollama, under the name that publishing gave the model."""
+    from tutor.errors import RecipeError
+    from tutor.serving import publish as publishing
+    from tutor.serving.models import opened
+
+    if who.engine == "ollama":
+        if who.model == "base" or who.quantization:
+            raise RecipeError("Ollama has what was published: no base, and one quantization", "try --engine llamacpp")
+        who = replace(who, model=publishing.served_name(recipe, adapter=who.model == "adapter"))
+    return opened(recipe, build, who)
+
+
+@click.command("publish")
+@host_option
+@adapter_option
+@click.option("--wait", default=5.0, show_default=True, help="Seconds that a server may need to start.")
+@click.option("--if-there", is_flag=True, help="No server is no error: say so and end.")
+@force_option
+@recipe_option
+@json_option
+@click.pass_obj
+def publish_command(  # noqa: PLR0913 - a command's options
+    flags: dict[str, bool],
+    host: str | None,
+    wait: float,
+    recipe_path: Path,
+    build: Path,
+    *,
+    adapter: bool,
+    if_there: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Put the model into Ollama, prove that it is what was trained, and serve it as latest where it is no worse."""
+    from tutor.engines.ollama.protocol import UnreachableError
+    from tutor.serving import promote as promoting
+    from tutor.serving import publish as publishing
+
+    try:
+        with shown_on_stderr(flags):
+            result = promoting.publish(read(recipe_path), build, host=host, adapter=adapter, wait=wait, force=force)
+    except UnreachableError as error:
+        if not if_there:
+            raise
+        emit({"published": False, "why": error.message}, [f"Not published: {error.message}"], as_json=as_json)
+        return
+    emit(result, publishing.published_lines(result), as_json=as_json)
+
+
+@click.command("promote")
+@click.argument("published_build", metavar="[BUILD]", required=False)
+@host_option
+@adapter_option
+@force_option
+@recipe_option
+@json_option
+@click.pass_obj
+def promote_command(  # noqa: PLR0913 - a command's options
+    flags: dict[str, bool],
+    published_build: str | None,
+    host: str | None,
+    recipe_path: Path,
+    build: Path,
+    *,
+    adapter: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Serve a published BUILD (the newest one where none is named) as latest, where it is no worse. Exit 8 if it is."""
+    from tutor.serving import promote as promoting
+    from tutor.serving import publish as publishing
+
+    with shown_on_stderr(flags):
+        result = promoting.promote(read(recipe_path), build, published_build, host=host, adapter=adapter, force=force)
+    line = f"{result['model']}:latest is {result['build']} at {result['host']}"
+    emit(result, [line, *publishing.promotion_lines(result["promotion"])], as_json=as_json)
+
+
+@click.command("rollback")
+@host_option
+@adapter_option
+@recipe_option
+@json_option
+def rollback_command(host: str | None, recipe_path: Path, build: Path, *, adapter: bool, as_json: bool) -> None:
+    """Serve again what was latest before."""
+    del build
+    from tutor.serving import publish as publishing
+
+    result = publishing.rollback(read(recipe_path), host=host, adapter=adapter)
+    emit(result, [f"{result['model']}:latest is {result['build']} again at {result['host']}"], as_json=as_json)
+
+
+@click.command("models")
+@host_option
+@recipe_option
+@json_option
+def models_command(host: str | None, recipe_path: Path, build: Path, *, as_json: bool) -> None:
+    """What is published, the newest build first."""
+    del build
+    from tutor.serving import publish as publishing
+
+    rows = publishing.models(read(recipe_path), host=host)
+    emit(rows, publishing.model_lines(rows), as_json=as_json)
+
+
+COMMANDS = (
+    ask_command,
+    chat_command,
+    publish_command,
+    promote_command,
+    rollback_command,
+    models_command,
+)

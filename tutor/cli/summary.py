@@ -1,0 +1,203 @@
+"""What a run made, for people: losses, sizes, speed, verdicts and a few answers side by side. Reads manifests only."""
+
+import json
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tutor.artifacts import stage_folder as artifacts
+from tutor.graders.verdict import LABELS
+from tutor.pipeline.registry import BY_NAME
+from tutor.prompt import shown
+from tutor.recipe.settings import Recipe
+from tutor.stages.parity.gate import lines as parity_lines
+
+EXAMPLES = 3
+"""How many answers are shown side by side."""
+SHOWN = ("passed", "spanish", "stopped", "code_block", "no_loop", "compiles", "expected")
+"""Of the verdicts, those of the table; the others are in the results and the report."""
+
+
+def collect(recipe: Recipe, build: Path) -> dict[str, Any]:
+    """The results of the stages that are there, by stage, and three prompts with their answers."""
+    folder = build / recipe.name
+    results: dict[str, Any] = {}
+    for stage in BY_NAME.values():
+        manifest = artifacts.read_manifest(folder / stage.folder)
+        if manifest is not None:
+            results[stage.name] = {"seconds": manifest.seconds, **manifest.results}
+    answers = folder / BY_NAME["evaluate"].folder / "answers.json"
+    examples = json.loads(answers.read_text("utf-8")) if answers.is_file() else []
+    return {"recipe": str(recipe.path), "stages": results, "examples": _spread(examples, EXAMPLES)}
+
+
+def _spread(items: Sequence[Any], count: int) -> list[Any]:
+    """`count` items at even distances, so that they come from different categories."""
+    return [items[index * len(items) // count] for index in range(min(count, len(items)))]
+
+
+def lines(summary: Mapping[str, Any], recipe: str) -> list[str]:
+    """The summary as a terminal shows it."""
+    stages = summary["stages"]
+    parts: list[str] = []
+    if "train" in stages:
+        parts += _training(stages["train"])
+    if "convert" in stages:
+        parts += _files(stages["convert"], stages.get("ladder", {}).get("perplexity", {}))
+    if "ladder" in stages:
+        parts += ladder_lines(stages["ladder"])
+    if "parity" in stages:
+        parts += ["", *parity_lines(stages["parity"]["hand_overs"])]
+    if "evaluate" in stages:
+        parts += verdict_lines(stages["evaluate"])
+    for example in summary["examples"]:
+        parts += _example(example)
+    if "report" in stages:
+        parts += ["", f"All of it on one page: tutor report --open -r {_short(recipe)}"]
+    if "convert" in stages:
+        parts += ["", f"Next: make chat, or: tutor ask -r {_short(recipe)} '¿Qué es una interfaz?'"]
+    return parts
+
+
+def _short(path: str) -> str:
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except ValueError:
+        return path
+
+
+def _training(train: Mapping[str, Any]) -> list[str]:
+    held = train["held_out"]
+    return [
+        "",
+        f"Trained on {train['rows']} rows in {train['seconds']:.0f} s ({train['samples_per_second']:.2f} samples/s, "
+        f"{train['quantization']}, {train['precision']}); {held['rows']} rows held out",
+        f"  {'':<22}{'before':>9}{'after':>9}",
+        f"  {'held-out loss':<22}{held['loss_before']:>9.3f}{held['loss_after']:>9.3f}",
+        f"  {'held-out perplexity':<22}{held['perplexity_before']:>9.2f}{held['perplexity_after']:>9.2f}",
+    ]
+
+
+def _files(convert: Mapping[str, Any], perplexities: Mapping[str, Any]) -> list[str]:
+    rows = ["", f"  {'file':<22}{'size':>11}{'held-out perplexity':>22}"]
+    for name, entry in sorted(convert["files"].items(), key=lambda item: -item[1]["size"]):
+        scored = perplexities.get(name.removesuffix(".gguf"), {}).get("perplexity")
+        rows.append(f"  {name:<22}{entry['size'] / 1e6:>8.1f} MB{'' if scored is None else f'{scored:>22.2f}'}")
+    for name, entry in convert["files"].items():
+        for kind, count in entry.get("replaced", {}).items():
+            rows.append(f"  {name}: Q8_0 in place of {kind} in {count} tensors: it does not hold what was trained")
+    return rows
+
+
+def ladder_lines(ladder: Mapping[str, Any]) -> list[str]:
+    """What each quantization loses against F16, its size, speed and memory: a row each, the largest first."""
+    widths = {"size": 12, "perplexity": 11, "loses": 9, "KL": 8, "KL p99": 8, "same": 8, "reads": 10, "writes": 11}
+    widths |= {"memory": 10}
+    rows = ["", f"  {'against F16':<13}" + "".join(f"{head:>{width}}" for head, width in widths.items())]
+    worse = ladder.get("worse_and_larger", {})
+    for kind, rung in sorted(ladder["rungs"].items(), key=lambda item: -item[1]["size"]):
+        memory = "-" if rung["memory"] is None else f"{rung['memory'] / 1e6:.0f} MB"
+        cells = (
+            f"{rung['size'] / 1e6:.1f} MB",
+            f"{rung['perplexity']:.2f}",
+            f"{100 * (math.exp(rung['more']) - 1):+.2f} %",
+            f"{rung['kl']:.4f}",
+            f"{rung['kl_p99']:.3f}",
+            f"{100 * rung['same']:.1f} %",
+            f"{rung['prompt_per_second']:.0f} t/s",
+            f"{rung['tokens_per_second']:.1f} t/s",
+            memory,
+        )
+        marks = " *" * (kind == ladder["served"]) + " !" * (kind in worse)
+        shown = zip(cells, widths.values(), strict=True)
+        rows.append(f"  {kind + marks:<13}" + "".join(f"{cell:>{width}}" for cell, width in shown))
+    inside = f"{ladder['chosen']} is the smallest within {ladder['budget']:g} nats of F16, in loss and in KL"
+    flags = [f"  ! {kind} is larger than {better} and loses more: leave it out" for kind, better in worse.items()]
+    return [*rows, f"  * is served; {inside}", *flags]
+
+
+def verdict_lines(evaluate: Mapping[str, Any]) -> list[str]:
+    """Verdicts as shares with their counts and median speed, a column a model; kinds; what must be said of it all."""
+    models = evaluate["models"]
+    number = next(iter(models.values()))["all"]["n"]
+    width = max(18, *(len(name) + 2 for name in models))
+    rows = ["", f"  {f'{number} held-out prompts':<22}" + "".join(f"{name:>{width}}" for name in models)]
+    for verdict in SHOWN:
+        if all(verdict in model["all"] for model in models.values()):
+            shares = "".join(f"{_share(model['all'][verdict], number):>{width}}" for model in models.values())
+            rows.append(f"  {LABELS[verdict]:<22}{shares}")
+    speeds = "".join(f"{model['tokens_per_second'] or 0:>{width}.0f}" for model in models.values())
+    rows.append(f"  {'tokens per second':<22}{speeds}")
+    rows += _kinds(evaluate, width)
+    findings = [f"  {_finding(found)}" for found in evaluate.get("findings", ())]
+    return [*rows, *([""] if findings else []), *findings]
+
+
+def _kinds(evaluate: Mapping[str, Any], width: int) -> list[str]:
+    """All that was asked by kind of question: what changed from the first model, or each model where there is one."""
+    rows: list[str] = []
+    for change in evaluate.get("differences", ()):
+        sides = f"{change['before']:>18}{change['after']:>18}"
+        rows += [
+            "",
+            f"  {LABELS['passed']:<22}{sides}   change, in points (95 %)",
+            _change("all", change["all"]["passed"]),
+        ]
+        rows += [_change(name or "(no kind)", entry) for name, entry in change["categories"].items()]
+    if rows:
+        return rows
+    models = evaluate["models"].values()
+    kinds = next(iter(models)).get("categories", {})
+    for kind in kinds if len(kinds) > 1 else ():
+        asked = [model["categories"][kind] for model in models]
+        shares = "".join(f"{_share(rate['passed'], rate['n']):>{width}}" for rate in asked)
+        rows.append(f"  {kind or '(no kind)':<22}{shares}")
+    return ["", f"  {LABELS['passed']}, by kind of question", *rows] if rows else []
+
+
+def _share(rate: Mapping[str, Any], number: int) -> str:
+    return f"{100 * rate['share']:.0f} % ({rate['n']}/{number})"
+
+
+def _finding(found: Mapping[str, str]) -> str:
+    return f"WORSE: {found['text']}" if found["said"] == "worse" else found["text"]
+
+
+def compared_lines(result: Mapping[str, Any]) -> list[str]:
+    """What changed between two models, for a terminal: every verdict, every kind of question, and which prompts."""
+    left_out = sum(result["left_out"].values())
+    note = f"; {left_out} asked of one alone are left out" if left_out else ""
+    number = result["n"]
+    rows = [
+        f"A: {result['before']}",
+        f"B: {result['after']}",
+        f"{number} prompts asked of both{note}",
+        "",
+        f"  {'':<22}{'A':>18}{'B':>18}   B - A, in points (95 %)",
+        *(_change(LABELS[name], entry) for name, entry in result["all"].items()),
+    ]
+    for verdict, kinds in result["kinds"].items() if len(result["categories"]) > 1 else ():
+        rows += ["", f"  {LABELS[verdict]}, by kind of question"]
+        rows += [_change(kind or "(no kind)", entry) for kind, entry in kinds.items()]
+    for name in ("better", "worse"):
+        if result[name]:
+            rows += ["", f"  {name} in B: {len(result[name])} of {number}"]
+            rows += [f"  » {textwrap.shorten(question, 96, placeholder=' …')}" for question in result[name]]
+    return rows
+
+
+def _change(label: str, entry: Mapping[str, Any]) -> str:
+    shares = "".join(f"{_share(entry[side], entry['n']):>18}" for side in ("before", "after"))
+    interval = "" if entry["low"] is None else f"[{100 * entry['low']:+.0f}, {100 * entry['high']:+.0f}]"
+    return f"  {label:<22}{shares}   {100 * entry['difference']:+4.0f} {interval:<14}{entry['said']}"
+
+
+def _example(example: Mapping[str, Any]) -> list[str]:
+    parts = ["", f"» {example['instruction']}"]
+    for name, answer in example["answers"].items():
+        text = shown(answer.get("text", f"({answer.get('error')})")).partition("\n\n")[0]
+        end = "" if answer.get("finish") == "stop" else f" […cut at {answer.get('tokens', 0)} tokens]"
+        parts += textwrap.wrap(f"{name}: {text[:300]}{end}", 100, initial_indent="  ", subsequent_indent="    ")
+    return parts

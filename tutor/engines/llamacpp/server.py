@@ -1,0 +1,241 @@
+"""A llama-server of the pinned llama.cpp: its lifetime, its answers, its speed. What its other programs do is here by
+name too: llamacpp_convert.py makes files, llamacpp_score.py scores them.
+
+In: a GGUF file. Out: answers of the `Engine` protocol.
+Does not build llama.cpp (llamacpp_build.py), and imports no torch.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from tutor.engines.llamacpp.convert import imatrix, quantize, to_gguf
+from tutor.engines.llamacpp.process import Command, Programs, clean_environment, fault, programs, stop, tethered
+from tutor.engines.llamacpp.score import score
+from tutor.engines.protocol import Answer, Finish, Generation
+from tutor.errors import HostError, ServiceError
+from tutor.formats.models.gguf import pre_tokenizer
+from tutor.prompt import Message, render
+
+__all__ = [
+    "LlamaServer",
+    "Programs",
+    "Speed",
+    "imatrix",
+    "pre_tokenizer",
+    "programs",
+    "quantize",
+    "score",
+    "serve",
+    "to_gguf",
+]
+
+logger = logging.getLogger(__name__)
+
+LOAD_SECONDS = 900.0  # 16 GB from a slow disk
+POLL_SECONDS = 0.05
+TIMEOUT = httpx2.Timeout(connect=5, read=900, write=60, pool=5)  # read: a long prompt on a slow processor
+TOP_K = 40  # Ollama's default
+FINISHES: dict[str, Finish] = {"eos": "stop", "word": "stop", "limit": "length"}
+
+
+@contextlib.contextmanager
+def serve(
+    gguf: Path, *, context: int, threads: int, lora: Path | None = None, log: Path, own_template: bool = False
+) -> Iterator["LlamaServer"]:
+    """A ready llama-server for exactly this file, stopped on the way out, whatever happens.
+
+    `context` in tokens; `log` takes what the server says; `own_template` keeps the file's chat template, which only
+    says how it would render a conversation. Raises ServiceError when it does not get ready.
+    """
+    command: Command = [programs().server, "-m", gguf, "-c", context, "-t", threads, "-tb", threads, "-np", 1]
+    command = [*command, "--offline", "--no-webui", "--no-slots", "--fit", "off", "--cache-ram", 0]
+    # Prompts come rendered: the file's own template stays out.
+    template = ("--jinja",) if own_template else ("--no-jinja", "--chat-template", "chatml")
+    command = [*command, *template, *(("--lora", lora) if lora else ())]
+    with _socket_folder() as folder, log.open("wb") as output:
+        socket = folder / "llama.sock"
+        process = subprocess.Popen(
+            tethered([*command, "--host", socket]),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=clean_environment(),
+            start_new_session=True,  # Ctrl-C at the terminal ends an answer, not the server
+        )
+        # A connection a request: the server closes kept ones when it likes, and the next request meets the closing.
+        once = httpx2.Limits(max_keepalive_connections=0)
+        transport = httpx2.HTTPTransport(uds=str(socket), trust_env=False, limits=once)
+        try:
+            with httpx2.Client(
+                base_url="http://llama-server", transport=transport, timeout=TIMEOUT, trust_env=False
+            ) as client:
+                _wait_until_ready(client, process, gguf, log)
+                yield LlamaServer(client, context, log, process.pid)
+        finally:
+            stop(process)
+
+
+@contextlib.contextmanager
+def _socket_folder() -> Iterator[Path]:
+    """A folder that only this user can enter, with a path short enough for a Unix socket (108 bytes)."""
+    usual = tempfile.gettempdir()
+    short = usual if len(os.fsencode(usual)) < 70 else "/tmp"  # noqa: S108 (the folder's name is random, its mode 0700)
+    with tempfile.TemporaryDirectory(prefix="tutor-", dir=short) as folder:
+        yield Path(folder)
+
+
+def _wait_until_ready(client: httpx2.Client, process: subprocess.Popen[bytes], gguf: Path, log: Path) -> None:
+    started = time.monotonic()
+    while time.monotonic() - started < LOAD_SECONDS:
+        if process.poll() is not None:
+            error = fault(f"llama-server cannot serve {gguf}", process.returncode, log.read_text("utf-8", "replace"))
+            raise error if isinstance(error, HostError) else ServiceError(error.message, f"all it said: {log}")
+        with contextlib.suppress(httpx2.TransportError):  # no socket yet
+            if client.get("/health").status_code == 200:
+                logger.info("llama-server has loaded %s in %.1f s", gguf.name, time.monotonic() - started)
+                return
+        time.sleep(POLL_SECONDS)
+    raise ServiceError(f"llama-server has not loaded {gguf} in {LOAD_SECONDS:.0f} s", f"what it said: {log}")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second."""
+
+    prompt: float  # read
+    generation: float  # written
+
+
+class LlamaServer:
+    """An `Engine`: a running llama-server."""
+
+    name = "llama.cpp"
+
+    def __init__(self, client: httpx2.Client, context: int, log: Path, pid: int) -> None:
+        self._client = client
+        self._context = context
+        self._log = log
+        self._pid = pid
+
+    def answer(
+        self, messages: Sequence[Message], generation: Generation, on_text: Callable[[str], None] | None = None
+    ) -> Answer:
+        """The answer to the last message. Raises ServiceError when the prompt is too long or the server fails."""
+        request = _request(render(messages), generation, self._context)
+        started = time.monotonic()
+        pieces: list[str] = []
+        end: dict[str, Any] = {}
+        try:
+            # Leaving this block by any exception closes the connection, which ends the generation too.
+            with self._client.stream("POST", "/completion", json=request) as response:
+                for event in self._events(response):
+                    pieces.append(event["content"])
+                    if on_text and event["content"]:
+                        on_text(event["content"])
+                    if event["stop"]:
+                        end = event
+        except httpx2.TransportError as error:
+            raise self._failure(f"the connection broke: {error}") from error
+        finish = FINISHES.get(end.get("stop_type", ""))
+        if finish is None:
+            raise self._failure("its stream ended without the final event")
+        return Answer(
+            text="".join(pieces),
+            finish=finish,
+            prompt_tokens=end["tokens_evaluated"],
+            tokens=end["tokens_predicted"] - (end["stop_type"] == "eos"),
+            seconds=time.monotonic() - started,
+            tokens_per_second=end["timings"]["predicted_per_second"],
+        )
+
+    def tokenize(self, text: str) -> list[int]:
+        """The ids of a text as the server reads a prompt: special tokens in it, BOS where the model wants one."""
+        answer = self.post("/tokenize", {"content": text, "add_special": True, "parse_special": True})
+        return [int(token) for token in answer["tokens"]]
+
+    def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """What the server answers to a request at once. Raises ServiceError where it is no JSON object, or an error."""
+        try:
+            response = self._client.post(path, json=body)
+            value = response.json()
+        except (httpx2.TransportError, ValueError) as error:
+            raise self._failure(f"no answer from {path}: {error}") from error
+        if response.status_code != 200 or not isinstance(value, dict):
+            raise self._failure(_complaint(response.text))
+        return value
+
+    def speed(self, ids: Sequence[int], tokens: int) -> "Speed":
+        """How fast a prompt of these ids is read and `tokens` more are written, whatever they are."""
+        request = {"prompt": list(ids), "n_predict": tokens, "ignore_eos": True, "cache_prompt": False, "top_k": 1}
+        try:
+            response = self._client.post("/completion", json=request)
+            timings = response.json()["timings"]
+            return Speed(float(timings["prompt_per_second"]), float(timings["predicted_per_second"]))
+        except (httpx2.TransportError, ValueError, KeyError, TypeError) as error:
+            raise self._failure(f"no speed: {error}") from error
+
+    def peak_memory(self) -> int | None:
+        """The most that the server ever had in memory, in bytes, its file's pages with it; None where unknown."""
+        try:
+            status = Path(f"/proc/{self._pid}/status").read_text("utf-8")
+        except OSError:
+            return None
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+        return int(found[1]) * 1024 if found else None
+
+    def _events(self, response: httpx2.Response) -> Iterator[dict[str, Any]]:
+        if response.status_code != 200:
+            response.read()
+            raise self._failure(_complaint(response.text))
+        for event in httpx2.EventSource(response):
+            try:
+                value = json.loads(event.data)
+            except ValueError:
+                raise self._failure(f"an event that is no JSON: {event.data[:80]}") from None
+            if "error" in value:
+                raise self._failure(_complaint(event.data))
+            yield value
+
+    def _failure(self, what: str) -> ServiceError:
+        return ServiceError(f"llama-server: {what}", f"all it said: {self._log}")
+
+
+def _request(prompt: str, generation: Generation, context: int) -> dict[str, Any]:
+    """The body of POST /completion: every sampler is named, so that no default of the server or the file counts."""
+    greedy = generation.temperature == 0
+    return {
+        "prompt": prompt,
+        "stream": True,
+        "n_predict": generation.max_new_tokens,
+        "stop": list(generation.stops),
+        "seed": generation.seed,
+        "samplers": ["penalties", "temperature"] if greedy else ["penalties", "top_k", "top_p", "temperature"],
+        "temperature": generation.temperature,
+        "top_k": 0 if greedy else TOP_K,
+        "top_p": generation.top_p,
+        "repeat_penalty": generation.repetition_penalty,
+        # transformers' penalty sees the whole sequence; this server refuses -1 for it.
+        "repeat_last_n": context,
+        # A prompt in other batches has other last bits, so an answer that must repeat starts afresh.
+        "cache_prompt": not greedy,
+    }
+
+
+def _complaint(text: str) -> str:
+    """The message of an error body, or its beginning."""
+    try:
+        return str(json.loads(text)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return text[:200]

@@ -1,0 +1,117 @@
+"""A model in Ollama as an `Engine`: conversations in, answers out, streamed.
+
+Sends the history as it came and names every sampler; context and other load-time settings stay in the model, because
+another value would load it again. Nothing is cut silently: a prompt that does not fit is an error.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from tutor.engines.ollama.client import Ollama, connect
+from tutor.engines.ollama.protocol import REPEATED, MissingError, shown_parameters
+from tutor.engines.protocol import Answer, Finish, Generation
+from tutor.errors import ServiceError
+from tutor.prompt import Message, render
+
+__all__ = ["OllamaServer", "connect", "serve"]
+
+logger = logging.getLogger(__name__)
+
+TOP_K = 40  # Ollama's default
+REPEATS = 30
+"""So many equal pieces, and Ollama ends an answer without its last event (llm/llama_server.go)."""
+FINISHES: dict[str, Finish] = {"stop": "stop", "length": "length"}
+
+
+@contextlib.contextmanager
+def serve(model: str, host: str | None = None) -> Iterator["OllamaServer"]:
+    """A published model as an engine. Raises ServiceError when there is no server or no such model."""
+    with connect(host) as server:
+        yield OllamaServer(server, model)
+
+
+class OllamaServer:
+    """An `Engine`: one model of an Ollama server, which says first what it is."""
+
+    name = "ollama"
+
+    def __init__(self, server: Ollama, model: str) -> None:
+        shown = server.show(model)
+        if shown is None:
+            hint = "publish it: tutor publish; what is there: tutor models"
+            raise MissingError(f"Ollama at {server.host} has no model {model}", hint)
+        self._server = server
+        self._model = model
+        self._thinks = "thinking" in shown.get("capabilities", ())
+        self.context: int | None = shown_parameters(shown).get("num_ctx")
+
+    def answer(
+        self, messages: Sequence[Message], generation: Generation, on_text: Callable[[str], None] | None = None
+    ) -> Answer:
+        """The answer to the last message. Raises ServiceError when the server fails or ends without its last event."""
+        render(messages)  # turns that Ollama would drop or glue together are our mistake
+        started = time.monotonic()
+        pieces: list[str] = []
+        end: dict[str, Any] = {}
+        # Leaving this block by any exception closes the connection, which ends the generation too.
+        with contextlib.closing(self._server.stream("/api/chat", self._request(messages, generation))) as events:
+            for event in events:
+                piece = _content(event)
+                pieces.append(piece)
+                if on_text and piece:
+                    on_text(piece)
+                if event.get("done"):
+                    end = event
+        finish = FINISHES.get(end.get("done_reason", ""))
+        if finish is None:
+            raise ServiceError(f"Ollama: {_why_unfinished(pieces, end)}", "what came is not a whole answer; ask again")
+        prompt, tokens = end.get("prompt_eval_count", 0), end.get("eval_count", 0)
+        if self.context and prompt + tokens > self.context:
+            logger.warning(
+                "the context of %d tokens was full: the beginning of the conversation was lost", self.context
+            )
+        return Answer(
+            text="".join(pieces),
+            finish=finish,
+            prompt_tokens=prompt,
+            tokens=tokens - (finish == "stop"),  # the EOS, or the stop text's end
+            seconds=time.monotonic() - started,
+            # Durations are in nanoseconds, and left out when zero.
+            tokens_per_second=tokens / end["eval_duration"] * 1e9 if end.get("eval_duration") else 0.0,
+        )
+
+    def _request(self, messages: Sequence[Message], generation: Generation) -> dict[str, Any]:
+        options: dict[str, Any] = {
+            "num_predict": generation.max_new_tokens,  # > 0: Ollama takes 0 for no limit
+            "temperature": generation.temperature,
+            "top_p": generation.top_p,
+            "top_k": TOP_K,
+            "repeat_penalty": generation.repetition_penalty,
+            "seed": generation.seed,
+            "stop": list(generation.stops),
+        }
+        if self.context:
+            # transformers' penalty sees the whole sequence; Ollama's default is 64 tokens.
+            options["repeat_last_n"] = self.context
+        body: dict[str, Any] = {"model": self._model, "messages": [dict(message) for message in messages]}
+        # Without `truncate` Ollama drops old turns, or the middle of a long one, and says nothing.
+        body |= {"stream": True, "truncate": False, "options": options}
+        return {**body, "think": False} if self._thinks else body
+
+
+def _content(event: Mapping[str, Any]) -> str:
+    message = event.get("message")
+    return str(message.get("content") or "") if isinstance(message, Mapping) else ""
+
+
+def _why_unfinished(pieces: Sequence[str], end: Mapping[str, Any]) -> str:
+    """Why a stream is not a whole answer: a last event of another kind, Ollama's guard, or a server that went away."""
+    if end:
+        return f"the answer ended with done_reason {end.get('done_reason')!r}"
+    last = {piece.strip() for piece in pieces[-REPEATS:]}
+    if len(pieces) >= REPEATS and len(last) == 1:
+        return f"{REPEATED} ({last.pop()[:20]!r})"
+    return f"the stream ended after {len(pieces)} pieces without its last event"

@@ -1,0 +1,38 @@
+"""What a model in Ollama answers to a conversation, token by token, as far as its API tells."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tutor.engines.ollama.client import Ollama
+from tutor.engines.ollama.engine import FINISHES
+from tutor.engines.trace import END, TOP, Step, Trace, candidates
+from tutor.errors import ServiceError
+from tutor.prompt import Message
+
+
+def trace(server: Ollama, model: str, messages: Sequence[Message], tokens: int) -> Trace:
+    """The greedy answer, without repetition penalty and stop texts. Raises ServiceError when the server fails."""
+    options = {"num_predict": tokens, "temperature": 0.0, "top_p": 1.0, "repeat_penalty": 1.0, "seed": 1}
+    body: dict[str, Any] = {"model": model, "messages": [dict(message) for message in messages], "stream": True}
+    body |= {"truncate": False, "options": {**options, "stop": []}, "logprobs": True, "top_logprobs": TOP}
+    steps: list[Step] = []
+    end: Mapping[str, Any] = {}
+    for event in server.stream("/api/chat", body):
+        end = event if event.get("done") else end
+        text = str((event.get("message") or {}).get("content") or "")
+        if text:
+            steps.append(_step(text, event.get("logprobs") or ()))
+    finish = FINISHES.get(end.get("done_reason", ""))
+    if finish is None:
+        raise ServiceError("Ollama: the answer ended without its last event", "ask again")
+    if finish == "stop":
+        steps.append(Step(END, None))
+    return Trace(tuple(steps), finish, int(end.get("prompt_eval_count", 0)))
+
+
+def _step(text: str, said: Sequence[Mapping[str, Any]]) -> Step:
+    """A piece of an answer. Of a character in several tokens Ollama tells the last one's probability alone."""
+    if len(said) != 1 or said[0].get("token") != text:
+        return Step(text, None, tokens=max(len(said), 1))
+    top = candidates((entry["token"], float(entry["logprob"])) for entry in said[0].get("top_logprobs") or ())
+    return Step(text, float(said[0]["logprob"]), top)

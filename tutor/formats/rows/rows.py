@@ -1,0 +1,306 @@
+"""What a row is. In: a file of JSON objects. Out: rows to train on or to ask, and notes on all that was tolerated.
+
+Helper of the data stage. Strict: a row that is not usable is an error with its line, never a guess. Knows no tokenizer.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from tutor.errors import DataError
+from tutor.formats.markdown import fenced
+from tutor.formats.rows.jsonl import ONE_LINE, TOO_DEEP, Limits, RowError, check_file, read_values, shown, unchanged
+from tutor.prompt import CUE, STOPS
+
+SPECIAL = re.compile(r"<[|｜][\w▁.:/-]{1,64}[|｜]>|</?think>")
+"""Texts that the tokenizers of the Llama, Qwen, DeepSeek and SmolLM kin read as one id: a role, an end, a thought."""
+UNWRITABLE = re.compile("[\0\ud800-\udfff]")
+"""What JSON can escape and neither UTF-8 nor a C string can hold; pydantic lets both pass."""
+MAX_DEPTH = 16
+"""Lists and objects inside each other; a row needs four."""
+ONE_TURN = "a row is one question and one answer, both text: multi-turn not supported"
+WANTED = {"string_type": "a text", "list_type": "a list", "bool_type": "true or false", "model_type": "an object"}
+"""pydantic's error types in a row's own words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A question with its answer. `code`: what each fenced block must do, the question's blocks first."""
+
+    instruction: str
+    response: str
+    category: str = ""
+    topic: str = ""
+    code: tuple[str, ...] = ()
+    line: int = 0  # in the file it came from
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A question for evaluation. `expect`: what a right answer has; `reference`: an answer of its author, if any."""
+
+    instruction: str
+    category: str = ""
+    topic: str = ""
+    code: tuple[str, ...] = ()
+    expect: Mapping[str, Any] = field(default_factory=dict)
+    reference: str = ""
+    line: int = 0
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What was tolerated in one file; lines count from 1."""
+
+    file: str  # its name without folders: what is written does not depend on where it lay
+    sha256: str  # of the file as it lies on disk
+    rows: int  # blank lines not counted
+    blank_lines: int = 0
+    byte_order_marks: int = 0
+    gzip_unnamed: bool = False  # gzip by its content, not by its name
+    dropped_keys: Mapping[str, int] = field(default_factory=dict)  # unknown key -> rows
+    duplicates: tuple[tuple[int, int], ...] = ()  # line that was dropped, equal line that was kept
+    conflicts: tuple[tuple[int, ...], ...] = ()  # lines that ask the same and answer differently
+
+    def as_dict(self) -> dict[str, Any]:
+        """The notes as JSON holds them."""
+        pairs = {"duplicates": list(map(list, self.duplicates)), "conflicts": list(map(list, self.conflicts))}
+        return {**asdict(self), **pairs}
+
+    def warnings(self) -> list[str]:
+        """One line each for a person; empty when there was nothing to tolerate."""
+        texts = []
+        if self.blank_lines:
+            texts.append(f"{self.blank_lines} blank lines skipped")
+        if self.byte_order_marks:
+            texts.append("byte order mark (BOM) stripped")
+        if self.gzip_unnamed:
+            texts.append("is gzip, though its name does not end in .gz")
+        if self.dropped_keys:
+            counts = ", ".join(f"{key} ({count} rows)" for key, count in list(self.dropped_keys.items())[:5])
+            texts.append(f"unknown keys dropped: {counts}")
+        if self.duplicates:
+            lines = ", ".join(f"{dropped} (= {kept})" for dropped, kept in self.duplicates[:10])
+            texts.append(f"{len(self.duplicates)} duplicate rows dropped: lines {lines}")
+        if self.conflicts:
+            groups = "; ".join(", ".join(map(str, lines)) for lines in self.conflicts[:10])
+            texts.append(f"{len(self.conflicts)} questions with different answers: lines {groups}")
+        return [f"{self.file}: {text}" for text in texts]
+
+
+def _text(value: str) -> str:
+    if found := UNWRITABLE.search(value):
+        raise ValueError(f"holds {shown(found[0])}: a NUL, or half of a surrogate pair")
+    if found := SPECIAL.search(value):
+        raise ValueError(f"holds {found[0]}, which a tokenizer reads as a token of its own")
+    return value.strip()
+
+
+def _some_text(value: str) -> str:
+    if not any(sign.isprintable() and not sign.isspace() for sign in value):
+        raise ValueError("is empty")
+    return value
+
+
+def _without(value: str, marks: tuple[str, ...]) -> str:
+    for mark in marks:
+        if mark in value:
+            raise ValueError(f"has a line that begins with {mark.strip()!r}, as a turn of the prompt does")
+    return value
+
+
+_Text = Annotated[str, AfterValidator(_text)]
+_Some = Annotated[_Text, AfterValidator(_some_text)]
+_NO_STOP = AfterValidator(partial(_without, marks=STOPS))
+_NO_TURN = AfterValidator(partial(_without, marks=(CUE, *STOPS)))
+
+
+class _Expect(BaseModel):
+    """A misspelt expectation would be one that is never checked: here an unknown key is an error."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    code: bool = True
+    include: list[Annotated[list[_Some], Field(min_length=1)]] = []
+    exclude: list[_Some] = []
+
+
+class PromptRow(BaseModel):
+    """One line to be asked; a response there is its author's reference."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    id: Any = None  # whatever the user keeps there
+    instruction: Annotated[_Some, _NO_TURN]
+    response: Annotated[_Text, _NO_STOP] = ""
+    category: _Text = ""
+    topic: _Text = ""
+    code: list[_Some] = []
+    expect: _Expect = _Expect()
+
+
+class ExampleRow(BaseModel):
+    """One line to train on."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    id: Any = None
+    instruction: Annotated[_Some, _NO_TURN]
+    response: Annotated[_Some, _NO_STOP]
+    category: _Text = ""
+    topic: _Text = ""
+    code: list[_Some] = []
+
+
+Row = TypeVar("Row", ExampleRow, PromptRow)
+
+
+def read_rows(path: Path, model: type[Row], *, strict: bool, limits: Limits) -> tuple[list[tuple[int, Row]], Notes]:
+    """Every row with its line, checked against `model`. A key that it does not know is dropped, or refused if strict.
+
+    Raises DataError with every problem of the file, RecipeError when there is no such file, ArtifactError when it
+    changes meanwhile.
+    """
+    check_file(path, limits.max_total_bytes)
+    seen, dropped = Counter[str](), Counter[str]()
+    rows: list[tuple[int, Row]] = []
+    faults: list[tuple[int, RowError]] = []
+    bad = 0
+    with unchanged(path) as sha256:
+        for line, found in read_values(path, limits, seen):
+            try:
+                rows.append((line, parse_row(found, model, dropped, strict=strict)))
+            except RowError as fault:
+                bad += 1
+                if bad <= limits.max_problems:
+                    faults.append((line, fault))
+        if bad:
+            raise _all_problems(path, faults, bad, bad + len(rows))
+        if not rows:
+            raise DataError(f"{path}: 0 rows" + (f", {seen['blank']} blank lines" if seen["blank"] else ""))
+    return rows, Notes(
+        file=path.name,
+        sha256=sha256,
+        rows=len(rows),
+        blank_lines=seen["blank"],
+        byte_order_marks=seen["bom"],
+        gzip_unnamed=bool(seen["gzip"]) and path.suffix.lower() != ".gz",
+        dropped_keys=dict(dropped.most_common(20)),
+    )
+
+
+def _all_problems(path: Path, faults: list[tuple[int, RowError]], bad: int, count: int) -> DataError:
+    listed = f" (the first {len(faults)} are listed)" if bad > len(faults) else ""
+    return DataError(
+        f"{path}: {bad} of {count} rows are not usable{listed}",
+        next((fault.hint for _, fault in faults if fault.hint), "correct these lines"),
+        tuple(f"{path}:{line}: {fault}" for line, fault in faults),
+    )
+
+
+def parse_row(found: Any, model: type[Row], dropped: Counter[str], *, strict: bool) -> Row:
+    """One JSON value as `model`, its unknown keys counted in `dropped`. Raises RowError, or the RowError that it is."""
+    if isinstance(found, RowError):
+        raise found
+    if not isinstance(found, dict):
+        raise RowError(f"is {_kind(found)}, not an object", ONE_LINE if isinstance(found, list) else None)
+    if not found.keys() & {"instruction", "response"}:
+        keys = ", ".join(shown(key) for key in list(found)[:5])
+        required = ",".join(name for name, item in model.model_fields.items() if item.is_required())
+        raise RowError(f"found key {keys or '(none)'}; expected {required}", ONE_TURN)
+    unknown = sorted(shown(key) for key in found.keys() - model.model_fields.keys())
+    if unknown and strict:
+        raise RowError(f"unknown key {', '.join(unknown)}; known: {', '.join(model.model_fields)}")
+    if _depth_exceeds(found, MAX_DEPTH):
+        raise RowError(TOO_DEEP)
+    try:
+        row = model.model_validate(found)
+    except ValidationError as error:
+        items = error.errors(include_url=False)
+        turns = any(item["type"] == "string_type" and isinstance(item["input"], list | dict) for item in items)
+        raise RowError("; ".join(_explain(item) for item in items[:3]), ONE_TURN if turns else None) from None
+    _check_code(row)
+    dropped.update(unknown)
+    return row
+
+
+def _depth_exceeds(value: Any, most: int) -> bool:
+    """Whether lists and objects lie deeper inside each other than a row needs: what reads them later may recurse."""
+    level = [value]
+    while level and most:
+        groups = [node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list)]
+        level = [child for group in groups for child in group]
+        most -= 1
+    return bool(level)
+
+
+def _check_code(row: ExampleRow | PromptRow) -> None:
+    if not row.code:
+        return
+    asked = len(fences(row.instruction))
+    both = asked + len(fences(row.response))
+    if len(row.code) != both and not (isinstance(row, PromptRow) and len(row.code) == asked):
+        raise RowError(f"code has {len(row.code)} entries for {both} fenced blocks", "give one a block, or no code")
+
+
+def _explain(item: Any) -> str:
+    """One of pydantic's problems, in a row's own words."""
+    name = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "missing":
+        return f"lacks {name}"
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {shown(name)}"
+    if item["type"] == "too_short":
+        return f"{name} is empty"
+    if item["type"] in WANTED:
+        return f"{name} is {_kind(item['input'])}, not {WANTED[item['type']]}"
+    return f"{name} {item['msg'].removeprefix('Value error, ')}"
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is, in words."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, int | float):  # after bool, which is an int too
+        return f"the number {repr(value)[:20]}"
+    return "a text" if isinstance(value, str) else "a list" if isinstance(value, list) else "an object"
+
+
+def fences(text: str) -> list[str]:
+    """The language of every fenced block of a Markdown text, in order; "" where it names none."""
+    plain = _plain_fences(text)
+    return [block.language for block in fenced(text)] if plain is None else plain
+
+
+def fences_close(text: str) -> bool:
+    """Whether every code fence of a Markdown text that opens also closes."""
+    return _plain_fences(text) is not None or all(block.closed for block in fenced(text))
+
+
+def _plain_fences(text: str) -> list[str] | None:
+    """The languages where only plain pairs of fences can be meant: CommonMark says the same, many times slower."""
+    if "```" not in text and "~~~" not in text:
+        return []
+    if "~~~" in text or "\r" in text or text.lstrip().startswith("<") or _HTML.search(text):
+        return None
+    marks = []
+    at = text.find("```")
+    while at >= 0:
+        end = text.find("\n", at)
+        marks.append(text[text.rfind("\n", 0, at) + 1 : end if end >= 0 else None])
+        at = text.find("```", end) if end >= 0 else -1
+    if len(marks) % 2 == 0 and set(marks[1::2]) == {"```"} and all(map(_PLAIN_OPENING.fullmatch, marks[::2])):
+        return [mark[3:].lower() for mark in marks[::2]]
+    return None
+
+
+_HTML = re.compile(r"\n\s*<")
+"""What may begin HTML, in which a fence is none."""
+_PLAIN_OPENING = re.compile(r"```[\w-]*")

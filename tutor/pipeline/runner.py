@@ -1,0 +1,228 @@
+"""The stages run in order: what is up to date, what runs, what a gate stops.
+
+In: a recipe and a build folder. Out: stage folders (tutor.artifacts). A stage's key is a hash over the part of the
+recipe that it reads, the content of its inputs, and the versions of its code and tools; same key, nothing to do.
+"""
+
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tutor.artifacts import stage_folder as artifacts
+from tutor.engines.llamacpp import build as llamacpp_build
+from tutor.errors import GateError, RecipeError
+from tutor.machine import capacity
+from tutor.machine import distributed as processes
+from tutor.pipeline.registry import BY_NAME, Stage
+from tutor.recipe.settings import Recipe
+
+log = logging.getLogger(__name__)
+
+PACKAGE = Path(__file__).parents[1]
+REFUSED = "refused"
+"""The key of a gate's results that says no: a `message` and a `hint`."""
+MADE = ("up to date", REFUSED)
+"""The conditions of a stage that has nothing to do: asked again, a gate says the same."""
+
+
+@dataclass(frozen=True)
+class State:
+    """One stage now: what it would be made of, and whether its folder is exactly that."""
+
+    stage: Stage
+    folder: Path
+    manifest: artifacts.Manifest | None
+    fields: dict[str, Any] | None  # None where an input does not exist yet
+    problems: tuple[str, ...]  # damage of the folder
+
+    @property
+    def condition(self) -> str:
+        """missing, damaged, stale, refused (made, and its own results say no) or up to date."""
+        if self.manifest is None:
+            return "missing"
+        if self.problems:
+            return "damaged"
+        if self.fields is None or self.manifest.key != artifacts.digest(self.fields):
+            return "stale"
+        return "refused" if REFUSED in self.manifest.results else "up to date"
+
+
+def inspect(
+    recipe: Recipe, build: Path, *, content: bool = False, names: Collection[str] = tuple(BY_NAME)
+) -> list[State]:
+    """The state of the named stages, in order, with `names` holding all that they need.
+
+    `content` hashes every output instead of trusting its size.
+    """
+    states: dict[str, State] = {}
+    for stage in (BY_NAME[name] for name in BY_NAME if name in names):
+        folder = build / recipe.name / stage.folder
+        manifest = artifacts.read_manifest(folder)
+        problems = tuple(artifacts.check(folder, content=content)) if manifest else ()
+        whole = all(states[need].manifest and not states[need].problems for need in stage.needs)
+        fields = key_fields(stage, recipe, build, states) if whole else None
+        states[stage.name] = State(stage, folder, manifest, fields, problems)
+    return list(states.values())
+
+
+def key_fields(stage: Stage, recipe: Recipe, build: Path, states: Mapping[str, State]) -> dict[str, Any]:
+    """What decides a stage's result, flat, so that two of them can be compared line by line."""
+    fields: dict[str, Any] = {f"recipe.{name}": value for name, value in stage.settings(recipe).items()}
+    cache = build / recipe.name / artifacts.HASHES
+    fields |= {f"file.{name}": artifacts.cached_sha256(path, cache) for name, path in stage.files(recipe).items()}
+    for need in stage.needs:
+        manifest = states[need].manifest
+        assert manifest is not None
+        fields[f"input.{need}"] = manifest.fingerprint
+    for name in stage.reads:
+        path = build / recipe.name / name
+        if found := artifacts.read_manifest(path):
+            fields[f"input.{name}"] = artifacts.digest(asdict(found))  # its times and results are read, too
+        elif path.is_file():
+            fields[f"input.{name}"] = artifacts.file_sha256(path)
+    fields |= artifacts.provenance(stage.sources, stage.packages)
+    if stage.llamacpp:
+        fields["version.llama.cpp"] = llamacpp_build.build_key()
+    return fields
+
+
+def differences(state: State) -> list[str]:
+    """Why a stage is not up to date, a line a reason; empty when it is."""
+    if state.manifest is None:
+        return [f"{state.folder} is not there"]
+    if state.problems:
+        return list(state.problems)
+    if state.condition == "refused":
+        return [str(state.manifest.results[REFUSED]["message"])]
+    if state.fields is None:
+        return [f"needs {', '.join(state.stage.needs)} first"]
+    return artifacts.compare(state.manifest.fields, state.fields)
+
+
+def run_all(recipe: Recipe, build: Path, *, until: str | None = None) -> list[str]:
+    """Run what is not up to date, in order, at most to the stage `until`; the names of the stages that ran.
+
+    Raises GateError, and runs no stage behind it, where a gate says no.
+    """
+    _refuse_early(recipe)
+    names = list(BY_NAME)[: list(BY_NAME).index(until) + 1] if until else list(BY_NAME)
+    ran: list[str] = []
+    weighed = False
+    with artifacts.locked(build / recipe.name):
+        for name in names:
+            states = {found.stage.name: found for found in inspect(recipe, build, names=names)}
+            state = states[name]
+            if state.condition in MADE:
+                artifacts.remove(artifacts.checkpoints(state.folder))  # the last run was killed before it could
+            else:
+                if not weighed and name != "data":  # its rows tell how long a training's are
+                    to_do = [other for other in names if states[other].condition not in MADE]
+                    weighed = capacity.refuse(recipe, build, to_do)
+                _run(state.stage, recipe, build, state)
+                ran.append(name)
+            pass_gate(state.folder)
+    return ran
+
+
+def run_one(name: str, recipe: Recipe, build: Path) -> bool:
+    """Run one stage where it is not up to date; whether it ran. Raises ArtifactError when an input is missing.
+
+    In several processes the first does all this, and the others only what the stage itself gives them to do.
+    """
+    _refuse_early(recipe)
+    stage = BY_NAME[name]
+    with processes.joined():
+        if processes.is_first():
+            return _run_first(stage, recipe, build)
+        if ready := processes.tell():
+            stage.module.run(recipe, *ready)
+        return bool(ready)
+
+
+def _run_first(stage: Stage, recipe: Recipe, build: Path) -> bool:
+    name = stage.name
+    with artifacts.locked(build / recipe.name):
+        states = {found.stage.name: found for found in inspect(recipe, build, names=_with_needs(name))}
+        for need in stage.needs:
+            artifacts.require(states[need].folder, need)
+            if states[need].condition == "stale":
+                log.warning("%s is out of date with the recipe or its inputs; tutor why %s says why", need, need)
+        made = states[name].condition in MADE
+        if made:
+            artifacts.remove(artifacts.checkpoints(states[name].folder))  # the last run was killed before it could
+            processes.tell(None)
+        else:
+            if name != "data" and not processes.is_sharded():  # it knows one GPU
+                capacity.refuse(recipe, build, [name])
+            _run(stage, recipe, build, states[name])
+        pass_gate(states[name].folder)
+    return not made
+
+
+def pass_gate(folder: Path) -> None:
+    """Raise GateError where a stage's own results say no; its folder stays, for those who ask why."""
+    manifest = artifacts.read_manifest(folder)
+    if manifest and (refused := manifest.results.get(REFUSED)):
+        raise GateError(refused["message"], refused["hint"])
+
+
+def _with_needs(name: str) -> set[str]:
+    """A stage and all before it that it depends on: another stage's fault must not stop this one."""
+    return {name}.union(*(_with_needs(need) for need in BY_NAME[name].needs))
+
+
+def _refuse_early(recipe: Recipe) -> None:
+    """Raise RecipeError or DataError for what only the last stages would refuse, after hours of training."""
+    from tutor.stages.evaluate.generalization import check_files
+    from tutor.stages.modelfile.stage import representable
+
+    check_files(recipe)
+    if not representable(recipe.system):
+        raise RecipeError(
+            f"{recipe.path}: system has an invisible character that Ollama would drop, or a line ending in "
+            "three quotes, where a Modelfile would end it",
+            "rewrite it: a Modelfile has no escapes",
+        )
+
+
+def _run(stage: Stage, recipe: Recipe, build: Path, state: State) -> None:
+    for need in stage.needs:  # someone may have removed it since its stage ran
+        artifacts.require(build / recipe.name / BY_NAME[need].folder, need)
+    assert state.fields is not None, f"{stage.name} lacks an input"
+    scratch = artifacts.writing(state.folder, stage.name, state.fields, resume=stage.resumes)
+    with announced(stage.name, stage.about), scratch as (out, results):
+        inputs = {need: build / recipe.name / BY_NAME[need].folder for need in stage.needs}
+        inputs |= {name: build / recipe.name / name for name in stage.reads}
+        processes.tell((inputs, out))
+        results.update(stage.module.run(recipe, inputs, out))
+
+
+@contextmanager
+def announced(name: str, about: str) -> Iterator[None]:
+    """Progress as a stage's, for what runs inside."""
+    log.info("%s: %s", name, about, extra={"stage": name})
+    yield
+    log.info("%s: done", name, extra={"stage_done": name})
+
+
+def clean(recipe: Recipe, build: Path, names: tuple[str, ...]) -> list[Path]:
+    """Remove the folders of the named stages, or of all; what was removed."""
+    if unknown := [name for name in names if name not in BY_NAME]:
+        raise RecipeError(f"no stage {unknown[0]!r}; known: {', '.join(BY_NAME)}")
+    removed = []
+    with artifacts.locked(build / recipe.name):
+        for stage in (BY_NAME[name] for name in names or BY_NAME):
+            made = build / recipe.name / stage.folder
+            found = [made, *(sorted(made.parent.glob(stage.beside)) if stage.beside else ())]
+            ends = (artifacts.PARTIAL, artifacts.OLD, artifacts.CHECKPOINTS, artifacts.LOG)
+            for folder in found:
+                if not folder.name.endswith(ends):
+                    artifacts.refuse_foreign(folder)
+            for path in (*found, *(made.with_name(made.name + end) for end in ends)):
+                if path.exists():
+                    artifacts.remove(path)
+                    removed.append(path)
+    return removed

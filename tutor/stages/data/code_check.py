@@ -1,0 +1,38 @@
+"""Check the code in rows with the TypeScript compiler. In: rows of a file. Out: counts, or every problem with its line.
+
+Helper of the data stage; the compiler and what is judged are the judges' (graders/code.py).
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tutor.errors import DataError
+from tutor.formats.rows.rows import Example, Prompt
+from tutor.graders.code import Marked, check_rows
+
+
+def check_code(path: Path, rows: Sequence[Example] | Sequence[Prompt]) -> dict[str, Any]:
+    """How many blocks compiled and failed as their rows say, and the seconds that it took.
+
+    Raises DataError where one did otherwise, HostError without a compiler.
+    """
+    started = time.monotonic()
+    checked = check_rows(
+        Marked(row.instruction, row.response if isinstance(row, Example) else row.reference, row.code, row.line)
+        for row in rows
+    )
+    if checked.problems:
+        lines = len({line for line, _ in checked.problems})
+        raise DataError(
+            f"{path}: the code of {lines} rows does not do what they say",
+            "correct the code or its `code` entry",
+            tuple(f"{path}:{line}: {problem}" for line, problem in checked.problems[:20]),
+        )
+    return {
+        "compiled": checked.compiled,
+        "failed_as_stated": checked.failed_as_stated,
+        "not_looked_at": checked.unchecked,
+        "seconds": round(time.monotonic() - started, 2),
+    }

@@ -1,0 +1,98 @@
+"""Every prompt with its answers side by side, and what a reader may filter by: for the report's template. Pure."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tutor.graders.verdict import LABELS
+
+Json = Mapping[str, Any]
+
+
+def prompts(answers: Sequence[Json]) -> dict[str, Any]:
+    """`items`, and the filters: `kinds` and `verdicts`, each with the class of its prompts and how many there are."""
+    kinds = sorted({str(item.get("category", "")) for item in answers})
+    models = list(answers[0]["answers"]) if answers else []
+    items = [_item(number, item, kinds) for number, item in enumerate(answers, 1)]
+    counted = Counter(name for item in items for name in item["classes"])
+    last = models[-1] if models else ""
+    offered = {"pass": f"{last} passes", "fail": f"{last} fails"}
+    if len(models) > 1:
+        offered |= {"won": f"only {last} passes", "lost": f"only {models[0]} passes"}
+    offered |= {f"f-{name}": f"{last} not: {label}" for name, label in LABELS.items() if counted[f"f-{name}"]}
+    return {
+        "items": items,
+        "models": models,
+        "kinds": [
+            {"class": f"k{place}", "label": kind or "(no kind)", "count": counted[f"k{place}"]}
+            for place, kind in enumerate(kinds)
+        ],
+        "verdicts": [{"class": name, "label": label, "count": counted[name]} for name, label in offered.items()],
+    }
+
+
+def _item(number: int, item: Json, kinds: Sequence[str]) -> dict[str, Any]:
+    """One prompt: its classes are ours and never made of what a row says."""
+    given = [_answer(name, record) for name, record in item["answers"].items()]
+    kind = str(item.get("category", ""))
+    classes = [f"k{kinds.index(kind)}"]
+    if given:
+        first, last = given[0], given[-1]
+        classes.append("pass" if last["passed"] else "fail")
+        if len(given) > 1 and first["passed"] != last["passed"]:
+            classes.append("won" if last["passed"] else "lost")
+        classes += [f"f-{name}" for name in last["failed"]]
+    expect = item.get("expect") or {}
+    return {
+        "number": number,
+        "classes": classes,
+        "kind": kind,
+        "topic": item.get("topic", ""),
+        "question": item["instruction"],
+        "original": item.get("original", ""),
+        "wanted": [" or ".join(group) for group in expect.get("include", ())],
+        "unwanted": list(expect.get("exclude", ())),
+        "answers": given,
+    }
+
+
+def _answer(name: str, record: Json) -> dict[str, Any]:
+    verdicts = record.get("verdicts", {})
+    copied = record.get("copied") or {}
+    return {
+        "model": name,
+        "passed": bool(record.get("passed")),
+        "parts": parts(str(record.get("text", "")).strip()),
+        "error": record.get("error", ""),
+        "reasons": list(record.get("reasons", ())),
+        "failed": [label for label in LABELS if verdicts.get(label) is False],
+        "tokens": record.get("tokens"),
+        "finish": record.get("finish", ""),
+        "copied": copied if copied.get("share", 0) >= 0.25 else None,
+    }
+
+
+def parts(text: str) -> list[dict[str, Any]]:
+    """A text cut at its code fences, nothing of it lost: `code` says which parts are a block with its fences."""
+    found: list[dict[str, Any]] = []
+    lines: list[str] = []
+    fence = ""
+
+    def close(*, code: bool) -> None:
+        if lines:
+            found.append({"code": code, "text": "\n".join(lines).strip("\n") if not code else "\n".join(lines)})
+            lines.clear()
+
+    for line in text.split("\n"):
+        mark = line.lstrip()[:3]
+        if not fence and mark in ("```", "~~~"):
+            close(code=False)
+            fence = mark
+            lines.append(line)
+        else:
+            lines.append(line)
+            if fence and line.strip() == fence:
+                close(code=True)
+                fence = ""
+    close(code=bool(fence))
+    return [part for part in found if part["text"]]

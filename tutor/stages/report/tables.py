@@ -1,0 +1,144 @@
+"""The report's tables, as plain values for its template: hand-overs, quantizations, verdicts. Pure.
+
+In: the results of the stages parity, ladder and evaluate. Out: rows of texts, and of rates where the page draws bars.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tutor.graders.verdict import LABELS
+from tutor.stages.report import charts
+
+Json = Mapping[str, Any]
+
+
+def parity(gate: Json, published: Json) -> dict[str, Any]:
+    """The hand-overs with their figures as texts; the published model's among them where it was compared."""
+    return {
+        "conversations": gate["conversations"],
+        "precision": gate["precision"],
+        "refused": gate.get("refused") or published.get("refused"),
+        "published": bool(published),
+        "rows": [_hand_over(item) for item in (*gate["hand_overs"], *published.get("hand_overs", ()))],
+    }
+
+
+def _hand_over(item: Json) -> dict[str, Any]:
+    checks = {check["name"]: check["figures"] for check in item["checks"]}
+    numbers = checks.get("log-probabilities", {})
+    limit = item.get("tolerance") or {}
+    return {
+        "names": (item["ours"], item["theirs"]),
+        "kind": item["kind"],
+        "state": item["state"],
+        "why": item["missing"] or next((check["what"] for check in item["checks"] if not check["ok"]), ""),
+        "cells": [
+            _counted(checks.get("prompt")),
+            _counted(checks.get("tokens")),
+            *(f"{numbers[key]:.2g}" if key in numbers else "–" for key in ("mean", "worst", "kl")),
+            f"{limit['kl']:g}" if limit.get("kl") is not None else "–",
+            _counted(checks.get("greedy answer"), "agreed", "steps"),
+            _counted(checks.get("end")),
+        ],
+    }
+
+
+def _counted(figures: Json | None, part: str = "equal", whole: str = "of") -> str:
+    return f"{figures[part]:.0f}/{figures[whole]:.0f}" if figures and figures[whole] else "–"
+
+
+def ladder(found: Json, converted: Json) -> dict[str, Any]:
+    """The files, the largest first, with what each loses, its speed and memory; and the picture of it."""
+    rows = [
+        {
+            "kind": kind,
+            "served": kind == found["served"],
+            "cells": [
+                megabytes(rung["size"]),
+                f"{rung['perplexity']:.2f}",
+                f"{100 * math.expm1(rung['more']):+.2f} %",
+                f"{rung['kl']:.4f}",
+                f"{rung['kl_p99']:.3f}",
+                percent(rung["same"]),
+                f"{rung['prompt_per_second']:.0f}",
+                f"{rung['tokens_per_second']:.1f}",
+                "–" if rung["memory"] is None else megabytes(rung["memory"]),
+            ],
+        }
+        for kind, rung in sorted(found["rungs"].items(), key=lambda item: -item[1]["size"])
+    ]
+    chart = charts.ladder(found["rungs"], found["budget"], found["served"])
+    notes = [
+        f"{kind} is larger than {better} and loses more: nothing speaks for it."
+        for kind, better in found.get("worse_and_larger", {}).items()
+    ] + [
+        f"{name}: Q8_0 in place of {kind} in {count} tensors, which it does not hold as trained."
+        for name, entry in converted.get("files", {}).items()
+        for kind, count in entry.get("replaced", {}).items()
+    ]
+    told = {name: found[name] for name in ("budget", "chosen", "served")}
+    base = {name: entry for name, entry in found["perplexity"].items() if name.startswith("base-")}
+    return {
+        **told,
+        "rows": rows,
+        "notes": notes,
+        "chart": chart,
+        "base": base,
+        "tokens": found["rungs"]["F16"]["tokens"],
+    }
+
+
+def verdicts(evaluated: Json) -> dict[str, Any]:
+    """Rates of every model over all prompts and by kind, with what changed from the first model to each other."""
+    models: Mapping[str, Json] = evaluated["models"]
+    shown = [name for name in LABELS if all(name in model["all"] for model in models.values())]
+    changes = list(evaluated.get("differences") or ())
+    kinds = sorted({kind for model in models.values() for kind in model["categories"]})
+    return {
+        "n": next(iter(models.values()))["all"]["n"],
+        "errors": sum(model["all"]["errors"] for model in models.values()),
+        # What Ollama served has no file of ours.
+        "models": {
+            name: {"file": each.get("file", ""), "speed": each["tokens_per_second"]} for name, each in models.items()
+        },
+        "changes": [f"{change['before']} to {change['after']}" for change in changes],
+        "all": [
+            {
+                "label": LABELS[name],
+                "rates": [(model["all"][name], model["all"]["n"]) for model in models.values()],
+                "changes": [change["all"].get(name) for change in changes],
+            }
+            for name in shown
+        ],
+        "kinds": [
+            {
+                "label": kind or "(no kind)",
+                "rates": [
+                    (each["passed"], each["n"]) for each in (model["categories"][kind] for model in models.values())
+                ],
+                "changes": [change["categories"].get(kind) for change in changes],
+            }
+            for kind in kinds
+        ],
+        "each": [_each(name, model["categories"], kinds, shown) for name, model in models.items()],
+    }
+
+
+def _each(model: str, by_kind: Mapping[str, Json], kinds: Sequence[str], shown: Sequence[str]) -> dict[str, Any]:
+    """All verdicts of one model, a row a kind."""
+    rows = [
+        {"kind": kind or "(no kind)", "n": by_kind[kind]["n"], "rates": [by_kind[kind].get(name) for name in shown]}
+        for kind in kinds
+    ]
+    return {"model": model, "heads": [LABELS[name] for name in shown], "rows": rows}
+
+
+def percent(share: float) -> str:
+    """A share as people read it."""
+    return f"{100 * share:.0f} %"
+
+
+def megabytes(size: float) -> str:
+    """Bytes as people read them."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,105 @@
+"""Packed passes: the rows of an optimizer step flattened, without padding and without attention across them.
+
+In: rows of ids and labels, in passes as batching.py plans them. Out: TRL's padding-free batches with the rows' lengths
+beside them, and an attention for transformers that keeps to them. Loss and gradients are those of one row a pass; the
+order of the rows too.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from tutor.errors import DataError
+
+ATTENTION = "packed"
+"""The name that transformers knows the attention by."""
+
+LENGTHS = "row_lengths"
+"""The forward argument with the rows' lengths: plain numbers, which no layer has to fetch back from a GPU."""
+
+
+def with_lengths(collate: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+    """TRL's padding-free collator, its boundaries as LENGTHS and without what other attentions need."""
+
+    def collate_with_lengths(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = collate(rows)
+        kept = {name: batch[name] for name in ("input_ids", "labels", "position_ids")}
+        return {**kept, LENGTHS: tuple(batch["cu_seq_lens_q"].diff().tolist())}
+
+    return collate_with_lengths
+
+
+def rows_of(batch: Mapping[str, Any]) -> list[tuple[list[int], list[int]]]:
+    """Ids and labels of every row of a batch, packed or padded, as the model will see them.
+
+    Raises DataError when the positions of a packed one do not start again with every row.
+    """
+    ids, labels = batch["input_ids"], batch["labels"]
+    if LENGTHS in batch:
+        lengths = list(batch[LENGTHS])
+        if batch["position_ids"].tolist() != [[place for length in lengths for place in range(length)]]:
+            raise DataError(
+                f"positions do not start again with every row of {lengths} tokens", "a library's doing: report it"
+            )
+        parts = zip(torch.split(ids[0], lengths), torch.split(labels[0], lengths), strict=True)
+    else:
+        widths = batch["attention_mask"].sum(dim=1).tolist()
+        parts = zip(*([row[:n] for row, n in zip(rows, widths, strict=True)] for rows in (ids, labels)), strict=True)
+    return [(row.tolist(), row_labels.tolist()) for row, row_labels in parts]
+
+
+def attend_within_rows(model: Any) -> None:
+    """Give a transformers model the packed attention; what comes without LENGTHS is computed as by "sdpa"."""
+    AttentionInterface.register(ATTENTION, packed_attention)
+    AttentionMaskInterface.register(ATTENTION, packed_mask)
+    model.set_attn_implementation(ATTENTION)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' "sdpa", a row at a time: [1, heads, tokens, size] in, [1, tokens, heads, size] out."""
+    lengths = kwargs.pop(LENGTHS, None)
+    mask_entries = None if attention_mask is None else attention_mask.numel()
+    if lengths is None:
+        if mask_entries == 0:
+            raise ValueError(f"positions start again within a batch that comes without {LENGTHS}")
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+    if mask_entries:
+        raise ValueError("packed rows attend to all of themselves: no padding, no sliding window")
+    rows = zip(*(torch.split(states, list(lengths), dim=2) for states in (query, key, value)), strict=True)
+    return torch.cat([sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows], dim=1), None
+
+
+def packed_mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    attention_mask: torch.Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """transformers' mask for "sdpa"; in place of one of tokens x tokens for packed rows, an empty one.
+
+    A batch without padding that must not skip its mask is one whose positions start again. The empty mask says so to
+    `packed_attention`, for which packed rows without their lengths are an error.
+    """
+    whole = attention_mask is None and kwargs.get("local_size") is None
+    if whole and not allow_is_causal_skip and q_length == kv_length > 1:
+        return torch.empty((1, 1, 0, 0), dtype=torch.bool, device=kwargs.get("device", "cpu"))
+    return sdpa_mask(  # type: ignore[no-any-return]
+        q_length=q_length,
+        kv_length=kv_length,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip,
+        **kwargs,
+    )
