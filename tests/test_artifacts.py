@@ -544,7 +544,7 @@ def test_an_unreadable_file_is_an_artifact_error(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from tutor.artifacts import locked
+from tutor.artifacts.stage_folder import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -85,7 +85,7 @@ BASE_INSTALL = """
 import sys
 for name in ("torch", "transformers", "tokenizers", "safetensors", "peft", "trl", "datasets", "numpy", "gguf"):
     sys.modules[name] = None  # importing it fails, as in an environment without the extra "train"
-from tutor.cli import main
+from tutor.cli.main import main
 main()
 """
 

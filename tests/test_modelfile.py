@@ -241,7 +241,7 @@ def test_a_template_file_that_does_not_fill_is_a_recipe_fault(build, spec, tmp_p
     ],
 )
 def test_a_template_file_that_says_something_else_is_refused(build, spec, tmp_path, old, new, name):
-    source = (Path(modelfile.__file__).parents[2] / "Modelfile.j2").read_text("utf-8")
+    source = (Path(modelfile.__file__).parents[3] / "Modelfile.j2").read_text("utf-8")
     assert old in source
     (tmp_path / "Modelfile.j2").write_text(source.replace(old, new), "utf-8")
     with pytest.raises(ArtifactError, match=name):

@@ -114,7 +114,7 @@ def test_every_setting_is_in_the_key_of_a_stage(where):
 
 def test_every_file_that_decides_a_stage_is_there_and_the_stages_own_is_among_them():
     for stage in STAGES:
-        assert f"stages/{stage.name}.py" in stage.sources
+        assert f"stages/{stage.name}/stage.py" in stage.sources
         assert all((pipeline.PACKAGE / source).is_file() for source in stage.sources), stage.name
 
 
@@ -134,7 +134,7 @@ PLUMBING = {
 def test_each_module_that_a_stage_imports_is_in_its_key():
     """A change of one that is not would leave an old result in place as up to date."""
     for stage in STAGES:
-        tree = ast.parse((pipeline.PACKAGE / "stages" / f"{stage.name}.py").read_text("utf-8"))
+        tree = ast.parse((pipeline.PACKAGE / "stages" / stage.name / "stage.py").read_text("utf-8"))
         froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module is not None]
         named = {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
         named |= {str(node.module) for node in froms}
@@ -312,6 +312,6 @@ def test_the_manifest_tells_what_made_the_folder_and_holds_no_path(recipe_file, 
     text = (build / "small" / "data" / "manifest.json").read_text()
     assert str(recipe_file.parent) not in text
     fields = json.loads(text)["fields"]
-    assert {"recipe.seed", "recipe.held_out", "file.train", "file.eval", "code.stages/data.py"} <= set(fields)
+    assert {"recipe.seed", "recipe.held_out", "file.train", "file.eval", "code.stages/data/stage.py"} <= set(fields)
     build.rename(build.with_name("moved"))
     assert conditions(read_recipe(recipe_file), build.with_name("moved"))["data"] == "up to date"

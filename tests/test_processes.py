@@ -56,7 +56,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, number: int = 1, count: int = 2, *
 
 
 def test_without_a_launcher_there_is_one_process_that_needs_no_torch() -> None:
-    code = "from tutor.engines import processes as p; import sys; sys.modules['torch'] = None\n"
+    code = "from tutor.machine import distributed as p; import sys; sys.modules['torch'] = None\n"
     code += "with p.joined(): assert p.tell(3) == 3 == p.same(int, '3') and p.gather(3) == [3]; p.wait()\n"
     code += "assert (p.world(), p.rank(), p.is_first(), p.beside(), p.is_sharded()) == (1, 0, True, 1, False)"
     env = environment(PYTHONPATH=str(ROOT), WORLD_SIZE="4")  # some batch systems set this one alone

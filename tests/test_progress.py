@@ -113,7 +113,7 @@ def test_a_terminal_gets_a_bar_with_colours_only_where_it_wants_them(recipe_file
 
 SHOW = """
 import logging, sys
-from tutor.progress import shown
+from tutor.cli.progress import shown
 log = logging.getLogger("tutor")
 with shown():
     log.info("train: [bold]x[/] [/]", extra={"stage": "train"})

@@ -493,7 +493,8 @@ def test_the_hubs_token_is_a_file_of_the_users_own_for_the_stages_and_in_no_vari
 def test_an_interrupted_run_stops_and_removes_the_services_container(host, recipe, tmp_path, number):
     host.says("--name tutor-trainer", seconds=60, stderr="training\n")
     code = (
-        "import pathlib, signal, sys\nfrom tutor import stack\nfrom tutor.recipe.settings import read_recipe\n"
+        "import pathlib, signal, sys\nfrom tutor.pipeline import compose as stack\n"
+        "from tutor.recipe.settings import read_recipe\n"
         "signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))\n"
         "stack.run_all(read_recipe(pathlib.Path(sys.argv[1])), pathlib.Path(sys.argv[2]))"
     )

@@ -200,6 +200,7 @@ STAGES = (
         sources=(
             "stages/ladder/stage.py",
             "stages/ladder/plot.py",
+            "engines/trace.py",
             "formats/rows/split_files.py",
             "formats/models/served_quantization.py",
             "engines/llamacpp/server.py",
