@@ -558,10 +558,10 @@ def test_a_disk_that_cannot_hold_the_result_is_refused_before_the_work(stages: S
 MEMORY = """
 import resource, sys
 from pathlib import Path
-from tutor.engines.lora import read_adapter
-from tutor.engines.merging import Merged
-from tutor.engines.tensor_files import read_folder
-from tutor.stages.merge import write_shards
+from tutor.stages.merge.peft_adapter import read_adapter
+from tutor.stages.merge.weights import Merged
+from tutor.formats.models.safetensors import read_folder
+from tutor.stages.merge.stage import write_shards
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
