@@ -102,7 +102,7 @@ test: .venv/demo llamacpp typescript ## every test that needs neither GPU nor Do
 	$(BIN)/pytest $(PARALLEL) -m "not docker" $(PYTEST)
 
 test-docker: .venv/demo llamacpp typescript ## the container tests; they say why where they cannot run
-	$(BIN)/pytest -m docker tests/docker $(PYTEST)
+	$(BIN)/pytest -m docker tests/end_to_end $(PYTEST)
 
 # Files that import torch are left out unread: its libraries alone take ten seconds to import.
 test-quick: .venv/base ## the unit tests that need no torch: a minute

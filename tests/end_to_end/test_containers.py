@@ -1,10 +1,9 @@
-"""The Compose stack for real: its images, its services on a small recipe, its own Ollama (faults.md A3, G02, O23-O28).
+"""The Compose stack in Docker: its images, its services with a small recipe, and its Ollama.
 
     make test-docker
 
-Skipped, with the reason, where Docker or the pinned Ollama image is not at hand. Everything runs under a project name,
-a port and volumes of its own, which are removed at the end; the images stay. TUTOR_TEST_RECIPE=data/demo.toml takes
-the demo's recipe instead of the tiny one's.
+pytest-docker starts and stops the project (conftest.py). TUTOR_TEST_RECIPE=data/demo.toml takes the demo's recipe
+instead of the tiny one's. Does not test a GPU beyond the error where there is none.
 """
 
 import json
@@ -20,8 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from conftest import ROOT, TUTOR, environment
+from support.command import ROOT, environment
+from support.docker import docker, inspected
 
 from tutor.artifacts import stage_folder as artifacts
 from tutor.engines.llamacpp import build as llamacpp_build
@@ -36,10 +37,11 @@ from tutor.recipe.settings import Recipe, read_recipe
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(3600)]
 
+TUTOR = Path(sys.executable).with_name("tutor")
 RECIPE = ROOT / os.environ.get("TUTOR_TEST_RECIPE", "tests/tiny.toml")
 CANARY = "hf_canary0123456789"
 MADE = ("adapter", "merged", "gguf")
-ASKED = """
+PROBE = """
 import json, os, pathlib, socket
 def writable(path):
     try:
@@ -58,45 +60,21 @@ print(json.dumps({
     "token": pathlib.Path("/run/secrets/hf_token").read_text() if os.path.exists("/run/secrets/hf_token") else None,
 }))
 """
-"""What a process inside a service says of itself."""
-
-
-def docker(*arguments: str, check: bool = True) -> str:
-    done = subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0 or not check, f"docker {' '.join(arguments)}: {done.stderr}"
-    return done.stdout
-
-
-def inspected(kind: str, name: str) -> Any:
-    return json.loads(docker(kind, "inspect", name))[0]
-
-
-def at_hand(image: str) -> bool:
-    """Whether an image is here, or can be pulled."""
-    here = subprocess.run(["docker", "image", "inspect", image], capture_output=True, check=False).returncode == 0
-    return (
-        here or subprocess.run(["docker", "pull", "--quiet", image], capture_output=True, check=False).returncode == 0
-    )
+"""Program that prints the ids, privileges, writable folders and environment of a process in a service."""
 
 
 @pytest.fixture(scope="module")
-def project() -> Iterator[str]:
-    """A Compose project of this run's own, removed with its volumes afterwards."""
-    if faults := preflight.docker_faults(preflight.daemon()):
-        pytest.skip(str(faults[0]))
+def project(docker_compose_project_name: str) -> Iterator[str]:
+    """The Compose project's name; our own commands get it from the environment."""
     with pytest.MonkeyPatch.context() as patch:
-        name = f"tutor-test-{os.getpid()}"
-        patch.setenv("COMPOSE_PROJECT_NAME", name)
+        patch.setenv("COMPOSE_PROJECT_NAME", docker_compose_project_name)
         patch.setenv("TUTOR_OLLAMA_PORT", "")  # any free one
-        yield name
-        here = Stack(RECIPE, ROOT / "build")
-        down = here.command("--profile", "*", "down", "--volumes", "--remove-orphans", "--timeout", "5")
-        subprocess.run(down, env=here.environment(), capture_output=True, check=False)
+        yield docker_compose_project_name
 
 
 @pytest.fixture(scope="module")
 def recipe(project: str, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """The recipe and its rows in a folder of their own, as the containers want them."""
+    """The recipe in one folder with its rows, which the containers mount."""
     folder = tmp_path_factory.mktemp("recipe") / "data"
     folder.mkdir()
     for rows in (ROOT / "data").glob("*.jsonl"):
@@ -108,58 +86,51 @@ def recipe(project: str, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 @pytest.fixture(scope="module")
 def compose(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Stack:
-    """The stack of that recipe, its folders made."""
+    """The stack of that recipe, with its folders."""
     made = Stack(recipe.path, tmp_path_factory.mktemp("contained") / "build")
     stack.prepare(made)
     return made
 
 
 @pytest.fixture(scope="module")
-def pinned(compose: Stack) -> str:
-    """The Ollama image that compose.yaml (or OLLAMA_IMAGE) names."""
-    shown = subprocess.run(
-        compose.command("config", "--format", "json"), env=compose.environment(), capture_output=True, check=True
-    )
-    image = str(json.loads(shown.stdout)["services"]["ollama"]["build"]["args"]["OLLAMA_IMAGE"])
-    if not at_hand(image):
-        pytest.skip(f"the Ollama image {image} is not here and cannot be pulled")
-    return image
-
-
-@pytest.fixture(scope="module")
-def images(compose: Stack) -> None:
+def images(base_image: str, compose: Stack) -> None:
     """The images of the stages, built while a token is in the environment."""
-    base = os.environ.get("BASE_IMAGE", "debian:trixie-slim")
-    if not at_hand(base):
-        pytest.skip(f"the base image {base} is not here and cannot be pulled")
     command = compose.command("--progress", "plain", "build", "trainer", "converter", "publisher")
     subprocess.run(command, env={**compose.environment(), "HF_TOKEN": CANARY}, check=True, timeout=3000)
 
 
 @pytest.fixture(scope="module")
 def contained(images: None, compose: Stack) -> Path:
-    """What trainer, merger and converter make as containers."""
+    """The build folder after the containers of trainer, merger and converter."""
     for name in stack.BEFORE:
         assert stack.did_something(stack.run_service(compose, name))
     return compose.folder
 
 
 @pytest.fixture(scope="module")
-def server(pinned: str, compose: Stack) -> str:
-    """The Compose file's own Ollama, healthy: its container's name."""
-    subprocess.run(compose.command("build", "--quiet", "ollama"), env=compose.environment(), check=True)
-    stack.start_server(compose)
+def server(compose: Stack, docker_services: Any, docker_ip: str) -> str:
+    """The Compose project's own Ollama, which answers at the address that `stack` finds: its container's name."""
+    found = f"{docker_ip}:{docker_services.port_for('ollama', 11434)}"
+    assert stack.address(compose) == found
+    docker_services.wait_until_responsive(lambda: answers(f"http://{found}/api/version"), timeout=60, pause=0.5)
     return f"{os.environ['COMPOSE_PROJECT_NAME']}-ollama-1"
 
 
-def host(compose: Stack) -> str:
-    """Where that Ollama is now: its port is another after every start."""
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, trust_env=False).is_success
+    except httpx.TransportError:
+        return False
+
+
+def url(compose: Stack) -> str:
+    """Return the URL of that Ollama; its port changes at every start."""
     return f"http://{stack.address(compose)}"
 
 
 def inside(compose: Stack, service: str, token: Path | None = None) -> dict[str, Any]:
-    """What a process in a service's container says of itself."""
-    command = compose.command("--progress", "quiet", "run", "--rm", "--no-deps", "-T", service, "python", "-c", ASKED)
+    """Run PROBE in a service's container; return what it prints."""
+    command = compose.command("--progress", "quiet", "run", "--rm", "--no-deps", "-T", service, "python", "-c", PROBE)
     done = subprocess.run(command, env=compose.environment(token), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
@@ -170,14 +141,14 @@ def inside(compose: Stack, service: str, token: Path | None = None) -> dict[str,
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-def test_compose_takes_its_file_without_a_word(compose: Stack, *, gpu: bool) -> None:
+def test_compose_file_valid_prints_nothing(compose: Stack, *, gpu: bool) -> None:
     here = Stack(compose.recipe, compose.build, gpu=gpu)
     command = here.command("--profile", "*", "config", "--quiet")
     done = subprocess.run(command, env=here.environment(), capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_without_its_variables_too(project: str) -> None:
+def test_compose_file_without_variables_has_safe_defaults(project: str) -> None:
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("TUTOR_", "HF_", "COMPOSE_"))}
     done = subprocess.run(
         ["docker", "compose", "--profile", "*", "config"],
@@ -196,13 +167,13 @@ def test_without_its_variables_too(project: str) -> None:
 
 
 @pytest.mark.parametrize("image", ["tutor-trainer", "tutor-converter", "tutor-client"])
-def test_no_image_runs_as_root_or_holds_the_token_that_was_in_the_environment(images: None, image: str) -> None:
+def test_image_built_with_token_is_unprivileged_and_without_it(images: None, image: str) -> None:
     assert inspected("image", image)["Config"]["User"] == "10001:10001"
     assert CANARY not in docker("history", "--no-trunc", image)
     assert CANARY not in json.dumps(inspected("image", image))
 
 
-def test_the_client_has_no_torch_and_the_converter_no_compiler_for_cpp(images: None) -> None:
+def test_images_contain_only_the_programs_they_need(images: None) -> None:
     def has(image: str, *command: str) -> bool:
         run = ["docker", "run", "--rm", "--network", "none", image, *command]
         return subprocess.run(run, capture_output=True, check=False).returncode == 0
@@ -214,8 +185,8 @@ def test_the_client_has_no_torch_and_the_converter_no_compiler_for_cpp(images: N
     assert not has("tutor-converter", "g++", "--version")
 
 
-def test_the_converters_share_the_trainers_layers(images: None) -> None:
-    """PyTorch is stored once."""
+def test_converter_image_shares_the_layers_of_trainer(images: None) -> None:
+    """They store PyTorch once."""
     layers = [inspected("image", name)["RootFS"]["Layers"] for name in ("tutor-trainer", "tutor-converter")]
     sizes = [inspected("image", name)["Size"] for name in ("tutor-trainer", "tutor-converter")]
     shared = [layer for layer in layers[0] if layer in layers[1]]
@@ -233,14 +204,16 @@ context.load_cert_chain("/served/ca.crt", "/served/ca.key")
 server.socket = context.wrap_socket(server.socket, server_side=True)
 server.serve_forever()
 """
-"""A package index whose certificate only its own authority has signed, as behind a proxy that inspects TLS."""
+"""Package index with a certificate of an unknown authority, as a proxy that inspects TLS presents it."""
 
 
 @pytest.fixture(scope="module")
-def inspected_base(images: None, project: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """The Dockerfile's first stage on a base image that trusts one more authority, and a network with its index."""
+def trusting_build(
+    images: None, base_image: str, project: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, str]]:
+    """The Dockerfile's first stage on a base image that trusts one more authority, and the network of an index."""
     served = tmp_path_factory.mktemp("served")
-    served.chmod(0o755)  # the index is no more root than any other container here
+    served.chmod(0o755)  # the index runs as the image's own user
     subject = ("-subj", "/CN=index", "-addext", "subjectAltName=DNS:index")
     key = ("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "/served/ca.key", "-out", "/served/ca.crt")
     as_root = ("run", "--rm", "--user", "0", "--volume", f"{served}:/served", "tutor-client")
@@ -250,9 +223,8 @@ def inspected_base(images: None, project: str, tmp_path_factory: pytest.TempPath
         wheel.writestr("probe-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: probe\nVersion: 1\n")
         wheel.writestr("probe-1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr("probe-1.dist-info/RECORD", "")
-    base = os.environ.get("BASE_IMAGE", "debian:trixie-slim")
     lines = (
-        f"FROM {base}",
+        f"FROM {base_image}",
         "RUN apt-get update && apt-get install --yes --no-install-recommends ca-certificates",
         "COPY ca.crt /usr/local/share/ca-certificates/",
         "RUN update-ca-certificates",
@@ -271,8 +243,8 @@ def inspected_base(images: None, project: str, tmp_path_factory: pytest.TempPath
     docker("image", "rm", first, trusting)
 
 
-def test_a_build_trusts_what_its_base_image_trusts_and_no_more(inspected_base: tuple[str, str]) -> None:
-    image, network = inspected_base
+def test_build_trusts_only_certificates_of_base_image(trusting_build: tuple[str, str]) -> None:
+    image, network = trusting_build
 
     def download(image: str) -> "subprocess.CompletedProcess[str]":
         pip = ("pip", "download", "--retries", "5", "--no-index", "--find-links", "https://index:8443/", "probe")
@@ -290,9 +262,7 @@ def test_a_build_trusts_what_its_base_image_trusts_and_no_more(inspected_base: t
 
 
 @pytest.mark.parametrize("service", ["trainer", "merger", "converter", "publisher", "evaluator", "reporter"])
-def test_a_service_is_an_unprivileged_user_who_writes_only_what_it_makes(
-    images: None, compose: Stack, service: str
-) -> None:
+def test_service_user_is_unprivileged_and_writes_own_folders(images: None, compose: Stack, service: str) -> None:
     found = inside(compose, service)
     assert (found["uid"], found["gid"]) == stack.owner()
     assert found["uid"] != 0
@@ -304,7 +274,7 @@ def test_a_service_is_an_unprivileged_user_who_writes_only_what_it_makes(
     assert (found["interfaces"] == ["lo"]) == (service in ("merger", "reporter"))
 
 
-def test_the_token_reaches_the_trainer_as_a_file_and_nobody_as_a_variable(
+def test_token_reaches_only_trainer_and_only_as_file(
     images: None, compose: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert inside(compose, "trainer")["token"] == ""
@@ -316,7 +286,7 @@ def test_the_token_reaches_the_trainer_as_a_file_and_nobody_as_a_variable(
         assert inside(compose, "converter", token)["token"] is None
 
 
-def test_what_the_services_made_is_the_callers_and_readable_by_all(contained: Path) -> None:
+def test_service_outputs_belong_to_caller_and_are_readable(contained: Path) -> None:
     made = [path for name in (*MADE, "data", "base", "model") for path in (contained / name).rglob("*")]
     assert len(made) > 20
     for path in made:
@@ -326,7 +296,7 @@ def test_what_the_services_made_is_the_callers_and_readable_by_all(contained: Pa
 
 @pytest.fixture(scope="module")
 def embedded(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `tutor run` makes of the same recipe in this environment."""
+    """The build folder of `tutor run` with the same recipe, outside containers."""
     if not llamacpp_build.is_built(llamacpp_build.build_folder()):
         pytest.skip("the pinned llama.cpp is not built here: make llamacpp")
     build = tmp_path_factory.mktemp("embedded")
@@ -337,18 +307,18 @@ def embedded(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("folder", [*MADE, "data", "base", "model"])
-def test_containers_make_the_bytes_of_the_embedded_run(contained: Path, embedded: Path, folder: str) -> None:
+def test_container_outputs_equal_those_of_tutor_run(contained: Path, embedded: Path, folder: str) -> None:
     both = [artifacts.require(where / folder, folder) for where in (contained, embedded)]
     ours, theirs = ({name: entry["sha256"] for name, entry in made.outputs.items()} for made in both)
     assert ours == theirs
 
 
-def test_a_second_time_the_services_do_nothing(contained: Path, compose: Stack) -> None:
+def test_services_run_again_do_nothing(contained: Path, compose: Stack) -> None:
     assert [stack.did_something(stack.run_service(compose, name)) for name in stack.BEFORE] == [False] * 3
 
 
-def test_a_failing_service_gives_its_own_exit_code(images: None, recipe: Recipe, tmp_path: Path) -> None:
-    """Nothing to merge: 5. A folder that is not there: Docker's own error, 4."""
+def test_service_that_fails_returns_its_exit_code(images: None, recipe: Recipe, tmp_path: Path) -> None:
+    """Exit code 5 without an adapter to merge; Docker's own error where a folder does not exist."""
     empty = Stack(recipe.path, tmp_path / "build")
     stack.prepare(empty)
     with pytest.raises(StackError, match="tutor run --until data") as caught:
@@ -360,7 +330,7 @@ def test_a_failing_service_gives_its_own_exit_code(images: None, recipe: Recipe,
         stack.run_service(gone, "merger")
 
 
-def test_a_gpu_that_docker_cannot_hand_over_is_this_machines_fault(images: None, compose: Stack) -> None:
+def test_gpu_not_available_raises_host_error(images: None, compose: Stack) -> None:
     if not preflight.gpu_faults(preflight.daemon()):
         pytest.skip("this host has a GPU")
     with pytest.raises(HostError, match="NVIDIA Container Toolkit"):
@@ -370,7 +340,7 @@ def test_a_gpu_that_docker_cannot_hand_over_is_this_machines_fault(images: None,
 # Its Ollama
 
 
-def test_ollama_is_unprivileged_and_on_this_host_alone(server: str, compose: Stack) -> None:
+def test_ollama_is_unprivileged_and_listens_on_loopback_only(server: str, compose: Stack) -> None:
     found = inspected("container", server)
     kept = found["HostConfig"]
     assert found["Config"]["User"] == "10001:10001"
@@ -392,39 +362,41 @@ def test_ollama_is_unprivileged_and_on_this_host_alone(server: str, compose: Sta
 
 @pytest.fixture(scope="module")
 def published(contained: Path, server: str, compose: Stack) -> dict[str, Any]:
-    """The model, published by the publisher's container."""
+    """What the publisher's container prints after it has published the model."""
     return stack.run_service(compose, "publisher")
 
 
-def test_the_publisher_publishes_once_and_proves_it(published: dict[str, Any], compose: Stack) -> None:
+def test_publisher_run_twice_publishes_once(published: dict[str, Any], compose: Stack) -> None:
     assert published["published"] is True
     assert published["prompts"] == 7
     assert stack.run_service(compose, "publisher")["published"] is False
 
 
-def test_ollama_run_answers_as_its_api_does(published: dict[str, Any], server: str, compose: Stack) -> None:
-    """`ollama run` samples by the Modelfile's own settings, which are as good as greedy and have a seed."""
-    said = docker("exec", server, "ollama", "run", published["model"], "Hola")
-    assert said.strip()
+def test_ollama_run_by_model_and_by_tag_answers_the_same(
+    published: dict[str, Any], server: str, compose: Stack
+) -> None:
+    """`ollama run` uses the Modelfile's settings: nearly greedy, with a seed."""
+    answer = docker("exec", server, "ollama", "run", published["model"], "Hola")
+    assert answer.strip()
     again = docker("exec", server, "ollama", "run", published["tag"], "Hola")
-    assert said == again
+    assert answer == again
 
 
-def test_the_evaluator_asks_every_prompt(published: dict[str, Any], compose: Stack, recipe: Recipe) -> None:
+def test_evaluator_asks_every_prompt(published: dict[str, Any], compose: Stack, recipe: Recipe) -> None:
     result = stack.run_service(compose, "evaluator")
     assert result["all"]["n"] == recipe.data.prompts
     assert result["all"]["errors"] <= result["all"]["n"] // 2  # a tiny model may repeat itself until Ollama gives up
 
 
 @pytest.fixture(scope="module")
-def program(pinned: str, project: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None]:
+def program(ollama_image: str, project: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None]:
     """The image's `ollama` with its CPU libraries, copied to this host; None where it does not run here."""
     folder = tmp_path_factory.mktemp("ollama")
-    binary, libraries = folder / "bin" / "ollama", folder / "lib" / "ollama"  # it looks for ../lib/ollama
+    binary, libraries = folder / "bin" / "ollama", folder / "lib" / "ollama"  # which reads ../lib/ollama
     binary.parent.mkdir()
     libraries.mkdir(parents=True)
     container = f"{project}-files"
-    docker("create", "--name", container, pinned)
+    docker("create", "--name", container, ollama_image)
     try:
         docker("cp", "--follow-link", f"{container}:/usr/bin/ollama", str(binary))
         copy = ["docker", "cp", f"{container}:/usr/lib/ollama/.", "-"]
@@ -433,7 +405,7 @@ def program(pinned: str, project: str, tmp_path_factory: pytest.TempPathFactory)
             tarfile.open(fileobj=process.stdout, mode="r|") as archive,
         ):
             for member in archive:
-                if "/" not in member.name.removeprefix("./"):  # the folders in it are for GPUs, and are gigabytes
+                if "/" not in member.name.removeprefix("./"):  # its folders hold gigabytes for GPUs
                     archive.extract(member, libraries)
     finally:
         docker("rm", container)
@@ -444,7 +416,7 @@ def program(pinned: str, project: str, tmp_path_factory: pytest.TempPathFactory)
     shutil.rmtree(folder)
 
 
-def test_the_tests_of_a_real_server_pass_on_this_one(
+def test_real_server_tests_pass_on_the_projects_ollama(
     contained: Path,
     server: str,
     program: Path | None,
@@ -454,18 +426,15 @@ def test_the_tests_of_a_real_server_pass_on_this_one(
     *,
     pytestconfig: pytest.Config,
 ) -> None:
-    """tests/test_publish_real.py: create, show, generate, chat, logprobs, adapter, rollback; what must be refused.
-
-    Their JUnit report, where this run writes one, stands beside it: REPORT.real-server.xml.
-    """
+    """Runs tests/test_publish_real.py; beside the JUnit report of this run stands theirs: REPORT.real-server.xml."""
     if compose.recipe.stem != "tiny":
-        pytest.skip("they want the tiny recipe's model")
+        pytest.skip("these tests need the tiny recipe's model")
     build = tmp_path / "build"
     shutil.copytree(contained, build / "tiny")
     outer = pytestconfig.getoption("xmlpath")
     report = Path(outer).with_suffix(".real-server.xml") if outer else tmp_path / "report.xml"
     command = [sys.executable, "-m", "pytest", "tests/test_publish_real.py", "-q", f"--junitxml={report}"]
-    extra = {"TUTOR_TEST_OLLAMA": host(compose), "TUTOR_TEST_BUILD": str(build)}
+    extra = {"TUTOR_TEST_OLLAMA": url(compose), "TUTOR_TEST_BUILD": str(build)}
     if program:
         extra["OLLAMA_BINARY"] = str(program)
     done = subprocess.run(command, cwd=ROOT, env=environment(**extra), capture_output=True, text=True, check=False)
@@ -479,13 +448,11 @@ def test_the_tests_of_a_real_server_pass_on_this_one(
     assert not program or "skipped" not in verdicts.values()
 
 
-def test_a_server_killed_while_it_answers_is_an_error_and_a_new_one_has_its_models(
-    published: dict[str, Any], server: str, compose: Stack
-) -> None:
+def test_server_killed_raises_and_keeps_its_models(published: dict[str, Any], server: str, compose: Stack) -> None:
     long = Generation(max_new_tokens=1500, temperature=1.5, top_p=1.0, repetition_penalty=1.0, seed=1)
-    with ollama.serve(published["tag"], host(compose)) as engine:
-        engine.answer(conversation("Hola"), Generation(1, 0.0, 1.0, 1.0, 1))  # loaded
-        docker("update", "--cpus", "0.05", server)  # slow enough to be killed in the middle
+    with ollama.serve(published["tag"], url(compose)) as engine:
+        engine.answer(conversation("Hola"), Generation(1, 0.0, 1.0, 1.0, 1))  # loads the model
+        docker("update", "--cpus", "0.05", server)  # slow enough to be killed while it answers
         pieces: list[str] = []
 
         def kill(piece: str) -> None:
@@ -498,14 +465,12 @@ def test_a_server_killed_while_it_answers_is_an_error_and_a_new_one_has_its_mode
         assert pieces
     docker("update", "--cpus", "2", server)
     stack.start_server(compose)
-    with ollama.connect(host(compose)) as again:
+    with ollama.connect(url(compose)) as again:
         assert published["tag"] in [tag.name for tag in again.tags()]
     assert stack.run_service(compose, "publisher")["published"] is False
 
 
-def test_a_port_that_is_taken_is_this_machines_fault(
-    server: str, compose: Stack, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_server_port_taken_raises_host_error(server: str, compose: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     port = stack.address(compose).rpartition(":")[2]
     monkeypatch.setenv("COMPOSE_PROJECT_NAME", f"{os.environ['COMPOSE_PROJECT_NAME']}-second")
     monkeypatch.setenv("TUTOR_OLLAMA_PORT", port)
@@ -519,8 +484,9 @@ def test_a_port_that_is_taken_is_this_machines_fault(
 # All of it
 
 
-def test_make_all_does_everything_once(pinned: str, images: None, recipe: Recipe, compose: Stack) -> None:
-    """`tutor stack all` on what is there, and once more."""
+def test_stack_run_all_twice_does_nothing_more(server: str, images: None, recipe: Recipe, compose: Stack) -> None:
+    """`tutor stack run` where Ollama's container is missing, and once more."""
+    docker("rm", "--force", server)
     first = stack.run_all(recipe, compose.build, gpu=False)
     assert re.fullmatch(r"127\.0\.0\.1:\d+", first["host"])
     assert set(first["services"]) == {*stack.BEFORE, *stack.AFTER}

@@ -1,0 +1,1 @@
+"""Tests of the whole product, whose fixtures are in this folder's conftest.py."""
