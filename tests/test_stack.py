@@ -705,6 +705,7 @@ def test_a_build_sees_no_data_no_artifact_and_no_secret():
     assert lines[0] == "*"
     allowed = {line[1:] for line in lines if line.startswith("!")}
     assert allowed == {
+        "LICENSE",
         "Modelfile.j2",
         "README.md",
         "pyproject.toml",
