@@ -14,7 +14,7 @@ import pytest
 from support.command import ROOT
 from support.docker import is_available
 
-from tutor import preflight
+from tutor.machine import preflight
 
 
 @pytest.fixture(scope="session")
