@@ -1,4 +1,4 @@
-"""A strict stand-in for an Ollama server, on a loopback socket: it behaves as ollama.md says, its bad sides included.
+"""A strict stand-in for an Ollama server, on a loopback socket: it answers as Ollama does (docs/facts.md, 1, 5 and 11).
 
 It refuses what a careful client does not send (unknown fields, load-time options in a question, `num_predict` 0,
 `think` without the capability, a chunked blob), and keeps all that it was asked in `requests`. A `GGUF` here is a

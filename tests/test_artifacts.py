@@ -1,4 +1,4 @@
-"""Stage folders are whole or absent whatever happens, and have one writer (faults.md V03, V06-V09, V11-V13, V16)."""
+"""Stage folders are whole or absent whatever happens, and have one writer."""
 
 import errno
 import json

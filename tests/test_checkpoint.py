@@ -1,4 +1,4 @@
-"""A checkpoint counts when it is whole and of the same training; the rest is set aside or refused (faults.md A4, T)."""
+"""A checkpoint counts when it is whole and of the same training; others are set aside or refused (docs/facts.md, 6)."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""The command line: help, exit codes, one line an error, JSON, signals, pipes (faults.md K05-K10, V11-V13, I1-I7)."""
+"""The command line: help, exit codes, one line an error, JSON, signals, pipes."""
 
 import fcntl
 import json

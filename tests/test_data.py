@@ -1,4 +1,4 @@
-"""The data stage: what each kind of damaged file gives (faults.md D01-D40), leaks, splits, samples, statistics."""
+"""The data stage: what each kind of damaged file gives, leaks, splits, samples, statistics."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""What this machine has, whether a recipe fits it, and how that is said (faults.md G01-G05, G07, G08, G13, V01, V06).
+"""What this machine has, whether a recipe fits it, and how that is said.
 
 nvidia-smi and docker are small programs on PATH; /proc and /sys are folders of the test's own.
 """

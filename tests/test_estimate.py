@@ -1,4 +1,4 @@
-"""Bytes and seconds from plain numbers, against what was measured; a setting that fits (faults.md G05, V01)."""
+"""Bytes and seconds from plain numbers, against what was measured; a setting that fits."""
 
 from dataclasses import replace
 from typing import Any
@@ -347,7 +347,7 @@ def test_every_quantization_of_a_recipe_has_a_size():
 
 
 def test_the_8bs_chain_needs_the_disk_that_others_reported():
-    """pitfalls.md 11: 85 to 90 GB, Ollama's copies included."""
+    """85 to 90 GB, Ollama's copies included (docs/facts.md, 9)."""
     assert sum(disk(LARGE, PLAN).values()) == pytest.approx(85e9, rel=0.05)
 
 
@@ -368,7 +368,7 @@ def test_time_that_nobody_can_tell_is_none_and_more_cores_take_less():
 
 
 def test_the_8bs_reference_times_come_out_again():
-    """design.md section 10, two cores: 78 s to merge the plain way, 15 minutes a K-quant."""
+    """On two cores 78 s to merge the plain way, 15 minutes a K-quant (docs/facts.md, 9)."""
     took = seconds(LARGE, replace(PLAN, quantizations=["Q4_K_M"]), None, 2)
     assert took["merge"] == pytest.approx(78, rel=0.3)
     assert took["convert"] == pytest.approx(33 + 15 * 60, rel=0.1)

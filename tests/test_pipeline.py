@@ -1,4 +1,4 @@
-"""What is up to date, why not, what runs: on a build folder where only the data stage has run (faults.md V15-V17)."""
+"""What is up to date, why not, what runs: on a build folder where only the data stage has run."""
 
 import ast
 import json

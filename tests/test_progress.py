@@ -1,4 +1,4 @@
-"""What a person sees while stages run: lines in a log, a bar at a terminal, nothing on stdout (faults.md K10)."""
+"""What a person sees while stages run: lines in a log, a bar at a terminal, nothing on stdout."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""Recipes that are right, wrong or hostile (faults.md K01-K04, K06-K08)."""
+"""Recipes that are right, wrong or hostile."""
 
 import contextlib
 import json

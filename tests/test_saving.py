@@ -1,7 +1,4 @@
-"""Training that is ended goes on as if it had not been: by a signal, a kill, memory, a full disk.
-
-faults.md G06, T01-T16, V02.
-"""
+"""Training that is ended goes on as if it had not been: by a signal, a kill, memory, a full disk."""
 
 import contextlib
 import json

@@ -1,6 +1,6 @@
 """The stack on hosts that lack something, its services' exit codes and logs, and what compose.yaml promises.
 
-`docker` and `nvidia-smi` are small programs on PATH that answer as they are told (faults.md A3, G01-G02, O14, O27-O28).
+`docker` and `nvidia-smi` are small programs on PATH that answer as they are told (docs/facts.md, 12).
 """
 
 import json

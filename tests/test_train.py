@@ -237,7 +237,7 @@ def test_a_collator_that_masks_pad_and_so_the_end_stops_the_run(
     trainer_of: Any, rows: list[Encoded], tokenizer: Any
 ) -> None:
     trainer = trainer_of(rows, packing=False, batch_size=1)
-    trainer.data_collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)  # pitfalls.md, F3
+    trainer.data_collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)  # docs/facts.md, 3
     with pytest.raises(DataError) as caught:
         train.audit_labels(trainer, rows, tokenizer)
     assert "train row 1: EOS is not supervised at the end" in caught.value.problems

@@ -94,7 +94,7 @@ def outcomes(*codes: str, **options: Any) -> list[str]:
     return [verdict.outcome for verdict in judge_blocks([Block(code) for code in codes], **options)]
 
 
-# --- fences (faults.md E01)
+# --- fences
 
 
 @pytest.mark.parametrize(
@@ -460,7 +460,7 @@ def test_folding_twice_changes_nothing(text: str) -> None:
     assert fold(fold(text)) == fold(text)
 
 
-# --- installing it (faults.md E09)
+# --- installing it
 
 
 def test_the_lockfile_pins_the_version_and_a_hash_of_every_package_and_names_no_host() -> None:

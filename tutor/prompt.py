@@ -44,7 +44,7 @@ BOS_PREFIX = "{{- bos_token -}}"
 """apply_chat_template adds no BOS by itself; llama.cpp strips this one again before its tokenizer adds its own."""
 
 CAPABILITY_WORDS = ("tools", "tool_call", "<think>", "</think>")
-"""What makes Ollama >= 0.30 prefer a GGUF's template to the Modelfile's (pitfalls.md, F1)."""
+"""What makes Ollama >= 0.30 prefer a GGUF's template to the Modelfile's (docs/facts.md, 1)."""
 
 Message = Mapping[str, str]
 """`role` (system, user or assistant) and `content`."""
@@ -153,7 +153,7 @@ def audit(row: Encoded, prompt_ids: Sequence[int], tokenizer: Tokenizer) -> list
     """What is wrong with a row as the trainer will see it; empty when the contract holds.
 
     `prompt_ids` is what an engine sends for the same question. The checks are those that ruin a model without a
-    sound (pitfalls.md, pains 2, 15, 20): EOS not learnt, no or doubled BOS, another prompt than the served one.
+    sound (docs/facts.md, 10): EOS not learnt, no or doubled BOS, another prompt than the served one.
     """
     problems = []
     supervised = [token for token, on in zip(row.ids, row.mask, strict=True) if on]

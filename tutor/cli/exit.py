@@ -1,4 +1,4 @@
-"""The one place where an error becomes a line on stderr and an exit code (design.md 9). Knows no command."""
+"""The one place where an error becomes a line on stderr and an exit code. Knows no command."""
 
 import io
 import json

@@ -24,7 +24,7 @@ def choose_precision(wanted: str) -> str:
 def decide_precision(wanted: str, capability: tuple[int, int] | None, *, cpu_bf16: bool) -> str:
     """The same for a GPU of that compute capability, or none and a CPU that has bf16 itself or not.
 
-    bf16 needs 8.0; PyTorch's own is_bf16_supported() says yes to emulation (pitfalls.md, 16). Below it fp16 computes,
+    bf16 needs 8.0; PyTorch's own is_bf16_supported() says yes to emulation (docs/facts.md, 4). Below it fp16 computes,
     with loss scaling, over adapters in fp32.
     """
     if capability is None:

@@ -35,7 +35,7 @@ KNOWN_BAD = (
     ("torch", (0,), (2, 10), "can run code of a checkpoint it loads (CVE-2026-24747)"),
     ("jinja2", (0,), (3, 1, 6), "lets a template out of its sandbox"),
 )
-"""Package, first and first good version, what it does (pitfalls.md F2 and 6, faults.md A2)."""
+"""Package, first and first good version, what it does (docs/facts.md, 8)."""
 CUDA_PACKAGE = re.compile(r"nvidia-cuda-runtime(-cu\d+)?")
 
 

@@ -43,7 +43,7 @@ MAX_PROBLEMS = 5
 MEMORY = re.compile(r"(\d{1,6}(?:\.\d{1,3})?) ?(MB|MiB|GB|GiB)")
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}")
-"""A model name that Ollama accepts (ollama.md 2.1), without host, namespace and tag."""
+"""A model name that Ollama accepts (docs/facts.md, 5), without host, namespace and tag."""
 
 
 class Settings(BaseModel):

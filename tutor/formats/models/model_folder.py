@@ -19,7 +19,7 @@ CANARIES = (
     "function suma(a: number): number {\n  if (a > 0) {\n    return a + 1;\n  }\n\treturn 0;\n}\n",
     "  dos espacios, 12345 números, `código` y … ¡ñandú!\r\nÁÉÍÓÚ ü 👩‍💻",
 )
-"""transformers 5.3.0 to 5.21.1 gave the first one back without its blanks, and training ran on (pitfalls.md, F2)."""
+"""transformers 5.3.0 to 5.21.1 gave the first one back without its blanks, and training ran on (docs/facts.md, 2)."""
 
 SIXTEEN_BIT = (
     "conversion can fail with models already quantized to 4 bits, it needs one in FP16/FP32 (specification, 7.2): "

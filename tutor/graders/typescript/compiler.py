@@ -1,7 +1,7 @@
 """Does TypeScript code compile: the pinned compiler decides, in one process for all blocks; nothing is ever executed.
 
 In: fenced blocks. Out: a verdict for each, whatever a block does to the compiler: code that a model wrote is hostile
-until shown otherwise (faults.md A8). Says nothing about whether the code is what was asked for.
+until shown otherwise (docs/facts.md, 7). Says nothing about whether the code is what was asked for.
 """
 
 import contextlib

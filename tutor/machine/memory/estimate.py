@@ -77,7 +77,7 @@ GPU_SHARE = 0.2
 TOKEN_BYTES = 60  # of a tokenizer in a GGUF file, a word
 START = 15.0  # seconds until torch and transformers are imported
 MERGE_RATE, CONVERT_RATE = 200e6, 480e6
-"""Bytes a second: design.md section 10, the 8B on two cores."""
+"""Bytes a second: the 8B on two cores (docs/facts.md, 9)."""
 QUANTIZE_RATE = 4.5e6
 """Numbers a second and thread into a K-quant: the same table. The other kinds take a tenth of it."""
 READ_RATE = 3.2e9

@@ -59,7 +59,7 @@ FREE = frozenset(
 NAME = re.compile(r"checkpoint-([1-9][0-9]{0,17})")
 REQUIRED = frozenset({"adapter_model.safetensors", "scheduler.pt", "trainer_state.json"})
 """Beside the optimizer's and each process's random state. Without one of them the trainer resumes all the same, and
-makes another model without a word (faults.md A4)."""
+makes another model without a word (docs/facts.md, 6)."""
 
 KEEP = 2
 """Whole checkpoints that stay: the newest, and the one to fall back to."""
