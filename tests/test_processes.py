@@ -22,7 +22,7 @@ from tiny_models import one_thread, tiny
 
 from tutor.artifacts import stage_folder as artifacts
 from tutor.errors import HostError, RecipeError
-from tutor.machine import distributed as processes
+from tutor.machine import distributed
 from tutor.pipeline import runner as pipeline
 from tutor.recipe.settings import read_recipe
 from tutor.stages.train import checkpoint
@@ -57,8 +57,10 @@ def launched(monkeypatch: pytest.MonkeyPatch, number: int = 1, count: int = 2, *
 
 def test_without_a_launcher_there_is_one_process_that_needs_no_torch() -> None:
     code = "from tutor.machine import distributed as p; import sys; sys.modules['torch'] = None\n"
-    code += "with p.joined(): assert p.tell(3) == 3 == p.same(int, '3') and p.gather(3) == [3]; p.wait()\n"
-    code += "assert (p.world(), p.rank(), p.is_first(), p.beside(), p.is_sharded()) == (1, 0, True, 1, False)"
+    code += "with p.process_group():\n"
+    code += "    assert p.broadcast(3) == 3 == p.broadcast_result(int, '3') and p.all_gather(3) == [3]; p.barrier()\n"
+    code += "found = p.world_size(), p.rank(), p.is_main_process(), p.local_world_size(), p.is_sharded()\n"
+    code += "assert found == (1, 0, True, 1, False)"
     env = environment(PYTHONPATH=str(ROOT), WORLD_SIZE="4")  # some batch systems set this one alone
     subprocess.run([sys.executable, "-c", code], check=True, env=env, timeout=30)
 
@@ -66,7 +68,7 @@ def test_without_a_launcher_there_is_one_process_that_needs_no_torch() -> None:
 @given(st.integers(0, 40), st.integers(1, 5), st.integers(1, 4))
 def test_processes_take_equally_many_rows_and_together_those_of_one(count: int, part: int, world: int) -> None:
     order = list(reversed(range(count)))
-    shares = [processes.share(order, part * world, number, world) for number in range(world)]
+    shares = [distributed.rank_rows(order, part * world, number, world) for number in range(world)]
     assert len({len(share) for share in shares}) == 1
     for start in range(0, count, part * world):
         step = [row for share in shares for row in share[start // world : start // world + part]]
@@ -78,7 +80,7 @@ def test_a_share_is_as_long_as_it_says_and_follows_the_epoch(monkeypatch: pytest
     launched(monkeypatch)
     for count in range(1, 14):
         order = cpu_head.SeedableRandomSampler(range(count), data_seed=3)
-        share = processes.Share(order, 4)
+        share = distributed.DistributedStepSampler(order, 4)
         first = list(share)
         assert len(share) == len(first)
         share.set_epoch(5)
@@ -313,13 +315,13 @@ def test_the_shipped_configuration_is_one_that_tutor_takes(monkeypatch: pytest.M
     kept = {name: value for name, value in given.items() if name.startswith(("FSDP_", "ACCELERATE_"))}
     assert kept["FSDP_VERSION"] == "2"
     launched(monkeypatch, **kept)
-    assert processes.is_sharded()
+    assert distributed.is_sharded()
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     with pytest.raises(RecipeError, match="set fsdp_cpu_ram_efficient_loading: false"):
-        processes.is_sharded()
+        distributed.is_sharded()
     monkeypatch.setenv("FSDP_VERSION", "1")
     with pytest.raises(RecipeError, match="set fsdp_version: 2"):
-        processes.is_sharded()
+        distributed.is_sharded()
 
 
 def test_4_bit_weights_are_stored_in_the_type_that_is_computed_in_where_they_are_sharded(tiny: Path) -> None:

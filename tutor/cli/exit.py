@@ -15,7 +15,7 @@ from typing import NoReturn
 import click
 
 from tutor.errors import HostError, TutorError
-from tutor.machine import distributed as processes
+from tutor.machine import distributed
 
 FIRST = 5.0
 """Seconds that the first of several processes has for its line, before the others say theirs: the launcher ends them
@@ -87,7 +87,7 @@ def fail(message: str, code: int, hint: str | None, *, as_json: bool, problems: 
 
 
 def _after_the_first() -> None:
-    if not processes.is_first():
+    if not distributed.is_main_process():
         time.sleep(FIRST)
 
 

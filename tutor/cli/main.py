@@ -19,7 +19,7 @@ from tutor.cli.commands import serving as cli_serving
 from tutor.cli.commands import stack as cli_stack
 from tutor.cli.options import emit, json_option, read, recipe_option, shown_on_stderr, tree
 from tutor.errors import ArtifactError, GateError, RecipeError
-from tutor.machine import distributed as processes
+from tutor.machine import distributed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -56,7 +56,7 @@ def cli(context: click.Context, *, debug: bool, quiet: bool) -> None:
     default; settings of the model itself stand only in the recipe.
     """
     context.obj = {"debug": debug, "quiet": quiet}
-    if processes.world() > 1 and context.invoked_subcommand != "train":
+    if distributed.world_size() > 1 and context.invoked_subcommand != "train":
         raise RecipeError(
             f"only tutor train runs in several processes, and this is tutor {context.invoked_subcommand}",
             "start it without a launcher; tutor train goes between tutor run --until base and tutor run",
@@ -247,7 +247,7 @@ def _stage(
     recipe = read(recipe_path)
     with shown_on_stderr(flags):
         ran = pipeline.run_one(name, recipe, build)
-    if not processes.is_first():
+    if not distributed.is_main_process():
         return
     folder = build / recipe.name / chain.BY_NAME[name].folder
     manifest = artifacts.require(folder, name)

@@ -75,10 +75,10 @@ def read(path: Path) -> "Recipe":
 def shown_on_stderr(flags: dict[str, bool]) -> contextlib.AbstractContextManager[None]:
     """Progress while a stage runs; the libraries' own is off, from before they are imported."""
     from tutor.cli.progress import quiet_libraries, shown, silenced
-    from tutor.machine.distributed import is_first
+    from tutor.machine.distributed import is_main_process
 
     quiet_libraries()
-    if not is_first():
+    if not is_main_process():
         return silenced()
     return shown(quiet=flags["quiet"])
 

@@ -4,8 +4,7 @@ In: a recipe's setting, PyTorch's answers, this process's place among those of a
 """
 
 from tutor.errors import HostError
-from tutor.machine import distributed as processes
-from tutor.machine import host
+from tutor.machine import distributed, host
 from tutor.machine.host import CUDA
 
 CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
@@ -47,9 +46,9 @@ def room() -> tuple[int, int]:
 
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
-        cards = processes.world() if processes.is_sharded() else 1
+        cards = distributed.world_size() if distributed.is_sharded() else 1
         return min(int(free + CUDA), total) * cards, total * cards
-    memory, own, sharers = host.memory(), psutil.Process().memory_info(), processes.beside()
+    memory, own, sharers = host.memory(), psutil.Process().memory_info(), distributed.local_world_size()
     if memory is None:
         machine = psutil.virtual_memory()
         return int(machine.available) // sharers, int(machine.total) // sharers

@@ -1,7 +1,7 @@
-"""The processes of one training: `accelerate launch` and torchrun start them, one a GPU; without them there is one.
+"""The processes of one distributed training, which `accelerate launch` or torchrun starts; without a launcher: one.
 
-In: the launcher's environment. Out: who this process is, what the first one decided, and which rows of a step are this
-one's. The first alone prints, locks and writes. Everything here is a no-op in a single process, which needs no torch.
+In: the launcher's environment variables. Out: rank and world size, values of rank 0, this rank's rows of each step.
+Only rank 0 prints, locks and writes. With one process every function is a no-op and needs no torch.
 """
 
 import contextlib
@@ -13,42 +13,42 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 from tutor.errors import HostError, RecipeError
 
-Given = ParamSpec("Given")
-Made = TypeVar("Made")
+Arguments = ParamSpec("Arguments")
+Value = TypeVar("Value")
 
-PATIENCE = timedelta(minutes=30)
-"""How long a process waits for the others; the first may hash a base of 16 GB meanwhile."""
+TIMEOUT = timedelta(minutes=30)
+"""Maximum wait for the other ranks; rank 0 may hash a base of 16 GB in that time."""
 
-LOST = re.compile(r"gloo|NCCL|Connection (closed|reset)|Broken pipe|process group|TCPStore|Socket", re.IGNORECASE)
-"""What PyTorch says when another process is gone, in a RuntimeError."""
+PEER_LOST = re.compile(r"gloo|NCCL|Connection (closed|reset)|Broken pipe|process group|TCPStore|Socket", re.IGNORECASE)
+"""Text in PyTorch's RuntimeError when another process has ended."""
 
 
-def world() -> int:
-    """How many processes train together."""
+def world_size() -> int:
+    """Number of processes of this training."""
     return int(os.environ["WORLD_SIZE"]) if {"WORLD_SIZE", "RANK", "MASTER_ADDR"} <= os.environ.keys() else 1
 
 
 def rank() -> int:
-    """Which of them this is; 0 is the first."""
-    return int(os.environ["RANK"]) if world() > 1 else 0
+    """Number of this process; 0 is the main process."""
+    return int(os.environ["RANK"]) if world_size() > 1 else 0
 
 
-def is_first() -> bool:
-    """Whether this is the one that prints and writes."""
+def is_main_process() -> bool:
+    """Whether this process prints and writes."""
     return rank() == 0
 
 
-def beside() -> int:
-    """How many of them share this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world() > 1 else 1
+def local_world_size() -> int:
+    """Number of this training's processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size() > 1 else 1
 
 
 def is_sharded() -> bool:
     """Whether accelerate's configuration shards the model over the GPUs (FSDP).
 
-    Raises RecipeError for the two of its settings that would make another model without a word.
+    Raises RecipeError for the two FSDP settings that would change the trained model without an error.
     """
-    if world() == 1 or os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
+    if world_size() == 1 or os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
         return False
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise RecipeError("FSDP 1 cannot shard 4-bit weights beside fp32 adapters", "set fsdp_version: 2")
@@ -61,20 +61,20 @@ def is_sharded() -> bool:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
-    """Be one of the processes inside. Raises HostError when another one ends meanwhile."""
-    if world() == 1:
+def process_group() -> Iterator[None]:
+    """Join the process group inside the block. Raises HostError when another process ends in that time."""
+    if world_size() == 1:
         yield
         return
     import torch
     from accelerate import PartialState
 
     try:
-        PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+        PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
         yield
         torch.distributed.destroy_process_group()
     except RuntimeError as error:
-        if not (isinstance(error, torch.distributed.DistError) or LOST.search(str(error))):
+        if not (isinstance(error, torch.distributed.DistError) or PEER_LOST.search(str(error))):
             raise
         raise HostError(
             "another process of this training ended",
@@ -82,59 +82,59 @@ def joined() -> Iterator[None]:
         ) from error
 
 
-def tell(value: Made | None = None) -> Made | None:
-    """The first process's `value`, in all of them."""
-    if world() == 1:
+def broadcast(value: Value | None = None) -> Value | None:
+    """Broadcast rank 0's `value` to all ranks."""
+    if world_size() == 1:
         return value
     import torch
 
-    held = [value]
-    torch.distributed.broadcast_object_list(held, src=0)
-    return held[0]
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
 
 
-def same(make: Callable[Given, Made], *args: Given.args, **kwargs: Given.kwargs) -> Made:
-    """What `make` gives in the first process, in all of them; the others do not call it."""
-    return tell(make(*args, **kwargs) if is_first() else None)  # type: ignore[return-value]
+def broadcast_result(make: Callable[Arguments, Value], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Value:
+    """Call `make` on rank 0 alone and broadcast its result to all ranks."""
+    return broadcast(make(*args, **kwargs) if is_main_process() else None)  # type: ignore[return-value]
 
 
-def gather(value: Made) -> list[Made]:
-    """Every process's value, in the order of the processes."""
-    if world() == 1:
+def all_gather(value: Value) -> list[Value]:
+    """Gather the values of all ranks, in the order of the ranks."""
+    if world_size() == 1:
         return [value]
     import torch
 
-    held: list[Any] = [None] * world()
-    torch.distributed.all_gather_object(held, value)
-    return held
+    values: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
-def wait() -> None:
-    """Go on when all have come here."""
-    gather(None)
+def barrier() -> None:
+    """Wait until all ranks have reached this call."""
+    all_gather(None)
 
 
-class Order(Protocol):
-    """The rows of an epoch, shuffled: accelerate's sampler, which all processes have alike."""
+class EpochSampler(Protocol):
+    """Shuffled row numbers of an epoch, equal on all ranks: the interface of accelerate's SeedableRandomSampler."""
 
     def __iter__(self) -> Iterator[int]:
-        """Their numbers."""
+        """Row numbers."""
 
     def __len__(self) -> int:
-        """How many."""
+        """Number of rows."""
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch."""
 
 
-class Share:
-    """A sampler: this process's rows of each step of an epoch. Together they are the rows that one process takes.
+class DistributedStepSampler:
+    """Sampler of this rank's rows of each optimizer step; all ranks together take the rows that one process takes.
 
-    accelerate's own way fills the last step of an epoch up with rows of the first, which then count twice, and after
-    resuming in an epoch it takes the rows in the first one's order.
+    accelerate's own sharding repeats rows of the epoch's start in its last step, which then count twice, and after
+    a resume within an epoch it takes the rows in the order of the first epoch.
     """
 
-    def __init__(self, order: Order, step_rows: int) -> None:
+    def __init__(self, order: EpochSampler, step_rows: int) -> None:
         self._order = order
         self._step_rows = step_rows
 
@@ -143,33 +143,33 @@ class Share:
         self._order.set_epoch(epoch)
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self._order), self._step_rows)
-        return whole * (self._step_rows // world()) - (-rest // world())
+        steps, rest = divmod(len(self._order), self._step_rows)
+        return steps * (self._step_rows // world_size()) - (-rest // world_size())
 
     def __iter__(self) -> Iterator[int]:
-        return iter(share(list(self._order), self._step_rows, rank(), world()))
+        return iter(rank_rows(list(self._order), self._step_rows, rank(), world_size()))
 
 
-def share(order: Sequence[int], step_rows: int, number: int, processes: int) -> list[int]:
-    """The rows of process `number`: of each step every `processes`-th, as many as every other process takes.
+def rank_rows(order: Sequence[int], step_rows: int, rank: int, world_size: int) -> list[int]:
+    """Rows of one rank: every `world_size`-th row of each step, equally many on every rank.
 
     Where a last step does not divide, len(order) stands for a row without loss.
     """
-    mine = []
+    rows = []
     for start in range(0, len(order), step_rows):
         step = [*order[start : start + step_rows]]
-        step += [len(order)] * (-len(step) % processes)
-        mine += step[number::processes]
-    return mine
+        step += [len(order)] * (-len(step) % world_size)
+        rows += step[rank::world_size]
+    return rows
 
 
-def whole(tensor: Any) -> Any:
-    """A tensor with all its numbers, where FSDP left each process a part; all processes ask together."""
+def full_tensor(tensor: Any) -> Any:
+    """Gather a tensor that FSDP shards; a collective call. Other tensors are returned unchanged."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def parted(tensor: Any, like: Any) -> Any:
-    """A whole tensor as `like` is: with this process's part alone where FSDP parts it."""
+def shard_like(tensor: Any, like: Any) -> Any:
+    """Shard a full tensor over the device mesh of `like`; unchanged where `like` is not sharded."""
     if not hasattr(like, "full_tensor"):
         return tensor
     from torch.distributed.tensor import distribute_tensor

@@ -14,8 +14,7 @@ from typing import Any
 from tutor.artifacts import stage_folder as artifacts
 from tutor.engines.llamacpp import build as llamacpp_build
 from tutor.errors import GateError, RecipeError
-from tutor.machine import capacity
-from tutor.machine import distributed as processes
+from tutor.machine import capacity, distributed
 from tutor.pipeline.registry import BY_NAME, Stage
 from tutor.recipe.settings import Recipe
 
@@ -134,10 +133,10 @@ def run_one(name: str, recipe: Recipe, build: Path) -> bool:
     """
     _refuse_early(recipe)
     stage = BY_NAME[name]
-    with processes.joined():
-        if processes.is_first():
+    with distributed.process_group():
+        if distributed.is_main_process():
             return _run_first(stage, recipe, build)
-        if ready := processes.tell():
+        if ready := distributed.broadcast():
             stage.module.run(recipe, *ready)
         return bool(ready)
 
@@ -153,9 +152,9 @@ def _run_first(stage: Stage, recipe: Recipe, build: Path) -> bool:
         made = states[name].condition in MADE
         if made:
             artifacts.remove(artifacts.checkpoints(states[name].folder))  # the last run was killed before it could
-            processes.tell(None)
+            distributed.broadcast(None)
         else:
-            if name != "data" and not processes.is_sharded():  # it knows one GPU
+            if name != "data" and not distributed.is_sharded():  # it knows one GPU
                 capacity.refuse(recipe, build, [name])
             _run(stage, recipe, build, states[name])
         pass_gate(states[name].folder)
@@ -196,7 +195,7 @@ def _run(stage: Stage, recipe: Recipe, build: Path, state: State) -> None:
     with announced(stage.name, stage.about), scratch as (out, results):
         inputs = {need: build / recipe.name / BY_NAME[need].folder for need in stage.needs}
         inputs |= {name: build / recipe.name / name for name in stage.reads}
-        processes.tell((inputs, out))
+        distributed.broadcast((inputs, out))
         results.update(stage.module.run(recipe, inputs, out))
 
 

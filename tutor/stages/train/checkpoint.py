@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tutor.artifacts import stage_folder as artifacts
 from tutor.errors import ArtifactError, HostError
-from tutor.machine import distributed as processes
+from tutor.machine import distributed
 
 if TYPE_CHECKING:
     from tutor.prompt import Encoded
@@ -233,7 +233,9 @@ def seal(training: Training, progress: Progress) -> Path:
     """
     path = training.folder / f"checkpoint-{progress.step}"
     if missing := sorted(
-        name for name in required(processes.world(), sharded=processes.is_sharded()) if not (path / name).is_file()
+        name
+        for name in required(distributed.world_size(), sharded=distributed.is_sharded())
+        if not (path / name).is_file()
     ):
         raise ArtifactError(f"the trainer saved {path} without {', '.join(missing)}", "a library's doing: report it")
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

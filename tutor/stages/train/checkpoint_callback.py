@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from tutor.artifacts import stage_folder as artifacts
 from tutor.errors import HostError, TutorError
-from tutor.machine import distributed as processes
+from tutor.machine import distributed
 from tutor.machine.memory.batching import Passes
 from tutor.stages.train import checkpoint
 
@@ -93,18 +93,18 @@ class Saver(TrainerCallback):  # type: ignore[misc]
 
     def _agree(self, *, save: bool = False) -> bool:
         """Hear of every process's signal; whether the first one saves, whose clock counts."""
-        told = processes.gather((self.signal, save))
+        told = distributed.all_gather((self.signal, save))
         self.ending = next((number for number, _ in told if number), None)
         return told[0][1]
 
     def _require_room(self) -> None:
-        if processes.is_first():
+        if distributed.is_main_process():
             checkpoint.require_room(self._training, self._size)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Seal what the trainer wrote."""
-        processes.wait()  # until all have written their part
-        if processes.is_first():
+        distributed.barrier()  # until all have written their part
+        if distributed.is_main_process():
             self._seal(args, state)
         self._saved_at = time.monotonic()
         self._agree()
@@ -159,9 +159,9 @@ def saving(
         yield saver
     except BaseException as error:
         # The disk first: what was half saved is what fills it.
-        fault = processes.is_first() and artifacts.disk_fault(error, training.out)
+        fault = distributed.is_main_process() and artifacts.disk_fault(error, training.out)
         fault = fault or memory_fault(error, trainer, less_memory)
-        if processes.is_first():
+        if distributed.is_main_process():
             checkpoint.discard_unfinished(training)
         if fault:
             raise fault from error

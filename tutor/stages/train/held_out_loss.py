@@ -13,7 +13,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
 from tutor.engines.hf.engine import score
 from tutor.errors import ArtifactError
-from tutor.machine import distributed as processes
+from tutor.machine import distributed
 from tutor.prompt import Encoded
 
 QUANTIZED = (Linear4bit, Linear8bitLt)
@@ -53,13 +53,13 @@ def mean_loss(model: Any, rows: Sequence[Encoded]) -> float:
 
     Several processes share the rows, and all get the same. Raises ArtifactError when it is no number.
     """
-    mine = processes.share(range(len(rows)), len(rows), processes.rank(), processes.world())
+    mine = distributed.rank_rows(range(len(rows)), len(rows), distributed.rank(), distributed.world_size())
     # Under FSDP all processes have to score as many rows: a blank is any row, and counts for nothing.
     asked = [rows[number % len(rows)] for number in mine]
     with scoring(model):
         scores = score(model, [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in asked])
     counted = [row for number, row in zip(mine, scores, strict=True) if number < len(rows)]
-    scores = [row for part in processes.gather(counted) for row in part]
+    scores = [row for part in distributed.all_gather(counted) for row in part]
     loss = -math.fsum(value for row in scores for value in row) / sum(len(row) for row in scores)
     if not math.isfinite(loss):
         raise ArtifactError(f"the held-out loss is {loss}", "lower train.learning_rate, or fetch the base again")

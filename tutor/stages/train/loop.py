@@ -17,7 +17,7 @@ import torch
 from transformers import PrinterCallback
 
 from tutor.errors import ArtifactError
-from tutor.machine.distributed import is_first, whole
+from tutor.machine.distributed import full_tensor, is_main_process
 from tutor.prompt import Encoded
 from tutor.stages.train.held_out_loss import mean_loss, perplexity, refuse_packed
 from tutor.stages.train.monitor import Course, Monitor, reports, restore_best
@@ -79,7 +79,7 @@ def round_adapter(model: Any) -> None:
         if parameter.requires_grad:
             with torch.no_grad():
                 parameter.copy_(parameter.half().float())
-            if not torch.isfinite(whole(parameter)).all():
+            if not torch.isfinite(full_tensor(parameter)).all():
                 raise ArtifactError(f"{name} holds a value beyond FP16's 65504", "lower train.learning_rate")
 
 
@@ -87,7 +87,7 @@ def write(trainer: Any, course: Course, fitted: Fitted, source: str, out: Path) 
     """Adapter, metrics.jsonl and training.svg into `out`; bytes of the adapter, for the process that wrote it."""
     state = trainer.state
     save_adapter(trainer.model, source, out)
-    if not is_first():
+    if not is_main_process():
         return 0
     lines = reports(state.log_history, state.max_steps, course)
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
@@ -99,8 +99,8 @@ def write(trainer: Any, course: Course, fitted: Fitted, source: str, out: Path) 
 
 def save_adapter(model: Any, source: str, out: Path) -> None:
     """The adapter in PEFT's format and FP16, naming its base by source and not by this machine's path."""
-    trained = {name: whole(weight).half() for name, weight in model.named_parameters() if weight.requires_grad}
-    if not is_first():
+    trained = {name: full_tensor(weight).half() for name, weight in model.named_parameters() if weight.requires_grad}
+    if not is_main_process():
         return
     for config in model.peft_config.values():
         config.base_model_name_or_path = source

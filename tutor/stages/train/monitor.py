@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from tutor.errors import ArtifactError
 from tutor.formats.models.model_folder import open_weights
-from tutor.machine.distributed import is_first, parted, whole
+from tutor.machine.distributed import full_tensor, is_main_process, shard_like
 from tutor.stages.train.held_out_loss import perplexity
 from tutor.stages.train.metrics import Pace, clock, gpu_utilization, open_board, resources, sentence, show
 
@@ -141,7 +141,7 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
         del control
         self._evaluations = evaluation_steps(state.max_steps, self._course.evaluations)
         self.pace.begin(state.global_step, state.epoch or 0.0)
-        if not is_first():
+        if not is_main_process():
             return
         path = self._folder / "metrics.jsonl"
         kept = []
@@ -178,14 +178,14 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
             if patience and waited(state.log_history) >= patience and state.global_step < state.max_steps:
                 log.info("no better held-out loss in %d evaluations: training ends", patience)
                 self.stopped = control.should_training_stop = True
-        if is_first():
+        if is_main_process():
             self._report(state)
 
     def _evaluate(self, entry: dict[str, Any], state: Any, path: Path, model: Any) -> None:
         with self.pace.paused():
             entry["held_out_loss"] = self._score()
             if best_of(state.log_history) == (entry["step"], entry["held_out_loss"]):
-                if is_first():
+                if is_main_process():
                     path.parent.mkdir(parents=True, exist_ok=True)
                 save_trained(model, path, entry["step"], entry["held_out_loss"])
 
@@ -216,8 +216,9 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
 
 def save_trained(model: Any, path: Path, step: int, loss: float) -> None:
     """Write the weights that train, whole or not at all, with the step that they are of and their held-out loss."""
-    tensors = {name: whole(weight.detach()).cpu() for name, weight in model.named_parameters() if weight.requires_grad}
-    if is_first():
+    trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    tensors = {name: full_tensor(weight.detach()).cpu() for name, weight in trainable.items()}
+    if is_main_process():
         save_file(tensors, path, metadata={"step": str(step), "held_out_loss": repr(loss)})
 
 
@@ -241,7 +242,7 @@ def restore_best(model: Any, checkpoints: Path, history: History) -> int | None:
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if weight.requires_grad:
-                    weight.copy_(parted(file.get_tensor(name), weight))
+                    weight.copy_(shard_like(file.get_tensor(name), weight))
     log.info(
         "the adapter of step %s is kept: held-out loss %.4f, and %.4f at the end",
         said["step"], float(said["held_out_loss"]), last,

@@ -20,7 +20,7 @@ from tutor.artifacts.stage_folder import log_folder
 from tutor.engines.hf.engine import load_base
 from tutor.errors import DataError, RecipeError
 from tutor.formats.models.model_folder import load_tokenizer, read_facts
-from tutor.machine import distributed as processes
+from tutor.machine import distributed
 from tutor.machine.device import choose_precision, room
 from tutor.machine.memory import plan as memory
 from tutor.machine.memory.batching import Passes, passes_of
@@ -55,21 +55,22 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
         encode_rows(tokenizer, read_rows(inputs["data"] / f"{name}.jsonl"), recipe.system, settings.max_length)
         for name in ("train", "held_out")
     )
-    precision = processes.same(choose_precision, settings.precision)
+    precision = distributed.broadcast_result(choose_precision, settings.precision)
     settings = settings.model_copy(
-        update={"pass_tokens": processes.same(choose_passes, settings, precision, model_folder, train)}
+        update={"pass_tokens": distributed.broadcast_result(choose_passes, settings, precision, model_folder, train)}
     )
-    passes = plan_passes(settings, train, processes.world())
-    plan = processes.same(make_plan, settings, precision, model_folder, passes)
+    passes = plan_passes(settings, train, distributed.world_size())
+    plan = distributed.broadcast_result(make_plan, settings, precision, model_folder, passes)
     training = checkpoint.Training(
         out,
         checkpoint.identity(
             settings.model_dump() | {"quantization": plan.quantization}, {"train": train, "held_out": held_out},
             seed=recipe.seed, base=facts.weights,
-            precision=precision, device="cuda" if torch.cuda.is_available() else "cpu", processes=processes.world(),
+            precision=precision, device="cuda" if torch.cuda.is_available() else "cpu",
+            processes=distributed.world_size(),
         ),
     )  # fmt: skip
-    saved = processes.same(checkpoint.resume, training)
+    saved = distributed.broadcast_result(checkpoint.resume, training)
     set_seed(recipe.seed)
     again = plan.checkpointing
     arguments = training_arguments(settings, precision, recipe.seed, training.folder, passes, checkpointing=again)
@@ -141,7 +142,7 @@ def choose_passes(settings: "TrainSettings", precision: str, model_folder: Path,
     """Tokens of a packed pass at most, on this machine."""
 
     def sizes(tried: "TrainSettings") -> tuple[int, int]:
-        return plan_passes(tried, rows, processes.world()).tokens, longest
+        return plan_passes(tried, rows, distributed.world_size()).tokens, longest
 
     shape, longest = memory.read_shape(model_folder), max(len(row.ids) for row in rows)
     cuda = torch.cuda.is_available()
@@ -176,15 +177,15 @@ def load_trainer(
 ) -> Trainer:
     """The trainer on the base as planned, which may leave layers in RAM."""
     precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
-    streams, sharded = plan.resident < memory.read_shape(model_folder).layers, processes.is_sharded()
-    if streams and processes.world() > 1:
+    streams, sharded = plan.resident < memory.read_shape(model_folder).layers, distributed.is_sharded()
+    if streams and distributed.world_size() > 1:
         raise RecipeError("train.max_memory leaves layers in RAM of a single process", "remove it, or the launcher")
     if sharded and plan.quantization == "int8":
         raise RecipeError("FSDP cannot shard int8 weights", "set train.quantization to nf4 or none")
     model = load_base(model_folder, plan.quantization, precision, sharded=sharded, in_ram=streams or sharded)
     trainer = make_trainer(model, tokenizer, rows, lora, arguments)
-    if not processes.is_first():
-        torch.manual_seed(arguments.seed + processes.rank())  # dropout of its own; the adapter is the first's
+    if not distributed.is_main_process():
+        torch.manual_seed(arguments.seed + distributed.rank())  # dropout of its own; the adapter is the first's
     if streams:
         stream_layers(trainer.model, plan.resident, arguments.device)
     return trainer

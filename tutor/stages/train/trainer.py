@@ -18,7 +18,7 @@ from torch.nn.functional import linear_cross_entropy
 from torch.utils.data import ConcatDataset, DataLoader
 from trl import SFTTrainer
 
-from tutor.machine.distributed import Share
+from tutor.machine.distributed import DistributedStepSampler
 
 IGNORED = -100
 """The label of an id without loss, by PyTorch's cross entropy."""
@@ -40,7 +40,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         loader: Any = DataLoader(
             ConcatDataset([rows, [blank]]),  # type: ignore[list-item]
             batch_size=size,
-            sampler=Share(order, size * self.args.gradient_accumulation_steps * self.args.world_size),
+            sampler=DistributedStepSampler(order, size * self.args.gradient_accumulation_steps * self.args.world_size),
             collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory,
         )
