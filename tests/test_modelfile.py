@@ -11,7 +11,10 @@ from tutor.errors import ArtifactError, RecipeError
 from tutor.prompt import GO_TEMPLATE, STOPS
 from tutor.recipe.settings import read_recipe
 from tutor.stages.modelfile import stage as modelfile
-from tutor.stages.modelfile.stage import ModelSpec, check, parse, render, representable, request
+from tutor.stages.modelfile.parse import parse
+from tutor.stages.modelfile.render import render
+from tutor.stages.modelfile.spec import ModelSpec, check_spec, representable
+from tutor.stages.modelfile.stage import create_body, ollama_parameters
 
 GENERATE = {"max_new_tokens": 515, "temperature": 0.003, "top_p": 0.85, "repetition_penalty": 1.15, "context": 4096}
 
@@ -32,7 +35,7 @@ def build(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def spec(build):
-    parameters = modelfile.parameters(GENERATE, 42, STOPS)
+    parameters = ollama_parameters(GENERATE, 42, STOPS)
     return ModelSpec("tutor", build / "gguf" / "tutor-Q4_K_M.gguf", GO_TEMPLATE, parameters)
 
 
@@ -87,7 +90,7 @@ def test_the_blank_line_that_ends_a_turn_survives(build, spec):
 
 def test_an_empty_system_is_no_instruction_and_no_field(build, spec):
     assert "SYSTEM" not in render(spec, build / "model")
-    assert request(spec, {spec.gguf: "sha256:0"}).keys() == {"model", "files", "template", "parameters", "stream"}
+    assert create_body(spec, {spec.gguf: "sha256:0"}).keys() == {"files", "template", "parameters"}
 
 
 @pytest.mark.parametrize(
@@ -259,7 +262,7 @@ def test_a_file_not_called_gguf_or_with_an_odd_path_is_refused(spec, tmp_path):
     for name, error in (("model.bin", ArtifactError), ("a\nb.gguf", RecipeError), ("a\u00a0b.gguf", RecipeError)):
         (tmp_path / name).write_bytes(b"GGUF")
         with pytest.raises(error):
-            check(replace(spec, gguf=tmp_path / name))
+            check_spec(replace(spec, gguf=tmp_path / name))
 
 
 @pytest.mark.parametrize(
@@ -308,14 +311,14 @@ def test_from_is_relative_inside_the_build_and_absolute_outside(spec, tmp_path, 
 )
 def test_a_wrong_parameter_is_refused_by_name_and_value(spec, name, value, says):
     with pytest.raises(RecipeError, match=re.escape(says)):
-        check(with_parameter(spec, name, value))
+        check_spec(with_parameter(spec, name, value))
 
 
 @pytest.mark.parametrize("name", ["num_ctx", "num_predict"])
 def test_ollama_is_never_left_to_choose_context_or_length(spec, name):
     parameters = {key: value for key, value in spec.parameters.items() if key != name}
     with pytest.raises(RecipeError, match=f"{name} is None"):
-        check(replace(spec, parameters=parameters))
+        check_spec(replace(spec, parameters=parameters))
 
 
 @pytest.mark.parametrize("value", [0, 1, 1e-05, 1.15, 5e-324, 123456789.0, 1e22, 0.1 + 0.2])
@@ -343,18 +346,18 @@ def test_a_switch_survives_the_modelfile(build, spec, value):
 )
 def test_a_template_that_breaks_the_prompt_contract_is_refused(spec, template):
     with pytest.raises(RecipeError, match=r"^template "):
-        check(replace(spec, template=template))
+        check_spec(replace(spec, template=template))
 
 
 def test_bos_text_is_refused_where_the_model_reads_it(spec):
     for changed in ({"system": "<|im_start|>x"}, {"messages": (("user", "<|begin_of_text|>"),)}):
         with pytest.raises(RecipeError, match="BOS"):
-            check(replace(spec, **changed))
+            check_spec(replace(spec, **changed))
 
 
 @pytest.mark.parametrize("name", ["tutor", "Tutor_2.b-c", "_t", "tutor:v1.0", "me/tutor", "host.lan:5000/me/tutor:q4"])
 def test_a_name_that_ollama_takes_passes(spec, name):
-    check(replace(spec, name=name))
+    check_spec(replace(spec, name=name))
 
 
 @pytest.mark.parametrize(
@@ -366,21 +369,20 @@ def test_a_name_that_ollama_takes_passes(spec, name):
 )
 def test_a_name_that_ollama_refuses_or_treats_specially_is_refused(spec, name):
     with pytest.raises(RecipeError, match="model name"):
-        check(replace(spec, name=name))
+        check_spec(replace(spec, name=name))
 
 
 def test_a_message_has_a_role_that_ollama_knows(spec):
     with pytest.raises(RecipeError, match="'User'"):
-        check(replace(spec, messages=(("User", "hola"),)))
+        check_spec(replace(spec, messages=(("User", "hola"),)))
 
 
 def test_the_request_says_what_the_modelfile_says(build, spec):
     (build / "lora.gguf").write_bytes(b"GGUF")
     whole = replace(spec, system="Eres.", adapter=build / "lora.gguf", license=("MIT",), messages=(("user", "a: b"),))
-    body = request(whole, {whole.gguf: "sha256:1", whole.adapter: "sha256:2"}, stream=False)
+    body = create_body(whole, {whole.gguf: "sha256:1", whole.adapter: "sha256:2"})
     parsed = parse(render(whole, build / "model"))
     assert json.loads(json.dumps(body)) == {
-        "model": "tutor",
         "files": {"tutor-Q4_K_M.gguf": "sha256:1"},
         "adapters": {"lora.gguf": "sha256:2"},
         "template": parsed.template,
@@ -388,12 +390,11 @@ def test_the_request_says_what_the_modelfile_says(build, spec):
         "parameters": parsed.parameters,
         "messages": [{"role": "user", "content": "a: b"}],
         "license": ["MIT"],
-        "stream": False,
     }
 
 
 def test_the_penalty_covers_the_context_as_in_transformers_and_is_not_negative():
-    parameters = modelfile.parameters(GENERATE, 7, STOPS)
+    parameters = ollama_parameters(GENERATE, 7, STOPS)
     assert parameters["repeat_last_n"] == parameters["num_ctx"] == 4096
     assert parameters["repeat_penalty"] == 1.15
     assert parameters["seed"] == 7

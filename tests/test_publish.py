@@ -24,6 +24,7 @@ from tutor.serving import promote as promoting
 from tutor.serving import publish as publishing
 from tutor.serving.builds import Model, build_id, models, promote, publish, read_model, rollback, switch
 from tutor.stages.modelfile import stage as modelfile
+from tutor.stages.modelfile.spec import ModelSpec
 
 SYSTEM = 'Eres un tutor de TypeScript. Dices "hola", ñandú y 👋.'
 PARAMETERS = {"num_ctx": 4096, "num_predict": 515, "temperature": 0.003, "seed": 42, "stop": list(STOPS)}
@@ -437,12 +438,10 @@ def test_what_the_modelfile_stage_wrote_is_published(server: FakeOllama, recipe:
 
 def test_the_request_says_what_modelfile_says_about_the_same_spec(recipe: Recipe, build: Path) -> None:
     model = read_model(build / "small/model", "Q8_0")
-    settings = modelfile.parameters(recipe.generate.model_dump(), recipe.seed, STOPS)
+    settings = modelfile.ollama_parameters(recipe.generate.model_dump(), recipe.seed, STOPS)
     (gguf,) = model.paths
-    body = modelfile.request(
-        modelfile.ModelSpec("tutor", gguf, GO_TEMPLATE, settings, system=SYSTEM), {gguf: "sha256:x"}
-    )
-    assert body == {"model": "tutor", "files": {"tutor-Q8_0.gguf": "sha256:x"}, **model.settings, "stream": True}
+    body = modelfile.create_body(ModelSpec("tutor", gguf, GO_TEMPLATE, settings, system=SYSTEM), {gguf: "sha256:x"})
+    assert body == {"files": {"tutor-Q8_0.gguf": "sha256:x"}, **model.settings}
 
 
 @pytest.mark.parametrize(

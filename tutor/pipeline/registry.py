@@ -244,7 +244,14 @@ STAGES = (
         "render the Modelfile",
         needs=("base", "convert", "ladder"),
         settings=_modelfile,
-        sources=("stages/modelfile/stage.py", "formats/models/served_quantization.py", "prompt.py"),
+        sources=(
+            "stages/modelfile/parse.py",
+            "stages/modelfile/render.py",
+            "stages/modelfile/spec.py",
+            "stages/modelfile/stage.py",
+            "formats/models/served_quantization.py",
+            "prompt.py",
+        ),
         packages=("jinja2",),
     ),
     Stage(

@@ -176,7 +176,7 @@ def _with_needs(name: str) -> set[str]:
 def _refuse_early(recipe: Recipe) -> None:
     """Raise RecipeError or DataError for what only the last stages would refuse, after hours of training."""
     from tutor.stages.evaluate.generalization import check_files
-    from tutor.stages.modelfile.stage import representable
+    from tutor.stages.modelfile.spec import representable
 
     check_files(recipe)
     if not representable(recipe.system):

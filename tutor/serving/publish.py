@@ -41,6 +41,9 @@ LORA_CODE = (
     "engines/llamacpp/src/convert_lora.py",
     "engines/llamacpp/process.py",
     "stages/convert/lineage.py",
+    "stages/modelfile/parse.py",
+    "stages/modelfile/render.py",
+    "stages/modelfile/spec.py",
     "stages/modelfile/stage.py",
     "formats/models/served_quantization.py",
     "prompt.py",
@@ -202,16 +205,16 @@ def _write_modelfile(recipe: Recipe, base: Path, adapter: Path, out: Path) -> No
     The base's GGUF has its own chat template (R1's names tools and <think>), which Ollama would prefer to TEMPLATE: a
     parser, even one that changes nothing, keeps it from choosing.
     """
-    from tutor.stages.modelfile import stage as modelfile
+    from tutor.stages.modelfile.render import render
+    from tutor.stages.modelfile.spec import ModelSpec
+    from tutor.stages.modelfile.stage import create_body, ollama_parameters
 
-    settings = modelfile.parameters(recipe.generate.model_dump(), recipe.seed, STOPS)
+    parameters = ollama_parameters(recipe.generate.model_dump(), recipe.seed, STOPS)
     name = served_name(recipe, adapter=True)
-    spec = modelfile.ModelSpec(name, base, GO_TEMPLATE, settings, system=recipe.system, adapter=adapter)
-    (out / "Modelfile").write_text(f"{modelfile.render(spec, out)}PARSER {PARSER}\n", "utf-8")
+    spec = ModelSpec(name, base, GO_TEMPLATE, parameters, system=recipe.system, adapter=adapter)
+    (out / "Modelfile").write_text(f"{render(spec, out)}PARSER {PARSER}\n", "utf-8")
     places = {path: os.path.relpath(path, out) for path in (base, adapter)}
-    body = modelfile.request(spec, places)
-    del body["model"], body["stream"]
-    artifacts.write_json(out / "create.json", {"name": name, **body, "parser": PARSER})
+    artifacts.write_json(out / "create.json", {"name": name, **create_body(spec, places), "parser": PARSER})
 
 
 def rollback(recipe: Recipe, *, host: str | None = None, adapter: bool = False) -> dict[str, Any]:
