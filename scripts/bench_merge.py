@@ -178,14 +178,14 @@ def merge_plain(base: Path, adapter: Path, out: Path) -> dict[str, float]:
 
 def merge_ours(base: Path, adapter: Path, out: Path) -> dict[str, float]:
     """As the merge stage does it, hashes and manifest included; the folder is synced as every stage's is."""
-    from tutor.artifacts import stage_folder as artifacts
+    from tutor.artifacts.stage_folder import writing
     from tutor.formats.models.safetensors import read_folder
     from tutor.stages.merge.peft_adapter import read_adapter
     from tutor.stages.merge.stage import write_shards
     from tutor.stages.merge.weights import Merged
 
     imported, started = peak(), time.monotonic()
-    with artifacts.writing(out, "merge", {}, resume=True) as (scratch, _):
+    with writing(out, "merge", {}, resume=True) as (scratch, _):
         files = read_folder(base)
         tensors = {tensor.name: tensor for stored in files.values() for tensor in stored}
         write_shards(Merged(tensors, read_adapter(adapter), "F16"), files, scratch)
@@ -212,7 +212,7 @@ def convert_plain(model: Path, _: Path, out: Path) -> dict[str, float]:
 
 def convert_ours(model: Path, beside: Path, out: Path) -> dict[str, float]:
     """As the convert stage makes its F16 file; then read back and compared number for number, hashed and synced."""
-    from tutor.artifacts import stage_folder as artifacts
+    from tutor.artifacts.stage_folder import writing
     from tutor.engines.llamacpp.convert import to_gguf
     from tutor.formats.models.gguf_metadata import check_gguf, expect
     from tutor.formats.models.gguf_weights import weights_of
@@ -222,7 +222,7 @@ def convert_ours(model: Path, beside: Path, out: Path) -> dict[str, float]:
     facts = Facts(**read_json(beside / "facts.json"))
     config = read_json(model / "config.json")
     imported, started = peak(), time.monotonic()
-    with artifacts.writing(out, "convert", {}) as (scratch, _):
+    with writing(out, "convert", {}) as (scratch, _):
         expected, whole = expect(model, replace(facts, vocabulary=config["vocab_size"])), scratch / "tutor-F16.gguf"
         to_gguf(model, whole, facts.pre_tokenizer)
         converted = time.monotonic() - started

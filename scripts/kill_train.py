@@ -22,7 +22,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from tutor.artifacts import stage_folder as artifacts
+from tutor.artifacts.hashing import file_sha256
+from tutor.artifacts.manifest import MANIFEST
+from tutor.artifacts.stage_folder import checkpoint_folder
 from tutor.cli.progress import quiet_libraries
 from tutor.pipeline import registry as chain
 from tutor.pipeline import runner as pipeline
@@ -83,8 +85,8 @@ def ended(child: int, seconds: float) -> int | None:
 
 def unsealed(build: Path) -> bool:
     """Whether a checkpoint is there that does not count."""
-    paths = checkpoint.by_step(artifacts.checkpoints(build / "killed" / "adapter"))
-    return any(not (path / artifacts.MANIFEST).exists() for path in paths)
+    paths = checkpoint.by_step(checkpoint_folder(build / "killed" / "adapter"))
+    return any(not (path / MANIFEST).exists() for path in paths)
 
 
 def aim(build: Path, dice: random.Random) -> None:
@@ -103,14 +105,14 @@ def kill(child: int) -> int:
 
 def whole_steps(build: Path) -> list[int]:
     """Of the checkpoints that count, the newest first."""
-    folder = artifacts.checkpoints(build / "killed" / "adapter")
+    folder = checkpoint_folder(build / "killed" / "adapter")
     return [int(path.name.partition("-")[2]) for path in checkpoint.by_step(folder) if checkpoint.damage(path) is None]
 
 
 def adapter(build: Path) -> str:
     """The hash of what was trained, where it was."""
     file = build / "killed" / "adapter" / "adapter_model.safetensors"
-    return artifacts.file_sha256(file) if file.exists() else ""
+    return file_sha256(file) if file.exists() else ""
 
 
 def train(recipe: Recipe, build: Path) -> Callable[[], object]:

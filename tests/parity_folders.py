@@ -5,7 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tutor.artifacts import stage_folder as artifacts
+from tutor.artifacts.disk import write_json
+from tutor.artifacts.manifest import require_stage
+from tutor.artifacts.stage_folder import writing
 from tutor.engines.trace import END, Step, Trace
 from tutor.pipeline.registry import BY_NAME
 from tutor.recipe.settings import Recipe
@@ -27,7 +29,7 @@ def write_parity(recipe: Recipe, build: Path, refused: dict[str, str] | None = N
     """The folder of a stage that found everything the same, or (`refused`) said no."""
     folder = build / recipe.name
     fields: dict[str, Any] = {f"recipe.{name}": value for name, value in BY_NAME["parity"].settings(recipe).items()}
-    fields["input.convert"] = artifacts.require(folder / "gguf", "convert").fingerprint
+    fields["input.convert"] = require_stage(folder / "gguf", "convert").fingerprint
     talks = conversations([("¿Qué es any?", "Lo que sea.")], recipe.system, lambda prompt: len(prompt.split()) < 200)
     served = recipe.ollama.quantization
     seen = []
@@ -35,8 +37,8 @@ def write_parity(recipe: Recipe, build: Path, refused: dict[str, str] | None = N
         words = len(talk.prompt.split())
         found = trace(prompt_tokens=words) if talk.reach in ("everywhere", "served") else None
         seen.append(to_record(Seen(talk.name, talk.prompt, (1,) * words, words, None, found), candidates=True))
-    with artifacts.writing(folder / "parity", "parity", fields) as (out, results):
+    with writing(folder / "parity", "parity", fields) as (out, results):
         record = {"served": served, "steps": 16, "conversations": [asdict(talk) for talk in talks]}
-        artifacts.write_json(out / "reference.json", {**record, "engines": {served: seen}})
+        write_json(out / "reference.json", {**record, "engines": {served: seen}})
         results.update({"refused": refused} if refused else {})
     return folder / "parity"

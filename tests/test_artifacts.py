@@ -20,20 +20,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tutor.artifacts import stage_folder as artifacts
-from tutor.artifacts.stage_folder import (
-    cached_sha256,
-    check,
-    digest,
-    file_sha256,
-    known_sha256,
-    locked,
-    read_manifest,
-    remember_sha256,
-    require,
-    write_json,
-    writing,
-)
+from tutor.artifacts.disk import remove, write_json
+from tutor.artifacts.hashing import HASHES, cached_sha256, file_sha256, json_sha256, known_sha256, remember_sha256
+from tutor.artifacts.lock import locked
+from tutor.artifacts.manifest import find_damage, read_manifest, require_stage
+from tutor.artifacts.stage_folder import RESUME, checkpoint_folder, writing
 from tutor.errors import ArtifactError, GateError, HostError, LockError, RecipeError
 
 STEPS = frozenset({"open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rmdir"})
@@ -51,7 +42,7 @@ def make(folder: Path, text: str = "new", **fields: Any) -> None:
 
 def content(folder: Path) -> str:
     """What `make` wrote, after a check that folder and manifest agree to the byte."""
-    assert check(folder, content=True) == []
+    assert find_damage(folder, content=True) == []
     text = (folder / "top.txt").read_text()
     assert (folder / "below" / "file.txt").read_text() == text
     return text
@@ -115,9 +106,9 @@ def test_a_folder_is_written_with_a_manifest_that_says_what_made_it(tmp_path, mo
     times = iter([1000.0, 1012.3456])
     monkeypatch.setattr(os, "times", lambda: SimpleNamespace(elapsed=next(times)))
     make(tmp_path / "data", number=1)
-    manifest = require(tmp_path / "data", "data")
+    manifest = require_stage(tmp_path / "data", "data")
     assert manifest.fields == {"text": "new", "number": 1}
-    assert manifest.key == digest(manifest.fields)
+    assert manifest.key == json_sha256(manifest.fields)
     assert sorted(manifest.outputs) == ["below/file.txt", "top.txt"]
     assert manifest.outputs["top.txt"] == {"size": 3, "sha256": file_sha256(tmp_path / "data" / "top.txt")}
     assert manifest.results == {"rows": 1}
@@ -228,11 +219,11 @@ def test_a_scratch_folder_that_is_removed_meanwhile_is_an_artifact_error(tmp_pat
 
 def test_what_a_stage_keeps_beside_survives_an_error_and_goes_when_it_is_complete(tmp_path):
     folder = tmp_path / "adapter"
-    kept = artifacts.checkpoints(folder)
+    kept = checkpoint_folder(folder)
 
     def stop_half_way() -> None:
         with writing(folder, "train", {}) as (out, _):
-            assert artifacts.checkpoints(out) == kept
+            assert checkpoint_folder(out) == kept
             kept.mkdir()
             (kept / "half").touch()
             raise GateError("no")
@@ -254,13 +245,13 @@ def in_steps(folder: Path, text: str = "new") -> list[str]:
     wrote = []
     with writing(folder, "merge", {"text": text}, resume=True) as (out, results):
         for name in ("a", "b", "c"):
-            done = out / artifacts.RESUME / name
+            done = out / RESUME / name
             if not done.exists():
                 (out / name).write_text(text + name)
                 done.touch()
                 wrote.append(name)
         results["wrote"] = len(wrote)
-    assert check(folder, content=True) == []
+    assert find_damage(folder, content=True) == []
     assert [path.read_text() for path in sorted(folder.iterdir())[:3]] == [text + name for name in "abc"]
     assert len([*folder.iterdir()]) == 4
     return wrote
@@ -277,7 +268,7 @@ def test_a_stage_that_resumes_is_whole_or_absent_after_a_kill_at_any_step(tmp_pa
             in_steps(folder, before)
         killed = killed_at(steps, partial(in_steps, folder))
         if folder.exists():
-            assert check(folder, content=True) == []
+            assert find_damage(folder, content=True) == []
             assert (folder / "a").read_text() in ("olda", "newa")
         resumed += len(in_steps(folder)) < 3
         assert beside(folder) == []
@@ -305,7 +296,7 @@ def test_what_an_interrupted_run_had_done_comes_back_with_the_same_fields_alone(
             interrupted(1, resume=True)
     with pytest.raises(type(stop)):
         interrupted(1)
-    kept, fresh = [artifacts.RESUME, "file"], [artifacts.RESUME]
+    kept, fresh = [RESUME, "file"], [RESUME]
     assert found == [fresh, kept, kept, kept, fresh, fresh, []]
     assert list(tmp_path.iterdir()) == []
 
@@ -326,13 +317,13 @@ def test_a_hash_that_the_stage_took_while_it_wrote_is_the_manifests(tmp_path):
     with writing(tmp_path / "merged", "merge", {}, resume=True) as (out, _):
         for name in ("told", "changed", "unknown"):
             (out / name).write_text(name)
-        cache = out / artifacts.RESUME / artifacts.HASHES
+        cache = out / RESUME / HASHES
         remember_sha256(out / "told", cache, "0" * 64)  # so that one sees that it was not read again
         remember_sha256(out / "changed", cache, "0" * 64)
         assert known_sha256(out / "changed", cache) == "0" * 64
         (out / "changed").write_text("since then")
         assert known_sha256(out / "changed", cache) is None
-    outputs = require(tmp_path / "merged", "merge").outputs
+    outputs = require_stage(tmp_path / "merged", "merge").outputs
     assert outputs["told"]["sha256"] == "0" * 64
     assert {name: outputs[name]["sha256"] for name in ("changed", "unknown")} == {
         name: file_sha256(tmp_path / "merged" / name) for name in ("changed", "unknown")
@@ -443,31 +434,31 @@ def test_check_sees_what_is_missing_cut_or_flipped(tmp_path):
     folder = tmp_path / "data"
     make(folder)
     (folder / "top.txt").write_text("NEW")
-    assert check(folder) == []
-    assert check(folder, content=True) == [f"{folder}/top.txt has another content than when it was made"]
+    assert find_damage(folder) == []
+    assert find_damage(folder, content=True) == [f"{folder}/top.txt has another content than when it was made"]
     (folder / "top.txt").write_text("ne")
-    assert check(folder) == [f"{folder}/top.txt has 2 bytes instead of 3"]
+    assert find_damage(folder) == [f"{folder}/top.txt has 2 bytes instead of 3"]
     (folder / "top.txt").unlink()
-    assert check(folder) == [f"{folder}/top.txt is missing"]
+    assert find_damage(folder) == [f"{folder}/top.txt is missing"]
     (folder / "manifest.json").unlink()
-    assert check(folder) == [f"{folder}/manifest.json is missing"]
+    assert find_damage(folder) == [f"{folder}/manifest.json is missing"]
     assert read_manifest(folder) is None
 
 
 def test_require_names_a_command_that_makes_the_folder(tmp_path):
     with pytest.raises(ArtifactError, match="is not there; run: tutor run --until train"):
-        require(tmp_path / "adapter", "train")
+        require_stage(tmp_path / "adapter", "train")
     make(tmp_path / "adapter")
     (tmp_path / "adapter" / "top.txt").write_text("")
     with pytest.raises(ArtifactError, match="has 0 bytes instead of 3; run: tutor run --until train"):
-        require(tmp_path / "adapter", "train")
+        require_stage(tmp_path / "adapter", "train")
 
 
 def test_equal_content_has_an_equal_fingerprint_whoever_made_it(tmp_path):
     make(tmp_path / "a", "same", version=1)
     make(tmp_path / "b", "same", version=2)
     make(tmp_path / "c", "other", version=1)
-    a, b, c = (require(tmp_path / name, "data") for name in "abc")
+    a, b, c = (require_stage(tmp_path / name, "data") for name in "abc")
     assert a.key != b.key
     assert a.fingerprint == b.fingerprint != c.fingerprint
 
@@ -482,8 +473,8 @@ json_values = st.recursive(
 @settings(max_examples=30)
 @given(st.dictionaries(st.text(), json_values))
 def test_a_digest_depends_on_the_values_and_not_on_their_order(value):
-    assert digest(dict(reversed(value.items()))) == digest(value)
-    assert digest({**value, "more": 1}) != digest({**value, "more": 2})
+    assert json_sha256(dict(reversed(value.items()))) == json_sha256(value)
+    assert json_sha256({**value, "more": 1}) != json_sha256({**value, "more": 2})
 
 
 @given(value=json_values)
@@ -544,7 +535,7 @@ def test_an_unreadable_file_is_an_artifact_error(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from tutor.artifacts.stage_folder import locked
+from tutor.artifacts.lock import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -593,8 +584,8 @@ def test_a_build_folder_that_cannot_be_made_is_the_machines_fault(tmp_path):
 def test_remove_takes_a_folder_and_leaves_what_a_link_names(tmp_path):
     make(tmp_path / "target")
     (tmp_path / "link").symlink_to(tmp_path / "target")
-    artifacts.remove(tmp_path / "link")
+    remove(tmp_path / "link")
     assert content(tmp_path / "target") == "new"
-    artifacts.remove(tmp_path / "target")
-    artifacts.remove(tmp_path / "target")
+    remove(tmp_path / "target")
+    remove(tmp_path / "target")
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from test_artifacts import killed_at
 
-from tutor.artifacts import stage_folder as artifacts
+from tutor.artifacts.disk import remove
 from tutor.errors import ArtifactError, HostError
 from tutor.prompt import Encoded
 from tutor.recipe.settings import TrainSettings
@@ -126,7 +126,7 @@ def flip(path: Path, place: int = 5, bit: int = 0) -> None:
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "empty": lambda folder: [path.unlink() for path in folder.rglob("*") if path.is_file()],
-    "a file in its place": lambda folder: (artifacts.remove(folder), folder.touch()),
+    "a file in its place": lambda folder: (remove(folder), folder.touch()),
     "no manifest": lambda folder: (folder / "manifest.json").unlink(),
     "half a manifest": lambda folder: cut(folder / "manifest.json"),
     "an empty manifest": lambda folder: (folder / "manifest.json").write_text(""),
@@ -138,7 +138,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
         folder / "manifest.json", lambda value: value["results"].update(step=9)
     ),
     "another step's folder": lambda folder: (
-        artifacts.remove(folder),
+        remove(folder),
         (folder.parent / "checkpoint-4").rename(folder),
         save(Training(folder.parent.with_name("adapter.partial"), {"rows.train": "a", "version.torch": "2.13"}), 4),
     ),

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from conftest import write_rows
 
-from tutor.artifacts import stage_folder as artifacts
+from tutor.artifacts.disk import write_json
+from tutor.artifacts.manifest import MANIFEST
+from tutor.artifacts.stage_folder import checkpoint_folder
 from tutor.engines.llamacpp.build import MARKER, PROGRAMS
 from tutor.errors import ArtifactError, HostError, ServiceError
 from tutor.formats.models.served_quantization import write_served
@@ -223,7 +225,7 @@ def test_a_run_that_failed_asks_nothing_twice(tmp_path: Path, out: Path) -> None
     inputs = write_inputs(tmp_path, dies_on="¿Qué es", times=6)
     with pytest.raises(ServiceError, match="died on 3 prompts in a row"):
         run(recipe(tmp_path), inputs, out)
-    assert sorted(path.name for path in artifacts.checkpoints(out).iterdir()) == ["base.jsonl", "tutor.jsonl"]
+    assert sorted(path.name for path in checkpoint_folder(out).iterdir()) == ["base.jsonl", "tutor.jsonl"]
     before = len(asked(tmp_path / "base.asked"))
     assert run(recipe(tmp_path), inputs, out)["models"]["tutor"]["all"]["errors"] == 0
     since = [line for line in asked(tmp_path / "base.asked")[before:] if "n_predict" in line]
@@ -248,7 +250,7 @@ def test_the_quantization_that_the_ladder_chose_is_the_one_that_is_asked(tmp_pat
     with pytest.raises(ArtifactError, match="run: tutor ladder"):
         run(chosen, inputs, out)
     write_served(inputs["ladder"], "F16")
-    artifacts.write_json(inputs["ladder"] / artifacts.MANIFEST, {})
+    write_json(inputs["ladder"] / MANIFEST, {})
     assert run(chosen, inputs, out)["models"]["tutor"]["file"] == "tutor-F16"
 
 

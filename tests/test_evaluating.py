@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from conftest import write_rows
 from test_evaluate import ENGLISH, SPANISH, asked, llamacpp  # noqa: F401 - the last is a fixture
 
-from tutor.artifacts import stage_folder as artifacts
+from tutor.artifacts.stage_folder import writing
 from tutor.cli import summary
 from tutor.cli.commands.evaluate import compare_command
 from tutor.errors import ArtifactError, RecipeError, ServiceError
@@ -67,12 +67,12 @@ def recipe(tmp_path: Path) -> Recipe:
 def build(tmp_path: Path) -> Path:
     """A build folder with prompts and GGUF files of which the fake programs know what to say (test_evaluate.py)."""
     folder = tmp_path / "build" / "small"
-    with artifacts.writing(folder / BY_NAME["data"].folder, "data", {}) as (out, _):
+    with writing(folder / BY_NAME["data"].folder, "data", {}) as (out, _):
         write_rows(out / "prompts.jsonl", PROMPTS)
         write_rows(out / "train.jsonl", [{"instruction": "¿?", "response": SPANISH, "line": 1}])
     base = {"says": ENGLISH, "asked": str(tmp_path / "base.asked"), "dies_on": "", "times": 1}
     tuned = {**base, "says": SPANISH, "asked": str(tmp_path / "tutor.asked")}
-    with artifacts.writing(folder / BY_NAME["convert"].folder, "convert", {}) as (out, _):
+    with writing(folder / BY_NAME["convert"].folder, "convert", {}) as (out, _):
         for name, model in (("base-Q4_K_M", base), ("tutor-Q4_K_M", tuned), ("tutor-F16", tuned)):
             (out / f"{name}.gguf").write_text(json.dumps(model), "utf-8")
     return tmp_path / "build"

@@ -12,7 +12,8 @@ import pytest
 from conftest import write_rows
 from test_llamacpp import llama3_splitter, make_tiny, real  # noqa: F401 - a fixture
 
-from tutor.artifacts.stage_folder import MANIFEST, write_json
+from tutor.artifacts.disk import write_json
+from tutor.artifacts.manifest import MANIFEST
 from tutor.engines.llamacpp.score import Score
 from tutor.errors import ArtifactError, HostError
 from tutor.formats.models.served_quantization import served_quantization, write_served

@@ -21,7 +21,8 @@ from tolerances import forward_error, largest_logit
 torch = pytest.importorskip("torch")
 from safetensors.torch import load_file, save_file
 
-from tutor.artifacts import stage_folder as artifacts
+from tutor.artifacts.manifest import find_damage
+from tutor.artifacts.stage_folder import RESUME, writing
 from tutor.engines.hf import engine as hf
 from tutor.errors import ArtifactError, HostError
 from tutor.formats.models.model_folder import load_tokenizer, read_facts, read_json
@@ -312,7 +313,7 @@ def test_a_base_of_another_type_is_rounded_once(stages: Stages, dtype: Any) -> N
 
 def test_a_base_in_one_file_gives_one_file(tiny: Path, merged: Stages, tmp_path: Path) -> None:
     written(tiny, merged.adapter, tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.safetensors", artifacts.RESUME}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.safetensors", RESUME}
     assert differing(tensors(tmp_path / "out"), tensors(merged.out)) == []
 
 
@@ -417,7 +418,7 @@ def test_after_nf4_training_both_bases_are_scored_and_the_better_is_kept(stages:
     for base in ("original", "nf4"):
         shutil.copytree(stages.out, tmp_path / base)
         files = read_folder(stages.model)
-        shutil.rmtree(tmp_path / base / artifacts.RESUME)
+        shutil.rmtree(tmp_path / base / RESUME)
         merge.write_shards(stages.merged(torch.bfloat16 if base == "nf4" else None), files, tmp_path / base)
         loaded = hf.load_base(tmp_path / base, "none", "fp32")
         scores = hf.score(loaded, pairs)
@@ -469,7 +470,7 @@ def merge_stage() -> None:
 
     sys.addaudithook(hook)
     inputs = {"data": folder / "data", "base": folder / "base", "train": folder / "adapter"}
-    with artifacts.writing(folder / "merged", "merge", {"version": version}, resume=True) as (out, results):
+    with writing(folder / "merged", "merge", {"version": version}, resume=True) as (out, results):
         results.update(merge.run(Recipe().model_copy(update={"path": folder / "r.toml"}), inputs, out))
 
 
@@ -500,9 +501,9 @@ def test_a_merge_that_was_killed_goes_on_at_the_file_it_was_at(stages: Stages, n
     assert shard(folder, 1).stat().st_mtime_ns == first.st_mtime_ns
     whole = {path.name: path.read_bytes() for path in stages.out.iterdir()}
     manifest = json.loads(whole.pop("manifest.json"))
-    assert artifacts.check(stages.out, content=True) == []
+    assert find_damage(stages.out, content=True) == []
     stages.merge()
-    shutil.rmtree(stages.out / artifacts.RESUME)
+    shutil.rmtree(stages.out / RESUME)
     assert whole == {path.name: path.read_bytes() for path in stages.out.iterdir()}
     assert manifest["results"]["largest_change"] > 0
     assert sorted(path.name for path in folder.iterdir() if "merged" in path.name) == ["merged"]
@@ -534,7 +535,7 @@ def test_what_another_key_left_is_not_gone_on_with(stages: Stages) -> None:
 def test_a_choice_that_was_made_stands_when_the_merge_goes_on(stages: Stages) -> None:
     stages.trained_in_nf4()
     stages.merge()
-    chosen = read_json(stages.out / artifacts.RESUME / "choice.json")
+    chosen = read_json(stages.out / RESUME / "choice.json")
     (stages.data / "held_out.jsonl").write_text("", "utf-8")
     again = merge.run(recipe(stages.out / "r.toml"), stages.inputs, stages.out)
     assert (again["base"], again["held_out"]) == (chosen["base"], chosen["held_out"])

@@ -14,7 +14,9 @@ from fake_ollama import FakeOllama
 from parity_folders import trace, write_parity
 from test_publish import SYSTEM, make_stages
 
-from tutor.artifacts import stage_folder as artifacts
+from tutor.artifacts.disk import remove
+from tutor.artifacts.manifest import find_damage, read_manifest, require_stage
+from tutor.artifacts.stage_folder import writing
 from tutor.cli import summary
 from tutor.engines.trace import END, Score, Step, Trace, divergence
 from tutor.errors import ArtifactError, GateError
@@ -386,11 +388,11 @@ def test_a_gate_that_said_no_says_it_again_and_keeps_its_folder(recipe: Recipe, 
         with pytest.raises(GateError, match=r"F16 -> Q8_0 .* diverges in its tokens.*most likely") as caught:
             pipeline.pass_gate(made)
     assert caught.value.code == 8
-    assert artifacts.check(made) == []
+    assert find_damage(made) == []
 
 
 def test_a_refused_stage_is_neither_up_to_date_nor_made_again(recipe: Recipe, build: Path) -> None:
-    manifest = artifacts.read_manifest(write_parity(recipe, build, refused=NO))
+    manifest = read_manifest(write_parity(recipe, build, refused=NO))
     assert manifest is not None
     state = pipeline.State(BY_NAME["parity"], build / "small/parity", manifest, manifest.fields, ())
     assert state.condition == "refused"
@@ -416,11 +418,11 @@ def test_nothing_is_published_that_the_gate_refused(server: FakeOllama, recipe: 
 
 
 def test_nothing_is_published_without_the_gate(server: FakeOllama, recipe: Recipe, build: Path) -> None:
-    artifacts.remove(build / "small/parity")
+    remove(build / "small/parity")
     with pytest.raises(ArtifactError, match="parity is not there; run: tutor run --until parity"):
         publishing.publish(recipe, build, host=server.host)
     make_stages(recipe, build)
-    with artifacts.writing(build / "small/gguf", "convert", {}) as (out, _):
+    with writing(build / "small/gguf", "convert", {}) as (out, _):
         fake.write_gguf(out / "tutor-Q8_0.gguf", size=3000)
     with pytest.raises(ArtifactError, match=r"was made of another input\.convert"):
         publishing.publish(recipe, build, host=server.host)
@@ -476,7 +478,7 @@ def test_what_is_served_is_compared_again_at_any_time(server: FakeOllama, recipe
         result = publishing.parity(recipe, build, host=server.host)
         assert [item["state"] for item in result["hand_overs"]] == ["same"]
         assert "refused" not in result
-    assert artifacts.require(build / "small/parity-ollama", "parity-ollama").results == result
+    assert require_stage(build / "small/parity-ollama", "parity-ollama").results == result
 
 
 def test_a_model_replaced_after_publishing_is_known_by_its_digest(

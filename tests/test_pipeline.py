@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from conftest import write_rows
 
-from tutor.artifacts import stage_folder as artifacts
+from tutor.artifacts.manifest import find_damage, require_stage
+from tutor.artifacts.stage_folder import writing
 from tutor.errors import ArtifactError, DataError, RecipeError
 from tutor.pipeline import runner as pipeline
 from tutor.pipeline.registry import BY_NAME, STAGES
@@ -61,7 +62,7 @@ def test_the_same_recipe_and_rows_give_the_same_bytes(recipe_file, tmp_path):
     recipe = read_recipe(recipe_file)
     for name in ("one", "two"):
         run_one("data", recipe, tmp_path / name)
-    one, two = (artifacts.require(tmp_path / name / "small" / "data", "data") for name in ("one", "two"))
+    one, two = (require_stage(tmp_path / name / "small" / "data", "data") for name in ("one", "two"))
     assert (one.key, one.outputs) == (two.key, two.outputs)
 
 
@@ -120,7 +121,7 @@ def test_every_file_that_decides_a_stage_is_there_and_the_stages_own_is_among_th
 
 PLUMBING = {
     *(
-        "artifacts/stage_folder.py",
+        *(f"artifacts/{name}.py" for name in ("disk", "hashing", "manifest", "stage_folder")),
         "errors.py",
         "formats/models/model_folder.py",
         "recipe/quantizations.py",
@@ -177,7 +178,7 @@ def test_an_input_that_is_made_again_with_the_same_content_changes_nothing_behin
         return state_of("train", read_recipe(recipe_file), build).fields
 
     def again(name: str, text: str, version: int) -> None:
-        with artifacts.writing(build / "small" / name, name, {"version": version}) as (out, _):
+        with writing(build / "small" / name, name, {"version": version}) as (out, _):
             (out / "file").write_text(text)
 
     again("data", "rows", 1), again("base", "weights", 1)
@@ -239,13 +240,13 @@ def test_a_fault_of_another_stage_does_not_stop_one_that_does_not_need_it(recipe
 
 
 def test_a_row_that_is_wrong_leaves_the_last_split_as_it_was(recipe_file, build):
-    before = artifacts.require(build / "small" / "data", "data")
+    before = require_stage(build / "small" / "data", "data")
     write_rows(recipe_file.with_name("tutor.jsonl"), [{"instruction": "sin respuesta"}])
     with pytest.raises(DataError) as caught:
         run_one("data", read_recipe(recipe_file), build)
     assert caught.value.problems[0].startswith(f"{recipe_file.parent}/tutor.jsonl:1: ")
-    assert artifacts.require(build / "small" / "data", "data") == before
-    assert artifacts.check(build / "small" / "data", content=True) == []
+    assert require_stage(build / "small" / "data", "data") == before
+    assert find_damage(build / "small" / "data", content=True) == []
     assert not list((build / "small").glob("*.partial"))
 
 
@@ -275,7 +276,7 @@ def test_clean_removes_what_commands_made_of_a_stage_and_an_unfinished_training(
     recipe = read_recipe(recipe_file)
     folder = build / "small"
     for name in ("lora", "eval-ollama"):
-        with artifacts.writing(folder / name, name, {}):
+        with writing(folder / name, name, {}):
             pass
     for name in ("adapter.checkpoints", "lora.partial"):
         (folder / name).mkdir()

@@ -20,7 +20,8 @@ from support.command import Done, forked
 from test_train import rows, settings, tokenizer
 from tiny_models import one_thread, tiny
 
-from tutor.artifacts import stage_folder as artifacts
+from tutor.artifacts.manifest import require_stage
+from tutor.artifacts.stage_folder import checkpoint_folder
 from tutor.errors import HostError, RecipeError
 from tutor.machine import distributed
 from tutor.pipeline import runner as pipeline
@@ -226,7 +227,7 @@ def together(build: Path, tmp_path: Path) -> Callable[..., tuple[list["Done[str]
 
 
 def checkpoints(build: Path) -> list[str]:
-    found = checkpoint.by_step(artifacts.checkpoints(build / "build" / "small" / "adapter"))
+    found = checkpoint.by_step(checkpoint_folder(build / "build" / "small" / "adapter"))
     assert [checkpoint.damage(path) for path in found] == [None] * len(found)
     return [path.name for path in found]
 
@@ -288,7 +289,7 @@ def assert_close(found: Path, wanted: Path) -> None:
     # B begins at 0, so that it is what training made. A row too many or too few in one of ten steps is a tenth of it.
     for name in (name for name in one if "lora_B" in name):
         assert (one[name].float() - two[name].float()).norm() < 0.01 * one[name].float().norm(), name
-    before, after = (artifacts.require(folder, "train").results for folder in (wanted, found))
+    before, after = (require_stage(folder, "train").results for folder in (wanted, found))
     assert after["held_out"]["loss_before"] == pytest.approx(before["held_out"]["loss_before"], rel=1e-12)
     assert after["held_out"]["loss_after"] == pytest.approx(before["held_out"]["loss_after"], rel=1e-5)
     assert set(after) == set(before)

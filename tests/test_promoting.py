@@ -11,7 +11,9 @@ from fake_ollama import FakeOllama
 from parity_folders import write_parity
 from test_publish import SYSTEM, make_stages
 
-from tutor.artifacts import stage_folder as artifacts
+from tutor.artifacts.disk import remove, write_json
+from tutor.artifacts.manifest import require_stage
+from tutor.artifacts.stage_folder import writing
 from tutor.errors import GateError, RecipeError
 from tutor.pipeline.registry import BY_NAME
 from tutor.recipe.settings import OllamaSettings, Recipe
@@ -38,16 +40,16 @@ def recipe(tmp_path: Path) -> Recipe:
 def trained(recipe: Recipe, build: Path, system: str, passed: Sequence[bool] | None) -> Recipe:
     """Another build of the same recipe, evaluated (or None: not) with these verdicts."""
     changed = recipe.model_copy(update={"system": system})
-    artifacts.remove(build / "small/eval")
+    remove(build / "small/eval")
     make_stages(changed, build)
     if passed is not None:
-        gguf = artifacts.require(build / "small/gguf", "convert")
+        gguf = require_stage(build / "small/gguf", "convert")
         fields = {f"recipe.{name}": value for name, value in BY_NAME["evaluate"].settings(changed).items()}
-        with artifacts.writing(build / "small/eval", "evaluate", {**fields, "input.convert": gguf.fingerprint}) as (
+        with writing(build / "small/eval", "evaluate", {**fields, "input.convert": gguf.fingerprint}) as (
             out,
             _,
         ):
-            artifacts.write_json(out / "answers.json", rows(passed))
+            write_json(out / "answers.json", rows(passed))
     return changed
 
 
@@ -152,7 +154,7 @@ def test_a_build_that_was_not_evaluated_is_asked_before_it_takes_the_place_of_on
 ) -> None:
     """In the stack the evaluator comes behind the publisher."""
     put(server, recipe, build, "uno", GOOD)
-    with artifacts.writing(build / "small/data", "data", {}) as (out, _):
+    with writing(build / "small/data", "data", {}) as (out, _):
         lines = [json.dumps({"instruction": prompt, "category": "tipos"}) + "\n" for prompt in PROMPTS]
         (out / "prompts.jsonl").write_text("".join(lines), "utf-8")
         (out / "train.jsonl").write_text(json.dumps({"instruction": "¿?", "response": "Sí."}) + "\n", "utf-8")

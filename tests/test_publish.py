@@ -12,7 +12,10 @@ import pytest
 from fake_ollama import FakeOllama, write_gguf
 from parity_folders import write_parity
 
-from tutor.artifacts import stage_folder as artifacts
+from tutor.artifacts.hashing import file_sha256
+from tutor.artifacts.lock import locked
+from tutor.artifacts.manifest import find_damage, require_stage
+from tutor.artifacts.stage_folder import writing
 from tutor.cli import summary
 from tutor.engines.ollama.client import Ollama, connect
 from tutor.errors import ArtifactError, GateError, LockError, RecipeError, ServiceError, TutorError
@@ -52,7 +55,7 @@ def model(tmp_path: Path) -> Model:
 
 
 def hashes(model: Model) -> dict[Path, str]:
-    return {path: artifacts.file_sha256(path) for path in model.paths}
+    return {path: file_sha256(path) for path in model.paths}
 
 
 def put(model: Model, api: Ollama, **settings: Any) -> dict[str, Any]:
@@ -111,10 +114,10 @@ def test_a_build_is_what_decides_the_answers_and_not_its_file_names(model: Model
     before = build_id(model, hashes(model))
     moved = tmp_path / "elsewhere" / "other.gguf"
     write_gguf(moved)
-    assert build_id(replace(model, files={"other.gguf": moved}), {moved: artifacts.file_sha256(moved)}) == before
+    assert build_id(replace(model, files={"other.gguf": moved}), {moved: file_sha256(moved)}) == before
     write_gguf(moved, size=3000)
     changes = [
-        build_id(replace(model, files={"other.gguf": moved}), {moved: artifacts.file_sha256(moved)}),
+        build_id(replace(model, files={"other.gguf": moved}), {moved: file_sha256(moved)}),
         build_id(replace(model, adapters={"lora.gguf": moved}), {**hashes(model), moved: "0" * 64}),
         *(build_id(replace(model, settings={**model.settings, key: "x"}), hashes(model)) for key in model.settings),
     ]
@@ -418,11 +421,11 @@ def build(recipe: Recipe, tmp_path: Path) -> Path:
 
 def make_stages(recipe: Recipe, build: Path, **facts: Any) -> None:
     folder = build / recipe.name
-    with artifacts.writing(folder / "gguf", "convert", facts) as (out, _):
+    with writing(folder / "gguf", "convert", facts) as (out, _):
         write_gguf(out / "tutor-Q8_0.gguf", **facts)
-    gguf = artifacts.require(folder / "gguf", "convert")
+    gguf = require_stage(folder / "gguf", "convert")
     fields = {f"recipe.{name}": value for name, value in BY_NAME["modelfile"].settings(recipe).items()}
-    with artifacts.writing(folder / "model", "modelfile", {**fields, "input.convert": gguf.fingerprint}) as (out, _):
+    with writing(folder / "model", "modelfile", {**fields, "input.convert": gguf.fingerprint}) as (out, _):
         modelfile.run(recipe, {"convert": folder / "gguf", "ladder": folder / "ladder"}, out)
     write_parity(recipe, build)
 
@@ -433,7 +436,7 @@ def test_what_the_modelfile_stage_wrote_is_published(server: FakeOllama, recipe:
     assert served(server) == SYSTEM
     assert publishing.publish(recipe, build, host=server.host)["published"] is False
     assert json.loads((build / "small/model/published.json").read_text("utf-8")) == result
-    assert not artifacts.check(build / "small/model", content=True)
+    assert not find_damage(build / "small/model", content=True)
 
 
 def test_the_request_says_what_modelfile_says_about_the_same_spec(recipe: Recipe, build: Path) -> None:
@@ -465,7 +468,7 @@ def test_a_model_of_other_settings_or_another_gguf_is_refused(server: FakeOllama
     other = recipe.model_copy(update={"system": "otro"})
     with pytest.raises(ArtifactError, match=r"another recipe\.system; run: tutor run --until modelfile"):
         publishing.publish(other, build, host=server.host)
-    with artifacts.writing(build / "small/gguf", "convert", {}) as (out, _):
+    with writing(build / "small/gguf", "convert", {}) as (out, _):
         write_gguf(out / "tutor-Q8_0.gguf", size=3000)
     with pytest.raises(ArtifactError, match=r"another input\.convert"):
         publishing.publish(recipe, build, host=server.host)
@@ -477,7 +480,7 @@ def test_without_the_stages_the_command_that_runs_them_is_named(recipe: Recipe, 
 
 
 def test_a_build_folder_in_use_is_not_published(server: FakeOllama, recipe: Recipe, build: Path) -> None:
-    with artifacts.locked(build / "small"), pytest.raises(LockError):
+    with locked(build / "small"), pytest.raises(LockError):
         publishing.publish(recipe, build, host=server.host)
 
 
@@ -529,7 +532,7 @@ def test_a_person_reads_which_build_is_served(server: FakeOllama, recipe: Recipe
 def prompts(recipe: Recipe, build: Path) -> list[dict[str, Any]]:
     """Three prompts, as the data stage leaves them."""
     rows = [{"instruction": f"¿Qué es {thing}?", "category": "tipos"} for thing in ("any", "never", "void")]
-    with artifacts.writing(build / "small/data", "data", {}) as (out, _):
+    with writing(build / "small/data", "data", {}) as (out, _):
         (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
         (out / "train.jsonl").write_text(json.dumps({"instruction": "¿?", "response": "Sí."}) + "\n", "utf-8")
     return rows

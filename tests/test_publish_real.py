@@ -25,7 +25,8 @@ import pytest
 from conftest import TINY
 from support.shared import copied
 
-from tutor.artifacts import stage_folder as artifacts
+from tutor.artifacts.hashing import file_sha256
+from tutor.artifacts.manifest import require_stage
 from tutor.engines.llamacpp import server as llamacpp
 from tutor.engines.ollama.client import Ollama, connect
 from tutor.engines.ollama.engine import OllamaServer, serve
@@ -197,7 +198,7 @@ def test_base_and_adapter_answer_as_the_merged_model_does(recipe: Recipe, build:
         assert len(common) >= 7
         worst = max(worst, *(abs(merged[token] - apart[token]) for token in common))
     # The adapter stands on the 16-bit base; a merge into the NF4 one is as far as 0.22, no adapter at all 0.48.
-    merge = artifacts.require(build / recipe.name / "merged", "merge").results["base"]
+    merge = require_stage(build / recipe.name / "merged", "merge").results["base"]
     assert worst < (0.35 if merge == "nf4" else 0.1)
     assert publish(recipe, build, adapter=True)["published"] is False
 
@@ -225,11 +226,11 @@ def published_model(recipe: Recipe, build: Path) -> tuple[stage.Model, dict[Path
     """What `publish` sends, to be spoiled; `latest` is published from it."""
     publish(recipe, build)
     model = stage.read_model(build / "tiny/model", recipe.ollama.quantization)
-    return model, {path: artifacts.file_sha256(path) for path in model.paths}
+    return model, {path: file_sha256(path) for path in model.paths}
 
 
 def with_file(model: stage.Model, path: Path) -> tuple[stage.Model, dict[Path, str]]:
-    return replace(model, files={path.name: path}), {path: artifacts.file_sha256(path)}
+    return replace(model, files={path.name: path}), {path: file_sha256(path)}
 
 
 def refused(api: Ollama, model: stage.Model, hashes: dict[Path, str], error: type[Exception], what: str) -> None:
@@ -279,7 +280,7 @@ def test_an_adapter_of_another_base_is_refused_at_its_first_answer(
     data = adapter.read_bytes().replace(b"blk.1.attn_q", b"blk.7.attn_q")
     (tmp_path / "other.gguf").write_bytes(data)
     spoiled = replace(model, adapters={"other.gguf": tmp_path / "other.gguf"})
-    hashes = {path: artifacts.file_sha256(path) for path in spoiled.paths}
+    hashes = {path: file_sha256(path) for path in spoiled.paths}
     refused(api, spoiled, hashes, ServiceError, r"\(500\)")
 
 

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 from conftest import make_tokenizer
 
-from tutor.artifacts.stage_folder import Manifest, writing
+from tutor.artifacts.manifest import Manifest
+from tutor.artifacts.stage_folder import writing
 from tutor.formats.html import visible
 from tutor.pipeline.registry import BY_NAME
 from tutor.pipeline.runner import State, inspect, run_one

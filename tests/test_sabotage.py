@@ -22,7 +22,9 @@ from conftest import ROOT, TINY
 from support.shared import copied, linked, shared
 from test_publish import SYSTEM, make_stages
 
-from tutor.artifacts import stage_folder as artifacts
+from tutor.artifacts.disk import remove, write_json
+from tutor.artifacts.hashing import file_sha256
+from tutor.artifacts.manifest import MANIFEST, read_manifest, require_stage
 from tutor.engines.llamacpp.build import build_folder, is_built
 from tutor.errors import ArtifactError, DataError, GateError, TutorError
 from tutor.pipeline import registry as chain
@@ -93,7 +95,7 @@ def field(name: str, kind: int, value: bytes) -> bytes:
 
 def compared(recipe: Recipe, folder: Path, match: str) -> "pytest.ExceptionInfo[TutorError]":
     """The parity stage on a spoiled folder says no, at every run, and what says so stays."""
-    artifacts.remove(folder / "parity")
+    remove(folder / "parity")
     with pytest.raises(GateError, match=match) as caught:
         pipeline.run_one("parity", recipe, folder.parent)
     with pytest.raises(GateError, match=match):
@@ -104,9 +106,9 @@ def compared(recipe: Recipe, folder: Path, match: str) -> "pytest.ExceptionInfo[
 
 
 def test_a_build_that_nobody_touched_passes(recipe: Recipe, folder: Path) -> None:
-    artifacts.remove(folder / "parity")
+    remove(folder / "parity")
     assert pipeline.run_one("parity", recipe, folder.parent)
-    states = {item["state"] for item in artifacts.require(folder / "parity", "parity").results["hand_overs"]}
+    states = {item["state"] for item in require_stage(folder / "parity", "parity").results["hand_overs"]}
     assert states == {"same"}
 
 
@@ -166,7 +168,7 @@ def test_another_base_of_the_same_shape_before_merging(
 
     facts = asdict(inspect(folder / "base/model", "tiny", "model"))
     (folder / "base/base.json").write_text(json.dumps(facts), "utf-8")
-    artifacts.remove(folder / "merged")
+    remove(folder / "merged")
     with pytest.raises(ArtifactError, match="was trained on other weights") as caught:
         chain.BY_NAME["merge"].module.run(recipe, inputs(folder), folder / "merged")
     report("another base of the same shape", "merge: base hash", caught)
@@ -187,10 +189,10 @@ def test_another_base_that_was_put_in_place_silently(
 
 def test_a_merge_into_the_base_in_another_precision_than_was_said(recipe: Recipe, folder: Path, report: Report) -> None:
     """The gate holds the merge against the base that it says it took: the original one, or its NF4 round trip."""
-    path = folder / "merged" / artifacts.MANIFEST
+    path = folder / "merged" / MANIFEST
     said = json.loads(path.read_text("utf-8"))
     said["results"]["base"] = {"nf4": "original", "original": "nf4"}[said["results"]["base"]]
-    artifacts.write_json(path, said)
+    write_json(path, said)
     caught = compared(recipe, folder, r"base \+ adapter -> merged \(merge\) diverges in its log-probabilities")
     assert "the base in another precision" in str(caught.value)
     report("merged into NF4's base, said the original, or back", "parity: merge", caught)
@@ -201,10 +203,10 @@ def test_either_base_that_a_merge_takes_passes(recipe: Recipe, folder: Path, bas
     merge, convert = recipe.merge.model_copy(update={"base": base}), recipe.convert.model_copy(update={"base": False})
     other = recipe.model_copy(update={"merge": merge, "convert": convert})
     for name in ("merged", "gguf", "ladder", "parity"):
-        artifacts.remove(folder / name)
+        remove(folder / name)
     for name in ("merge", "convert", "ladder", "parity"):
         assert pipeline.run_one(name, other, folder.parent)
-    assert artifacts.require(folder / "merged", "merged").results["base"] == base
+    assert require_stage(folder / "merged", "merged").results["base"] == base
 
 
 def test_the_adapter_of_another_run(recipe: Recipe, folder: Path, report: Report) -> None:
@@ -316,11 +318,11 @@ def test_a_quantization_coarser_than_its_name(recipe: Recipe, folder: Path, repo
 
 def reseal(folder: Path) -> None:
     """Write a stage's manifest again over what lies there now: whoever replaced a file was thorough."""
-    manifest = artifacts.read_manifest(folder)
+    manifest = read_manifest(folder)
     assert manifest is not None
     for name, entry in manifest.outputs.items():
-        entry.update(size=(folder / name).stat().st_size, sha256=artifacts.file_sha256(folder / name))
-    artifacts.write_json(folder / artifacts.MANIFEST, vars(manifest))
+        entry.update(size=(folder / name).stat().st_size, sha256=file_sha256(folder / name))
+    write_json(folder / MANIFEST, vars(manifest))
 
 
 def test_the_untuned_base_in_the_tutor_s_place(recipe: Recipe, folder: Path, report: Report) -> None:

@@ -25,7 +25,10 @@ from tiny_models import one_thread, recipe, tiny
 
 torch = pytest.importorskip("torch")
 
-from tutor.artifacts import stage_folder as artifacts
+from tutor.artifacts.disk import write_json
+from tutor.artifacts.hashing import file_sha256
+from tutor.artifacts.manifest import find_damage, read_manifest, require_stage
+from tutor.artifacts.stage_folder import checkpoint_folder, log_folder, writing
 from tutor.errors import ArtifactError, HostError
 from tutor.machine.memory.batching import Passes
 from tutor.stages.train import checkpoint
@@ -87,7 +90,7 @@ def stage(inputs: Folders, folder: Path, at: Actions | None = None, after: Any =
     level = logger.level
     logger.setLevel(logging.INFO)
     try:
-        with artifacts.writing(folder, "train", {}) as (out, results):
+        with writing(folder, "train", {}) as (out, results):
             results.update(train.run(wanted, inputs, out))
             if after:
                 after()
@@ -110,14 +113,14 @@ def fail(error: BaseException) -> Callable[[], NoReturn]:
 
 
 def checkpoints(folder: Path) -> list[str]:
-    place = artifacts.checkpoints(folder)
+    place = checkpoint_folder(folder)
     return [path.name for path in checkpoint.by_step(place)] if place.exists() else []
 
 
 def made(folder: Path) -> dict[str, Any]:
     """All that a stage left, but for how long it took."""
-    manifest = artifacts.require(folder, "train")
-    assert artifacts.check(folder, content=True) == []
+    manifest = require_stage(folder, "train")
+    assert find_damage(folder, content=True) == []
     results = {name: value for name, value in manifest.results.items() if "per_second" not in name}
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     files = {name: entry["sha256"] for name, entry in manifest.outputs.items()}
@@ -380,12 +383,12 @@ def test_a_full_disk_is_the_machines_fault_and_keeps_the_checkpoint_before(
 ) -> None:
     """Files fill whole blocks: room for the bytes of a checkpoint and a block more is not enough for its files."""
     folder = eight_mib / "adapter"
-    saved = artifacts.checkpoints(folder) / "checkpoint-5"
+    saved = checkpoint_folder(folder) / "checkpoint-5"
     with pytest.raises(HostError, match=said) as caught:
         stage(inputs, folder, {10: fill(eight_mib, lambda: checkpoint.size(saved) + more)})
     assert caught.value.code == 4
     assert checkpoints(folder) == ["checkpoint-5"]
-    assert not (artifacts.checkpoints(folder) / "quarantine").exists()
+    assert not (checkpoint_folder(folder) / "quarantine").exists()
     (eight_mib / "filler").unlink()
     assert "resuming after step 5 of 18" in " ".join(stage(inputs, folder))
     assert made(folder) == whole
@@ -419,15 +422,15 @@ def test_a_pickle_that_was_planted_is_not_run(
     folder, trace = tmp_path / "adapter", tmp_path / "trace"
     with pytest.raises(ZeroDivisionError):
         stage(inputs, folder, {12: fail(ZeroDivisionError())})
-    latest = artifacts.checkpoints(folder) / "checkpoint-10"
+    latest = checkpoint_folder(folder) / "checkpoint-10"
     (latest / name).write_bytes(pickle.dumps(Evil(trace), protocol=2))
     if how == "with a forged manifest":
-        manifest = artifacts.read_manifest(latest)
+        manifest = read_manifest(latest)
         assert manifest is not None
-        entry = {"size": (latest / name).stat().st_size, "sha256": artifacts.file_sha256(latest / name)}
+        entry = {"size": (latest / name).stat().st_size, "sha256": file_sha256(latest / name)}
         outputs = {**manifest.outputs, name: entry}
         key = checkpoint._key(manifest.fields, outputs, manifest.results)
-        artifacts.write_json(latest / "manifest.json", {**asdict(manifest), "outputs": outputs, "key": key})
+        write_json(latest / "manifest.json", {**asdict(manifest), "outputs": outputs, "key": key})
         assert checkpoint.damage(latest) is None
         with pytest.raises(pickle.UnpicklingError, match="Weights only"):
             stage(inputs, folder)
@@ -494,7 +497,7 @@ def test_the_same_command_goes_on_after_a_signal(number: signal.Signals, code: i
     build = folder / "build" / "r"
     wanted = (build / "adapter" / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(build / "adapter")
-    shutil.rmtree(artifacts.log_folder(build / "adapter"))
+    shutil.rmtree(log_folder(build / "adapter"))
     if number == signal.SIGKILL:  # nothing is saved at it: what was, by steps, has to do
         with (folder / "r.toml").open("a") as text:
             text.write("save_steps = 3\n")

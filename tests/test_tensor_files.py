@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from tutor.artifacts.stage_folder import file_sha256
+from tutor.artifacts.hashing import file_sha256
 from tutor.errors import ArtifactError
 from tutor.formats.models.safetensors import (
     AHEAD,

@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 from test_convert import facts
 from test_readback import ATTENTION, file, folder, moved, permuted, random
 
-from tutor.artifacts import stage_folder as artifacts
+from tutor.artifacts.hashing import file_sha256
+from tutor.artifacts.stage_folder import writing
 from tutor.errors import ArtifactError, RecipeError, ServiceError
 from tutor.formats.models.gguf import read_gguf
 from tutor.recipe.settings import Recipe, read_recipe
@@ -43,7 +44,7 @@ class Built:
         write_rows(self.folder / "data" / "train.jsonl", [{"instruction": "¿Qué?", "response": "Eso."}])
         save_file({"a": np.zeros((2, 2), np.float32)}, self.folder / "adapter" / "adapter_model.safetensors")
         self.says = lineage.keyed(lineage.tutor_lineage(self.recipe, self.inputs))
-        with artifacts.writing(self.folder / "gguf", "convert", {}) as (out, _):
+        with writing(self.folder / "gguf", "convert", {}) as (out, _):
             for kind in ("F16", "Q8_0"):
                 file(out / f"tutor-{kind}.gguf", merged, kind, says=self.says)
 
@@ -199,7 +200,7 @@ def adapter(built: Built, path: Path) -> Path:
 
 
 def test_an_adapter_s_file_is_compared_with_peft_s(built: Built) -> None:
-    with artifacts.writing(built.folder / "lora", "lora", {}) as (out, _):
+    with writing(built.folder / "lora", "lora", {}) as (out, _):
         adapter(built, out / "tutor-lora.gguf")
     found = built.conditions(built.folder / "lora" / "tutor-lora.gguf")
     assert set(found.values()) == {"ok"}
@@ -246,7 +247,7 @@ def publish(server: fake.FakeOllama, path: Path, **facts: Any) -> str:
 def test_a_published_model_is_known_by_its_file_and_what_it_says(
     built: Built, server: fake.FakeOllama, tmp_path: Path
 ) -> None:
-    with artifacts.writing(built.folder / "gguf", "convert", {}) as (out, _):
+    with writing(built.folder / "gguf", "convert", {}) as (out, _):
         publish(server, out / "tutor-Q8_0.gguf", info=built.says)
     rows = {row.what: row for row in verify.verify_model("tutor:latest", server.host, built.recipe, built.build)}
     assert {row.condition for what, row in rows.items() if what != "weights"} == {"ok"}
@@ -257,7 +258,7 @@ def test_a_published_model_is_known_by_its_file_and_what_it_says(
 def test_a_server_s_file_that_is_here_too_has_its_weights_compared(built: Built, server: fake.FakeOllama) -> None:
     """The fake tells no key-values of a real file: they are the file's own."""
     path = built.gguf()
-    server.blobs[digest := f"sha256:{artifacts.file_sha256(path)}"] = path.read_bytes()
+    server.blobs[digest := f"sha256:{file_sha256(path)}"] = path.read_bytes()
     said = {"info": {"tutor.base": built.says["tutor.base"]}, "chat_template": "", "quantization": "Q8_0"}
     server.models["tutor:latest"] = fake.Model({}, said, digest)
     rows = {row.what: row for row in verify.verify_model("tutor:latest", server.host, built.recipe, built.build)}

@@ -16,7 +16,9 @@ from conftest import TINY, TUTOR, environment
 from support.command import Done, forked, in_process
 from support.shared import copied, linked
 
-from tutor.artifacts import stage_folder as artifacts
+from tutor.artifacts.disk import remove
+from tutor.artifacts.manifest import MANIFEST, find_damage, read_manifest
+from tutor.artifacts.stage_folder import PARTIAL
 from tutor.engines.llamacpp import build as llamacpp_build
 from tutor.pipeline import registry as chain
 
@@ -52,10 +54,10 @@ def test_every_stage_leaves_a_whole_folder(built: Path) -> None:
 
 
 def test_a_second_run_does_nothing_and_says_so(built: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in (built / "tiny").rglob(artifacts.MANIFEST)}
+    before = {path: path.stat().st_mtime_ns for path in (built / "tiny").rglob(MANIFEST)}
     done = tutor("run", build=built)
     assert "Nothing to do" in done.stdout
-    assert before == {path: path.stat().st_mtime_ns for path in (built / "tiny").rglob(artifacts.MANIFEST)}
+    assert before == {path: path.stat().st_mtime_ns for path in (built / "tiny").rglob(MANIFEST)}
 
 
 def test_a_run_that_is_up_to_date_imports_no_torch(built: Path) -> None:
@@ -97,19 +99,19 @@ def test_kill_9_leaves_nothing_half_and_the_same_command_completes(
 ) -> None:
     """Killed at its first file-system event, and when half of those are done that the stage's own run had."""
     build = linked(built, tmp_path / "build")
-    artifacts.remove(build / "tiny" / chain.BY_NAME[stage].folder)
+    remove(build / "tiny" / chain.BY_NAME[stage].folder)
     folder = build / "tiny" / chain.BY_NAME[stage].folder
     events = json.loads((built / "events.json").read_text("utf-8"))[folder.name]
     at = 1 + round((events - 1) * share)
     where = ("--until", stage, "--recipe", TINY, "--build", build)
     killed = forked("run", *where, scratch=tmp_path / "killed", kill=(folder.name, at)).finish()
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert artifacts.read_manifest(folder) is None
+    assert read_manifest(folder) is None
     assert not folder.exists()
     again = result("run", "--until", stage, build=build)
     assert again["ran"] == [stage]
-    assert artifacts.check(folder, content=True) == []
-    assert not folder.with_name(folder.name + artifacts.PARTIAL).exists()
+    assert find_damage(folder, content=True) == []
+    assert not folder.with_name(folder.name + PARTIAL).exists()
 
 
 def test_sigterm_during_training_exits_143_and_leaves_nothing_half(built: Path, tmp_path: Path) -> None:
@@ -174,4 +176,4 @@ def test_a_damaged_gguf_is_seen_and_made_again(built: Path, tmp_path: Path) -> N
     assert str(gguf) in done.stderr
     # The same bytes come out again, so what was made of them is still right; the report tells when they were made.
     assert result("run", build=build)["ran"] == ["convert", "report"]
-    assert artifacts.check(gguf.parent, content=True) == []
+    assert find_damage(gguf.parent, content=True) == []

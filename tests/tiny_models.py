@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read once at import; T
 torch = pytest.importorskip("torch")
 from safetensors.torch import load_file, save_file
 
-from tutor.artifacts import stage_folder as artifacts
+from tutor.artifacts.stage_folder import writing
 from tutor.recipe.settings import Recipe
 from tutor.stages.base.stage import inspect
 from tutor.stages.base.tiny_model import make_tiny
@@ -100,7 +100,7 @@ def adapter_stage(model: Path, folder: Path, base_weights: str, **lora: Any) -> 
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
-    with artifacts.writing(folder, "train", {}) as (out, results):
+    with writing(folder, "train", {}) as (out, results):
         adapted.save_pretrained(out)
         results["base_weights"] = base_weights
     return folder

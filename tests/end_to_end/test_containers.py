@@ -24,7 +24,7 @@ import pytest
 from support.command import ROOT, environment
 from support.docker import docker, inspected
 
-from tutor.artifacts import stage_folder as artifacts
+from tutor.artifacts.manifest import require_stage
 from tutor.engines.llamacpp import build as llamacpp_build
 from tutor.engines.ollama import engine as ollama
 from tutor.engines.protocol import Generation
@@ -308,7 +308,7 @@ def embedded(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("folder", [*MADE, "data", "base", "model"])
 def test_container_outputs_equal_those_of_tutor_run(contained: Path, embedded: Path, folder: str) -> None:
-    both = [artifacts.require(where / folder, folder) for where in (contained, embedded)]
+    both = [require_stage(where / folder, folder) for where in (contained, embedded)]
     ours, theirs = ({name: entry["sha256"] for name, entry in made.outputs.items()} for made in both)
     assert ours == theirs
 

@@ -240,7 +240,7 @@ def _stage(
     as_json: bool,
     shown: "Callable[[Mapping[str, Any]], list[str]]" = tree,
 ) -> None:
-    from tutor.artifacts import stage_folder as artifacts
+    from tutor.artifacts.manifest import require_stage
     from tutor.pipeline import registry as chain
     from tutor.pipeline import runner as pipeline
 
@@ -250,7 +250,7 @@ def _stage(
     if not distributed.is_main_process():
         return
     folder = build / recipe.name / chain.BY_NAME[name].folder
-    manifest = artifacts.require(folder, name)
+    manifest = require_stage(folder, name)
     result = {"stage": name, "ran": ran, "folder": str(folder), "results": manifest.results}
     lines = [f"{name}: {folder}" if ran else f"{name}: up to date, {folder}", *shown(manifest.results)]
     emit(result, lines, as_json=as_json)

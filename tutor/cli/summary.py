@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tutor.artifacts import stage_folder as artifacts
+from tutor.artifacts.manifest import read_manifest
 from tutor.graders.verdict import LABELS
 from tutor.pipeline.registry import BY_NAME
 from tutor.prompt import shown
@@ -25,7 +25,7 @@ def collect(recipe: Recipe, build: Path) -> dict[str, Any]:
     folder = build / recipe.name
     results: dict[str, Any] = {}
     for stage in BY_NAME.values():
-        manifest = artifacts.read_manifest(folder / stage.folder)
+        manifest = read_manifest(folder / stage.folder)
         if manifest is not None:
             results[stage.name] = {"seconds": manifest.seconds, **manifest.results}
     answers = folder / BY_NAME["evaluate"].folder / "answers.json"

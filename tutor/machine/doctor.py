@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tutor.artifacts import stage_folder as artifacts
+from tutor.artifacts.manifest import read_manifest
 from tutor.engines.llamacpp import build as llamacpp_build
 from tutor.engines.ollama.client import connect
 from tutor.engines.ollama.protocol import UnreachableError, check_version
@@ -144,7 +144,7 @@ def last_seconds(recipe: Recipe, build: Path) -> dict[str, float]:
     found = {}
     for name, folder in STAGES.items():
         with contextlib.suppress(ArtifactError):
-            if manifest := artifacts.read_manifest(build / recipe.name / folder):
+            if manifest := read_manifest(build / recipe.name / folder):
                 found[name] = manifest.seconds
     return found
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tutor.artifacts.stage_folder import MANIFEST
+from tutor.artifacts.manifest import MANIFEST
 from tutor.errors import HostError, RecipeError
 from tutor.machine import capacity, host
 from tutor.machine.host import said, version

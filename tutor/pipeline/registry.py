@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tutor.artifacts.manifest import recipe_fields
 from tutor.recipe.settings import Recipe
 from tutor.stages.convert.lineage import TOOLS, recipe_hash
 from tutor.stages.train import checkpoint
@@ -30,6 +31,10 @@ class Stage:
     beside: str = ""  # a pattern: what commands outside the pipeline make of its folder, removed with it
     resumes: bool = False  # goes on after a kill with what it had finished
     reads: tuple[str, ...] = ()  # folders and files that it takes where they are there, and needs none of
+
+    def recipe_fields(self, recipe: Recipe) -> dict[str, Any]:
+        """The settings that the stage reads, as key fields."""
+        return recipe_fields(self.settings(recipe))
 
     @property
     def module(self) -> Any:

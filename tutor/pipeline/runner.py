@@ -11,7 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tutor.artifacts import stage_folder as artifacts
+from tutor.artifacts.disk import remove
+from tutor.artifacts.hashing import HASHES, cached_sha256, file_sha256, json_sha256
+from tutor.artifacts.lock import locked
+from tutor.artifacts.manifest import Manifest, changed_fields, find_damage, read_manifest, require_stage
+from tutor.artifacts.provenance import provenance
+from tutor.artifacts.stage_folder import CHECKPOINTS, LOG, OLD, PARTIAL, checkpoint_folder, refuse_foreign, writing
 from tutor.engines.llamacpp import build as llamacpp_build
 from tutor.errors import GateError, RecipeError
 from tutor.machine import capacity, distributed
@@ -33,7 +38,7 @@ class State:
 
     stage: Stage
     folder: Path
-    manifest: artifacts.Manifest | None
+    manifest: Manifest | None
     fields: dict[str, Any] | None  # None where an input does not exist yet
     problems: tuple[str, ...]  # damage of the folder
 
@@ -44,7 +49,7 @@ class State:
             return "missing"
         if self.problems:
             return "damaged"
-        if self.fields is None or self.manifest.key != artifacts.digest(self.fields):
+        if self.fields is None or not self.manifest.has_key_of(self.fields):
             return "stale"
         return "refused" if REFUSED in self.manifest.results else "up to date"
 
@@ -59,8 +64,8 @@ def inspect(
     states: dict[str, State] = {}
     for stage in (BY_NAME[name] for name in BY_NAME if name in names):
         folder = build / recipe.name / stage.folder
-        manifest = artifacts.read_manifest(folder)
-        problems = tuple(artifacts.check(folder, content=content)) if manifest else ()
+        manifest = read_manifest(folder)
+        problems = tuple(find_damage(folder, content=content)) if manifest else ()
         whole = all(states[need].manifest and not states[need].problems for need in stage.needs)
         fields = key_fields(stage, recipe, build, states) if whole else None
         states[stage.name] = State(stage, folder, manifest, fields, problems)
@@ -69,20 +74,20 @@ def inspect(
 
 def key_fields(stage: Stage, recipe: Recipe, build: Path, states: Mapping[str, State]) -> dict[str, Any]:
     """What decides a stage's result, flat, so that two of them can be compared line by line."""
-    fields: dict[str, Any] = {f"recipe.{name}": value for name, value in stage.settings(recipe).items()}
-    cache = build / recipe.name / artifacts.HASHES
-    fields |= {f"file.{name}": artifacts.cached_sha256(path, cache) for name, path in stage.files(recipe).items()}
+    fields = stage.recipe_fields(recipe)
+    cache = build / recipe.name / HASHES
+    fields |= {f"file.{name}": cached_sha256(path, cache) for name, path in stage.files(recipe).items()}
     for need in stage.needs:
         manifest = states[need].manifest
         assert manifest is not None
         fields[f"input.{need}"] = manifest.fingerprint
     for name in stage.reads:
         path = build / recipe.name / name
-        if found := artifacts.read_manifest(path):
-            fields[f"input.{name}"] = artifacts.digest(asdict(found))  # its times and results are read, too
+        if found := read_manifest(path):
+            fields[f"input.{name}"] = json_sha256(asdict(found))  # its times and results are read, too
         elif path.is_file():
-            fields[f"input.{name}"] = artifacts.file_sha256(path)
-    fields |= artifacts.provenance(stage.sources, stage.packages)
+            fields[f"input.{name}"] = file_sha256(path)
+    fields |= provenance(stage.sources, stage.packages)
     if stage.llamacpp:
         fields["version.llama.cpp"] = llamacpp_build.build_key()
     return fields
@@ -98,7 +103,7 @@ def differences(state: State) -> list[str]:
         return [str(state.manifest.results[REFUSED]["message"])]
     if state.fields is None:
         return [f"needs {', '.join(state.stage.needs)} first"]
-    return artifacts.compare(state.manifest.fields, state.fields)
+    return changed_fields(state.manifest.fields, state.fields)
 
 
 def run_all(recipe: Recipe, build: Path, *, until: str | None = None) -> list[str]:
@@ -110,12 +115,12 @@ def run_all(recipe: Recipe, build: Path, *, until: str | None = None) -> list[st
     names = list(BY_NAME)[: list(BY_NAME).index(until) + 1] if until else list(BY_NAME)
     ran: list[str] = []
     weighed = False
-    with artifacts.locked(build / recipe.name):
+    with locked(build / recipe.name):
         for name in names:
             states = {found.stage.name: found for found in inspect(recipe, build, names=names)}
             state = states[name]
             if state.condition in MADE:
-                artifacts.remove(artifacts.checkpoints(state.folder))  # the last run was killed before it could
+                remove(checkpoint_folder(state.folder))  # the last run was killed before it could
             else:
                 if not weighed and name != "data":  # its rows tell how long a training's are
                     to_do = [other for other in names if states[other].condition not in MADE]
@@ -143,15 +148,15 @@ def run_one(name: str, recipe: Recipe, build: Path) -> bool:
 
 def _run_first(stage: Stage, recipe: Recipe, build: Path) -> bool:
     name = stage.name
-    with artifacts.locked(build / recipe.name):
+    with locked(build / recipe.name):
         states = {found.stage.name: found for found in inspect(recipe, build, names=_with_needs(name))}
         for need in stage.needs:
-            artifacts.require(states[need].folder, need)
+            require_stage(states[need].folder, need)
             if states[need].condition == "stale":
                 log.warning("%s is out of date with the recipe or its inputs; tutor why %s says why", need, need)
         made = states[name].condition in MADE
         if made:
-            artifacts.remove(artifacts.checkpoints(states[name].folder))  # the last run was killed before it could
+            remove(checkpoint_folder(states[name].folder))  # the last run was killed before it could
             distributed.broadcast(None)
         else:
             if name != "data" and not distributed.is_sharded():  # it knows one GPU
@@ -163,7 +168,7 @@ def _run_first(stage: Stage, recipe: Recipe, build: Path) -> bool:
 
 def pass_gate(folder: Path) -> None:
     """Raise GateError where a stage's own results say no; its folder stays, for those who ask why."""
-    manifest = artifacts.read_manifest(folder)
+    manifest = read_manifest(folder)
     if manifest and (refused := manifest.results.get(REFUSED)):
         raise GateError(refused["message"], refused["hint"])
 
@@ -189,9 +194,9 @@ def _refuse_early(recipe: Recipe) -> None:
 
 def _run(stage: Stage, recipe: Recipe, build: Path, state: State) -> None:
     for need in stage.needs:  # someone may have removed it since its stage ran
-        artifacts.require(build / recipe.name / BY_NAME[need].folder, need)
+        require_stage(build / recipe.name / BY_NAME[need].folder, need)
     assert state.fields is not None, f"{stage.name} lacks an input"
-    scratch = artifacts.writing(state.folder, stage.name, state.fields, resume=stage.resumes)
+    scratch = writing(state.folder, stage.name, state.fields, resume=stage.resumes)
     with announced(stage.name, stage.about), scratch as (out, results):
         inputs = {need: build / recipe.name / BY_NAME[need].folder for need in stage.needs}
         inputs |= {name: build / recipe.name / name for name in stage.reads}
@@ -212,16 +217,16 @@ def clean(recipe: Recipe, build: Path, names: tuple[str, ...]) -> list[Path]:
     if unknown := [name for name in names if name not in BY_NAME]:
         raise RecipeError(f"no stage {unknown[0]!r}; known: {', '.join(BY_NAME)}")
     removed = []
-    with artifacts.locked(build / recipe.name):
+    with locked(build / recipe.name):
         for stage in (BY_NAME[name] for name in names or BY_NAME):
             made = build / recipe.name / stage.folder
             found = [made, *(sorted(made.parent.glob(stage.beside)) if stage.beside else ())]
-            ends = (artifacts.PARTIAL, artifacts.OLD, artifacts.CHECKPOINTS, artifacts.LOG)
+            ends = (PARTIAL, OLD, CHECKPOINTS, LOG)
             for folder in found:
                 if not folder.name.endswith(ends):
-                    artifacts.refuse_foreign(folder)
+                    refuse_foreign(folder)
             for path in (*found, *(made.with_name(made.name + end) for end in ends)):
                 if path.exists():
-                    artifacts.remove(path)
+                    remove(path)
                     removed.append(path)
     return removed

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tutor.artifacts.stage_folder import digest
+from tutor.artifacts.hashing import json_sha256
 from tutor.engines.ollama.client import Ollama, Tag
 from tutor.engines.ollama.engine import OllamaServer
 from tutor.engines.ollama.protocol import check_version, shown_parameters
@@ -88,7 +88,7 @@ def read_model(folder: Path, quantization: str) -> Model:
 def build_id(model: Model, hashes: Mapping[Path, str]) -> str:
     """The short hash of all that decides what is served: the files' content and every setting, not their names."""
     content = {key: [hashes[path] for path in getattr(model, key).values()] for key in FILES}
-    return digest({**content, **model.settings})[:DIGITS]
+    return json_sha256({**content, **model.settings})[:DIGITS]
 
 
 def publish(

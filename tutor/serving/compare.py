@@ -14,7 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tutor.artifacts import stage_folder as artifacts
+from tutor.artifacts.disk import write_json
+from tutor.artifacts.lock import locked
+from tutor.artifacts.manifest import is_made, require_stage
+from tutor.artifacts.provenance import provenance
+from tutor.artifacts.stage_folder import checkpoint_folder, log_folder, writing
 from tutor.engines.protocol import greedy
 from tutor.errors import ArtifactError, RecipeError
 from tutor.formats.rows.split_files import read_rows
@@ -152,23 +156,23 @@ def _ask(recipe: Recipe, build: Path, who: Who, label: str, parallel: int) -> As
     data = folder / BY_NAME["data"].folder
     generation = greedy(recipe.generate, recipe.seed)
     target = folder / f"eval-{re.sub(r'[^A-Za-z0-9_.-]+', '-', label)}"
-    with artifacts.locked(folder):
-        asked = {"input.data": artifacts.require(data, "data").fingerprint, "system": recipe.system}
+    with locked(folder):
+        asked = {"input.data": require_stage(data, "data").fingerprint, "system": recipe.system}
         served = identity(recipe, build, who)
         if who.engine == "ollama" and parallel > 1:
             served["parallel"] = parallel  # a server with more than one slot batches them (stages/evaluate/answers.py)
-        fields = {**asked, **asdict(generation), **served, **artifacts.provenance(CODE, ())}
-        ran = not publishing.is_made(target, fields)
+        fields = {**asked, **asdict(generation), **served, **provenance(CODE, ())}
+        ran = not is_made(target, fields)
         if ran:
             prompts = read_rows(data / "prompts.jsonl")
             training = read_rows(data / "train.jsonl")
             at_once = 1 if who.engine == "hf" or who.model == "adapter" else parallel
             number = itertools.count(1)  # of the servers that are started, each with its log
             asking = announced("evaluate", f"ask {label} the prompts and judge")
-            with asking, artifacts.writing(target, target.name, fields) as (out, results):
-                logs = artifacts.log_folder(out)
+            with asking, writing(target, target.name, fields) as (out, results):
+                logs = log_folder(out)
                 logs.mkdir(exist_ok=True)
-                task = Task(label, generation, recipe.system, artifacts.checkpoints(out) / "answers.jsonl", served)
+                task = Task(label, generation, recipe.system, checkpoint_folder(out) / "answers.jsonl", served)
                 answers = ask_all(
                     lambda: opened(recipe, build, who, share=at_once, log=logs / f"{next(number)}.log"),
                     prompts,
@@ -176,10 +180,10 @@ def _ask(recipe: Recipe, build: Path, who: Who, label: str, parallel: int) -> As
                     parallel=at_once,
                 )
                 records = stage.judge_and_compare(prompts, answers, training)
-                artifacts.write_json(out / stage.ANSWERS, stage.side_by_side(prompts, {label: records}))
+                write_json(out / stage.ANSWERS, stage.side_by_side(prompts, {label: records}))
                 results.update(served, generation=asdict(generation), models={label: rates.summarise(prompts, records)})
                 results["copied"] = {label: honesty.copied_runs([record.get("copied") for record in records])}
-        results = artifacts.require(target, target.name).results
+        results = require_stage(target, target.name).results
         rows = json.loads((target / stage.ANSWERS).read_text("utf-8"))
     prompts = [{name: value for name, value in row.items() if name != "answers"} for row in rows]
     return Asked(label, prompts, [row["answers"][label] for row in rows], results, ran)

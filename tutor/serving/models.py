@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tutor.artifacts import stage_folder as artifacts
+from tutor.artifacts.manifest import read_manifest, require_stage
+from tutor.artifacts.provenance import provenance
 from tutor.errors import ArtifactError, RecipeError
 from tutor.formats.models.served_quantization import served_quantization
 from tutor.pipeline.registry import BY_NAME
@@ -92,7 +93,7 @@ def opened(recipe: "Recipe", build: Path, who: Who, *, share: int = 1, log: Path
 def gguf_of(recipe: "Recipe", build: Path, who: Who) -> Path:
     """The GGUF that answers. Raises ArtifactError without the convert stage, RecipeError for a file it did not make."""
     made = build / recipe.name / BY_NAME["convert"].folder
-    artifacts.require(made, "convert")
+    require_stage(made, "convert")
     ladder = build / recipe.name / BY_NAME["ladder"].folder
     kind = who.quantization or served_quantization(recipe.ollama.quantization, ladder)
     gguf = made / f"{who.model}-{kind}.gguf"
@@ -120,13 +121,13 @@ def identity(recipe: "Recipe", build: Path, who: Who) -> dict[str, Any]:
     if who.engine == "hf" or who.model == "adapter":
         _folders(folder, who.model)
         stages = {"base": ("base",), "tutor": ("merge",), "adapter": ("base", "train")}[who.model]
-        made = {name: artifacts.require(folder / BY_NAME[name].folder, name).fingerprint for name in stages}
+        made = {name: require_stage(folder / BY_NAME[name].folder, name).fingerprint for name in stages}
         settings = {"quantization": _quantization(folder, who.model), "precision": recipe.train.precision}
-        return {**made, **settings, **artifacts.provenance((), ("transformers", "torch", "peft"))}
+        return {**made, **settings, **provenance((), ("transformers", "torch", "peft"))}
     from tutor.engines.llamacpp.build import build_key
 
     gguf = gguf_of(recipe, build, who)
-    outputs = artifacts.require(gguf.parent, "convert").outputs
+    outputs = require_stage(gguf.parent, "convert").outputs
     if gguf.name not in outputs:
         raise ArtifactError(f"{gguf} is not one that the convert stage made", "run: tutor convert")
     return {
@@ -143,16 +144,16 @@ def _folders(folder: Path, model: str) -> tuple[Path, Path | None]:
 
     merged, adapter, base = (folder / BY_NAME[name].folder for name in ("merge", "train", "base"))
     if model == "tutor":
-        artifacts.require(merged, "merge")
+        require_stage(merged, "merge")
         return merged, None
     if model == "adapter":
-        artifacts.require(adapter, "train")
+        require_stage(adapter, "train")
     return read_facts(base)[1], adapter if model == "adapter" else None
 
 
 def _quantization(folder: Path, model: str) -> Literal["nf4", "int8", "none"]:
     """In what transformers loads a model: the base as it was trained on, the merged one in 16 bits."""
-    trained = artifacts.read_manifest(folder / BY_NAME["train"].folder)
+    trained = read_manifest(folder / BY_NAME["train"].folder)
     if model == "tutor" or trained is None:
         return "none"
     return trained.results["quantization"]  # type: ignore[no-any-return] # the recipe may leave it open

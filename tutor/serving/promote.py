@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tutor.artifacts import stage_folder as artifacts
+from tutor.artifacts.disk import write_json
+from tutor.artifacts.manifest import read_manifest, require_stage
 from tutor.engines.ollama import engine as ollama
 from tutor.engines.ollama.client import Ollama
 from tutor.errors import ArtifactError, GateError
@@ -54,14 +55,14 @@ def publish(
     record = publishing.record_of(folder, adapter=adapter)
     if not result["published"]:
         if not record.exists():
-            artifacts.write_json(record, {**result, "digest": _record(folder, result["build"]).get("digest")})
+            write_json(record, {**result, "digest": _record(folder, result["build"]).get("digest")})
         return result
     # What the stages asked is the merged model: an adapter's answers are known by its digest alone.
     evaluated = {} if adapter else _evaluation(recipe, folder)
     _note(folder, result["build"], digest=result["digest"], parity=result["parity"]["state"], evaluate=evaluated)
     promotion = _promote(recipe, build, result["tag"], host=host, force=force)
     result = {**result, "promotion": promotion}
-    artifacts.write_json(record, result)
+    write_json(record, result)
     return result
 
 
@@ -119,7 +120,7 @@ def _parity_problem(folder: Path, server: Ollama, tag: str) -> str | None:
     if not record:
         log.warning("%s was not published from %s: whether its parity is green is not known", tag, folder)
         return None
-    parity, gguf = (artifacts.read_manifest(folder / BY_NAME[name].folder) for name in ("parity", "convert"))
+    parity, gguf = (read_manifest(folder / BY_NAME[name].folder) for name in ("parity", "convert"))
     if parity and gguf and gguf.fingerprint == parity.fields.get("input.convert") == _made_of(record):
         try:
             pass_gate(folder / BY_NAME["parity"].folder)
@@ -129,7 +130,7 @@ def _parity_problem(folder: Path, server: Ollama, tag: str) -> str | None:
     if digest != record.get("digest"):
         refused = refusal([parity_ollama.identity(tag, digest or "", str(record.get("digest")))])
         return refused["message"] if refused else None
-    compared = artifacts.read_manifest(folder / publishing.COMPARED)
+    compared = read_manifest(folder / publishing.COMPARED)
     if compared and compared.fields.get("digest") == digest and "refused" in compared.results:
         return str(compared.results["refused"]["message"])
     return None
@@ -156,7 +157,7 @@ def _weigh(recipe: Recipe, build: Path, tag: str, old: str | None, host: str | N
         result = evaluating.compare(recipe, build, str(known), str(folder / SERVED / new))
     except ArtifactError as error:
         return f"not compared: {error.message}", None
-    artifacts.write_json(folder / SERVED / new / COMPARED, {**result, "before": old, "after": new})
+    write_json(folder / SERVED / new / COMPARED, {**result, "before": old, "after": new})
     said = _said(f"{name}:{old}", tag, result)
     return said, (said if result["all"]["passed"]["said"] == "worse" else None)
 
@@ -181,10 +182,10 @@ def _keep_answers(folder: Path, build: str) -> Path | None:
         return kept.parent
     record = _record(folder, build)
     by_llama_server, by_ollama = (folder / BY_NAME["evaluate"].folder, folder / f"eval-{evaluating.PUBLISHED}")
-    one, other = artifacts.read_manifest(by_llama_server), artifacts.read_manifest(by_ollama)
+    one, other = read_manifest(by_llama_server), read_manifest(by_ollama)
     if other and record.get("digest") and other.fields.get("digest") == record["digest"]:
         found = by_ollama
-    elif one and record.get("evaluate") and record["evaluate"].items() <= one.fields.items():
+    elif one and record.get("evaluate") and not one.other_fields(record["evaluate"]):
         found = by_llama_server
     else:
         return None
@@ -195,9 +196,8 @@ def _keep_answers(folder: Path, build: str) -> Path | None:
 
 def _evaluation(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Those fields of the evaluate stage's manifest that say whose answers they are."""
-    gguf = artifacts.require(folder / BY_NAME["convert"].folder, "convert")
-    settings = {f"recipe.{name}": value for name, value in BY_NAME["evaluate"].settings(recipe).items()}
-    return {**settings, "input.convert": gguf.fingerprint}
+    gguf = require_stage(folder / BY_NAME["convert"].folder, "convert")
+    return {**BY_NAME["evaluate"].recipe_fields(recipe), "input.convert": gguf.fingerprint}
 
 
 def _made_of(record: Mapping[str, Any]) -> str | None:
@@ -215,4 +215,4 @@ def _record(folder: Path, build: str) -> dict[str, Any]:
 def _note(folder: Path, build: str, **more: Any) -> None:
     path = folder / SERVED / build / RECORD
     path.parent.mkdir(parents=True, exist_ok=True)
-    artifacts.write_json(path, {**_record(folder, build), "build": build, **more})
+    write_json(path, {**_record(folder, build), "build": build, **more})

@@ -13,7 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tutor.artifacts import stage_folder as artifacts
+from tutor.artifacts.disk import write_json
+from tutor.artifacts.hashing import HASHES, cached_sha256, file_sha256
+from tutor.artifacts.lock import locked
+from tutor.artifacts.manifest import is_made, read_manifest, require_stage
+from tutor.artifacts.stage_folder import writing
 from tutor.engines.llamacpp.build import build_key
 from tutor.engines.ollama import engine as ollama
 from tutor.engines.ollama.client import Ollama
@@ -72,7 +76,7 @@ def publish(
     faults, GateError when it would serve something else than was trained.
     """
     folder = build / recipe.name
-    with artifacts.locked(folder), announced("publish", "put the model onto Ollama and prove it"):
+    with locked(folder), announced("publish", "put the model onto Ollama and prove it"):
         made, reference = _folder_of("modelfile", recipe, folder), _reference(recipe, folder)
         with ollama.connect(host) as server:
             server.wait_ready(wait)  # before gigabytes are hashed for no one
@@ -81,7 +85,7 @@ def publish(
             check = partial(_same_answers, reference, same_file=not adapter)
             result = stage.publish(model, _hashes(model, folder), server, check=check, serve=serve)
         if serve and (result["published"] or not (made / PUBLISHED).exists()):
-            artifacts.write_json(made / PUBLISHED, result)
+            write_json(made / PUBLISHED, result)
     return result
 
 
@@ -97,11 +101,10 @@ def _served(recipe: Recipe, folder: Path) -> str:
 def _folder_of(name: str, recipe: Recipe, folder: Path) -> Path:
     """The folder of a stage behind convert. Raises ArtifactError when it was made of another recipe or gguf/."""
     made = folder / BY_NAME[name].folder
-    manifest = artifacts.require(made, name)
-    gguf = artifacts.require(folder / BY_NAME["convert"].folder, "convert")
-    wanted = {f"recipe.{key}": value for key, value in BY_NAME[name].settings(recipe).items()}
-    wanted["input.convert"] = gguf.fingerprint
-    if changed := [key for key, value in wanted.items() if manifest.fields.get(key) != value]:
+    manifest = require_stage(made, name)
+    gguf = require_stage(folder / BY_NAME["convert"].folder, "convert")
+    wanted = {**BY_NAME[name].recipe_fields(recipe), "input.convert": gguf.fingerprint}
+    if changed := manifest.other_fields(wanted):
         raise ArtifactError(f"{made} was made of another {changed[0]}", "run: tutor run --until modelfile")
     return made
 
@@ -130,13 +133,13 @@ def parity(recipe: Recipe, build: Path, *, host: str | None = None) -> dict[str,
     Writes `parity-ollama/`. Raises ArtifactError without that stage, ServiceError when the model is not there.
     """
     folder, name = build / recipe.name, served_name(recipe)
-    with artifacts.locked(folder), ollama.connect(host) as server:
+    with locked(folder), ollama.connect(host) as server:
         reference = _reference(recipe, folder)
         version, found = server.version(), stage.digest_of(server, name)
         served = {"model": name, "host": server.host, "version": version, "digest": found or ""}
         with (
             announced("parity", f"compare {name} at {server.host} with {reference.engine} in llama.cpp"),
-            artifacts.writing(folder / COMPARED, COMPARED, served) as (_, results),
+            writing(folder / COMPARED, COMPARED, served) as (_, results),
         ):
             wanted = _published_digest(folder)
             item = parity_ollama.identity(reference.engine, found, wanted) if found and wanted else None
@@ -160,9 +163,9 @@ def _hashes(model: stage.Model, folder: Path) -> dict[Path, str]:
     """Every file's sha256. Raises ArtifactError for a file that is not as its stage made it."""
     hashes = {}
     for path in model.paths:
-        manifest = artifacts.read_manifest(path.parent)
+        manifest = read_manifest(path.parent)
         made = manifest.outputs.get(path.name, {}).get("sha256") if manifest else None
-        hashes[path] = artifacts.cached_sha256(path, folder / artifacts.HASHES)
+        hashes[path] = cached_sha256(path, folder / HASHES)
         if made != hashes[path]:
             raise ArtifactError(f"{path} has another content than when it was made", "run: tutor convert")
     return hashes
@@ -175,9 +178,9 @@ def _lora_folder(recipe: Recipe, folder: Path) -> Path:
     from tutor.stages.convert.lineage import adapter_lineage, keyed, recipe_hash
 
     inputs = {name: folder / BY_NAME[name].folder for name in ("data", "base", "train", "convert")}
-    fields: dict[str, Any] = {f"input.{name}": artifacts.require(at, name).fingerprint for name, at in inputs.items()}
-    fields |= {f"recipe.{name}": value for name, value in BY_NAME["modelfile"].settings(recipe).items()}
-    fields |= {f"code.{source}": artifacts.file_sha256(PACKAGE / source)[:16] for source in LORA_CODE}
+    fields: dict[str, Any] = {f"input.{name}": require_stage(at, name).fingerprint for name, at in inputs.items()}
+    fields |= BY_NAME["modelfile"].recipe_fields(recipe)
+    fields |= {f"code.{source}": file_sha256(PACKAGE / source)[:16] for source in LORA_CODE}
     fields |= {"version.llama.cpp": build_key(), "recipe.lineage": recipe_hash(recipe)}
     target = folder / LORA
     if is_made(target, fields):
@@ -185,13 +188,13 @@ def _lora_folder(recipe: Recipe, folder: Path) -> Path:
     base = inputs["convert"] / f"base-{_served(recipe, folder)}.gguf"
     if not base.is_file():
         raise ArtifactError(f"{base} is not there", "an adapter needs convert.base = true; then run: tutor convert")
-    merged = artifacts.read_manifest(folder / BY_NAME["merge"].folder)
+    merged = read_manifest(folder / BY_NAME["merge"].folder)
     if merged and merged.results.get("base") == "nf4":
         log.warning(
             "merged/ stands on the base as 4-bit training saw it, the adapter on its 16 bits: their answers differ"
         )
     log.info("converting the adapter to GGUF")
-    with artifacts.writing(target, LORA, fields) as (out, results):
+    with writing(target, LORA, fields) as (out, results):
         gguf = out / "tutor-lora.gguf"
         says = keyed(adapter_lineage(recipe, inputs))
         results["matrices"] = lora_to_gguf(inputs["train"], read_facts(inputs["base"])[1], base, gguf, says)
@@ -214,7 +217,7 @@ def _write_modelfile(recipe: Recipe, base: Path, adapter: Path, out: Path) -> No
     spec = ModelSpec(name, base, GO_TEMPLATE, parameters, system=recipe.system, adapter=adapter)
     (out / "Modelfile").write_text(f"{render(spec, out)}PARSER {PARSER}\n", "utf-8")
     places = {path: os.path.relpath(path, out) for path in (base, adapter)}
-    artifacts.write_json(out / "create.json", {"name": name, **create_body(spec, places), "parser": PARSER})
+    write_json(out / "create.json", {"name": name, **create_body(spec, places), "parser": PARSER})
 
 
 def rollback(recipe: Recipe, *, host: str | None = None, adapter: bool = False) -> dict[str, Any]:
@@ -256,9 +259,3 @@ def model_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         tag = f"{row['model']}:{row['build'] or '(not by tutor)'}"
         lines.append(f"{tag:<28} {row['modified'][:19]} {row['size'] / 1e6:10.1f} MB  {roles}".rstrip())
     return lines
-
-
-def is_made(folder: Path, fields: Mapping[str, Any]) -> bool:
-    """Whether a folder is whole and made of exactly these fields."""
-    manifest = artifacts.read_manifest(folder)
-    return manifest is not None and manifest.key == artifacts.digest(dict(fields)) and not artifacts.check(folder)

@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tutor.artifacts import stage_folder as artifacts
+from tutor.artifacts.hashing import file_sha256
+from tutor.artifacts.manifest import read_manifest
 from tutor.engines.ollama import client as ollama_api
 from tutor.errors import ArtifactError, RecipeError, ServiceError
 from tutor.formats.models.gguf import Gguf, read_gguf
@@ -50,7 +51,7 @@ def verify_file(path: Path, recipe: Recipe, build: Path) -> list[Row]:
     if not said:
         raise ArtifactError(f"{path} does not say where it comes from", "made by another program? tutor convert says")
     folder = build / recipe.name
-    known = _known("file", artifacts.file_sha256(path), folder, _made(folder))
+    known = _known("file", file_sha256(path), folder, _made(folder))
     return [known, _weights("weights", path, gguf, folder), *_computed(said, recipe, folder)]
 
 
@@ -100,7 +101,7 @@ def _made(folder: Path) -> dict[str, str]:
     made: dict[str, str] = {}
     for name in (BY_NAME["convert"].folder, LORA):
         with suppress(ArtifactError):  # a damaged manifest knows nothing
-            manifest = artifacts.read_manifest(folder / name)
+            manifest = read_manifest(folder / name)
             outputs = manifest.outputs if manifest else {}
             made |= {entry["sha256"]: f"{name}/{file}" for file, entry in outputs.items() if file.endswith(".gguf")}
     return made
@@ -111,7 +112,7 @@ def _same_here(digest: str, folder: Path, made: Mapping[str, str]) -> Path:
     if digest not in made:
         raise ArtifactError("the file is the server's, and none that was made here is the same")
     path = folder / made[digest]
-    if not path.is_file() or artifacts.file_sha256(path) != digest:
+    if not path.is_file() or file_sha256(path) != digest:
         raise ArtifactError(f"the file is the server's, and {path} is gone or changed")
     return path
 
@@ -162,7 +163,7 @@ def _made_of(gguf: Gguf, folder: Path) -> "tuple[Path, dict[str, Weight]]":
 def _computed(said: Mapping[str, str], recipe: Recipe, folder: Path) -> list[Row]:
     """A row for each key-value, computed again."""
     places: dict[str, Callable[[], str]] = {
-        "data.sha256": lambda: artifacts.file_sha256(folder / BY_NAME["data"].folder / "train.jsonl"),
+        "data.sha256": lambda: file_sha256(folder / BY_NAME["data"].folder / "train.jsonl"),
         "recipe.sha256": lambda: lineage.recipe_hash(recipe),
         "adapter.sha256": lambda: lineage.weights_hash(folder / BY_NAME["train"].folder),
         "merged.sha256": lambda: lineage.weights_hash(folder / BY_NAME["merge"].folder),

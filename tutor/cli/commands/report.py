@@ -15,7 +15,7 @@ from tutor.cli.options import emit, json_option, read, recipe_option, shown_on_s
 @click.pass_obj
 def report_command(flags: dict[str, bool], recipe_path: Path, build: Path, *, opened: bool, as_json: bool) -> None:
     """Write one page of all that was found out, and a model card; what has not run is said in it."""
-    from tutor.artifacts import stage_folder as artifacts
+    from tutor.artifacts.manifest import require_stage
     from tutor.pipeline import registry as chain
     from tutor.pipeline import runner as pipeline
 
@@ -23,7 +23,7 @@ def report_command(flags: dict[str, bool], recipe_path: Path, build: Path, *, op
     with shown_on_stderr(flags):
         ran = pipeline.run_one("report", recipe, build)
     folder = build / recipe.name / chain.BY_NAME["report"].folder
-    results = artifacts.require(folder, "report").results
+    results = require_stage(folder, "report").results
     page, card = (folder / results[name] for name in ("page", "card"))
     lacks = [f"  not in it, for it has not run: {', '.join(results['missing'])}"] if results["missing"] else []
     lines = [str(page), f"  {results['bytes'] / 1e3:.0f} kB, {results['prompts']} prompts; model card: {card}", *lacks]

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from tutor.artifacts.stage_folder import MANIFEST, write_json
+from tutor.artifacts.disk import write_json
+from tutor.artifacts.manifest import MANIFEST
 from tutor.errors import ArtifactError
 from tutor.formats.models.model_folder import read_json
 from tutor.recipe.quantizations import AUTO

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tutor.artifacts.stage_folder import digest, file_sha256
+from tutor.artifacts.hashing import file_sha256, json_sha256
 from tutor.errors import ArtifactError, HostError, RecipeError, ServiceError
 from tutor.formats.models.base_source import HUB, KNOWN, PACKAGE, local_folder, package_file
 from tutor.formats.models.gguf import pre_tokenizer, read_gguf
@@ -151,7 +151,7 @@ def inspect(model: Path, source: str, name: str) -> Facts:
     return Facts(
         source=source,
         model=name,
-        weights=digest(weights),
+        weights=json_sha256(weights),
         vocabulary=vocabulary,
         add_bos=adds_bos(tokenizer),
         bos=tokenizer.bos_token_id,

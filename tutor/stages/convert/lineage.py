@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
-from tutor.artifacts.stage_folder import digest, file_sha256, read_manifest
+from tutor.artifacts.hashing import file_sha256, json_sha256
+from tutor.artifacts.manifest import read_manifest
 from tutor.engines.llamacpp.build import VERSION, build_key
 from tutor.errors import ArtifactError
 from tutor.formats.models.model_folder import WEIGHTS, read_facts
@@ -34,7 +35,7 @@ def recipe_hash(recipe: "Recipe") -> str:
     data = recipe.data.model_dump(exclude={"train", "eval", "prompts"})
     train = recipe.train.model_dump(exclude=TELLING)
     parts = {"data": data, "base": recipe.base.model_dump(), "train": train}
-    return digest({**parts, "seed": recipe.seed, "system": recipe.system})
+    return json_sha256({**parts, "seed": recipe.seed, "system": recipe.system})
 
 
 def weights_hash(model: Path) -> str:
@@ -42,7 +43,7 @@ def weights_hash(model: Path) -> str:
     files = sorted(model.glob(WEIGHTS))
     if not files:
         raise ArtifactError(f"{model} holds no {WEIGHTS}")
-    return digest({path.name: file_sha256(path) for path in files})
+    return json_sha256({path.name: file_sha256(path) for path in files})
 
 
 def _noted_hash(folder: Path) -> str:
@@ -51,7 +52,7 @@ def _noted_hash(folder: Path) -> str:
     if manifest is None:
         return weights_hash(folder)
     outputs = manifest.outputs.items()
-    return digest(
+    return json_sha256(
         {name: entry["sha256"] for name, entry in outputs if PurePath(name).match(WEIGHTS) and "/" not in name}
     )
 

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from tutor.artifacts import stage_folder as artifacts
+from tutor.artifacts.hashing import json_sha256
 from tutor.engines.protocol import Engine, Generation
 from tutor.errors import ServiceError
 from tutor.graders.verdict import Record
@@ -125,7 +125,7 @@ def ask_all(
     """
     questions = [prompt["instruction"] for prompt in prompts]
     key = {**task.key, "questions": questions, "system": task.system, **asdict(task.generation)}
-    with _journal(task.journal, artifacts.digest(key)) as (known, keep):
+    with _journal(task.journal, json_sha256(key)) as (known, keep):
         if known:
             log.info("%s: %d of %d answers are there from a run that was ended", task.name, len(known), len(prompts))
         waiting = deque(place for place in range(len(prompts)) if place not in known)

@@ -28,8 +28,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tutor.artifacts import stage_folder as artifacts
-from tutor.artifacts.stage_folder import write_json
+from tutor.artifacts.disk import write_json
+from tutor.artifacts.hashing import file_sha256
+from tutor.artifacts.manifest import read_manifest
+from tutor.artifacts.stage_folder import checkpoint_folder, log_folder
 from tutor.engines.llamacpp.build import build_key
 from tutor.engines.llamacpp.score import score
 from tutor.engines.llamacpp.server import serve
@@ -94,16 +96,14 @@ def _threads() -> int:
 def _ask(recipe: "Recipe", name: str, gguf: Path, out: Path, prompts: Sequence[Mapping[str, Any]]) -> list[Record]:
     """The answers of one GGUF, through a llama-server of its own."""
     context, threads = recipe.generate.context, _threads()
-    logs = artifacts.log_folder(out)
+    logs = log_folder(out)
     logs.mkdir(exist_ok=True)
     start = partial(serve, gguf, context=context, threads=threads, log=logs / f"{name}.log")
-    manifest = artifacts.read_manifest(gguf.parent)
+    manifest = read_manifest(gguf.parent)
     made = manifest.outputs.get(gguf.name, {}).get("sha256") if manifest else None
-    key = {"model": made or artifacts.file_sha256(gguf), "context": context, "engine": build_key()}
+    key = {"model": made or file_sha256(gguf), "context": context, "engine": build_key()}
     generation = greedy(recipe.generate, recipe.seed)
-    return ask_all(
-        start, prompts, Task(name, generation, recipe.system, artifacts.checkpoints(out) / f"{name}.jsonl", key)
-    )
+    return ask_all(start, prompts, Task(name, generation, recipe.system, checkpoint_folder(out) / f"{name}.jsonl", key))
 
 
 def judge_and_compare(

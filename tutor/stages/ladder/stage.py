@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tutor.artifacts.stage_folder import write_json
+from tutor.artifacts.disk import write_json
 from tutor.engines.llamacpp.score import reference_bytes, score
 from tutor.engines.llamacpp.server import serve
 from tutor.engines.trace import Score

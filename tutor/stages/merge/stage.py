@@ -18,15 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from tutor.artifacts.stage_folder import (
-    HASHES,
-    RESUME,
-    file_sha256,
-    known_sha256,
-    read_manifest,
-    remember_sha256,
-    write_json,
-)
+from tutor.artifacts.disk import write_json
+from tutor.artifacts.hashing import HASHES, file_sha256, known_sha256, remember_sha256
+from tutor.artifacts.manifest import read_manifest
+from tutor.artifacts.stage_folder import RESUME
 from tutor.errors import ArtifactError, HostError
 from tutor.formats.models.model_folder import WEIGHTS, load_tokenizer, read_facts, read_json, refuse
 from tutor.formats.models.safetensors import WIDTHS, Stored, header, read_folder, writing

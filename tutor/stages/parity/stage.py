@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tutor.artifacts.stage_folder import read_manifest, write_json
+from tutor.artifacts.disk import write_json
+from tutor.artifacts.manifest import read_manifest
 from tutor.errors import ArtifactError
 from tutor.formats.models.model_folder import WEIGHTS, load_tokenizer, read_facts, read_json
 from tutor.formats.models.served_quantization import served_quantization

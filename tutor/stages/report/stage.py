@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tutor.artifacts.stage_folder import read_manifest
+from tutor.artifacts.manifest import read_manifest
 from tutor.errors import ArtifactError
 from tutor.formats.html import render
 from tutor.formats.models.model_folder import load_tokenizer, read_facts

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tutor.artifacts.stage_folder import Manifest
+from tutor.artifacts.manifest import Manifest
 from tutor.stages.report import charts
 from tutor.stages.report.tables import Json, ladder, megabytes, parity, percent, verdicts
 

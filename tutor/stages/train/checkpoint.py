@@ -17,7 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tutor.artifacts import stage_folder as artifacts
+from tutor.artifacts.disk import remove, sync, write_json
+from tutor.artifacts.hashing import json_sha256
+from tutor.artifacts.manifest import MANIFEST, Manifest, changed_fields, find_damage, read_manifest
+from tutor.artifacts.provenance import provenance
+from tutor.artifacts.stage_folder import checkpoint_folder, seal_outputs
 from tutor.errors import ArtifactError, HostError
 from tutor.machine import distributed
 
@@ -82,7 +86,7 @@ class Training:
     @property
     def folder(self) -> Path:
         """Where its checkpoints are."""
-        return artifacts.checkpoints(self.out)
+        return checkpoint_folder(self.out)
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def identity(
         **batch,
         **{f"rows.{name}": rows_sha256(held) for name, held in rows.items()},
         **machine,
-        **artifacts.provenance(SOURCES, PACKAGES),
+        **provenance(SOURCES, PACKAGES),
     }
 
 
@@ -148,9 +152,9 @@ def newest(training: Training) -> Saved | None:
             aside += 1
             log.warning("%s; kept as %s", problem, _set_aside(path))
             continue
-        manifest = artifacts.read_manifest(path)
+        manifest = read_manifest(path)
         assert manifest is not None
-        if changed := artifacts.compare(manifest.fields, training.fields):
+        if changed := changed_fields(manifest.fields, training.fields):
             more = f", and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
             raise ArtifactError(
                 f"{path} (of {manifest.results['steps']} steps) is of another training: "
@@ -178,24 +182,24 @@ def damage(path: Path) -> str | None:
     except ArtifactError as error:
         return error.message
     except (ValueError, RecursionError):  # JSON that Python reads and UTF-8 cannot hold
-        return f"{path / artifacts.MANIFEST} is damaged"
+        return f"{path / MANIFEST} is damaged"
 
 
 def _faults(path: Path) -> Iterator[str]:
     """What is wrong, each only of use when nothing was before it."""
     if not path.is_dir():
         yield f"{path} is no folder"
-    manifest = artifacts.read_manifest(path)
+    manifest = read_manifest(path)
     if manifest is None:
         yield f"{path} was not saved to its end"
         return
     if manifest.key != _key(manifest.fields, manifest.outputs, manifest.results):
-        yield f"{path / artifacts.MANIFEST} is damaged"
+        yield f"{path / MANIFEST} is damaged"
     if path.name != f"checkpoint-{manifest.results['step']}":
         yield f"{path} is of step {manifest.results['step']}"
-    if strange := sorted(_files(path) - {*manifest.outputs, artifacts.MANIFEST}):
+    if strange := sorted(_files(path) - {*manifest.outputs, MANIFEST}):
         yield f"{path} holds files that were not saved with it: {', '.join(strange[:SHOWN])}"
-    yield from artifacts.check(path, content=True)
+    yield from find_damage(path, content=True)
 
 
 def _files(path: Path) -> set[str]:
@@ -206,7 +210,7 @@ def _files(path: Path) -> set[str]:
 
 def _key(fields: Mapping[str, Any], outputs: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     """Over all that matters in a manifest, so that one flipped bit of it is seen."""
-    return artifacts.digest({"fields": fields, "outputs": outputs, "results": results})
+    return json_sha256({"fields": fields, "outputs": outputs, "results": results})
 
 
 def _set_aside(path: Path) -> Path:
@@ -240,11 +244,11 @@ def seal(training: Training, progress: Progress) -> Path:
         raise ArtifactError(f"the trainer saved {path} without {', '.join(missing)}", "a library's doing: report it")
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     shutil.copytree(training.out, path / STAGE)
-    outputs = artifacts.seal(path)
-    artifacts.sync(path)
-    artifacts.sync(training.folder)
+    outputs = seal_outputs(path)
+    sync(path)
+    sync(training.folder)
     results = asdict(progress)
-    manifest = artifacts.Manifest(
+    manifest = Manifest(
         stage="checkpoint",
         key=_key(training.fields, outputs, results),
         fields=training.fields,
@@ -254,23 +258,23 @@ def seal(training: Training, progress: Progress) -> Path:
         seconds=round(progress.seconds, 3),
         host=platform.node(),
     )
-    artifacts.write_json(path / artifacts.MANIFEST, asdict(manifest))
+    write_json(path / MANIFEST, asdict(manifest))
     for old in by_step(training.folder)[KEEP:]:
-        artifacts.remove(old)
+        remove(old)
     return path
 
 
 def size(path: Path) -> int:
     """Bytes of a checkpoint."""
-    manifest = artifacts.read_manifest(path)
+    manifest = read_manifest(path)
     return sum(entry["size"] for entry in manifest.outputs.values()) if manifest else 0
 
 
 def discard_unfinished(training: Training) -> None:
     """Remove what this run began to save and could not: it frees the disk, and the one before stays."""
     for path in by_step(training.folder):
-        if path.is_dir() and not (path / artifacts.MANIFEST).exists():
-            artifacts.remove(path)
+        if path.is_dir() and not (path / MANIFEST).exists():
+            remove(path)
 
 
 def require_room(training: Training, needed: int) -> None:

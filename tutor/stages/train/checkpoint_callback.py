@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from tutor.artifacts import stage_folder as artifacts
+from tutor.artifacts.disk import disk_fault
 from tutor.errors import HostError, TutorError
 from tutor.machine import distributed
 from tutor.machine.memory.batching import Passes
@@ -159,7 +159,7 @@ def saving(
         yield saver
     except BaseException as error:
         # The disk first: what was half saved is what fills it.
-        fault = distributed.is_main_process() and artifacts.disk_fault(error, training.out)
+        fault = distributed.is_main_process() and disk_fault(error, training.out)
         fault = fault or memory_fault(error, trainer, less_memory)
         if distributed.is_main_process():
             checkpoint.discard_unfinished(training)

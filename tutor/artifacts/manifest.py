@@ -1,0 +1,113 @@
+"""The manifest of a folder: what made it, which files it holds, and whether both still hold.
+
+In: a folder, or the key fields that a result depends on. Out: the folder's Manifest, the damage found in the folder,
+the key fields that differ. Writes nothing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tutor.artifacts.disk import read_json_object
+from tutor.artifacts.hashing import file_sha256, json_sha256
+from tutor.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What made a folder, and what is in it."""
+
+    stage: str
+    key: str  # sha256 over `fields`
+    fields: dict[str, Any]  # recipe part, inputs' hashes, versions of code and tools
+    outputs: dict[str, dict[str, Any]]  # relative path -> size in bytes, sha256
+    results: dict[str, Any]  # small figures that the stage measured
+    started: str  # UTC
+    seconds: float
+    host: str
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the names and contents of the outputs: equal bytes, equal fingerprint, whoever made them."""
+        return json_sha256({name: entry["sha256"] for name, entry in self.outputs.items()})
+
+    def has_key_of(self, fields: Mapping[str, Any]) -> bool:
+        """Whether the folder was made of exactly these key fields."""
+        return self.key == json_sha256(dict(fields))
+
+    def other_fields(self, fields: Mapping[str, Any]) -> list[str]:
+        """Names of the given key fields that had another value when the folder was made."""
+        return [name for name, value in fields.items() if self.fields.get(name) != value]
+
+
+def recipe_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a recipe as key fields."""
+    return {f"recipe.{name}": value for name, value in settings.items()}
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a whole folder, or None. Raises ArtifactError when the file exists and is damaged."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        manifest = Manifest(**(read_json_object(path) or {}))
+    except TypeError:
+        manifest = None
+    if manifest is None or not all(map(_is_object, (manifest.fields, manifest.outputs, manifest.results))):
+        raise ArtifactError(f"{path} is damaged", f"rm -r {folder} and run again")
+    return manifest
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def find_damage(folder: Path, *, content: bool = False) -> list[str]:
+    """Differences between a folder and its manifest: missing files, other sizes, with `content` other hashes."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return [f"{folder / MANIFEST} is missing"]
+    problems = []
+    for name, entry in manifest.outputs.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif path.stat().st_size != entry["size"]:
+            problems.append(f"{path} has {path.stat().st_size} bytes instead of {entry['size']}")
+        elif content and file_sha256(path) != entry["sha256"]:
+            problems.append(f"{path} has another content than when it was made")
+    return problems
+
+
+def is_made(folder: Path, fields: Mapping[str, Any]) -> bool:
+    """Whether a folder is whole and was made of exactly these key fields."""
+    manifest = read_manifest(folder)
+    return manifest is not None and manifest.has_key_of(fields) and not find_damage(folder)
+
+
+def require_stage(folder: Path, stage: str) -> Manifest:
+    """The manifest of a stage that must have run. Raises ArtifactError with the command that makes the folder."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise ArtifactError(f"{folder} is not there", f"run: tutor run --until {stage}")
+    if problems := find_damage(folder):
+        raise ArtifactError(problems[0], f"run: tutor run --until {stage}")
+    return manifest
+
+
+def changed_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The key fields that differ, one line each: name, old value, new value."""
+    return [
+        f"{name}: {_short(before.get(name))} -> {_short(now.get(name))}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = "(absent)" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:16]}…"
