@@ -11,7 +11,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from tutor.engines.hf import engine as hf
+from tutor.engines.hf.loading import load
+from tutor.engines.hf.score import score
 from tutor.engines.llamacpp import server as llamacpp
 from tutor.engines.protocol import greedy
 from tutor.prompt import conversation, render
@@ -23,7 +24,7 @@ def main(recipe: Recipe, build: Path, count: int) -> None:
     folder = build / recipe.name
     prompts = [json.loads(line) for line in (folder / "data" / "prompts.jsonl").read_text("utf-8").split("\n") if line]
     f16 = folder / "gguf" / "tutor-F16.gguf"
-    engine = hf.load(folder / "merged", None, quantization="none", precision="fp32")
+    engine = load(folder / "merged", None, quantization="none", precision="fp32")
     tokenizer = engine.tokenizer
     generation = replace(greedy(recipe.generate, recipe.seed), repetition_penalty=1.0)
     same = 0
@@ -43,7 +44,7 @@ def main(recipe: Recipe, build: Path, count: int) -> None:
             prefix = [*tokenizer(render(messages))["input_ids"], *ours[:agreed]]
             eos = tokenizer.eos_token_id
             pair = [(ids[agreed] if agreed < len(ids) else eos) for ids in (ours, theirs)]
-            by_hf = [row[0] for row in hf.score(engine.model, [(prefix, [token]) for token in pair])]
+            by_hf = [row[0] for row in score(engine.model, [(prefix, [token]) for token in pair])]
             by_cpp = [row.logprobs[0] for row in llamacpp.score(f16, [(prefix, [token]) for token in pair], threads=2)]
             print(
                 f"{agreed:4} tokens, then {tokenizer.decode(pair[0])!r} (transformers prefers it by "

@@ -145,7 +145,8 @@ def plain(options: argparse.Namespace, work: Path) -> dict[str, Any]:
 
     from tutor.formats.models.model_folder import read_facts
     from tutor.machine.device import choose_precision
-    from tutor.stages.train.stage import encode_rows, read_rows
+    from tutor.stages.train.audit import encode_rows
+    from tutor.stages.train.stage import read_rows
 
     _, folder = read_facts(work / "base")
     settings = recipe(options, work).train
@@ -186,7 +187,7 @@ def plain_model(folder: Path, quantization: str, precision: str, settings: Any) 
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from tutor.engines.hf.engine import DTYPES
+    from tutor.engines.hf.loading import DTYPES
 
     dtype = DTYPES[precision]
     four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}

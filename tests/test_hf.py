@@ -16,6 +16,8 @@ from tolerances import forward_error, largest_logit
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tutor.engines.hf import engine as hf
+from tutor.engines.hf.loading import load, load_base
+from tutor.engines.hf.score import score
 from tutor.engines.protocol import SCORE_ROWS, Generation
 from tutor.errors import ArtifactError, ServiceError
 from tutor.prompt import Encoded, conversation, encode
@@ -92,7 +94,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(folder: Path) -> hf.TransformersEngine:
-    return hf.load(folder, None, quantization="none", precision="fp32")
+    return load(folder, None, quantization="none", precision="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -190,10 +192,10 @@ def test_an_interrupted_answer_leaves_the_engine_as_it_was(engine: hf.Transforme
 
 
 def test_an_adapter_changes_what_the_model_says(engine: hf.TransformersEngine, folder: Path, adapter: Path) -> None:
-    tuned = hf.load(folder, adapter, quantization="none", precision="fp32")
+    tuned = load(folder, adapter, quantization="none", precision="fp32")
     row = encode(engine.tokenizer, *ENDS)
     rows = [(row.ids[: row.n_prompt], row.ids[row.n_prompt :])]
-    assert sum(hf.score(tuned.model, rows)[0]) < sum(hf.score(engine.model, rows)[0]) - 1
+    assert sum(score(tuned.model, rows)[0]) < sum(score(engine.model, rows)[0]) - 1
     assert ask(tuned, ENDS[0])[0].text != ENDS[1]
     assert tuned.model.generation_config.top_k is None
 
@@ -201,7 +203,7 @@ def test_an_adapter_changes_what_the_model_says(engine: hf.TransformersEngine, f
 @pytest.mark.parametrize(("quantization", "kind"), [("nf4", "Linear4bit"), ("int8", "Linear8bitLt")])
 def test_a_quantized_model_still_answers_and_says_so_in_its_name(folder: Path, quantization: str, kind: str) -> None:
     pytest.importorskip("bitsandbytes")
-    engine = hf.load(folder, None, quantization=quantization, precision="fp32")
+    engine = load(folder, None, quantization=quantization, precision="fp32")
     assert quantization.upper() in engine.name
     assert type(engine.model.model.layers[0].mlp.up_proj).__name__ == kind
     assert ask(engine, ENDS[0])[0].tokens > 0
@@ -210,7 +212,7 @@ def test_a_quantized_model_still_answers_and_says_so_in_its_name(folder: Path, q
 def test_scores_are_the_log_probabilities_of_a_plain_pass(engine: hf.TransformersEngine) -> None:
     rows = [([5, 6, 7], [8, 9]), ([1], [2, 3, 4, 256])]
     bound = forward_error(engine.model.config, 5) * largest_logit(engine.model, rows)
-    for (prompt, answer), scores in zip(rows, hf.score(engine.model, rows), strict=True):
+    for (prompt, answer), scores in zip(rows, score(engine.model, rows), strict=True):
         with torch.no_grad():
             table = torch.log_softmax(engine.model(input_ids=torch.tensor([prompt + answer])).logits[0], -1)
         expected = [table[len(prompt) - 1 + n, token].item() for n, token in enumerate(answer)]
@@ -219,31 +221,31 @@ def test_scores_are_the_log_probabilities_of_a_plain_pass(engine: hf.Transformer
 
 def test_a_learnt_row_with_its_eos_scores_near_certainty(engine: hf.TransformersEngine) -> None:
     row = encode(engine.tokenizer, *ENDS)
-    [scores] = hf.score(engine.model, [(row.ids[: row.n_prompt], row.ids[row.n_prompt :])])
+    [scores] = score(engine.model, [(row.ids[: row.n_prompt], row.ids[row.n_prompt :])])
     assert len(scores) == len(ENDS[1].encode()) + 1
     assert math.exp(-sum(scores) / len(scores)) < 1.1
 
 
 def test_faulty_folders_are_named(folder: Path, adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"adapter_config\.json is missing"):
-        hf.load(folder, tmp_path, quantization="none", precision="fp32")
+        load(folder, tmp_path, quantization="none", precision="fp32")
     with pytest.raises(ArtifactError, match=str(tmp_path)):
-        hf.load(tmp_path, None, quantization="none", precision="fp32")
+        load(tmp_path, None, quantization="none", precision="fp32")
     for path in adapter.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     settings = json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))
     (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "r": 8}), "utf-8")
     with pytest.raises(ArtifactError, match="does not fit its base"):
-        hf.load(folder, tmp_path, quantization="none", precision="fp32")
+        load(folder, tmp_path, quantization="none", precision="fp32")
 
 
 def test_an_answer_of_many_parts_is_scored_as_all_its_logits_say(tiny: Path) -> None:
-    model = hf.load_base(tiny, "none", "fp32")
+    model = load_base(tiny, "none", "fp32")
     draw = torch.Generator().manual_seed(3)
     ids = torch.randint(3, 250, (2 * SCORE_ROWS + 90,), generator=draw).tolist()
     rows = [(ids[:9], ids[9:]), (ids[:1], ids[1 : SCORE_ROWS + 1]), (ids[:80], ids[80:81])]
     bound = forward_error(model.config, len(ids)) * largest_logit(model, rows)
-    for (prompt, answer), found in zip(rows, hf.score(model, rows), strict=True):
+    for (prompt, answer), found in zip(rows, score(model, rows), strict=True):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
         whole = torch.log_softmax(logits.float(), dim=-1).gather(1, torch.tensor(answer)[:, None])[:, 0].tolist()

@@ -14,8 +14,9 @@ from tolerances import forward_error, largest_logit, sum_error
 torch = pytest.importorskip("torch")
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tutor.engines.hf import engine as hf
 from tutor.engines.hf import streaming_score as layerwise
+from tutor.engines.hf.loading import load_base
+from tutor.engines.hf.score import score
 from tutor.formats.models.model_folder import load_tokenizer, read_facts
 from tutor.prompt import encode
 
@@ -46,8 +47,8 @@ def weights_of(model: Path, rows: int = 37) -> layerwise.Weights:
 
 def compare(model: Path, rows: Any) -> None:
     """Within what the order of a sum makes of float32."""
-    loaded = hf.load_base(model, "none", "fp32")
-    wanted = hf.score(loaded, rows)
+    loaded = load_base(model, "none", "fp32")
+    wanted = score(loaded, rows)
     found = layerwise.score(model, weights_of(model), rows)
     assert [len(row) for row in found] == [len(row) for row in wanted]
     longest = max(len(prompt) + len(answer) for prompt, answer in rows)

@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 from test_train import ROWS, FirstGradient, apart, moved, settings
 from transformers import PrinterCallback
 
-from tutor.engines.hf.engine import load_base
+from tutor.engines.hf.loading import load_base
 from tutor.errors import ArtifactError, HostError, RecipeError
 from tutor.formats.models.model_folder import load_tokenizer
 from tutor.machine import capacity, doctor
@@ -26,9 +26,11 @@ from tutor.machine.memory import plan as memory
 from tutor.machine.memory.batching import LARGEST, passes_of
 from tutor.machine.memory.plan import Wanted
 from tutor.stages.train import stage as train
+from tutor.stages.train.audit import encode_rows
 from tutor.stages.train.held_out_loss import mean_loss
 from tutor.stages.train.kernels import layer_streaming as offload
 from tutor.stages.train.kernels.fast_dropout import quicken_dropout
+from tutor.stages.train.trainer import load_trainer, lora_config, training_arguments
 
 __all__ = ["one_thread", "tiny"]
 pytestmark = [
@@ -123,7 +125,7 @@ def test_activations_are_what_autograd_keeps(targets: tuple[str, ...], checkpoin
     model = load_base(tiny, "none", "bf16")
     from peft import get_peft_model
 
-    model = get_peft_model(model, train.lora_config(chosen))
+    model = get_peft_model(model, lora_config(chosen))
     for weight in model.parameters():
         weight.data = weight.data.float() if weight.requires_grad else weight.data
     if checkpointing:
@@ -264,7 +266,7 @@ def test_the_doctor_and_the_train_stage_say_the_same(
     facts = json.loads((tmp_path / "r" / "base" / "base.json").read_text())
     (tmp_path / "r" / "base" / "base.json").write_text(json.dumps({**facts, "source": "tiny"}))
     said = doctor.taken(chosen, tmp_path, capacity.find_shape(chosen, tmp_path), None)["memory"]
-    encoded = train.encode_rows(load_tokenizer(tiny), rows[:9], "", chosen.train.max_length)
+    encoded = encode_rows(load_tokenizer(tiny), rows[:9], "", chosen.train.max_length)
     with caplog.at_level("INFO"):
         found = train.make_plan(chosen.train, choose_precision("auto"), tiny, train.plan_passes(chosen.train, encoded))
     assert found.needed == said["need"]
@@ -278,17 +280,17 @@ def test_the_doctor_and_the_train_stage_say_the_same(
 
 @pytest.fixture
 def rows(tiny: Path) -> list[Any]:
-    return train.encode_rows(load_tokenizer(tiny), ROWS, "", 1024)
+    return encode_rows(load_tokenizer(tiny), ROWS, "", 1024)
 
 
 def trainer_on(tiny: Path, rows: list[Any], folder: Path, quantization: str, resident: int) -> Any:
     chosen = settings(dropout=0.0)
     torch.manual_seed(1)
-    arguments = train.training_arguments(
+    arguments = training_arguments(
         chosen, "fp32", 1, folder / "checkpoints", train.plan_passes(chosen, rows), checkpointing=True
     )
     plan = memory.Plan(quantization, checkpointing=True, resident=resident, needed=0)
-    trainer = train.load_trainer(tiny, load_tokenizer(tiny), rows, train.lora_config(chosen), arguments, plan)
+    trainer = load_trainer(tiny, load_tokenizer(tiny), rows, lora_config(chosen), arguments, plan)
     trainer.remove_callback(PrinterCallback)
     torch.manual_seed(2)
     moved(trainer.model)

@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from tutor.artifacts.manifest import find_damage
 from tutor.artifacts.stage_folder import RESUME, writing
-from tutor.engines.hf import engine as hf
+from tutor.engines.hf.loading import load_base
+from tutor.engines.hf.score import score
 from tutor.errors import ArtifactError, HostError
 from tutor.formats.models.model_folder import load_tokenizer, read_facts, read_json
 from tutor.formats.models.safetensors import read_folder
@@ -384,7 +385,7 @@ def in_four_bits(model: Path, precision: str) -> dict[str, Any]:
     import bitsandbytes
 
     held = {}
-    for name, module in hf.load_base(model, "nf4", precision).named_modules():
+    for name, module in load_base(model, "nf4", precision).named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             held[f"{name}.weight"] = bitsandbytes.functional.dequantize_4bit(module.weight, module.weight.quant_state)
     return held
@@ -420,8 +421,8 @@ def test_after_nf4_training_both_bases_are_scored_and_the_better_is_kept(stages:
         files = read_folder(stages.model)
         shutil.rmtree(tmp_path / base / RESUME)
         merge.write_shards(stages.merged(torch.bfloat16 if base == "nf4" else None), files, tmp_path / base)
-        loaded = hf.load_base(tmp_path / base, "none", "fp32")
-        scores = hf.score(loaded, pairs)
+        loaded = load_base(tmp_path / base, "none", "fp32")
+        scores = score(loaded, pairs)
         by_hf[base] = -sum(map(sum, scores)) / sum(map(len, scores))
         longest = max(len(row.ids) for row in rows)
         bound = max(bound, forward_error(loaded.config, longest) * largest_logit(loaded, pairs))

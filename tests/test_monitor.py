@@ -19,15 +19,17 @@ from test_train import ROWS, settings
 from transformers import PrinterCallback, TrainerCallback
 
 from tutor.artifacts.stage_folder import log_folder
-from tutor.engines.hf.engine import load_base
+from tutor.engines.hf.loading import load_base
 from tutor.errors import ArtifactError
 from tutor.formats.models.model_folder import load_tokenizer
 from tutor.stages.train import metrics as gauges
 from tutor.stages.train import monitor
 from tutor.stages.train import stage as train
+from tutor.stages.train.audit import encode_rows
 from tutor.stages.train.loop import round_adapter
 from tutor.stages.train.monitor import LONG, SKIPPED, Course, Monitor
 from tutor.stages.train.plot import draw
+from tutor.stages.train.trainer import lora_config, make_trainer, training_arguments
 
 __all__ = ["one_thread", "tiny"]
 pytestmark = [
@@ -171,13 +173,9 @@ def trainer_of(tiny: Path, tokenizer: Any, tmp_path: Path) -> Callable[..., Any]
     def make(**changes: Any) -> Any:
         chosen = settings(epochs=2, batch_size=2, accumulation=1, dropout=0.1, **changes)
         torch.manual_seed(1)
-        rows = train.encode_rows(tokenizer, ROWS, "", 1024)
-        arguments = train.training_arguments(
-            chosen, "fp32", 1, tmp_path / "checkpoints", train.plan_passes(chosen, rows)
-        )
-        trainer = train.make_trainer(
-            load_base(tiny, "none", "fp32"), tokenizer, rows, train.lora_config(chosen), arguments
-        )
+        rows = encode_rows(tokenizer, ROWS, "", 1024)
+        arguments = training_arguments(chosen, "fp32", 1, tmp_path / "checkpoints", train.plan_passes(chosen, rows))
+        trainer = make_trainer(load_base(tiny, "none", "fp32"), tokenizer, rows, lora_config(chosen), arguments)
         trainer.remove_callback(PrinterCallback)
         return trainer
 
@@ -274,7 +272,7 @@ def test_without_patience_all_epochs_are_trained(trainer_of: Any, tmp_path: Path
 def test_evaluations_leave_the_training_as_it_is(trainer_of: Any, tmp_path: Path, tokenizer: Any) -> None:
     from tutor.stages.train.held_out_loss import mean_loss
 
-    rows = train.encode_rows(tokenizer, ROWS[:2], "", 1024)
+    rows = encode_rows(tokenizer, ROWS[:2], "", 1024)
     adapters = []
     for evaluations in (0, 6):
         trainer = trainer_of()
@@ -385,10 +383,10 @@ def test_steps_that_fp16_skips_are_written_as_none_and_training_goes_on(
     tiny: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
     chosen = settings(epochs=2, batch_size=2, accumulation=1)
-    rows = train.encode_rows(tokenizer, ROWS, "", 1024)
+    rows = encode_rows(tokenizer, ROWS, "", 1024)
     passes = train.plan_passes(chosen, rows)
-    arguments = train.training_arguments(chosen, "fp16", 1, tmp_path / "checkpoints", passes)
-    trainer = train.make_trainer(load_base(tiny, "none", "fp16"), tokenizer, rows, train.lora_config(chosen), arguments)
+    arguments = training_arguments(chosen, "fp16", 1, tmp_path / "checkpoints", passes)
+    trainer = make_trainer(load_base(tiny, "none", "fp16"), tokenizer, rows, lora_config(chosen), arguments)
     trainer.remove_callback(PrinterCallback)
     # accelerate makes one on a GPU alone. Its first scales are too large for FP16, as 65536 is for a large model.
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)

@@ -17,15 +17,18 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from tutor.engines.hf.engine import load_base, score
+from tutor.engines.hf.loading import load_base
+from tutor.engines.hf.score import score
 from tutor.errors import DataError
 from tutor.formats.models.model_folder import load_tokenizer
 from tutor.machine.memory.batching import Passes, most_tokens, packed_passes, padded_passes, passes_of
 from tutor.prompt import Encoded
 from tutor.stages.train import stage as train
+from tutor.stages.train.audit import labels
 from tutor.stages.train.kernels import packed_attention as packed
+from tutor.stages.train.kernels.chunked_loss import IGNORED, summed_loss
 from tutor.stages.train.kernels.packed_attention import LENGTHS, attend_within_rows
-from tutor.stages.train.trainer import IGNORED, summed_loss
+from tutor.stages.train.trainer import lora_config, make_trainer, training_arguments
 
 __all__ = ["one_thread", "tiny"]
 pytestmark = [
@@ -47,7 +50,7 @@ ROWS = made(WIDTHS)
 
 
 def items(rows: Sequence[Encoded]) -> list[dict[str, list[int]]]:
-    return [{"input_ids": row.ids, "labels": train.labels(row)} for row in rows]
+    return [{"input_ids": row.ids, "labels": labels(row)} for row in rows]
 
 
 collate = packed.with_lengths(DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True))
@@ -113,7 +116,7 @@ def test_a_batch_is_all_rows_in_order_with_positions_from_zero_and_no_first_labe
     "batch_of", [collate, DataCollatorForLanguageModeling(pad_token_id=0)], ids=["packed", "padded"]
 )
 def test_every_row_is_read_back_whole(batch_of: Any) -> None:
-    assert packed.rows_of(batch_of(items(ROWS))) == [(row.ids, train.labels(row)) for row in ROWS]
+    assert packed.rows_of(batch_of(items(ROWS))) == [(row.ids, labels(row)) for row in ROWS]
 
 
 @pytest.mark.parametrize("lengths", [(9, 31), (31, 9, 14, 2, 57, 23, 11), (40, 14, 2, 57, 23, 11), ()])
@@ -241,12 +244,12 @@ def steps_of(tiny: Path, tmp_path: Path) -> Any:
         wanted = {"epochs": 1, "logging_steps": 1, "learning_rate": 1e-12, "dropout": 0.0, **changes}
         settings = recipe(Path("r.toml"), train=wanted).train
         passes = train.plan_passes(settings, rows)
-        arguments = train.training_arguments(settings, "fp32", 3, tmp_path, passes)
+        arguments = training_arguments(settings, "fp32", 3, tmp_path, passes)
         arguments.max_grad_norm = 0.0
         arguments.activation_checkpointing = arguments.gradient_checkpointing = checkpointing
         torch.manual_seed(1)
         model = load_base(tiny, quantization, "fp32")
-        trainer = train.make_trainer(model, tokenizer, rows, train.lora_config(settings), arguments)
+        trainer = make_trainer(model, tokenizer, rows, lora_config(settings), arguments)
         torch.manual_seed(2)
         for name, parameter in trainer.model.named_parameters():
             if "lora_B" in name:
@@ -367,9 +370,9 @@ def test_the_loss_is_trls_own(*, packing: bool, tiny: Path, tmp_path: Path, boun
     settings = recipe(
         Path("r.toml"), train={"batch_size": 7, "accumulation": 1, "packing": packing, "dropout": 0.0}
     ).train
-    arguments = train.training_arguments(settings, "fp32", 3, tmp_path, train.plan_passes(settings, ROWS))
+    arguments = training_arguments(settings, "fp32", 3, tmp_path, train.plan_passes(settings, ROWS))
     model = load_base(tiny, "none", "fp32")
-    trainer = train.make_trainer(model, load_tokenizer(tiny), ROWS, train.lora_config(settings), arguments)
+    trainer = make_trainer(model, load_tokenizer(tiny), ROWS, lora_config(settings), arguments)
     batch = trainer.data_collator(items(ROWS))
     for count in (None, torch.tensor(100)):
         ours = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=count)

@@ -32,12 +32,14 @@ torch = pytest.importorskip("torch")
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tutor.engines.hf import engine as hf
+from tutor.engines.hf.loading import load_base, quant_storage
 from tutor.stages.train import loop as fit
 from tutor.stages.train import monitor
 from tutor.stages.train import stage as train
 from tutor.stages.train import trainer as cpu_head
 from tutor.stages.train.checkpoint_callback import less_memory
+from tutor.stages.train.kernels.chunked_loss import IGNORED
+from tutor.stages.train.trainer import lora_config
 
 __all__ = ["one_thread", "rows", "tiny", "tokenizer"]
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*autograd kernel was not")]
@@ -169,7 +171,7 @@ def by_step(notes: list[dict[str, Any]]) -> Steps:
     found: dict[int, tuple[list[Any], set[int]]] = defaultdict(lambda: ([], set()))
     for note in notes:
         held, tokens = found[note["step"]]
-        held.extend([list(ids), list(labels)] for ids, labels in note["rows"] if set(labels) != {cpu_head.IGNORED})
+        held.extend([list(ids), list(labels)] for ids, labels in note["rows"] if set(labels) != {IGNORED})
         tokens.add(note["tokens"])
     return {step: (sorted(held), tokens) for step, (held, tokens) in found.items()}
 
@@ -326,11 +328,11 @@ def test_the_shipped_configuration_is_one_that_tutor_takes(monkeypatch: pytest.M
 
 
 def test_4_bit_weights_are_stored_in_the_type_that_is_computed_in_where_they_are_sharded(tiny: Path) -> None:
-    stored = {torch.uint8: hf.load_base(tiny, "nf4", "bf16")}
-    stored[torch.bfloat16] = hf.load_base(tiny, "nf4", "bf16", sharded=True)
+    stored = {torch.uint8: load_base(tiny, "nf4", "bf16")}
+    stored[torch.bfloat16] = load_base(tiny, "nf4", "bf16", sharded=True)
     for dtype, model in stored.items():
         assert model.model.layers[0].self_attn.q_proj.weight.dtype == dtype
-        assert hf.quant_storage("bf16", sharded=dtype != torch.uint8) == dtype
+        assert quant_storage("bf16", sharded=dtype != torch.uint8) == dtype
     assert not hasattr(stored[torch.bfloat16], "hf_device_map")
 
 
@@ -348,7 +350,7 @@ def test_an_adapter_whose_weights_are_parts_is_saved_and_restored_whole(tiny: Pa
 
     def model() -> Any:
         torch.manual_seed(1)
-        made = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), train.lora_config(settings()))
+        made = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), lora_config(settings()))
         for name, weight in made.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(weight)

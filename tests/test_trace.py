@@ -156,9 +156,9 @@ def served(folder: Path) -> Iterator[llamacpp.LlamaServer]:
 
 @pytest.fixture(scope="module")
 def loaded(folder: Path) -> Any:
-    from tutor.engines.hf import engine as hf
+    from tutor.engines.hf.loading import load
 
-    return hf.load(folder, None, quantization="none", precision="fp32")
+    return load(folder, None, quantization="none", precision="fp32")
 
 
 @pytest.mark.llamacpp
@@ -248,7 +248,7 @@ def test_an_end_is_a_step_and_a_finish(loaded: Any) -> None:
 def test_scores_are_those_of_the_evaluation_with_the_best_at_each_place(loaded: Any) -> None:
     from tolerances import forward_error, largest_logit
 
-    from tutor.engines.hf.engine import score
+    from tutor.engines.hf.score import score
     from tutor.engines.hf.trace import scores
 
     rows = [(loaded.tokenizer(render(talk))["input_ids"], [5, 9, 300]) for talk in TALKS]

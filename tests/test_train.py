@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from transformers import DataCollatorForLanguageModeling, TrainerCallback
 
 from tutor.artifacts.stage_folder import log_folder
-from tutor.engines.hf.engine import load_base, score
+from tutor.engines.hf.loading import load_base
+from tutor.engines.hf.score import score
 from tutor.errors import ArtifactError, DataError, HostError
 from tutor.formats.models.model_folder import load_tokenizer
 from tutor.machine.device import choose_precision, decide_precision
@@ -28,7 +29,9 @@ from tutor.prompt import Encoded, audit, completion, conversation, render
 from tutor.stages.train import held_out_loss as scoring
 from tutor.stages.train import loop as fit
 from tutor.stages.train import stage as train
+from tutor.stages.train.audit import audit_labels, encode_rows, labels
 from tutor.stages.train.kernels.packed_attention import LENGTHS, rows_of
+from tutor.stages.train.trainer import count_parameters, lora_config, make_trainer, training_arguments
 
 __all__ = ["one_thread", "tiny"]
 pytestmark = [
@@ -72,7 +75,7 @@ def tokenizer(tiny: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def rows(tokenizer: Any) -> list[Encoded]:
-    return train.encode_rows(tokenizer, ROWS, "", 1024)
+    return encode_rows(tokenizer, ROWS, "", 1024)
 
 
 @pytest.fixture
@@ -83,9 +86,9 @@ def trainer_of(tiny: Path, tokenizer: Any, tmp_path: Path) -> Callable[..., Any]
         chosen = settings(**changes)
         torch.manual_seed(1)
         passes = train.plan_passes(chosen, rows)
-        arguments = train.training_arguments(chosen, precision, 1, tmp_path / "checkpoints", passes)
+        arguments = training_arguments(chosen, precision, 1, tmp_path / "checkpoints", passes)
         model = load_base(tiny, quantization, precision)
-        return train.make_trainer(model, tokenizer, rows, train.lora_config(chosen), arguments)
+        return make_trainer(model, tokenizer, rows, lora_config(chosen), arguments)
 
     return make
 
@@ -123,13 +126,13 @@ def apart(found: dict[str, Any], wanted: dict[str, Any]) -> float:
 def test_rows_that_are_too_long_are_refused_by_name_and_none_is_cut(tokenizer: Any, rows: list[Encoded]) -> None:
     longest = max(range(len(rows)), key=lambda number: len(rows[number].ids))
     limit = len(rows[longest].ids)
-    assert train.encode_rows(tokenizer, ROWS, "", limit) == rows
+    assert encode_rows(tokenizer, ROWS, "", limit) == rows
     with pytest.raises(DataError, match=rf"1 of 12 rows are longer than train.max_length \({limit - 1} tokens") as one:
-        train.encode_rows(tokenizer, ROWS, "", limit - 1)
+        encode_rows(tokenizer, ROWS, "", limit - 1)
     assert one.value.problems == (f"{limit} tokens: {ROWS[longest]['instruction']!r}",)
     assert one.value.code == 3
     with pytest.raises(DataError, match="30 of 30 rows") as many:
-        train.encode_rows(tokenizer, [{**ROWS[0], "instruction": "ñ" * 200}] * 30, "", 16)
+        encode_rows(tokenizer, [{**ROWS[0], "instruction": "ñ" * 200}] * 30, "", 16)
     assert len(many.value.problems) == 20
     assert all("ñ" * 61 not in problem for problem in many.value.problems)
 
@@ -148,9 +151,9 @@ def test_the_trainer_feeds_what_the_contract_made(
 ) -> None:
     trainer = trainer_of(rows, packing=packing, accumulation=4)
     assert trainer.args.per_device_train_batch_size == (8 if packing else 2)
-    assert train.audit_labels(trainer, rows, tokenizer) == 12
+    assert audit_labels(trainer, rows, tokenizer) == 12
     batch = trainer.data_collator([trainer.train_dataset[number] for number in range(12)])
-    assert rows_of(batch) == [(row.ids, train.labels(row)) for row in rows]
+    assert rows_of(batch) == [(row.ids, labels(row)) for row in rows]
     ends = (batch["labels"] == tokenizer.eos_token_id).sum().item()
     assert ends == 12  # pad is the same id, and carries no loss
 
@@ -184,7 +187,7 @@ def test_a_row_that_reaches_the_trainer_changed_stops_the_run(
 ) -> None:
     trainer = trainer_of([*rows[:3], sabotage(rows[3], tokenizer)])
     with pytest.raises(DataError) as caught:
-        train.audit_labels(trainer, rows[:4], tokenizer)
+        audit_labels(trainer, rows[:4], tokenizer)
     assert caught.value.code == 3
     assert f"train row 4: {said}" in caught.value.problems
     assert not any("row 3" in problem for problem in caught.value.problems)
@@ -192,7 +195,7 @@ def test_a_row_that_reaches_the_trainer_changed_stops_the_run(
 
 def test_a_row_that_a_library_drops_stops_the_run(trainer_of: Any, rows: list[Encoded], tokenizer: Any) -> None:
     with pytest.raises(DataError, match="the trainer kept 11 of 12 rows"):
-        train.audit_labels(trainer_of(rows[1:]), rows, tokenizer)
+        audit_labels(trainer_of(rows[1:]), rows, tokenizer)
 
 
 def test_rows_that_change_places_stop_the_run(trainer_of: Any, rows: list[Encoded], tokenizer: Any) -> None:
@@ -200,7 +203,7 @@ def test_rows_that_change_places_stop_the_run(trainer_of: Any, rows: list[Encode
     collate = trainer.data_collator
     trainer.data_collator = lambda items: collate([items[1], items[0], *items[2:]])
     with pytest.raises(DataError) as caught:
-        train.audit_labels(trainer, rows, tokenizer)
+        audit_labels(trainer, rows, tokenizer)
     assert [problem.split(":")[0] for problem in caught.value.problems] == [
         f"train row {number}" for number in (1, 2, 5, 6, 9, 10)
     ]
@@ -217,19 +220,19 @@ def test_lengths_that_cut_rows_elsewhere_stop_the_run(trainer_of: Any, rows: lis
 
     trainer.data_collator = shifted
     with pytest.raises(DataError, match="positions do not start again"):
-        train.audit_labels(trainer, rows, tokenizer)
+        audit_labels(trainer, rows, tokenizer)
 
 
 def test_a_length_that_a_library_cuts_at_stops_the_run(
     trainer_of: Any, rows: list[Encoded], tokenizer: Any, tiny: Path, tmp_path: Path
 ) -> None:
     plain = settings(packing=False)  # TRL packs nothing that it also cuts
-    arguments = train.training_arguments(plain, "fp32", 1, tmp_path, train.plan_passes(plain, rows))
+    arguments = training_arguments(plain, "fp32", 1, tmp_path, train.plan_passes(plain, rows))
     arguments.max_length = len(rows[0].ids) - 1  # what TRL's own default of 1024 does to long rows
     model = load_base(tiny, "none", "fp32")
-    trainer = train.make_trainer(model, tokenizer, rows[:1], train.lora_config(settings()), arguments)
+    trainer = make_trainer(model, tokenizer, rows[:1], lora_config(settings()), arguments)
     with pytest.raises(DataError) as caught:
-        train.audit_labels(trainer, rows[:1], tokenizer)
+        audit_labels(trainer, rows[:1], tokenizer)
     assert "train row 1: EOS is not supervised at the end" in caught.value.problems
 
 
@@ -239,7 +242,7 @@ def test_a_collator_that_masks_pad_and_so_the_end_stops_the_run(
     trainer = trainer_of(rows, packing=False, batch_size=1)
     trainer.data_collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)  # docs/facts.md, 3
     with pytest.raises(DataError) as caught:
-        train.audit_labels(trainer, rows, tokenizer)
+        audit_labels(trainer, rows, tokenizer)
     assert "train row 1: EOS is not supervised at the end" in caught.value.problems
 
 
@@ -269,7 +272,7 @@ def test_a_4_bit_weight_counts_as_the_numbers_it_stands_for(trainer_of: Any, row
     plain = sum(weight.numel() for weight in tensors(tiny).values())
     adapter = 8 * 2 * (64 + 64 + 64 + 32 + 64 + 32 + 64 + 64)
     for quantization in ("nf4", "int8", "none"):
-        assert train.count_parameters(trainer_of(rows, quantization).model) == (adapter, plain + adapter)
+        assert count_parameters(trainer_of(rows, quantization).model) == (adapter, plain + adapter)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -367,7 +370,7 @@ def test_accumulated_rows_weigh_by_their_tokens_as_one_batch_does(
     trainer_of: Any, tokenizer: Any, rows: list[Encoded]
 ) -> None:
     long = {"instruction": "¿Y todo junto?", "response": " ".join(row["response"] for row in ROWS[:6])}
-    mixed = [*rows[:3], *train.encode_rows(tokenizer, [long], "", 1024)]
+    mixed = [*rows[:3], *encode_rows(tokenizer, [long], "", 1024)]
     first = []
     for batch, accumulation, packing in ((1, 4, False), (4, 1, False), (1, 4, True)):
         trainer = trainer_of(mixed, batch_size=batch, accumulation=accumulation, packing=packing, dropout=0.0)

@@ -230,6 +230,7 @@ STAGES = (
             "stages/parity/conversations.py",
             "formats/models/served_quantization.py",
             "engines/hf/engine.py",
+            "engines/hf/loading.py",
             "engines/hf/trace.py",
             "engines/llamacpp/server.py",
             "engines/llamacpp/process.py",

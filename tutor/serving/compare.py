@@ -35,6 +35,7 @@ CODE = (
     "serving/compare.py",
     "serving/models.py",
     "engines/hf/engine.py",
+    "engines/hf/loading.py",
     "engines/ollama/engine.py",
     *BY_NAME["evaluate"].sources,
 )

@@ -72,13 +72,13 @@ def opened(recipe: "Recipe", build: Path, who: Who, *, share: int = 1, log: Path
         with ollama.serve(who.model, who.host) as engine:
             yield engine
     elif who.engine == "hf" or who.model == "adapter":
-        from tutor.engines.hf import engine as hf
+        from tutor.engines.hf.loading import load
         from tutor.machine import device
 
         model, adapter = _folders(folder, who.model)
         quantization = _quantization(folder, who.model)
         precision = device.choose_precision(recipe.train.precision)
-        yield hf.load(model, adapter, quantization=quantization, precision=precision)
+        yield load(model, adapter, quantization=quantization, precision=precision)
     else:
         from tutor.engines.llamacpp import server as llamacpp
 

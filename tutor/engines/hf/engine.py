@@ -6,22 +6,18 @@ Does not fetch, train or merge, and never runs code that a model folder brings.
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList
 
-from tutor.engines.protocol import SCORE_ROWS, Answer, Finish, Generation
-from tutor.errors import ArtifactError, HostError, ServiceError
-from tutor.formats.models.model_folder import load_tokenizer
+from tutor.engines.protocol import Answer, Finish, Generation
+from tutor.errors import ServiceError
 from tutor.prompt import Message, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INCOMPLETE = "\ufffd"
 """What a decoder shows for bytes of a character whose rest is still to come."""
 
@@ -54,7 +50,7 @@ class TransformersEngine:
                 stopping_criteria=StoppingCriteriaList([reader]),
             )
         except RuntimeError as error:  # out of memory; no number among the probabilities
-            raise ServiceError(f"transformers cannot answer: {_first_line(error)}") from error
+            raise ServiceError(f"transformers cannot answer: {first_line(error)}") from error
         reader.close()
         return Answer(
             text=reader.text,
@@ -154,108 +150,6 @@ def _generation_config(generation: Generation, room: int, tokenizer: "PreTrained
     )
 
 
-def load(
-    model: Path, adapter: Path | None, *, quantization: Literal["nf4", "int8", "none"], precision: str
-) -> TransformersEngine:
-    """An engine on a model folder, with a PEFT adapter over it where one is named.
-
-    Raises ArtifactError when a folder is incomplete or the two do not fit, HostError when memory does not suffice.
-    """
-    tokenizer = load_tokenizer(model)
-    if tokenizer.eos_token_id is None:
-        raise ArtifactError(f"{model}: the tokenizer has no EOS token, so no answer could end")
-    loaded = load_base(model, quantization, precision)
-    loaded.generation_config = GenerationConfig()
-    if adapter is not None:
-        loaded = _with_adapter(loaded, adapter)
-    name = f"transformers ({'' if quantization == 'none' else quantization.upper() + ', '}{precision})"
-    return TransformersEngine(name, loaded.eval(), tokenizer)
-
-
-def load_base(folder: Path, quantization: str, precision: str, *, sharded: bool = False, in_ram: bool = False) -> Any:
-    """A model in 4 bits (NF4, double-quantized), in 8 (LLM.int8) or as it is, computing in `precision`.
-
-    On this process's GPU, or the CPU where there is none or `in_ram` says so; `sharded`: FSDP will distribute it over
-    the GPUs. Raises ArtifactError when the folder cannot be loaded, HostError when memory does not suffice.
-    """
-    dtype = DTYPES[precision]
-    configs: dict[str, dict[str, Any]] = {
-        "nf4": {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": dtype,
-            "bnb_4bit_quant_storage": quant_storage(precision, sharded=sharded),
-        },
-        "int8": {"load_in_8bit": True},
-    }
-    config = BitsAndBytesConfig(**configs[quantization]) if quantization in configs else None
-    try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            quantization_config=config,
-            device_map={"": torch.cuda.current_device() if torch.cuda.is_available() and not in_ram else "cpu"},
-            attn_implementation="sdpa",
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ArtifactError(f"cannot load {folder}: {_first_line(error)}") from error
-    except torch.OutOfMemoryError as error:
-        raise HostError(
-            f"the GPU has no room for {folder}", "end what else uses it, or set train.quantization to nf4"
-        ) from error
-    # transformers fills these with random numbers, with no more than a warning.
-    if bad := sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}):
-        raise ArtifactError(f"{folder} lacks {len(bad)} tensors, or has them in another shape: {bad[0]}")
-    if sharded:
-        model.__dict__.pop("hf_device_map", None)  # accelerate moves it to the GPUs, and refuses one that is placed
-    return model
-
-
-def quant_storage(precision: str, *, sharded: bool) -> torch.dtype:
-    """The numbers that 4-bit weights are stored as: FSDP parts only those of the type that is computed in."""
-    return DTYPES[precision] if sharded else torch.uint8
-
-
-def _with_adapter(model: Any, adapter: Path) -> Any:
-    from peft import PeftModel
-
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (adapter / name).is_file():
-            raise ArtifactError(f"{adapter / name} is missing", "run: tutor train")
-    try:
-        return PeftModel.from_pretrained(model, adapter)
-    except (RuntimeError, ValueError, TypeError) as error:
-        reason = _first_line(error)
-        raise ArtifactError(f"the adapter {adapter} does not fit its base: {reason}", "run: tutor train") from error
-
-
-@torch.no_grad()
-def score(model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
-    """Log-probabilities (nats) of each row's answer ids, given its prompt ids and the answer so far; in float32.
-
-    `model` is an engine's model; rows are (prompt ids, answer ids). A pass a row, so that no padding has a say, but
-    few logits at a time: all of a row's, of a vocabulary of 128,256, would be more than a training step takes.
-    """
-    head = model.get_output_embeddings()
-    decoder = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
-    scores = []
-    for prompt, answer in rows:
-        ids = torch.tensor([[*prompt, *answer]], device=model.device)
-        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1]
-        parts = zip(*(torch.split(part, SCORE_ROWS) for part in (hidden, ids[0, len(prompt) :])), strict=True)
-        scores.append([value for states, chosen in parts for value in _log_probabilities(head(states), chosen)])
-    return scores
-
-
-def _log_probabilities(logits: torch.Tensor, chosen: torch.Tensor) -> list[float]:
-    found: list[float] = torch.log_softmax(logits.float(), dim=-1).gather(1, chosen[:, None])[:, 0].tolist()
-    return found
-
-
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or the name of its class."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -125,7 +125,7 @@ def to_nf4_and_back(engine: "TransformersEngine", precision: str) -> None:
     """Give a loaded base the weights that training on it in 4 bits saw: NF4 with double quantization, and back."""
     from bitsandbytes import functional
 
-    from tutor.engines.hf.engine import DTYPES
+    from tutor.engines.hf.loading import DTYPES
 
     for name, weight in engine.model.named_parameters():
         if ".layers." in name and weight.dim() == 2 and "lora_" not in name:

@@ -106,9 +106,9 @@ def _in_transformers(inputs: Mapping[str, Path], asked: Sequence[Conversation], 
         need = f"its 16-bit weights need {(weights + SPARE) / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
         log.warning("transformers is not asked: %s", need)
         return Trained({}, None, need)
-    from tutor.engines.hf import engine as hf
+    from tutor.engines.hf import loading
 
-    load = partial(hf.load, precision=precision)
+    load = partial(loading.load, precision=precision)
     log.info("asking %s in transformers (%s)", MERGED, precision)
     engine = load(inputs["merge"], None, quantization="none")
     merged = collect.from_transformers(engine, asked, own_template=True)

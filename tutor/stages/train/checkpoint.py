@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 SOURCES = (
     "stages/train/stage.py",
+    "stages/train/audit.py",
     "stages/train/checkpoint.py",
     "stages/train/checkpoint_callback.py",
     "stages/train/loop.py",
@@ -40,8 +41,11 @@ SOURCES = (
     "stages/train/plot.py",
     "stages/train/kernels/packed_attention.py",
     "stages/train/trainer.py",
+    "stages/train/kernels/chunked_loss.py",
     "machine/device.py",
     "engines/hf/engine.py",
+    "engines/hf/loading.py",
+    "engines/hf/score.py",
     "stages/train/kernels/fast_dropout.py",
     "machine/memory/plan.py",
     "stages/train/kernels/layer_streaming.py",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-from tutor.engines.hf.engine import score
+from tutor.engines.hf.score import score
 from tutor.errors import ArtifactError
 from tutor.machine import distributed
 from tutor.prompt import Encoded

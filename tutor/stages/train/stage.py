@@ -10,31 +10,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import datasets
 import torch
-from peft import LoraConfig
 from transformers import set_seed
-from trl import SFTConfig
 
 from tutor.artifacts.stage_folder import log_folder
-from tutor.engines.hf.engine import load_base
-from tutor.errors import DataError, RecipeError
+from tutor.errors import RecipeError
 from tutor.formats.models.model_folder import load_tokenizer, read_facts
 from tutor.machine import distributed
 from tutor.machine.device import choose_precision, room
 from tutor.machine.memory import plan as memory
 from tutor.machine.memory.batching import Passes, passes_of
 from tutor.machine.memory.estimate import parts_line
-from tutor.prompt import Encoded, Tokenizer, audit, encode
+from tutor.prompt import Encoded
 from tutor.stages.train import checkpoint
+from tutor.stages.train.audit import audit_labels, encode_rows
 from tutor.stages.train.checkpoint_callback import less_memory, saving
 from tutor.stages.train.held_out_loss import mean_loss, perplexity
-from tutor.stages.train.kernels.fast_dropout import quicken_dropout
-from tutor.stages.train.kernels.layer_streaming import stream_layers
-from tutor.stages.train.kernels.packed_attention import attend_within_rows, rows_of, with_lengths
 from tutor.stages.train.loop import fit, write
 from tutor.stages.train.monitor import Course
-from tutor.stages.train.trainer import IGNORED, Trainer
+from tutor.stages.train.trainer import count_parameters, load_trainer, lora_config, training_arguments
 
 if TYPE_CHECKING:
     from tutor.recipe.settings import Recipe, TrainSettings
@@ -85,15 +79,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     )  # fmt: skip
     before = mean_loss(trainer.model, held_out)
     log.info("held-out loss before training: %.4f (perplexity %.2f)", before, perplexity(before))
-    course = Course(
-        rows=len(train),
-        tokens=sum(len(row.ids) for row in train),
-        evaluations=settings.epochs * settings.evaluations_per_epoch,
-        patience=settings.patience,
-        report_every=settings.logging_steps,
-        start=before,
-        skips=precision == "fp16",
-    )
+    course = _course(settings, train, before, precision)
     session = saving(trainer, training, saved, settings.save_minutes, less_memory(passes))
     fitted = fit(trainer, course, held_out, log_folder(out), session, resume=saved[0] if saved else None)
     size = write(trainer, course, fitted, facts.source, out)
@@ -110,16 +96,34 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
         "tokens_per_epoch": course.tokens,
         "trainable_parameters": trainable,
         "adapter_bytes": size,
-        "held_out": {
-            "rows": len(held_out),
-            "tokens": sum(sum(row.mask) for row in held_out),
-            "loss_before": before,
-            "loss_after": fitted.loss,
-            "perplexity_before": perplexity(before),
-            "perplexity_after": perplexity(fitted.loss),
-        },
+        "held_out": _held_out(held_out, before, fitted.loss),
         "samples_per_second": round(fitted.epochs * course.rows / fitted.seconds, 3),
         "tokens_per_second": round(fitted.epochs * course.tokens / fitted.seconds, 1),
+    }
+
+
+def _course(settings: "TrainSettings", rows: Sequence[Encoded], loss_before: float, precision: str) -> Course:
+    """What the monitor has to know of this training."""
+    return Course(
+        rows=len(rows),
+        tokens=sum(len(row.ids) for row in rows),
+        evaluations=settings.epochs * settings.evaluations_per_epoch,
+        patience=settings.patience,
+        report_every=settings.logging_steps,
+        start=loss_before,
+        skips=precision == "fp16",
+    )
+
+
+def _held_out(rows: Sequence[Encoded], before: float, after: float) -> dict[str, Any]:
+    """The held-out rows' part of the results; losses in nats a token."""
+    return {
+        "rows": len(rows),
+        "tokens": sum(sum(row.mask) for row in rows),
+        "loss_before": before,
+        "loss_after": after,
+        "perplexity_before": perplexity(before),
+        "perplexity_after": perplexity(after),
     }
 
 
@@ -167,153 +171,6 @@ def make_plan(settings: "TrainSettings", precision: str, model_folder: Path, pas
     return plan
 
 
-def load_trainer(
-    model_folder: Path,
-    tokenizer: Any,
-    rows: Sequence[Encoded],
-    lora: LoraConfig,
-    arguments: SFTConfig,
-    plan: memory.Plan,
-) -> Trainer:
-    """The trainer on the base as planned, which may leave layers in RAM."""
-    precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
-    streams, sharded = plan.resident < memory.read_shape(model_folder).layers, distributed.is_sharded()
-    if streams and distributed.world_size() > 1:
-        raise RecipeError("train.max_memory leaves layers in RAM of a single process", "remove it, or the launcher")
-    if sharded and plan.quantization == "int8":
-        raise RecipeError("FSDP cannot shard int8 weights", "set train.quantization to nf4 or none")
-    model = load_base(model_folder, plan.quantization, precision, sharded=sharded, in_ram=streams or sharded)
-    trainer = make_trainer(model, tokenizer, rows, lora, arguments)
-    if not distributed.is_main_process():
-        torch.manual_seed(arguments.seed + distributed.rank())  # dropout of its own; the adapter is the first's
-    if streams:
-        stream_layers(trainer.model, plan.resident, arguments.device)
-    return trainer
-
-
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a split, as the data stage wrote them."""
     return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
-
-
-def encode_rows(tokenizer: Tokenizer, rows: Sequence[Mapping[str, str]], system: str, max_length: int) -> list[Encoded]:
-    """Ids and masks of all rows, none cut. Raises DataError naming the rows that are longer than `max_length`."""
-    encoded = [encode(tokenizer, row["instruction"], row["response"], system) for row in rows]
-    long = [
-        f"{len(row.ids)} tokens: {source['instruction'][:60]!r}"
-        for row, source in zip(encoded, rows, strict=True)
-        if len(row.ids) > max_length
-    ]
-    if long:
-        raise DataError(
-            f"{len(long)} of {len(rows)} rows are longer than train.max_length ({max_length} tokens)",
-            "raise it, or shorten them: a cut row would never show the model its end",
-            problems=tuple(long[:20]),
-        )
-    return encoded
-
-
-def training_arguments(
-    settings: "TrainSettings",
-    precision: str,
-    seed: int,
-    checkpoints: Path,
-    passes: Passes,
-    *,
-    checkpointing: bool = False,
-) -> SFTConfig:
-    """TRL's arguments for the recipe's numbers; what it would do by itself to the rows (cut, pack, report) is off."""
-    cuda = torch.cuda.is_available()
-    return SFTConfig(
-        output_dir=str(checkpoints),
-        per_device_train_batch_size=passes.rows,
-        gradient_accumulation_steps=passes.count,
-        num_train_epochs=settings.epochs,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=settings.warmup,
-        logging_steps=1,  # the monitor sees every step, and reports as the recipe says
-        # fp16's loss scaler skips a step that is no number, and the trainer's sum of losses must survive it.
-        logging_nan_inf_filter=precision == "fp16",
-        save_strategy="steps",
-        save_steps=settings.save_steps,
-        max_length=None,
-        packing=False,  # TRL's would fill passes to a length: other rows a step, in another order
-        padding_free=passes.packed,
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
-        use_cpu=not cuda,
-        gradient_checkpointing=checkpointing,
-        dataloader_pin_memory=cuda,
-        optim="adamw_torch",
-        ddp_find_unused_parameters=False,  # every adapter is part of every pass
-        report_to="none",
-        disable_tqdm=True,
-        seed=seed,
-        data_seed=seed,
-    )
-
-
-def lora_config(settings: "TrainSettings") -> LoraConfig:
-    """PEFT's configuration of a plain LoRA."""
-    return LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=list(settings.target_modules),
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-
-
-def make_trainer(
-    model: Any, tokenizer: Any, rows: Sequence[Encoded], lora: LoraConfig, arguments: SFTConfig
-) -> Trainer:
-    """TRL's trainer over rows that are already ids and labels, with fp32 adapters whatever the base computes in."""
-    dataset = datasets.Dataset.from_list([{"input_ids": row.ids, "labels": labels(row)} for row in rows])
-    trainer = Trainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=lora)
-    if arguments.padding_free:
-        attend_within_rows(model)
-        trainer.data_collator = with_lengths(trainer.data_collator)
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            # TRL casts them to bf16 over a 4-bit base: small updates would round away, and fp16 cannot unscale them.
-            parameter.data = parameter.data.float()
-    if arguments.use_cpu:
-        quicken_dropout(trainer.model)
-    trainer.model.train()  # it is loaded in eval mode, which 4-bit layers must not see (stages/train/held_out_loss.py)
-    return trainer
-
-
-def labels(row: Encoded) -> list[int]:
-    """A row's ids where they carry loss, IGNORED elsewhere."""
-    return [token if on else IGNORED for token, on in zip(row.ids, row.mask, strict=True)]
-
-
-def audit_labels(trainer: Trainer, rows: Sequence[Encoded], tokenizer: Any) -> int:
-    """Read every row back from the trainer's own collator and hold it against the contract; how many were read.
-
-    Raises DataError naming the first rows that break it: a library that drops, cuts or masks is caught here.
-    """
-    dataset = trainer.train_dataset
-    if len(dataset) != len(rows):
-        raise DataError(f"the trainer kept {len(dataset)} of {len(rows)} rows", "this is a library's doing: report it")
-    size = trainer.args.per_device_train_batch_size
-    passes = (list(dataset.select(range(at, min(at + size, len(rows))))) for at in range(0, len(rows), size))
-    read = [row for items in passes for row in rows_of(trainer.data_collator(items))]
-    problems = []
-    for number, ((ids, marks), row) in enumerate(zip(read, rows, strict=True), 1):
-        mask = [int(label != IGNORED) for label in marks]
-        found = audit(Encoded(ids, mask), row.ids[: row.n_prompt], tokenizer)
-        if not found and (ids, mask) != (row.ids, row.mask):
-            found = ["it is another row"]
-        problems += [f"train row {number}: {problem}" for problem in found]
-    if problems:
-        raise DataError(f"{len(problems)} breaches of the prompt contract", problems=tuple(problems[:20]))
-    return len(rows)
-
-
-def count_parameters(model: Any) -> tuple[int, int]:
-    """Trainable and all parameters; a 4-bit weight counts as the numbers it stands for."""
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return trainable, int(model.num_parameters())

@@ -1,30 +1,35 @@
-"""TRL's trainer with PyTorch's chunked head on the CPU, and with the same steps in any number of processes.
+"""TRL's SFTTrainer for this stage: arguments, LoRA, the model as planned, equal steps in any number of distributed.
 
-On a GPU the head is TRL's own.
-
-TRL's head folds tiles of 4,096 tokens x 32,768 logits, in one kernel on a GPU, but by plain tensors on the CPU, and
-there also for tokens without loss. Measured on one core, 1,790 tokens of 576 numbers and a vocabulary of 49,152, bf16:
-5.9 s and 2.1 GB, against 1.3 s and 0.2 GB here.
+In: a recipe's settings, rows as ids, a memory plan. Out: a trainer that cuts, packs and reports nothing by itself.
+The loss on the CPU is kernels/chunked_loss.py's, on a GPU TRL's own. Does not train and does not read files of rows.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import datasets
 import torch
 from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
-from torch.nn import LinearCrossEntropyOptions
-from torch.nn.functional import linear_cross_entropy
+from peft import LoraConfig
 from torch.utils.data import ConcatDataset, DataLoader
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
+from tutor.engines.hf.loading import load_base
+from tutor.errors import RecipeError
+from tutor.machine import distributed
 from tutor.machine.distributed import DistributedStepSampler
+from tutor.machine.memory import plan as memory
+from tutor.machine.memory.batching import Passes
+from tutor.prompt import Encoded
+from tutor.stages.train.audit import labels
+from tutor.stages.train.kernels.chunked_loss import IGNORED, summed_loss
+from tutor.stages.train.kernels.fast_dropout import quicken_dropout
+from tutor.stages.train.kernels.layer_streaming import stream_layers
+from tutor.stages.train.kernels.packed_attention import attend_within_rows, with_lengths
 
-IGNORED = -100
-"""The label of an id without loss, by PyTorch's cross entropy."""
-
-CHUNK = LinearCrossEntropyOptions(batch_chunk_size=128)
-"""Tokens a tile of logits; between 64 and 256 the time is the same, and the memory grows."""
+if TYPE_CHECKING:
+    from tutor.recipe.settings import TrainSettings
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
@@ -78,26 +83,103 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         return held[0]
 
 
-def summed_loss(hidden: torch.Tensor, labels: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """The negative log-likelihood (nats) of the next labels under a Llama's head, in fp32; [rows, tokens, size] in."""
-    labels = labels[:, 1:]
-    kept = labels != IGNORED
-    states = hidden[:, :-1][kept]
-    products = exact_products() if states.dtype == head.dtype == torch.bfloat16 else contextlib.nullcontext()
-    with products:
-        return linear_cross_entropy(states.float(), head.float(), labels[kept], reduction="sum", options=CHUNK)
+def load_trainer(
+    model_folder: Path,
+    tokenizer: Any,
+    rows: Sequence[Encoded],
+    lora: LoraConfig,
+    arguments: SFTConfig,
+    plan: memory.Plan,
+) -> Trainer:
+    """The trainer on the base as planned, which may leave layers in RAM."""
+    precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
+    streams, sharded = plan.resident < memory.read_shape(model_folder).layers, distributed.is_sharded()
+    if streams and distributed.world_size() > 1:
+        raise RecipeError("train.max_memory leaves layers in RAM of a single process", "remove it, or the launcher")
+    if sharded and plan.quantization == "int8":
+        raise RecipeError("FSDP cannot shard int8 weights", "set train.quantization to nf4 or none")
+    model = load_base(model_folder, plan.quantization, precision, sharded=sharded, in_ram=streams or sharded)
+    trainer = make_trainer(model, tokenizer, rows, lora, arguments)
+    if not distributed.is_main_process():
+        torch.manual_seed(arguments.seed + distributed.rank())  # dropout of its own; the adapter is the first's
+    if streams:
+        stream_layers(trainer.model, plan.resident, arguments.device)
+    return trainer
 
 
-@contextlib.contextmanager
-def exact_products() -> Iterator[None]:
-    """Matrices in fp32 that hold bf16 numbers, multiplied as such and summed in fp32: AMX is made for that.
+def make_trainer(
+    model: Any, tokenizer: Any, rows: Sequence[Encoded], lora: LoraConfig, arguments: SFTConfig
+) -> Trainer:
+    """TRL's trainer over rows that are already ids and labels, with fp32 adapters whatever the base computes in."""
+    dataset = datasets.Dataset.from_list([{"input_ids": row.ids, "labels": labels(row)} for row in rows])
+    trainer = Trainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=lora)
+    if arguments.padding_free:
+        attend_within_rows(model)
+        trainer.data_collator = with_lengths(trainer.data_collator)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            # TRL casts them to bf16 over a 4-bit base: small updates would round away, and fp16 cannot unscale them.
+            parameter.data = parameter.data.float()
+    if arguments.use_cpu:
+        quicken_dropout(trainer.model)
+    trainer.model.train()  # it is loaded in eval mode, which 4-bit layers must not see (stages/train/held_out_loss.py)
+    return trainer
 
-    The logits are the same but for the order of the sum; gradients of the states, made at once, round to bf16 inside.
-    """
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+
+def training_arguments(
+    settings: "TrainSettings",
+    precision: str,
+    seed: int,
+    checkpoints: Path,
+    passes: Passes,
+    *,
+    checkpointing: bool = False,
+) -> SFTConfig:
+    """TRL's arguments for the recipe's numbers; what it would do by itself to the rows (cut, pack, report) is off."""
+    cuda = torch.cuda.is_available()
+    return SFTConfig(
+        output_dir=str(checkpoints),
+        per_device_train_batch_size=passes.rows,
+        gradient_accumulation_steps=passes.count,
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup,
+        logging_steps=1,  # the monitor sees every step, and reports as the recipe says
+        # fp16's loss scaler skips a step that is no number, and the trainer's sum of losses must survive it.
+        logging_nan_inf_filter=precision == "fp16",
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        max_length=None,
+        packing=False,  # TRL's would fill passes to a length: other rows a step, in another order
+        padding_free=passes.packed,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        use_cpu=not cuda,
+        gradient_checkpointing=checkpointing,
+        dataloader_pin_memory=cuda,
+        optim="adamw_torch",
+        ddp_find_unused_parameters=False,  # every adapter is part of every pass
+        report_to="none",
+        disable_tqdm=True,
+        seed=seed,
+        data_seed=seed,
+    )
+
+
+def lora_config(settings: "TrainSettings") -> LoraConfig:
+    """PEFT's configuration of a plain LoRA."""
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=list(settings.target_modules),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def count_parameters(model: Any) -> tuple[int, int]:
+    """Trainable and all parameters; a 4-bit weight counts as the numbers it stands for."""
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return trainable, int(model.num_parameters())

@@ -1,0 +1,34 @@
+"""Teacher-forced log-probabilities of answers under a loaded model.
+
+In: a model in transformers, ids of prompts and answers. Out: nats of each answer id, in float32. Does not generate.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tutor.engines.protocol import SCORE_ROWS
+
+
+@torch.no_grad()
+def score(model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+    """Log-probabilities (nats) of each row's answer ids, given its prompt ids and the answer so far; in float32.
+
+    `model` is an engine's model; rows are (prompt ids, answer ids). A pass a row, so that no padding has a say, but
+    few logits at a time: all of a row's, of a vocabulary of 128,256, would be more than a training step takes.
+    """
+    head = model.get_output_embeddings()
+    decoder = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
+    scores = []
+    for prompt, answer in rows:
+        ids = torch.tensor([[*prompt, *answer]], device=model.device)
+        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1]
+        parts = zip(*(torch.split(part, SCORE_ROWS) for part in (hidden, ids[0, len(prompt) :])), strict=True)
+        scores.append([value for states, chosen in parts for value in _log_probabilities(head(states), chosen)])
+    return scores
+
+
+def _log_probabilities(logits: torch.Tensor, chosen: torch.Tensor) -> list[float]:
+    found: list[float] = torch.log_softmax(logits.float(), dim=-1).gather(1, chosen[:, None])[:, 0].tolist()
+    return found

@@ -1,0 +1,61 @@
+"""The rows that the trainer gets, and the proof that its collator passes them on unchanged.
+
+In: rows of a split, the trainer. Out: ids and masks, labels; DataError for a row that is too long or that the collator
+changes. Does not change the rows or the trainer.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tutor.errors import DataError
+from tutor.prompt import Encoded, Tokenizer, audit, encode
+from tutor.stages.train.kernels.chunked_loss import IGNORED
+from tutor.stages.train.kernels.packed_attention import rows_of
+
+if TYPE_CHECKING:
+    from tutor.stages.train.trainer import Trainer
+
+
+def encode_rows(tokenizer: Tokenizer, rows: Sequence[Mapping[str, str]], system: str, max_length: int) -> list[Encoded]:
+    """Ids and masks of all rows, none cut. Raises DataError naming the rows that are longer than `max_length`."""
+    encoded = [encode(tokenizer, row["instruction"], row["response"], system) for row in rows]
+    long = [
+        f"{len(row.ids)} tokens: {source['instruction'][:60]!r}"
+        for row, source in zip(encoded, rows, strict=True)
+        if len(row.ids) > max_length
+    ]
+    if long:
+        raise DataError(
+            f"{len(long)} of {len(rows)} rows are longer than train.max_length ({max_length} tokens)",
+            "raise it, or shorten them: a cut row would never show the model its end",
+            problems=tuple(long[:20]),
+        )
+    return encoded
+
+
+def audit_labels(trainer: "Trainer", rows: Sequence[Encoded], tokenizer: Any) -> int:
+    """Read every row back from the trainer's own collator and hold it against the contract; how many were read.
+
+    Raises DataError naming the first rows that break it: a library that drops, cuts or masks is caught here.
+    """
+    dataset = trainer.train_dataset
+    if len(dataset) != len(rows):
+        raise DataError(f"the trainer kept {len(dataset)} of {len(rows)} rows", "this is a library's doing: report it")
+    size = trainer.args.per_device_train_batch_size
+    passes = (list(dataset.select(range(at, min(at + size, len(rows))))) for at in range(0, len(rows), size))
+    read = [row for items in passes for row in rows_of(trainer.data_collator(items))]
+    problems = []
+    for number, ((ids, marks), row) in enumerate(zip(read, rows, strict=True), 1):
+        mask = [int(label != IGNORED) for label in marks]
+        found = audit(Encoded(ids, mask), row.ids[: row.n_prompt], tokenizer)
+        if not found and (ids, mask) != (row.ids, row.mask):
+            found = ["it is another row"]
+        problems += [f"train row {number}: {problem}" for problem in found]
+    if problems:
+        raise DataError(f"{len(problems)} breaches of the prompt contract", problems=tuple(problems[:20]))
+    return len(rows)
+
+
+def labels(row: Encoded) -> list[int]:
+    """A row's ids where they carry loss, IGNORED elsewhere."""
+    return [token if on else IGNORED for token, on in zip(row.ids, row.mask, strict=True)]
