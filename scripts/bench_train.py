@@ -126,10 +126,10 @@ def ours(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """The train stage."""
     quiet()
     from tutor.artifacts.stage_folder import log_folder
-    from tutor.cli import progress
+    from tutor.cli.progress import log_on_stderr
     from tutor.stages.train import stage as train
 
-    with tempfile.TemporaryDirectory(dir=work) as scratch, progress.shown():
+    with tempfile.TemporaryDirectory(dir=work) as scratch, log_on_stderr():
         out = Path(scratch) / "adapter"
         out.mkdir()
         results = train.run(recipe(options, work), {"data": work / "data", "base": work / "base"}, out)

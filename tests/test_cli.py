@@ -51,7 +51,7 @@ print(*sorted(set(sys.modules) - before), file=sys.stderr)
 OURS = frozenset(
     (
         "tutor", "tutor.cli", "tutor.cli.commands", "tutor.cli.commands.data", "tutor.cli.commands.doctor",
-        "tutor.cli.commands.evaluate", "tutor.cli.commands.inspect", "tutor.cli.commands.report",
+        "tutor.cli.commands.evaluate", "tutor.cli.commands.inspect", "tutor.cli.commands.run",
         "tutor.cli.commands.serving", "tutor.cli.commands.stack", "tutor.cli.exit", "tutor.cli.main",
         "tutor.cli.options", "tutor.errors", "tutor.machine", "tutor.machine.distributed",
     )
@@ -138,7 +138,7 @@ def test_the_exit_codes_in_help_are_those_of_the_errors(tutor):
         (errors.ArtifactError, "an artifact"),
         (errors.ServiceError, "a service"),
         (errors.LockError, "another run holds the lock"),
-        (errors.GateError, "a gate said no"),
+        (errors.GateError, "a gate refused"),
     ):
         assert f"{kind.code} {word}" in text
 

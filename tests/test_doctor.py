@@ -752,13 +752,13 @@ def test_a_recipe_that_does_not_fit_is_exit_4_in_one_line_and_still_one_json_doc
     assert done.stderr == f"Error: {value['error']}; {value['hint']}\n"
     assert done.stderr.endswith('; set train.quantization = "nf4"\n')
     lines = run("doctor", "-r", recipe.path, "-b", tmp_path, machine=machine).stdout.splitlines()
-    assert any(line.split() == ["together", *line.split()[1:3], "does", "not", "fit"] for line in lines)
+    assert any(line.split() == ["total", *line.split()[1:3], "does", "not", "fit"] for line in lines)
 
 
 def test_a_base_that_is_not_known_yet_is_said(machine, based_on, tmp_path):
     recipe = based_on("hub:owner/name@" + "0" * 40)
     done = run("doctor", "-r", recipe.path, "-b", tmp_path, machine=machine)
-    assert "not known before it is fetched, so it cannot be estimated" in done.stdout
+    assert "unknown before it is fetched, so its memory cannot be estimated" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -797,5 +797,5 @@ def test_a_terminal_gets_a_table(machine, recipe_file, tmp_path):
     os.close(outer)
     shown = text.decode()
     assert "\x1b[" in shown
-    for part in ("warning", "weights", "together", "Disk", "Time, roughly"):
+    for part in ("warning", "weights", "total", "Disk", "Time, approximate"):
         assert part in shown

@@ -164,11 +164,11 @@ def test_two_builds_are_compared_over_the_prompts_that_both_were_asked(recipe: R
     assert found["all"]["passed"]["said"] == "better"
     assert found["better"] == [prompt["instruction"] for prompt in PROMPTS[1:6]]
     assert found["worse"] == []
-    lines = summary.compared_lines(found)
+    lines = summary.comparison_lines(found)
     assert lines[:3] == [
         f"A: {early}",
         f"B: {late}/eval/answers.json",
-        "6 prompts asked of both; 2 asked of one alone are left out",
+        "6 prompts answered by both; 2 answered by only one are left out",
     ]
     row = next(line for line in lines if line.lstrip().startswith("all that was asked "))
     assert " ".join(row.split()) == "all that was asked 17 % (1/6) 100 % (6/6) +83 [+17, +100] better"

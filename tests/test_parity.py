@@ -521,5 +521,6 @@ def test_the_command_shows_the_table_and_exits_8(
 
 
 def test_the_summary_shows_the_hand_overs(recipe: Recipe) -> None:
-    found = summary.lines({"stages": {"parity": {"hand_overs": [over("merge").record()]}}, "examples": []}, "x.toml")
+    stages = {"parity": {"hand_overs": [over("merge").record()]}}
+    found = summary.summary_lines({"stages": stages, "examples": []}, "x.toml")
     assert any("a -> b" in line and "6/7" not in line for line in found)

@@ -15,7 +15,7 @@ import pytest
 from conftest import TUTOR, environment
 
 from tutor.cli import progress
-from tutor.cli.progress import PLAIN_EVERY, shown
+from tutor.cli.progress import PLAIN_EVERY, log_on_stderr
 
 log = logging.getLogger("tutor.stages.example")
 
@@ -31,7 +31,7 @@ def clock(monkeypatch):
 
 
 def test_lines_carry_their_stage_and_its_time(capsys, clock):
-    with shown():
+    with log_on_stderr():
         clock.now += 7
         log.info("%s: %s", "train", "train the LoRA adapter", extra={"stage": "train"})
         log.info("12 rows audited")
@@ -48,7 +48,7 @@ def test_lines_carry_their_stage_and_its_time(capsys, clock):
 
 def test_counted_messages_are_thinned_by_the_clock(capsys, clock):
     """128 a second, so that every time is exact in binary; the last message is always shown."""
-    with shown():
+    with log_on_stderr():
         for done in range(1, 1001):
             log.info("step %d of 1000", done, extra={"done": done, "total": 1000})
             clock.now += 1 / 128
@@ -59,14 +59,14 @@ def test_counted_messages_are_thinned_by_the_clock(capsys, clock):
 
 
 def test_what_is_only_worth_a_glance_is_no_line(capsys):
-    with shown():
+    with log_on_stderr():
         log.info("step 1 of 9", extra={"done": 1, "total": 9, "live": True})
         log.info("step 2 of 9, and how fast", extra={"done": 2, "total": 9})
     assert capsys.readouterr().err == "step 2 of 9, and how fast\n"
 
 
 def test_quiet_shows_warnings_only(capsys):
-    with shown(quiet=True):
+    with log_on_stderr(quiet=True):
         log.info("nothing to see")
         log.warning("look")
     assert capsys.readouterr().err == "warning: look\n"
@@ -76,7 +76,7 @@ def test_the_log_is_as_before_afterwards(monkeypatch):
     logger = logging.getLogger("tutor")
     monkeypatch.setattr(logger, "propagate", True)
     before = (logger.level, list(logger.handlers))
-    with pytest.raises(ValueError, match="a stage failed"), shown():
+    with pytest.raises(ValueError, match="a stage failed"), log_on_stderr():
         raise ValueError("a stage failed")
     assert (logger.level, list(logger.handlers)) == before
     assert logger.propagate
@@ -113,9 +113,9 @@ def test_a_terminal_gets_a_bar_with_colours_only_where_it_wants_them(recipe_file
 
 SHOW = """
 import logging, sys
-from tutor.cli.progress import shown
+from tutor.cli.progress import log_on_stderr
 log = logging.getLogger("tutor")
-with shown():
+with log_on_stderr():
     log.info("train: [bold]x[/] [/]", extra={"stage": "train"})
     log.info("step 1 [red]", extra={"done": 1, "total": 2})
     log.warning("a [b]name[/b] of a file")

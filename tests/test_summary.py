@@ -52,18 +52,18 @@ def recipe(recipe_file: Path) -> Recipe:
 def test_nothing_made_is_nothing_said(recipe, tmp_path):
     found = summary.collect(recipe, tmp_path / "build")
     assert found == {"recipe": str(recipe.path), "stages": {}, "examples": []}
-    assert summary.lines(found, str(recipe.path)) == []
+    assert summary.summary_lines(found, str(recipe.path)) == []
 
 
 def test_each_stage_that_is_there_has_its_lines(recipe, tmp_path):
     folder = tmp_path / "build" / "small"
     made(folder / "adapter", "train", TRAIN)
-    text = "\n".join(summary.lines(summary.collect(recipe, tmp_path / "build"), "r.toml"))
+    text = "\n".join(summary.summary_lines(summary.collect(recipe, tmp_path / "build"), "r.toml"))
     assert "Trained on 19 rows in 0 s (1.50 samples/s, nf4, bf16); 5 rows held out" in text
     assert ["held-out", "loss", "3.500", "1.250"] in [line.split() for line in text.splitlines()]
     assert "make chat" not in text
     made(folder / "gguf", "convert", {"files": FILES})
-    text = "\n".join(summary.lines(summary.collect(recipe, tmp_path / "build"), "r.toml"))
+    text = "\n".join(summary.summary_lines(summary.collect(recipe, tmp_path / "build"), "r.toml"))
     assert text.index("tutor-F16.gguf") < text.index("tutor-Q4_K_M.gguf")
     assert "105.0 MB\n" in text
     assert "tutor ask -r r.toml" in text
@@ -85,7 +85,7 @@ def test_answers_stand_side_by_side_from_different_places_and_a_cut_one_says_so(
     made(folder / "gguf", "convert", {"files": FILES})
     made(folder / "ladder", "ladder", LADDER)
     made(folder / "eval", "evaluate", {"models": models}, answers=answers)
-    lines = summary.lines(summary.collect(recipe, tmp_path / "build"), "r.toml")
+    lines = summary.summary_lines(summary.collect(recipe, tmp_path / "build"), "r.toml")
     assert [line for line in lines if line.startswith("»")] == ["» ¿Pregunta 0?", "» ¿Pregunta 3?", "» ¿Pregunta 6?"]
     assert "  base: Hello […cut at 24 tokens]" in lines
     assert "  tutor: Respuesta 3." in lines
@@ -99,7 +99,7 @@ def test_answers_stand_side_by_side_from_different_places_and_a_cut_one_says_so(
 def test_an_answer_that_failed_is_shown_as_such(recipe, tmp_path):
     failed = {"instruction": "¿?", "answers": {"tutor": {"error": "timed out"}}}
     made(tmp_path / "build" / "small" / "eval", "evaluate", {"models": {"tutor": MODEL}}, answers=[failed])
-    lines = summary.lines(summary.collect(recipe, tmp_path / "build"), "r.toml")
+    lines = summary.summary_lines(summary.collect(recipe, tmp_path / "build"), "r.toml")
     assert "  tutor: (timed out) […cut at 0 tokens]" in lines
 
 
@@ -135,5 +135,5 @@ def test_a_quantization_that_is_larger_and_loses_more_is_marked_and_named():
     found = {"rungs": rungs, "budget": 0.01, "chosen": "Q5_0", "served": "Q5_0", "worse_and_larger": {"Q5_1": "Q5_0"}}
     lines = summary.ladder_lines(found)
     assert [line[2:15].strip() for line in lines[2:5]] == ["F16", "Q5_1 !", "Q5_0 *"]
-    assert lines[-1] == "  ! Q5_1 is larger than Q5_0 and loses more: leave it out"
+    assert lines[-1] == "  ! Q5_1 is larger and less accurate than Q5_0: remove it from convert.quantizations"
     assert len({len(line) for line in lines[1:5]}) == 1

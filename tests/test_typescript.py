@@ -360,7 +360,7 @@ def check(tmp_path: Path, *options: str, code: str = "ok") -> Any:
 
 def test_data_check_compiles_where_the_compiler_is_installed(pretend: Path, tmp_path: Path) -> None:
     done = check(tmp_path, code="TS2322")
-    assert "2 rows ok; 1 blocks compile, 1 fail as they say" in done.stdout
+    assert "2 rows ok; 1 blocks compile, 1 fail as stated" in done.stdout
     assert "blocks" not in check(tmp_path, "--no-code").stdout
 
 

@@ -1,4 +1,8 @@
-"""The one place where an error becomes a line on stderr and an exit code. Knows no command."""
+"""Exit codes: run a command, and turn what it raises into one line on stderr and a code.
+
+In: a click command, sys.argv. Out: the process ends; with --json an error is also an object on stdout. Other modules
+raise TutorError and never exit. Knows no command by name.
+"""
 
 import io
 import json
@@ -17,15 +21,15 @@ import click
 from tutor.errors import HostError, TutorError
 from tutor.machine import distributed
 
-FIRST = 5.0
-"""Seconds that the first of several processes has for its line, before the others say theirs: the launcher ends them
-when it fails, and the same fault is one line."""
+MAIN_PROCESS_SECONDS = 5.0
+"""Head start of rank 0 for its error line, in seconds: the launcher then ends the other ranks before they print it
+again."""
 
 
-def main(command: click.Command, name: str) -> NoReturn:
-    """Run a console script's command, turn what it raises into one line, and exit with its code."""
+def run_and_exit(command: click.Command, name: str) -> NoReturn:
+    """Run the command of a console script, print what it raises as one line, and exit with its code."""
     signal.signal(signal.SIGTERM, _terminated)
-    # UTF-8 whatever the locale says; a file name that is not is shown escaped, as JSON escapes it.
+    # UTF-8 in every locale; bytes of a file name that are not UTF-8 are printed escaped, as JSON escapes them.
     for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors=errors)
@@ -36,14 +40,14 @@ def main(command: click.Command, name: str) -> NoReturn:
     try:
         code = _run(command, name, arguments, debug=debug)
     except BrokenPipeError:
-        # `tutor ... | head` closed the pipe: nobody reads on, and nothing is wrong.
+        # `tutor ... | head` closed the pipe: no reader is left, and nothing is wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     sys.exit(code)
 
 
 def _run(command: click.Command, name: str, arguments: list[str], *, debug: bool) -> int:
-    """Run a command; its exit code. Raises BrokenPipeError, and whatever is a bug."""
+    """Run a command and return its exit code. Raises BrokenPipeError, and any exception that is a bug."""
     as_json = "--json" in arguments
     stdout = sys.stdout
     try:
@@ -52,17 +56,21 @@ def _run(command: click.Command, name: str, arguments: list[str], *, debug: bool
         error.show()
         return error.exit_code
     except click.UsageError as error:
-        return fail(error.format_message(), 2, _command_help(error), as_json=as_json)
+        return print_error(error.format_message(), 2, _command_help(error), as_json=as_json)
     except (click.Abort, KeyboardInterrupt):
         return 130
     except ModuleNotFoundError as error:
         if debug or error.name is None or error.name.startswith("tutor"):
             raise
-        return fail(f"the package {error.name} is not installed", HostError.code, "make install", as_json=as_json)
+        return print_error(
+            f"the package {error.name} is not installed", HostError.code, "make install", as_json=as_json
+        )
     except TutorError as error:
         if debug:
             traceback.print_exc()
-        return fail(error.message, error.code, error.hint, as_json=as_json, problems=getattr(error, "problems", ()))
+        return print_error(
+            error.message, error.code, error.hint, as_json=as_json, problems=getattr(error, "problems", ())
+        )
     except SystemExit:
         if sys.stdout is not stdout:  # click met a closed pipe: it wraps stdout, and would exit 1
             raise BrokenPipeError from None
@@ -70,9 +78,9 @@ def _run(command: click.Command, name: str, arguments: list[str], *, debug: bool
     return code if isinstance(code, int) else 0
 
 
-def fail(message: str, code: int, hint: str | None, *, as_json: bool, problems: Sequence[str] = ()) -> int:
-    """Say what went wrong, on stderr and as JSON on stdout where asked; `code` again."""
-    _after_the_first()
+def print_error(message: str, code: int, hint: str | None, *, as_json: bool, problems: Sequence[str] = ()) -> int:
+    """Print an error on stderr, with `as_json` also as an object on stdout; return `code`."""
+    _wait_for_main_process()
     if as_json:
         click.echo(
             json.dumps(
@@ -86,13 +94,13 @@ def fail(message: str, code: int, hint: str | None, *, as_json: bool, problems: 
     return code
 
 
-def _after_the_first() -> None:
+def _wait_for_main_process() -> None:
     if not distributed.is_main_process():
-        time.sleep(FIRST)
+        time.sleep(MAIN_PROCESS_SECONDS)
 
 
 def _plain(text: str) -> str:
-    """One line without control characters, whatever a file's name or content brought into the message."""
+    """Return the text with control characters escaped: a message can hold the name or content of any file."""
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
@@ -101,13 +109,13 @@ def _command_help(error: click.UsageError) -> str | None:
 
 
 def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
-    """SIGTERM: leave through every cleanup, with the shell's code for it."""
+    """Handle SIGTERM: exit through every cleanup, with the code that a shell gives."""
     del frame
     sys.exit(128 + signum)
 
 
 def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    _after_the_first()
+    _wait_for_main_process()
     place = ""
     while trace is not None:
         place = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"

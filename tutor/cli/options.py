@@ -1,4 +1,7 @@
-"""What the commands share: their options, reading the recipe, printing the result."""
+"""Shared parts of the commands: options, reading the recipe, progress on stderr, the result on stdout.
+
+In: what click parsed. Out: options as decorators, the recipe, the result as JSON or as lines. Holds no command.
+"""
 
 import contextlib
 import json
@@ -15,7 +18,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def _build_folder(context: click.Context, parameter: click.Parameter, value: Path) -> Path:
-    """--build, refused where nothing can or should be written."""
+    """Return the value of --build. Raises BadParameter for a path that cannot or should not be written to."""
     del context, parameter
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -28,7 +31,7 @@ def _build_folder(context: click.Context, parameter: click.Parameter, value: Pat
 
 
 def build_option(command: Command) -> Command:
-    """--build: where everything is made."""
+    """Add --build, the folder that holds all outputs."""
     return click.option(
         "-b",
         "--build",
@@ -43,7 +46,7 @@ def build_option(command: Command) -> Command:
 
 
 def recipe_option(command: Command) -> Command:
-    """--recipe and --build: where the settings are, and where everything is made."""
+    """Add --recipe, the file with the settings, and --build."""
     recipe = click.option(
         "-r",
         "--recipe",
@@ -59,32 +62,35 @@ def recipe_option(command: Command) -> Command:
 
 
 host_option = click.option(
-    "--host", envvar="OLLAMA_HOST", show_envvar=True, help="Where Ollama answers; 127.0.0.1:11434 where not said."
+    "--host", envvar="OLLAMA_HOST", show_envvar=True, help="Address of Ollama; 127.0.0.1:11434 by default."
 )
-adapter_option = click.option("--adapter", is_flag=True, help="The base with the adapter on it, not the merged model.")
+adapter_option = click.option("--adapter", is_flag=True, help="The base with the adapter, not the merged model.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 
 
-def read(path: Path) -> "Recipe":
-    """The recipe of a command. Raises RecipeError."""
+def load_recipe(path: Path) -> "Recipe":
+    """Read the recipe of a command. Raises RecipeError."""
     from tutor.recipe.settings import read_recipe
 
     return read_recipe(path)
 
 
-def shown_on_stderr(flags: dict[str, bool]) -> contextlib.AbstractContextManager[None]:
-    """Progress while a stage runs; the libraries' own is off, from before they are imported."""
-    from tutor.cli.progress import quiet_libraries, shown, silenced
+def progress_on_stderr(flags: dict[str, bool]) -> contextlib.AbstractContextManager[None]:
+    """Show progress on stderr inside the context, from the first process alone.
+
+    The libraries' own progress is switched off first: they read their settings when they are imported.
+    """
+    from tutor.cli.progress import log_discarded, log_on_stderr, quiet_libraries
     from tutor.machine.distributed import is_main_process
 
     quiet_libraries()
     if not is_main_process():
-        return silenced()
-    return shown(quiet=flags["quiet"])
+        return log_discarded()
+    return log_on_stderr(quiet=flags["quiet"])
 
 
-def emit(value: Any, lines: list[str], *, as_json: bool) -> None:
-    """The result on stdout: as JSON for programs, as lines for people."""
+def print_result(value: Any, lines: list[str], *, as_json: bool) -> None:
+    """Print the result on stdout: the value as JSON for programs, or the lines for people."""
     if as_json:
         click.echo(json.dumps(value, ensure_ascii=False, indent=1))
     else:
@@ -92,12 +98,12 @@ def emit(value: Any, lines: list[str], *, as_json: bool) -> None:
             click.echo(line)
 
 
-def tree(value: Any, indent: str = "  ") -> list[str]:
-    """Nested counts as indented lines."""
+def indented(value: Any, indent: str = "  ") -> list[str]:
+    """Return nested counts as indented lines."""
     lines = []
     for name, item in value.items():
         if isinstance(item, dict):
-            lines += [f"{indent}{name}:", *tree(item, indent + "  ")]
+            lines += [f"{indent}{name}:", *indented(item, indent + "  ")]
         elif isinstance(item, list):
             lines += [f"{indent}{name}: {len(item)}", *(f"{indent}  {entry}" for entry in item)]
         else:

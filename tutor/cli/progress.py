@@ -1,7 +1,7 @@
-"""What a person sees while stages run: a live bar a stage at a terminal, plain lines elsewhere. Always on stderr.
+"""Progress on stderr while stages run: one live bar a stage at a terminal, plain log lines elsewhere.
 
-Stages only log. A record may carry `stage`, `stage_done`, and `done` with `total`, which move the bar; one that is
-`live` is worth a glance while it is true, and no line in a log.
+In: records of the logger `tutor`. A record can carry `stage`, `stage_done`, and `done` with `total`, which move the
+bar; a record with `live` updates the bar and is left out of plain lines. Stages log, and never print.
 """
 
 import contextlib
@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from typing import Any
 
 PLAIN_EVERY = 2.0
-"""Seconds between two counted lines where there is no terminal: a log is read later, not watched."""
+"""Minimum seconds between two counted lines without a terminal."""
 
 
 @contextlib.contextmanager
-def shown(*, quiet: bool = False) -> Iterator[None]:
-    """Show the log of `tutor` on stderr inside; warnings only when quiet."""
+def log_on_stderr(*, quiet: bool = False) -> Iterator[None]:
+    """Show the log of `tutor` on stderr inside the context; only warnings when quiet."""
     logger = logging.getLogger("tutor")
     live = sys.stderr.isatty() and not quiet
     handler: logging.Handler = _Bars() if live else _Lines()
@@ -38,8 +38,8 @@ def shown(*, quiet: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def silenced() -> Iterator[None]:
-    """Show nothing of it inside: another process says the same."""
+def log_discarded() -> Iterator[None]:
+    """Discard the log of `tutor` inside the context: another process prints it."""
     logger = logging.getLogger("tutor")
     handler, propagate = logging.NullHandler(), logger.propagate
     logger.addHandler(handler)
@@ -52,7 +52,7 @@ def silenced() -> Iterator[None]:
 
 
 class _Lines(logging.Handler):
-    """One line a message; counted messages at most every PLAIN_EVERY seconds, and always the last one."""
+    """Write one line a message; counted messages at most every PLAIN_EVERY seconds, and always the last one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class _Lines(logging.Handler):
 
 
 class _Bars(logging.Handler):
-    """One live line for the running stage; it stays, with its time, when the stage is done."""
+    """Draw one live line for the running stage, which stays with its time when the stage is done."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class _Bars(logging.Handler):
 
 
 def quiet_libraries() -> None:
-    """Their bars and warnings stay out of ours: the stages say what matters. Before torch is imported."""
+    """Switch off the progress bars and warnings of libraries. Call this before torch is imported."""
     for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_TELEMETRY", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

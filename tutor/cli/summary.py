@@ -1,4 +1,8 @@
-"""What a run made, for people: losses, sizes, speed, verdicts and a few answers side by side. Reads manifests only."""
+"""Terminal tables of results: losses, file sizes, the quantization benchmark, rates, and a few answers side by side.
+
+In: the manifests of a build folder and the answers of its evaluation. Out: the results as JSON holds them, and as
+lines. Runs no stage and computes no figure.
+"""
 
 import json
 import math
@@ -15,13 +19,13 @@ from tutor.recipe.settings import Recipe
 from tutor.stages.parity.gate import lines as parity_lines
 
 EXAMPLES = 3
-"""How many answers are shown side by side."""
-SHOWN = ("passed", "spanish", "stopped", "code_block", "no_loop", "compiles", "expected")
-"""Of the verdicts, those of the table; the others are in the results and the report."""
+"""Number of prompts whose answers are printed side by side."""
+TABLE_VERDICTS = ("passed", "spanish", "stopped", "code_block", "no_loop", "compiles", "expected")
+"""Verdicts of the terminal table; the results and the report have all of them."""
 
 
 def collect(recipe: Recipe, build: Path) -> dict[str, Any]:
-    """The results of the stages that are there, by stage, and three prompts with their answers."""
+    """Collect the results of the stages that have run, by stage, and EXAMPLES prompts with their answers."""
     folder = build / recipe.name
     results: dict[str, Any] = {}
     for stage in BY_NAME.values():
@@ -34,12 +38,12 @@ def collect(recipe: Recipe, build: Path) -> dict[str, Any]:
 
 
 def _spread(items: Sequence[Any], count: int) -> list[Any]:
-    """`count` items at even distances, so that they come from different categories."""
+    """Return `count` items at even distances, so that they come from different categories."""
     return [items[index * len(items) // count] for index in range(min(count, len(items)))]
 
 
-def lines(summary: Mapping[str, Any], recipe: str) -> list[str]:
-    """The summary as a terminal shows it."""
+def summary_lines(summary: Mapping[str, Any], recipe: str) -> list[str]:
+    """Return the collected results as lines for a terminal."""
     stages = summary["stages"]
     parts: list[str] = []
     if "train" in stages:
@@ -55,7 +59,7 @@ def lines(summary: Mapping[str, Any], recipe: str) -> list[str]:
     for example in summary["examples"]:
         parts += _example(example)
     if "report" in stages:
-        parts += ["", f"All of it on one page: tutor report --open -r {_short(recipe)}"]
+        parts += ["", f"Everything on one page: tutor report --open -r {_short(recipe)}"]
     if "convert" in stages:
         parts += ["", f"Next: make chat, or: tutor ask -r {_short(recipe)} '¿Qué es una interfaz?'"]
     return parts
@@ -87,12 +91,12 @@ def _files(convert: Mapping[str, Any], perplexities: Mapping[str, Any]) -> list[
         rows.append(f"  {name:<22}{entry['size'] / 1e6:>8.1f} MB{'' if scored is None else f'{scored:>22.2f}'}")
     for name, entry in convert["files"].items():
         for kind, count in entry.get("replaced", {}).items():
-            rows.append(f"  {name}: Q8_0 in place of {kind} in {count} tensors: it does not hold what was trained")
+            rows.append(f"  {name}: Q8_0 in place of {kind} in {count} tensors: {kind} would lose what was trained")
     return rows
 
 
 def ladder_lines(ladder: Mapping[str, Any]) -> list[str]:
-    """What each quantization loses against F16, its size, speed and memory: a row each, the largest first."""
+    """Return one row a quantization: size, loss against F16, speed and memory; the largest first."""
     widths = {"size": 12, "perplexity": 11, "loses": 9, "KL": 8, "KL p99": 8, "same": 8, "reads": 10, "writes": 11}
     widths |= {"memory": 10}
     rows = ["", f"  {'against F16':<13}" + "".join(f"{head:>{width}}" for head, width in widths.items())]
@@ -111,20 +115,23 @@ def ladder_lines(ladder: Mapping[str, Any]) -> list[str]:
             memory,
         )
         marks = " *" * (kind == ladder["served"]) + " !" * (kind in worse)
-        shown = zip(cells, widths.values(), strict=True)
-        rows.append(f"  {kind + marks:<13}" + "".join(f"{cell:>{width}}" for cell, width in shown))
+        sized = zip(cells, widths.values(), strict=True)
+        rows.append(f"  {kind + marks:<13}" + "".join(f"{cell:>{width}}" for cell, width in sized))
     inside = f"{ladder['chosen']} is the smallest within {ladder['budget']:g} nats of F16, in loss and in KL"
-    flags = [f"  ! {kind} is larger than {better} and loses more: leave it out" for kind, better in worse.items()]
+    flags = [
+        f"  ! {kind} is larger and less accurate than {better}: remove it from convert.quantizations"
+        for kind, better in worse.items()
+    ]
     return [*rows, f"  * is served; {inside}", *flags]
 
 
 def verdict_lines(evaluate: Mapping[str, Any]) -> list[str]:
-    """Verdicts as shares with their counts and median speed, a column a model; kinds; what must be said of it all."""
+    """Return one row a verdict and one column a model: rates with counts, median speed, kinds of question, findings."""
     models = evaluate["models"]
     number = next(iter(models.values()))["all"]["n"]
     width = max(18, *(len(name) + 2 for name in models))
     rows = ["", f"  {f'{number} held-out prompts':<22}" + "".join(f"{name:>{width}}" for name in models)]
-    for verdict in SHOWN:
+    for verdict in TABLE_VERDICTS:
         if all(verdict in model["all"] for model in models.values()):
             shares = "".join(f"{_share(model['all'][verdict], number):>{width}}" for model in models.values())
             rows.append(f"  {LABELS[verdict]:<22}{shares}")
@@ -136,7 +143,7 @@ def verdict_lines(evaluate: Mapping[str, Any]) -> list[str]:
 
 
 def _kinds(evaluate: Mapping[str, Any], width: int) -> list[str]:
-    """All that was asked by kind of question: what changed from the first model, or each model where there is one."""
+    """Return the rates by kind of question: with their changes from the first model, or plain without a comparison."""
     rows: list[str] = []
     for change in evaluate.get("differences", ()):
         sides = f"{change['before']:>18}{change['after']:>18}"
@@ -165,15 +172,15 @@ def _finding(found: Mapping[str, str]) -> str:
     return f"WORSE: {found['text']}" if found["said"] == "worse" else found["text"]
 
 
-def compared_lines(result: Mapping[str, Any]) -> list[str]:
-    """What changed between two models, for a terminal: every verdict, every kind of question, and which prompts."""
+def comparison_lines(result: Mapping[str, Any]) -> list[str]:
+    """Return what changed between two models: every verdict, every kind of question, and the prompts that changed."""
     left_out = sum(result["left_out"].values())
-    note = f"; {left_out} asked of one alone are left out" if left_out else ""
+    note = f"; {left_out} answered by only one are left out" if left_out else ""
     number = result["n"]
     rows = [
         f"A: {result['before']}",
         f"B: {result['after']}",
-        f"{number} prompts asked of both{note}",
+        f"{number} prompts answered by both{note}",
         "",
         f"  {'':<22}{'A':>18}{'B':>18}   B - A, in points (95 %)",
         *(_change(LABELS[name], entry) for name, entry in result["all"].items()),

@@ -1,4 +1,8 @@
-"""The commands about rows: data check, lint, stats."""
+"""The commands about rows: data check, lint, stats.
+
+In: files of rows, or the recipe that names them. Out: counts and findings on stdout. The checks themselves are in
+tutor/stages/data; `data split` runs a stage and is in run.py.
+"""
 
 import contextlib
 import importlib.util
@@ -7,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tutor.cli import exit as boundary
-from tutor.cli.options import emit, json_option, read, recipe_option, tree
+from tutor.cli import exit as cli_exit
+from tutor.cli.commands.run import data_split
+from tutor.cli.options import indented, json_option, load_recipe, print_result, recipe_option
 from tutor.errors import ArtifactError, DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -20,18 +25,18 @@ files_argument = click.argument("files", nargs=-1, type=click.Path(path_type=Pat
 
 @click.command("check")
 @files_argument
-@click.option("--strict", is_flag=True, help="Unknown keys and questions shared with the prompts are errors.")
+@click.option("--strict", is_flag=True, help="Treat unknown keys, and questions shared with the prompts, as errors.")
 @click.option(
     "--code/--no-code",
     default=None,
-    help="Compile every fenced block, never run it. Left out where the compiler is not installed and neither is said.",
+    help="Compile every fenced block; no block is run. Default: compile where the compiler is installed.",
 )
 @recipe_option
 @json_option
 def check_command(
     files: tuple[Path, ...], recipe_path: Path, build: Path, *, strict: bool, code: bool | None, as_json: bool
 ) -> None:
-    """Check FILES (or the recipe's) row by row, and their code; every fault with its file and line."""
+    """Check FILES (or the recipe's) row by row, and their code; print every fault with its file and line."""
     del build
     from tutor.graders.typescript.install import INSTALL, is_installed
     from tutor.stages.data.code_check import check_code
@@ -45,7 +50,7 @@ def check_command(
         checked[-1]["notes"] = [*checked[-1]["notes"], f"code was not compiled: no compiler; {INSTALL}"]
     lines = [f"{item['file']}: {item['rows']} rows ok{_code_line(item.get('code'))}" for item in checked]
     lines += [f"  note: {note}" for item in checked for note in item["notes"]]
-    emit(checked, lines, as_json=as_json)
+    print_result(checked, lines, as_json=as_json)
 
 
 def _read_files(files: tuple[Path, ...], *, strict: bool) -> list[tuple[Path, Any, list[str]]]:
@@ -61,13 +66,13 @@ def _read_files(files: tuple[Path, ...], *, strict: bool) -> list[tuple[Path, An
 def _read_recipes(recipe_path: Path, *, strict: bool) -> list[tuple[Path, Any, list[str]]]:
     from tutor.stages.data import stage
 
-    inputs = stage.input_files(read(recipe_path))
+    inputs = stage.input_files(load_recipe(recipe_path))
     examples, notes = stage.read_examples(inputs["train"], strict=strict)
     prompts, prompt_notes = stage.read_prompts(inputs["eval"], strict=strict)
     _, leaks = stage.without_leaks(examples, prompts)
     if leaks and strict:
         raise DataError(f"{inputs['train']}: {len(leaks)} rows ask what {inputs['eval']} asks")
-    shared = [f"{len(leaks)} rows are also prompts, and will not be trained on"] if leaks else []
+    shared = [f"{len(leaks)} rows are also prompts, and are left out of training"] if leaks else []
     return [
         (inputs["train"], examples, [*notes.warnings(), *shared]),
         (inputs["eval"], prompts, prompt_notes.warnings()),
@@ -77,7 +82,7 @@ def _read_recipes(recipe_path: Path, *, strict: bool) -> list[tuple[Path, Any, l
 def _code_line(code: dict[str, Any] | None) -> str:
     if code is None:
         return ""
-    counts = f"{code['compiled']} blocks compile, {code['failed_as_stated']} fail as they say"
+    counts = f"{code['compiled']} blocks compile, {code['failed_as_stated']} fail as stated"
     return f"; {counts} ({code['seconds']} s)"
 
 
@@ -88,8 +93,8 @@ def _code_line(code: dict[str, Any] | None) -> str:
     type=click.Path(path_type=Path),
     help="Held-out prompts that must not be among FILES; the recipe's where no FILES are named.",
 )
-@click.option("--strict", is_flag=True, help="Exit 3 when anything is found.")
-@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page to look at.")
+@click.option("--strict", is_flag=True, help="Exit 3 when there is a finding.")
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write the findings as an HTML page.")
 @recipe_option
 @json_option
 @click.pass_context
@@ -104,17 +109,17 @@ def lint_command(  # noqa: PLR0913 - a command's options
     strict: bool,
     as_json: bool,
 ) -> None:
-    """Look through FILES (or the recipe's rows) for what is wrong or doubtful, without compiling any code.
+    """Lint FILES (or the recipe's rows): report wrong or doubtful rows, without compiling code.
 
     Duplicates and near-duplicates, contradictions, leaks into the prompts, balance, language, length, special tokens,
-    fences that do not close; every finding with its line. Where the base stage has run, lengths are in its tokens.
+    unclosed fences; every finding with its line. After the base stage has run, lengths are in its tokens.
     """
     from tutor.recipe.settings import TrainSettings
     from tutor.stages.data import stage
     from tutor.stages.data.lint.linter import lint
     from tutor.stages.data.lint.page import page
 
-    recipe = read(recipe_path) if not files or recipe_path.exists() else None
+    recipe = load_recipe(recipe_path) if not files or recipe_path.exists() else None
     inputs = stage.input_files(recipe) if recipe and not files else {}
     report = lint(
         files or (inputs["train"],),
@@ -128,14 +133,16 @@ def lint_command(  # noqa: PLR0913 - a command's options
             html.write_text(page(report), "utf-8")
         except OSError as error:
             raise RecipeError(f"{html} cannot be written: {error.strerror}") from None
-    emit(report.as_dict(), _lint_lines(report), as_json=as_json)
+    print_result(report.as_dict(), _lint_lines(report), as_json=as_json)
     if strict and (total := sum(report.counts.values())):
         # The report is the result and already on stdout: with --json it stays the only document there.
-        context.exit(boundary.fail(f"{total} findings", DataError.code, "they are listed on stdout", as_json=False))
+        context.exit(
+            cli_exit.print_error(f"{total} findings", DataError.code, "they are listed on stdout", as_json=False)
+        )
 
 
 def _tokenizer(recipe: "Recipe", build: Path) -> Path | None:
-    """The base's tokenizer.json, where the base stage has run and the package that reads it is there."""
+    """Return the base's tokenizer.json, or None before the base stage or without the package that reads it."""
     from tutor.formats.models.model_folder import read_facts
     from tutor.pipeline.registry import BY_NAME
 
@@ -175,9 +182,15 @@ def stats_command(file: Path | None, recipe_path: Path, build: Path, *, as_json:
     del build
     from tutor.stages.data import stage
 
-    path = file or stage.input_files(read(recipe_path))["train"]
+    path = file or stage.input_files(load_recipe(recipe_path))["train"]
     counts = stage.statistics(stage.read_examples(path)[0])
-    emit(counts, tree(counts), as_json=as_json)
+    print_result(counts, indented(counts), as_json=as_json)
 
 
-COMMANDS = (check_command, lint_command, stats_command)
+@click.group("data")
+def data_group() -> None:
+    """Check, lint, count and split the rows."""
+
+
+for command in (check_command, lint_command, stats_command, data_split):
+    data_group.add_command(command)

@@ -1,4 +1,8 @@
-"""`tutor doctor`: the checks and the estimate as a table at a terminal, as lines elsewhere, as JSON for programs."""
+"""The command doctor: checks of this machine and the estimate of a recipe, as a table, lines or JSON.
+
+In: the report of tutor/machine/doctor.py. Out: a coloured table at a terminal, plain lines elsewhere. Checks nothing
+itself.
+"""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -7,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tutor.cli import exit as boundary
-from tutor.cli.options import build_option, emit, json_option, read, shown_on_stderr
+from tutor.cli import exit as cli_exit
+from tutor.cli.options import build_option, json_option, load_recipe, print_result, progress_on_stderr
 
 if TYPE_CHECKING:
     from tutor.machine.doctor import Report
 
 COLOURS = {"ok": "green", "warning": "yellow", "missing": "red"}
+"""Terminal colour of each state of a check."""
 
 
 @click.command("doctor")
@@ -24,43 +29,44 @@ COLOURS = {"ok": "green", "warning": "yellow", "missing": "red"}
     type=click.Path(path_type=Path),
     envvar="TUTOR_RECIPE",
     show_envvar=True,
-    help="Also estimate what this recipe takes: memory by part, disk and time by stage.",
+    help="Also estimate this recipe: memory by part, disk and time by stage.",
 )
 @build_option
 @json_option
 @click.pass_context
 def doctor_command(context: click.Context, recipe_path: Path | None, build: Path, *, as_json: bool) -> None:
-    """What this machine has and lacks, and whether a recipe fits it. Exit 4 when it cannot run here.
+    """Check this machine, and whether a recipe fits it.
 
-    A thing that is missing stops only what it is needed by; the versions of libraries that are known to harm count.
+    A missing program stops only the commands that need it. Library versions with known faults are checked too. Exit 4
+    when the recipe cannot run here.
     """
     from tutor.machine import doctor
 
-    with shown_on_stderr(context.obj):
-        report = doctor.examine(read(recipe_path) if recipe_path else None, build)
+    with progress_on_stderr(context.obj):
+        report = doctor.examine(load_recipe(recipe_path) if recipe_path else None, build)
     if not as_json and sys.stdout.isatty():
-        show(report)
+        print_tables(report)
     else:
-        emit(report.as_dict(), list(lines(report)), as_json=as_json)
+        print_result(report.as_dict(), list(report_lines(report)), as_json=as_json)
     if fault := report.fault:
-        # What was found is the result and already on stdout: with --json it stays the only document there.
-        context.exit(boundary.fail(fault.message, fault.code, fault.hint, as_json=False))
+        # The report is the result and already on stdout: with --json it stays the only document there.
+        context.exit(cli_exit.print_error(fault.message, fault.code, fault.hint, as_json=False))
 
 
-def lines(report: "Report") -> Iterator[str]:
-    """The report as plain text: a line a check, and below it what to do."""
+def report_lines(report: "Report") -> Iterator[str]:
+    """Yield the report as plain text: one line a check, with the next step below it."""
     for check in report.checks:
         yield f"{check.state:<8} {check.what:<25} {check.found}"
         if check.hint:
             yield f"{'':<34} {check.hint}{_needed(check.state, check.needed_by)}"
-    for title, rows in tables(report.recipe) if report.recipe else ():
+    for title, rows in estimate_tables(report.recipe) if report.recipe else ():
         yield ""
         yield title
         yield from (f"  {name:<14} {value:>12}  {remark}".rstrip() for name, value, remark in rows)
 
 
-def show(report: "Report") -> None:
-    """The report as tables on the terminal."""
+def print_tables(report: "Report") -> None:
+    """Print the report as tables on the terminal."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -75,7 +81,7 @@ def show(report: "Report") -> None:
         colour = COLOURS[check.state]
         table.add_row(f"[{colour}]{check.state}[/]", check.what, escape(check.found) + hint)
     console.print(table)
-    for title, rows in tables(report.recipe) if report.recipe else ():
+    for title, rows in estimate_tables(report.recipe) if report.recipe else ():
         table = Table(box=None, show_header=False)
         table.add_column(min_width=14)
         table.add_column(justify="right")
@@ -84,24 +90,24 @@ def show(report: "Report") -> None:
         console.print(f"\n[bold]{escape(title)}[/]", table if rows else "")
 
 
-def tables(recipe: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
-    """A recipe's estimate: a title, and name, value and remark of each row."""
+def estimate_tables(recipe: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
+    """Yield the tables of a recipe's estimate: a title, and name, value and remark of each row."""
     if recipe["memory"] is None:
-        yield f"{recipe['base']}: not known before it is fetched, so it cannot be estimated", []
+        yield f"{recipe['base']}: unknown before it is fetched, so its memory cannot be estimated", []
         return
     memory = recipe["memory"]
     rows = [(name, _gb(size), "") for name, size in memory["parts"].items()]
     verdict = "may not fit" if memory["tight"] else "" if memory["fits"] else "does not fit"
-    have = [("together", _gb(memory["need"]), verdict), (memory["device"], _gb(memory["total"]), "")]
+    have = [("total", _gb(memory["need"]), verdict), (memory["device"], _gb(memory["total"]), "")]
     kind = "GPU memory" if memory["gpu"] else "Memory"
-    size = f"{recipe['parameters'] / 1e6:,.0f} million parameters, {memory['pass_tokens']} tokens a pass"
+    size = f"{recipe['parameters'] / 1e6:,.0f} million parameters, {memory['pass_tokens']} tokens a micro-batch"
     yield f"{kind} of training: {size}", [*rows, *have]
     total = sum(recipe["disk"].values())
-    yield "Disk", [*((name, _gb(size), "") for name, size in recipe["disk"].items()), ("together", _gb(total), "")]
+    yield "Disk", [*((name, _gb(size), "") for name, size in recipe["disk"].items()), ("total", _gb(total), "")]
     yield (
-        "Time, roughly",
+        "Time, approximate",
         [
-            (name, _time(value), "as measured last time" if name in recipe["measured"] else "")
+            (name, _time(value), "as measured in the last run" if name in recipe["measured"] else "")
             for name, value in recipe["seconds"].items()
         ],
     )

@@ -1,12 +1,103 @@
-"""The command that asks a GGUF, or what Ollama serves, where it comes from: verify."""
+"""The commands that show what is in a build folder: summary, status, why, report, verify.
 
+In: the options of a command, and the recipe that they name. Out: tables or JSON on stdout. `report` writes its page,
+which is a stage; the others change nothing.
+"""
+
+import webbrowser
 from pathlib import Path
 
 import click
 
-from tutor.cli import exit as boundary
-from tutor.cli.options import emit, host_option, json_option, read, recipe_option
+from tutor.cli import exit as cli_exit
+from tutor.cli.options import host_option, json_option, load_recipe, print_result, progress_on_stderr, recipe_option
 from tutor.errors import ArtifactError
+
+
+@click.command("summary")
+@recipe_option
+@json_option
+def summary_command(recipe_path: Path, build: Path, *, as_json: bool) -> None:
+    """Print losses, files, speed and answers of the last run."""
+    from tutor.cli import summary
+
+    recipe = load_recipe(recipe_path)
+    collected = summary.collect(recipe, build)
+    lines = summary.summary_lines(collected, str(recipe.path)) or ["Nothing to sum up yet; run: tutor run"]
+    print_result(collected, lines, as_json=as_json)
+
+
+@click.command("status")
+@click.option("--verify", is_flag=True, help="Hash every output instead of trusting its size.")
+@recipe_option
+@json_option
+@click.pass_context
+def status_command(context: click.Context, recipe_path: Path, build: Path, *, verify: bool, as_json: bool) -> None:
+    """Show the state of every stage.
+
+    A stage is up to date, stale, missing or damaged. Exit 5 when one is damaged.
+    """
+    from tutor.pipeline import runner as pipeline
+
+    states = pipeline.inspect(load_recipe(recipe_path), build, content=verify)
+    rows = [
+        {
+            "stage": state.stage.name,
+            "condition": state.condition,
+            "folder": str(state.folder),
+            "seconds": state.manifest.seconds if state.manifest else None,
+            "made": state.manifest.started if state.manifest else None,
+            "problems": state.problems,
+        }
+        for state in states
+    ]
+    lines = [f"{row['stage']:<10} {row['condition']:<11} {row['folder']}" for row in rows]
+    print_result(rows, lines, as_json=as_json)
+    if damaged := [problem for state in states for problem in state.problems]:
+        # The rows are the result and already on stdout: with --json they stay the only document there.
+        context.exit(cli_exit.print_error(damaged[0], ArtifactError.code, "tutor run makes it again", as_json=False))
+
+
+@click.command("why")
+@click.argument("stage")
+@recipe_option
+@json_option
+def why_command(stage: str, recipe_path: Path, build: Path, *, as_json: bool) -> None:
+    """Explain why STAGE is not up to date."""
+    from tutor.pipeline import registry as chain
+    from tutor.pipeline import runner as pipeline
+
+    if stage not in chain.BY_NAME:
+        raise click.BadParameter(f"{stage!r}; known: {', '.join(chain.BY_NAME)}", param_hint="STAGE")
+    states = {state.stage.name: state for state in pipeline.inspect(load_recipe(recipe_path), build)}
+    reasons = pipeline.differences(states[stage])
+    lines = reasons or [f"{stage} is up to date"]
+    print_result({"stage": stage, "condition": states[stage].condition, "reasons": reasons}, lines, as_json=as_json)
+
+
+@click.command("report")
+@click.option("--open", "opened", is_flag=True, help="Show the page in the browser.")
+@recipe_option
+@json_option
+@click.pass_obj
+def report_command(flags: dict[str, bool], recipe_path: Path, build: Path, *, opened: bool, as_json: bool) -> None:
+    """Write all results as one page, and a model card. The page lists the stages that have not run."""
+    from tutor.artifacts.manifest import require_stage
+    from tutor.pipeline import registry as chain
+    from tutor.pipeline import runner as pipeline
+
+    recipe = load_recipe(recipe_path)
+    with progress_on_stderr(flags):
+        ran = pipeline.run_one("report", recipe, build)
+    folder = build / recipe.name / chain.BY_NAME["report"].folder
+    results = require_stage(folder, "report").results
+    page, card = (folder / results[name] for name in ("page", "card"))
+    missing = [f"  not in it, for it has not run: {', '.join(results['missing'])}"] if results["missing"] else []
+    size = f"  {results['bytes'] / 1e3:.0f} kB, {results['prompts']} prompts; model card: {card}"
+    value = {**results, "ran": ran, "page": str(page), "card": str(card)}
+    print_result(value, [str(page), size, *missing], as_json=as_json)
+    if opened and not webbrowser.open(page.resolve().as_uri()):
+        click.echo("no browser could be started; open the file above", err=True)
 
 
 @click.command("verify")
@@ -18,25 +109,22 @@ from tutor.errors import ArtifactError
 def verify_command(
     context: click.Context, what: str, host: str | None, recipe_path: Path, build: Path, *, as_json: bool
 ) -> None:
-    """Compute again what a GGUF file, or a model in Ollama, says of its origin.
+    """Recompute the recorded origin of a GGUF or an Ollama model.
 
-    A row each for the file's own sha256, its tensors against the weights that it was made of, the hashes of rows,
-    recipe, adapter, merged weights and base, and the software. ok: the same. wrong: not the same. other: other
-    software here than there, which may well be. unknown: not to be reached from here, and why. Exit 5 when a row is
-    wrong.
+    One row each for the file's own sha256, its tensors compared with the weights that it was made of, the hashes of
+    rows, recipe, adapter, merged weights and base, and the software. ok: equal. wrong: not equal. other: software
+    versions differ (allowed). unknown: cannot be recomputed here; the reason follows. Exit 5 when a row is wrong.
     """
     from tutor.serving import verify
 
-    recipe = read(recipe_path)
+    recipe = load_recipe(recipe_path)
     if verify.is_file(what):
         rows = verify.verify_file(Path(what), recipe, build)
     else:
         rows = verify.verify_model(what, host, recipe, build)
-    emit(verify.as_json(rows), verify.lines(rows), as_json=as_json)
+    print_result(verify.as_json(rows), verify.lines(rows), as_json=as_json)
     if bad := verify.wrong(rows):
         message = f"{what} is not of this recipe and build: {', '.join(row.what for row in bad)}"
         # The rows are the result and already on stdout: with --json they stay the only document there.
-        context.exit(boundary.fail(message, ArtifactError.code, "give its own --recipe and --build", as_json=False))
-
-
-COMMANDS = (verify_command,)
+        hint = "give its own --recipe and --build"
+        context.exit(cli_exit.print_error(message, ArtifactError.code, hint, as_json=False))

@@ -1,4 +1,8 @@
-"""The commands that answer and serve: ask, chat, publish, promote, rollback, models."""
+"""The commands that ask a model, and those that publish one: ask, chat, publish, promote, rollback, models.
+
+In: the options of a command, a question, an Ollama server. Out: answers, and what changed on the server, on stdout.
+The work is done in tutor/serving.
+"""
 
 import contextlib
 import functools
@@ -13,12 +17,12 @@ import click
 from tutor.cli.options import (
     Command,
     adapter_option,
-    emit,
     host_option,
     json_option,
-    read,
+    load_recipe,
+    print_result,
+    progress_on_stderr,
     recipe_option,
-    shown_on_stderr,
 )
 
 if TYPE_CHECKING:
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
     from tutor.serving.models import Who
 
 force_option = click.option(
-    "--force", is_flag=True, help="Serve it though a gate says no; what was overridden is recorded."
+    "--force", is_flag=True, help="Serve the build although a gate refused it; the refusals are recorded."
 )
 
 MODELS = ("tutor", "base", "adapter")
@@ -44,13 +48,15 @@ def who_answers(command: Command) -> Command:
         show_default=True,
         help="tutor and base answer through llama.cpp; adapter is base + adapter in transformers.",
     )
-    quantization = click.option("--quantization", help="Which GGUF answers; the one that is served.")
+    quantization = click.option(
+        "--quantization", help="Quantization of the GGUF that answers; by default the one that is served."
+    )
     engine = click.option(
         "--engine",
         type=click.Choice(ENGINES),
         default="llamacpp",
         show_default=True,
-        help="llamacpp starts a server of its own; ollama asks what tutor publish published.",
+        help="llamacpp starts its own server; ollama uses the published model.",
     )
 
     @functools.wraps(command)
@@ -73,11 +79,11 @@ def who_answers(command: Command) -> Command:
 def ask_command(
     flags: dict[str, bool], question: str | None, who: "Who", recipe_path: Path, build: Path, *, as_json: bool
 ) -> None:
-    """Ask one QUESTION (or stdin) and print the answer."""
+    """Ask one QUESTION (or the text on stdin) and print the answer."""
     from tutor.engines.protocol import sampling
     from tutor.prompt import conversation, shown
 
-    recipe = read(recipe_path)
+    recipe = load_recipe(recipe_path)
     try:
         text = (question if question is not None else sys.stdin.read() if sys.stdin else "").strip()
     except UnicodeDecodeError as error:
@@ -92,7 +98,7 @@ def ask_command(
         started = started or bool(piece)
         click.echo(piece, nl=False)
 
-    with shown_on_stderr(flags), _opened(recipe, build, who) as engine:
+    with progress_on_stderr(flags), _opened(recipe, build, who) as engine:
         answer = engine.answer(
             conversation(text, recipe.system),
             sampling(recipe.generate, recipe.seed),
@@ -115,7 +121,7 @@ def chat_command(flags: dict[str, bool], who: "Who", recipe_path: Path, build: P
     from tutor.engines.protocol import sampling
     from tutor.serving.chat import Terminal, converse
 
-    recipe = read(recipe_path)
+    recipe = load_recipe(recipe_path)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() its line editing and history
     terminal = Terminal(
@@ -123,7 +129,7 @@ def chat_command(flags: dict[str, bool], who: "Who", recipe_path: Path, build: P
         write=lambda piece: click.echo(piece, nl=False),
         note=lambda line: click.echo(line, err=True),
     )
-    with shown_on_stderr({**flags, "quiet": True}), _opened(recipe, build, who) as engine:
+    with progress_on_stderr({**flags, "quiet": True}), _opened(recipe, build, who) as engine:
         converse(
             engine,
             sampling(recipe.generate, recipe.seed),
@@ -149,8 +155,8 @@ def _opened(recipe: "Recipe", build: Path, who: "Who") -> "contextlib.AbstractCo
 @click.command("publish")
 @host_option
 @adapter_option
-@click.option("--wait", default=5.0, show_default=True, help="Seconds that a server may need to start.")
-@click.option("--if-there", is_flag=True, help="No server is no error: say so and end.")
+@click.option("--wait", default=5.0, show_default=True, help="Maximum seconds to wait for the server to start.")
+@click.option("--if-there", is_flag=True, help="End without an error when there is no server.")
 @force_option
 @recipe_option
 @json_option
@@ -167,20 +173,25 @@ def publish_command(  # noqa: PLR0913 - a command's options
     force: bool,
     as_json: bool,
 ) -> None:
-    """Put the model into Ollama, prove that it is what was trained, and serve it as latest where it is no worse."""
+    """Publish the model to Ollama and serve it unless it is worse.
+
+    The published build is first compared with the trained model; a build that passes is served as latest.
+    """
     from tutor.engines.ollama.protocol import UnreachableError
     from tutor.serving import promote as promoting
     from tutor.serving import publish as publishing
 
     try:
-        with shown_on_stderr(flags):
-            result = promoting.publish(read(recipe_path), build, host=host, adapter=adapter, wait=wait, force=force)
+        with progress_on_stderr(flags):
+            result = promoting.publish(
+                load_recipe(recipe_path), build, host=host, adapter=adapter, wait=wait, force=force
+            )
     except UnreachableError as error:
         if not if_there:
             raise
-        emit({"published": False, "why": error.message}, [f"Not published: {error.message}"], as_json=as_json)
+        print_result({"published": False, "why": error.message}, [f"Not published: {error.message}"], as_json=as_json)
         return
-    emit(result, publishing.published_lines(result), as_json=as_json)
+    print_result(result, publishing.published_lines(result), as_json=as_json)
 
 
 @click.command("promote")
@@ -202,14 +213,19 @@ def promote_command(  # noqa: PLR0913 - a command's options
     force: bool,
     as_json: bool,
 ) -> None:
-    """Serve a published BUILD (the newest one where none is named) as latest, where it is no worse. Exit 8 if it is."""
+    """Serve a published BUILD as latest unless it is worse.
+
+    Without BUILD it is the newest one. Exit 8 when it is worse than the build in service.
+    """
     from tutor.serving import promote as promoting
     from tutor.serving import publish as publishing
 
-    with shown_on_stderr(flags):
-        result = promoting.promote(read(recipe_path), build, published_build, host=host, adapter=adapter, force=force)
+    with progress_on_stderr(flags):
+        result = promoting.promote(
+            load_recipe(recipe_path), build, published_build, host=host, adapter=adapter, force=force
+        )
     line = f"{result['model']}:latest is {result['build']} at {result['host']}"
-    emit(result, [line, *publishing.promotion_lines(result["promotion"])], as_json=as_json)
+    print_result(result, [line, *publishing.promotion_lines(result["promotion"])], as_json=as_json)
 
 
 @click.command("rollback")
@@ -218,12 +234,12 @@ def promote_command(  # noqa: PLR0913 - a command's options
 @recipe_option
 @json_option
 def rollback_command(host: str | None, recipe_path: Path, build: Path, *, adapter: bool, as_json: bool) -> None:
-    """Serve again what was latest before."""
+    """Serve the build that was latest before."""
     del build
     from tutor.serving import publish as publishing
 
-    result = publishing.rollback(read(recipe_path), host=host, adapter=adapter)
-    emit(result, [f"{result['model']}:latest is {result['build']} again at {result['host']}"], as_json=as_json)
+    result = publishing.rollback(load_recipe(recipe_path), host=host, adapter=adapter)
+    print_result(result, [f"{result['model']}:latest is {result['build']} again at {result['host']}"], as_json=as_json)
 
 
 @click.command("models")
@@ -231,12 +247,12 @@ def rollback_command(host: str | None, recipe_path: Path, build: Path, *, adapte
 @recipe_option
 @json_option
 def models_command(host: str | None, recipe_path: Path, build: Path, *, as_json: bool) -> None:
-    """What is published, the newest build first."""
+    """List the published builds, the newest first."""
     del build
     from tutor.serving import publish as publishing
 
-    rows = publishing.models(read(recipe_path), host=host)
-    emit(rows, publishing.model_lines(rows), as_json=as_json)
+    rows = publishing.models(load_recipe(recipe_path), host=host)
+    print_result(rows, publishing.model_lines(rows), as_json=as_json)
 
 
 COMMANDS = (

@@ -1,29 +1,32 @@
-"""The commands of the Compose stack: all of it in order, and one's hands on the containers."""
+"""The commands of the Compose stack: run every service in order, or start, stop, follow and enter its containers.
+
+In: the options of a command, and the recipe that they name. Out: what tutor/pipeline/compose.py did.
+"""
 
 from pathlib import Path
 
 import click
 
-from tutor.cli.options import emit, json_option, read, recipe_option, shown_on_stderr
+from tutor.cli.options import json_option, load_recipe, print_result, progress_on_stderr, recipe_option
 
 
 @click.group("stack")
 def stack_group() -> None:
-    """The Compose stack: every stage in its container, and Ollama."""
+    """Run every stage in its container, and Ollama (Compose)."""
 
 
 @stack_group.command("run")
-@click.option("--gpu/--no-gpu", default=None, help="Require the GPU, or leave it out; by the recipe where not said.")
+@click.option("--gpu/--no-gpu", default=None, help="Require a GPU, or run without one; the recipe decides by default.")
 @recipe_option
 @json_option
 @click.pass_obj
 def stack_run(flags: dict[str, bool], recipe_path: Path, build: Path, *, gpu: bool | None, as_json: bool) -> None:
-    """Preflight, images, trainer, merger, converter, Ollama, publisher, evaluator, reporter."""
+    """Run preflight, images, trainer, merger, converter, Ollama, publisher, evaluator and reporter."""
     from tutor.pipeline import compose as stack
 
-    with shown_on_stderr(flags):
-        result = stack.run_all(read(recipe_path), build, gpu=gpu)
-    emit(result, stack.lines(result), as_json=as_json)
+    with progress_on_stderr(flags):
+        result = stack.run_all(load_recipe(recipe_path), build, gpu=gpu)
+    print_result(result, stack.lines(result), as_json=as_json)
 
 
 @stack_group.command("call")
@@ -34,4 +37,4 @@ def stack_call(context: click.Context, name: str, recipe_path: Path, build: Path
     """Start or stop Ollama's container, follow its log, or open a shell in the trainer's image."""
     from tutor.pipeline import compose as stack
 
-    context.exit(stack.call(read(recipe_path), build, name))
+    context.exit(stack.call(load_recipe(recipe_path), build, name))

@@ -1,0 +1,147 @@
+"""The commands that make or remove stage folders: run, one command a stage, data split, clean.
+
+In: the options of a command, and the recipe that they name. Out: what the pipeline did, on stdout. Decides nothing
+about stages: tutor/pipeline runs them, or finds them up to date.
+"""
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tutor.cli import exit as cli_exit
+from tutor.cli.options import indented, json_option, load_recipe, print_result, progress_on_stderr, recipe_option
+from tutor.errors import GateError
+from tutor.machine import distributed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+
+@click.command("run")
+@click.option("--until", metavar="STAGE", help="Stop after this stage.")
+@recipe_option
+@json_option
+@click.pass_obj
+def run_command(flags: dict[str, bool], until: str | None, recipe_path: Path, build: Path, *, as_json: bool) -> None:
+    """Run every stage that is not up to date, and print a summary."""
+    from tutor.cli import summary
+    from tutor.pipeline import registry as chain
+    from tutor.pipeline import runner as pipeline
+
+    if until is not None and until not in chain.BY_NAME:
+        raise click.BadParameter(f"{until!r}; known: {', '.join(chain.BY_NAME)}", param_hint="--until")
+    recipe = load_recipe(recipe_path)
+    with progress_on_stderr(flags):
+        ran = pipeline.run_all(recipe, build, until=until)
+    collected = summary.collect(recipe, build)
+    opening = [] if ran else ["Nothing to do: every stage is up to date."]
+    lines = [*opening, *summary.summary_lines(collected, str(recipe.path))]
+    print_result({"ran": ran, **collected}, lines, as_json=as_json)
+
+
+@click.command("ladder")
+@recipe_option
+@json_option
+@click.pass_obj
+def ladder_command(flags: dict[str, bool], recipe_path: Path, build: Path, *, as_json: bool) -> None:
+    """Benchmark the quantizations and choose one.
+
+    The table: size; perplexity of the held-out answers, and its increase over F16's (loses); KL divergence from F16
+    in nats a token, its mean and 99th percentile; how often both prefer the same token; tokens/s of reading a prompt
+    and of writing an answer, and peak memory, in llama-server on this machine. ladder.svg is the table as a picture.
+    The smallest one inside convert.budget is served where ollama.quantization is "auto".
+    """
+    from tutor.cli.summary import ladder_lines
+
+    _run_stage("ladder", flags, recipe_path, build, as_json=as_json, to_lines=ladder_lines)
+
+
+@click.command("parity")
+@click.option("--host", metavar="HOST", help="Compare the model that this Ollama serves with the stage's record.")
+@recipe_option
+@json_option
+@click.pass_context
+def parity_command(context: click.Context, host: str | None, recipe_path: Path, build: Path, *, as_json: bool) -> None:
+    """Compare every engine that the model passes, token by token. Exit 8 when one diverges."""
+    from tutor.cli import summary
+    from tutor.pipeline import runner as pipeline
+    from tutor.serving import publish as publishing
+    from tutor.stages.parity.gate import lines
+
+    recipe = load_recipe(recipe_path)
+    with progress_on_stderr(context.obj):
+        if host is None:
+            with contextlib.suppress(GateError):  # printed below, after the table
+                pipeline.run_one("parity", recipe, build)
+            result = summary.collect(recipe, build)["stages"]["parity"]
+        else:
+            result = publishing.parity(recipe, build, host=host)
+    print_result(result, lines(result["hand_overs"]), as_json=as_json)
+    if refused := result.get("refused"):
+        context.exit(cli_exit.print_error(refused["message"], GateError.code, refused["hint"], as_json=False))
+
+
+@click.command("clean")
+@click.argument("stages", nargs=-1)
+@recipe_option
+@json_option
+def clean_command(stages: tuple[str, ...], recipe_path: Path, build: Path, *, as_json: bool) -> None:
+    """Delete the outputs of STAGES (all when none is named)."""
+    from tutor.pipeline import runner as pipeline
+
+    removed = [str(path) for path in pipeline.clean(load_recipe(recipe_path), build, stages)]
+    print_result({"removed": removed}, [f"removed {path}" for path in removed], as_json=as_json)
+
+
+def _stage_command(stage: str, command: str, about: str) -> click.Command:
+    """Return a command of this name that runs one stage, and has no options of its own."""
+
+    @click.command(command, help=about)
+    @recipe_option
+    @json_option
+    @click.pass_obj
+    def run_stage(flags: dict[str, bool], recipe_path: Path, build: Path, *, as_json: bool) -> None:
+        _run_stage(stage, flags, recipe_path, build, as_json=as_json)
+
+    return run_stage
+
+
+data_split = _stage_command("data", "split", "Write the train and held-out split: the pipeline's first stage.")
+
+STAGE_COMMANDS = (
+    _stage_command("base", "base", "Fetch or make the base model, and check it."),
+    _stage_command("train", "train", "Train the LoRA adapter (QLoRA) and measure its held-out loss."),
+    _stage_command("merge", "merge", "Merge the adapter into the 16-bit base."),
+    _stage_command("convert", "convert", "Convert to GGUF and quantize, with the pinned llama.cpp."),
+    ladder_command,
+    parity_command,
+    _stage_command("modelfile", "modelfile", "Render the Modelfile for Ollama."),
+)
+"""The commands that run one stage each, in pipeline order."""
+
+
+def _run_stage(
+    name: str,
+    flags: dict[str, bool],
+    recipe_path: Path,
+    build: Path,
+    *,
+    as_json: bool,
+    to_lines: "Callable[[Mapping[str, Any]], list[str]]" = indented,
+) -> None:
+    from tutor.artifacts.manifest import require_stage
+    from tutor.pipeline import registry as chain
+    from tutor.pipeline import runner as pipeline
+
+    recipe = load_recipe(recipe_path)
+    with progress_on_stderr(flags):
+        ran = pipeline.run_one(name, recipe, build)
+    if not distributed.is_main_process():
+        return
+    folder = build / recipe.name / chain.BY_NAME[name].folder
+    manifest = require_stage(folder, name)
+    result = {"stage": name, "ran": ran, "folder": str(folder), "results": manifest.results}
+    lines = [f"{name}: {folder}" if ran else f"{name}: up to date, {folder}", *to_lines(manifest.results)]
+    print_result(result, lines, as_json=as_json)
