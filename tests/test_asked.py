@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tutor.engines.protocol import Answer, Engine, Generation
 from tutor.errors import ServiceError
 from tutor.prompt import Message, render
-from tutor.stages.evaluate.answers import DEADLY, Task, ask_all
+from tutor.stages.evaluate.answers import MAX_LOST, Task, answer_prompts
 
 GREEDY = Generation(max_new_tokens=50, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=7)
 PROMPTS = [{"instruction": f"¿Qué es {name}?"} for name in "abcdef"]
@@ -103,7 +103,7 @@ EXPECTED = [f" Sobre ¿Qué es {name}?" for name in "abcdef"]
 
 def test_every_prompt_is_asked_once_in_order_after_one_warm_up(task: Task) -> None:
     servers = Servers(Fake())
-    records = ask_all(servers, PROMPTS, replace(task, system="Eres un tutor."))
+    records = answer_prompts(servers, PROMPTS, replace(task, system="Eres un tutor."))
     assert texts(records) == EXPECTED
     asked = servers.made[0].asked
     assert asked[0][1].max_new_tokens == 1
@@ -114,20 +114,20 @@ def test_every_prompt_is_asked_once_in_order_after_one_warm_up(task: Task) -> No
 
 
 def test_a_prompt_that_fails_is_a_record_and_the_rest_is_asked(task: Task) -> None:
-    records = ask_all(Servers(Fake(faults={"¿Qué es b?": "too long"})), PROMPTS, task)
+    records = answer_prompts(Servers(Fake(faults={"¿Qué es b?": "too long"})), PROMPTS, task)
     assert records[1] == {"error": "too long"}
     assert texts(records) == [EXPECTED[0], "too long", *EXPECTED[2:]]
 
 
 def test_a_dead_engine_is_started_again_at_the_prompt_it_died_on(task: Task) -> None:
     servers = Servers(Fake(dead_from=4), Fake())
-    assert texts(ask_all(servers, PROMPTS, task)) == EXPECTED
+    assert texts(answer_prompts(servers, PROMPTS, task)) == EXPECTED
     assert [prompt[13:23] for prompt, _ in servers.made[1].asked[1:]][:2] == ["¿Qué es c?", "¿Qué es d?"]
 
 
 def test_a_prompt_on_which_every_engine_dies_is_given_up_and_the_rest_is_asked(task: Task) -> None:
     servers = Servers(always=Fake(dies_on="c"))
-    records = ask_all(servers, PROMPTS, task)
+    records = answer_prompts(servers, PROMPTS, task)
     assert records[2] == {"error": "the engine died on it 2 times"}
     assert [record for record in texts(records) if record in EXPECTED] == [*EXPECTED[:2], *EXPECTED[3:]]
     assert len(servers.made) == 3
@@ -135,15 +135,15 @@ def test_a_prompt_on_which_every_engine_dies_is_given_up_and_the_rest_is_asked(t
 
 def test_an_engine_that_dies_on_everything_ends_the_run(task: Task) -> None:
     servers = Servers(always=Fake(dies_on="¿"))
-    with pytest.raises(ServiceError, match=f"died on {DEADLY} prompts in a row, 2 times each.*prompt 3 of 6"):
-        ask_all(servers, PROMPTS, task)
+    with pytest.raises(ServiceError, match=f"died on {MAX_LOST} prompts in a row, 2 times each.*prompt 3 of 6"):
+        answer_prompts(servers, PROMPTS, task)
     assert servers.running == 0
 
 
 def test_an_engine_that_never_answers_ends_the_run_at_once(task: Task) -> None:
     servers = Servers(Fake(dead_from=1))
     with pytest.raises(ServiceError, match="refused"):
-        ask_all(servers, PROMPTS, task)
+        answer_prompts(servers, PROMPTS, task)
     assert len(servers.made) == 1
 
 
@@ -152,14 +152,14 @@ def test_an_engine_that_never_answers_ends_the_run_at_once(task: Task) -> None:
 
 def test_answers_are_the_same_in_the_same_order_however_many_are_asked_at_a_time(task: Task) -> None:
     servers = Servers(always=Fake(meet=threading.Barrier(3)))
-    assert texts(ask_all(servers, PROMPTS, task, parallel=3)) == EXPECTED
+    assert texts(answer_prompts(servers, PROMPTS, task, parallel=3)) == EXPECTED
     assert servers.most == 3, "each with an engine of its own"
     assert sorted(servers.questions()) == [f"¿Qué es {name}?" for name in "abcdef"]
 
 
 def test_no_more_engines_are_started_than_there_are_prompts(task: Task) -> None:
     servers = Servers(always=Fake())
-    ask_all(servers, PROMPTS[:2], task, parallel=64)
+    answer_prompts(servers, PROMPTS[:2], task, parallel=64)
     assert len(servers.made) <= 2
 
 
@@ -189,14 +189,14 @@ def test_one_of_several_that_fails_ends_the_others_in_mid_answer(task: Task) -> 
     meet = threading.Barrier(3)
     servers = Servers(Fake(dead_from=1, meet=meet), Talkative(meet=meet), Talkative(meet=meet))
     with pytest.raises(ServiceError, match="refused"):
-        ask_all(servers, PROMPTS, task, parallel=3)
+        answer_prompts(servers, PROMPTS, task, parallel=3)
     assert [engine.stopped for engine in servers.made if isinstance(engine, Talkative)] == [True, True]
     assert servers.running == 0
 
 
 def test_of_several_one_dies_and_the_prompt_is_asked_again(task: Task) -> None:
     servers = Servers(Fake(dead_from=3), always=Fake(pause=0.01))
-    assert texts(ask_all(servers, PROMPTS, task, parallel=2)) == EXPECTED
+    assert texts(answer_prompts(servers, PROMPTS, task, parallel=2)) == EXPECTED
 
 
 # Journals
@@ -224,14 +224,14 @@ class Ending(Fake):
 
 def ended(task: Task, answers: int = 3, **options: Any) -> None:
     with pytest.raises(Killed):
-        ask_all(Servers(Ending(answers=answers, **options)), PROMPTS, task)
+        answer_prompts(Servers(Ending(answers=answers, **options)), PROMPTS, task)
 
 
 def test_a_run_that_was_ended_goes_on_where_it_stopped(task: Task, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "tutor")
     ended(task)
     servers = Servers(Fake())
-    assert texts(ask_all(servers, PROMPTS, task)) == EXPECTED
+    assert texts(answer_prompts(servers, PROMPTS, task)) == EXPECTED
     assert servers.questions() == ["¿Qué es d?", "¿Qué es e?", "¿Qué es f?"]
     assert "3 of 6 answers are there" in caplog.text
     assert ("tutor 6/6: 10 tokens, stop", 6, 6) in [
@@ -241,14 +241,14 @@ def test_a_run_that_was_ended_goes_on_where_it_stopped(task: Task, caplog: pytes
 
 
 def test_all_answers_there_is_no_engine_started(task: Task) -> None:
-    ask_all(Servers(Fake()), PROMPTS, task)
-    assert texts(ask_all(Servers(), PROMPTS, task)) == EXPECTED
+    answer_prompts(Servers(Fake()), PROMPTS, task)
+    assert texts(answer_prompts(Servers(), PROMPTS, task)) == EXPECTED
 
 
 def test_an_error_is_not_kept_but_asked_again(task: Task) -> None:
-    ask_all(Servers(Fake(faults={"¿Qué es b?": "busy"})), PROMPTS, task)
+    answer_prompts(Servers(Fake(faults={"¿Qué es b?": "busy"})), PROMPTS, task)
     servers = Servers(Fake())
-    assert texts(ask_all(servers, PROMPTS, task)) == EXPECTED
+    assert texts(answer_prompts(servers, PROMPTS, task)) == EXPECTED
     assert servers.questions() == ["¿Qué es b?"]
 
 
@@ -264,14 +264,14 @@ def test_an_error_is_not_kept_but_asked_again(task: Task) -> None:
 def test_answers_of_another_model_or_other_settings_are_not_taken(task: Task, other: dict[str, Any]) -> None:
     ended(task)
     servers = Servers(Fake())
-    ask_all(servers, PROMPTS, replace(task, **other))
+    answer_prompts(servers, PROMPTS, replace(task, **other))
     assert len(servers.questions()) == 6
 
 
 def test_answers_to_other_prompts_are_not_taken(task: Task) -> None:
     ended(task)
     servers = Servers(Fake())
-    assert texts(ask_all(servers, PROMPTS[1:], task)) == EXPECTED[1:]
+    assert texts(answer_prompts(servers, PROMPTS[1:], task)) == EXPECTED[1:]
     assert len(servers.questions()) == 5
 
 
@@ -286,15 +286,15 @@ def test_wherever_a_journal_was_cut_what_is_whole_is_taken_and_the_rest_asked(
     whole = path.read_bytes()
     path.write_bytes(whole[:kept])
     servers = Servers(Fake())
-    assert texts(ask_all(servers, PROMPTS, task)) == EXPECTED
+    assert texts(answer_prompts(servers, PROMPTS, task)) == EXPECTED
     assert len(servers.questions()) == 6 - max(0, whole[:kept].count(b"\n") - 1)
     assert json.loads(path.read_bytes().splitlines()[0]).keys() == {"key"}
-    assert texts(ask_all(Servers(), PROMPTS, task)) == EXPECTED
+    assert texts(answer_prompts(Servers(), PROMPTS, task)) == EXPECTED
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"[]\n", b"null\n", b"\xff\xfe\n", b'{"key": 1}\n{}\n', b"{\n"])
 def test_a_file_that_is_no_journal_is_written_over(task: Task, content: bytes) -> None:
     task.journal.parent.mkdir()
     task.journal.write_bytes(content)
-    assert texts(ask_all(Servers(Fake()), PROMPTS, task)) == EXPECTED
-    assert texts(ask_all(Servers(), PROMPTS, task)) == EXPECTED
+    assert texts(answer_prompts(Servers(Fake()), PROMPTS, task)) == EXPECTED
+    assert texts(answer_prompts(Servers(), PROMPTS, task)) == EXPECTED

@@ -158,7 +158,7 @@ def test_a_run_asks_judges_and_scores_every_model(tmp_path: Path, out: Path) -> 
     assert len(change["better"]) == 4
     assert summary["copied"]["tutor"]["half_copied"] == 4
     assert (summary["paraphrases"], summary["general"]) == (None, None)
-    assert [finding["said"] for finding in summary["findings"]] == ["worse", *["no difference shown"] * 1]
+    assert [finding["conclusion"] for finding in summary["findings"]] == ["worse", *["no difference shown"] * 1]
     json.dumps(summary, allow_nan=False)
 
 
@@ -195,7 +195,7 @@ def test_general_texts_are_scored_by_base_and_tutor(tmp_path: Path, out: Path) -
     inputs = write_inputs(tmp_path, logprob=-3.0)
     summary = run(recipe(tmp_path, evaluate={"general": "general.jsonl"}), inputs, out)
     assert (summary["general"]["n"], summary["general"]["difference"]) == (7, 1.0)
-    assert summary["general"]["said"] == "worse"
+    assert summary["general"]["conclusion"] == "worse"
     assert "general texts: perplexity 7.39 before and 20.09 after tuning (7 texts): worse" in [
         finding["text"] for finding in summary["findings"]
     ]

@@ -161,7 +161,7 @@ def test_two_builds_are_compared_over_the_prompts_that_both_were_asked(recipe: R
     found = compare(recipe, tmp_path / "build", str(early), str(late / "eval" / "answers.json"))
     assert (found["n"], found["left_out"]) == (6, {"before": 1, "after": 1})
     assert found["all"]["passed"]["before"]["n"] == 1
-    assert found["all"]["passed"]["said"] == "better"
+    assert found["all"]["passed"]["conclusion"] == "better"
     assert found["better"] == [prompt["instruction"] for prompt in PROMPTS[1:6]]
     assert found["worse"] == []
     lines = summary.comparison_lines(found)
@@ -178,7 +178,7 @@ def test_two_builds_are_compared_over_the_prompts_that_both_were_asked(recipe: R
 def test_a_build_compared_with_itself_shows_no_difference(recipe: Recipe, tmp_path: Path) -> None:
     same = str(written(tmp_path / "one", [True, False] * 4, PROMPTS))
     found = compare(recipe, tmp_path, same, same)
-    assert {entry["said"] for entry in (*found["all"].values(), *found["categories"].values())} == {
+    assert {entry["conclusion"] for entry in (*found["all"].values(), *found["categories"].values())} == {
         "no difference shown"
     }
     assert (found["better"], found["worse"]) == ([], [])
@@ -187,7 +187,7 @@ def test_a_build_compared_with_itself_shows_no_difference(recipe: Recipe, tmp_pa
 @pytest.mark.usefixtures("llamacpp")
 def test_a_build_can_be_compared_with_a_model_that_is_asked(recipe: Recipe, build: Path, tmp_path: Path) -> None:
     early = written(tmp_path / "one", [False] * 8, PROMPTS)
-    assert compare(recipe, build, str(early), "tutor")["all"]["passed"]["said"] == "better"
+    assert compare(recipe, build, str(early), "tutor")["all"]["passed"]["conclusion"] == "better"
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '[{"answers": {}}]', '[{"answers": {"tutor": {"text": "x"}}}]'])
@@ -227,7 +227,7 @@ def test_two_ollama_models_are_asked_both_and_compared(recipe: Recipe, build: Pa
             compare(recipe, build, "alfa", "gamma", engine="ollama", host=server.host)
         found = compare(recipe, build, "alfa", "ollama:beta", engine="ollama", host=server.host, parallel=2)
     assert (found["before"], found["after"], found["n"]) == ("ollama:alfa", "ollama:beta", 8)
-    assert found["all"]["passed"]["said"] == "no difference shown"
+    assert found["all"]["passed"]["conclusion"] == "no difference shown"
 
 
 def test_the_command_prints_the_table_or_json(tmp_path: Path, recipe_file: Path) -> None:

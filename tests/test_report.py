@@ -143,11 +143,11 @@ def asked(text: str = "¿Qué es una interfaz?") -> list[dict[str, Any]]:
 def evaluated(answers: list[dict[str, Any]]) -> dict[str, Any]:
     told = {name: [item["answers"][name] for item in answers] for name in ("base", "tutor")}
     models = {name: {"file": f"{name}-Q8_0", **rates.summarise(answers, found)} for name, found in told.items()}
-    change = {"before": "base", "after": "tutor", **rates.differences(answers, told["base"], told["tutor"], 1)}
-    general = {"n": 2, "perplexity": {"base": 4.0, "tutor": 5.0}, "said": "worse", "difference": 0.2, "low": 0.1,
+    change = {"before": "base", "after": "tutor", **rates.changes(answers, told["base"], told["tutor"], 1)}
+    general = {"n": 2, "perplexity": {"base": 4.0, "tutor": 5.0}, "conclusion": "worse", "difference": 0.2, "low": 0.1,
                "high": 0.3, "languages": {"es": {"n": 2, "perplexity": {"base": 4.0, "tutor": 5.0}}}}  # fmt: skip
     copied = {"tutor": {"n": 9, "median": 2.0, "longest": 30, "half_copied": 1}}
-    findings = [{"said": "worse", "text": "general texts: 4.00 before and 5.00 after"}]
+    findings = [{"conclusion": "worse", "text": "general texts: 4.00 before and 5.00 after"}]
     rest = {"paraphrases": change["all"]["passed"], "general": general, "copied": copied, "findings": findings}
     return {"models": models, "differences": [change], **rest}
 
@@ -231,7 +231,7 @@ def test_what_strangers_wrote_is_text_and_never_markup(made: Made) -> None:
         item["topic"] = EVIL
         item["answers"] = {EVIL: {**record(passed=False, text=f"{EVIL}\n```{EVIL}\n\u202e\x1b\x07"), "reasons": [EVIL]}}
     evil = evaluated(asked())
-    evil["findings"] = [{"said": "worse", "text": EVIL}]
+    evil["findings"] = [{"conclusion": "worse", "text": EVIL}]
     row = {"instruction": EVIL, "response": EVIL}
     changed = replace(
         made, name=EVIL, model=EVIL, answers=answers, machine=[(EVIL, EVIL)],

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tutor.stages.evaluate import intervals as statistics
-from tutor.stages.evaluate.intervals import FEWEST, Difference, paired_values, paired_verdicts, said, wilson
+from tutor.stages.evaluate import intervals
+from tutor.stages.evaluate.intervals import MIN_PAIRS, Difference, conclude, paired_values, paired_verdicts, wilson
 
 PAIRS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=12)
 
@@ -43,32 +43,32 @@ def test_a_rates_interval_holds_the_rate(n: int, data: st.DataObject) -> None:
 def test_a_clear_difference_is_shown_and_its_mirror_too() -> None:
     better, worse = difference(20, 2, 8), difference(2, 20, 8)
     assert (better.n, better.higher, better.lower, better.mean) == (30, 20, 2, 0.6)
-    assert said(better) == "better"
-    assert said(worse) == "worse"
-    assert said(better, more_is_better=False) == "worse"
+    assert conclude(better) == "better"
+    assert conclude(worse) == "worse"
+    assert conclude(better, more_is_better=False) == "worse"
 
 
 def test_a_model_against_itself_shows_no_difference_and_is_not_certain_of_it() -> None:
     found = difference(0, 0, 10)
-    assert said(found) == "no difference shown"
+    assert conclude(found) == "no difference shown"
     assert (found.low, found.high) == (-0.2, 0.2)
 
 
 @pytest.mark.parametrize("prompts", [1, 2, 3, 4])
 def test_a_handful_of_prompts_proves_nothing_even_where_all_are_won(prompts: int) -> None:
-    assert said(difference(prompts, 0, 0)) == "no difference shown"
+    assert conclude(difference(prompts, 0, 0)) == "no difference shown"
 
 
 def test_ten_of_ten_is_shown_without_claiming_certainty() -> None:
     found = difference(10, 0, 0)
-    assert said(found) == "better"
+    assert conclude(found) == "better"
     assert found.low is not None
     assert found.low < 0.7
 
 
 def test_only_what_changes_counts_however_many_stay_the_same() -> None:
     """Two models whose rates differ by 5 points, on the same easy and hard prompts: pairing shows it, rates do not."""
-    assert said(difference(6, 0, 114)) == "better"
+    assert conclude(difference(6, 0, 114)) == "better"
 
 
 @given(PAIRS, st.integers(0, 2**32))
@@ -102,9 +102,9 @@ def test_a_difference_costs_as_many_draws_of_its_prompts_as_it_resamples(monkeyp
             drawn.append(k)
             return super().choices(population, *given, k=k, **more)
 
-    monkeypatch.setattr(statistics.random, "Random", Counting)
+    monkeypatch.setattr(intervals.random, "Random", Counting)
     difference(40, 20, 60)
-    assert drawn == [120] * statistics.RESAMPLES
+    assert drawn == [120] * intervals.RESAMPLES
 
 
 def test_measurements_are_compared_by_text() -> None:
@@ -112,16 +112,16 @@ def test_measurements_are_compared_by_text() -> None:
     found = paired_values(before, [value + 0.1 for value in before], 7)
     assert found.mean == pytest.approx(0.1)
     assert found.low == pytest.approx(0.1)
-    assert said(found, more_is_better=False) == "worse"
+    assert conclude(found, more_is_better=False) == "worse"
 
 
 def test_measurements_that_go_both_ways_show_nothing() -> None:
     before = [2.0] * 20
     after = [2.0 + (-1) ** number for number in range(20)]
-    assert said(paired_values(before, after, 7), more_is_better=False) == "no difference shown"
+    assert conclude(paired_values(before, after, 7), more_is_better=False) == "no difference shown"
 
 
 def test_too_few_measurements_have_no_interval() -> None:
-    found = paired_values([1.0] * (FEWEST - 1), [9.0] * (FEWEST - 1), 7)
-    assert (found.low, found.high, said(found)) == (None, None, "no difference shown")
+    found = paired_values([1.0] * (MIN_PAIRS - 1), [9.0] * (MIN_PAIRS - 1), 7)
+    assert (found.low, found.high, conclude(found)) == (None, None, "no difference shown")
     assert paired_values([], [], 7).mean == 0.0

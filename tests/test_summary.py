@@ -104,7 +104,7 @@ def test_an_answer_that_failed_is_shown_as_such(recipe, tmp_path):
 
 
 def test_what_got_worse_is_said_below_the_table():
-    found = [{"said": "worse", "text": "general texts: …"}, {"said": "better", "text": "in Spanish: …"}]
+    found = [{"conclusion": "worse", "text": "general texts: …"}, {"conclusion": "better", "text": "in Spanish: …"}]
     lines = summary.verdict_lines({"models": {"tutor": MODEL}, "findings": found})
     assert lines[-2:] == ["  WORSE: general texts: …", "  in Spanish: …"]
 
@@ -120,7 +120,7 @@ def test_each_kind_of_question_has_its_count_and_what_changed_its_interval():
         "difference": 1.0,
         "low": 0.375,
         "high": 1.0,
-        "said": "better",
+        "conclusion": "better",
     }
     kinds = {kind: {"n": 8, "passed": rate(count)} for kind, count in (("definicion", 2), ("ejemplo", 6))}
     change = {"before": "base", "after": "tutor", "all": {"passed": entry}, "categories": {"definicion": entry}}

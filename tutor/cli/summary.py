@@ -169,7 +169,7 @@ def _share(rate: Mapping[str, Any], number: int) -> str:
 
 
 def _finding(found: Mapping[str, str]) -> str:
-    return f"WORSE: {found['text']}" if found["said"] == "worse" else found["text"]
+    return f"WORSE: {found['text']}" if found["conclusion"] == "worse" else found["text"]
 
 
 def comparison_lines(result: Mapping[str, Any]) -> list[str]:
@@ -198,7 +198,7 @@ def comparison_lines(result: Mapping[str, Any]) -> list[str]:
 def _change(label: str, entry: Mapping[str, Any]) -> str:
     shares = "".join(f"{_share(entry[side], entry['n']):>18}" for side in ("before", "after"))
     interval = "" if entry["low"] is None else f"[{100 * entry['low']:+.0f}, {100 * entry['high']:+.0f}]"
-    return f"  {label:<22}{shares}   {100 * entry['difference']:+4.0f} {interval:<14}{entry['said']}"
+    return f"  {label:<22}{shares}   {100 * entry['difference']:+4.0f} {interval:<14}{entry['conclusion']}"
 
 
 def _example(example: Mapping[str, Any]) -> list[str]:

@@ -3,7 +3,7 @@
 In: names of models (models.py) or folders with answers, a recipe whose data stage has run. Out: for each model that
 was asked `eval-<label>/answers.json` in the build folder, as the evaluate stage writes it but with this one model in
 `answers`; it is asked again only when something changed that its answers depend on. What changed between two models
-as rates.differences says.
+as rates.changes returns them.
 """
 
 import itertools
@@ -27,9 +27,8 @@ from tutor.pipeline.runner import announced
 from tutor.recipe.settings import Recipe
 from tutor.serving import publish as publishing
 from tutor.serving.models import Who, identity, named, opened
-from tutor.stages.evaluate import generalization as honesty
-from tutor.stages.evaluate import rates, stage
-from tutor.stages.evaluate.answers import Task, ask_all
+from tutor.stages.evaluate import generalization, rates, stage
+from tutor.stages.evaluate.answers import Task, answer_prompts
 
 CODE = (
     "serving/compare.py",
@@ -88,9 +87,9 @@ def evaluate(recipe: Recipe, build: Path, whom: Sequence[Who], *, parallel: int 
         "ran": any(each.ran for each in asked),
         "models": {each.label: each.results["models"][each.label] for each in asked},
         "copied": {each.label: each.results["copied"][each.label] for each in asked},
-        "differences": stage.between(asked[0].prompts, records, recipe.seed),
+        "differences": stage.changes_from_first(asked[0].prompts, records, recipe.seed),
     }
-    return {**result, "findings": honesty.findings(result)}
+    return {**result, "findings": generalization.findings(result)}
 
 
 def compare(recipe: Recipe, build: Path, before: str, after: str, **asking: Any) -> dict[str, Any]:
@@ -109,7 +108,7 @@ def compare(recipe: Recipe, build: Path, before: str, after: str, **asking: Any)
         )
     prompts = [early.prompts[place] for place in common]
     theirs = [late.records[places[prompt["instruction"]]] for prompt in prompts]
-    changes = rates.differences(prompts, [early.records[place] for place in common], theirs, recipe.seed)
+    changes = rates.changes(prompts, [early.records[place] for place in common], theirs, recipe.seed)
     return {
         "before": early.label,
         "after": late.label,
@@ -174,16 +173,16 @@ def _ask(recipe: Recipe, build: Path, who: Who, label: str, parallel: int) -> As
                 logs = log_folder(out)
                 logs.mkdir(exist_ok=True)
                 task = Task(label, generation, recipe.system, checkpoint_folder(out) / "answers.jsonl", served)
-                answers = ask_all(
+                answers = answer_prompts(
                     lambda: opened(recipe, build, who, share=at_once, log=logs / f"{next(number)}.log"),
                     prompts,
                     task,
                     parallel=at_once,
                 )
-                records = stage.judge_and_compare(prompts, answers, training)
+                records = stage.graded(prompts, answers, training)
                 write_json(out / stage.ANSWERS, stage.side_by_side(prompts, {label: records}))
                 results.update(served, generation=asdict(generation), models={label: rates.summarise(prompts, records)})
-                results["copied"] = {label: honesty.copied_runs([record.get("copied") for record in records])}
+                results["copied"] = {label: generalization.copied_summary([record.get("copied") for record in records])}
         results = require_stage(target, target.name).results
         rows = json.loads((target / stage.ANSWERS).read_text("utf-8"))
     prompts = [{name: value for name, value in row.items() if name != "answers"} for row in rows]

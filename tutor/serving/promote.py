@@ -159,7 +159,7 @@ def _weigh(recipe: Recipe, build: Path, tag: str, old: str | None, host: str | N
         return f"not compared: {error.message}", None
     write_json(folder / SERVED / new / COMPARED, {**result, "before": old, "after": new})
     said = _said(f"{name}:{old}", tag, result)
-    return said, (said if result["all"]["passed"]["said"] == "worse" else None)
+    return said, (said if result["all"]["passed"]["conclusion"] == "worse" else None)
 
 
 def _said(old: str, new: str, result: Mapping[str, Any]) -> str:
@@ -167,7 +167,8 @@ def _said(old: str, new: str, result: Mapping[str, Any]) -> str:
     change = result["all"]["passed"]
     shares = " and ".join(f"{100 * change[side]['share']:.0f} %" for side in ("before", "after"))
     interval = f"{100 * change['difference']:+.0f} points [{100 * change['low']:+.0f}, {100 * change['high']:+.0f}]"
-    text = f"{old}, in service, and {new} answer {shares} of {result['n']} prompts well, {interval}: {change['said']}"
+    text = f"{old}, in service, and {new} answer {shares} of {result['n']} prompts well, {interval}"
+    text += f": {change['conclusion']}"
     if not (questions := result["worse"]):
         return text
     named = ", ".join(f"«{question}»" for question in questions[:NAMED])

@@ -1,12 +1,12 @@
-"""Ask an engine every prompt, and keep each answer the moment it is there: a killed run goes on where it stopped.
+"""Generate the answers to all prompts, with a journal from which a killed run resumes.
 
-In: what starts an engine, prompts, a journal's path and key. Out: a record a prompt (graders/verdict.py), the answers
-as they came. Helper of the evaluate stage. Does not judge, and removes no journal.
+In: a function that starts an engine, prompts, a journal's path and key. Out: a record a prompt (graders/verdict.py)
+with the unchanged answer. Grades no answer, and removes no journal.
 
-Answers do not depend on how many are asked at a time where every worker has an engine of its own, as here. Measured
-with the pinned llama.cpp: slots that share a server's batches change an answer's words (4 slots: 0 of 8 answers were
-the same, greedily), threads and idle slots do not (8 of 8). So a llama-server has one slot, and is started more than
-once. An Ollama with OLLAMA_NUM_PARALLEL above 1, which is not its default, batches on its own account.
+Every worker has an engine of its own, so that answers do not depend on the number of workers. Measured with the pinned
+llama.cpp: slots that share a server's batches change an answer's words (4 slots: 0 of 8 greedy answers were equal),
+threads and idle slots do not (8 of 8). So a llama-server has one slot, and several servers are started. An Ollama with
+OLLAMA_NUM_PARALLEL above 1, which is not its default, does batch requests.
 """
 
 import contextlib
@@ -31,105 +31,108 @@ from tutor.prompt import conversation
 
 log = logging.getLogger(__name__)
 
-TRIES = 2
-"""How often a prompt is asked on which the engine dies; after that it has no answer."""
-DEADLY = 3
-"""So many prompts in a row that have no answer because the engine died end the run."""
+MAX_ATTEMPTS = 2
+"""Maximum attempts for a prompt on which the engine crashes."""
+MAX_LOST = 3
+"""Number of consecutive prompts lost to crashes of the engine that ends the run."""
 
 
 class _StoppedError(Exception):
-    """Raised in a worker's answer when another worker failed."""
+    """Interrupts a worker's answer after another worker failed."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Whom to ask, how, and where the answers are kept meanwhile."""
+    """One model's answers: how to generate them, and the journal that keeps them until the run is complete."""
 
-    name: str  # the model's, for the progress lines
+    name: str  # the model's, for the log
     generation: Generation
     system: str
     journal: Path
-    key: Mapping[str, Any]  # what else decides the answers: the model's file, the engine's version; JSON
+    key: Mapping[str, Any]  # what else the answers depend on: the model's file, the engine's version; JSON values
 
 
 @dataclass
 class _Work:
-    """What the workers share."""
+    """State that the workers share."""
 
     task: Task
     prompts: Sequence[Mapping[str, Any]]
     records: dict[int, Record]  # by the prompt's place
     waiting: deque[int]
-    keep: Callable[[int, Record], None]
-    deaths: Counter[int] = field(default_factory=Counter)
-    lost: int = 0  # prompts in a row on which the engine died
+    append: Callable[[int, Record], None]  # to the journal
+    crashes: Counter[int] = field(default_factory=Counter)  # by the prompt's place
+    lost: int = 0  # consecutive prompts lost to crashes
     stopped: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def heed(self, piece: str) -> None:
-        """Called with every piece of an answer: the way out of a long one."""
+    def stop_if_failed(self, piece: str) -> None:
+        """Raise _StoppedError when another worker failed; engines call this with every piece of an answer."""
         del piece
         if self.stopped.is_set():
             raise _StoppedError
 
-    def take(self) -> int | None:
-        """The next prompt's place; None when there is none left."""
+    def next_place(self) -> int | None:
+        """Return the next prompt's place; None when no prompt is left."""
         with self.lock:
             return self.waiting.popleft() if self.waiting and not self.stopped.is_set() else None
 
-    def done(self, place: int, record: Record) -> None:
-        """Keep an answer, or why there is none."""
+    def keep(self, place: int, record: Record) -> None:
+        """Keep an answer, or the error that prevents it."""
         with self.lock:
             self.records[place] = record
             count = len(self.records)
             if "error" not in record:
                 self.lost = 0
-                self.keep(place, record)  # an error may not be one the next time
+                self.append(place, record)  # not an error: the next run tries that prompt again
         extra = {"done": count, "total": len(self.prompts)}
         what = record.get("error") or f"{record['tokens']} tokens, {record['finish']}"
         log.info("%s %d/%d: %s", self.task.name, count, len(self.prompts), what, extra=extra)
 
-    def died(self, place: int) -> None:
-        """The engine died on a prompt: ask it again, or give it up. Raises ServiceError when too many are given up."""
+    def crashed(self, place: int) -> None:
+        """Queue a prompt again on which the engine crashed, or give the prompt up.
+
+        Raises ServiceError when MAX_LOST consecutive prompts are given up.
+        """
         number = f"prompt {place + 1} of {len(self.prompts)}"
         with self.lock:
-            self.deaths[place] += 1
-            again = self.deaths[place] < TRIES
+            self.crashes[place] += 1
+            again = self.crashes[place] < MAX_ATTEMPTS
             if again:
                 self.waiting.appendleft(place)
             else:
                 self.lost += 1
             lost = self.lost
         log.warning("%s: the engine died at %s", self.task.name, number)
-        if lost >= DEADLY:
+        if lost >= MAX_LOST:
             raise ServiceError(
-                f"{self.task.name}: the engine died on {lost} prompts in a row, {TRIES} times each, the last time at "
-                f"{number}",
+                f"{self.task.name}: the engine died on {lost} prompts in a row, {MAX_ATTEMPTS} times each, "
+                f"the last time at {number}",
                 "memory may be short: try a smaller ollama.quantization or generate.context; the answers are kept",
             )
         if not again:
-            self.done(place, {"error": f"the engine died on it {TRIES} times"})
+            self.keep(place, {"error": f"the engine died on it {MAX_ATTEMPTS} times"})
 
 
-def ask_all(
+def answer_prompts(
     start: Callable[[], AbstractContextManager[Engine]],
     prompts: Sequence[Mapping[str, Any]],
     task: Task,
     *,
     parallel: int = 1,
 ) -> list[Record]:
-    """A record a prompt, in their order, by `parallel` engines at a time; a prompt that fails is a record with `error`.
+    """Return a record a prompt, in their order, from `parallel` engines at a time; a failed prompt's has `error`.
 
-    What the task's journal holds of the same task and prompts is not asked again. Raises ServiceError when an engine
-    does not start, or dies on DEADLY prompts in a row.
+    Answers of this task and these prompts that the journal holds are not generated again. Raises ServiceError when an
+    engine does not start, or crashes on MAX_LOST consecutive prompts.
     """
     questions = [prompt["instruction"] for prompt in prompts]
     key = {**task.key, "questions": questions, "system": task.system, **asdict(task.generation)}
-    with _journal(task.journal, json_sha256(key)) as (known, keep):
+    with _journal(task.journal, json_sha256(key)) as (known, append):
         if known:
             log.info("%s: %d of %d answers are there from a run that was ended", task.name, len(known), len(prompts))
         waiting = deque(place for place in range(len(prompts)) if place not in known)
-        work = _Work(task, prompts, dict(known), waiting, keep)
+        work = _Work(task, prompts, dict(known), waiting, append)
         if parallel < 2:
             _answer_waiting(start, work)
         else:
@@ -143,20 +146,20 @@ def _in_threads(start: Callable[[], AbstractContextManager[Engine]], work: _Work
         try:
             for each in running:
                 each.result()
-        finally:  # Ctrl-C, too: leaving the block waits for the workers
+        finally:  # also after Ctrl-C: leaving the block waits for the workers
             work.stopped.set()
 
 
 def _answer_waiting(start: Callable[[], AbstractContextManager[Engine]], work: _Work) -> None:
-    """Answer what is waiting with an engine of one's own, started again when it dies. Any error stops all workers."""
+    """Answer waiting prompts with this worker's engine, restarted after a crash. Any error stops all workers."""
     try:
         while work.waiting and not work.stopped.is_set():
             with start() as engine:
-                # The first request is slower, and tells a dead engine from a bad prompt.
-                least = replace(work.task.generation, max_new_tokens=1)
-                warm_up = partial(engine.answer, conversation("Hola"), least, work.heed)
+                # The first request is slower, and distinguishes a crashed engine from a bad prompt.
+                one_token = replace(work.task.generation, max_new_tokens=1)
+                warm_up = partial(engine.answer, conversation("Hola"), one_token, work.stop_if_failed)
                 warm_up()
-                while (place := work.take()) is not None:
+                while (place := work.next_place()) is not None:
                     if not _answered(engine, place, work, warm_up):
                         break
     except _StoppedError:
@@ -167,38 +170,38 @@ def _answer_waiting(start: Callable[[], AbstractContextManager[Engine]], work: _
 
 
 def _answered(engine: Engine, place: int, work: _Work, warm_up: Callable[[], object]) -> bool:
-    """Whether the engine still lives after this prompt."""
+    """Answer one prompt; return whether the engine still runs."""
     prompt = work.prompts[place]["instruction"]
     try:
-        answer = engine.answer(conversation(prompt, work.task.system), work.task.generation, work.heed)
+        answer = engine.answer(conversation(prompt, work.task.system), work.task.generation, work.stop_if_failed)
     except ServiceError as error:
         try:
             warm_up()
         except ServiceError:
-            work.died(place)
+            work.crashed(place)
             return False
         log.warning("%s: no answer to %r: %s", work.task.name, prompt[:60], error)
-        work.done(place, {"error": error.message})
+        work.keep(place, {"error": error.message})
         return True
-    work.done(place, asdict(answer))
+    work.keep(place, asdict(answer))
     return True
 
 
 @contextlib.contextmanager
 def _journal(path: Path, key: str) -> Iterator[tuple[dict[int, Record], Callable[[int, Record], None]]]:
-    """The answers in a journal of this key, and what adds one to it, at once and for good."""
+    """Yield the answers in a journal of this key, and the function that appends an answer durably."""
     path.parent.mkdir(parents=True, exist_ok=True)
     known, size = _read_journal(path, key)
     with path.open("r+b" if size else "wb") as file:
         file.seek(size)
-        file.truncate()  # a last line that was being written when the run was killed
+        file.truncate()  # an incomplete last line of a killed run
         if not size:
             _append(file, {"key": key})
         yield known, lambda place, record: _append(file, {"place": place, "record": record})
 
 
 def _read_journal(path: Path, key: str) -> tuple[dict[int, Record], int]:
-    """The whole lines of a journal as answers by place, and their bytes; nothing of another key's."""
+    """Return a journal's complete lines as answers by place, and their bytes; none of a journal with another key."""
     known: dict[int, Record] = {}
     size = 0
     try:
@@ -211,7 +214,7 @@ def _read_journal(path: Path, key: str) -> tuple[dict[int, Record], int]:
                     known[int(entry["place"])] = dict(entry["record"])
                 size += len(line)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # what is not whole is asked again
+        pass  # the prompts of incomplete lines are answered again
     return known, size
 
 

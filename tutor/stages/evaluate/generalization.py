@@ -1,8 +1,8 @@
-"""What few data can hide: copying the training set, knowing a question only in its own words, forgetting the rest.
+"""What a small data set can hide: copied training text, questions known in one wording only, forgetting.
 
-Helper of the evaluate stage. In: its records, the training rows, and the two small files that a recipe may name:
-`evaluate.paraphrases` (prompts of data.eval in other words) and `evaluate.general` (texts about anything else). Out:
-figures as JSON has them, and findings in plain words. Does not ask a model.
+In: the evaluate stage's records, the training rows, and the two small files that a recipe may name:
+`evaluate.paraphrases` (paraphrases of data.eval's prompts) and `evaluate.general` (texts about anything else). Out:
+figures as JSON values, and findings as sentences. Runs no model.
 """
 
 import math
@@ -18,21 +18,23 @@ from tutor.formats.rows.jsonl import Limits, RowError, check_file, read_values
 from tutor.formats.rows.rows import PromptRow, parse_row
 from tutor.graders.copied_text import longest_copies
 from tutor.graders.verdict import LABELS
-from tutor.stages.evaluate.intervals import paired_values, said
+from tutor.stages.evaluate.intervals import NO_DIFFERENCE, conclude, paired_values
 
 if TYPE_CHECKING:
     from tutor.recipe.settings import Recipe
 
-PARAPHRASE, GENERAL = ("original", "instruction"), ("text", "language")
-"""The keys of a row, all texts and all needed."""
+PARAPHRASE_KEYS = ("original", "instruction")
+"""Required keys of a row of `evaluate.paraphrases`; every value is a text."""
+GENERAL_KEYS = ("text", "language")
+"""Required keys of a row of `evaluate.general`; every value is a text."""
 LIMITS = Limits(max_total_bytes=2**24)
-NOTHING = "no difference shown"
+"""Limits of the two files."""
 HELD_OUT = "held-out rows"
-"""What stands beside the models where copying is told: the author of the rows repeats things, too."""
+"""Key of the held-out rows among the models in `copied`: a baseline, because the rows' author repeats text, too."""
 
 
 def named_files(recipe: "Recipe") -> dict[str, Path]:
-    """The files that the recipe names for the evaluation. Raises RecipeError or DataError where one cannot be read."""
+    """Return the files that [evaluate] names. Raises RecipeError or DataError for a file that cannot be read."""
     given = {"paraphrases": recipe.evaluate.paraphrases, "general": recipe.evaluate.general}
     files = {name: recipe.resolve(path) for name, path in given.items() if path}
     for path in files.values():
@@ -41,13 +43,13 @@ def named_files(recipe: "Recipe") -> dict[str, Path]:
 
 
 def check_files(recipe: "Recipe") -> None:
-    """Raise RecipeError or DataError, naming file and line, for what the evaluation could not read in the end."""
+    """Raise RecipeError or DataError, with file and line, for a file of [evaluate] that the stage could not read."""
     for name, path in named_files(recipe).items():
-        read_texts(path, PARAPHRASE if name == "paraphrases" else GENERAL)
+        read_texts(path, PARAPHRASE_KEYS if name == "paraphrases" else GENERAL_KEYS)
 
 
 def read_texts(path: Path, keys: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a small JSONL file, each with exactly these keys and a text for each. Raises DataError."""
+    """Read a small JSONL file whose rows have exactly these keys, each with a text. Raises DataError."""
     rows, problems = [], []
     for line, value in read_values(path, LIMITS, Counter()):
         if isinstance(value, RowError):
@@ -65,7 +67,7 @@ def read_texts(path: Path, keys: Sequence[str]) -> list[dict[str, str]]:
 
 
 def _fault(row: Mapping[str, Any]) -> str:
-    """What is wrong with a row's texts; "" where nothing is."""
+    """The first fault of a row's texts; "" where there is none."""
     for key, value in row.items():
         if not isinstance(value, str) or not value.strip():
             return f"{key} is no text"
@@ -78,18 +80,25 @@ def _fault(row: Mapping[str, Any]) -> str:
     return ""
 
 
-def in_other_words(rows: Sequence[Mapping[str, str]], prompts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The paraphrases of the prompts that are asked: `original` beside all that the original has and expects."""
-    asked = {prompt["instruction"].strip(): prompt for prompt in prompts}
+def paraphrased_prompts(
+    rows: Sequence[Mapping[str, str]], prompts: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return the paraphrases of these prompts, each with its `original` and all other keys of the original prompt."""
+    known = {prompt["instruction"].strip(): prompt for prompt in prompts}
     return [
-        {**asked[row["original"].strip()], "instruction": row["instruction"].strip(), "original": row["original"]}
+        {**known[row["original"].strip()], "instruction": row["instruction"].strip(), "original": row["original"]}
         for row in rows
-        if row["original"].strip() in asked
+        if row["original"].strip() in known
     ]
 
 
-def copying(answers: Sequence[Mapping[str, Any]], training: Sequence[Mapping[str, Any]]) -> list[dict[str, Any] | None]:
-    """For each record what it copies: `run` words and signs, their `share` of it, the `line` trained on, the text."""
+def copied_passages(
+    answers: Sequence[Mapping[str, Any]], training: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any] | None]:
+    """Return the longest passage that each answer shares with a training row; None for a missing answer.
+
+    `run`: its words and signs; `share`: its part of the answer; `line`: the training row's line; `text`.
+    """
     places = [place for place, answer in enumerate(answers) if "text" in answer]
     copies = longest_copies([answers[place]["text"] for place in places], [row["response"] for row in training])
     found: list[dict[str, Any] | None] = [None] * len(answers)
@@ -99,8 +108,11 @@ def copying(answers: Sequence[Mapping[str, Any]], training: Sequence[Mapping[str
     return found
 
 
-def copied_runs(copies: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
-    """The longest runs of many answers: how many answers, median, the longest, and in how many it is half or more."""
+def copied_summary(copies: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
+    """Summarise the copied passages of many answers.
+
+    `n`: answers; `median` and `longest`: words and signs; `half_copied`: answers of which half or more is copied.
+    """
     runs = [copy for copy in copies if copy is not None]
     return {
         "n": len(runs),
@@ -111,10 +123,10 @@ def copied_runs(copies: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
 
 
 def drift(losses: Mapping[str, Sequence[float]], texts: Sequence[Mapping[str, str]], seed: int) -> dict[str, Any]:
-    """How well the `base` and the `tutor` predict general texts: perplexity, over all and by language.
+    """Return how well the `base` and the `tutor` predict general texts: perplexity, over all and by language.
 
-    `losses` are each text's, in nats a token. Each text counts the same: a model's figure is e to the mean of its
-    losses, and `difference` is their mean change. More is worse.
+    `losses` are the mean loss of each text, in nats a token. Every text has the same weight: a model's perplexity is
+    the exponential of its mean loss, and `difference` is the mean change of the loss. More is worse.
     """
     found = paired_values(losses["base"], losses["tutor"], seed)
     languages = sorted({row["language"] for row in texts})
@@ -132,7 +144,7 @@ def drift(losses: Mapping[str, Sequence[float]], texts: Sequence[Mapping[str, st
         "difference": round(found.mean, 4),
         "low": None if found.low is None else round(found.low, 4),
         "high": None if found.high is None else round(found.high, 4),
-        "said": said(found, more_is_better=False),
+        "conclusion": conclude(found, more_is_better=False),
     }
 
 
@@ -141,45 +153,47 @@ def _perplexity(losses: Sequence[float]) -> float:
 
 
 def findings(results: Mapping[str, Any]) -> list[dict[str, str]]:
-    """What the figures say, in plain words: `said` and `text`. What got worse comes first and is never left out."""
+    """Return the results as sentences: `conclusion` and `text`. All that got worse is included, and comes first."""
     found: list[dict[str, str]] = []
-    for change in results.get("differences", ()):
-        found += _changes(change)
-    if asked := results.get("paraphrases"):
-        found.append(_finding("the same questions in other words", asked))
+    for changed in results.get("differences", ()):
+        found += _changed(changed)
+    if reworded := results.get("paraphrases"):
+        found.append(_sentence("the same questions in other words", reworded))
     if general := results.get("general"):
         before, after = general["perplexity"]["base"], general["perplexity"]["tutor"]
         text = f"general texts: perplexity {before:.2f} before and {after:.2f} after tuning ({general['n']} texts)"
-        found.append({"said": general["said"], "text": f"{text}: {general['said']}"})
+        conclusion = general["conclusion"]
+        found.append({"conclusion": conclusion, "text": f"{text}: {conclusion}"})
     for name, copies in results.get("copied", {}).items():
-        if copies["half_copied"] and _tuned(name):
+        if copies["half_copied"] and _is_tuned(name):
             count = f"{copies['half_copied']} of {copies['n']}"
-            found.append({"said": "worse", "text": f"{name}: {count} answers are copied by half or more"})
-    return sorted(found, key=lambda finding: finding["said"] != "worse")
+            found.append({"conclusion": "worse", "text": f"{name}: {count} answers are copied by half or more"})
+    return sorted(found, key=lambda finding: finding["conclusion"] != "worse")
 
 
-def _tuned(name: str) -> bool:
-    """Whether tuning can be to blame for what a model copies: not the base (`hf:base`, `base-F16`)."""
+def _is_tuned(name: str) -> bool:
+    """Whether tuning can be the cause of what a model copies: not for the base (`hf:base`, `base-F16`)."""
     return name != HELD_OUT and not re.fullmatch(r"(?:hf:)?base(?:-[A-Z0-9_]+)?", name)
 
 
-def _changes(change: Mapping[str, Any]) -> list[dict[str, str]]:
-    """What was asked for, any verdict that changed, and a kind of question of which its verdict does not say so."""
-    names = f"{change['before']} to {change['after']}"
+def _changed(changed: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The change of `passed`, of any verdict with a difference, and of any kind of question that differs from both."""
+    names = f"{changed['before']} to {changed['after']}"
     found = []
-    for name, over_all in change["all"].items():
-        if name == "passed" or over_all["said"] != NOTHING:
-            found.append(_finding(f"{names}, {LABELS[name]}", over_all))
-        for kind, entry in change["kinds"].get(name, {}).items():
-            if entry["said"] not in (NOTHING, over_all["said"]):
-                found.append(_finding(f"{names}, {LABELS[name]}, {kind or '(no kind)'}", entry))
+    for name, over_all in changed["all"].items():
+        if name == "passed" or over_all["conclusion"] != NO_DIFFERENCE:
+            found.append(_sentence(f"{names}, {LABELS[name]}", over_all))
+        for kind, entry in changed["kinds"].get(name, {}).items():
+            if entry["conclusion"] not in (NO_DIFFERENCE, over_all["conclusion"]):
+                found.append(_sentence(f"{names}, {LABELS[name]}, {kind or '(no kind)'}", entry))
     return found
 
 
-def _finding(what: str, entry: Mapping[str, Any]) -> dict[str, str]:
-    """A difference of two rates as a sentence."""
+def _sentence(what: str, entry: Mapping[str, Any]) -> dict[str, str]:
+    """A change of two rates as a finding."""
     shares = [f"{100 * side['share']:.0f} % ({side['n']}/{entry['n']})" for side in (entry["before"], entry["after"])]
     interval = f"{100 * entry['difference']:+.0f} points"
     if entry["low"] is not None:
         interval += f", {100 * entry['low']:+.0f} to {100 * entry['high']:+.0f}"
-    return {"said": entry["said"], "text": f"{what}: {shares[0]}, then {shares[1]} ({interval}): {entry['said']}"}
+    conclusion = entry["conclusion"]
+    return {"conclusion": conclusion, "text": f"{what}: {shares[0]}, then {shares[1]} ({interval}): {conclusion}"}

@@ -1,8 +1,9 @@
-"""Verdicts as figures: rates with their intervals, by kind of question, and what changed between two models.
+"""Verdicts as figures: rates with their intervals, by kind of question, and the change from one model to another.
 
-Helper of the evaluate stage. In: prompts with their category, records with their verdicts (graders/verdict.py). Out:
-JSON values: a rate is `n` of the prompts with its `share` and the `low` and `high` of its 95 % interval; a difference
-has the two shares, their difference with its interval, how many prompts changed each way, and `said`.
+In: prompts with their category, records with their verdicts (graders/verdict.py). Out: JSON values. A rate has the
+number `n` of passed prompts, its `share`, and the `low` and `high` end of its 95 % interval. A change has the rate
+`before` and `after`, their `difference` with its interval, the number of prompts `better` and `worse`, and the
+`conclusion`. Judges no answer.
 """
 
 import statistics as figures
@@ -10,16 +11,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tutor.graders.verdict import LABELS
-from tutor.stages.evaluate.intervals import paired_verdicts, said, wilson
-
-Record = Mapping[str, Any]
+from tutor.stages.evaluate.intervals import conclude, paired_verdicts, wilson
 
 BY_KIND = ("passed", "spanish", "stopped", "compiles")
-"""Whose changes are counted by kind of question, too: a small model may pass nothing whole and have learnt much."""
+"""Verdicts whose changes are also counted by kind of question: small models can learn much and pass nothing."""
 
 
-def summarise(prompts: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> dict[str, Any]:
-    """Rates over all prompts and by category, median characters and median speed in tokens/s (None: no answer)."""
+def summarise(prompts: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return rates over all prompts and by category, median characters and median tokens/s (None: no answer)."""
     answers = [record for record in records if "verdicts" in record]
     speeds = [record["tokens_per_second"] for record in answers if record["tokens"] > 1]
     lengths = [record["verdicts"]["characters"] for record in answers]
@@ -31,45 +30,48 @@ def summarise(prompts: Sequence[Mapping[str, Any]], records: Sequence[Record]) -
     }
 
 
-def rates(records: Sequence[Record]) -> dict[str, Any]:
-    """How many prompts, errors and, for each verdict, passes with share and interval; no answer passes nothing."""
+def rates(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the number of prompts and of errors, and a rate for each verdict; a missing answer passes no verdict."""
     counted = _counted(records)
     return {
         "n": len(records),
         "errors": sum("error" in record for record in records),
-        **{name: rate(sum(_held(record, name) for record in records), len(records)) for name in counted},
+        **{name: rate(sum(_passes(record, name) for record in records), len(records)) for name in counted},
     }
 
 
 def rate(passed: int, n: int) -> dict[str, Any]:
-    """A rate as JSON has it."""
+    """Return a rate as JSON values."""
     low, high = wilson(passed, n)
     share = round(passed / n, 4) if n else 0.0
     return {"n": passed, "share": share, "low": round(low, 4), "high": round(high, 4)}
 
 
-def differences(
-    prompts: Sequence[Mapping[str, Any]], before: Sequence[Record], after: Sequence[Record], seed: int
+def changes(
+    prompts: Sequence[Mapping[str, Any]],
+    before: Sequence[Mapping[str, Any]],
+    after: Sequence[Mapping[str, Any]],
+    seed: int,
 ) -> dict[str, Any]:
-    """What changed from one model's records to another's over the same prompts.
+    """Return what changed from one model's records to another's over the same prompts.
 
-    `all`: every verdict; `categories`: `passed` by kind of question, `kinds`: each of BY_KIND so; `better` and
-    `worse`: the questions that only one passes.
+    `all`: the change of every verdict; `categories`: of `passed` by kind of question; `kinds`: of each verdict in
+    BY_KIND by kind of question; `better` and `worse`: the questions that only one model passes.
     """
     common = [name for name in _counted(before) if name in _counted(after)]
-    won = [_held(record, "passed") for record in after]
-    lost = [_held(record, "passed") for record in before]
+    won = [_passes(record, "passed") for record in after]
+    lost = [_passes(record, "passed") for record in before]
     places = range(len(prompts))
     kinds = {
         name: {
-            kind: difference([before[at] for at in members], [after[at] for at in members], name, seed)
+            kind: change([before[at] for at in members], [after[at] for at in members], name, seed)
             for kind, members in _kinds(prompts).items()
         }
         for name in BY_KIND
         if name in common
     }
     return {
-        "all": {name: difference(before, after, name, seed) for name in common},
+        "all": {name: change(before, after, name, seed) for name in common},
         "categories": kinds["passed"],
         "kinds": kinds,
         "better": [prompts[at]["instruction"] for at in places if won[at] and not lost[at]],
@@ -77,9 +79,11 @@ def differences(
     }
 
 
-def difference(before: Sequence[Record], after: Sequence[Record], name: str, seed: int) -> dict[str, Any]:
-    """What changed in one verdict, over records in the same order."""
-    early, late = ([_held(record, name) for record in records] for records in (before, after))
+def change(
+    before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], name: str, seed: int
+) -> dict[str, Any]:
+    """Return what changed in one verdict, over records of the same prompts in the same order."""
+    early, late = ([_passes(record, name) for record in records] for records in (before, after))
     found = paired_verdicts(early, late, seed)
     return {
         "n": found.n,
@@ -90,21 +94,22 @@ def difference(before: Sequence[Record], after: Sequence[Record], name: str, see
         "high": None if found.high is None else round(found.high, 4),
         "better": found.higher,
         "worse": found.lower,
-        "said": said(found),
+        "conclusion": conclude(found),
     }
 
 
-def _held(record: Record, name: str) -> bool:
+def _passes(record: Mapping[str, Any], name: str) -> bool:
     return bool(record["passed"] if name == "passed" else record.get("verdicts", {}).get(name, False))
 
 
-def _counted(records: Sequence[Record]) -> list[str]:
+def _counted(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """The verdicts that every answer has."""
     verdicts = [record["verdicts"] for record in records if "verdicts" in record]
     return [name for name in LABELS if name == "passed" or all(name in verdict for verdict in verdicts)]
 
 
 def _kinds(prompts: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """The prompts' places by category."""
     kinds: dict[str, list[int]] = {}
     for place, prompt in enumerate(prompts):
         kinds.setdefault(prompt["category"], []).append(place)

@@ -1,22 +1,22 @@
-"""The evaluate stage: every prompt to the base and to the tutor, greedily; verdicts, and what they prove.
+"""The evaluate stage: greedy answers of the base and the tutor to every prompt, their verdicts, and the figures.
 
-In: data/ (prompts, train and held-out rows), base/ (its tokenizer), convert/ (the GGUF files), the two small files of
-the recipe's [evaluate]. Out, in eval/:
+In: data/ (prompts, train and held-out rows), base/ (its tokenizer), gguf/ (the GGUF files), ladder/ (the served
+quantization), the two small files of the recipe's [evaluate]. Out, in eval/:
 
     answers.json     a list, an entry a prompt: the prompt's own keys (instruction, category, topic, code, expect, line)
-                     and `answers`: by model ("base", "tutor") a record as graders/verdict.py says, with `copied`
-    paraphrased.json the same for the prompts in other words, each with its `original`; "tutor" alone is asked
+                     and `answers`: by model ("base", "tutor") a record (graders/verdict.py) with `copied`
+    paraphrased.json the same structure for the paraphrased prompts, each with its `original`; "tutor" only
 
 and as the manifest's results:
 
     models           by model: `file`, `all` and `categories` (rates.py), `characters`, `tokens_per_second`
-    differences      from the base to the tutor: a list of `before`, `after` and what rates.differences says
-    paraphrases      a difference (rates.py), from the prompts to the same in other words; None where none are named
-    general          how the tutor predicts general texts, against the base (honesty.drift); None likewise
-    copied           by model, and for the held-out rows: the longest runs that also stand in a row trained on
-    findings         what of all this must be said, in words: `said` (better, worse, no difference shown) and `text`
+    differences      from the base to the tutor: a list of `before`, `after` and the keys of rates.changes
+    paraphrases      a change (rates.py), from the prompts to their paraphrases; None without evaluate.paraphrases
+    general          the change on general texts (generalization.drift); None without evaluate.general or a base
+    copied           by model, and for the held-out rows: the longest passages shared with a training row
+    findings         the results as sentences: `conclusion` (better, worse, no difference shown) and `text`
 
-Does not decide whether that is good enough.
+Does not decide whether the model is good enough.
 """
 
 import logging
@@ -43,9 +43,8 @@ from tutor.formats.rows.split_files import read_rows
 from tutor.graders.code import wants_code
 from tutor.graders.typescript.install import find_compiler
 from tutor.graders.verdict import Record, judge
-from tutor.stages.evaluate import generalization as honesty
-from tutor.stages.evaluate import rates
-from tutor.stages.evaluate.answers import Task, ask_all
+from tutor.stages.evaluate import generalization, rates
+from tutor.stages.evaluate.answers import Task, answer_prompts
 
 if TYPE_CHECKING:
     from tutor.recipe.settings import Recipe
@@ -56,45 +55,47 @@ ANSWERS, PARAPHRASED = "answers.json", "paraphrased.json"
 
 
 def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
-    """Ask, judge and score into `out`; the results above.
+    """Answer, grade and score; write the answers into `out` and return the results listed above.
 
     Raises ArtifactError when a file is missing, ServiceError when a model's server cannot be kept alive (its answers
-    so far are kept beside `out` for the next run), HostError when prompts expect code and the compiler that judges it
-    is not installed, DataError for a file of [evaluate].
+    so far are kept beside `out` for the next run), HostError when prompts expect code and the compiler is not
+    installed, DataError for a file of [evaluate].
     """
     prompts = read_rows(inputs["data"] / "prompts.jsonl")
     if any(map(wants_code, prompts)):
-        find_compiler()  # before the answers, which take long, not after them
-    named = honesty.named_files(recipe)
+        find_compiler()  # before the answers, which take long
+    named = generalization.named_files(recipe)
     reworded = []
     if "paraphrases" in named:
-        reworded = honesty.in_other_words(honesty.read_texts(named["paraphrases"], honesty.PARAPHRASE), prompts)
+        reworded = generalization.paraphrased_prompts(
+            generalization.read_texts(named["paraphrases"], generalization.PARAPHRASE_KEYS), prompts
+        )
     served = served_quantization(recipe.ollama.quantization, inputs["ladder"])
     files = served_files(inputs["convert"], served, base=recipe.convert.base)
     training = read_rows(inputs["data"] / "train.jsonl")
-    asked = {name: [*prompts, *reworded] if name == "tutor" else prompts for name in files}
-    records = {name: _ask(recipe, name, gguf, out, asked[name]) for name, gguf in files.items()}
-    records = {name: judge_and_compare(asked[name], found, training) for name, found in records.items()}
+    answered = {name: [*prompts, *reworded] if name == "tutor" else prompts for name in files}
+    records = {name: _answers(recipe, name, gguf, out, answered[name]) for name, gguf in files.items()}
+    records = {name: graded(answered[name], found, training) for name, found in records.items()}
     plain = {name: found[: len(prompts)] for name, found in records.items()}
     write_json(out / ANSWERS, side_by_side(prompts, plain))
     write_json(out / PARAPHRASED, side_by_side(reworded, {"tutor": records["tutor"][len(prompts) :]}))
     results: dict[str, Any] = {
         "generation": asdict(greedy(recipe.generate, recipe.seed)),
         "models": {name: {"file": files[name].stem, **rates.summarise(prompts, plain[name])} for name in files},
-        "differences": between(prompts, plain, recipe.seed),
+        "differences": changes_from_first(prompts, plain, recipe.seed),
         "paraphrases": _reworded(prompts, reworded, records["tutor"], recipe.seed),
         "general": _general(recipe, named, files, inputs["base"]),
         "copied": _copied(plain, read_rows(inputs["data"] / "held_out.jsonl"), training),
     }
-    return {**results, "findings": honesty.findings(results)}
+    return {**results, "findings": generalization.findings(results)}
 
 
 def _threads() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _ask(recipe: "Recipe", name: str, gguf: Path, out: Path, prompts: Sequence[Mapping[str, Any]]) -> list[Record]:
-    """The answers of one GGUF, through a llama-server of its own."""
+def _answers(recipe: "Recipe", name: str, gguf: Path, out: Path, prompts: Sequence[Mapping[str, Any]]) -> list[Record]:
+    """The answers of one GGUF file, each from a llama-server started for this file."""
     context, threads = recipe.generate.context, _threads()
     logs = log_folder(out)
     logs.mkdir(exist_ok=True)
@@ -103,26 +104,28 @@ def _ask(recipe: "Recipe", name: str, gguf: Path, out: Path, prompts: Sequence[M
     made = manifest.outputs.get(gguf.name, {}).get("sha256") if manifest else None
     key = {"model": made or file_sha256(gguf), "context": context, "engine": build_key()}
     generation = greedy(recipe.generate, recipe.seed)
-    return ask_all(start, prompts, Task(name, generation, recipe.system, checkpoint_folder(out) / f"{name}.jsonl", key))
+    return answer_prompts(
+        start, prompts, Task(name, generation, recipe.system, checkpoint_folder(out) / f"{name}.jsonl", key)
+    )
 
 
-def judge_and_compare(
+def graded(
     prompts: Sequence[Mapping[str, Any]], answers: Sequence[Record], training: Sequence[Mapping[str, Any]]
 ) -> list[Record]:
-    """The records with their verdicts and what they copy from the rows that were trained on."""
+    """Return the records with their verdicts and with the passages that they copy from training rows."""
     lengths = sorted(len(row["response"].strip()) for row in training)
     judged = judge(prompts, answers, (lengths[0], lengths[-1]) if lengths else None)
-    copies = honesty.copying(answers, training)
+    copies = generalization.copied_passages(answers, training)
     return [{**record, **({"copied": copied} if copied else {})} for record, copied in zip(judged, copies, strict=True)]
 
 
-def between(
+def changes_from_first(
     prompts: Sequence[Mapping[str, Any]], records: Mapping[str, Sequence[Record]], seed: int
 ) -> list[dict[str, Any]]:
-    """What changed from the first model to each of the others."""
+    """Return what changed from the first model to each of the others."""
     first, *others = records
     return [
-        {"before": first, "after": name, **rates.differences(prompts, records[first], records[name], seed)}
+        {"before": first, "after": name, **rates.changes(prompts, records[first], records[name], seed)}
         for name in others
     ]
 
@@ -133,31 +136,31 @@ def _reworded(
     records: Sequence[Record],
     seed: int,
 ) -> dict[str, Any] | None:
-    """The difference that other words make, over the prompts of which there are any."""
+    """The change from the prompts that have a paraphrase to their paraphrases."""
     if not reworded:
         return None
     places = {prompt["instruction"].strip(): place for place, prompt in enumerate(prompts)}
     originals = [records[places[row["original"].strip()]] for row in reworded]
-    return rates.difference(originals, records[len(prompts) :], "passed", seed)
+    return rates.change(originals, records[len(prompts) :], "passed", seed)
 
 
 def _general(
     recipe: "Recipe", named: Mapping[str, Path], files: Mapping[str, Path], base: Path
 ) -> dict[str, Any] | None:
-    """What the general texts cost the base and the tutor, where there are both."""
+    """The change of the loss on general texts, where there are a base and such texts."""
     if "general" not in named:
         return None
     if "base" not in files:
         log.info("general texts: left out, for there is no base to compare with (convert.base = false)")
         return None
-    texts = honesty.read_texts(named["general"], honesty.GENERAL)
+    texts = generalization.read_texts(named["general"], generalization.GENERAL_KEYS)
     log.info("general texts: the base and the tutor predict %d", len(texts))
     tokenizer = load_tokenizer(read_facts(base)[1])
     ids = [list(tokenizer(row["text"])["input_ids"]) for row in texts]
     rows = [(each[:1], each[1:]) for each in ids]
     scores = {name: score(gguf, rows, threads=_threads()) for name, gguf in files.items()}
     losses = {name: [-figures.fmean(item.logprobs) for item in found] for name, found in scores.items()}
-    return honesty.drift(losses, texts, recipe.seed)
+    return generalization.drift(losses, texts, recipe.seed)
 
 
 def _copied(
@@ -165,14 +168,17 @@ def _copied(
     held_out: Sequence[Mapping[str, Any]],
     training: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """By model, and for the held-out rows: what is usual of their author, who wrote the others too."""
-    found = {name: honesty.copied_runs([record.get("copied") for record in said]) for name, said in records.items()}
-    same_author = honesty.copying([{"text": row["response"]} for row in held_out], training)
-    return {**found, honesty.HELD_OUT: honesty.copied_runs(same_author)}
+    """The summary of copied passages by model, and for the held-out rows, whose author also wrote the training rows."""
+    found = {
+        name: generalization.copied_summary([record.get("copied") for record in answers])
+        for name, answers in records.items()
+    }
+    baseline = generalization.copied_passages([{"text": row["response"]} for row in held_out], training)
+    return {**found, generalization.HELD_OUT: generalization.copied_summary(baseline)}
 
 
 def served_files(convert: Path, quantization: str, *, base: bool) -> dict[str, Path]:
-    """Whose answers are compared: the tutor as it is served and, where converted, the base at the same quantization."""
+    """Return the compared files: the served tutor and, where converted, the base in the same quantization."""
     files = {name: convert / f"{name}-{quantization}.gguf" for name in (("base",) if base else ()) + ("tutor",)}
     for path in files.values():
         if not path.is_file():
@@ -181,7 +187,7 @@ def served_files(convert: Path, quantization: str, *, base: bool) -> dict[str, P
 
 
 def side_by_side(prompts: Sequence[Mapping[str, Any]], records: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
-    """One entry a prompt: the prompt's own keys, and `answers` by model."""
+    """Return one entry a prompt: the prompt's own keys, and `answers` by model."""
     return [
         {**prompt, "answers": {name: answers[index] for name, answers in records.items()}}
         for index, prompt in enumerate(prompts)

@@ -128,7 +128,7 @@ def _figures(made: Made) -> list[str]:
 
 
 def _findings(findings: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [f"- {'**Worse:** ' if each['said'] == 'worse' else ''}{escaped(each['text'])}" for each in findings]
+    return [f"- {'**Worse:** ' if each['conclusion'] == 'worse' else ''}{escaped(each['text'])}" for each in findings]
 
 
 def _gate(made: Made) -> list[str]:

@@ -100,11 +100,11 @@ def tiles(made: Made) -> list[dict[str, str]]:
     if evaluated := made.evaluated:
         name, last = list(evaluated["models"].items())[-1]
         change = next(iter(evaluated.get("differences") or ()), None)
-        said = change["all"]["passed"]["said"] if change else ""
-        tone = {"better": "good", "worse": "bad"}.get(said, PLAIN)
+        conclusion = change["all"]["passed"]["conclusion"] if change else ""
+        tone = {"better": "good", "worse": "bad"}.get(conclusion, PLAIN)
         rate = last["all"]["passed"]
         text = f"of {last['all']['n']} held-out prompts: {name} does all that was asked"
-        found.append(_tile(percent(rate["share"]), f"{text}{f'; {said}' if said else ''}", tone))
+        found.append(_tile(percent(rate["share"]), f"{text}{f'; {conclusion}' if conclusion else ''}", tone))
     if gate := made.results("parity"):
         handed = [*gate["hand_overs"], *made.ollama.get("hand_overs", ())]
         same = sum(each["state"] == "same" for each in handed)
