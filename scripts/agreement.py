@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from tutor.engines.hf.loading import load
-from tutor.engines.hf.score import score
-from tutor.engines.llamacpp import server as llamacpp
+from tutor.engines.hf.score import score as score_by_hf
+from tutor.engines.llamacpp.score import score
+from tutor.engines.llamacpp.server import serve
 from tutor.engines.protocol import greedy
 from tutor.prompt import conversation, render
 from tutor.recipe.settings import Recipe, read_recipe
@@ -28,7 +29,7 @@ def main(recipe: Recipe, build: Path, count: int) -> None:
     tokenizer = engine.tokenizer
     generation = replace(greedy(recipe.generate, recipe.seed), repetition_penalty=1.0)
     same = 0
-    with llamacpp.serve(f16, context=recipe.generate.context, threads=2, log=folder / "agreement.log") as server:
+    with serve(f16, context=recipe.generate.context, threads=2, log=folder / "agreement.log") as server:
         for prompt in prompts[:count]:
             messages = conversation(prompt["instruction"], recipe.system)
             texts = [each.answer(messages, generation).text for each in (engine, server)]
@@ -44,8 +45,8 @@ def main(recipe: Recipe, build: Path, count: int) -> None:
             prefix = [*tokenizer(render(messages))["input_ids"], *ours[:agreed]]
             eos = tokenizer.eos_token_id
             pair = [(ids[agreed] if agreed < len(ids) else eos) for ids in (ours, theirs)]
-            by_hf = [row[0] for row in score(engine.model, [(prefix, [token]) for token in pair])]
-            by_cpp = [row.logprobs[0] for row in llamacpp.score(f16, [(prefix, [token]) for token in pair], threads=2)]
+            by_hf = [row[0] for row in score_by_hf(engine.model, [(prefix, [token]) for token in pair])]
+            by_cpp = [row.logprobs[0] for row in score(f16, [(prefix, [token]) for token in pair], threads=2)]
             print(
                 f"{agreed:4} tokens, then {tokenizer.decode(pair[0])!r} (transformers prefers it by "
                 f"{by_hf[0] - by_hf[1]:.4f}) or {tokenizer.decode(pair[1])!r} (llama.cpp prefers it by "

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, environment
 
-from tutor.engines.llamacpp import build as llamacpp_build
+from tutor.engines.llamacpp.build import build_folder, is_built
 
 SCRIPT = ROOT / "scripts" / "bench_merge.py"
 sys.path.insert(0, str(SCRIPT.parent))
@@ -86,9 +86,7 @@ def test_ratios_are_of_the_last_way_to_those_before_it() -> None:
 
 @pytest.mark.pipeline
 @pytest.mark.llamacpp
-@pytest.mark.skipif(
-    not llamacpp_build.is_built(llamacpp_build.build_folder()), reason="the pinned llama.cpp is not built"
-)
+@pytest.mark.skipif(not is_built(build_folder()), reason="the pinned llama.cpp is not built")
 def test_converting_is_measured_beside_llamacpps_script_and_cp(demo_base: Path, tmp_path: Path) -> None:
     check(measured(tmp_path, "convert", "--base", demo_base))
 

@@ -20,7 +20,9 @@ from gguf import GGUFWriter
 from tutor.engines.llamacpp import process as llamacpp_process
 from tutor.engines.llamacpp import server as llamacpp
 from tutor.engines.llamacpp.build import MARKER, PROGRAMS, VERSION, build_folder, is_built
-from tutor.engines.llamacpp.score import reference_bytes
+from tutor.engines.llamacpp.convert import imatrix, quantize, to_gguf
+from tutor.engines.llamacpp.process import programs
+from tutor.engines.llamacpp.score import reference_bytes, score
 from tutor.engines.protocol import Generation
 from tutor.errors import ArtifactError, HostError, RecipeError, ServiceError
 from tutor.formats.models.gguf import GPT2, LLAMA3, pre_tokenizer, read_gguf
@@ -196,14 +198,14 @@ def test_programs_that_are_not_built_are_an_environment_error_that_names_the_com
 ) -> None:
     monkeypatch.setenv("TUTOR_LLAMACPP", str(tmp_path / "nowhere"))
     with pytest.raises(HostError, match="make llamacpp") as raised:
-        llamacpp.programs()
+        programs()
     assert raised.value.code == 4
 
 
 def test_a_program_of_another_size_than_recorded_is_no_build(build: Path) -> None:
     (build / "bin" / "llama-server").write_text("cut", "utf-8")
     with pytest.raises(HostError, match="not whole"):
-        llamacpp.programs()
+        programs()
 
 
 # The server's lifetime
@@ -440,7 +442,7 @@ COPY = "import shutil, sys; shutil.copy(sys.argv[1], sys.argv[2])\n"
 def test_a_quantized_file_appears_under_its_name_only_when_whole(build: Path, tmp_path: Path) -> None:
     script(build, "llama-quantize", COPY)
     source, target = write_gguf(tmp_path / "a.gguf", 1), tmp_path / "q.gguf"
-    llamacpp.quantize(source, target, "Q4_K_M", 1)
+    quantize(source, target, "Q4_K_M", 1)
     assert target.read_bytes() == source.read_bytes()
     assert sorted(path.name for path in tmp_path.glob("*.gguf*")) == ["a.gguf", "q.gguf"]
 
@@ -451,7 +453,7 @@ def test_a_failed_quantization_leaves_the_old_file_and_no_half(build: Path, tmp_
     target = tmp_path / "q.gguf"
     target.write_text("old", "utf-8")
     with pytest.raises((ArtifactError, HostError)):
-        llamacpp.quantize(write_gguf(tmp_path / "a.gguf", 1), target, "Q8_0", 1)
+        quantize(write_gguf(tmp_path / "a.gguf", 1), target, "Q8_0", 1)
     assert target.read_text("utf-8") == "old"
     assert not list(tmp_path.glob("*.partial"))
 
@@ -459,14 +461,14 @@ def test_a_failed_quantization_leaves_the_old_file_and_no_half(build: Path, tmp_
 def test_a_full_disk_is_told_as_such(build: Path, tmp_path: Path) -> None:
     script(build, "llama-quantize", "import sys; print('basic_ios::clear: iostream error'); sys.exit(1)")
     with pytest.raises(HostError, match="disk is full"):
-        llamacpp.quantize(write_gguf(tmp_path / "a.gguf", 1), tmp_path / "q.gguf", "Q8_0", 1)
+        quantize(write_gguf(tmp_path / "a.gguf", 1), tmp_path / "q.gguf", "Q8_0", 1)
 
 
 def test_the_quantizer_s_own_reason_is_in_the_error(build: Path, tmp_path: Path) -> None:
     said = "quantizing 'a' to 'b'\\nfailed to quantize: tensor 'x' is odd\\nllama_quantize: failed to quantize model"
     script(build, "llama-quantize", f"import sys; print({said!r}.replace('\\\\n', chr(10))); sys.exit(1)")
     with pytest.raises(ArtifactError, match="to Q8_0: failed to quantize: tensor 'x' is odd"):
-        llamacpp.quantize(write_gguf(tmp_path / "a.gguf", 1), tmp_path / "q.gguf", "Q8_0", 1)
+        quantize(write_gguf(tmp_path / "a.gguf", 1), tmp_path / "q.gguf", "Q8_0", 1)
 
 
 @pytest.mark.parametrize("file_type", [2, 7, 15, 17])
@@ -474,24 +476,24 @@ def test_a_quantized_source_is_refused_in_the_specification_s_words(
     build: Path, tmp_path: Path, file_type: int
 ) -> None:
     with pytest.raises(RecipeError, match=r"already quantized .* FP16/FP32 \(specification, 7\.2\)") as raised:
-        llamacpp.quantize(write_gguf(tmp_path / "a.gguf", file_type), tmp_path / "q.gguf", "Q4_K_M", 1)
+        quantize(write_gguf(tmp_path / "a.gguf", file_type), tmp_path / "q.gguf", "Q4_K_M", 1)
     assert raised.value.code == 2
 
 
 @pytest.mark.parametrize("file_type", [0, 1, 32])
 def test_sixteen_and_thirty_two_bits_can_be_quantized(build: Path, tmp_path: Path, file_type: int) -> None:
     script(build, "llama-quantize", COPY)
-    llamacpp.quantize(write_gguf(tmp_path / "a.gguf", file_type), tmp_path / "q.gguf", "Q8_0", 1)
+    quantize(write_gguf(tmp_path / "a.gguf", file_type), tmp_path / "q.gguf", "Q8_0", 1)
 
 
 def test_a_source_that_does_not_say_what_it_is_is_refused(build: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="GUESSED"):
-        llamacpp.quantize(write_gguf(tmp_path / "a.gguf", None), tmp_path / "q.gguf", "Q8_0", 1)
+        quantize(write_gguf(tmp_path / "a.gguf", None), tmp_path / "q.gguf", "Q8_0", 1)
 
 
 def test_an_unknown_quantization_is_a_recipe_error(build: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="'Q9_X'"):
-        llamacpp.quantize(write_gguf(tmp_path / "a.gguf", 1), tmp_path / "q.gguf", "Q9_X", 1)
+        quantize(write_gguf(tmp_path / "a.gguf", 1), tmp_path / "q.gguf", "Q9_X", 1)
 
 
 def test_a_matrix_is_named_without_its_folder_and_types_by_whole_names(build: Path, tmp_path: Path) -> None:
@@ -500,7 +502,7 @@ def test_a_matrix_is_named_without_its_folder_and_types_by_whole_names(build: Pa
     source, target = write_gguf(tmp_path / "a.gguf", 1), tmp_path / "q.gguf"
     (tmp_path / "m.imatrix").touch()
     types = {"blk.1.attn_q.weight": "Q8_0"}
-    llamacpp.quantize(source, target, "Q4_K_M", 3, matrix=tmp_path / "m.imatrix", types=types)
+    quantize(source, target, "Q4_K_M", 3, matrix=tmp_path / "m.imatrix", types=types)
     given = json.loads(target.read_text("utf-8"))
     assert given[:4] == ["--imatrix", "m.imatrix", "--tensor-type", r"^blk\.1\.attn_q\.weight$=q8_0"]
     assert (given[4], given[6:]) == (str(source), ["Q4_K_M", "3"])
@@ -512,7 +514,7 @@ def test_relative_paths_reach_the_quantizer_whole(build: Path, tmp_path: Path, m
     write_gguf(tmp_path / "a.gguf", 1)
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "m.imatrix").touch()
-    llamacpp.quantize(Path("a.gguf"), Path("q.gguf"), "Q4_K_M", 1, matrix=Path("sub/m.imatrix"))
+    quantize(Path("a.gguf"), Path("q.gguf"), "Q4_K_M", 1, matrix=Path("sub/m.imatrix"))
     assert (tmp_path / "q.gguf").read_bytes() == (tmp_path / "a.gguf").read_bytes()
 
 
@@ -521,7 +523,7 @@ def test_a_short_text_is_weighed_in_shorter_pieces(build: Path, tmp_path: Path, 
     writes = "import json, sys; a = sys.argv; open(a[a.index('-o') + 1], 'w').write(json.dumps(a[1:]))"
     script(build, "llama-imatrix", writes)
     (tmp_path / "train.txt").touch()
-    llamacpp.imatrix(tmp_path / "a.gguf", tmp_path / "train.txt", tmp_path / "a.imatrix", tokens, 2)
+    imatrix(tmp_path / "a.gguf", tmp_path / "train.txt", tmp_path / "a.imatrix", tokens, 2)
     given = json.loads((tmp_path / "a.imatrix").read_text("utf-8"))
     options = dict(itertools.pairwise(given))
     assert (options["-f"], options["-c"], options["-t"]) == ("train.txt", str(piece), "2")
@@ -532,7 +534,7 @@ def test_a_short_text_is_weighed_in_shorter_pieces(build: Path, tmp_path: Path, 
 def test_a_matrix_that_fails_leaves_nothing(build: Path, tmp_path: Path) -> None:
     script(build, "llama-imatrix", "import sys; print('error: you need at least 64 tokens'); sys.exit(1)")
     with pytest.raises(ArtifactError, match=r"importance matrix.*64 tokens"):
-        llamacpp.imatrix(tmp_path / "a.gguf", tmp_path / "train.txt", tmp_path / "a.imatrix", 1, 1)
+        imatrix(tmp_path / "a.gguf", tmp_path / "train.txt", tmp_path / "a.imatrix", 1, 1)
     assert list(tmp_path.glob("*imatrix*")) == []
 
 
@@ -557,7 +559,7 @@ def converter(build: Path) -> Callable[[str], Path]:
 
 def converted(tmp_path: Path, pre: str, says: dict[str, str] | None = None) -> dict[str, Any]:
     target = tmp_path / "tutor-F16.gguf"
-    llamacpp.to_gguf(tmp_path, target, pre, says)
+    to_gguf(tmp_path, target, pre, says)
     return json.loads(target.read_text("utf-8"))
 
 
@@ -631,14 +633,14 @@ for line in sys.stdin:
 def test_scores_come_in_the_rows_order_however_many_there_are(build: Path) -> None:
     script(build, "tutor-score", SCORER)
     rows = [([1, 2, 3], [row % 50, 8]) for row in range(5000)]
-    scores = llamacpp.score(build / "a.gguf", rows, threads=1)
+    scores = score(build / "a.gguf", rows, threads=1)
     assert [item.logprobs for item in scores] == [(-(row % 50) / 8, -1.0) for row in range(5000)]
     assert scores[9].top == (((9, -0.5),), ((8, -0.5),))
 
 
 def test_no_rows_need_no_program(build: Path) -> None:
     script(build, "tutor-score", "raise SystemExit(1)")
-    assert llamacpp.score(build / "a.gguf", [], threads=1) == []
+    assert score(build / "a.gguf", [], threads=1) == []
 
 
 @pytest.mark.parametrize(
@@ -655,7 +657,7 @@ def test_no_rows_need_no_program(build: Path) -> None:
 def test_scores_that_are_missing_or_no_numbers_are_an_error(build: Path, text: str, what: str) -> None:
     script(build, "tutor-score", text)
     with pytest.raises(ArtifactError, match=what):
-        llamacpp.score(build / "a.gguf", [([1], [2]), ([1], [2])], threads=1)
+        score(build / "a.gguf", [([1], [2]), ([1], [2])], threads=1)
 
 
 COMPARER = """
@@ -676,8 +678,8 @@ for line in sys.stdin:
 def test_the_first_model_writes_the_reference_and_the_next_is_compared_with_it(build: Path, tmp_path: Path) -> None:
     script(build, "tutor-score", COMPARER)
     reference, rows = tmp_path / "reference.bin", [([1], [2, 3])]
-    (first,) = llamacpp.score(build / "a.gguf", rows, threads=1, reference=reference)
-    (second,) = llamacpp.score(build / "b.gguf", rows, threads=1, reference=reference)
+    (first,) = score(build / "a.gguf", rows, threads=1, reference=reference)
+    (second,) = score(build / "b.gguf", rows, threads=1, reference=reference)
     assert (first.kl, first.same) == ((), ())
     assert (second.kl, second.same) == ((0.25, 0.25), (False, True))
 
@@ -686,7 +688,7 @@ def test_a_comparison_that_is_missing_is_an_error(build: Path, tmp_path: Path) -
     script(build, "tutor-score", COMPARER.replace('if "--against"', 'if "--never"'))
     (tmp_path / "reference.bin").touch()
     with pytest.raises(ArtifactError, match="other scores"):
-        llamacpp.score(build / "a.gguf", [([1], [2])], threads=1, reference=tmp_path / "reference.bin")
+        score(build / "a.gguf", [([1], [2])], threads=1, reference=tmp_path / "reference.bin")
 
 
 # Pre-tokenizers
@@ -853,7 +855,7 @@ def real() -> None:
 def tiny(real: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The random Llama's folder, with its F16 GGUF beside the weights."""
     folder = make_tiny(tmp_path_factory.mktemp("tiny"), llama3_splitter())
-    llamacpp.to_gguf(folder, folder / "tiny-F16.gguf", pre_tokenizer(folder / "tokenizer.json"))
+    to_gguf(folder, folder / "tiny-F16.gguf", pre_tokenizer(folder / "tokenizer.json"))
     return folder
 
 
@@ -892,7 +894,7 @@ def test_another_splitting_is_read_as_transformers_does_too(real: None, tmp_path
     from transformers import AutoTokenizer
 
     folder = make_tiny(tmp_path, smollm_splitter(), bos=bos)
-    llamacpp.to_gguf(folder, folder / "a-F16.gguf", pre_tokenizer(folder / "tokenizer.json"))
+    to_gguf(folder, folder / "a-F16.gguf", pre_tokenizer(folder / "tokenizer.json"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with llamacpp.serve(folder / "a-F16.gguf", context=64, threads=1, log=folder / "log") as server:
         assert [server.tokenize(text) for text in TEXTS] == [tokenizer(text)["input_ids"] for text in TEXTS]
@@ -953,34 +955,34 @@ def test_scores_are_the_log_softmax_of_transformers(tiny: Path, model: Any, toke
 
     rows = [(tokenizer(text)["input_ids"], tokenizer(" sí", add_special_tokens=False)["input_ids"]) for text in TEXTS]
     bound = half_error(model.config) * largest_logit(model, rows)
-    scores = llamacpp.score(tiny / "tiny-F16.gguf", rows, threads=2, top=3)
-    for (prompt, answer), score in zip(rows, scores, strict=True):
+    scores = score(tiny / "tiny-F16.gguf", rows, threads=2, top=3)
+    for (prompt, answer), scored in zip(rows, scores, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
         expected = logits.log_softmax(-1)
-        best, chosen = expected.max(-1).values, [place[0][0] for place in score.top]
-        assert score.logprobs == pytest.approx(expected[range(len(answer)), answer].tolist(), abs=bound)
+        best, chosen = expected.max(-1).values, [place[0][0] for place in scored.top]
+        assert scored.logprobs == pytest.approx(expected[range(len(answer)), answer].tolist(), abs=bound)
         # The best token, or one that is no further below it than rounding moves two of them.
         assert (best - expected[range(len(answer)), chosen]).max() <= 2 * bound
-        assert [place[0][1] for place in score.top] == pytest.approx(best.tolist(), abs=bound)
+        assert [place[0][1] for place in scored.top] == pytest.approx(best.tolist(), abs=bound)
 
 
 @pytest.mark.llamacpp
 def test_divergence_is_that_of_the_whole_distributions(tiny: Path, tmp_path: Path) -> None:
     import numpy as np
 
-    llamacpp.quantize(tiny / "tiny-F16.gguf", tmp_path / "q.gguf", "Q4_0", 1)
+    quantize(tiny / "tiny-F16.gguf", tmp_path / "q.gguf", "Q4_0", 1)
     rows, files = [([5, 6, 7], [8, 9, 10]), ([7], [12])], (tiny / "tiny-F16.gguf", tmp_path / "q.gguf")
     whole = []
     for path in files:
         vocabulary = len(read_gguf(path).fields["tokenizer.ggml.tokens"])
-        places = [place for item in llamacpp.score(path, rows, threads=1, top=vocabulary) for place in item.top]
+        places = [place for item in score(path, rows, threads=1, top=vocabulary) for place in item.top]
         whole.append(np.array([[logprob for _, logprob in sorted(place)] for place in places]))
     expected = (np.exp(whole[0]) * (whole[0] - whole[1])).sum(-1)
     reference = tmp_path / "reference.bin"
-    llamacpp.score(files[0], rows, threads=1, reference=reference)
+    score(files[0], rows, threads=1, reference=reference)
     assert reference.stat().st_size == 16 + reference_bytes(rows, vocabulary)
-    itself, other = (llamacpp.score(path, rows, threads=1, reference=reference) for path in files)
+    itself, other = (score(path, rows, threads=1, reference=reference) for path in files)
     assert [value for item in other for value in item.kl] == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-6)
     assert min(value for item in other for value in item.kl) > 1e-4
     same = (whole[0].argmax(-1) == whole[1].argmax(-1)).tolist()
@@ -992,12 +994,12 @@ def test_divergence_is_that_of_the_whole_distributions(tiny: Path, tmp_path: Pat
 @pytest.mark.llamacpp
 def test_a_reference_of_other_rows_is_refused(tiny: Path, tmp_path: Path) -> None:
     reference = tmp_path / "reference.bin"
-    llamacpp.score(tiny / "tiny-F16.gguf", [([5], [6, 7])], threads=1, reference=reference)
+    score(tiny / "tiny-F16.gguf", [([5], [6, 7])], threads=1, reference=reference)
     with pytest.raises(ArtifactError, match="not of these rows"):
-        llamacpp.score(tiny / "tiny-F16.gguf", [([5], [6])], threads=1, reference=reference)
+        score(tiny / "tiny-F16.gguf", [([5], [6])], threads=1, reference=reference)
     reference.write_bytes(reference.read_bytes()[:-4])
     with pytest.raises(ArtifactError, match="cut short"):
-        llamacpp.score(tiny / "tiny-F16.gguf", [([5], [6, 7])], threads=1, reference=reference)
+        score(tiny / "tiny-F16.gguf", [([5], [6, 7])], threads=1, reference=reference)
 
 
 @pytest.mark.llamacpp
@@ -1011,7 +1013,7 @@ def test_speed_and_memory_are_those_of_the_running_server(server: llamacpp.Llama
 
 @pytest.mark.llamacpp
 def test_the_recipe_s_quantizations_are_the_quantizer_s_own(real: None) -> None:
-    done = subprocess.run([llamacpp.programs().quantize, "--help"], capture_output=True, text=True, check=False)
+    done = subprocess.run([programs().quantize, "--help"], capture_output=True, text=True, check=False)
     listed = re.findall(r"^ +\d+ +or +(\w+) ", done.stdout, re.MULTILINE)
     assert len(listed) > 30
     assert {*KINDS, *SECOND_NAMES, *NOT_MADE} >= set(listed)
@@ -1022,7 +1024,7 @@ def test_the_recipe_s_quantizations_are_the_quantizer_s_own(real: None) -> None:
 def test_what_needs_a_matrix_is_refused_without_one_and_nothing_else(tiny: Path, tmp_path: Path) -> None:
     def makes(kind: str) -> bool:
         try:
-            llamacpp.quantize(tiny / "tiny-F16.gguf", tmp_path / "q.gguf", kind, 1)
+            quantize(tiny / "tiny-F16.gguf", tmp_path / "q.gguf", kind, 1)
         except ArtifactError:
             return False
         return True
@@ -1034,7 +1036,7 @@ def test_what_needs_a_matrix_is_refused_without_one_and_nothing_else(tiny: Path,
 @pytest.mark.llamacpp
 def test_an_id_outside_the_vocabulary_cannot_be_scored(tiny: Path) -> None:
     with pytest.raises(ArtifactError, match="outside the vocabulary"):
-        llamacpp.score(tiny / "tiny-F16.gguf", [([1], [100000])], threads=1)
+        score(tiny / "tiny-F16.gguf", [([1], [100000])], threads=1)
 
 
 @pytest.mark.llamacpp

@@ -203,7 +203,8 @@ def test_an_adapter_that_a_gguf_cannot_hold_is_refused(base: Path, adapter: Path
 def test_base_and_adapter_score_an_answer_as_the_merged_model_does(
     tmp_path: Path, tiny_with_adapter: Callable[[Path], tuple[Path, Path, Path]]
 ) -> None:
-    from tutor.engines.llamacpp.server import score, to_gguf
+    from tutor.engines.llamacpp.convert import to_gguf
+    from tutor.engines.llamacpp.score import score
     from tutor.formats.models.gguf import pre_tokenizer, read_gguf
     from tutor.formats.models.gguf_weights import adapter_weights_of, check_exact
 

@@ -98,7 +98,7 @@ def test_a_password_in_the_host_is_refused_and_not_repeated() -> None:
 
 
 def test_a_broken_ollama_host_is_a_users_fault_even_when_the_host_is_given() -> None:
-    code = "from tutor.engines.ollama.engine import connect\nwith connect('127.0.0.1'): pass"
+    code = "from tutor.engines.ollama.client import connect\nwith connect('127.0.0.1'): pass"
     run = [sys.executable, "-c", code]
     done = subprocess.run(
         run, cwd=ROOT, env=environment(OLLAMA_HOST="x:port"), capture_output=True, text=True, check=False

@@ -27,7 +27,7 @@ from support.shared import copied
 
 from tutor.artifacts.hashing import file_sha256
 from tutor.artifacts.manifest import require_stage
-from tutor.engines.llamacpp import server as llamacpp
+from tutor.engines.llamacpp.server import serve as serve_gguf
 from tutor.engines.ollama.client import Ollama, connect
 from tutor.engines.ollama.engine import OllamaServer, serve
 from tutor.engines.ollama.protocol import MissingError, shown_parameters
@@ -139,7 +139,7 @@ def test_it_says_what_llama_server_says_of_the_same_file(recipe: Recipe, build: 
     publish(recipe, build)
     gguf = build / "tiny/gguf/tutor-Q8_0.gguf"
     with (
-        llamacpp.serve(gguf, context=2048, threads=1, log=tmp_path / "log") as local,
+        serve_gguf(gguf, context=2048, threads=1, log=tmp_path / "log") as local,
         serve(NAME, HOST) as published,
     ):
         for question in QUESTIONS:

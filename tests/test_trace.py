@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tutor.engines.llamacpp import server as llamacpp
 from tutor.engines.llamacpp.build import build_folder, is_built
+from tutor.engines.llamacpp.convert import to_gguf
+from tutor.engines.llamacpp.server import LlamaServer, serve
 from tutor.engines.llamacpp.trace import rendered
 from tutor.engines.llamacpp.trace import trace as llamacpp_trace
 from tutor.engines.ollama.client import connect
@@ -143,14 +144,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     made = copied(tiny_folder(tmp_path_factory), tmp_path_factory.mktemp("traced") / "model")
     edit(made / "tokenizer_config.json", chat_template=chat_template(add_bos=True))
-    llamacpp.to_gguf(made, made / "tiny-F16.gguf", pre_tokenizer(made / "tokenizer.json"))
+    to_gguf(made, made / "tiny-F16.gguf", pre_tokenizer(made / "tokenizer.json"))
     return made
 
 
 @pytest.fixture(scope="module")
-def served(folder: Path) -> Iterator[llamacpp.LlamaServer]:
+def served(folder: Path) -> Iterator[LlamaServer]:
     log = folder / "server.log"
-    with llamacpp.serve(folder / "tiny-F16.gguf", context=512, threads=1, log=log, own_template=True) as running:
+    with serve(folder / "tiny-F16.gguf", context=512, threads=1, log=log, own_template=True) as running:
         yield running
 
 
@@ -163,7 +164,7 @@ def loaded(folder: Path) -> Any:
 
 @pytest.mark.llamacpp
 @pytest.mark.parametrize("talk", TALKS, ids=range(len(TALKS)))
-def test_llama_server_renders_by_the_file_s_own_template(served: llamacpp.LlamaServer, talk: Any) -> None:
+def test_llama_server_renders_by_the_file_s_own_template(served: LlamaServer, talk: Any) -> None:
     assert rendered(served, talk) == render(talk)
 
 
@@ -177,7 +178,7 @@ def decided(steps: Sequence[Step], bound: float) -> int:
 @pytest.mark.llamacpp
 @pytest.mark.parametrize("talk", TALKS, ids=range(len(TALKS)))
 def test_transformers_and_llama_server_tell_of_an_answer_in_the_same_steps(
-    served: llamacpp.LlamaServer, loaded: Any, talk: Any
+    served: LlamaServer, loaded: Any, talk: Any
 ) -> None:
     from tolerances import half_error, largest_logit
 

@@ -19,15 +19,13 @@ from support.shared import copied, linked
 from tutor.artifacts.disk import remove
 from tutor.artifacts.manifest import MANIFEST, find_damage, read_manifest
 from tutor.artifacts.stage_folder import PARTIAL
-from tutor.engines.llamacpp import build as llamacpp_build
+from tutor.engines.llamacpp.build import build_folder, is_built
 from tutor.pipeline import registry as chain
 
 pytestmark = [
     pytest.mark.pipeline,
     pytest.mark.llamacpp,
-    pytest.mark.skipif(
-        not llamacpp_build.is_built(llamacpp_build.build_folder()), reason="the pinned llama.cpp is not built"
-    ),
+    pytest.mark.skipif(not is_built(build_folder()), reason="the pinned llama.cpp is not built"),
 ]
 
 MADE = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "merged/model.safetensors")

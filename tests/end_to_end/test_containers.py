@@ -25,8 +25,9 @@ from support.command import ROOT, environment
 from support.docker import docker, inspected
 
 from tutor.artifacts.manifest import require_stage
-from tutor.engines.llamacpp import build as llamacpp_build
-from tutor.engines.ollama import engine as ollama
+from tutor.engines.llamacpp.build import build_folder, is_built
+from tutor.engines.ollama.client import connect
+from tutor.engines.ollama.engine import serve
 from tutor.engines.protocol import Generation
 from tutor.errors import HostError, ServiceError
 from tutor.machine import preflight
@@ -297,7 +298,7 @@ def test_service_outputs_belong_to_caller_and_are_readable(contained: Path) -> N
 @pytest.fixture(scope="module")
 def embedded(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The build folder of `tutor run` with the same recipe, outside containers."""
-    if not llamacpp_build.is_built(llamacpp_build.build_folder()):
+    if not is_built(build_folder()):
         pytest.skip("the pinned llama.cpp is not built here: make llamacpp")
     build = tmp_path_factory.mktemp("embedded")
     command = [TUTOR, "run", "--until", "modelfile", "--recipe", recipe.path, "--build", build]
@@ -450,7 +451,7 @@ def test_real_server_tests_pass_on_the_projects_ollama(
 
 def test_server_killed_raises_and_keeps_its_models(published: dict[str, Any], server: str, compose: Stack) -> None:
     long = Generation(max_new_tokens=1500, temperature=1.5, top_p=1.0, repetition_penalty=1.0, seed=1)
-    with ollama.serve(published["tag"], url(compose)) as engine:
+    with serve(published["tag"], url(compose)) as engine:
         engine.answer(conversation("Hola"), Generation(1, 0.0, 1.0, 1.0, 1))  # loads the model
         docker("update", "--cpus", "0.05", server)  # slow enough to be killed while it answers
         pieces: list[str] = []
@@ -465,7 +466,7 @@ def test_server_killed_raises_and_keeps_its_models(published: dict[str, Any], se
         assert pieces
     docker("update", "--cpus", "2", server)
     stack.start_server(compose)
-    with ollama.connect(url(compose)) as again:
+    with connect(url(compose)) as again:
         assert published["tag"] in [tag.name for tag in again.tags()]
     assert stack.run_service(compose, "publisher")["published"] is False
 

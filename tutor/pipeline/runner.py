@@ -17,7 +17,7 @@ from tutor.artifacts.lock import locked
 from tutor.artifacts.manifest import Manifest, changed_fields, find_damage, read_manifest, require_stage
 from tutor.artifacts.provenance import provenance
 from tutor.artifacts.stage_folder import CHECKPOINTS, LOG, OLD, PARTIAL, checkpoint_folder, refuse_foreign, writing
-from tutor.engines.llamacpp import build as llamacpp_build
+from tutor.engines.llamacpp.build import build_key
 from tutor.errors import GateError, RecipeError
 from tutor.machine import capacity, distributed
 from tutor.pipeline.registry import BY_NAME, Stage
@@ -89,7 +89,7 @@ def key_fields(stage: Stage, recipe: Recipe, build: Path, states: Mapping[str, S
             fields[f"input.{name}"] = file_sha256(path)
     fields |= provenance(stage.sources, stage.packages)
     if stage.llamacpp:
-        fields["version.llama.cpp"] = llamacpp_build.build_key()
+        fields["version.llama.cpp"] = build_key()
     return fields
 
 

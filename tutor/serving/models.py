@@ -67,9 +67,9 @@ def opened(recipe: "Recipe", build: Path, who: Who, *, share: int = 1, log: Path
     """
     folder = build / recipe.name
     if who.engine == "ollama":
-        from tutor.engines.ollama import engine as ollama
+        from tutor.engines.ollama.engine import serve as serve_published
 
-        with ollama.serve(who.model, who.host) as engine:
+        with serve_published(who.model, who.host) as engine:
             yield engine
     elif who.engine == "hf" or who.model == "adapter":
         from tutor.engines.hf.loading import load
@@ -80,13 +80,12 @@ def opened(recipe: "Recipe", build: Path, who: Who, *, share: int = 1, log: Path
         precision = device.choose_precision(recipe.train.precision)
         yield load(model, adapter, quantization=quantization, precision=precision)
     else:
-        from tutor.engines.llamacpp import server as llamacpp
+        from tutor.engines.llamacpp.server import serve as serve_gguf
 
         gguf = gguf_of(recipe, build, who)
         threads = max(1, len(os.sched_getaffinity(0)) // share)
-        with llamacpp.serve(
-            gguf, context=recipe.generate.context, threads=threads, log=log or folder / "server.log"
-        ) as server:
+        log = log or folder / "server.log"
+        with serve_gguf(gguf, context=recipe.generate.context, threads=threads, log=log) as server:
             yield server
 
 

@@ -14,8 +14,7 @@ from typing import Any
 
 from tutor.artifacts.disk import write_json
 from tutor.artifacts.manifest import read_manifest, require_stage
-from tutor.engines.ollama import engine as ollama
-from tutor.engines.ollama.client import Ollama
+from tutor.engines.ollama.client import Ollama, connect
 from tutor.errors import ArtifactError, GateError
 from tutor.formats.models.model_folder import read_json
 from tutor.pipeline.registry import BY_NAME
@@ -80,7 +79,7 @@ def promote(
     Raises RecipeError for no such build, GateError where parity is red or it is worse than what is in service.
     """
     name = publishing.served_name(recipe, adapter=adapter)
-    with ollama.connect(host) as server:
+    with connect(host) as server:
         found = stage.find(server, name, published)
         at = server.host
     promotion = _promote(recipe, build, f"{name}:{found}", host=host, force=force)
@@ -91,7 +90,7 @@ def _promote(recipe: Recipe, build: Path, tag: str, *, host: str | None, force: 
     """Weigh a tag, make it `latest` and record that. Raises GateError where a gate says no and nothing forces it."""
     folder = build / recipe.name
     name, _, new = tag.partition(":")
-    with ollama.connect(host) as server:
+    with connect(host) as server:
         old, at = _in_service(server, name), server.host
         overrode = [problem] if (problem := _parity_problem(folder, server, tag)) else []
         said, worse = _weigh(recipe, build, tag, old, host)

@@ -19,8 +19,7 @@ from tutor.artifacts.lock import locked
 from tutor.artifacts.manifest import is_made, read_manifest, require_stage
 from tutor.artifacts.stage_folder import writing
 from tutor.engines.llamacpp.build import build_key
-from tutor.engines.ollama import engine as ollama
-from tutor.engines.ollama.client import Ollama
+from tutor.engines.ollama.client import Ollama, connect
 from tutor.errors import ArtifactError, GateError
 from tutor.formats.models.served_quantization import served_quantization
 from tutor.pipeline.registry import BY_NAME
@@ -78,7 +77,7 @@ def publish(
     folder = build / recipe.name
     with locked(folder), announced("publish", "put the model onto Ollama and prove it"):
         made, reference = _folder_of("modelfile", recipe, folder), _reference(recipe, folder)
-        with ollama.connect(host) as server:
+        with connect(host) as server:
             server.wait_ready(wait)  # before gigabytes are hashed for no one
             made = _lora_folder(recipe, folder) if adapter else made
             model = stage.read_model(made, _served(recipe, folder))
@@ -133,7 +132,7 @@ def parity(recipe: Recipe, build: Path, *, host: str | None = None) -> dict[str,
     Writes `parity-ollama/`. Raises ArtifactError without that stage, ServiceError when the model is not there.
     """
     folder, name = build / recipe.name, served_name(recipe)
-    with locked(folder), ollama.connect(host) as server:
+    with locked(folder), connect(host) as server:
         reference = _reference(recipe, folder)
         version, found = server.version(), stage.digest_of(server, name)
         served = {"model": name, "host": server.host, "version": version, "digest": found or ""}
@@ -222,14 +221,14 @@ def _write_modelfile(recipe: Recipe, base: Path, adapter: Path, out: Path) -> No
 
 def rollback(recipe: Recipe, *, host: str | None = None, adapter: bool = False) -> dict[str, Any]:
     """Serve again what `latest` was before."""
-    with ollama.connect(host) as server:
+    with connect(host) as server:
         return stage.rollback(server, served_name(recipe, adapter=adapter))
 
 
 def models(recipe: Recipe, *, host: str | None = None) -> list[dict[str, Any]]:
     """Every published build of the recipe's model, merged and as an adapter, the newest first of each."""
     names = [served_name(recipe, adapter=adapter) for adapter in (False, True)]
-    with ollama.connect(host) as server:
+    with connect(host) as server:
         return [{"model": name, **row} for name in names for row in stage.models(server, name)]
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tutor.artifacts.hashing import file_sha256
 from tutor.artifacts.manifest import read_manifest
-from tutor.engines.ollama import client as ollama_api
+from tutor.engines.ollama.client import connect
 from tutor.errors import ArtifactError, RecipeError, ServiceError
 from tutor.formats.models.gguf import Gguf, read_gguf
 from tutor.formats.models.model_folder import read_facts
@@ -61,7 +61,7 @@ def verify_model(model: str, host: str | None, recipe: Recipe, build: Path) -> l
     A file of the build folder with the same digest is what the server has: its weights are compared in its place.
     Raises ServiceError without the server or the model, ArtifactError where it says nothing of its origin.
     """
-    with ollama_api.connect(host) as server:
+    with connect(host) as server:
         shown = server.show(model)
         if shown is None:
             raise ServiceError(f"{server.host} has no model {model!r}", "see: tutor models")

@@ -20,26 +20,10 @@ from typing import Any
 
 import httpx2
 
-from tutor.engines.llamacpp.convert import imatrix, quantize, to_gguf
-from tutor.engines.llamacpp.process import Command, Programs, clean_environment, fault, programs, stop, tethered
-from tutor.engines.llamacpp.score import score
+from tutor.engines.llamacpp.process import Command, clean_environment, fault, programs, stop, tethered
 from tutor.engines.protocol import Answer, Finish, Generation
 from tutor.errors import HostError, ServiceError
-from tutor.formats.models.gguf import pre_tokenizer
 from tutor.prompt import Message, render
-
-__all__ = [
-    "LlamaServer",
-    "Programs",
-    "Speed",
-    "imatrix",
-    "pre_tokenizer",
-    "programs",
-    "quantize",
-    "score",
-    "serve",
-    "to_gguf",
-]
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,6 @@ from tutor.engines.protocol import Answer, Finish, Generation
 from tutor.errors import ServiceError
 from tutor.prompt import Message, render
 
-__all__ = ["OllamaServer", "connect", "serve"]
-
 logger = logging.getLogger(__name__)
 
 TOP_K = 40  # Ollama's default

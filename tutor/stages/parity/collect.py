@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tutor.engines.llamacpp.server import score, serve
+from tutor.engines.llamacpp.score import score
+from tutor.engines.llamacpp.server import serve
 from tutor.engines.llamacpp.trace import rendered
 from tutor.engines.llamacpp.trace import trace as llamacpp_trace
 from tutor.engines.trace import TOP
