@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from tutor.artifacts.layout import BuildFolder
 from tutor.engines.hf.loading import load
 from tutor.engines.hf.score import score as score_by_hf
 from tutor.engines.llamacpp.score import score
@@ -22,14 +23,16 @@ from tutor.recipe.settings import Recipe, read_recipe
 
 def main(recipe: Recipe, build: Path, count: int) -> None:
     """Compare on at most `count` prompts and print."""
-    folder = build / recipe.name
-    prompts = [json.loads(line) for line in (folder / "data" / "prompts.jsonl").read_text("utf-8").split("\n") if line]
-    f16 = folder / "gguf" / "tutor-F16.gguf"
-    engine = load(folder / "merged", None, quantization="none", precision="fp32")
+    folder = BuildFolder(build, recipe.name)
+    prompts = [
+        json.loads(line) for line in (folder.stage("data") / "prompts.jsonl").read_text("utf-8").split("\n") if line
+    ]
+    f16 = folder.gguf("tutor", "F16")
+    engine = load(folder.stage("merge"), None, quantization="none", precision="fp32")
     tokenizer = engine.tokenizer
     generation = replace(greedy(recipe.generate, recipe.seed), repetition_penalty=1.0)
     same = 0
-    with serve(f16, context=recipe.generate.context, threads=2, log=folder / "agreement.log") as server:
+    with serve(f16, context=recipe.generate.context, threads=2, log=folder.path / "agreement.log") as server:
         for prompt in prompts[:count]:
             messages = conversation(prompt["instruction"], recipe.system)
             texts = [each.answer(messages, generation).text for each in (engine, server)]

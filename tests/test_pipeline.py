@@ -121,7 +121,7 @@ def test_every_file_that_decides_a_stage_is_there_and_the_stages_own_is_among_th
 
 PLUMBING = {
     *(
-        *(f"artifacts/{name}.py" for name in ("disk", "hashing", "manifest", "stage_folder")),
+        *(f"artifacts/{name}.py" for name in ("disk", "hashing", "layout", "manifest", "stage_folder")),
         "errors.py",
         "formats/models/model_folder.py",
         "recipe/quantizations.py",

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tutor.artifacts.layout import STAGE_FOLDERS, BuildFolder
 from tutor.artifacts.manifest import read_manifest
 from tutor.graders.verdict import LABELS
-from tutor.pipeline.registry import BY_NAME
 from tutor.prompt import shown
 from tutor.recipe.settings import Recipe
 from tutor.stages.parity.gate import lines as parity_lines
@@ -26,13 +26,13 @@ TABLE_VERDICTS = ("passed", "spanish", "stopped", "code_block", "no_loop", "comp
 
 def collect(recipe: Recipe, build: Path) -> dict[str, Any]:
     """Collect the results of the stages that have run, by stage, and EXAMPLES prompts with their answers."""
-    folder = build / recipe.name
+    folder = BuildFolder(build, recipe.name)
     results: dict[str, Any] = {}
-    for stage in BY_NAME.values():
-        manifest = read_manifest(folder / stage.folder)
+    for stage in STAGE_FOLDERS:
+        manifest = read_manifest(folder.stage(stage))
         if manifest is not None:
-            results[stage.name] = {"seconds": manifest.seconds, **manifest.results}
-    answers = folder / BY_NAME["evaluate"].folder / "answers.json"
+            results[stage] = {"seconds": manifest.seconds, **manifest.results}
+    answers = folder.stage("evaluate") / "answers.json"
     examples = json.loads(answers.read_text("utf-8")) if answers.is_file() else []
     return {"recipe": str(recipe.path), "stages": results, "examples": _spread(examples, EXAMPLES)}
 

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tutor.artifacts.layout import BuildFolder
 from tutor.errors import HostError, TutorError
 from tutor.formats.models.base_source import HUB, PACKAGE, hub_cache, hub_snapshot, input_files
 from tutor.formats.models.gguf import Gguf, read_gguf
@@ -29,8 +30,8 @@ log = logging.getLogger(__name__)
 LONG = 24 * 3600.0  # seconds of training on a CPU that are worth a warning
 CAPABILITY, NATIVE_BF16 = (7, 5), (8, 0)
 """Of a GPU: what the pinned wheels of CUDA 13 need, and what computes in bf16 itself."""
-FOLDERS = {"base": "base", "train": "adapter", "merge": "merged", "convert": "gguf"}
-PUBLISHED = "model/published.json"
+WEIGHT_STAGES = ("base", "train", "merge", "convert")
+"""Stages that write model weights: their disk space is estimated."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def refuse(recipe: Recipe, build: Path, stages: Collection[str]) -> bool:
         return False
     if "train" in stages:
         refuse_training(recipe, build, shape, next(iter(host.gpus()), None))
-    sizes = disk_sizes(recipe, shape, [name for name in stages if name in FOLDERS])
+    sizes = disk_sizes(recipe, shape, [name for name in stages if name in WEIGHT_STAGES])
     for place, free, need in short_disks(folders(recipe, build, sizes)):
         raise HostError(
             f"the stages will write {gb(need)} ({parts_line(sizes)}) to the disk of {place}, which has {gb(free)} free",
@@ -142,7 +143,7 @@ def refuse_memory(fit: Fit) -> None:
 def fit(recipe: Recipe, build: Path, shape: Shape, gpu: host.Gpu | None) -> Fit:
     """What a recipe's training takes here, on a GPU or, without one, on the CPU."""
     total, free, device = room(gpu)
-    rows = lengths.rows_of(recipe, build, build / recipe.name / FOLDERS["base"])
+    rows = lengths.rows_of(recipe, build, BuildFolder(build, recipe.name).stage("base"))
     cpu = host.processor()
     most = memory.choose_pass_tokens(
         shape, recipe.train, precision_of(recipe.train, gpu, cpu), lambda tried: lengths.pass_tokens(tried, rows),
@@ -210,7 +211,7 @@ def find_shape(recipe: Recipe, build: Path) -> Shape | None:
     """The base's shape: of the base stage, the folder, the package's GGUF, the hub's cache, or as known by name."""
     source = recipe.base.source
     with contextlib.suppress(TutorError, OSError, ValueError, ImportError):
-        base = build / recipe.name / FOLDERS["base"]
+        base = BuildFolder(build, recipe.name).stage("base")
         if (base / "base.json").exists() and (facts := read_json(base / "base.json")).get("source") == source:
             return estimate.shape_of(read_json(base / str(facts["model"]) / "config.json"))
         if source.startswith("path:"):
@@ -262,7 +263,10 @@ def disk_sizes(recipe: Recipe, shape: Shape, stages: Collection[str]) -> dict[st
 def folders(recipe: Recipe, build: Path, sizes: Mapping[str, int]) -> list[tuple[Path, int]]:
     """Sizes by stage as sizes by the folder that is written to."""
     in_build = sum(size for name, size in sizes.items() if name != "hub")
-    return [(build / recipe.name, in_build), *([(hub_cache(), sizes["hub"])] if "hub" in sizes else [])]
+    return [
+        (BuildFolder(build, recipe.name).path, in_build),
+        *([(hub_cache(), sizes["hub"])] if "hub" in sizes else []),
+    ]
 
 
 def short_disks(needs: Iterable[tuple[Path, int]]) -> list[tuple[Path, int, int]]:

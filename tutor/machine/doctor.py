@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tutor.artifacts.layout import BuildFolder
 from tutor.artifacts.manifest import read_manifest
 from tutor.engines.llamacpp import build as llamacpp_build
 from tutor.engines.ollama.client import connect
@@ -28,7 +29,8 @@ State = Literal["ok", "warning", "missing"]
 
 RUN, STACK, SERVE = "tutor run", "make all", "tutor publish"
 """Who needs a thing: the stages in this environment, the containers, Ollama."""
-STAGES = {**capacity.FOLDERS, "evaluate": "eval"}
+TIMED_STAGES = (*capacity.WEIGHT_STAGES, "evaluate")
+"""Stages whose duration is estimated."""
 ANSWER = 2.0  # seconds for Ollama to say its version
 KNOWN_BAD = (
     ("transformers", (5, 0), (5, 22, 2), "drops every blank of an R1-Distill-Llama text"),
@@ -103,7 +105,7 @@ def examine(recipe: Recipe | None, build: Path) -> Report:
     refusal = None
     try:
         # Stages that are done need no room any more, and no memory.
-        to_do = [name for name in capacity.FOLDERS if not preflight.is_made(recipe, build, name)]
+        to_do = [name for name in capacity.WEIGHT_STAGES if not preflight.is_made(recipe, build, name)]
         capacity.refuse(recipe, build, to_do)
     except HostError as error:
         refusal = error
@@ -133,8 +135,10 @@ def taken(recipe: Recipe, build: Path, shape: estimate.Shape | None, gpu: host.G
             "tight": fit.certain <= fit.total < fit.need,
             "settings": fit.change,
         },
-        "disk": capacity.disk_sizes(recipe, shape, [*capacity.FOLDERS, "publish"]),
-        "seconds": {name: measured.get(name, roughly.get(name)) for name in STAGES if name in {**roughly, **measured}},
+        "disk": capacity.disk_sizes(recipe, shape, [*capacity.WEIGHT_STAGES, "publish"]),
+        "seconds": {
+            name: measured.get(name, roughly.get(name)) for name in TIMED_STAGES if name in {**roughly, **measured}
+        },
         "measured": list(measured),
     }
 
@@ -142,9 +146,9 @@ def taken(recipe: Recipe, build: Path, shape: estimate.Shape | None, gpu: host.G
 def last_seconds(recipe: Recipe, build: Path) -> dict[str, float]:
     """How long the stages took that are there, as their manifests say."""
     found = {}
-    for name, folder in STAGES.items():
+    for name in TIMED_STAGES:
         with contextlib.suppress(ArtifactError):
-            if manifest := read_manifest(build / recipe.name / folder):
+            if manifest := read_manifest(BuildFolder(build, recipe.name).stage(name)):
                 found[name] = manifest.seconds
     return found
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tutor.artifacts.layout import BuildFolder
 from tutor.artifacts.manifest import MANIFEST
 from tutor.errors import HostError, RecipeError
 from tutor.machine import capacity, host
@@ -170,9 +171,9 @@ def memory_faults(recipe: Recipe, build: Path, shape: Shape, *, gpu: bool) -> li
 
 def disk_faults(recipe: Recipe, build: Path, shape: Shape | None, info: Mapping[str, Any]) -> list[Finding]:
     """Disks without room for what is not there yet; two folders on one disk need the sum."""
-    to_do = [name for name in capacity.FOLDERS if not is_made(recipe, build, name)]
+    to_do = [name for name in capacity.WEIGHT_STAGES if not is_made(recipe, build, name)]
     sizes = capacity.disk_sizes(recipe, shape, [*to_do, "publish"]) if shape else {}
-    if (build / recipe.name / capacity.PUBLISHED).exists():
+    if BuildFolder(build, recipe.name).published().exists():
         sizes.pop("publish", None)
     # The hub's cache and Ollama's models are volumes of Docker's.
     in_docker = sum(sizes.pop(name, 0) for name in ("hub", "publish"))
@@ -187,7 +188,7 @@ def disk_faults(recipe: Recipe, build: Path, shape: Shape | None, info: Mapping[
 
 def is_made(recipe: Recipe, build: Path, stage: str) -> bool:
     """Whether a stage's folder is there and whole."""
-    return (build / recipe.name / capacity.FOLDERS[stage] / MANIFEST).exists()
+    return (BuildFolder(build, recipe.name).stage(stage) / MANIFEST).exists()
 
 
 def port_faults() -> list[Finding]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from tutor.artifacts.layout import BuildFolder
 from tutor.errors import HostError, ServiceError, TutorError
 from tutor.machine import preflight
 from tutor.recipe.settings import Recipe
@@ -77,12 +78,12 @@ class Stack:
     @property
     def folder(self) -> Path:
         """Where the services write."""
-        return self.build / self.recipe.stem
+        return BuildFolder(self.build, self.recipe.stem).path
 
     @property
     def logs(self) -> Path:
         """Where their logs are."""
-        return self.folder / "logs"
+        return BuildFolder(self.build, self.recipe.stem).service_logs
 
     def command(self, *arguments: str) -> list[str]:
         """A command line of `docker compose`. Raises HostError outside a checkout."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tutor.artifacts.layout import OLLAMA, OLLAMA_PARITY, PUBLISHED, STAGE_FOLDERS, evaluation_name
 from tutor.artifacts.manifest import recipe_fields
 from tutor.recipe.settings import Recipe
 from tutor.stages.convert.lineage import TOOLS, recipe_hash
@@ -20,7 +21,6 @@ class Stage:
     """One step: a module, a folder, and all that decides whether it has to run."""
 
     name: str
-    folder: str
     about: str
     needs: tuple[str, ...]
     settings: Callable[[Recipe], dict[str, Any]]
@@ -31,6 +31,11 @@ class Stage:
     beside: str = ""  # a pattern: what commands outside the pipeline make of its folder, removed with it
     resumes: bool = False  # goes on after a kill with what it had finished
     reads: tuple[str, ...] = ()  # folders and files that it takes where they are there, and needs none of
+
+    @property
+    def folder(self) -> str:
+        """The folder's name below the build folder."""
+        return STAGE_FOLDERS[self.name]
 
     def recipe_fields(self, recipe: Recipe) -> dict[str, Any]:
         """The settings that the stage reads, as key fields."""
@@ -113,7 +118,6 @@ def _evaluate_files(recipe: Recipe) -> Mapping[str, Path]:
 STAGES = (
     Stage(
         "data",
-        "data",
         "check the rows and split them",
         needs=(),
         settings=_data,
@@ -128,7 +132,6 @@ STAGES = (
         files=_data_files,
     ),
     Stage(
-        "base",
         "base",
         "fetch or make the base model and check it",
         needs=(),
@@ -146,7 +149,6 @@ STAGES = (
     ),
     Stage(
         "train",
-        "adapter",
         "train the LoRA adapter",
         needs=("data", "base"),
         settings=_train,
@@ -156,7 +158,6 @@ STAGES = (
     ),
     Stage(
         "merge",
-        "merged",
         "merge the adapter into the 16-bit base",
         needs=("data", "base", "train"),
         settings=_merge,
@@ -175,7 +176,6 @@ STAGES = (
     ),
     Stage(
         "convert",
-        "gguf",
         "convert to GGUF and quantize",
         needs=("data", "base", "train", "merge"),
         settings=_convert,
@@ -198,7 +198,6 @@ STAGES = (
     ),
     Stage(
         "ladder",
-        "ladder",
         "measure what each quantization loses",
         needs=("data", "base", "convert"),
         settings=_ladder,
@@ -216,7 +215,6 @@ STAGES = (
         llamacpp=True,
     ),
     Stage(
-        "parity",
         "parity",
         "compare every engine that the model passes",
         needs=("data", "base", "train", "merge", "convert", "ladder"),
@@ -246,7 +244,6 @@ STAGES = (
     ),
     Stage(
         "modelfile",
-        "model",
         "render the Modelfile",
         needs=("base", "convert", "ladder"),
         settings=_modelfile,
@@ -262,7 +259,6 @@ STAGES = (
     ),
     Stage(
         "evaluate",
-        "eval",
         "answer the held-out prompts and judge",
         needs=("data", "base", "convert", "ladder"),
         settings=_evaluate,
@@ -297,7 +293,6 @@ STAGES = (
     ),
     Stage(
         "report",
-        "report",
         "write the page and the model card",
         needs=("data",),
         settings=_report,
@@ -322,8 +317,10 @@ STAGES = (
         ),
         packages=("jinja2", "lingua-language-detector", "transformers"),
         reads=(
-            *("base", "adapter", "merged", "gguf", "ladder", "parity", "eval"),
-            *("model/published.json", "parity-ollama", "eval-ollama"),
+            *(STAGE_FOLDERS[name] for name in ("base", "train", "merge", "convert", "ladder", "parity", "evaluate")),
+            f"{STAGE_FOLDERS['modelfile']}/{PUBLISHED}",
+            OLLAMA_PARITY,
+            evaluation_name(OLLAMA),
         ),
     ),
 )

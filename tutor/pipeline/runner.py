@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tutor.artifacts.disk import remove
-from tutor.artifacts.hashing import HASHES, cached_sha256, file_sha256, json_sha256
+from tutor.artifacts.hashing import cached_sha256, file_sha256, json_sha256
+from tutor.artifacts.layout import BuildFolder
 from tutor.artifacts.lock import locked
 from tutor.artifacts.manifest import Manifest, changed_fields, find_damage, read_manifest, require_stage
 from tutor.artifacts.provenance import provenance
@@ -62,27 +63,27 @@ def inspect(
     `content` hashes every output instead of trusting its size.
     """
     states: dict[str, State] = {}
+    made = BuildFolder(build, recipe.name)
     for stage in (BY_NAME[name] for name in BY_NAME if name in names):
-        folder = build / recipe.name / stage.folder
+        folder = made.stage(stage.name)
         manifest = read_manifest(folder)
         problems = tuple(find_damage(folder, content=content)) if manifest else ()
         whole = all(states[need].manifest and not states[need].problems for need in stage.needs)
-        fields = key_fields(stage, recipe, build, states) if whole else None
+        fields = key_fields(stage, recipe, made, states) if whole else None
         states[stage.name] = State(stage, folder, manifest, fields, problems)
     return list(states.values())
 
 
-def key_fields(stage: Stage, recipe: Recipe, build: Path, states: Mapping[str, State]) -> dict[str, Any]:
+def key_fields(stage: Stage, recipe: Recipe, made: BuildFolder, states: Mapping[str, State]) -> dict[str, Any]:
     """What decides a stage's result, flat, so that two of them can be compared line by line."""
     fields = stage.recipe_fields(recipe)
-    cache = build / recipe.name / HASHES
-    fields |= {f"file.{name}": cached_sha256(path, cache) for name, path in stage.files(recipe).items()}
+    fields |= {f"file.{name}": cached_sha256(path, made.hashes) for name, path in stage.files(recipe).items()}
     for need in stage.needs:
         manifest = states[need].manifest
         assert manifest is not None
         fields[f"input.{need}"] = manifest.fingerprint
     for name in stage.reads:
-        path = build / recipe.name / name
+        path = made.path / name
         if found := read_manifest(path):
             fields[f"input.{name}"] = json_sha256(asdict(found))  # its times and results are read, too
         elif path.is_file():
@@ -115,7 +116,7 @@ def run_all(recipe: Recipe, build: Path, *, until: str | None = None) -> list[st
     names = list(BY_NAME)[: list(BY_NAME).index(until) + 1] if until else list(BY_NAME)
     ran: list[str] = []
     weighed = False
-    with locked(build / recipe.name):
+    with locked(BuildFolder(build, recipe.name).path):
         for name in names:
             states = {found.stage.name: found for found in inspect(recipe, build, names=names)}
             state = states[name]
@@ -148,7 +149,7 @@ def run_one(name: str, recipe: Recipe, build: Path) -> bool:
 
 def _run_first(stage: Stage, recipe: Recipe, build: Path) -> bool:
     name = stage.name
-    with locked(build / recipe.name):
+    with locked(BuildFolder(build, recipe.name).path):
         states = {found.stage.name: found for found in inspect(recipe, build, names=_with_needs(name))}
         for need in stage.needs:
             require_stage(states[need].folder, need)
@@ -193,13 +194,14 @@ def _refuse_early(recipe: Recipe) -> None:
 
 
 def _run(stage: Stage, recipe: Recipe, build: Path, state: State) -> None:
+    made = BuildFolder(build, recipe.name)
     for need in stage.needs:  # someone may have removed it since its stage ran
-        require_stage(build / recipe.name / BY_NAME[need].folder, need)
+        require_stage(made.stage(need), need)
     assert state.fields is not None, f"{stage.name} lacks an input"
     scratch = writing(state.folder, stage.name, state.fields, resume=stage.resumes)
     with announced(stage.name, stage.about), scratch as (out, results):
-        inputs = {need: build / recipe.name / BY_NAME[need].folder for need in stage.needs}
-        inputs |= {name: build / recipe.name / name for name in stage.reads}
+        inputs = {need: made.stage(need) for need in stage.needs}
+        inputs |= {name: made.path / name for name in stage.reads}
         distributed.broadcast((inputs, out))
         results.update(stage.module.run(recipe, inputs, out))
 
@@ -217,9 +219,9 @@ def clean(recipe: Recipe, build: Path, names: tuple[str, ...]) -> list[Path]:
     if unknown := [name for name in names if name not in BY_NAME]:
         raise RecipeError(f"no stage {unknown[0]!r}; known: {', '.join(BY_NAME)}")
     removed = []
-    with locked(build / recipe.name):
+    with locked(BuildFolder(build, recipe.name).path):
         for stage in (BY_NAME[name] for name in names or BY_NAME):
-            made = build / recipe.name / stage.folder
+            made = BuildFolder(build, recipe.name).stage(stage.name)
             found = [made, *(sorted(made.parent.glob(stage.beside)) if stage.beside else ())]
             ends = (PARTIAL, OLD, CHECKPOINTS, LOG)
             for folder in found:

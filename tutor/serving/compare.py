@@ -8,13 +8,13 @@ as rates.changes returns them.
 
 import itertools
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tutor.artifacts.disk import write_json
+from tutor.artifacts.layout import OLLAMA, STAGE_FOLDERS, BuildFolder
 from tutor.artifacts.lock import locked
 from tutor.artifacts.manifest import is_made, require_stage
 from tutor.artifacts.provenance import provenance
@@ -38,8 +38,6 @@ CODE = (
     "engines/ollama/engine.py",
     *BY_NAME["evaluate"].sources,
 )
-PUBLISHED = "ollama"
-"""What the published model is called where it is asked without a name."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +60,16 @@ def published(
     """
     who = Who(publishing.served_name(recipe, adapter=adapter), None, "ollama", host)
     found = ask_published(recipe, build, who, parallel)
-    theirs = build / recipe.name / BY_NAME["evaluate"].folder / stage.ANSWERS
+    theirs = BuildFolder(build, recipe.name).stage("evaluate") / stage.ANSWERS
     agreement = _agreement(theirs, found.records)
-    rated = found.results["models"][PUBLISHED]
+    rated = found.results["models"][OLLAMA]
     shown = {**found.results, "models": {who.model: rated}, "all": rated["all"]}
     return {"ran": found.ran, **shown, "as_llama_server": agreement}
 
 
 def ask_published(recipe: Recipe, build: Path, who: Who, parallel: int = 1) -> Asked:
     """The answers of a published model, by its name or one of its tags, kept as `eval-ollama/`."""
-    return _ask(recipe, build, who, PUBLISHED, parallel)
+    return _ask(recipe, build, who, OLLAMA, parallel)
 
 
 def evaluate(recipe: Recipe, build: Path, whom: Sequence[Who], *, parallel: int = 1) -> dict[str, Any]:
@@ -123,7 +121,7 @@ def _found(
 ) -> Asked:
     """The answers that a person means by a folder, a file or a name."""
     path = Path(source)
-    for answers in (path / BY_NAME["evaluate"].folder / stage.ANSWERS, path / stage.ANSWERS, path):
+    for answers in (path / STAGE_FOLDERS["evaluate"] / stage.ANSWERS, path / stage.ANSWERS, path):
         if answers.name.endswith(".json") and answers.is_file():
             return _from_file(answers, source)
     if "/" in source and engine != "ollama" and not source.startswith("ollama:"):
@@ -152,11 +150,11 @@ def _from_file(path: Path, label: str) -> Asked:
 
 def _ask(recipe: Recipe, build: Path, who: Who, label: str, parallel: int) -> Asked:
     """Ask one model the recipe's prompts, or find what it said."""
-    folder = build / recipe.name
-    data = folder / BY_NAME["data"].folder
+    folder = BuildFolder(build, recipe.name)
+    data = folder.stage("data")
     generation = greedy(recipe.generate, recipe.seed)
-    target = folder / f"eval-{re.sub(r'[^A-Za-z0-9_.-]+', '-', label)}"
-    with locked(folder):
+    target = folder.evaluation(label)
+    with locked(folder.path):
         asked = {"input.data": require_stage(data, "data").fingerprint, "system": recipe.system}
         served = identity(recipe, build, who)
         if who.engine == "ollama" and parallel > 1:

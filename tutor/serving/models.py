@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tutor.artifacts.layout import BuildFolder, gguf_name
 from tutor.artifacts.manifest import read_manifest, require_stage
 from tutor.artifacts.provenance import provenance
 from tutor.errors import ArtifactError, RecipeError
 from tutor.formats.models.served_quantization import served_quantization
-from tutor.pipeline.registry import BY_NAME
 
 if TYPE_CHECKING:
     from tutor.engines.protocol import Engine
@@ -65,7 +65,7 @@ def opened(recipe: "Recipe", build: Path, who: Who, *, share: int = 1, log: Path
     `log` takes what a llama-server says (None: server.log in the build folder).
     Raises ArtifactError naming the stage that is missing, ServiceError for a server's faults.
     """
-    folder = build / recipe.name
+    folder = BuildFolder(build, recipe.name)
     if who.engine == "ollama":
         from tutor.engines.ollama.engine import serve as serve_published
 
@@ -84,20 +84,20 @@ def opened(recipe: "Recipe", build: Path, who: Who, *, share: int = 1, log: Path
 
         gguf = gguf_of(recipe, build, who)
         threads = max(1, len(os.sched_getaffinity(0)) // share)
-        log = log or folder / "server.log"
+        log = log or folder.server_log
         with serve_gguf(gguf, context=recipe.generate.context, threads=threads, log=log) as server:
             yield server
 
 
 def gguf_of(recipe: "Recipe", build: Path, who: Who) -> Path:
     """The GGUF that answers. Raises ArtifactError without the convert stage, RecipeError for a file it did not make."""
-    made = build / recipe.name / BY_NAME["convert"].folder
+    folder = BuildFolder(build, recipe.name)
+    made = folder.stage("convert")
     require_stage(made, "convert")
-    ladder = build / recipe.name / BY_NAME["ladder"].folder
-    kind = who.quantization or served_quantization(recipe.ollama.quantization, ladder)
-    gguf = made / f"{who.model}-{kind}.gguf"
+    kind = who.quantization or served_quantization(recipe.ollama.quantization, folder.stage("ladder"))
+    gguf = folder.gguf(who.model, kind)
     if not gguf.is_file():
-        found = ", ".join(sorted(path.stem.partition("-")[2] for path in made.glob(f"{who.model}-*.gguf")))
+        found = ", ".join(sorted(path.stem.partition("-")[2] for path in made.glob(gguf_name(who.model, "*"))))
         raise RecipeError(f"{gguf} is not there", f"made for {who.model}: {found}")
     return gguf
 
@@ -107,7 +107,7 @@ def identity(recipe: "Recipe", build: Path, who: Who) -> dict[str, Any]:
 
     Raises as `opened`; of Ollama it asks the server.
     """
-    folder = build / recipe.name
+    folder = BuildFolder(build, recipe.name)
     if who.engine == "ollama":
         from tutor.engines.ollama.client import connect
         from tutor.serving.builds import digest_of
@@ -120,7 +120,7 @@ def identity(recipe: "Recipe", build: Path, who: Who) -> dict[str, Any]:
     if who.engine == "hf" or who.model == "adapter":
         _folders(folder, who.model)
         stages = {"base": ("base",), "tutor": ("merge",), "adapter": ("base", "train")}[who.model]
-        made = {name: require_stage(folder / BY_NAME[name].folder, name).fingerprint for name in stages}
+        made = {name: require_stage(folder.stage(name), name).fingerprint for name in stages}
         settings = {"quantization": _quantization(folder, who.model), "precision": recipe.train.precision}
         return {**made, **settings, **provenance((), ("transformers", "torch", "peft"))}
     from tutor.engines.llamacpp.build import build_key
@@ -137,11 +137,11 @@ def identity(recipe: "Recipe", build: Path, who: Who) -> dict[str, Any]:
     }
 
 
-def _folders(folder: Path, model: str) -> tuple[Path, Path | None]:
+def _folders(folder: BuildFolder, model: str) -> tuple[Path, Path | None]:
     """What transformers loads: a 16-bit model folder, and an adapter over it or None. Raises ArtifactError."""
     from tutor.formats.models.model_folder import read_facts
 
-    merged, adapter, base = (folder / BY_NAME[name].folder for name in ("merge", "train", "base"))
+    merged, adapter, base = (folder.stage(name) for name in ("merge", "train", "base"))
     if model == "tutor":
         require_stage(merged, "merge")
         return merged, None
@@ -150,9 +150,9 @@ def _folders(folder: Path, model: str) -> tuple[Path, Path | None]:
     return read_facts(base)[1], adapter if model == "adapter" else None
 
 
-def _quantization(folder: Path, model: str) -> Literal["nf4", "int8", "none"]:
+def _quantization(folder: BuildFolder, model: str) -> Literal["nf4", "int8", "none"]:
     """In what transformers loads a model: the base as it was trained on, the merged one in 16 bits."""
-    trained = read_manifest(folder / BY_NAME["train"].folder)
+    trained = read_manifest(folder.stage("train"))
     if model == "tutor" or trained is None:
         return "none"
     return trained.results["quantization"]  # type: ignore[no-any-return] # the recipe may leave it open

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tutor.artifacts.disk import write_json
+from tutor.artifacts.layout import OLLAMA, BuildFolder
 from tutor.artifacts.manifest import read_manifest, require_stage
 from tutor.engines.ollama.client import Ollama, connect
 from tutor.errors import ArtifactError, GateError
@@ -30,7 +31,6 @@ from tutor.stages.parity.gate import refusal
 
 log = logging.getLogger(__name__)
 
-SERVED = "served"
 RECORD, COMPARED = "record.json", "compared.json"
 NAMED = 3
 """How many questions that got worse an error names; compared.json has them all."""
@@ -50,8 +50,8 @@ def publish(
     Raises as publishing.publish, and GateError where it is worse: it stays on the server under its build alone.
     """
     result = publishing.publish(recipe, build, host=host, adapter=adapter, wait=wait, serve=False)
-    folder = build / recipe.name
-    record = publishing.record_of(folder, adapter=adapter)
+    folder = BuildFolder(build, recipe.name)
+    record = folder.published(adapter=adapter)
     if not result["published"]:
         if not record.exists():
             write_json(record, {**result, "digest": _record(folder, result["build"]).get("digest")})
@@ -88,7 +88,7 @@ def promote(
 
 def _promote(recipe: Recipe, build: Path, tag: str, *, host: str | None, force: bool) -> dict[str, Any]:
     """Weigh a tag, make it `latest` and record that. Raises GateError where a gate says no and nothing forces it."""
-    folder = build / recipe.name
+    folder = BuildFolder(build, recipe.name)
     name, _, new = tag.partition(":")
     with connect(host) as server:
         old, at = _in_service(server, name), server.host
@@ -113,23 +113,23 @@ def _in_service(server: Ollama, name: str) -> str | None:
     return next((row["build"] for row in stage.models(server, name) if row[stage.LATEST]), None)
 
 
-def _parity_problem(folder: Path, server: Ollama, tag: str) -> str | None:
+def _parity_problem(folder: BuildFolder, server: Ollama, tag: str) -> str | None:
     """Why parity is red for a published tag, as far as this build folder knows it."""
     record = _record(folder, tag.partition(":")[2])
     if not record:
-        log.warning("%s was not published from %s: whether its parity is green is not known", tag, folder)
+        log.warning("%s was not published from %s: whether its parity is green is not known", tag, folder.path)
         return None
-    parity, gguf = (read_manifest(folder / BY_NAME[name].folder) for name in ("parity", "convert"))
+    parity, gguf = (read_manifest(folder.stage(name)) for name in ("parity", "convert"))
     if parity and gguf and gguf.fingerprint == parity.fields.get("input.convert") == _made_of(record):
         try:
-            pass_gate(folder / BY_NAME["parity"].folder)
+            pass_gate(folder.stage("parity"))
         except GateError as error:
             return str(error.message)
     digest = stage.digest_of(server, tag)
     if digest != record.get("digest"):
         refused = refusal([parity_ollama.identity(tag, digest or "", str(record.get("digest")))])
         return refused["message"] if refused else None
-    compared = read_manifest(folder / publishing.COMPARED)
+    compared = read_manifest(folder.ollama_parity)
     if compared and compared.fields.get("digest") == digest and "refused" in compared.results:
         return str(compared.results["refused"]["message"])
     return None
@@ -137,7 +137,7 @@ def _parity_problem(folder: Path, server: Ollama, tag: str) -> str | None:
 
 def _weigh(recipe: Recipe, build: Path, tag: str, old: str | None, host: str | None) -> tuple[str, str | None]:
     """What is said of a tag beside what is in service, and (None: nothing) why it must not take its place."""
-    folder = build / recipe.name
+    folder = BuildFolder(build, recipe.name)
     name, _, new = tag.partition(":")
     if old is None:
         _keep_answers(folder, new)
@@ -153,10 +153,10 @@ def _weigh(recipe: Recipe, build: Path, tag: str, old: str | None, host: str | N
         evaluating.ask_published(recipe, build, Who(tag, None, "ollama", host))
         _keep_answers(folder, new)
     try:
-        result = evaluating.compare(recipe, build, str(known), str(folder / SERVED / new))
+        result = evaluating.compare(recipe, build, str(known), str(folder.served(new)))
     except ArtifactError as error:
         return f"not compared: {error.message}", None
-    write_json(folder / SERVED / new / COMPARED, {**result, "before": old, "after": new})
+    write_json(folder.served(new) / COMPARED, {**result, "before": old, "after": new})
     said = _said(f"{name}:{old}", tag, result)
     return said, (said if result["all"]["passed"]["conclusion"] == "worse" else None)
 
@@ -175,13 +175,13 @@ def _said(old: str, new: str, result: Mapping[str, Any]) -> str:
     return f"{text}; {len(questions)} got worse: {named}{more}"
 
 
-def _keep_answers(folder: Path, build: str) -> Path | None:
+def _keep_answers(folder: BuildFolder, build: str) -> Path | None:
     """`served/<build>/` with its answers, found where a stage or a command left them; None where they are not known."""
-    kept = folder / SERVED / build / evaluate.ANSWERS
+    kept = folder.served(build) / evaluate.ANSWERS
     if kept.is_file():
         return kept.parent
     record = _record(folder, build)
-    by_llama_server, by_ollama = (folder / BY_NAME["evaluate"].folder, folder / f"eval-{evaluating.PUBLISHED}")
+    by_llama_server, by_ollama = (folder.stage("evaluate"), folder.evaluation(OLLAMA))
     one, other = read_manifest(by_llama_server), read_manifest(by_ollama)
     if other and record.get("digest") and other.fields.get("digest") == record["digest"]:
         found = by_ollama
@@ -194,9 +194,9 @@ def _keep_answers(folder: Path, build: str) -> Path | None:
     return kept.parent
 
 
-def _evaluation(recipe: Recipe, folder: Path) -> dict[str, Any]:
+def _evaluation(recipe: Recipe, folder: BuildFolder) -> dict[str, Any]:
     """Those fields of the evaluate stage's manifest that say whose answers they are."""
-    gguf = require_stage(folder / BY_NAME["convert"].folder, "convert")
+    gguf = require_stage(folder.stage("convert"), "convert")
     return {**BY_NAME["evaluate"].recipe_fields(recipe), "input.convert": gguf.fingerprint}
 
 
@@ -206,13 +206,13 @@ def _made_of(record: Mapping[str, Any]) -> str | None:
     return found
 
 
-def _record(folder: Path, build: str) -> dict[str, Any]:
+def _record(folder: BuildFolder, build: str) -> dict[str, Any]:
     """What is noted of a build; nothing, where it was published from elsewhere. Raises ArtifactError when damaged."""
-    path = folder / SERVED / build / RECORD
+    path = folder.served(build) / RECORD
     return read_json(path) if path.exists() else {}
 
 
-def _note(folder: Path, build: str, **more: Any) -> None:
-    path = folder / SERVED / build / RECORD
+def _note(folder: BuildFolder, build: str, **more: Any) -> None:
+    path = folder.served(build) / RECORD
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {**_record(folder, build), "build": build, **more})

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tutor.artifacts.disk import write_json
-from tutor.artifacts.hashing import HASHES, cached_sha256, file_sha256
+from tutor.artifacts.hashing import cached_sha256, file_sha256
+from tutor.artifacts.layout import LORA, OLLAMA_PARITY, BuildFolder, gguf_name
 from tutor.artifacts.lock import locked
 from tutor.artifacts.manifest import is_made, read_manifest, require_stage
 from tutor.artifacts.stage_folder import writing
@@ -32,9 +33,6 @@ from tutor.stages.parity.gate import lines, refusal
 
 log = logging.getLogger(__name__)
 
-PUBLISHED = "published.json"
-LORA = "lora"
-COMPARED = "parity-ollama"
 PARSER = "passthrough"
 LORA_CODE = (
     "serving/publish.py",
@@ -74,8 +72,8 @@ def publish(
     Raises ArtifactError when the folders are missing, damaged or of other settings, ServiceError for the server's
     faults, GateError when it would serve something else than was trained.
     """
-    folder = build / recipe.name
-    with locked(folder), announced("publish", "put the model onto Ollama and prove it"):
+    folder = BuildFolder(build, recipe.name)
+    with locked(folder.path), announced("publish", "put the model onto Ollama and prove it"):
         made, reference = _folder_of("modelfile", recipe, folder), _reference(recipe, folder)
         with connect(host) as server:
             server.wait_ready(wait)  # before gigabytes are hashed for no one
@@ -83,32 +81,28 @@ def publish(
             model = stage.read_model(made, _served(recipe, folder))
             check = partial(_same_answers, reference, same_file=not adapter)
             result = stage.publish(model, _hashes(model, folder), server, check=check, serve=serve)
-        if serve and (result["published"] or not (made / PUBLISHED).exists()):
-            write_json(made / PUBLISHED, result)
+        record = folder.published(adapter=adapter)
+        if serve and (result["published"] or not record.exists()):
+            write_json(record, result)
     return result
 
 
-def record_of(folder: Path, *, adapter: bool = False) -> Path:
-    """Where the last publishing of a build folder is recorded."""
-    return folder / (LORA if adapter else BY_NAME["modelfile"].folder) / PUBLISHED
+def _served(recipe: Recipe, folder: BuildFolder) -> str:
+    return served_quantization(recipe.ollama.quantization, folder.stage("ladder"))
 
 
-def _served(recipe: Recipe, folder: Path) -> str:
-    return served_quantization(recipe.ollama.quantization, folder / BY_NAME["ladder"].folder)
-
-
-def _folder_of(name: str, recipe: Recipe, folder: Path) -> Path:
+def _folder_of(name: str, recipe: Recipe, folder: BuildFolder) -> Path:
     """The folder of a stage behind convert. Raises ArtifactError when it was made of another recipe or gguf/."""
-    made = folder / BY_NAME[name].folder
+    made = folder.stage(name)
     manifest = require_stage(made, name)
-    gguf = require_stage(folder / BY_NAME["convert"].folder, "convert")
+    gguf = require_stage(folder.stage("convert"), "convert")
     wanted = {**BY_NAME[name].recipe_fields(recipe), "input.convert": gguf.fingerprint}
     if changed := manifest.other_fields(wanted):
         raise ArtifactError(f"{made} was made of another {changed[0]}", "run: tutor run --until modelfile")
     return made
 
 
-def _reference(recipe: Recipe, folder: Path) -> parity_ollama.Reference:
+def _reference(recipe: Recipe, folder: BuildFolder) -> parity_ollama.Reference:
     """What the parity stage recorded. Raises GateError where it said no."""
     made = _folder_of("parity", recipe, folder)
     pass_gate(made)
@@ -131,14 +125,14 @@ def parity(recipe: Recipe, build: Path, *, host: str | None = None) -> dict[str,
 
     Writes `parity-ollama/`. Raises ArtifactError without that stage, ServiceError when the model is not there.
     """
-    folder, name = build / recipe.name, served_name(recipe)
-    with locked(folder), connect(host) as server:
+    folder, name = BuildFolder(build, recipe.name), served_name(recipe)
+    with locked(folder.path), connect(host) as server:
         reference = _reference(recipe, folder)
         version, found = server.version(), stage.digest_of(server, name)
         served = {"model": name, "host": server.host, "version": version, "digest": found or ""}
         with (
             announced("parity", f"compare {name} at {server.host} with {reference.engine} in llama.cpp"),
-            writing(folder / COMPARED, COMPARED, served) as (_, results),
+            writing(folder.ollama_parity, OLLAMA_PARITY, served) as (_, results),
         ):
             wanted = _published_digest(folder)
             item = parity_ollama.identity(reference.engine, found, wanted) if found and wanted else None
@@ -149,52 +143,52 @@ def parity(recipe: Recipe, build: Path, *, host: str | None = None) -> dict[str,
     return {**results}
 
 
-def _published_digest(folder: Path) -> str | None:
+def _published_digest(folder: BuildFolder) -> str | None:
     """The digest of what was published from this folder; None where nothing was, or it does not say."""
     try:
-        digest = json.loads(record_of(folder).read_text("utf-8")).get("digest")
+        digest = json.loads(folder.published().read_text("utf-8")).get("digest")
     except (OSError, ValueError, AttributeError):
         return None
     return digest if isinstance(digest, str) else None
 
 
-def _hashes(model: stage.Model, folder: Path) -> dict[Path, str]:
+def _hashes(model: stage.Model, folder: BuildFolder) -> dict[Path, str]:
     """Every file's sha256. Raises ArtifactError for a file that is not as its stage made it."""
     hashes = {}
     for path in model.paths:
         manifest = read_manifest(path.parent)
         made = manifest.outputs.get(path.name, {}).get("sha256") if manifest else None
-        hashes[path] = cached_sha256(path, folder / HASHES)
+        hashes[path] = cached_sha256(path, folder.hashes)
         if made != hashes[path]:
             raise ArtifactError(f"{path} has another content than when it was made", "run: tutor convert")
     return hashes
 
 
-def _lora_folder(recipe: Recipe, folder: Path) -> Path:
+def _lora_folder(recipe: Recipe, folder: BuildFolder) -> Path:
     """`lora/` with the adapter's GGUF and a Modelfile on the converted base, made when it is not there or outdated."""
     from tutor.engines.llamacpp.adapter import lora_to_gguf
     from tutor.formats.models.model_folder import read_facts
     from tutor.stages.convert.lineage import adapter_lineage, keyed, recipe_hash
 
-    inputs = {name: folder / BY_NAME[name].folder for name in ("data", "base", "train", "convert")}
+    inputs = {name: folder.stage(name) for name in ("data", "base", "train", "convert")}
     fields: dict[str, Any] = {f"input.{name}": require_stage(at, name).fingerprint for name, at in inputs.items()}
     fields |= BY_NAME["modelfile"].recipe_fields(recipe)
     fields |= {f"code.{source}": file_sha256(PACKAGE / source)[:16] for source in LORA_CODE}
     fields |= {"version.llama.cpp": build_key(), "recipe.lineage": recipe_hash(recipe)}
-    target = folder / LORA
+    target = folder.lora
     if is_made(target, fields):
         return target
-    base = inputs["convert"] / f"base-{_served(recipe, folder)}.gguf"
+    base = folder.gguf("base", _served(recipe, folder))
     if not base.is_file():
         raise ArtifactError(f"{base} is not there", "an adapter needs convert.base = true; then run: tutor convert")
-    merged = read_manifest(folder / BY_NAME["merge"].folder)
+    merged = read_manifest(folder.stage("merge"))
     if merged and merged.results.get("base") == "nf4":
         log.warning(
             "merged/ stands on the base as 4-bit training saw it, the adapter on its 16 bits: their answers differ"
         )
     log.info("converting the adapter to GGUF")
     with writing(target, LORA, fields) as (out, results):
-        gguf = out / "tutor-lora.gguf"
+        gguf = out / gguf_name("tutor", LORA)
         says = keyed(adapter_lineage(recipe, inputs))
         results["matrices"] = lora_to_gguf(inputs["train"], read_facts(inputs["base"])[1], base, gguf, says)
         _write_modelfile(recipe, base, gguf, out)

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tutor.artifacts.hashing import file_sha256
+from tutor.artifacts.layout import LORA, STAGE_FOLDERS, BuildFolder
 from tutor.artifacts.manifest import read_manifest
 from tutor.engines.ollama.client import connect
 from tutor.errors import ArtifactError, RecipeError, ServiceError
 from tutor.formats.models.gguf import Gguf, read_gguf
 from tutor.formats.models.model_folder import read_facts
-from tutor.pipeline.registry import BY_NAME
 from tutor.recipe.settings import Recipe
 from tutor.stages.convert import lineage
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 Condition = Literal["ok", "wrong", "other", "unknown"]
 BLOB = re.compile(r"^(?P<word>FROM|ADAPTER)\s.*sha256[-:](?P<digest>[0-9a-f]{64})", re.MULTILINE)
 """Where /api/show's Modelfile names the files behind a model."""
-LORA = "lora"
 ALL_F16 = 1
 """general.file_type of a file without any quantization."""
 
@@ -50,7 +49,7 @@ def verify_file(path: Path, recipe: Recipe, build: Path) -> list[Row]:
     said = lineage.lineage_of(gguf.fields)
     if not said:
         raise ArtifactError(f"{path} does not say where it comes from", "made by another program? tutor convert says")
-    folder = build / recipe.name
+    folder = BuildFolder(build, recipe.name)
     known = _known("file", file_sha256(path), folder, _made(folder))
     return [known, _weights("weights", path, gguf, folder), *_computed(said, recipe, folder)]
 
@@ -68,7 +67,7 @@ def verify_model(model: str, host: str | None, recipe: Recipe, build: Path) -> l
     said = lineage.lineage_of(shown.get("model_info") or {})
     if not said:
         raise ArtifactError(f"{model} does not say where it comes from", "published by another program?")
-    folder = build / recipe.name
+    folder = BuildFolder(build, recipe.name)
     made, rows = _made(folder), []
     for found in BLOB.finditer(str(shown.get("modelfile") or "")):
         adapter, digest = "adapter " if found["word"] == "ADAPTER" else "", found["digest"]
@@ -96,37 +95,37 @@ def is_file(name: str) -> bool:
     return False
 
 
-def _made(folder: Path) -> dict[str, str]:
+def _made(folder: BuildFolder) -> dict[str, str]:
     """The GGUF files that the stages noted when they made them: digest -> name in the build folder."""
     made: dict[str, str] = {}
-    for name in (BY_NAME["convert"].folder, LORA):
+    for name in (STAGE_FOLDERS["convert"], LORA):
         with suppress(ArtifactError):  # a damaged manifest knows nothing
-            manifest = read_manifest(folder / name)
+            manifest = read_manifest(folder.path / name)
             outputs = manifest.outputs if manifest else {}
             made |= {entry["sha256"]: f"{name}/{file}" for file, entry in outputs.items() if file.endswith(".gguf")}
     return made
 
 
-def _same_here(digest: str, folder: Path, made: Mapping[str, str]) -> Path:
+def _same_here(digest: str, folder: BuildFolder, made: Mapping[str, str]) -> Path:
     """The file of the build folder with this digest. Raises ArtifactError where there is none."""
     if digest not in made:
         raise ArtifactError("the file is the server's, and none that was made here is the same")
-    path = folder / made[digest]
+    path = folder.path / made[digest]
     if not path.is_file() or file_sha256(path) != digest:
         raise ArtifactError(f"the file is the server's, and {path} is gone or changed")
     return path
 
 
-def _known(what: str, digest: str, folder: Path, made: Mapping[str, str]) -> Row:
+def _known(what: str, digest: str, folder: BuildFolder, made: Mapping[str, str]) -> Row:
     """Whether a file of this digest is among those that were made here."""
     if not made:
-        return Row(what, "unknown", digest, f"{folder / BY_NAME['convert'].folder} has no manifest")
+        return Row(what, "unknown", digest, f"{folder.stage('convert')} has no manifest")
     if digest in made:
         return Row(what, "ok", digest, made[digest])
-    return Row(what, "wrong", digest, f"none of the {len(made)} files that were made in {folder}")
+    return Row(what, "wrong", digest, f"none of the {len(made)} files that were made in {folder.path}")
 
 
-def _weights(what: str, path: Path, gguf: Gguf, folder: Path) -> Row:
+def _weights(what: str, path: Path, gguf: Gguf, folder: BuildFolder) -> Row:
     """Whether a file's tensors are its model's: all numbers of F16, a sample of others."""
     from tutor.stages.convert import quantization_error as readback
 
@@ -144,29 +143,29 @@ def _weights(what: str, path: Path, gguf: Gguf, folder: Path) -> Row:
     return Row(what, "ok", "", f"those of {model}, at most {100 * figures.error:.2g} % off in a sample")
 
 
-def _made_of(gguf: Gguf, folder: Path) -> "tuple[Path, dict[str, Weight]]":
+def _made_of(gguf: Gguf, folder: BuildFolder) -> "tuple[Path, dict[str, Weight]]":
     """The folder that a file was made of, and its weights. Raises ArtifactError where it is gone or damaged."""
     from tutor.formats.models.gguf_weights import adapter_weights_of, weights_of
 
     if gguf.fields.get("general.type") == "adapter":
-        model = folder / BY_NAME["train"].folder
+        model = folder.stage("train")
         weights = adapter_weights_of(model, _base_folder(folder))
     else:
         tuned = "merged.sha256" in lineage.lineage_of(gguf.fields)
-        model = folder / BY_NAME["merge"].folder if tuned else _base_folder(folder)
+        model = folder.stage("merge") if tuned else _base_folder(folder)
         weights = weights_of(model)
     if not weights:
         raise ArtifactError(f"{model} holds no weights")
     return model, weights
 
 
-def _computed(said: Mapping[str, str], recipe: Recipe, folder: Path) -> list[Row]:
+def _computed(said: Mapping[str, str], recipe: Recipe, folder: BuildFolder) -> list[Row]:
     """A row for each key-value, computed again."""
     places: dict[str, Callable[[], str]] = {
-        "data.sha256": lambda: file_sha256(folder / BY_NAME["data"].folder / "train.jsonl"),
+        "data.sha256": lambda: file_sha256(folder.stage("data") / "train.jsonl"),
         "recipe.sha256": lambda: lineage.recipe_hash(recipe),
-        "adapter.sha256": lambda: lineage.weights_hash(folder / BY_NAME["train"].folder),
-        "merged.sha256": lambda: lineage.weights_hash(folder / BY_NAME["merge"].folder),
+        "adapter.sha256": lambda: lineage.weights_hash(folder.stage("train")),
+        "merged.sha256": lambda: lineage.weights_hash(folder.stage("merge")),
         "base": lambda: recipe.base.source,
         "base.sha256": lambda: lineage.weights_hash(_base_folder(folder)),
         **{name: partial(lineage.software().__getitem__, name) for name in lineage.SOFTWARE},
@@ -186,8 +185,8 @@ def _row(name: str, said: str, compute: Callable[[], str] | None) -> Row:
     return Row(name, "other" if name in lineage.SOFTWARE else "wrong", said, found)
 
 
-def _base_folder(folder: Path) -> Path:
-    return read_facts(folder / BY_NAME["base"].folder)[1]
+def _base_folder(folder: BuildFolder) -> Path:
+    return read_facts(folder.stage("base"))[1]
 
 
 def wrong(rows: Sequence[Row]) -> list[Row]:

@@ -143,12 +143,12 @@ def lint_command(  # noqa: PLR0913 - a command's options
 
 def _tokenizer(recipe: "Recipe", build: Path) -> Path | None:
     """Return the base's tokenizer.json, or None before the base stage or without the package that reads it."""
+    from tutor.artifacts.layout import BuildFolder
     from tutor.formats.models.model_folder import read_facts
-    from tutor.pipeline.registry import BY_NAME
 
     if importlib.util.find_spec("tokenizers"):
         with contextlib.suppress(ArtifactError):
-            path = read_facts(build / recipe.name / BY_NAME["base"].folder)[1] / "tokenizer.json"
+            path = read_facts(BuildFolder(build, recipe.name).stage("base"))[1] / "tokenizer.json"
             return path if path.is_file() else None
     return None
 

@@ -82,14 +82,14 @@ def why_command(stage: str, recipe_path: Path, build: Path, *, as_json: bool) ->
 @click.pass_obj
 def report_command(flags: dict[str, bool], recipe_path: Path, build: Path, *, opened: bool, as_json: bool) -> None:
     """Write all results as one page, and a model card. The page lists the stages that have not run."""
+    from tutor.artifacts.layout import BuildFolder
     from tutor.artifacts.manifest import require_stage
-    from tutor.pipeline import registry as chain
     from tutor.pipeline import runner as pipeline
 
     recipe = load_recipe(recipe_path)
     with progress_on_stderr(flags):
         ran = pipeline.run_one("report", recipe, build)
-    folder = build / recipe.name / chain.BY_NAME["report"].folder
+    folder = BuildFolder(build, recipe.name).stage("report")
     results = require_stage(folder, "report").results
     page, card = (folder / results[name] for name in ("page", "card"))
     missing = [f"  not in it, for it has not run: {', '.join(results['missing'])}"] if results["missing"] else []

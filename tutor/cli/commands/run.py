@@ -131,8 +131,8 @@ def _run_stage(
     as_json: bool,
     to_lines: "Callable[[Mapping[str, Any]], list[str]]" = indented,
 ) -> None:
+    from tutor.artifacts.layout import BuildFolder
     from tutor.artifacts.manifest import require_stage
-    from tutor.pipeline import registry as chain
     from tutor.pipeline import runner as pipeline
 
     recipe = load_recipe(recipe_path)
@@ -140,7 +140,7 @@ def _run_stage(
         ran = pipeline.run_one(name, recipe, build)
     if not distributed.is_main_process():
         return
-    folder = build / recipe.name / chain.BY_NAME[name].folder
+    folder = BuildFolder(build, recipe.name).stage(name)
     manifest = require_stage(folder, name)
     result = {"stage": name, "ran": ran, "folder": str(folder), "results": manifest.results}
     lines = [f"{name}: {folder}" if ran else f"{name}: up to date, {folder}", *to_lines(manifest.results)]

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tutor.artifacts.layout import BuildFolder
 from tutor.errors import TutorError
 from tutor.formats.models.model_folder import load_tokenizer, read_json
 from tutor.machine.memory.batching import most_tokens, passes_of
@@ -38,7 +39,7 @@ class Rows:
 
 def rows_of(recipe: Recipe, build: Path, base: Path) -> Rows | None:
     """The rows of the split, else of the recipe's file; None where they cannot be read. `base` is the base's stage."""
-    folder = build / recipe.name / "data"
+    folder = BuildFolder(build, recipe.name).stage("data")
     train, held_out = (_texts(folder / f"{name}.jsonl") for name in ("train", "held_out"))
     if train and held_out:
         counts = _counted(base, recipe, train), _counted(base, recipe, held_out)

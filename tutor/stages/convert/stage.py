@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tutor.artifacts.layout import gguf_name
 from tutor.engines.llamacpp.convert import imatrix, quantize, to_gguf
 from tutor.errors import ArtifactError, HostError
 from tutor.formats.models.gguf import Gguf, read_gguf
@@ -78,20 +79,15 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
         files |= convert(source, kinds, out)
     if recipe.convert.base and served not in (F16, AUTO):
         # It was there to be quantized.
-        (out / file_name("base", F16)).unlink()
-        del files[file_name("base", F16)]
+        (out / gguf_name("base", F16)).unlink()
+        del files[gguf_name("base", F16)]
     return {"files": files, "pre_tokenizer": facts.pre_tokenizer, "lineage": lineage["tutor"]}
-
-
-def file_name(model: str, kind: str) -> str:
-    """What the GGUF file of a model and a quantization is called."""
-    return f"{model}-{kind}.gguf"
 
 
 def convert(source: Source, kinds: Sequence[str], out: Path) -> dict[str, dict[str, Any]]:
     """Write the F16 file of a model and its quantizations into `out`, each checked; an entry a file."""
     weights = weights_of(source.folder)
-    whole = out / file_name(source.name, F16)
+    whole = out / gguf_name(source.name, F16)
     started = time.monotonic()
     log.info("converting %s to %s", source.folder, whole.name)
     to_gguf(source.folder, whole, source.expected.pre_tokenizer or "", source.lineage)
@@ -101,7 +97,7 @@ def convert(source: Source, kinds: Sequence[str], out: Path) -> dict[str, dict[s
     matrix = importance(source, whole, out) if source.rows and kinds else None
     for kind in kinds:
         started = time.monotonic()
-        target = out / file_name(source.name, kind)
+        target = out / gguf_name(source.name, kind)
         log.info("quantizing %s to %s", whole.name, kind)
         gguf, figures = _quantized(source, weights, target, kind, matrix)
         entries[target.name] = {**_entry(target, kind, gguf, started), **figures}
@@ -112,7 +108,7 @@ def _quantized(
     source: Source, weights: Mapping[str, Weight], target: Path, kind: str, matrix: Path | None
 ) -> tuple[Gguf, dict[str, Any]]:
     """Make and check a quantization, a second time where a type that llama.cpp fell back to ruins what was trained."""
-    whole = target.with_name(file_name(source.name, F16))
+    whole = target.with_name(gguf_name(source.name, F16))
     expected, threads = replace(source.expected, file_type=kind), len(os.sched_getaffinity(0))
 
     def make(types: Mapping[str, str] | None = None) -> tuple[Gguf, Figures]:

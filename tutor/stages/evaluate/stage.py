@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from tutor.artifacts.disk import write_json
 from tutor.artifacts.hashing import file_sha256
+from tutor.artifacts.layout import gguf_name
 from tutor.artifacts.manifest import read_manifest
 from tutor.artifacts.stage_folder import checkpoint_folder, log_folder
 from tutor.engines.llamacpp.build import build_key
@@ -179,7 +180,7 @@ def _copied(
 
 def served_files(convert: Path, quantization: str, *, base: bool) -> dict[str, Path]:
     """Return the compared files: the served tutor and, where converted, the base in the same quantization."""
-    files = {name: convert / f"{name}-{quantization}.gguf" for name in (("base",) if base else ()) + ("tutor",)}
+    files = {name: convert / gguf_name(name, quantization) for name in (("base",) if base else ()) + ("tutor",)}
     for path in files.values():
         if not path.is_file():
             raise ArtifactError(f"{path} is missing", "run: tutor convert")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutor.artifacts.disk import write_json
+from tutor.artifacts.layout import gguf_name
 from tutor.engines.llamacpp.score import reference_bytes, score
 from tutor.engines.llamacpp.server import serve
 from tutor.engines.trace import Score
@@ -44,7 +45,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     """
     rows = fewer(held_out_rows(inputs["data"] / "held_out.jsonl", inputs["base"], recipe.system), TOKENS)
     kinds = [F16, *recipe.convert.quantizations]
-    files = {kind: inputs["convert"] / f"tutor-{kind}.gguf" for kind in kinds}
+    files = {kind: inputs["convert"] / gguf_name("tutor", kind) for kind in kinds}
     threads = len(os.sched_getaffinity(0))
     rungs = climb(files, rows, threads, out)
     chosen = choose(rungs, recipe.convert.budget)
@@ -58,7 +59,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     (out / "ladder.svg").write_text(plot(rungs, recipe.convert.budget, served), "utf-8")
     write_served(out, served)
     scored = {path.stem: _loss(rungs[kind]) for kind, path in files.items()}
-    base = inputs["convert"] / f"base-{served}.gguf"
+    base = inputs["convert"] / gguf_name("base", served)
     if recipe.convert.base:
         scored[base.stem] = perplexity([item.logprobs for item in score(_there(base), rows, threads=threads)])
     said = out.parent / "ladder.log"

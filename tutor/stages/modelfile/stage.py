@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tutor.artifacts.layout import gguf_name
 from tutor.formats.models.served_quantization import served_quantization
 from tutor.prompt import GO_TEMPLATE, STOPS
 from tutor.recipe.settings import Recipe
@@ -20,7 +21,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]
     """Write `out`/Modelfile and `out`/create.json; return their main values. Raises the errors of `render`."""
     # create.json is the request, with each file's path from `out` in the place of its digest.
     served = served_quantization(recipe.ollama.quantization, inputs["ladder"])
-    gguf = inputs["convert"] / f"tutor-{served}.gguf"
+    gguf = inputs["convert"] / gguf_name("tutor", served)
     parameters = ollama_parameters(recipe.generate.model_dump(), recipe.seed, STOPS)
     spec = ModelSpec(recipe.ollama.model, gguf, GO_TEMPLATE, parameters, system=recipe.system)
     place = location(gguf, out)

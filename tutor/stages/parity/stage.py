@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutor.artifacts.disk import write_json
+from tutor.artifacts.layout import gguf_name
 from tutor.artifacts.manifest import read_manifest
 from tutor.errors import ArtifactError
 from tutor.formats.models.model_folder import WEIGHTS, load_tokenizer, read_facts, read_json
@@ -50,7 +51,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     serving = collect.Serving(recipe.generate.context, len(os.sched_getaffinity(0)), out.parent / "parity.log", bos)
     seen = dict(trained.seen)
     for kind in (F16, *recipe.convert.quantizations):
-        gguf = inputs["convert"] / f"tutor-{kind}.gguf"
+        gguf = inputs["convert"] / gguf_name("tutor", kind)
         if not gguf.is_file():
             raise ArtifactError(f"{gguf} is missing", "run: tutor convert")
         log.info("asking %s", gguf.name)

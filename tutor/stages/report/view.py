@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tutor.artifacts.layout import gguf_name
 from tutor.artifacts.manifest import Manifest
 from tutor.stages.report import charts
 from tutor.stages.report.tables import Json, ladder, megabytes, parity, percent, verdicts
@@ -112,7 +113,7 @@ def tiles(made: Made) -> list[dict[str, str]]:
         tone = "bad" if apart else "good" if same == len(handed) else PLAIN
         found.append(_tile(f"{same}/{len(handed)}", "hand-overs between engines within their tolerance", tone))
     if (files := made.results("gguf")) and (served := served_kind(made)):
-        entry = files["files"].get(f"tutor-{served}.gguf", {"size": 0})
+        entry = files["files"].get(gguf_name("tutor", served), {"size": 0})
         found.append(_tile(megabytes(entry["size"]), f"{served}, the file that is served", PLAIN))
     return found
 
