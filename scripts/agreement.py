@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tutor.artifacts.layout import BuildFolder
 from tutor.engines.hf.loading import load
-from tutor.engines.hf.score import score as score_by_hf
+from tutor.engines.hf.score import answer_logprobs
 from tutor.engines.llamacpp.score import score
 from tutor.engines.llamacpp.server import serve
 from tutor.engines.protocol import greedy
@@ -48,7 +48,7 @@ def main(recipe: Recipe, build: Path, count: int) -> None:
             prefix = [*tokenizer(render(messages))["input_ids"], *ours[:agreed]]
             eos = tokenizer.eos_token_id
             pair = [(ids[agreed] if agreed < len(ids) else eos) for ids in (ours, theirs)]
-            by_hf = [row[0] for row in score_by_hf(engine.model, [(prefix, [token]) for token in pair])]
+            by_hf = [row[0] for row in answer_logprobs(engine.model, [(prefix, [token]) for token in pair])]
             by_cpp = [row.logprobs[0] for row in score(f16, [(prefix, [token]) for token in pair], threads=2)]
             print(
                 f"{agreed:4} tokens, then {tokenizer.decode(pair[0])!r} (transformers prefers it by "

@@ -182,13 +182,13 @@ def merge_ours(base: Path, adapter: Path, out: Path) -> dict[str, float]:
     from tutor.formats.models.safetensors import read_folder
     from tutor.stages.merge.peft_adapter import read_adapter
     from tutor.stages.merge.stage import write_shards
-    from tutor.stages.merge.weights import Merged
+    from tutor.stages.merge.weights import MergedWeights
 
     imported, started = peak(), time.monotonic()
     with writing(out, "merge", {}, resume=True) as (scratch, _):
         files = read_folder(base)
         tensors = {tensor.name: tensor for stored in files.values() for tensor in stored}
-        write_shards(Merged(tensors, read_adapter(adapter), "F16"), files, scratch)
+        write_shards(MergedWeights(tensors, read_adapter(adapter), "F16"), files, scratch)
         merged = time.monotonic() - started
     return {"work_s": merged, "checked_s": time.monotonic() - started, "imported_rss_mb": imported}
 

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from tutor.engines.hf import engine as hf
 from tutor.engines.hf.loading import load, load_base
-from tutor.engines.hf.score import score
+from tutor.engines.hf.score import answer_logprobs
 from tutor.engines.protocol import SCORE_ROWS, Generation
 from tutor.errors import ArtifactError, ServiceError
 from tutor.prompt import Encoded, conversation, encode
@@ -195,7 +195,7 @@ def test_an_adapter_changes_what_the_model_says(engine: hf.TransformersEngine, f
     tuned = load(folder, adapter, quantization="none", precision="fp32")
     row = encode(engine.tokenizer, *ENDS)
     rows = [(row.ids[: row.n_prompt], row.ids[row.n_prompt :])]
-    assert sum(score(tuned.model, rows)[0]) < sum(score(engine.model, rows)[0]) - 1
+    assert sum(answer_logprobs(tuned.model, rows)[0]) < sum(answer_logprobs(engine.model, rows)[0]) - 1
     assert ask(tuned, ENDS[0])[0].text != ENDS[1]
     assert tuned.model.generation_config.top_k is None
 
@@ -212,7 +212,7 @@ def test_a_quantized_model_still_answers_and_says_so_in_its_name(folder: Path, q
 def test_scores_are_the_log_probabilities_of_a_plain_pass(engine: hf.TransformersEngine) -> None:
     rows = [([5, 6, 7], [8, 9]), ([1], [2, 3, 4, 256])]
     bound = forward_error(engine.model.config, 5) * largest_logit(engine.model, rows)
-    for (prompt, answer), scores in zip(rows, score(engine.model, rows), strict=True):
+    for (prompt, answer), scores in zip(rows, answer_logprobs(engine.model, rows), strict=True):
         with torch.no_grad():
             table = torch.log_softmax(engine.model(input_ids=torch.tensor([prompt + answer])).logits[0], -1)
         expected = [table[len(prompt) - 1 + n, token].item() for n, token in enumerate(answer)]
@@ -221,7 +221,7 @@ def test_scores_are_the_log_probabilities_of_a_plain_pass(engine: hf.Transformer
 
 def test_a_learnt_row_with_its_eos_scores_near_certainty(engine: hf.TransformersEngine) -> None:
     row = encode(engine.tokenizer, *ENDS)
-    [scores] = score(engine.model, [(row.ids[: row.n_prompt], row.ids[row.n_prompt :])])
+    [scores] = answer_logprobs(engine.model, [(row.ids[: row.n_prompt], row.ids[row.n_prompt :])])
     assert len(scores) == len(ENDS[1].encode()) + 1
     assert math.exp(-sum(scores) / len(scores)) < 1.1
 
@@ -245,7 +245,7 @@ def test_an_answer_of_many_parts_is_scored_as_all_its_logits_say(tiny: Path) -> 
     ids = torch.randint(3, 250, (2 * SCORE_ROWS + 90,), generator=draw).tolist()
     rows = [(ids[:9], ids[9:]), (ids[:1], ids[1 : SCORE_ROWS + 1]), (ids[:80], ids[80:81])]
     bound = forward_error(model.config, len(ids)) * largest_logit(model, rows)
-    for (prompt, answer), found in zip(rows, score(model, rows), strict=True):
+    for (prompt, answer), found in zip(rows, answer_logprobs(model, rows), strict=True):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
         whole = torch.log_softmax(logits.float(), dim=-1).gather(1, torch.tensor(answer)[:, None])[:, 0].tolist()

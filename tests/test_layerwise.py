@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tutor.engines.hf import streaming_score as layerwise
 from tutor.engines.hf.loading import load_base
-from tutor.engines.hf.score import score
+from tutor.engines.hf.score import answer_logprobs
 from tutor.formats.models.model_folder import load_tokenizer, read_facts
 from tutor.prompt import encode
 
@@ -48,8 +48,8 @@ def weights_of(model: Path, rows: int = 37) -> layerwise.Weights:
 def compare(model: Path, rows: Any) -> None:
     """Within what the order of a sum makes of float32."""
     loaded = load_base(model, "none", "fp32")
-    wanted = score(loaded, rows)
-    found = layerwise.score(model, weights_of(model), rows)
+    wanted = answer_logprobs(loaded, rows)
+    found = layerwise.streamed_logprobs(model, weights_of(model), rows)
     assert [len(row) for row in found] == [len(row) for row in wanted]
     longest = max(len(prompt) + len(answer) for prompt, answer in rows)
     bound = forward_error(loaded.config, longest) * largest_logit(loaded, rows)
@@ -97,14 +97,14 @@ def test_the_softmax_over_many_pieces_is_summed_in_64_bits() -> None:
 
 def test_16_bit_pieces_are_computed_with_in_fp32(tiny: Path) -> None:
     held = {name: weight.half() for name, weight in tensors(tiny).items()}
-    whole = layerwise.score(tiny, lambda name: iter([held[name]]), ROWS[:1])
-    widened = layerwise.score(tiny, lambda name: iter([held[name].float()]), ROWS[:1])
+    whole = layerwise.streamed_logprobs(tiny, lambda name: iter([held[name]]), ROWS[:1])
+    widened = layerwise.streamed_logprobs(tiny, lambda name: iter([held[name].float()]), ROWS[:1])
     assert whole == widened
 
 
 def test_each_layer_is_told(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        layerwise.score(tiny, weights_of(tiny), ROWS[:1])
+        layerwise.streamed_logprobs(tiny, weights_of(tiny), ROWS[:1])
     assert [(record.done, record.total) for record in caplog.records if hasattr(record, "done")] == [(1, 2), (2, 2)]
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from tutor.artifacts.manifest import find_damage
 from tutor.artifacts.stage_folder import RESUME, writing
 from tutor.engines.hf.loading import load_base
-from tutor.engines.hf.score import score
+from tutor.engines.hf.score import answer_logprobs
 from tutor.errors import ArtifactError, HostError
 from tutor.formats.models.model_folder import load_tokenizer, read_facts, read_json
 from tutor.formats.models.safetensors import read_folder
@@ -75,10 +75,10 @@ class Stages:
         self.out.mkdir()
         return merge.run(recipe(self.out / "r.toml", merge=settings), self.inputs, self.out)
 
-    def merged(self, nf4: Any = None) -> merging.Merged:
+    def merged(self, nf4: Any = None) -> merging.MergedWeights:
         """The weights that the stage would write."""
         files = read_folder(self.model)
-        return merging.Merged(
+        return merging.MergedWeights(
             {tensor.name: tensor for stored in files.values() for tensor in stored},
             read_adapter(self.adapter),
             "F16",
@@ -151,9 +151,9 @@ def written(model: Path, adapter: Path, out: Path, dtype: str = "F16") -> dict[s
     """What is written for an adapter, whatever stage made it."""
     files, read = read_folder(model), read_adapter(adapter)
     base = {tensor.name: tensor for stored in files.values() for tensor in stored}
-    merging.refuse_unfit(base, read, read_json(model / "config.json"))
+    merging.require_fit(base, read, read_json(model / "config.json"))
     out.mkdir()
-    merge.write_shards(merging.Merged(base, read, dtype), files, out)
+    merge.write_shards(merging.MergedWeights(base, read, dtype), files, out)
     return tensors(out)
 
 
@@ -422,7 +422,7 @@ def test_after_nf4_training_both_bases_are_scored_and_the_better_is_kept(stages:
         shutil.rmtree(tmp_path / base / RESUME)
         merge.write_shards(stages.merged(torch.bfloat16 if base == "nf4" else None), files, tmp_path / base)
         loaded = load_base(tmp_path / base, "none", "fp32")
-        scores = score(loaded, pairs)
+        scores = answer_logprobs(loaded, pairs)
         by_hf[base] = -sum(map(sum, scores)) / sum(map(len, scores))
         longest = max(len(row.ids) for row in rows)
         bound = max(bound, forward_error(loaded.config, longest) * largest_logit(loaded, pairs))
@@ -561,7 +561,7 @@ MEMORY = """
 import resource, sys
 from pathlib import Path
 from tutor.stages.merge.peft_adapter import read_adapter
-from tutor.stages.merge.weights import Merged
+from tutor.stages.merge.weights import MergedWeights
 from tutor.formats.models.safetensors import read_folder
 from tutor.stages.merge.stage import write_shards
 
@@ -571,7 +571,7 @@ def peak():
 base, adapter, out = map(Path, sys.argv[1:])
 before = peak()
 files = read_folder(base)
-write_shards(Merged({t.name: t for s in files.values() for t in s}, read_adapter(adapter), "F16"), files, out)
+write_shards(MergedWeights({t.name: t for s in files.values() for t in s}, read_adapter(adapter), "F16"), files, out)
 print(peak() - before)
 """
 

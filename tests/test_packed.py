@@ -18,7 +18,7 @@ from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from tutor.engines.hf.loading import load_base
-from tutor.engines.hf.score import score
+from tutor.engines.hf.score import answer_logprobs
 from tutor.errors import DataError
 from tutor.formats.models.model_folder import load_tokenizer
 from tutor.machine.memory.batching import Passes, most_tokens, packed_passes, padded_passes, passes_of
@@ -207,7 +207,7 @@ def test_one_packed_row_is_a_plain_one(model: Any, plain: Any) -> None:
 
 def test_scores_and_answers_are_those_of_sdpa_padded_batches_too(model: Any, plain: Any) -> None:
     pairs = [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in ROWS]
-    assert score(model, pairs) == score(plain, pairs)
+    assert answer_logprobs(model, pairs) == answer_logprobs(plain, pairs)
     ids = torch.tensor([[0, 0, 0, *ROWS[0].ids], [*ROWS[6].ids, 7]])
     attention = torch.tensor([[0] * 3 + [1] * 9, [1] * 12])
     answers = [

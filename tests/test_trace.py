@@ -249,12 +249,12 @@ def test_an_end_is_a_step_and_a_finish(loaded: Any) -> None:
 def test_scores_are_those_of_the_evaluation_with_the_best_at_each_place(loaded: Any) -> None:
     from tolerances import forward_error, largest_logit
 
-    from tutor.engines.hf.score import score
+    from tutor.engines.hf.score import answer_logprobs
     from tutor.engines.hf.trace import scores
 
     rows = [(loaded.tokenizer(render(talk))["input_ids"], [5, 9, 300]) for talk in TALKS]
     longest = max(len(prompt) + len(answer) for prompt, answer in rows)
     bound = forward_error(loaded.model.config, longest) * largest_logit(loaded.model, rows)
-    for plain, full in zip(score(loaded.model, rows), scores(loaded, rows), strict=True):
+    for plain, full in zip(answer_logprobs(loaded.model, rows), scores(loaded, rows), strict=True):
         assert full.logprobs == pytest.approx(plain, abs=bound)
         assert all(place == tuple(sorted(place, key=lambda pair: -pair[1])) for place in full.top)

@@ -21,7 +21,7 @@ from transformers import DataCollatorForLanguageModeling, TrainerCallback
 
 from tutor.artifacts.stage_folder import log_folder
 from tutor.engines.hf.loading import load_base
-from tutor.engines.hf.score import score
+from tutor.engines.hf.score import answer_logprobs
 from tutor.errors import ArtifactError, DataError, HostError
 from tutor.formats.models.model_folder import load_tokenizer
 from tutor.machine.device import choose_precision, decide_precision
@@ -411,7 +411,7 @@ def test_mean_loss_weighs_every_supervised_token_the_same(precision: str, traine
     bound = error * largest_logit(model, pairs)
     assert scoring.mean_loss(model, rows) == pytest.approx(torch.cat(losses).mean().item(), abs=bound)
     with scoring.scoring(model):
-        scores = score(model, pairs)
+        scores = answer_logprobs(model, pairs)
     assert [len(values) for values in scores] == [sum(row.mask) for row in rows]
     each = [value for values in scores for value in values]
     assert scoring.mean_loss(model, rows) == -math.fsum(each) / len(each)  # every token alike, whatever the rounding

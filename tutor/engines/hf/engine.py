@@ -1,7 +1,7 @@
-"""transformers answers: the base (4-bit where asked), a PEFT adapter, the base's own tokenizer; streamed.
+"""Generate answers with a model that is loaded in transformers, and stream their text.
 
-In: model folders that are on this disk. Out: answers of the `Engine` protocol, and teacher-forced log-probabilities.
-Does not fetch, train or merge, and never runs code that a model folder brings.
+In: a loaded model, its tokenizer, a conversation. Out: answers of the `Engine` protocol.
+Does not load a model, does not fetch, train or merge one.
 """
 
 import time
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 INCOMPLETE = "\ufffd"
-"""What a decoder shows for bytes of a character whose rest is still to come."""
+"""The character that a tokenizer decodes an incomplete UTF-8 sequence to."""
 
 
 class TransformersEngine:
@@ -33,23 +33,23 @@ class TransformersEngine:
     def answer(
         self, messages: Sequence[Message], generation: Generation, on_text: Callable[[str], None] | None = None
     ) -> Answer:
-        """The answer to the last message. Raises ServiceError when the prompt is too long or the model fails."""
+        """Return the answer to the last message. Raises ServiceError when the prompt is too long or the model fails."""
         started = time.perf_counter()
         prompt = list(self.tokenizer(render(messages))["input_ids"])
-        room = int(self.model.config.max_position_embeddings) - len(prompt)
-        if room < 1:
+        limit = int(self.model.config.max_position_embeddings) - len(prompt)
+        if limit < 1:
             raise ServiceError(f"the prompt has {len(prompt)} tokens, no less than the model's context")
-        reader = _Reader(self.tokenizer, prompt[-1], generation.stops, on_text or _unheard)
+        reader = _Reader(self.tokenizer, prompt[-1], generation.stops, on_text or _ignore)
         ids = torch.tensor([prompt], device=self.model.device)
         torch.manual_seed(generation.seed)
         try:
             self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                generation_config=_generation_config(generation, room, self.tokenizer),
+                generation_config=_generation_config(generation, limit, self.tokenizer),
                 stopping_criteria=StoppingCriteriaList([reader]),
             )
-        except RuntimeError as error:  # out of memory; no number among the probabilities
+        except RuntimeError as error:  # out of memory, or NaN among the probabilities
             raise ServiceError(f"transformers cannot answer: {first_line(error)}") from error
         reader.close()
         return Answer(
@@ -63,9 +63,9 @@ class TransformersEngine:
 
 
 class _Reader:
-    """Reads one answer while it is generated: ids to text, pieces out, stop texts never; as a stopping criterion.
+    """A stopping criterion that decodes the answer, sends its text in pieces and holds stop texts back.
 
-    Criteria run as soon as a token is chosen, one step before a streamer would get it.
+    Criteria run as soon as a token is chosen, one step before a streamer receives it.
     """
 
     def __init__(
@@ -75,14 +75,14 @@ class _Reader:
         self.ids: list[int] = []
         self.finish: Finish = "length"
         self._tokenizer = tokenizer
-        self._anchor = anchor  # the prompt's last token: some decoders drop the blank of a first one
+        self._anchor = anchor  # the prompt's last token: some decoders drop a leading space
         self._stops = stops
         self._on_text = on_text
-        self._heard = 0  # characters already given to `on_text`
+        self._sent = 0  # number of characters passed to `on_text`
         self._times: list[float] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """Whether generation ends with the newest token, as transformers asks after each."""
+        """Return whether generation ends; transformers calls this after every token."""
         del scores
         if self.finish == "length":
             self._read(int(input_ids[0, -1]))
@@ -100,48 +100,48 @@ class _Reader:
             self.text = self.text[: min(found)]
             self.finish = "stop"
         else:
-            self._hear(len(self.text) - _withheld(self.text, self._stops))
+            self._send(len(self.text) - _withheld(self.text, self._stops))
 
     def close(self) -> None:
-        """Give out what was withheld; half a character at the very end is dropped."""
+        """Send the text that was held back; an incomplete character at the end is dropped."""
         self.text = self.text.rstrip(INCOMPLETE)
-        self._hear(len(self.text))
+        self._send(len(self.text))
 
     def tokens_per_second(self, started: float) -> float:
-        """Of generation alone, so without the prompt's pass where more than one token came."""
+        """Return the speed of generation; without the prompt's forward pass when there is more than one token."""
         if len(self._times) > 1:
             return (len(self._times) - 1) / max(self._times[-1] - self._times[0], 1e-9)
         return len(self._times) / max(time.perf_counter() - started, 1e-9)
 
-    def _hear(self, end: int) -> None:
-        if end > self._heard:
-            self._on_text(self.text[self._heard : end])
-            self._heard = end
+    def _send(self, end: int) -> None:
+        if end > self._sent:
+            self._on_text(self.text[self._sent : end])
+            self._sent = end
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def _withheld(text: str, stops: Sequence[str]) -> int:
-    """How many last characters may still become something else: half a character, or the beginning of a stop text."""
-    whole = text.rstrip(INCOMPLETE)
-    begun = (n for stop in stops for n in range(len(stop) - 1, 0, -1) if whole.endswith(stop[:n]))
-    return len(text) - len(whole) + max(begun, default=0)
+    """Return how many last characters to hold back: an incomplete character, or the beginning of a stop text."""
+    complete = text.rstrip(INCOMPLETE)
+    prefixes = (n for stop in stops for n in range(len(stop) - 1, 0, -1) if complete.endswith(stop[:n]))
+    return len(text) - len(complete) + max(prefixes, default=0)
 
 
-def _unheard(piece: str) -> None:
+def _ignore(piece: str) -> None:
     del piece
 
 
-def _generation_config(generation: Generation, room: int, tokenizer: "PreTrainedTokenizerBase") -> GenerationConfig:
-    """Ours alone: whatever stays None here would be filled from the base's generation_config.json."""
+def _generation_config(generation: Generation, limit: int, tokenizer: "PreTrainedTokenizerBase") -> GenerationConfig:
+    """Return a complete configuration: transformers fills None from the base's generation_config.json."""
     pad = tokenizer.pad_token_id
     sampling: dict[str, Any] = {"do_sample": False}
     if generation.temperature > 0:
-        # top_k 0 is off: transformers' own default of 50 is in no recipe.
+        # 0 turns top_k off: the default of transformers is 50, which no recipe sets.
         sampling = {"do_sample": True, "temperature": generation.temperature, "top_p": generation.top_p, "top_k": 0}
     return GenerationConfig(
-        max_new_tokens=min(generation.max_new_tokens, room),
+        max_new_tokens=min(generation.max_new_tokens, limit),
         repetition_penalty=generation.repetition_penalty,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id if pad is None else pad,
@@ -151,5 +151,5 @@ def _generation_config(generation: Generation, room: int, tokenizer: "PreTrained
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or the name of its class."""
+    """Return the first line of an error's text, or the name of its class."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

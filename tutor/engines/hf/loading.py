@@ -1,7 +1,7 @@
-"""Load model folders into transformers: in 4 or 8 bits or as they are, with a PEFT adapter over them or not.
+"""Load model folders into transformers, quantized or not, with a PEFT adapter or without.
 
-In: folders that are on this disk, a precision and a quantization that were decided before. Out: a model, or an engine
-on it. Does not fetch or choose anything, and never runs code that a model folder brings.
+In: folders on this disk, a precision and a quantization that the caller has decided. Out: a model, or an engine.
+Does not fetch a model, does not choose a precision, and never runs code that a model folder brings.
 """
 
 from pathlib import Path
@@ -21,9 +21,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def load(
     model: Path, adapter: Path | None, *, quantization: Literal["nf4", "int8", "none"], precision: str
 ) -> TransformersEngine:
-    """An engine on a model folder, with a PEFT adapter over it where one is named.
+    """Load a model folder as an engine, with the PEFT adapter of the folder `adapter` unless it is None.
 
-    Raises ArtifactError when a folder is incomplete or the two do not fit, HostError when memory does not suffice.
+    Raises ArtifactError when a folder is incomplete or the adapter does not fit the model, HostError when memory does
+    not suffice.
     """
     tokenizer = load_tokenizer(model)
     if tokenizer.eos_token_id is None:
@@ -37,10 +38,11 @@ def load(
 
 
 def load_base(folder: Path, quantization: str, precision: str, *, sharded: bool = False, in_ram: bool = False) -> Any:
-    """A model in 4 bits (NF4, double-quantized), in 8 (LLM.int8) or as it is, computing in `precision`.
+    """Load a model in NF4 (double-quantized), in int8 (LLM.int8) or unquantized; it computes in `precision`.
 
-    On this process's GPU, or the CPU where there is none or `in_ram` says so; `sharded`: FSDP will distribute it over
-    the GPUs. Raises ArtifactError when the folder cannot be loaded, HostError when memory does not suffice.
+    The device is this process's GPU, or the CPU when there is no GPU or `in_ram` is set. `sharded`: FSDP will
+    distribute the model over the GPUs.
+    Raises ArtifactError when the folder cannot be loaded, HostError when memory does not suffice.
     """
     dtype = DTYPES[precision]
     configs: dict[str, dict[str, Any]] = {
@@ -72,16 +74,16 @@ def load_base(folder: Path, quantization: str, precision: str, *, sharded: bool 
         raise HostError(
             f"the GPU has no room for {folder}", "end what else uses it, or set train.quantization to nf4"
         ) from error
-    # transformers fills these with random numbers, with no more than a warning.
+    # transformers only warns about these, and fills them with random numbers.
     if bad := sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}):
         raise ArtifactError(f"{folder} lacks {len(bad)} tensors, or has them in another shape: {bad[0]}")
     if sharded:
-        model.__dict__.pop("hf_device_map", None)  # accelerate moves it to the GPUs, and refuses one that is placed
+        model.__dict__.pop("hf_device_map", None)  # accelerate refuses to move a model that has a device map
     return model
 
 
 def quant_storage(precision: str, *, sharded: bool) -> torch.dtype:
-    """The numbers that 4-bit weights are stored as: FSDP parts only those of the type that is computed in."""
+    """Return the dtype that 4-bit weights are stored in: FSDP shards only tensors of the compute dtype."""
     return DTYPES[precision] if sharded else torch.uint8
 
 

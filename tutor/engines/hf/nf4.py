@@ -1,6 +1,8 @@
-"""What a 4-bit model holds of a weight: NF4 in blocks of 64, its scales in 8 bits, and back, piece by piece.
+"""Quantize one weight to NF4 and dequantize it again, piece by piece.
 
-As bitsandbytes' quantize_4bit and dequantize_4bit do it with a whole tensor; only the codes are held of all of it.
+In: the pieces of a weight. Out: the pieces with the values that a 4-bit layer computes with, bit for bit those of
+bitsandbytes' quantize_4bit and dequantize_4bit on the whole tensor: NF4 codes in blocks of 64, scales in 8 bits.
+Does not hold the whole weight, only its 4-bit codes.
 """
 
 from collections.abc import Iterator
@@ -11,11 +13,11 @@ from bitsandbytes import functional
 
 KIND = "nf4"
 SCALES = 256
-"""Scales in a block of the double quantization, as quantize_4bit has it."""
+"""Number of scales in a block of the double quantization, the value of quantize_4bit."""
 
 
 def round_trip(pieces: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The pieces of one weight as a 4-bit layer gives them back, in their own dtype and on their own device.
+    """Yield the pieces of one weight after quantization and dequantization, in their dtype and on their device.
 
     Every piece but the last must hold a multiple of 64 numbers, so that no block is cut.
     """

@@ -12,11 +12,12 @@ from tutor.engines.protocol import SCORE_ROWS
 
 
 @torch.no_grad()
-def score(model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
-    """Log-probabilities (nats) of each row's answer ids, given its prompt ids and the answer so far; in float32.
+def answer_logprobs(model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+    """Return the log-probability (nats, in float32) of each answer id, given the prompt and the answer before it.
 
-    `model` is an engine's model; rows are (prompt ids, answer ids). A pass a row, so that no padding has a say, but
-    few logits at a time: all of a row's, of a vocabulary of 128,256, would be more than a training step takes.
+    `model` is an engine's model; rows are (prompt ids, answer ids). One forward pass per row: padding would change the
+    rounding. SCORE_ROWS logits at a time: those of a whole row with a vocabulary of 128,256 need more memory than a
+    training step.
     """
     head = model.get_output_embeddings()
     decoder = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model

@@ -1,6 +1,7 @@
-"""What a model in transformers makes of ids: scores with candidates, greedy steps, and whether it follows a path.
+"""Scores and greedy traces of a model in transformers, in the form that llama.cpp's are in too.
 
-In: a loaded engine (hf.py), ids of prompts and answers. Out: the same scores and traces as llama.cpp's.
+In: a loaded engine (engine.py), ids of prompts and answers. Out: `Score` and `Trace` of engines/trace.py.
+Does not compare two engines.
 """
 
 from collections.abc import Sequence
@@ -17,20 +18,20 @@ Row = tuple[Sequence[int], Sequence[int]]
 
 @torch.no_grad()
 def scores(engine: TransformersEngine, rows: Sequence[Row]) -> list[Score]:
-    """Log-probabilities (nats, in fp32) of each row's answer ids, and the TOP most probable ids at each place."""
+    """Return the log-probability (nats, in fp32) of each answer id, and the TOP most probable ids at its position."""
     found = []
     for prompt, answer in rows:
         logprobs = _logprobs(engine, prompt, answer)[:-1]
         chosen = logprobs.gather(1, torch.tensor(answer, device=logprobs.device)[:, None])[:, 0].tolist()
         values, ids = logprobs.topk(TOP)
-        places = zip(ids.tolist(), values.tolist(), strict=True)
-        found.append(Score(tuple(chosen), tuple(tuple(zip(*place, strict=True)) for place in places)))
+        positions = zip(ids.tolist(), values.tolist(), strict=True)
+        found.append(Score(tuple(chosen), tuple(tuple(zip(*position, strict=True)) for position in positions)))
     return found
 
 
 @torch.no_grad()
 def trace(engine: TransformersEngine, prompt: Sequence[int], tokens: int) -> tuple[list[int], Trace]:
-    """The greedy answer to a prompt, without a repetition penalty: its ids (EOS among them) and its steps."""
+    """Return the greedy answer to a prompt, without a repetition penalty: its ids (EOS included) and its trace."""
     ids: list[int] = []
     given, cache, found = list(prompt), None, []
     while len(ids) < tokens and (not ids or ids[-1] != engine.tokenizer.eos_token_id):
@@ -46,20 +47,20 @@ def trace(engine: TransformersEngine, prompt: Sequence[int], tokens: int) -> tup
 
 @torch.no_grad()
 def followed(engine: TransformersEngine, prompt: Sequence[int], path: Sequence[int]) -> Trace:
-    """The greedy answer as far as it follows another one's ids: with its own first step elsewhere, it is left there.
+    """Return the greedy trace along another engine's ids; it ends with the first own token that differs.
 
-    One pass instead of one a token, with the same result: what comes next depends on nothing but what stands before.
+    One forward pass instead of one per token gives the same tokens: each depends only on the ids before it.
     """
     logprobs = _logprobs(engine, prompt, path)[:-1]
     own = logprobs.argmax(-1).tolist()
-    agreed = next((place for place, (a, b) in enumerate(zip(own, path, strict=True)) if a != b), None)
+    agreed = next((position for position, (a, b) in enumerate(zip(own, path, strict=True)) if a != b), None)
     if agreed is None:
         return _trace(engine, prompt, path, logprobs)
-    return _trace(engine, prompt, own[: agreed + 1], logprobs, left=True)
+    return _trace(engine, prompt, own[: agreed + 1], logprobs, cut=True)
 
 
 def _logprobs(engine: TransformersEngine, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
-    """Over the vocabulary, at every place of the answer and behind it."""
+    """Return log-probabilities over the vocabulary, at every position of the answer and after its end."""
     ids = torch.tensor([[*prompt, *answer]], device=engine.model.device)
     logits = engine.model(input_ids=ids, use_cache=False, logits_to_keep=len(answer) + 1).logits[0]
     return torch.log_softmax(logits.float(), dim=-1)
@@ -71,24 +72,24 @@ def _trace(
     ids: Sequence[int],
     logprobs: torch.Tensor,
     *,
-    left: bool = False,
+    cut: bool = False,
 ) -> Trace:
-    """The trace of ids that were each the best at their place; `left`: it is not known how it would go on."""
+    """Return the trace of greedy ids; `cut`: the trace ends before the answer does."""
     decoder = _Decoder(engine, prompt[-1])
-    steps, whole = [], ""
-    for place, token in enumerate(ids):
-        values, best = logprobs[place].topk(TOP)
-        pairs = zip(map(decoder.alone, best.tolist()), values.tolist(), strict=True)
-        text = decoder.text(ids[: place + 1])
-        steps.append(Step(text[len(whole) :], float(logprobs[place, token]), candidates(pairs)))
-        whole = text
+    steps, before = [], ""
+    for position, token in enumerate(ids):
+        values, best = logprobs[position].topk(TOP)
+        pairs = zip(map(decoder.decode, best.tolist()), values.tolist(), strict=True)
+        text = decoder.text(ids[: position + 1])
+        steps.append(Step(text[len(before) :], float(logprobs[position, token]), candidates(pairs)))
+        before = text
     if ids[-1] == engine.tokenizer.eos_token_id:
         return Trace((*grouped(steps[:-1]), replace(steps[-1], text=END)), "stop", len(prompt))
-    return Trace(tuple(grouped(steps)), None if left else "length", len(prompt))
+    return Trace(tuple(grouped(steps)), None if cut else "length", len(prompt))
 
 
 class _Decoder:
-    """Ids as text behind a token of the prompt: some decoders drop the blank of a first one."""
+    """Decodes ids after a token of the prompt: some tokenizers drop the space of a first token."""
 
     def __init__(self, engine: TransformersEngine, anchor: int) -> None:
         self._tokenizer = engine.tokenizer
@@ -96,10 +97,10 @@ class _Decoder:
         self._skipped = len(self._decode([anchor]))
 
     def text(self, ids: Sequence[int]) -> str:
-        """As far as whole characters go."""
-        return self.alone(*ids).rstrip("\ufffd")
+        """Return the complete characters of the ids."""
+        return self.decode(*ids).rstrip("\ufffd")
 
-    def alone(self, *ids: int) -> str:
+    def decode(self, *ids: int) -> str:
         return self._decode([self._anchor, *ids])[self._skipped :]
 
     def _decode(self, ids: list[int]) -> str:

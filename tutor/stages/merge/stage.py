@@ -1,10 +1,10 @@
-"""The merge stage: adapter + base -> merged/ in 16 bits, tokenizer as it was with our chat template in it.
+"""The merge stage. In: adapter/, base/, data/. Out: merged/ in 16 bits, the base's tokenizer and our chat template.
 
-Piece by piece from file to file, W + scale·B·A in fp32, rounded once: bit for bit PEFT's merge_and_unload(safe_merge=
-True) of the base in fp32, rounded. (PEFT on an FP16 base rounds twice, and is up to one unit in the last place away.)
-A file that a killed run finished is kept. The base is the original, or NF4's round trip of it that training saw: where
-that is open, the one that scores better on the held-out pairs. Refuses an adapter of another base, and values that the
-type cannot hold. Does not load a model.
+The weights go from file to file in pieces: W + scale·B·A in fp32, rounded once, bit for bit the rounded result of
+PEFT's merge_and_unload(safe_merge=True) on the base in fp32. (PEFT on an FP16 base rounds twice, and differs by up to
+one unit in the last place.) A file that a killed run finished is kept. The base is the original or its NF4 round trip,
+which training saw; with merge.base = "auto" it is the one with the lower held-out loss. An adapter of another base and
+values that the dtype cannot hold are errors. Does not load a model.
 """
 
 import contextlib
@@ -27,25 +27,28 @@ from tutor.formats.models.model_folder import WEIGHTS, load_tokenizer, read_fact
 from tutor.formats.models.safetensors import WIDTHS, Stored, header, read_folder, writing
 from tutor.prompt import Encoded, chat_template, encode
 from tutor.stages.merge.peft_adapter import read_adapter
-from tutor.stages.merge.weights import TYPES, Merged, refuse_unfit
+from tutor.stages.merge.weights import DTYPES, MergedWeights, require_fit
 
 if TYPE_CHECKING:
     from tutor.recipe.settings import Recipe
 
 log = logging.getLogger(__name__)
 
-UNTOUCHED = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "LICENSE*", "NOTICE*")
+COPIED = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "LICENSE*", "NOTICE*")
+"""Patterns of files that are copied from the base byte for byte."""
 INDEX = "model.safetensors.index.json"
-NAMES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
-"""The recipe's word for a type -> safetensors'."""
-MOST_TOKENS = 8192
-"""Tokens of held-out rows that decide between the bases: a larger set tells no more and costs hours on a CPU."""
+SAFETENSORS_DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
+"""Names of dtypes: in a recipe -> in safetensors."""
+MAX_SCORED_TOKENS = 8192
+"""Maximum number of held-out tokens that decide between the bases; more change nothing and take hours on a CPU."""
 Files = Mapping[Path, Sequence[Stored]]
+"""Tensors of each weight file."""
 Base = Literal["original", "nf4"]
+"""Weights that the adapter is merged into."""
 
 
 def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
-    """Write the merged model folder into `out`; into which base and why, how many layers changed and by how much."""
+    """Write the merged model folder into `out`; return the base that was used and the changes."""
     facts, base = read_facts(inputs["base"])
     manifest = read_manifest(inputs["train"])
     trained: Mapping[str, Any] = manifest.results if manifest else {}
@@ -55,15 +58,16 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
             f"({facts.weights[:12]})",
             "run: tutor train",
         )
-    refuse(base)  # it may lie in a cache that was cleaned since its stage ran
+    refuse(base)  # its files may be in a cache that was cleaned since the base stage ran
     adapter, files = read_adapter(inputs["train"]), read_folder(base)
     tensors = {tensor.name: tensor for stored in files.values() for tensor in stored}
-    refuse_unfit(tensors, adapter, read_json(base / "config.json"))
-    dtype = NAMES[recipe.merge.dtype]
-    _check_room(files, dtype, out)
-    candidates: dict[Base, Merged] = {"original": Merged(tensors, adapter, dtype)}
+    require_fit(tensors, adapter, read_json(base / "config.json"))
+    dtype = SAFETENSORS_DTYPES[recipe.merge.dtype]
+    _check_disk(files, dtype, out)
+    candidates: dict[Base, MergedWeights] = {"original": MergedWeights(tensors, adapter, dtype)}
     if trained.get("quantization") == "nf4":
-        candidates["nf4"] = Merged(tensors, adapter, dtype, TYPES[NAMES[trained["precision"]]])
+        compute_dtype = DTYPES[SAFETENSORS_DTYPES[trained["precision"]]]
+        candidates["nf4"] = MergedWeights(tensors, adapter, dtype, compute_dtype)
     if recipe.merge.base != "auto":
         if recipe.merge.base not in candidates:
             raise ArtifactError(f"merge.base is nf4 and {inputs['train']} was trained on the 16-bit base")
@@ -71,14 +75,15 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     rows = _held_out(inputs["data"], base, recipe.system) if len(candidates) > 1 else []
     choice = choose(candidates, base, rows, out / RESUME)
     largest = write_shards(candidates[choice["base"]], files, out)
-    copy_rest(base, out, dtype=str(TYPES[dtype]).removeprefix("torch."), add_bos=facts.add_bos)
+    dtype_name = str(DTYPES[dtype]).removeprefix("torch.")
+    copy_other_files(base, out, dtype=dtype_name, add_bos=facts.add_bos)
     load_tokenizer(out)
-    changed = {"layers": len(adapter.deltas), "largest_change": largest}
-    return {"base_weights": facts.weights, "dtype": str(TYPES[dtype]).removeprefix("torch."), **choice, **changed}
+    changes = {"layers": len(adapter.deltas), "largest_change": largest}
+    return {"base_weights": facts.weights, "dtype": dtype_name, **choice, **changes}
 
 
 def _held_out(data: Path, base: Path, system: str) -> list[Encoded]:
-    """The held-out rows as ids, as many from the first on as MOST_TOKENS allows."""
+    """Return the first held-out rows as ids, at most MAX_SCORED_TOKENS tokens and at least one row."""
     rows: list[Encoded] = []
     tokenizer, tokens = load_tokenizer(base), 0
     for line in (data / "held_out.jsonl").read_text("utf-8").split("\n"):
@@ -86,23 +91,28 @@ def _held_out(data: Path, base: Path, system: str) -> list[Encoded]:
             row = json.loads(line)
             encoded = encode(tokenizer, row["instruction"], row["response"], system)
             tokens += len(encoded.ids)
-            if rows and tokens > MOST_TOKENS:
+            if rows and tokens > MAX_SCORED_TOKENS:
                 break
             rows.append(encoded)
     return rows
 
 
-def choose(candidates: Mapping[Base, Merged], base: Path, rows: Sequence[Encoded], notes: Path) -> dict[str, Any]:
-    """The base to merge into, with the held-out loss of each where there are several; noted for a resumed run."""
+def choose(
+    candidates: Mapping[Base, MergedWeights], base: Path, rows: Sequence[Encoded], notes: Path
+) -> dict[str, Any]:
+    """Return the base to merge into, and each candidate's held-out loss when there are several.
+
+    The choice is written below `notes`, and a resumed run reads it from there.
+    """
     note = notes / "choice.json"
     if note.exists():
         return read_json(note)
     if len(candidates) == 1 or not rows:
         return {"base": next(iter(candidates))}
-    losses = {name: mean_loss(merged, base, rows) for name, merged in candidates.items()}
+    losses = {name: held_out_loss(merged, base, rows) for name, merged in candidates.items()}
     best = min(losses, key=losses.__getitem__)
-    said = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-    log.info("merging into the %s base: held-out loss %s", best, said)
+    listed = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+    log.info("merging into the %s base: held-out loss %s", best, listed)
     choice = {
         "base": best,
         "held_out": {"rows": len(rows), "tokens": sum(sum(row.mask) for row in rows), "loss": losses},
@@ -112,22 +122,26 @@ def choose(candidates: Mapping[Base, Merged], base: Path, rows: Sequence[Encoded
     return choice
 
 
-def mean_loss(merged: Merged, base: Path, rows: Sequence[Encoded]) -> float:
-    """Mean negative log-likelihood (nats) over all supervised tokens. Raises ArtifactError when it is no number."""
-    from tutor.engines.hf.streaming_score import score
+def held_out_loss(merged: MergedWeights, base: Path, rows: Sequence[Encoded]) -> float:
+    """Return the mean negative log-likelihood (nats) of all supervised tokens.
+
+    Raises ArtifactError when the loss is NaN or infinite.
+    """
+    from tutor.engines.hf.streaming_score import streamed_logprobs
 
     log.info("scoring a merge into the %s base on %d held-out rows", "nf4" if merged.nf4 else "original", len(rows))
-    scores = score(base, merged.tensors, [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in rows])
-    loss = -math.fsum(value for row in scores for value in row) / sum(len(row) for row in scores)
+    pairs = [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in rows]
+    logprobs = streamed_logprobs(base, merged.tensors, pairs)
+    loss = -math.fsum(value for row in logprobs for value in row) / sum(len(row) for row in logprobs)
     if not math.isfinite(loss):
         raise ArtifactError(f"the held-out loss of the merged model is {loss}", "train again, or fetch the base again")
     return loss
 
 
-def write_shards(merged: Merged, files: Files, out: Path) -> float:
-    """Write every weight file of the base to `out`, merged; the largest change of one weight.
+def write_shards(merged: MergedWeights, files: Files, out: Path) -> float:
+    """Write every weight file of the base to `out`, merged; return the largest change of one weight.
 
-    A file that an earlier run noted below RESUME and that still has the noted content is kept.
+    A file whose hash an earlier run recorded below RESUME is kept when its content still has that hash.
     """
     hashes = out / RESUME / HASHES
     hashes.parent.mkdir(exist_ok=True)
@@ -149,8 +163,10 @@ def write_shards(merged: Merged, files: Files, out: Path) -> float:
     return largest
 
 
-def write_shard(merged: Merged, stored: Sequence[Stored], target: Path, done: int, total: int) -> tuple[str, float]:
-    """Write one file: its sha256, and the largest change. `done` of `total` bytes were written before it."""
+def write_shard(
+    merged: MergedWeights, stored: Sequence[Stored], target: Path, done: int, total: int
+) -> tuple[str, float]:
+    """Write one file; return its sha256 and the largest change. `done` of `total` bytes were written before."""
     largest = 0.0
     with _threads(1 if merged.nf4 is None else torch.get_num_threads()), writing(target) as file:
         file.write(header([(tensor.name, tensor.shape) for tensor in stored], merged.dtype))
@@ -159,14 +175,14 @@ def write_shard(merged: Merged, stored: Sequence[Stored], target: Path, done: in
                 file.write(bits)
                 largest = max(largest, change)
                 done += bits.nbytes
-            counted = {"done": done, "total": total}
-            log.info("merged %.1f of %.1f MB", done / 1e6, total / 1e6, extra=counted)
+            progress = {"done": done, "total": total}
+            log.info("merged %.1f of %.1f MB", done / 1e6, total / 1e6, extra=progress)
         return file.finish(), largest
 
 
 @contextlib.contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """So many of torch's threads inside. Beside those that hash and write, one is faster than two on two cores."""
+    """Limit torch to `count` threads. With the threads that hash and write, 1 is faster than 2 on two cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -176,7 +192,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _copy_index(source: Path, target: Path, total: int) -> None:
-    """The index byte for byte where the sizes are the same, else with the new sum."""
+    """Copy the index byte for byte when its total size is unchanged, else write it with the new total."""
     if not source.exists():
         return
     index = read_json(source)
@@ -186,34 +202,36 @@ def _copy_index(source: Path, target: Path, total: int) -> None:
         _write(target, {**index, "metadata": {**index["metadata"], "total_size": total}})
 
 
-def _check_room(files: Files, dtype: str, out: Path) -> None:
-    """Raise HostError before the work when the disk cannot hold it; what an interrupted run left counts as free."""
+def _check_disk(files: Files, dtype: str, out: Path) -> None:
+    """Raise HostError when the disk cannot hold the output; the files of an interrupted run count as free space."""
     need = sum(tensor.count * WIDTHS[dtype] for stored in files.values() for tensor in stored)
-    there = sum(path.stat().st_size for path in out.glob(WEIGHTS))
+    written = sum(path.stat().st_size for path in out.glob(WEIGHTS))
     free = shutil.disk_usage(out).free
-    if need > free + there:
-        raise HostError(f"{out} has {free / 1e9:.1f} GB free, merging needs {(need - there) / 1e9:.1f} GB", "make room")
+    if need > free + written:
+        raise HostError(
+            f"{out} has {free / 1e9:.1f} GB free, merging needs {(need - written) / 1e9:.1f} GB", "make room"
+        )
 
 
-def copy_rest(base: Path, out: Path, *, dtype: str, add_bos: bool) -> None:
-    """Configuration in its type, tokenizer files byte for byte, and our chat template in place of the base's.
+def copy_other_files(base: Path, out: Path, *, dtype: str, add_bos: bool) -> None:
+    """Write the configuration with its dtype, the tokenizer files unchanged, and our chat template.
 
-    The template stands in both places where tools look: tokenizer_config.json (llama.cpp, transformers 4) and
+    The template is in both places where tools read it: tokenizer_config.json (llama.cpp, transformers 4) and
     chat_template.jinja (transformers 5).
     """
-    for pattern in UNTOUCHED:
+    for pattern in COPIED:
         for path in base.glob(pattern):
             shutil.copyfile(path, out / path.name)
     config = read_json(base / "config.json")
     config.pop("torch_dtype", None)
     config["dtype"] = dtype
-    # transformers 4 and llama.cpp know the older name; transformers 5 reads both.
+    # transformers 4 and llama.cpp read the older name, transformers 5 reads both.
     config["torch_dtype"] = dtype
     _write(out / "config.json", config)
     template = chat_template(add_bos=add_bos)
-    labels = read_json(base / "tokenizer_config.json")
-    labels["chat_template"] = template
-    _write(out / "tokenizer_config.json", labels)
+    tokenizer_config = read_json(base / "tokenizer_config.json")
+    tokenizer_config["chat_template"] = template
+    _write(out / "tokenizer_config.json", tokenizer_config)
     (out / "chat_template.jinja").write_text(template, "utf-8")
     if (base / "generation_config.json").exists():
         shutil.copyfile(base / "generation_config.json", out / "generation_config.json")

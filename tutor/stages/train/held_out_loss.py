@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-from tutor.engines.hf.score import score
+from tutor.engines.hf.score import answer_logprobs
 from tutor.errors import ArtifactError
 from tutor.machine import distributed
 from tutor.prompt import Encoded
@@ -57,7 +57,7 @@ def mean_loss(model: Any, rows: Sequence[Encoded]) -> float:
     # Under FSDP all processes have to score as many rows: a blank is any row, and counts for nothing.
     asked = [rows[number % len(rows)] for number in mine]
     with scoring(model):
-        scores = score(model, [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in asked])
+        scores = answer_logprobs(model, [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in asked])
     counted = [row for number, row in zip(mine, scores, strict=True) if number < len(rows)]
     scores = [row for part in distributed.all_gather(counted) for row in part]
     loss = -math.fsum(value for row in scores for value in row) / sum(len(row) for row in scores)
