@@ -22,16 +22,16 @@ from tutor.stages.ladder import stage
 from tutor.stages.ladder.plot import plot
 
 
-def rung(size: int, more: float, kl: float) -> dict[str, Any]:
+def quantization(size: int, more: float, kl: float) -> dict[str, Any]:
     return {"size": size, "more": more, "kl": kl}
 
 
-F16 = {"F16": rung(270, 0.0, 0.0)}
+F16 = {"F16": quantization(270, 0.0, 0.0)}
 DEMO = {
     **F16,
-    "Q4_K_M": rung(105, 0.0413, 0.0536),
-    "Q5_K_M": rung(136, 0.0083, 0.0123),
-    "Q8_0": rung(144, 0.0001, 0.0039),
+    "Q4_K_M": quantization(105, 0.0413, 0.0536),
+    "Q5_K_M": quantization(136, 0.0083, 0.0123),
+    "Q8_0": quantization(144, 0.0001, 0.0039),
 }
 
 
@@ -45,7 +45,7 @@ def test_the_smallest_inside_the_budget_is_chosen(budget: float, chosen: str) ->
     assert stage.choose(DEMO, budget) == chosen
 
 
-@pytest.mark.parametrize("lucky", [rung(50, -0.1, 0.3), rung(50, 0.3, 0.001)])
+@pytest.mark.parametrize("lucky", [quantization(50, -0.1, 0.3), quantization(50, 0.3, 0.001)])
 def test_loss_and_divergence_must_both_be_inside(lucky: dict[str, Any]) -> None:
     """A drifted model may by luck say these rows better."""
     assert stage.choose({**DEMO, "IQ4_NL": lucky}, 0.01) == "Q8_0"
@@ -53,9 +53,9 @@ def test_loss_and_divergence_must_both_be_inside(lucky: dict[str, Any]) -> None:
 
 def test_a_file_that_is_larger_and_worse_than_another_is_named_and_never_chosen() -> None:
     """Q5_K_M of the demo, before its Q5_1 tensors were replaced: 112 MB and perplexity 10.91, Q4_K_M's is 9.44."""
-    rungs = {**DEMO, "Q5_K_M": rung(112, 0.185, 0.21)}
-    assert stage.worse_and_larger(rungs) == {"Q5_K_M": "Q4_K_M"}
-    assert {stage.choose(rungs, budget / 100) for budget in range(1, 100)} == {"Q8_0", "Q4_K_M"}
+    figures = {**DEMO, "Q5_K_M": quantization(112, 0.185, 0.21)}
+    assert stage.worse_and_larger(figures) == {"Q5_K_M": "Q4_K_M"}
+    assert {stage.choose(figures, budget / 100) for budget in range(1, 100)} == {"Q8_0", "Q4_K_M"}
     assert stage.worse_and_larger(DEMO) == {}
 
 
@@ -68,7 +68,7 @@ def scored(logprobs: list[float], kl: list[float] | None = None, same: list[bool
 
 def test_a_file_is_compared_token_by_token_over_all_rows() -> None:
     whole = [scored([-1.0, -2.0]), scored([-3.0])]
-    found = stage.compare(whole, [scored([-1.5, -2.0], [0.3, 0.1], [True, False]), scored([-4.0], [0.2], [True])])
+    found = stage.against_f16(whole, [scored([-1.5, -2.0], [0.3, 0.1], [True, False]), scored([-4.0], [0.2], [True])])
     assert found["loss"] == pytest.approx(2.5)
     assert found["perplexity"] == pytest.approx(math.exp(2.5))
     assert found["more"] == pytest.approx(0.5)
@@ -79,7 +79,7 @@ def test_a_file_is_compared_token_by_token_over_all_rows() -> None:
 
 def test_f16_loses_nothing_against_itself() -> None:
     whole = [scored([-1.0, -2.0])]
-    found = stage.compare(whole, whole)
+    found = stage.against_f16(whole, whole)
     assert (found["more"], found["kl"], found["same"]) == (0.0, 0.0, 1.0)
 
 
@@ -91,19 +91,19 @@ def test_a_loss_that_is_no_number_is_an_artifact_error(rows: list[list[float]]) 
 
 def test_fewer_rows_are_taken_from_everywhere_and_never_none() -> None:
     rows = [([number], [0] * 10) for number in range(10)]
-    assert stage.fewer(rows, 1000) == rows
-    assert [prompt for prompt, _ in stage.fewer(rows, 50)] == [[0], [2], [4], [6], [8]]
-    assert stage.fewer(rows, 1) == rows[:1]
+    assert stage.sample_rows(rows, 1000) == rows
+    assert [prompt for prompt, _ in stage.sample_rows(rows, 50)] == [[0], [2], [4], [6], [8]]
+    assert stage.sample_rows(rows, 1) == rows[:1]
 
 
 # The plot
 
 
-def rungs(*names: str) -> dict[str, dict[str, Any]]:
-    return {**F16, **{name: rung(130 + number, 0.01, 0.01 / (number + 1)) for number, name in enumerate(names)}}
+def figures(*names: str) -> dict[str, dict[str, Any]]:
+    return {**F16, **{name: quantization(130 + number, 0.01, 0.01 / (number + 1)) for number, name in enumerate(names)}}
 
 
-def test_the_plot_is_an_xml_of_its_own_and_says_every_rung_and_the_budget() -> None:
+def test_the_plot_is_an_xml_of_its_own_and_says_every_quantization_and_the_budget() -> None:
     drawn = plot(DEMO, 0.01, "Q8_0")
     text = " ".join(ET.fromstring(drawn).itertext())
     assert all(word in text for word in (*DEMO, "Q8_0 (served)", "F16 (reference)", "budget 0.01"))
@@ -111,7 +111,7 @@ def test_the_plot_is_an_xml_of_its_own_and_says_every_rung_and_the_budget() -> N
 
 
 def test_labels_of_files_of_one_size_do_not_cover_each_other() -> None:
-    drawn = plot(rungs("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M"), 0.01, "Q6_K")
+    drawn = plot(figures("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M"), 0.01, "Q6_K")
     placed = [
         (float(x), float(y))
         for x, y in re.findall(r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="start"[^>]*>Q', drawn)
@@ -192,7 +192,7 @@ def test_a_run_measures_every_file_and_serves_the_choice(inputs: dict[str, Path]
     assert {path.name for path in out.iterdir()} == {"ladder.json", "ladder.svg", "served.json"}
     assert (results["chosen"], results["served"]) == ("Q4_0", "Q4_0")
     assert json.loads((out / "served.json").read_text()) == {"quantization": "Q4_0"}
-    f16, near, far = (results["rungs"][kind] for kind in ("F16", "Q8_0", "Q4_0"))
+    f16, near, far = (results["quantizations"][kind] for kind in ("F16", "Q8_0", "Q4_0"))
     assert (f16["kl"], f16["more"], f16["same"]) == (0.0, 0.0, 1.0)
     assert 0 < near["kl"] < far["kl"]
     assert all(entry["tokens_per_second"] > 0 and entry["prompt_per_second"] > 0 for entry in (f16, near, far))
@@ -226,4 +226,4 @@ def test_a_disk_that_cannot_hold_the_distributions_is_told_before(
     (tmp_path / "a.gguf").write_bytes(whole((field("general.architecture", 8, b"\5\0\0\0\0\0\0\0llama"),)))
     monkeypatch.setattr(stage, "reference_bytes", lambda rows, vocabulary: 1 << 60)
     with pytest.raises(HostError, match="GB free, scoring needs"):
-        stage.climb({"F16": tmp_path / "a.gguf"}, [([1], [2])], 1, tmp_path)
+        stage.benchmark({"F16": tmp_path / "a.gguf"}, [([1], [2])], 1, tmp_path)

@@ -19,12 +19,13 @@ from conftest import make_tokenizer
 
 from tutor.artifacts.manifest import Manifest
 from tutor.artifacts.stage_folder import writing
+from tutor.formats.chart import ticks
 from tutor.formats.html import visible
 from tutor.pipeline.registry import BY_NAME
 from tutor.pipeline.runner import State, inspect, run_one
 from tutor.recipe.settings import read_recipe
 from tutor.stages.evaluate import rates
-from tutor.stages.report.charts import curves, ladder, ticks
+from tutor.stages.report.charts import curves, quantizations
 from tutor.stages.report.labels import chosen, marked
 from tutor.stages.report.model_card import card, escaped, hub_name
 from tutor.stages.report.prompts import parts, prompts
@@ -98,7 +99,7 @@ RUNG = {
 }
 SPEED = {"prompt_per_second": 200.0, "tokens_per_second": 30.0, "memory": None}
 LADDER = {
-    "rungs": {
+    "quantizations": {
         "F16": {"file": "tutor-F16.gguf", "size": 270e6, **RUNG, **SPEED},
         "Q8_0": {"file": "tutor-Q8_0.gguf", "size": 144e6, **RUNG, **SPEED, "kl": 0.006, "more": 0.001},
     },
@@ -214,7 +215,7 @@ def test_the_page_says_what_was_trained_on_what_and_what_came_of_it(made: Made) 
         "kept: step 2", "Eres un tutor.", "20.1 → 7.4", "F16 → Q8_0", "41/96", "✓ in budget", "the nf4 base, float16",
         "Worse: general texts", "+0.10 %", "perplexity of 20.50", "code compiles", "aplicacion", "(no kind)",
         "2.14.0, 2.15.0", "ab" * 32, "a CPU", "carry loss", "1 min 1 s",
-        "F16 is larger than Q8_0 and loses more", "Q8_0 in place of Q5_1 in 3 tensors",
+        "F16 is larger and less accurate than Q8_0", "Q8_0 in place of Q5_1 in 3 tensors",
     ):  # fmt: skip
         assert said in text, said
 
@@ -433,8 +434,8 @@ def test_every_point_is_inside_its_chart() -> None:
         for dot in line["dots"]:
             assert chart["left"] <= dot["x"] <= chart["right"]
             assert chart["top"] <= dot["y"] <= chart["floor"]
-    rungs = {"F16": {"size": 9, "kl": 0.0}, "Q8_0": {"size": 5, "kl": 1e-9}, "Q4_0": {"size": 4.9, "kl": 2.0}}
-    drawn = ladder(rungs, 0.01, "Q8_0")
+    figures = {"F16": {"size": 9, "kl": 0.0}, "Q8_0": {"size": 5, "kl": 1e-9}, "Q4_0": {"size": 4.9, "kl": 2.0}}
+    drawn = quantizations(figures, 0.01, "Q8_0")
     for dot in drawn["dots"]:
         assert drawn["left"] <= dot["x"] <= drawn["right"]
         assert drawn["top"] <= dot["y"] <= drawn["floor"]

@@ -25,10 +25,10 @@ TRAIN = {
         "perplexity_after": 3.49,
     },
 }
-RUNG = {"size": 271_000_000, "perplexity": 4.5, "more": 0.0, "kl": 0.0, "kl_p99": 0.0, "same": 1.0, "memory": None}
-RUNG |= {"prompt_per_second": 300.0, "tokens_per_second": 95.0}
+FIGURES = {"size": 271_000_000, "perplexity": 4.5, "more": 0.0, "kl": 0.0, "kl_p99": 0.0, "same": 1.0, "memory": None}
+FIGURES |= {"prompt_per_second": 300.0, "tokens_per_second": 95.0}
 LADDER = {
-    "rungs": {"F16": RUNG},
+    "quantizations": {"F16": FIGURES},
     "budget": 0.01,
     "chosen": "F16",
     "served": "F16",
@@ -131,8 +131,14 @@ def test_each_kind_of_question_has_its_count_and_what_changed_its_interval():
 
 
 def test_a_quantization_that_is_larger_and_loses_more_is_marked_and_named():
-    rungs = {kind: {**RUNG, "size": size} for kind, size in (("F16", 9e6), ("Q5_1", 5e6), ("Q5_0", 4e6))}
-    found = {"rungs": rungs, "budget": 0.01, "chosen": "Q5_0", "served": "Q5_0", "worse_and_larger": {"Q5_1": "Q5_0"}}
+    figures = {kind: {**FIGURES, "size": size} for kind, size in (("F16", 9e6), ("Q5_1", 5e6), ("Q5_0", 4e6))}
+    found = {
+        "quantizations": figures,
+        "budget": 0.01,
+        "chosen": "Q5_0",
+        "served": "Q5_0",
+        "worse_and_larger": {"Q5_1": "Q5_0"},
+    }
     lines = summary.ladder_lines(found)
     assert [line[2:15].strip() for line in lines[2:5]] == ["F16", "Q5_1 !", "Q5_0 *"]
     assert lines[-1] == "  ! Q5_1 is larger and less accurate than Q5_0: remove it from convert.quantizations"

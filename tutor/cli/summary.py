@@ -101,17 +101,17 @@ def ladder_lines(ladder: Mapping[str, Any]) -> list[str]:
     widths |= {"memory": 10}
     rows = ["", f"  {'against F16':<13}" + "".join(f"{head:>{width}}" for head, width in widths.items())]
     worse = ladder.get("worse_and_larger", {})
-    for kind, rung in sorted(ladder["rungs"].items(), key=lambda item: -item[1]["size"]):
-        memory = "-" if rung["memory"] is None else f"{rung['memory'] / 1e6:.0f} MB"
+    for kind, each in sorted(ladder["quantizations"].items(), key=lambda item: -item[1]["size"]):
+        memory = "-" if each["memory"] is None else f"{each['memory'] / 1e6:.0f} MB"
         cells = (
-            f"{rung['size'] / 1e6:.1f} MB",
-            f"{rung['perplexity']:.2f}",
-            f"{100 * (math.exp(rung['more']) - 1):+.2f} %",
-            f"{rung['kl']:.4f}",
-            f"{rung['kl_p99']:.3f}",
-            f"{100 * rung['same']:.1f} %",
-            f"{rung['prompt_per_second']:.0f} t/s",
-            f"{rung['tokens_per_second']:.1f} t/s",
+            f"{each['size'] / 1e6:.1f} MB",
+            f"{each['perplexity']:.2f}",
+            f"{100 * (math.exp(each['more']) - 1):+.2f} %",
+            f"{each['kl']:.4f}",
+            f"{each['kl_p99']:.3f}",
+            f"{100 * each['same']:.1f} %",
+            f"{each['prompt_per_second']:.0f} t/s",
+            f"{each['tokens_per_second']:.1f} t/s",
             memory,
         )
         marks = " *" * (kind == ladder["served"]) + " !" * (kind in worse)

@@ -204,6 +204,7 @@ STAGES = (
         sources=(
             "stages/ladder/stage.py",
             "stages/ladder/plot.py",
+            "formats/chart.py",
             "engines/trace.py",
             "formats/rows/split_files.py",
             "formats/models/served_quantization.py",
@@ -304,6 +305,7 @@ STAGES = (
             "stages/report/page.html.j2",
             "stages/report/model_card.py",
             "stages/report/charts.py",
+            "formats/chart.py",
             "stages/report/labels.py",
             "stages/report/prompts.py",
             "stages/report/tables.py",

@@ -1,8 +1,8 @@
-"""The ladder stage: what each quantization loses on the held-out rows, what it takes, how fast it is; which one serves.
+"""The ladder stage: a benchmark of the quantizations (held-out loss, size, speed, memory), and which one is served.
 
-In: data/ (held_out.jsonl), base/ (its tokenizer), convert/ (the GGUF files). Out: ladder.json and ladder.svg (a rung a
-quantization, the same from two runs), served.json (the quantization to serve); speeds and memory in the results alone.
-Converts nothing, asks nothing.
+In: data/ (held_out.jsonl), base/ (its tokenizer), gguf/ (the GGUF files). Out: ladder.json and ladder.svg (loss, KL
+divergence and size by quantization; two runs give equal bytes), served.json (the quantization to serve); speeds and
+memory in the results only. Quantizes nothing and generates no answer.
 """
 
 import logging
@@ -31,41 +31,45 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TOKENS = 4096
-"""Of held-out answers that are scored at most: with R1's vocabulary F16's distributions of so many take 2.1 GB."""
-PROMPT, WRITTEN = 512, 64
-"""Tokens that are read and written to time a file."""
+MAX_TOKENS = 4096
+"""Maximum number of scored answer tokens: with R1's vocabulary, F16's distributions over 4096 tokens take 2.1 GB."""
+TIMED_PROMPT_TOKENS = 512
+"""Number of prompt tokens of the timed request."""
+TIMED_NEW_TOKENS = 64
+"""Number of generated tokens of the timed request."""
 
 
 def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
-    """Score and time every file of the tutor, and choose: the rungs with their speeds, and what is served.
+    """Score and time every file of the tutor and choose one; return all figures and the served quantization.
 
-    Raises ArtifactError when a file is missing or gives no number, HostError when the disk cannot hold F16's
-    distributions, ServiceError when a file cannot be served.
+    Raises ArtifactError when a file is missing or its loss is no number, HostError when the disk cannot hold F16's
+    distributions, ServiceError when llama-server cannot serve a file.
     """
-    rows = fewer(held_out_rows(inputs["data"] / "held_out.jsonl", inputs["base"], recipe.system), TOKENS)
+    rows = sample_rows(held_out_rows(inputs["data"] / "held_out.jsonl", inputs["base"], recipe.system), MAX_TOKENS)
     kinds = [F16, *recipe.convert.quantizations]
     files = {kind: inputs["convert"] / gguf_name("tutor", kind) for kind in kinds}
     threads = len(os.sched_getaffinity(0))
-    rungs = climb(files, rows, threads, out)
-    chosen = choose(rungs, recipe.convert.budget)
+    figures = benchmark(files, rows, threads, out)
+    chosen = choose(figures, recipe.convert.budget)
     served = chosen if recipe.ollama.quantization == AUTO else recipe.ollama.quantization
     if recipe.ollama.quantization == AUTO and chosen == F16:
         log.warning("no quantization loses less than convert.budget (%g): F16 is served", recipe.convert.budget)
-    worse = worse_and_larger(rungs)
+    worse = worse_and_larger(figures)
     for kind, better in worse.items():
-        log.warning("%s is larger than %s and loses more: nothing speaks for it", kind, better)
-    write_json(out / "ladder.json", rungs)
-    (out / "ladder.svg").write_text(plot(rungs, recipe.convert.budget, served), "utf-8")
+        log.warning("%s is larger and less accurate than %s: remove it from convert.quantizations", kind, better)
+    write_json(out / "ladder.json", figures)
+    (out / "ladder.svg").write_text(plot(figures, recipe.convert.budget, served), "utf-8")
     write_served(out, served)
-    scored = {path.stem: _loss(rungs[kind]) for kind, path in files.items()}
+    scored = {path.stem: _loss(figures[kind]) for kind, path in files.items()}
     base = inputs["convert"] / gguf_name("base", served)
     if recipe.convert.base:
-        scored[base.stem] = perplexity([item.logprobs for item in score(_there(base), rows, threads=threads)])
-    said = out.parent / "ladder.log"
-    speeds = {kind: measured(path, rows, recipe.generate.context, threads, said) for kind, path in files.items()}
+        scored[base.stem] = perplexity([item.logprobs for item in score(_existing(base), rows, threads=threads)])
+    server_log = out.parent / "ladder.log"
+    speeds = {
+        kind: speed_and_memory(path, rows, recipe.generate.context, threads, server_log) for kind, path in files.items()
+    }
     return {
-        "rungs": {kind: {**rung, **speeds[kind]} for kind, rung in rungs.items()},
+        "quantizations": {kind: {**each, **speeds[kind]} for kind, each in figures.items()},
         "budget": recipe.convert.budget,
         "chosen": chosen,
         "served": served,
@@ -74,42 +78,45 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     }
 
 
-def fewer(rows: Rows, tokens: int) -> Rows:
-    """Rows at even distances whose answers have so many tokens at most; one at least."""
+def sample_rows(rows: Rows, tokens: int) -> Rows:
+    """Return equidistant rows whose answers have at most `tokens` tokens together; at least one row."""
     for count in range(len(rows), 1, -1):
-        some = [rows[index * len(rows) // count] for index in range(count)]
-        if sum(len(answer) for _, answer in some) <= tokens:
-            return some
+        sample = [rows[index * len(rows) // count] for index in range(count)]
+        if sum(len(answer) for _, answer in sample) <= tokens:
+            return sample
     return rows[:1]
 
 
-def climb(files: Mapping[str, Path], rows: Rows, threads: int, out: Path) -> dict[str, dict[str, Any]]:
-    """A rung a file, F16 first: size, held-out loss, and the distance from F16 over the whole vocabulary."""
-    vocabulary = len(read_gguf(_there(files[F16])).fields.get("tokenizer.ggml.tokens", ()))
+def benchmark(files: Mapping[str, Path], rows: Rows, threads: int, out: Path) -> dict[str, dict[str, Any]]:
+    """Return each file's size, held-out loss and KL divergence from F16 over the whole vocabulary, F16 first."""
+    vocabulary = len(read_gguf(_existing(files[F16])).fields.get("tokenizer.ggml.tokens", ()))
     need, free = reference_bytes(rows, vocabulary), shutil.disk_usage(out).free
     if need > free:
         raise HostError(f"{out} has {free / 1e9:.1f} GB free, scoring needs {need / 1e9:.1f} GB", "make room")
     reference = out / "reference.bin"
-    rungs: dict[str, dict[str, Any]] = {}
-    whole: list[Score] = []
+    figures: dict[str, dict[str, Any]] = {}
+    f16_scores: list[Score] = []
     try:
         for kind, path in files.items():
-            scores = score(_there(path), rows, threads=threads, reference=reference)
-            whole = whole or scores
-            rungs[kind] = {"file": path.name, "size": path.stat().st_size, **compare(whole, scores)}
-            log.info("%s: held-out perplexity %.3f, KL %.5f", kind, rungs[kind]["perplexity"], rungs[kind]["kl"])
+            scores = score(_existing(path), rows, threads=threads, reference=reference)
+            f16_scores = f16_scores or scores
+            figures[kind] = {"file": path.name, "size": path.stat().st_size, **against_f16(f16_scores, scores)}
+            log.info("%s: held-out perplexity %.3f, KL %.5f", kind, figures[kind]["perplexity"], figures[kind]["kl"])
     finally:
         reference.unlink(missing_ok=True)
-    return rungs
+    return figures
 
 
-def compare(whole: Sequence[Score], scores: Sequence[Score]) -> dict[str, Any]:
-    """What a file loses: its loss, how much more that is than F16's (nats a token, with its standard error over the
-    tokens), KL from F16 (mean, 99th percentile), and the share of places where both prefer the same token.
+def against_f16(f16_scores: Sequence[Score], scores: Sequence[Score]) -> dict[str, Any]:
+    """Return what a quantization loses against F16.
+
+    `loss`, `perplexity` and `tokens`: its own; `more`: the increase of the loss (nats a token), with its standard
+    error over the tokens; `kl`: KL divergence from F16, mean and 99th percentile; `same`: the share of tokens where
+    both have the same most probable token.
     """
     kl = [value for item in scores for value in item.kl] or [0.0]
     same = [value for item in scores for value in item.same] or [True]
-    pairs = zip(_flat(whole), _flat(scores), strict=True)
+    pairs = zip(_flat(f16_scores), _flat(scores), strict=True)
     more = [before - after for before, after in pairs]
     return {
         **perplexity([item.logprobs for item in scores]),
@@ -122,9 +129,9 @@ def compare(whole: Sequence[Score], scores: Sequence[Score]) -> dict[str, Any]:
 
 
 def perplexity(logprobs: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Mean negative log-likelihood (nats) over all tokens of all rows, its exponential, and how many tokens.
+    """Return the mean negative log-likelihood (nats) over all tokens of all rows, its exponential, and their number.
 
-    Raises ArtifactError where it is no number: a model with broken weights.
+    Raises ArtifactError where the loss is no number: a model with broken weights.
     """
     tokens = sum(len(row) for row in logprobs)
     loss = -math.fsum(value for row in logprobs for value in row) / tokens if tokens else math.nan
@@ -135,44 +142,47 @@ def perplexity(logprobs: Sequence[Sequence[float]]) -> dict[str, Any]:
     return {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens}
 
 
-def choose(rungs: Mapping[str, Mapping[str, Any]], budget: float) -> str:
-    """The smallest file inside the budget, in loss and in KL alike; F16, which loses nothing, where no other is.
+def choose(figures: Mapping[str, Mapping[str, Any]], budget: float) -> str:
+    """Return the smallest quantization whose loss increase and KL divergence are inside the budget; F16 without one.
 
-    Both, because a lucky sample can lower the loss of a model that has drifted away. They share one number: were the
-    rows F16's own, the loss would on average grow by exactly the KL divergence.
+    Both are checked, because a lucky sample can lower the loss of a model that has drifted away. One budget serves
+    for both: on text that F16 generates, the loss grows on average by exactly the KL divergence.
     """
-    inside = [kind for kind, rung in rungs.items() if rung["more"] <= budget and rung["kl"] <= budget]
-    return min(inside, key=lambda kind: (rungs[kind]["size"], kind), default=F16)
+    inside = [kind for kind, each in figures.items() if each["more"] <= budget and each["kl"] <= budget]
+    return min(inside, key=lambda kind: (figures[kind]["size"], kind), default=F16)
 
 
-def worse_and_larger(rungs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Each rung that another beats in size, loss and KL alike, with the smallest such; `choose` never takes one."""
+def worse_and_larger(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return each quantization that another beats in size, loss and KL, with the smallest that does.
+
+    `choose` returns none of them.
+    """
     found = {}
-    for kind, rung in rungs.items():
+    for kind, each in figures.items():
         better = [
             (other["size"], name)
-            for name, other in rungs.items()
-            if other["size"] < rung["size"] and other["more"] < rung["more"] and other["kl"] < rung["kl"]
+            for name, other in figures.items()
+            if other["size"] < each["size"] and other["more"] < each["more"] and other["kl"] < each["kl"]
         ]
         if better:
             found[kind] = min(better)[1]
     return found
 
 
-def measured(path: Path, rows: Rows, context: int, threads: int, said: Path) -> dict[str, Any]:
-    """Tokens/s of reading and writing, and the most memory in bytes, of a llama-server with the recipe's context."""
-    tokens = min(PROMPT, context - WRITTEN - 1)
+def speed_and_memory(path: Path, rows: Rows, context: int, threads: int, server_log: Path) -> dict[str, Any]:
+    """Return prompt and generation speed (tokens/s) and peak memory (bytes) of llama-server at the recipe's context."""
+    tokens = min(TIMED_PROMPT_TOKENS, context - TIMED_NEW_TOKENS - 1)
     ids = [id_ for prompt, answer in rows for id_ in (*prompt, *answer)]
     ids = (ids * (tokens // len(ids) + 1))[:tokens]
-    with serve(path, context=context, threads=threads, log=said) as server:
-        server.speed(ids[:8], 1)  # the first request finds pages of the file not yet in memory
-        speed = server.speed(ids, WRITTEN)
+    with serve(path, context=context, threads=threads, log=server_log) as server:
+        server.speed(ids[:8], 1)  # loads pages of the file that are not in memory yet
+        speed = server.speed(ids, TIMED_NEW_TOKENS)
         memory = server.peak_memory()
     log.info("%s: reads %.0f tokens/s, writes %.1f", path.name, speed.prompt, speed.generation)
     return {"prompt_per_second": speed.prompt, "tokens_per_second": speed.generation, "memory": memory}
 
 
-def _there(path: Path) -> Path:
+def _existing(path: Path) -> Path:
     if not path.is_file():
         raise ArtifactError(f"{path} is missing", "run: tutor convert")
     return path
@@ -182,5 +192,5 @@ def _flat(scores: Sequence[Score]) -> list[float]:
     return [value for item in scores for value in item.logprobs]
 
 
-def _loss(rung: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: rung[name] for name in ("loss", "perplexity", "tokens")}
+def _loss(figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: figures[name] for name in ("loss", "perplexity", "tokens")}

@@ -72,7 +72,8 @@ def _opening(made: Made, source: str) -> list[str]:
 
 
 def _files(made: Made) -> list[str]:
-    converted, rungs = made.manifests.get("gguf"), (made.results("ladder") or {}).get("rungs", {})
+    converted = made.manifests.get("gguf")
+    benchmark = (made.results("ladder") or {}).get("quantizations", {})
     if converted is None:
         return []
     rows = [
@@ -84,8 +85,8 @@ def _files(made: Made) -> list[str]:
     ]
     for name, entry in sorted(converted.outputs.items(), key=lambda item: -int(item[1]["size"])):
         if name.startswith("tutor-") and name.endswith(".gguf"):
-            rung = rungs.get(name.removeprefix("tutor-").removesuffix(".gguf"))
-            scored = (f"{rung['perplexity']:.2f}", f"{rung['kl']:.4f}") if rung else ("–", "–")
+            figures = benchmark.get(name.removeprefix("tutor-").removesuffix(".gguf"))
+            scored = (f"{figures['perplexity']:.2f}", f"{figures['kl']:.4f}") if figures else ("–", "–")
             cells = [escaped(name), megabytes(entry["size"]), *scored, f"`{entry['sha256']}`"]
             rows.append(f"| {' | '.join(cells)} |")
     return rows

@@ -55,22 +55,22 @@ def ladder(found: Json, converted: Json) -> dict[str, Any]:
             "kind": kind,
             "served": kind == found["served"],
             "cells": [
-                megabytes(rung["size"]),
-                f"{rung['perplexity']:.2f}",
-                f"{100 * math.expm1(rung['more']):+.2f} %",
-                f"{rung['kl']:.4f}",
-                f"{rung['kl_p99']:.3f}",
-                percent(rung["same"]),
-                f"{rung['prompt_per_second']:.0f}",
-                f"{rung['tokens_per_second']:.1f}",
-                "–" if rung["memory"] is None else megabytes(rung["memory"]),
+                megabytes(each["size"]),
+                f"{each['perplexity']:.2f}",
+                f"{100 * math.expm1(each['more']):+.2f} %",
+                f"{each['kl']:.4f}",
+                f"{each['kl_p99']:.3f}",
+                percent(each["same"]),
+                f"{each['prompt_per_second']:.0f}",
+                f"{each['tokens_per_second']:.1f}",
+                "–" if each["memory"] is None else megabytes(each["memory"]),
             ],
         }
-        for kind, rung in sorted(found["rungs"].items(), key=lambda item: -item[1]["size"])
+        for kind, each in sorted(found["quantizations"].items(), key=lambda item: -item[1]["size"])
     ]
-    chart = charts.ladder(found["rungs"], found["budget"], found["served"])
+    chart = charts.quantizations(found["quantizations"], found["budget"], found["served"])
     notes = [
-        f"{kind} is larger than {better} and loses more: nothing speaks for it."
+        f"{kind} is larger and less accurate than {better}: remove it from convert.quantizations."
         for kind, better in found.get("worse_and_larger", {}).items()
     ] + [
         f"{name}: Q8_0 in place of {kind} in {count} tensors, which it does not hold as trained."
@@ -85,7 +85,7 @@ def ladder(found: Json, converted: Json) -> dict[str, Any]:
         "notes": notes,
         "chart": chart,
         "base": base,
-        "tokens": found["rungs"]["F16"]["tokens"],
+        "tokens": found["quantizations"]["F16"]["tokens"],
     }
 
 

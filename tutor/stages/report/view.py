@@ -60,7 +60,7 @@ class Made:
 
 def view(made: Made) -> dict[str, Any]:
     """All values of the page."""
-    evaluated, gate, rungs = made.evaluated, made.results("parity"), made.results("ladder")
+    evaluated, gate, benchmark = made.evaluated, made.results("parity"), made.results("ladder")
     return {
         "name": made.name,
         "model": made.model,
@@ -73,7 +73,7 @@ def view(made: Made) -> dict[str, Any]:
         "labels": made.labels,
         "no_labels": made.no_labels,
         "parity": parity(gate, made.ollama) if gate else None,
-        "ladder": ladder(rungs, made.results("gguf") or {}) if rungs else None,
+        "ladder": ladder(benchmark, made.results("gguf") or {}) if benchmark else None,
         "verdicts": verdicts(evaluated) if evaluated else None,
         "paraphrases": (evaluated or {}).get("paraphrases"),
         "general": (evaluated or {}).get("general"),
@@ -124,8 +124,8 @@ def _tile(value: str, text: str, tone: str) -> dict[str, str]:
 
 def served_kind(made: Made) -> str:
     """The quantization that is served; "" where nothing says."""
-    if rungs := made.results("ladder"):
-        return str(rungs["served"])
+    if benchmark := made.results("ladder"):
+        return str(benchmark["served"])
     convert = made.manifests.get("gguf")
     named = str(convert.fields.get("recipe.served", "")) if convert else ""
     return "" if named == "auto" else named
