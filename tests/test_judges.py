@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tutor.graders.format import judge_format, loops
+from tutor.graders.format import grade_format, loops
 from tutor.graders.language import is_spanish, prose
 
 GOOD = """ Una interfaz describe la forma de un objeto: qué propiedades tiene y de qué tipo es cada una.
@@ -24,7 +24,7 @@ interface Libro {
 
 
 def test_a_good_answer_passes_everything() -> None:
-    verdict = judge_format(GOOD, "stop")
+    verdict = grade_format(GOOD, "stop")
     assert all(verdict.values())
     assert verdict["characters"] == len(GOOD) - 1
     json.dumps(verdict)
@@ -32,7 +32,7 @@ def test_a_good_answer_passes_everything() -> None:
 
 def test_each_fault_is_named_and_no_other() -> None:
     def faults(text: str, finish: str = "stop") -> set[str]:
-        return {name for name, good in judge_format(text, finish).items() if not good}
+        return {name for name, good in grade_format(text, finish).items() if not good}
 
     assert faults(GOOD, "length") == {"stopped"}
     assert faults("Solo palabras.") == {"code_block"}
@@ -63,14 +63,14 @@ def test_each_fault_is_named_and_no_other() -> None:
     ],
 )
 def test_a_fence_is_closed_as_commonmark_says(text: str, closed: bool) -> None:  # noqa: FBT001
-    assert judge_format(text, "stop")["fences_closed"] is closed
+    assert grade_format(text, "stop")["fences_closed"] is closed
 
 
 @given(st.lists(st.sampled_from(["a", "", "const x = 1;", "  ```ts", "~~~"]), max_size=8))
 def test_a_closed_fence_is_closed_whatever_it_holds(lines: list[str]) -> None:
     content = "\n".join(lines)
-    assert judge_format(f"````ts\n{content}\n````\nfin", "stop")["fences_closed"]
-    assert not judge_format(f"````ts\n{content}", "stop")["fences_closed"]
+    assert grade_format(f"````ts\n{content}\n````\nfin", "stop")["fences_closed"]
+    assert not grade_format(f"````ts\n{content}", "stop")["fences_closed"]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_closed_fence_is_closed_whatever_it_holds(lines: list[str]) -> None:
     ],
 )
 def test_template_text_and_special_tokens_are_leaks(text: str) -> None:
-    assert not judge_format(text, "stop")["no_leak"]
+    assert not grade_format(text, "stop")["no_leak"]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_template_text_and_special_tokens_are_leaks(text: str) -> None:
     ],
 )
 def test_code_and_prose_that_look_like_template_text_are_no_leaks(text: str) -> None:
-    assert judge_format(text, "stop")["no_leak"]
+    assert grade_format(text, "stop")["no_leak"]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_a_unit_of_more_than_120_words_is_no_loop() -> None:
 
 @given(st.text(max_size=300), st.sampled_from(["stop", "length"]))
 def test_any_text_gets_every_verdict(text: str, finish: str) -> None:
-    assert set(judge_format(text, finish)) == set(judge_format("", "stop"))
+    assert set(grade_format(text, finish)) == set(grade_format("", "stop"))
 
 
 def test_prose_leaves_code_and_identifiers_out() -> None:

@@ -18,9 +18,16 @@ from hypothesis import strategies as st
 from tutor.cli.commands.data import check_command
 from tutor.errors import ArtifactError, DataError, HostError
 from tutor.formats.markdown import Block, fenced, typescript
-from tutor.graders.code import Marked, check_rows, fold, judge_answers, read_spec
+from tutor.graders.code import CodeRow, check_rows, fold, grade_answers, parse_spec
 from tutor.graders.typescript import install as installer
-from tutor.graders.typescript.compiler import MAX_BYTES, MAX_DEPTH, SECONDS_A_BLOCK, Verdict, _cut_off, judge_blocks
+from tutor.graders.typescript.compiler import (
+    MAX_BYTES,
+    MAX_DEPTH,
+    SECONDS_A_BLOCK,
+    Verdict,
+    _without_network,
+    grade_blocks,
+)
 from tutor.graders.typescript.scanner import scan
 
 ROOT = Path(__file__).parent.parent
@@ -91,7 +98,7 @@ def runs(folder: Path) -> list[str]:
 
 
 def outcomes(*codes: str, **options: Any) -> list[str]:
-    return [verdict.outcome for verdict in judge_blocks([Block(code) for code in codes], **options)]
+    return [verdict.outcome for verdict in grade_blocks([Block(code) for code in codes], **options)]
 
 
 # --- fences
@@ -181,9 +188,9 @@ def test_a_suppression_has_its_line() -> None:
 
 
 def test_reach_depth_and_emptiness_are_seen() -> None:
-    assert scan("declare global { }").reaches_out
-    assert scan('/// <reference lib="webworker" />').reaches_out
-    assert not scan("//// nada\nconst declare = 1; declare; global;").reaches_out
+    assert scan("declare global { }").is_global
+    assert scan('/// <reference lib="webworker" />').is_global
+    assert not scan("//// nada\nconst declare = 1; declare; global;").is_global
     assert scan("f([{ a: (1) }], '((((((((')").depth == 4
     assert scan("// nada\n/* ( */ '['").empty
     assert not scan("1").empty
@@ -230,7 +237,7 @@ def test_every_outcome_has_its_verdict(pretend: Path) -> None:
 
 def test_a_diagnostic_has_its_line_in_the_block_and_no_control_characters(pretend: Path) -> None:
     block = Block("a;\nTS2322\n", before="b;\nTS2304\n")
-    assert [(each.code, each.line, each.message) for each in judge_blocks([block])[0].diagnostics] == [
+    assert [(each.code, each.line, each.message) for each in grade_blocks([block])[0].diagnostics] == [
         ("TS2304", 0, "said [31m of TS2304"),
         ("TS2322", 2, "said [31m of TS2322"),
     ]
@@ -245,13 +252,13 @@ def test_a_hang_costs_no_other_block_its_verdict_and_leaves_no_process(pretend: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["CRASH", "GREEDY", "CHATTY", "MISCONFIGURED"])
-def test_a_compiler_that_breaks_is_a_judge_error_for_that_block_alone(pretend: Path, fault: str) -> None:
-    assert outcomes("a;", fault, "TS2322", memory_mb=1024) == ["pass", "judge_error", "type_error"]
+def test_a_compiler_that_breaks_is_a_grader_error_for_that_block_alone(pretend: Path, fault: str) -> None:
+    assert outcomes("a;", fault, "TS2322", memory_mb=1024) == ["pass", "grader_error", "type_error"]
 
 
 def test_what_would_never_end_is_not_tried(pretend: Path) -> None:
     deep = MAX_DEPTH + 1
-    assert outcomes("[" * deep + "]" * deep, "a" * (MAX_BYTES + 1)) == ["timeout", "judge_error"]
+    assert outcomes("[" * deep + "]" * deep, "a" * (MAX_BYTES + 1)) == ["timeout", "grader_error"]
     assert runs(pretend) == []
 
 
@@ -261,7 +268,7 @@ def test_a_block_that_others_would_feel_is_compiled_alone(pretend: Path) -> None
 
 
 def test_a_question_may_show_what_an_answer_may_not(pretend: Path) -> None:
-    assert [each.outcome for each in judge_blocks([Block("let x: any;", quoted=True)])] == ["pass"]
+    assert [each.outcome for each in grade_blocks([Block("let x: any;", quoted=True)])] == ["pass"]
 
 
 def test_the_compiler_sees_nothing_of_the_users_environment(pretend: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,14 +287,14 @@ def test_file_names_cannot_be_known_and_options_leave_no_way_out(pretend: Path) 
 
 
 def test_the_compiler_has_no_network(pretend: Path) -> None:
-    if not _cut_off():
+    if not _without_network():
         pytest.skip("this user may not make a network namespace (unshare)")
     with socket.create_server(("127.0.0.1", 0)) as server:
         assert outcomes(f"CONNECT {server.getsockname()[1]}") == ["pass"]
     assert not (pretend / "connected").exists()
 
 
-def test_half_a_surrogate_pair_can_be_judged(pretend: Path) -> None:
+def test_half_a_surrogate_pair_can_be_graded(pretend: Path) -> None:
     assert outcomes("'\ud800'; a") == ["pass"]
 
 
@@ -295,7 +302,7 @@ def test_half_a_surrogate_pair_can_be_judged(pretend: Path) -> None:
 
 
 def problems(*code: str, question: str = "", answer: str = "") -> list[str]:
-    return [text for _, text in check_rows([Marked(question, answer, code, 7)]).problems]
+    return [text for _, text in check_rows([CodeRow(question, answer, code, 7)]).problems]
 
 
 def block(*lines: str, language: str = "ts") -> str:
@@ -305,7 +312,7 @@ def block(*lines: str, language: str = "ts") -> str:
 def test_blocks_do_what_their_row_says(pretend: Path) -> None:
     text = block("a;") + block("TS2322", "TS2345", "TS2322") + block("TS1005")
     assert problems("ok", "TS2345,TS2322", "TS1005", answer=text) == []
-    checked = check_rows([Marked("", text, ("ok", "TS2322, TS2345", "-"), 1)])
+    checked = check_rows([CodeRow("", text, ("ok", "TS2322, TS2345", "-"), 1)])
     assert (checked.compiled, checked.failed_as_stated, checked.unchecked) == (1, 1, 1)
 
 
@@ -345,8 +352,8 @@ def test_without_code_every_typescript_block_must_compile(pretend: Path) -> None
 
 
 def test_specs_are_read() -> None:
-    assert read_spec("ok") == (frozenset(), [])
-    assert read_spec("TS2322,TS2345 +1 +3") == (frozenset({"TS2322", "TS2345"}), [1, 3])
+    assert parse_spec("ok") == (frozenset(), [])
+    assert parse_spec("TS2322,TS2345 +1 +3") == (frozenset({"TS2322", "TS2345"}), [1, 3])
 
 
 # --- tutor data check
@@ -385,33 +392,33 @@ def test_data_check_without_a_compiler_leaves_a_note_unless_code_is_asked_for(
 # --- answers
 
 
-def judged(text: str, **prompt: Any) -> dict[str, Any]:
+def graded(text: str, **prompt: Any) -> dict[str, Any]:
     """The verdict on an answer to a prompt, beside another prompt that wants code."""
     beside: dict[str, Any] = {"instruction": "¿?", "expect": {"code": True}}
     prompts = [{"instruction": "¿?", **prompt}] + [beside] * ("expect" not in prompt)
-    verdict = judge_answers(prompts, [text, ""][: len(prompts)])[0]
+    verdict = grade_answers(prompts, [text, ""][: len(prompts)])[0]
     json.dumps(verdict)
     return verdict
 
 
 def test_an_answer_compiles_when_all_of_its_blocks_do(pretend: Path) -> None:
-    assert judged(block("a;") + block("b;"))["compiles"]
-    assert judged(block("a;") + block("TS2322"))["outcome"] == "type_error"
-    assert judged("Sin código.")["outcome"] == "no_code"
-    assert judged(block("let x: any;") + block("TS1005"))["outcome"] == "suppressed"
-    assert judged(block("a;") + block("x", language="bash"))["compiles"]
+    assert graded(block("a;") + block("b;"))["compiles"]
+    assert graded(block("a;") + block("TS2322"))["outcome"] == "type_error"
+    assert graded("Sin código.")["outcome"] == "no_code"
+    assert graded(block("let x: any;") + block("TS1005"))["outcome"] == "suppressed"
+    assert graded(block("a;") + block("x", language="bash"))["compiles"]
 
 
 def test_an_answers_block_may_go_on_from_those_before_it(pretend: Path) -> None:
-    assert judged(block("has-Pedido") + block("needs-Pedido"))["compiles"]
-    assert not judged(block("needs-Pedido") + block("has-Pedido"))["compiles"]
+    assert graded(block("has-Pedido") + block("needs-Pedido"))["compiles"]
+    assert not graded(block("needs-Pedido") + block("has-Pedido"))["compiles"]
 
 
 def test_what_must_and_must_not_be_said_is_looked_for_without_case_and_accents(pretend: Path) -> None:
     expect = {"include": [["inferencia", "inferir"], ["Función"]], "exclude": ["as  const"]}
-    good = judged("La INFERENCIA de una\nfuncion.\n" + block("a;"), expect=expect)
+    good = graded("La INFERENCIA de una\nfuncion.\n" + block("a;"), expect=expect)
     assert (good["expected"], good["missing"], good["forbidden"]) == (True, [], [])
-    bad = judged("Infiere AS\nconst.\n" + block("a;"), expect=expect)
+    bad = graded("Infiere AS\nconst.\n" + block("a;"), expect=expect)
     assert (bad["expected"], bad["missing"], bad["forbidden"]) == (
         False,
         [["inferencia", "inferir"], ["Función"]],
@@ -421,36 +428,36 @@ def test_what_must_and_must_not_be_said_is_looked_for_without_case_and_accents(p
 
 def test_a_correction_needs_a_question_that_fails_as_stated(pretend: Path) -> None:
     question = "¿Por qué falla?\n" + block("TS2322")
-    assert judged(block("a;"), instruction=question, code=["TS2322"])["expected"]
-    assert judged(block("a;"), instruction=question, code=["TS2322"])["given_fails"] is True
-    assert judged(block("a;"), instruction=question, code=["TS2345"])["expected"] is False
-    assert judged(block("TS2322"), instruction=question, code=["TS2322"])["expected"] is False
-    assert judged(block("a;"), instruction=question)["given_fails"] is None
+    assert graded(block("a;"), instruction=question, code=["TS2322"])["expected"]
+    assert graded(block("a;"), instruction=question, code=["TS2322"])["given_fails"] is True
+    assert graded(block("a;"), instruction=question, code=["TS2345"])["expected"] is False
+    assert graded(block("TS2322"), instruction=question, code=["TS2322"])["expected"] is False
+    assert graded(block("a;"), instruction=question)["given_fails"] is None
 
 
 def test_an_answer_that_needs_no_code_may_have_none_but_not_wrong_code(pretend: Path) -> None:
-    assert judged("Nada.", expect={"code": False})["compiles"]
-    assert judged("Nada.", expect={"code": False})["expected"]
-    assert judged("Nada.")["compiles"], "a prompt without expectations wants nothing"
-    assert not judged("Nada.", expect={"include": [["nada"]]})["compiles"]
-    assert not judged("Nada.", expect={"code": True})["expected"]
+    assert graded("Nada.", expect={"code": False})["compiles"]
+    assert graded("Nada.", expect={"code": False})["expected"]
+    assert graded("Nada.")["compiles"], "a prompt without expectations wants nothing"
+    assert not graded("Nada.", expect={"include": [["nada"]]})["compiles"]
+    assert not graded("Nada.", expect={"code": True})["expected"]
     prompts = [{"instruction": "¿?", "expect": {"code": wanted}} for wanted in (False, True)]
-    assert not judge_answers(prompts, [block("TS2322"), ""])[0]["expected"]
+    assert not grade_answers(prompts, [block("TS2322"), ""])[0]["expected"]
 
 
 def test_a_set_that_wants_no_code_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUTOR_TYPESCRIPT", str(tmp_path))
-    good = judged("Una tupla.\n" + block("TS2322"), expect={"code": False, "include": [["TUPLA"]]})
+    good = graded("Una tupla.\n" + block("TS2322"), expect={"code": False, "include": [["TUPLA"]]})
     assert (good["compiles"], good["expected"]) == (True, True)
-    assert check_rows([Marked("¿?", "Sí.")]).problems == ()
+    assert check_rows([CodeRow("¿?", "Sí.")]).problems == ()
     with pytest.raises(HostError):
-        judged(block("a;"), expect={"include": [["tupla"]]})
+        graded(block("a;"), expect={"include": [["tupla"]]})
 
 
 def test_all_answers_take_one_run_and_keep_their_order(pretend: Path) -> None:
     texts = [block("a;"), block("TS2322"), "", block("TS1005"), "x" * (2**20 + 1)]
-    verdicts = judge_answers([{"instruction": "¿?", "expect": {"code": True}}] * len(texts), texts)
-    assert [each["outcome"] for each in verdicts] == ["pass", "type_error", "no_code", "syntax_error", "judge_error"]
+    verdicts = grade_answers([{"instruction": "¿?", "expect": {"code": True}}] * len(texts), texts)
+    assert [each["outcome"] for each in verdicts] == ["pass", "type_error", "no_code", "syntax_error", "grader_error"]
     assert len(runs(pretend)) == 2
 
 
@@ -477,7 +484,7 @@ def test_a_missing_compiler_is_a_fault_of_this_machine_that_names_the_command(
 ) -> None:
     monkeypatch.setenv("TUTOR_TYPESCRIPT", str(tmp_path))
     with pytest.raises(HostError, match=f"{installer.VERSION} is not installed.*make typescript"):
-        judge_blocks([Block("a;")])
+        grade_blocks([Block("a;")])
     assert not installer.is_installed()
 
 
@@ -585,7 +592,7 @@ def compilers(program: Path, scratch: Path) -> list[int]:
 
 
 def verdicts(*codes: str, seconds: float = 10) -> list[Verdict]:
-    return judge_blocks([Block(code) for code in codes], seconds=seconds)
+    return grade_blocks([Block(code) for code in codes], seconds=seconds)
 
 
 @pytest.mark.typescript
@@ -644,9 +651,9 @@ def test_a_tsconfig_beside_the_blocks_changes_nothing(
 HOSTILE = {
     "nested arrays": ("const a = " + "[" * 5000 + "]" * 5000 + ";", {"timeout"}),
     "a long sum": ("const a = " + "1+" * 31_000 + "1;", {"timeout", "pass"}),
-    "a very long sum": ("const a = " + "1+" * 200_000 + "1;", {"judge_error"}),
+    "a very long sum": ("const a = " + "1+" * 200_000 + "1;", {"grader_error"}),
     "nested arrows": ("const a = " + "()=>" * 15_000 + "1;", {"timeout", "pass"}),
-    "many nested arrows": ("const a = " + "()=>" * 20_000 + "1;", {"judge_error"}),
+    "many nested arrows": ("const a = " + "()=>" * 20_000 + "1;", {"grader_error"}),
     "tuple bomb": (
         "type D<T extends unknown[]> = [...T, ...T];\ntype X = " + "D<" * 30 + "[1]" + ">" * 30 + ";\nconst x: X = 1;",
         {"type_error"},
@@ -656,7 +663,7 @@ HOSTILE = {
         "type B = `${A}${A}${A}${A}${A}${A}${A}`;\nconst b: B = 'x';",
         {"type_error"},
     ),
-    "ten megabytes": ("a;" * 5_000_000, {"judge_error"}),
+    "ten megabytes": ("a;" * 5_000_000, {"grader_error"}),
     "NUL": ("let x = 1;\0 let y = 2;", {"syntax_error"}),
     "not UTF-8": (b"let x = '\xff\xfe\x80';".decode("utf-8", "surrogateescape"), {"pass"}),
     "terminal escapes": ("const x: number = '\x1b[31m\x1b]0;title\x07';", {"type_error"}),
@@ -697,7 +704,7 @@ def test_hostile_code_gets_its_verdict_and_leaves_no_process(
 def test_every_block_of_our_own_set_does_what_its_row_says(real: Path, name: str) -> None:
     rows = [json.loads(line) for line in (ROOT / "data" / name).read_text("utf-8").splitlines()]
     checked = check_rows(
-        [Marked(row["instruction"], row.get("response", ""), row["code"], line) for line, row in enumerate(rows, 1)]
+        [CodeRow(row["instruction"], row.get("response", ""), row["code"], line) for line, row in enumerate(rows, 1)]
     )
     assert checked.problems == ()
     assert checked.compiled + checked.failed_as_stated == sum(len(row["code"]) for row in rows)

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from test_typescript import pretend  # noqa: F401 - a fixture
 
 from tutor.formats.markdown import fenced
-from tutor.graders.identifiers import dropped
+from tutor.graders.identifiers import dropped_names
 from tutor.graders.typescript.install import is_installed
-from tutor.graders.verdict import in_spanish, judge
+from tutor.graders.verdict import grade, in_spanish
 
 PROSE = "Una interfaz describe la forma de un objeto: qué propiedades tiene y de qué tipo es cada una."
 ENGLISH = "An interface describes the shape of an object and all of its properties, one by one."
@@ -29,7 +29,7 @@ def answer(text: str = GOOD, finish: str = "stop") -> dict[str, Any]:
 
 
 def reasons(asked: dict[str, Any], text: str = GOOD, finish: str = "stop") -> list[str]:
-    record = judge([asked], [answer(text, finish)])[0]
+    record = grade([asked], [answer(text, finish)])[0]
     assert record["passed"] is not bool(record["reasons"])
     json.dumps(record, allow_nan=False)
     found: list[str] = record["reasons"]
@@ -50,7 +50,7 @@ def test_prompts_in_another_language_do_not_demand_spanish() -> None:
     english = prompt(question="What is an interface, and when should one be used instead of a type alias?")
     assert not in_spanish([english])
     assert reasons(english, f" {ENGLISH}") == []
-    record = judge([english], [answer(f" {ENGLISH}")])[0]
+    record = grade([english], [answer(f" {ENGLISH}")])[0]
     assert record["verdicts"]["spanish"] is False, "it is counted all the same"
 
 
@@ -96,13 +96,13 @@ def test_given_code_that_does_not_fail_as_stated_is_the_prompts_fault(pretend: o
 
 
 def test_a_prompt_without_an_answer_has_failed_and_says_why() -> None:
-    found = judge([prompt(), prompt()], [{"error": "timed out"}, answer()])
+    found = grade([prompt(), prompt()], [{"error": "timed out"}, answer()])
     assert found[0] == {"error": "timed out", "passed": False, "reasons": ["no answer: timed out"]}
     assert found[1]["passed"]
 
 
 def test_the_length_is_compared_with_what_was_trained_on_and_demanded_of_none() -> None:
-    usual = [judge([prompt()], [answer()], lengths)[0] for lengths in ((100, 200), (300, 400), (10, 50))]
+    usual = [grade([prompt()], [answer()], lengths)[0] for lengths in ((100, 200), (300, 400), (10, 50))]
     assert [record["verdicts"]["usual_length"] for record in usual] == [True, False, False]
     assert all(record["passed"] for record in usual)
 
@@ -117,7 +117,7 @@ def test_any_text_gets_a_verdict(text: str, finish: str) -> None:
     "text", ["\0\x1b[2J" * 200, "[" * 5000, "`" * 5000, "> " * 3000, "\ud83d" * 9, "a" * (2**20 + 9), "# \n" * 9000]
 )
 def test_a_hostile_text_gets_a_verdict(text: str) -> None:
-    record = judge([prompt()], [answer(text)])[0]
+    record = grade([prompt()], [answer(text)])[0]
     assert record["passed"] is False
     assert record["reasons"]
 
@@ -145,7 +145,7 @@ def test_a_hostile_text_gets_a_verdict(text: str) -> None:
     ],
 )
 def test_functions_types_and_methods_stay_and_one_variable_is_enough(given: str, said: str, gone: list[str]) -> None:
-    assert dropped([given], [said]) == gone
+    assert dropped_names([given], [said]) == gone
 
 
 def corrections() -> list[dict[str, Any]]:
@@ -158,8 +158,8 @@ def test_no_correction_of_the_data_set_drops_anything_and_nearly_every_foreign_o
         ([block.code for block in fenced(row["instruction"])], [block.code for block in fenced(row["response"])])
         for row in corrections()
     ]
-    assert [given for given, said in texts if dropped(given, said)] == []
-    foreign = [dropped(given, texts[number - 1][1]) for number, (given, _) in enumerate(texts)]
+    assert [given for given, said in texts if dropped_names(given, said)] == []
+    foreign = [dropped_names(given, texts[number - 1][1]) for number, (given, _) in enumerate(texts)]
     assert sum(map(bool, foreign)) >= 0.95 * len(texts)
 
 
@@ -171,5 +171,5 @@ def test_every_row_of_the_data_set_passes_as_the_answer_to_itself() -> None:
         {**row, "code": row["code"][: len(fenced(row["instruction"]))], "expect": {"code": "```ts" in row["response"]}}
         for row in rows
     ]
-    found = judge(prompts, [answer(f" {row['response']}") for row in rows])
+    found = grade(prompts, [answer(f" {row['response']}") for row in rows])
     assert [record["reasons"] for record in found if not record["passed"]] == []

@@ -1,7 +1,7 @@
-"""How much of an answer is copied: the longest run that it shares with any of the texts that a model was trained on.
+"""Find the longest run of text that an answer shares with a training text.
 
-In: training texts and answers. Out: for each answer its longest copied run. Counts words and signs, not a model's
-tokens, so that models with different tokenizers can be compared and none is needed. Pure.
+In: answers and training texts. Out: the longest copied run of each answer. Counts words and punctuation marks, not a
+model's tokens: no tokenizer is needed, and models with different tokenizers can be compared. Pure.
 """
 
 import re
@@ -10,68 +10,68 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 SHORTEST = 6
-"""Words and signs: shorter runs are what any two texts about one subject share (`): string {`)."""
+"""Minimum length of a copied run in tokens (words and marks); any two texts on one subject share shorter ones."""
 
 REPEATS = 4
-"""Of the same words in one answer so many places are looked at: a stuck answer has hundreds, and a run at each."""
+"""Maximum start positions per seed in one answer; degenerate answers repeat a seed hundreds of times."""
 
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 
 
 @dataclass(frozen=True)
 class Copied:
-    """An answer's longest run in a training text; `run` is 0 where none is SHORTEST or longer."""
+    """The longest run of an answer that a training text has; `run` is 0 when none has SHORTEST tokens."""
 
-    run: int  # words and signs
-    of: int  # words and signs in the answer
-    line: int | None = None  # which training text, from 0
-    text: str = ""  # the run as the answer has it
+    run: int  # tokens
+    total: int  # tokens of the answer
+    line: int | None = None  # index of the training text
+    text: str = ""  # the run as written in the answer
 
     @property
     def share(self) -> float:
-        """Of the answer, 0 to 1."""
-        return self.run / self.of if self.of else 0.0
+        """Share of the answer that is copied, 0 to 1."""
+        return self.run / self.total if self.total else 0.0
 
 
 def longest_copies(answers: Sequence[str], training: Sequence[str]) -> list[Copied]:
-    """For each answer the longest run that stands in one training text, too; case counts, kinds of blanks do not.
+    """For each answer the longest run that is also in one training text. Case counts; whitespace does not.
 
-    The answers are indexed and the training texts read once: memory does not grow with the training set.
+    The answers are indexed and the training texts are read once, so that memory does not grow with the training set.
     """
     spans = [[match.span() for match in _TOKEN.finditer(answer)] for answer in answers]
-    words = [[answer[start:end] for start, end in found] for answer, found in zip(answers, spans, strict=True)]
-    seeds = _places(words)
-    best = [Copied(0, len(said)) for said in words]
+    tokens = [[answer[start:end] for start, end in found] for answer, found in zip(answers, spans, strict=True)]
+    seeds = _seeds(tokens)
+    best = [Copied(0, len(found)) for found in tokens]
     for line, text in enumerate(training):
         known = _TOKEN.findall(text)
-        for place in range(len(known) - SHORTEST + 1):
-            for number, at in seeds.get(tuple(known[place : place + SHORTEST]), ()):
-                run = _run(known, place, words[number], at, longer_than=best[number].run)
+        for start in range(len(known) - SHORTEST + 1):
+            for number, at in seeds.get(tuple(known[start : start + SHORTEST]), ()):
+                run = _run(known, start, tokens[number], at, longer_than=best[number].run)
                 if run:
                     first, last = spans[number][at], spans[number][at + run - 1]
-                    best[number] = Copied(run, len(words[number]), line, answers[number][first[0] : last[1]])
+                    best[number] = Copied(run, len(tokens[number]), line, answers[number][first[0] : last[1]])
     return best
 
 
-def _places(words: Sequence[Sequence[str]]) -> dict[tuple[str, ...], list[tuple[int, int]]]:
-    """Where SHORTEST words in a row stand: which answer, and from which of its words on."""
-    places: defaultdict[tuple[str, ...], list[tuple[int, int]]] = defaultdict(list)
-    for number, said in enumerate(words):
+def _seeds(answers: Sequence[Sequence[str]]) -> dict[tuple[str, ...], list[tuple[int, int]]]:
+    """Positions of each sequence of SHORTEST tokens: number of the answer and index of the first token."""
+    seeds: defaultdict[tuple[str, ...], list[tuple[int, int]]] = defaultdict(list)
+    for number, tokens in enumerate(answers):
         seen: Counter[tuple[str, ...]] = Counter()
-        for at in range(len(said) - SHORTEST + 1):
-            seed = tuple(said[at : at + SHORTEST])
+        for at in range(len(tokens) - SHORTEST + 1):
+            seed = tuple(tokens[at : at + SHORTEST])
             seen[seed] += 1
             if seen[seed] <= REPEATS:
-                places[seed].append((number, at))
-    return places
+                seeds[seed].append((number, at))
+    return seeds
 
 
-def _run(known: Sequence[str], place: int, said: Sequence[str], at: int, *, longer_than: int) -> int:
-    """How many words from these two places on are the same; 0 unless there are more than `longer_than`."""
-    most = min(len(known) - place, len(said) - at)
-    if most <= longer_than or known[place + longer_than] != said[at + longer_than]:
+def _run(known: Sequence[str], start: int, tokens: Sequence[str], at: int, *, longer_than: int) -> int:
+    """Number of equal tokens from these two positions; 0 unless it is greater than `longer_than`."""
+    most = min(len(known) - start, len(tokens) - at)
+    if most <= longer_than or known[start + longer_than] != tokens[at + longer_than]:
         return 0
     length = SHORTEST
-    while length < most and known[place + length] == said[at + length]:
+    while length < most and known[start + length] == tokens[at + length]:
         length += 1
     return length if length > longer_than else 0

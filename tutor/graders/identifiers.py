@@ -1,7 +1,7 @@
-"""Does corrected code still do the job: which names of the given code are gone. Pure; says nothing about compiling.
+"""Find the declared names of given TypeScript code that a correction of it lacks.
 
-In: the question's TypeScript and the answer's. Out: the names that the answer dropped. A correction may rename a
-variable and may add or change parameters; the functions, types, classes and methods that it was given stay.
+In: the question's code blocks and the answer's. Out: the missing names. A correction may rename variables and change
+parameters; it must keep functions, types, classes and methods. Pure. Does not compile anything.
 """
 
 import re
@@ -10,42 +10,46 @@ from collections.abc import Sequence
 from tutor.graders.typescript.scanner import tokens
 
 _LASTING = ("function", "class", "interface", "type", "enum", "namespace")
-_PASSING = ("const", "let", "var")
+"""Keywords before a name that a correction must keep."""
+_VARIABLE = ("const", "let", "var")
+"""Keywords before a name that a correction may change."""
 _NAME = re.compile(r"[^\W\d][\w$]*|\$[\w$]*")
 _BEFORE_METHOD = ("{", "}", ";", "public", "protected", "static", "async", "override", "abstract", "get", "set", "*")
+"""Tokens that can stand before the name of a method's declaration."""
 _NO_METHOD = ("if", "for", "while", "switch", "catch", "return", "function", "constructor", "await", "super", "new")
+"""Words before a bracket that are no method's name."""
 
 
-def dropped(given: Sequence[str], answered: Sequence[str]) -> list[str]:
-    """The names that the given blocks of code declare and the answer's nowhere use, in order.
+def dropped_names(given: Sequence[str], answered: Sequence[str]) -> list[str]:
+    """Names that the given code blocks declare and the answer's blocks do not use, in the order of declaration.
 
-    Functions, types, classes, enums and the methods of classes and interfaces count each; variables only where there
-    is nothing else, and then one of them is enough. A name inside a longer one is kept (`Volumen`, `volumenActual`).
+    Functions, types, classes, enums and methods count. Variables count only when nothing else is declared, and one of
+    them in the answer is then enough. A name inside a longer one counts as used (`Volumen`, `volumenActual`).
     """
     lasting: dict[str, None] = {}
-    passing: dict[str, None] = {}
+    variables: dict[str, None] = {}
     for code in given:
         words = ["", *(token.text for token in tokens(code)), "", ""]
-        for place in range(1, len(words) - 2):
-            before, word, after = words[place - 1 : place + 2]
+        for at in range(1, len(words) - 2):
+            before, word, after = words[at - 1 : at + 2]
             if not _NAME.fullmatch(word):
                 continue
-            if before in _LASTING or (before in _BEFORE_METHOD and after == "(" and _declares(words, place + 1)):
+            if before in _LASTING or (before in _BEFORE_METHOD and after == "(" and _declares(words, at + 1)):
                 lasting[word] = None
-            elif before in _PASSING and word != "enum":
-                passing[word] = None
+            elif before in _VARIABLE and word != "enum":
+                variables[word] = None
     used = " ".join(token.text for code in answered for token in tokens(code)).casefold()
-    gone = [name for name in lasting or passing if name.casefold() not in used]
-    return gone if lasting or len(gone) == len(passing) else []
+    missing = [name for name in lasting or variables if name.casefold() not in used]
+    return missing if lasting or len(missing) == len(variables) else []
 
 
 def _declares(words: Sequence[str], bracket: int) -> bool:
-    """Whether the bracket that opens there belongs to a method's declaration: a body or a type comes behind it."""
+    """Whether the bracket at this index belongs to a method's declaration: a body or a type follows it."""
     if words[bracket - 1] in _NO_METHOD:
         return False
     level = 0
-    for place in range(bracket, len(words)):
-        level += (words[place] == "(") - (words[place] == ")")
+    for at in range(bracket, len(words)):
+        level += (words[at] == "(") - (words[at] == ")")
         if not level:
-            return words[place + 1 : place + 2] in (["{"], [":"])
+            return words[at + 1 : at + 2] in (["{"], [":"])
     return False

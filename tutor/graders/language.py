@@ -1,4 +1,8 @@
-"""Is an answer in Spanish: its prose alone, code and identifiers left out. Pure; the detector carries its models."""
+"""Detect whether the prose of a text is Spanish.
+
+In: a Markdown text. Out: a verdict and the detector's confidence; code and identifiers are left out. Pure: the detector
+brings its models. Does not name the language that a text has instead.
+"""
 
 import re
 
@@ -13,20 +17,21 @@ LANGUAGES = (
     Language.ITALIAN,
     Language.CATALAN,
 )
-"""What a Llama slides into, and Spanish's neighbours: among all 75, short technical prose often finds one more."""
+"""Languages to choose from: the ones a Llama falls into, and Spanish's neighbours. With all 75, short technical prose
+is often taken for another one."""
 
 MIN_WORDS = 6
-"""With fewer words of prose there is no verdict, which counts as no: who only shows code has not taught in Spanish."""
+"""Minimum words of prose for a verdict. An answer with fewer counts as not Spanish: code alone teaches nothing."""
 
 _IDENTIFIER = re.compile(r"[0-9_$<>{}=/\\@|]|\w[(\[]|[a-záéíóúüñ][A-Z]|\w\.\w")
-"""In a word that is code without its backticks: camelCase, a.b, f(), T[], TS2322, a path or an address."""
+"""Part of a word that is code without backticks: camelCase, a.b, f(), T[], TS2322, a path or an address."""
 _WORD = re.compile(r"[^\W\d_]{2,}")
 
 
 def is_spanish(text: str) -> tuple[bool, float]:
     """Whether a Markdown text's prose is Spanish, and the detector's confidence in Spanish, 0 to 1.
 
-    Too little prose (MIN_WORDS) is (False, 0.0). A text that is half in another language is not Spanish.
+    Returns (False, 0.0) for fewer than MIN_WORDS words. A text that is half in another language is not Spanish.
     """
     words = prose(text)
     if len(_WORD.findall(words)) < MIN_WORDS:
@@ -38,9 +43,9 @@ def is_spanish(text: str) -> tuple[bool, float]:
 
 
 def prose(text: str) -> str:
-    """A Markdown text's running words: no code block, inline code, tag, address or identifier."""
+    """The prose of a Markdown text, without code blocks, inline code, tags, addresses and identifiers."""
     parts = []
-    # As HTML, the `<number>` of an unquoted Array<number> would be cut out and `Array` left.
+    # With HTML, the `<number>` of an unquoted Array<number> would be removed and `Array` left.
     for token in MarkdownIt("commonmark", {"html": False}).parse(text):
         parts += [child.content if child.type == "text" else " " for child in token.children or ()]
         parts.append("\n")

@@ -1,24 +1,25 @@
-"""One verdict an answer: does it have all that its question demands, and if not, why not.
+"""Grade answers: does each one meet every demand of its question, and if not, why.
 
-In: prompts as the data stage wrote them, what an engine gave. Out: records, as answers.json holds them. Whatever an
-answer is, it gets a verdict; a machine without the compiler that a prompt needs is the only error.
+In: prompts as the data stage wrote them, and an engine's answers. Out: records, the values of answers.json. Every
+answer gets a verdict, whatever it contains; the only error is a missing compiler that a prompt needs. Does not count
+or compare (stages/evaluate does).
 
-A record is the engine's answer (`text`, `finish`, `tokens`, ...) or `error`, why there is none, and then:
-`passed`; `reasons`, why not, for a person; `verdicts`, each property alone; and, where any prompt says what it
-expects, `code`, what the compiler said. Every prompt demands FORM; Spanish where the prompts are in Spanish; what
-`expect` and `code` of the prompt say: that the code compiles, that given code fails as stated and is corrected with
-its names kept, concepts that must be there and texts that must not.
+A record is the engine's answer (`text`, `finish`, `tokens`, ...), or `error` with the reason why there is none, and:
+`passed`; `reasons`, texts for people; `verdicts` by property; and `code`, the compiler's results, when any prompt
+states an expectation. Every prompt demands FORM, and Spanish when the prompts are in Spanish. `expect` and `code` of a
+prompt demand that the code compiles, that given code fails as stated and is corrected with its names kept, and
+which concepts must and which texts must not be in the answer.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tutor.graders.code import MAX_TEXT, judge_answers
-from tutor.graders.format import judge_format
+from tutor.graders.code import MAX_TEXT, grade_answers
+from tutor.graders.format import grade_format
 from tutor.graders.language import is_spanish, prose
 
 Record = dict[str, Any]
-"""An answer as an engine gave it or `error`, later with its verdicts; JSON values."""
+"""An engine's answer or `error`; after grading also the verdicts. JSON values."""
 
 FORM = {
     "answered": "it is empty",
@@ -27,9 +28,9 @@ FORM = {
     "no_loop": "it repeats itself",
     "no_leak": "it shows template text, a thinking tag or a special token",
 }
-"""What every answer must be, and what is said of one that is not."""
+"""Properties of the form that every answer must have, with the reason of a failure."""
 CODE = ("compiles", "expected")
-"""Verdicts on code and words, where prompts say what they expect."""
+"""Verdicts on code and words, for prompts that state an expectation."""
 
 LABELS = {
     "passed": "all that was asked",
@@ -44,35 +45,35 @@ LABELS = {
     "compiles": "code compiles",
     "expected": "as expected",
 }
-"""The yes-or-no verdicts as they are counted, and what people call them; yes is good."""
+"""Texts of the boolean verdicts, true is good, in the order in which they are shown."""
 
 
-def judge(
+def grade(
     prompts: Sequence[Mapping[str, Any]], answers: Sequence[Record], lengths: tuple[int, int] | None = None
 ) -> list[Record]:
-    """A record for each answer. `lengths`: characters of the shortest and the longest answer that was trained on.
+    """A record for each answer. `lengths`: minimum and maximum length of the training answers in characters.
 
-    `usual_length` (half the one to twice the other) is a verdict and not a demand. All code takes one run of the
-    compiler. Raises HostError when prompts expect code and the compiler is not installed.
+    `usual_length` (half the minimum to twice the maximum) is a verdict and not a demand. One run of the compiler
+    takes all code. Raises HostError when prompts expect code and the compiler is not installed.
     """
     spanish = in_spanish(prompts)
-    given = [place for place, answer in enumerate(answers) if "error" not in answer]
-    texts = [answers[place]["text"] for place in given]
+    given = [index for index, answer in enumerate(answers) if "error" not in answer]
+    texts = [answers[index]["text"] for index in given]
     code: dict[int, dict[str, Any]] = {}
-    if expects_something(prompts):
-        code = dict(zip(given, judge_answers([prompts[place] for place in given], texts), strict=True))
+    if any_expectation(prompts):
+        code = dict(zip(given, grade_answers([prompts[index] for index in given], texts), strict=True))
     return [
-        _judged(answer, code.get(place), lengths, spanish=spanish)
+        _graded(answer, code.get(index), lengths, spanish=spanish)
         if "error" not in answer
         else {**answer, "passed": False, "reasons": [f"no answer: {answer['error']}"]}
-        for place, answer in enumerate(answers)
+        for index, answer in enumerate(answers)
     ]
 
 
 def in_spanish(prompts: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a set asks in Spanish: half of it has Spanish's own signs (¿ ¡), or its prose as a whole is Spanish.
+    """Whether prompts are in Spanish: half of them have the marks ¿ or ¡, or their prose taken together is Spanish.
 
-    Short questions alone tell the detector little: of the 120 of data/eval.jsonl it takes ten for other languages.
+    Single short questions are too little for the detector: it takes ten of the 120 in data/eval.jsonl for others.
     """
     asked = [prose(prompt["instruction"]) for prompt in prompts]
     if 2 * sum("¿" in text or "¡" in text for text in asked) >= max(1, len(asked)):
@@ -80,34 +81,34 @@ def in_spanish(prompts: Sequence[Mapping[str, Any]]) -> bool:
     return is_spanish("\n\n".join(asked)[:MAX_TEXT])[0]
 
 
-def expects_something(prompts: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether any prompt says what a right answer has, or what the code in its question does."""
+def any_expectation(prompts: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether any prompt states an expectation of the answer or of the code in its question."""
     return any(prompt.get("expect") or prompt.get("code") for prompt in prompts)
 
 
-def _judged(answer: Record, code: dict[str, Any] | None, lengths: tuple[int, int] | None, *, spanish: bool) -> Record:
+def _graded(answer: Record, code: dict[str, Any] | None, lengths: tuple[int, int] | None, *, spanish: bool) -> Record:
     text = answer["text"][:MAX_TEXT]
-    is_it, confidence = is_spanish(text)
-    verdicts: dict[str, Any] = {**judge_format(text, answer["finish"]), "spanish": is_it}
+    is_in_spanish, confidence = is_spanish(text)
+    verdicts: dict[str, Any] = {**grade_format(text, answer["finish"]), "spanish": is_in_spanish}
     verdicts["spanish_confidence"] = confidence
     if lengths:
         verdicts["usual_length"] = lengths[0] / 2 <= verdicts["characters"] <= lengths[1] * 2
     reasons = [why.format(tokens=answer["tokens"]) for name, why in FORM.items() if not verdicts[name]]
-    if spanish and not is_it:
+    if spanish and not is_in_spanish:
         reasons.append(f"its prose is not Spanish (confidence {confidence:.2f})")
     if code is None:
         return {**answer, "verdicts": verdicts, "passed": not reasons, "reasons": reasons}
-    reasons += _faults(code)
+    reasons += _code_reasons(code)
     verdicts |= {name: code[name] for name in CODE}
     rest = {name: value for name, value in code.items() if name not in CODE}
     return {**answer, "verdicts": verdicts, "code": rest, "passed": not reasons, "reasons": reasons}
 
 
-def _faults(code: Mapping[str, Any]) -> list[str]:
-    """What an answer's code and words lack, a line each."""
+def _code_reasons(code: Mapping[str, Any]) -> list[str]:
+    """Reasons why an answer's code and words fail."""
     reasons = []
     if not code["compiles"]:
-        reasons.append(_why_it_does_not_compile(code))
+        reasons.append(_compile_reason(code))
     if code["given_fails"] is False:
         reasons.append("the question's own code does not fail as its row states: tutor data check")
     if code["dropped"]:
@@ -117,14 +118,14 @@ def _faults(code: Mapping[str, Any]) -> list[str]:
     return reasons
 
 
-def _why_it_does_not_compile(code: Mapping[str, Any]) -> str:
+def _compile_reason(code: Mapping[str, Any]) -> str:
     if code["outcome"] == "no_code":
         return "it has no TypeScript of its own"
     outcome = code["outcome"].replace("_", " ")
     for block in code["blocks"]:
         if block["outcome"] == code["outcome"]:
-            said: dict[str, Any] = {"code": "", "line": 0, "message": "", **next(iter(block["diagnostics"]), {})}
-            where = block["line"] + max(0, said["line"] - 1)
-            what = " ".join(part for part in (said["code"], said["message"]) if part)
-            return f"its code in line {where}: {outcome}{f': {what[:200]}' if what else ''}"
+            first: dict[str, Any] = {"code": "", "line": 0, "message": "", **next(iter(block["diagnostics"]), {})}
+            line = block["line"] + max(0, first["line"] - 1)
+            message = " ".join(part for part in (first["code"], first["message"]) if part)
+            return f"its code in line {line}: {outcome}{f': {message[:200]}' if message else ''}"
     return f"its code: {outcome}"

@@ -1,7 +1,7 @@
-"""Does TypeScript code compile: the pinned compiler decides, in one process for all blocks; nothing is ever executed.
+"""Compile TypeScript blocks with the pinned compiler, many in one process, under limits. No block is executed.
 
-In: fenced blocks. Out: a verdict for each, whatever a block does to the compiler: code that a model wrote is hostile
-until shown otherwise (docs/facts.md, 7). Says nothing about whether the code is what was asked for.
+In: fenced blocks. Out: a verdict for each block, whatever the block does to the compiler: code from a model is treated
+as hostile (docs/facts.md, 7). Does not check whether the code does what was asked.
 """
 
 import contextlib
@@ -22,41 +22,49 @@ from tutor.formats.markdown import Block
 from tutor.graders.typescript.install import find_compiler
 from tutor.graders.typescript.scanner import Scan, scan
 
-Outcome = Literal["pass", "type_error", "syntax_error", "no_code", "suppressed", "timeout", "judge_error"]
+Outcome = Literal["pass", "type_error", "syntax_error", "no_code", "suppressed", "timeout", "grader_error"]
+"""Result of a block. `suppressed`: it turns the compiler off. `grader_error`: it could not be compiled."""
 
 SECONDS = 10.0
-"""For one block alone; a batch has a little more for each of its blocks."""
+"""Seconds for one block; SECONDS_A_BLOCK more for each block of a batch."""
 SECONDS_A_BLOCK = 0.02
+"""Additional seconds of a batch for each of its blocks."""
 MEMORY_MB = 4096
-"""Address space, of which Go's runtime reserves much and uses little: about 250 MB are resident."""
+"""Address space of the compiler in MiB. Go's runtime reserves much more than it uses: about 250 MB are resident."""
 MAX_BYTES = 64 * 1024
+"""Maximum length of a block in characters, with the code before it."""
 MAX_DEPTH = 100
-"""Brackets in each other; the compiler's time over arrays 200 deep is more than minutes."""
+"""Maximum depth of nested brackets; the compiler takes more than minutes for arrays 200 deep."""
 ALONE_BYTES = 8 * 1024
-"""No answer of 515 tokens is longer: such a block is compiled by itself, so that it cannot hold others up."""
+"""Length in characters from which a block is compiled alone, so that it delays no other. Answers of 515 tokens are
+shorter."""
 BATCH = 500
+"""Maximum number of blocks in one run of the compiler."""
 FAN = 8
-"""Into how many parts a batch is split whose compiler was killed, to find the block that did it."""
+"""Number of sub-batches when a batch kills the compiler; used to isolate the bad block."""
 MAX_OUTPUT = 16 * 2**20
+"""Maximum size of the compiler's output in bytes."""
 
 COMMON = (
     *("--noEmit", "--strict", "--ignoreConfig", "--pretty", "false", "--skipLibCheck"),
     *("--target", "es2023", "--module", "esnext", "--moduleResolution", "bundler", "--moduleDetection", "force"),
-    # No import and no reference leads to a file: a block stands alone, and the machine's files are not its business
+    # No import and no reference leads to a file: a block cannot read the machine's files
     "--noResolve",
 )
+"""Options of every run of the compiler."""
 SYNTAX = (*COMMON, "--noCheck", "--noLib")
-"""The parser alone: one text that it refuses keeps the compiler from checking the types of all the others."""
+"""Options of the first run, which only parses: one syntax error stops the type check of all blocks."""
 TYPES = (*COMMON, "--lib", "es2023,dom,esnext.disposable")
+"""Options of the second run, which checks the types."""
 NO_LIB = "TS2318"
-"""No global type Array: what SYNTAX is told in passing."""
+"""Code of the error 'no global type Array', which every run with SYNTAX reports."""
 
 _DIAGNOSTIC = re.compile(r"^(?:(?P<file>[^\s(]+)\((?P<line>\d+),\d+\): )?error (?P<code>TS\d+): (?P<message>.*)$", re.M)
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnostic:
-    """What is wrong. `code` is the compiler's, "" for ours; `line` counts from 1 in the block, 0 is before it."""
+    """An error. `code` is the compiler's or ""; `line` counts from 1 in the block, 0 is before it."""
 
     code: str
     line: int
@@ -65,20 +73,20 @@ class Diagnostic:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The outcome for one block and its reasons."""
+    """The outcome of one block and its diagnostics."""
 
     outcome: Outcome
     diagnostics: tuple[Diagnostic, ...] = ()
 
     @property
     def codes(self) -> frozenset[str]:
-        """The compiler's codes, each once."""
+        """The set of the compiler's codes."""
         return frozenset(each.code for each in self.diagnostics if each.code)
 
 
 @dataclass(frozen=True)
 class _Compiler:
-    """How the compiler is started."""
+    """The compiler's command and limits."""
 
     command: tuple[str, ...]
     seconds: float
@@ -86,21 +94,21 @@ class _Compiler:
 
 
 class _NoVerdictError(Exception):
-    """A run of the compiler that says nothing about its blocks; `verdict` is for the one that is to blame."""
+    """A run of the compiler gave no verdict on its blocks; `verdict` is the one for the block that is the cause."""
 
     def __init__(self, outcome: Outcome, why: str) -> None:
         super().__init__(why)
         self.verdict = Verdict(outcome, (Diagnostic("", 0, why),))
 
 
-def judge_blocks(blocks: Sequence[Block], *, seconds: float = SECONDS, memory_mb: int = MEMORY_MB) -> list[Verdict]:
-    """A verdict for each block. `seconds` and `memory_mb` bound the compiler for one block.
+def grade_blocks(blocks: Sequence[Block], *, seconds: float = SECONDS, memory_mb: int = MEMORY_MB) -> list[Verdict]:
+    """Compile blocks; a verdict for each. `seconds` and `memory_mb` limit the compiler for one block.
 
     Raises HostError when there are blocks and the compiler is not installed.
     """
     if not blocks:
         return []
-    compiler = _Compiler((*_cut_off(), str(find_compiler())), seconds, memory_mb)
+    compiler = _Compiler((*_without_network(), str(find_compiler())), seconds, memory_mb)
     verdicts: dict[int, Verdict] = {}
     together: list[int] = []
     groups: list[list[int]] = []
@@ -109,20 +117,20 @@ def judge_blocks(blocks: Sequence[Block], *, seconds: float = SECONDS, memory_mb
         found = scan(block.before + block.code) if size <= MAX_BYTES else None
         if refused := _refuse(block, found):
             verdicts[index] = refused
-        elif size > ALONE_BYTES or (found and found.reaches_out):
+        elif size > ALONE_BYTES or (found and found.is_global):
             groups.append([index])
         else:
             together.append(index)
     groups += [together[start : start + BATCH] for start in range(0, len(together), BATCH)]
     for group in groups:
-        verdicts |= _judge({index: blocks[index] for index in group}, compiler)
+        verdicts |= _grade({index: blocks[index] for index in group}, compiler)
     return [verdicts[index] for index in range(len(blocks))]
 
 
 def _refuse(block: Block, found: Scan | None) -> Verdict | None:
-    """The verdict on a block that is not given to the compiler; None for one that is."""
+    """The verdict on a block that is not compiled; None for one that is."""
     if found is None:
-        return Verdict("judge_error", (Diagnostic("", 0, f"longer than {MAX_BYTES} bytes: not judged"),))
+        return Verdict("grader_error", (Diagnostic("", 0, f"longer than {MAX_BYTES} bytes: not compiled"),))
     if found.empty:
         return Verdict("no_code")
     if found.depth > MAX_DEPTH:
@@ -131,12 +139,12 @@ def _refuse(block: Block, found: Scan | None) -> Verdict | None:
     if block.quoted:
         return None
     before = block.before.count("\n")
-    marks = [Diagnostic("", line - before, text) for line, text in found.suppressions if line > before]
-    return Verdict("suppressed", tuple(marks)) if marks else None
+    suppressions = [Diagnostic("", line - before, text) for line, text in found.suppressions if line > before]
+    return Verdict("suppressed", tuple(suppressions)) if suppressions else None
 
 
-def _judge(blocks: Mapping[int, Block], compiler: _Compiler) -> dict[int, Verdict]:
-    """The verdicts on blocks that are compiled together; a run that fails is repeated with fewer of them."""
+def _grade(blocks: Mapping[int, Block], compiler: _Compiler) -> dict[int, Verdict]:
+    """The verdicts on blocks that are compiled together; a run without verdicts is repeated in sub-batches."""
     try:
         syntax = _compile(blocks, SYNTAX, compiler)
         rest = {index: block for index, block in blocks.items() if not syntax[index]}
@@ -146,7 +154,7 @@ def _judge(blocks: Mapping[int, Block], compiler: _Compiler) -> dict[int, Verdic
             return dict.fromkeys(blocks, failure.verdict)
         verdicts: dict[int, Verdict] = {}
         for part in range(min(FAN, len(blocks))):
-            verdicts |= _judge({index: blocks[index] for index in list(blocks)[part::FAN]}, compiler)
+            verdicts |= _grade({index: blocks[index] for index in list(blocks)[part::FAN]}, compiler)
         return verdicts
     outcomes: dict[int, Verdict] = {}
     for index in blocks:
@@ -157,33 +165,33 @@ def _judge(blocks: Mapping[int, Block], compiler: _Compiler) -> dict[int, Verdic
 
 
 def _compile(blocks: Mapping[int, Block], options: tuple[str, ...], compiler: _Compiler) -> dict[int, list[Diagnostic]]:
-    """One run of the compiler: what it says of each block. Raises _NoVerdictError when it says nothing of use."""
-    # Names that a block cannot know: it can neither import another nor write a line as if it were about another
+    """Run the compiler once; return each block's errors. Raises _NoVerdictError when its output is of no use."""
+    # Random names: a block can neither import another one nor forge a diagnostic of another one
     names = {f"b{secrets.token_hex(8)}.ts": index for index in blocks}
     with tempfile.TemporaryDirectory(prefix="tutor-tsc-") as folder:
         for name, index in names.items():
             source = blocks[index].before + blocks[index].code
             (Path(folder) / name).write_text(source, "utf-8", errors="replace", newline="")
-        code, said = _run([*compiler.command, *options, *names], Path(folder), compiler, len(blocks))
+        code, output = _run([*compiler.command, *options, *names], Path(folder), compiler, len(blocks))
     found: dict[int, list[Diagnostic]] = {index: [] for index in blocks}
-    for match in _DIAGNOSTIC.finditer(said):
+    for match in _DIAGNOSTIC.finditer(output):
         if match["file"] in names:
             index = names[match["file"]]
             line = max(0, int(match["line"]) - blocks[index].before.count("\n"))
             found[index].append(Diagnostic(match["code"], line, _printable(match["message"])))
         elif match["file"] is None and not (match["code"] == NO_LIB and options is SYNTAX):
-            raise _NoVerdictError("judge_error", f"the compiler: {match['code']} {_printable(match['message'])}")
-    # 1 is this compiler's code for errors, 2 that of others; a crash is 2, too
-    if code not in (0, 1, 2) or "\ngoroutine " in said or (code and options is TYPES and not any(found.values())):
-        last = _printable((said.strip().splitlines() or [""])[0])
-        raise _NoVerdictError("judge_error", f"the compiler ended with {code}: {last}")
+            raise _NoVerdictError("grader_error", f"the compiler: {match['code']} {_printable(match['message'])}")
+    # This compiler ends with 1 on errors, other versions with 2; a crash ends with 2, too
+    if code not in (0, 1, 2) or "\ngoroutine " in output or (code and options is TYPES and not any(found.values())):
+        first = _printable((output.strip().splitlines() or [""])[0])
+        raise _NoVerdictError("grader_error", f"the compiler ended with {code}: {first}")
     return found
 
 
 def _run(command: Sequence[str], folder: Path, compiler: _Compiler, blocks: int) -> tuple[int, str]:
-    """Exit code and output of a command in its own process group, which is killed at the deadline.
+    """Exit code and output of a command in its own process group.
 
-    Raises _NoVerdictError for that.
+    Kills the group at the deadline and raises _NoVerdictError.
     """
     deadline = compiler.seconds + SECONDS_A_BLOCK * blocks
     environment = {"PATH": os.defpath, "HOME": str(folder), "GOMEMLIMIT": f"{compiler.memory_mb // 2}MiB"}
@@ -205,14 +213,14 @@ def _run(command: Sequence[str], folder: Path, compiler: _Compiler, blocks: int)
             raise _NoVerdictError("timeout", f"the compiler was killed after {deadline:.0f} s") from None
         finally:
             if process.poll() is None:
-                # Nothing less: on hostile input the compiler outlives SIGTERM and SIGINT
+                # On hostile input the compiler survives SIGTERM and SIGINT
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     return code, output.read_bytes().decode("utf-8", "replace")
 
 
 def _limit(pid: int, seconds: float, memory_mb: int) -> None:
-    """Bounds that hold even if this process dies: address space, processor time, what it writes."""
+    """Set limits that hold even if this process dies: address space, processor time, size of output."""
     processor_time = int(seconds * (os.cpu_count() or 1)) + 2
     limits = {
         resource.RLIMIT_AS: memory_mb * 2**20,
@@ -221,15 +229,15 @@ def _limit(pid: int, seconds: float, memory_mb: int) -> None:
         resource.RLIMIT_CORE: 0,
     }
     with contextlib.suppress(ProcessLookupError):  # it has ended already
-        for kind, most in limits.items():
-            resource.prlimit(pid, kind, (most, most))
+        for kind, limit in limits.items():
+            resource.prlimit(pid, kind, (limit, limit))
 
 
-def _cut_off() -> tuple[str, ...]:
-    """The command in front that takes the network away, where this user may do that.
+def _without_network() -> tuple[str, ...]:
+    """Words that start a command without network; none when this user may not do that.
 
-    The compiler opens no connection and, with --noResolve, no file but the blocks and its own libraries: this is the
-    second lock, and a machine without it is as safe as the compiler is.
+    A second barrier: the compiler itself opens no connection and, with --noResolve, no files but the blocks and its own
+    libraries.
     """
     unshare = shutil.which("unshare")
     if unshare is None:
@@ -241,5 +249,5 @@ def _cut_off() -> tuple[str, ...]:
 
 
 def _printable(text: str) -> str:
-    """A message of the compiler, which quotes the block: on one line, without control characters, short."""
-    return "".join(sign if sign.isprintable() else " " for sign in text)[:300]
+    """A message of the compiler, which may quote the block: one line, no control characters, at most 300 characters."""
+    return "".join(character if character.isprintable() else " " for character in text)[:300]

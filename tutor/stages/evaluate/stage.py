@@ -43,7 +43,7 @@ from tutor.formats.models.served_quantization import served_quantization
 from tutor.formats.rows.split_files import read_rows
 from tutor.graders.code import wants_code
 from tutor.graders.typescript.install import find_compiler
-from tutor.graders.verdict import Record, judge
+from tutor.graders.verdict import Record, grade
 from tutor.stages.evaluate import generalization, rates
 from tutor.stages.evaluate.answers import Task, answer_prompts
 
@@ -115,9 +115,9 @@ def graded(
 ) -> list[Record]:
     """Return the records with their verdicts and with the passages that they copy from training rows."""
     lengths = sorted(len(row["response"].strip()) for row in training)
-    judged = judge(prompts, answers, (lengths[0], lengths[-1]) if lengths else None)
+    graded = grade(prompts, answers, (lengths[0], lengths[-1]) if lengths else None)
     copies = generalization.copied_passages(answers, training)
-    return [{**record, **({"copied": copied} if copied else {})} for record, copied in zip(judged, copies, strict=True)]
+    return [{**record, **({"copied": copied} if copied else {})} for record, copied in zip(graded, copies, strict=True)]
 
 
 def changes_from_first(
