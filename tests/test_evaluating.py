@@ -17,8 +17,8 @@ from tutor.errors import ArtifactError, RecipeError, ServiceError
 from tutor.pipeline.registry import BY_NAME
 from tutor.pipeline.runner import clean
 from tutor.recipe.settings import Recipe
-from tutor.serving.compare import compare, evaluate
-from tutor.serving.models import Who, named
+from tutor.serving.compare import compare_models, evaluate_models
+from tutor.serving.models import ModelChoice, parse_model
 
 PROMPTS = [
     {"instruction": f"¿Qué es el tipo {name} en TypeScript?", "category": "ab"[number % 2], "code": [], "expect": {}}
@@ -30,29 +30,29 @@ PROMPTS = [
 
 
 @pytest.mark.parametrize(
-    ("text", "engine", "who", "label"),
+    ("text", "engine", "choice", "label"),
     [
-        ("tutor", "llamacpp", Who("tutor"), "tutor"),
-        ("base", "llamacpp", Who("base"), "base"),
-        ("adapter", "llamacpp", Who("adapter"), "adapter"),
-        ("Q8_0", "llamacpp", Who("tutor", "Q8_0"), "tutor-Q8_0"),
-        ("base-F16", "llamacpp", Who("base", "F16"), "base-F16"),
-        ("hf:tutor", "llamacpp", Who("tutor", None, "hf"), "hf:tutor"),
-        ("base", "hf", Who("base", None, "hf"), "hf:base"),
-        ("ollama:llama3.1:8b", "llamacpp", Who("llama3.1:8b", None, "ollama"), "ollama:llama3.1:8b"),
-        ("tutor:latest", "ollama", Who("tutor:latest", None, "ollama"), "ollama:tutor:latest"),
-        ("llamacpp:Q8_0", "ollama", Who("tutor", "Q8_0"), "tutor-Q8_0"),
+        ("tutor", "llamacpp", ModelChoice("tutor"), "tutor"),
+        ("base", "llamacpp", ModelChoice("base"), "base"),
+        ("adapter", "llamacpp", ModelChoice("adapter"), "adapter"),
+        ("Q8_0", "llamacpp", ModelChoice("tutor", "Q8_0"), "tutor-Q8_0"),
+        ("base-F16", "llamacpp", ModelChoice("base", "F16"), "base-F16"),
+        ("hf:tutor", "llamacpp", ModelChoice("tutor", None, "hf"), "hf:tutor"),
+        ("base", "hf", ModelChoice("base", None, "hf"), "hf:base"),
+        ("ollama:llama3.1:8b", "llamacpp", ModelChoice("llama3.1:8b", None, "ollama"), "ollama:llama3.1:8b"),
+        ("tutor:latest", "ollama", ModelChoice("tutor:latest", None, "ollama"), "ollama:tutor:latest"),
+        ("llamacpp:Q8_0", "ollama", ModelChoice("tutor", "Q8_0"), "tutor-Q8_0"),
     ],
 )
-def test_a_model_has_a_name_with_or_without_its_engine(text: str, engine: str, who: Who, label: str) -> None:
-    assert named(text, engine) == who
-    assert who.label == label
+def test_a_model_has_a_name_with_or_without_its_engine(text: str, engine: str, choice: ModelChoice, label: str) -> None:
+    assert parse_model(text, engine) == choice
+    assert choice.label == label
 
 
 @pytest.mark.parametrize("text", ["", "hf:", "nada", "q8_0", "tutor-", "hf:Q8_0", "base-q4", "../gguf"])
 def test_an_unknown_name_is_refused_with_those_that_there_are(text: str) -> None:
     with pytest.raises(RecipeError, match="known: tutor, base, adapter"):
-        named(text)
+        parse_model(text)
 
 
 # Asking
@@ -86,7 +86,7 @@ def answers(build: Path, folder: str) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("llamacpp")
 def test_every_named_model_is_asked_judged_and_compared_with_the_first(recipe: Recipe, build: Path) -> None:
-    result = evaluate(recipe, build, [named("base"), named("tutor"), named("F16")], parallel=3)
+    result = evaluate_models(recipe, build, [parse_model("base"), parse_model("tutor"), parse_model("F16")], parallel=3)
     assert {name: model["all"]["passed"]["n"] for name, model in result["models"].items()} == {
         "base": 0,
         "tutor": 8,
@@ -106,16 +106,16 @@ def test_every_named_model_is_asked_judged_and_compared_with_the_first(recipe: R
 def test_what_was_said_once_is_not_asked_again_until_something_changes(
     recipe: Recipe, build: Path, tmp_path: Path
 ) -> None:
-    assert evaluate(recipe, build, [named("tutor")])["ran"]
+    assert evaluate_models(recipe, build, [parse_model("tutor")])["ran"]
     before = len(asked(tmp_path / "tutor.asked"))
-    assert not evaluate(recipe, build, [named("tutor")], parallel=4)["ran"]
+    assert not evaluate_models(recipe, build, [parse_model("tutor")], parallel=4)["ran"]
     assert len(asked(tmp_path / "tutor.asked")) == before
-    assert evaluate(recipe.model_copy(update={"seed": 6}), build, [named("tutor")])["ran"]
+    assert evaluate_models(recipe.model_copy(update={"seed": 6}), build, [parse_model("tutor")])["ran"]
 
 
 @pytest.mark.usefixtures("llamacpp")
 def test_cleaning_the_evaluation_removes_what_was_asked_beside_it(recipe: Recipe, build: Path) -> None:
-    evaluate(recipe, build, [named("tutor")])
+    evaluate_models(recipe, build, [parse_model("tutor")])
     assert sorted(path.name for path in (build / "small").glob("eval*")) == ["eval-tutor", "eval-tutor.log"]
     clean(recipe, build, ("evaluate",))
     assert not list((build / "small").glob("eval*"))
@@ -123,16 +123,16 @@ def test_cleaning_the_evaluation_removes_what_was_asked_beside_it(recipe: Recipe
 
 def test_a_model_that_was_not_made_names_what_was(recipe: Recipe, build: Path) -> None:
     with pytest.raises(RecipeError, match="made for tutor: F16, Q4_K_M"):
-        evaluate(recipe, build, [named("Q8_0")])
+        evaluate_models(recipe, build, [parse_model("Q8_0")])
     with pytest.raises(ArtifactError, match="run: tutor run --until merge"):
-        evaluate(recipe, build, [named("hf:tutor")])
+        evaluate_models(recipe, build, [parse_model("hf:tutor")])
     with pytest.raises(RecipeError, match="named twice"):
-        evaluate(recipe, build, [named("tutor"), named("tutor")])
+        evaluate_models(recipe, build, [parse_model("tutor"), parse_model("tutor")])
 
 
 def test_without_the_data_stage_there_is_nothing_to_ask(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="run: tutor run --until data"):
-        evaluate(recipe, tmp_path / "empty", [named("tutor")])
+        evaluate_models(recipe, tmp_path / "empty", [parse_model("tutor")])
 
 
 # Comparing
@@ -158,7 +158,7 @@ def written(folder: Path, passed: list[bool], prompts: list[dict[str, Any]], **o
 def test_two_builds_are_compared_over_the_prompts_that_both_were_asked(recipe: Recipe, tmp_path: Path) -> None:
     early = written(tmp_path / "one", [False] * 6 + [True], PROMPTS[:7], base={"text": "x", "passed": True})
     late = written(tmp_path / "two", [True] * 7, PROMPTS[7:0:-1])
-    found = compare(recipe, tmp_path / "build", str(early), str(late / "eval" / "answers.json"))
+    found = compare_models(recipe, tmp_path / "build", str(early), str(late / "eval" / "answers.json"))
     assert (found["n"], found["left_out"]) == (6, {"before": 1, "after": 1})
     assert found["all"]["passed"]["before"]["n"] == 1
     assert found["all"]["passed"]["conclusion"] == "better"
@@ -177,7 +177,7 @@ def test_two_builds_are_compared_over_the_prompts_that_both_were_asked(recipe: R
 
 def test_a_build_compared_with_itself_shows_no_difference(recipe: Recipe, tmp_path: Path) -> None:
     same = str(written(tmp_path / "one", [True, False] * 4, PROMPTS))
-    found = compare(recipe, tmp_path, same, same)
+    found = compare_models(recipe, tmp_path, same, same)
     assert {entry["conclusion"] for entry in (*found["all"].values(), *found["categories"].values())} == {
         "no difference shown"
     }
@@ -187,23 +187,23 @@ def test_a_build_compared_with_itself_shows_no_difference(recipe: Recipe, tmp_pa
 @pytest.mark.usefixtures("llamacpp")
 def test_a_build_can_be_compared_with_a_model_that_is_asked(recipe: Recipe, build: Path, tmp_path: Path) -> None:
     early = written(tmp_path / "one", [False] * 8, PROMPTS)
-    assert compare(recipe, build, str(early), "tutor")["all"]["passed"]["conclusion"] == "better"
+    assert compare_models(recipe, build, str(early), "tutor")["all"]["passed"]["conclusion"] == "better"
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '[{"answers": {}}]', '[{"answers": {"tutor": {"text": "x"}}}]'])
 def test_answers_without_verdicts_cannot_be_compared(recipe: Recipe, tmp_path: Path, content: str) -> None:
     (tmp_path / "answers.json").write_text(content)
     with pytest.raises(ArtifactError, match="evaluate again: tutor eval"):
-        compare(recipe, tmp_path, str(tmp_path), str(tmp_path))
+        compare_models(recipe, tmp_path, str(tmp_path), str(tmp_path))
 
 
 def test_builds_of_other_prompts_and_folders_without_answers_are_refused(recipe: Recipe, tmp_path: Path) -> None:
     early = str(written(tmp_path / "one", [True] * 4, PROMPTS[:4]))
     late = str(written(tmp_path / "two", [True] * 4, PROMPTS[4:]))
     with pytest.raises(ArtifactError, match="no prompt in common"):
-        compare(recipe, tmp_path, early, late)
+        compare_models(recipe, tmp_path, early, late)
     with pytest.raises(ArtifactError, match="has no answers; name a build folder"):
-        compare(recipe, tmp_path, early, str(tmp_path))
+        compare_models(recipe, tmp_path, early, str(tmp_path))
 
 
 def test_a_folder_that_only_has_a_models_name_is_no_build(
@@ -213,7 +213,7 @@ def test_a_folder_that_only_has_a_models_name_is_no_build(
     (tmp_path / "tutor").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ArtifactError, match="run: tutor run --until data"):
-        compare(recipe, tmp_path / "build", "tutor", "tutor")
+        compare_models(recipe, tmp_path / "build", "tutor", "tutor")
 
 
 def test_two_ollama_models_are_asked_both_and_compared(recipe: Recipe, build: Path) -> None:
@@ -224,8 +224,8 @@ def test_two_ollama_models_are_asked_both_and_compared(recipe: Recipe, build: Pa
             server.order.append(name)
             server.blobs[name] = b"GGUF"
         with pytest.raises(ServiceError, match="no model gamma"):
-            compare(recipe, build, "alfa", "gamma", engine="ollama", host=server.host)
-        found = compare(recipe, build, "alfa", "ollama:beta", engine="ollama", host=server.host, parallel=2)
+            compare_models(recipe, build, "alfa", "gamma", engine="ollama", host=server.host)
+        found = compare_models(recipe, build, "alfa", "ollama:beta", engine="ollama", host=server.host, parallel=2)
     assert (found["before"], found["after"], found["n"]) == ("ollama:alfa", "ollama:beta", 8)
     assert found["all"]["passed"]["conclusion"] == "no difference shown"
 

@@ -25,7 +25,7 @@ from tutor.pipeline.registry import BY_NAME
 from tutor.prompt import render
 from tutor.recipe.quantizations import KINDS
 from tutor.recipe.settings import BUDGETS, OllamaSettings, ParitySettings, Recipe, read_recipe
-from tutor.serving import publish as publishing
+from tutor.serving import publish
 from tutor.serving.ollama_parity import read_reference
 from tutor.stages.parity.compare import CHECKS, Check, Seen, Tolerance, compare
 from tutor.stages.parity.conversations import CODE, EMOJI, SPECIALS, Conversation, conversations
@@ -413,29 +413,29 @@ def server() -> Iterator[FakeOllama]:
 def test_nothing_is_published_that_the_gate_refused(server: FakeOllama, recipe: Recipe, build: Path) -> None:
     write_parity(recipe, build, refused=NO)
     with pytest.raises(GateError, match="diverges in its tokens"):
-        publishing.publish(recipe, build, host=server.host)
+        publish.publish(recipe, build, host=server.host)
     assert server.requests == []
 
 
 def test_nothing_is_published_without_the_gate(server: FakeOllama, recipe: Recipe, build: Path) -> None:
     remove(build / "small/parity")
     with pytest.raises(ArtifactError, match="parity is not there; run: tutor run --until parity"):
-        publishing.publish(recipe, build, host=server.host)
+        publish.publish(recipe, build, host=server.host)
     make_stages(recipe, build)
     with writing(build / "small/gguf", "convert", {}) as (out, _):
         fake.write_gguf(out / "tutor-Q8_0.gguf", size=3000)
     with pytest.raises(ArtifactError, match=r"was made of another input\.convert"):
-        publishing.publish(recipe, build, host=server.host)
+        publish.publish(recipe, build, host=server.host)
     assert server.requests == []
 
 
 def test_what_is_published_is_compared_before_it_is_latest(server: FakeOllama, recipe: Recipe, build: Path) -> None:
-    result = publishing.publish(recipe, build, host=server.host)
+    result = publish.publish(recipe, build, host=server.host)
     assert result["parity"]["state"] == "same"
     figures = {check["name"]: check["figures"] for check in result["parity"]["checks"]}
     assert figures["prompt"]["equal"] == figures["prompt"]["of"] == len(read_reference(build / "small/parity").seen)
     assert figures["greedy answer"]["agreed"] == figures["greedy answer"]["steps"] > 40
-    assert any("Q8_0 -> Ollama" in line for line in publishing.published_lines(result))
+    assert any("Q8_0 -> Ollama" in line for line in publish.published_lines(result))
     order = [where for where, body in server.requests if not (body and "_debug_render_only" in body)]
     assert max(place for place, where in enumerate(order) if where == "POST /api/chat") < order.index("POST /api/copy")
 
@@ -454,7 +454,7 @@ def test_an_ollama_that_answers_otherwise_serves_nothing(
 ) -> None:
     spoil(server)
     with pytest.raises(GateError, match=rf"Q8_0 -> Ollama \(publish\) diverges in its {what}"):
-        publishing.publish(recipe, build, host=server.host)
+        publish.publish(recipe, build, host=server.host)
     assert server.models == {}
 
 
@@ -462,20 +462,20 @@ def test_a_server_that_hides_its_prompts_is_compared_by_their_tokens(
     server: FakeOllama, recipe: Recipe, build: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.shows_prompts = False
-    result = publishing.publish(recipe, build, host=server.host)
+    result = publish.publish(recipe, build, host=server.host)
     figures = {check["name"]: check["figures"] for check in result["parity"]["checks"]}
     assert figures["prompt"]["of"] == 0
     assert figures["tokens"]["equal"] == figures["tokens"]["of"] > 5
-    assert "compared by their number of tokens alone" in caplog.text
+    assert "only their numbers of tokens are compared" in caplog.text
 
 
 # Later, against what is served
 
 
 def test_what_is_served_is_compared_again_at_any_time(server: FakeOllama, recipe: Recipe, build: Path) -> None:
-    publishing.publish(recipe, build, host=server.host)
+    publish.publish(recipe, build, host=server.host)
     for _ in range(2):
-        result = publishing.parity(recipe, build, host=server.host)
+        result = publish.compare_published(recipe, build, host=server.host)
         assert [item["state"] for item in result["hand_overs"]] == ["same"]
         assert "refused" not in result
     assert require_stage(build / "small/parity-ollama", "parity-ollama").results == result
@@ -484,21 +484,21 @@ def test_what_is_served_is_compared_again_at_any_time(server: FakeOllama, recipe
 def test_a_model_replaced_after_publishing_is_known_by_its_digest(
     server: FakeOllama, recipe: Recipe, build: Path
 ) -> None:
-    publishing.publish(recipe, build, host=server.host)
+    publish.publish(recipe, build, host=server.host)
     replaced = server.models["tutor:latest"]
     server.models["tutor:latest"] = fake.Model({**replaced.body, "system": "x"}, replaced.facts, replaced.blob)
-    result = publishing.parity(recipe, build, host=server.host)
+    result = publish.compare_published(recipe, build, host=server.host)
     assert "someone created or copied another model" in result["refused"]["hint"]
     assert "digest" in result["refused"]["message"]
     assert "another model" in "\n".join(lines(result["hand_overs"]))
 
 
 def test_without_a_record_of_the_digest_the_answers_tell(server: FakeOllama, recipe: Recipe, build: Path) -> None:
-    publishing.publish(recipe, build, host=server.host)
+    publish.publish(recipe, build, host=server.host)
     (build / "small/model/published.json").unlink()
-    assert "refused" not in publishing.parity(recipe, build, host=server.host)
+    assert "refused" not in publish.compare_published(recipe, build, host=server.host)
     server.says = lambda _: [(" Otra", -0.1), (" cosa", -0.1)]
-    assert "greedy answer" in publishing.parity(recipe, build, host=server.host)["refused"]["message"]
+    assert "greedy answer" in publish.compare_published(recipe, build, host=server.host)["refused"]["message"]
 
 
 @pytest.mark.slow
@@ -508,7 +508,7 @@ def test_the_command_shows_the_table_and_exits_8(
     path = tmp_path / "small.toml"
     path.write_text(f"system = '{SYSTEM}'\n[ollama]\nquantization = 'Q8_0'\n", "utf-8")
     command = ("parity", "--host", server.host, "-r", path, "-b", build)
-    publishing.publish(recipe, build, host=server.host)
+    publish.publish(recipe, build, host=server.host)
     done = tutor(*command)
     assert (done.returncode, "Q8_0 -> Ollama" in done.stdout) == (0, True), done.stderr
     server.says = lambda _: [(" Otra", -0.1)]

@@ -17,8 +17,7 @@ from tutor.artifacts.stage_folder import writing
 from tutor.errors import GateError, RecipeError
 from tutor.pipeline.registry import BY_NAME
 from tutor.recipe.settings import OllamaSettings, Recipe
-from tutor.serving import promote as promoting
-from tutor.serving import publish as publishing
+from tutor.serving import promote, publish
 
 PROMPTS = [f"¿Qué es {number}?" for number in range(24)]
 GOOD = [True] * 24
@@ -70,7 +69,7 @@ def build(tmp_path: Path) -> Path:
 
 
 def put(server: FakeOllama, recipe: Recipe, build: Path, system: str, passed: Sequence[bool] | None, **how: Any) -> Any:
-    return promoting.publish(trained(recipe, build, system, passed), build, host=server.host, **how)
+    return promote.publish_and_promote(trained(recipe, build, system, passed), build, host=server.host, **how)
 
 
 def latest(server: FakeOllama) -> str:
@@ -79,13 +78,13 @@ def latest(server: FakeOllama) -> str:
 
 def test_the_first_build_is_served_and_its_answers_are_kept(server: FakeOllama, recipe: Recipe, build: Path) -> None:
     result = put(server, recipe, build, "uno", GOOD)
-    assert result["promotion"]["said"] == "nothing was in service"
+    assert result["promotion"]["comparison"] == "nothing was in service"
     kept = build / "small/served" / result["build"]
     assert json.loads((kept / "answers.json").read_text("utf-8")) == rows(GOOD)
     assert json.loads((build / "small/model/published.json").read_text("utf-8")) == result
-    assert "refused" not in publishing.parity(recipe.model_copy(update={"system": "uno"}), build, host=server.host), (
-        "published.json names what is served"
-    )
+    assert "refused" not in publish.compare_published(
+        recipe.model_copy(update={"system": "uno"}), build, host=server.host
+    ), "published.json names what is served"
 
 
 def test_a_worse_build_is_not_served_and_the_questions_that_got_worse_are_named(
@@ -97,7 +96,7 @@ def test_a_worse_build_is_not_served_and_the_questions_that_got_worse_are_named(
     ) as caught:
         put(server, recipe, build, "dos", WORSE)
     assert latest(server) == "uno"
-    (second,) = [row["build"] for row in publishing.models(recipe, host=server.host) if not row["latest"]]
+    (second,) = [row["build"] for row in publish.published_builds(recipe, host=server.host) if not row["latest"]]
     assert caught.value.code == 8
     assert f"tutor promote {second} --force" in str(caught.value)
     compared = json.loads((build / "small/served" / second / "compared.json").read_text("utf-8"))
@@ -105,7 +104,7 @@ def test_a_worse_build_is_not_served_and_the_questions_that_got_worse_are_named(
     changed = recipe.model_copy(update={"system": "dos"})
     for published in (None, second):
         with pytest.raises(GateError, match="8 got worse"):
-            promoting.promote(changed, build, published, host=server.host)
+            promote.promote(changed, build, published, host=server.host)
     assert latest(server) == "uno"
 
 
@@ -118,7 +117,7 @@ def test_what_forces_it_is_recorded_with_what_it_overrode(server: FakeOllama, re
     assert promotion["forced"] is True
     assert promotion["instead_of"] == first["build"]
     assert "8 got worse" in promotion["overrode"][0]
-    assert any("Forced, although" in line for line in publishing.published_lines(second))
+    assert any("Forced despite" in line for line in publish.published_lines(second))
 
 
 @pytest.mark.parametrize("passed", [GOOD, LITTLE], ids=["as good", "no difference shown"])
@@ -126,7 +125,7 @@ def test_a_build_that_is_not_shown_to_be_worse_is_served(
     server: FakeOllama, recipe: Recipe, build: Path, passed: list[bool]
 ) -> None:
     put(server, recipe, build, "uno", GOOD)
-    assert "no difference shown" in put(server, recipe, build, "dos", passed)["promotion"]["said"]
+    assert "no difference shown" in put(server, recipe, build, "dos", passed)["promotion"]["comparison"]
     assert latest(server) == "dos"
 
 
@@ -134,7 +133,7 @@ def test_without_answers_of_what_is_in_service_that_is_said_and_the_new_one_serv
     server: FakeOllama, recipe: Recipe, build: Path
 ) -> None:
     put(server, recipe, build, "uno", None)
-    said = put(server, recipe, build, "dos", WORSE)["promotion"]["said"]
+    said = put(server, recipe, build, "dos", WORSE)["promotion"]["comparison"]
     assert "no answers of tutor:" in said
     assert latest(server) == "dos"
 
@@ -146,7 +145,7 @@ def test_a_model_that_tutor_did_not_publish_is_replaced_with_a_word(
     theirs = server.models["tutor:latest"]
     server.models = {"tutor:latest": fake.Model({**theirs.body, "license": "x"}, theirs.facts, theirs.blob)}
     server.order = ["tutor:latest"]
-    assert "no answers of tutor:latest" in put(server, recipe, build, "dos", WORSE)["promotion"]["said"]
+    assert "no answers of tutor:latest" in put(server, recipe, build, "dos", WORSE)["promotion"]["comparison"]
 
 
 def test_a_build_that_was_not_evaluated_is_asked_before_it_takes_the_place_of_one_that_was(
@@ -158,19 +157,21 @@ def test_a_build_that_was_not_evaluated_is_asked_before_it_takes_the_place_of_on
         lines = [json.dumps({"instruction": prompt, "category": "tipos"}) + "\n" for prompt in PROMPTS]
         (out / "prompts.jsonl").write_text("".join(lines), "utf-8")
         (out / "train.jsonl").write_text(json.dumps({"instruction": "¿?", "response": "Sí."}) + "\n", "utf-8")
-    said = put(server, recipe, build, "dos", None, force=True)["promotion"]["said"]
+    said = put(server, recipe, build, "dos", None, force=True)["promotion"]["comparison"]
     assert "of 24 prompts" in said
     asked = [body["model"] for body in server.asked("POST /api/chat") if body["messages"][-1]["content"] == PROMPTS[3]]
-    assert asked == [row["model"] + ":" + row["build"] for row in publishing.models(recipe, host=server.host)[:1]]
+    assert asked == [
+        row["model"] + ":" + row["build"] for row in publish.published_builds(recipe, host=server.host)[:1]
+    ]
 
 
 def test_a_red_parity_gate_is_not_promoted_but_by_force(server: FakeOllama, recipe: Recipe, build: Path) -> None:
     changed = trained(recipe, build, "uno", GOOD)
-    published = promoting.publish(changed, build, host=server.host)["build"]
+    published = promote.publish_and_promote(changed, build, host=server.host)["build"]
     write_parity(changed, build, refused={"message": "F16 -> Q8_0 (quantize) diverges in its end: x", "hint": "y"})
     with pytest.raises(GateError, match="diverges in its end"):
-        promoting.promote(changed, build, published, host=server.host)
-    forced = promoting.promote(changed, build, published, host=server.host, force=True)
+        promote.promote(changed, build, published, host=server.host)
+    forced = promote.promote(changed, build, published, host=server.host, force=True)
     assert "diverges in its end" in forced["promotion"]["overrode"][0]
 
 
@@ -182,7 +183,7 @@ def test_a_tag_that_was_written_by_someone_else_is_not_promoted(
     theirs = server.models[result["tag"]]
     server.models[result["tag"]] = fake.Model({**theirs.body, "license": "x"}, theirs.facts, theirs.blob)
     with pytest.raises(GateError, match="diverges in its model: its digest is"):
-        promoting.promote(recipe, build, result["build"], host=server.host)
+        promote.promote(recipe, build, result["build"], host=server.host)
 
 
 def test_an_older_build_goes_back_into_service_through_the_same_gate(
@@ -190,11 +191,11 @@ def test_an_older_build_goes_back_into_service_through_the_same_gate(
 ) -> None:
     first = put(server, recipe, build, "uno", WORSE)
     second = put(server, recipe, build, "dos", GOOD)
-    assert ": better" in second["promotion"]["said"]
+    assert ": better" in second["promotion"]["comparison"]
     with pytest.raises(GateError, match="8 got worse"):
-        promoting.promote(recipe, build, first["build"], host=server.host)
+        promote.promote(recipe, build, first["build"], host=server.host)
     with pytest.raises(RecipeError, match="0 builds of tutor begin with 'x'"):
-        promoting.promote(recipe, build, "x", host=server.host)
+        promote.promote(recipe, build, "x", host=server.host)
 
 
 def test_the_same_build_is_published_once_and_weighed_once(server: FakeOllama, recipe: Recipe, build: Path) -> None:

@@ -22,10 +22,17 @@ from tutor.errors import ArtifactError, GateError, LockError, RecipeError, Servi
 from tutor.pipeline.registry import BY_NAME
 from tutor.prompt import GO_TEMPLATE, STOPS
 from tutor.recipe.settings import OllamaSettings, Recipe
-from tutor.serving import compare as evaluating
-from tutor.serving import promote as promoting
-from tutor.serving import publish as publishing
-from tutor.serving.builds import Model, build_id, models, promote, publish, read_model, rollback, switch
+from tutor.serving import compare, promote, publish
+from tutor.serving.builds import (
+    Model,
+    build_id,
+    find_build,
+    list_builds,
+    publish_build,
+    read_model,
+    rollback,
+    serve_as_latest,
+)
 from tutor.stages.modelfile import stage as modelfile
 from tutor.stages.modelfile.spec import ModelSpec
 
@@ -59,7 +66,7 @@ def hashes(model: Model) -> dict[Path, str]:
 
 
 def put(model: Model, api: Ollama, **settings: Any) -> dict[str, Any]:
-    return publish(replace(model, settings={**model.settings, **settings}), hashes(model), api)
+    return publish_build(replace(model, settings={**model.settings, **settings}), hashes(model), api)
 
 
 def served(server: FakeOllama) -> str:
@@ -161,7 +168,7 @@ def test_a_name_in_another_case_is_the_same_model(
     model = replace(model, name=ours)
     assert put(model, api)["published"] is False
     assert put(model, api, system="dos")["published"]
-    assert [(row["latest"], row["previous"]) for row in models(api, ours)] == [(True, False), (False, True)]
+    assert [(row["latest"], row["previous"]) for row in list_builds(api, ours)] == [(True, False), (False, True)]
 
 
 # What stops it
@@ -316,7 +323,7 @@ def test_a_server_that_does_not_show_prompts_is_warned_about(
 ) -> None:
     server.shows_prompts = False
     assert put(model, api)["prompts"] == 0
-    assert "does not show its prompts" in caplog.text
+    assert "does not return its prompts" in caplog.text
 
 
 # Back and forth
@@ -351,7 +358,7 @@ def test_a_model_that_was_not_ours_can_be_gone_back_to(server: FakeOllama, api: 
     server.models = {"tutor:latest": server.models["tutor:latest"]}
     server.order = ["tutor:latest"]
     put(model, api, system="dos")
-    assert [(bool(row["build"]), row["latest"], row["previous"]) for row in models(api, "tutor")] == [
+    assert [(bool(row["build"]), row["latest"], row["previous"]) for row in list_builds(api, "tutor")] == [
         (True, True, False),
         (False, False, True),
     ]
@@ -360,39 +367,40 @@ def test_a_model_that_was_not_ours_can_be_gone_back_to(server: FakeOllama, api: 
 
 
 def test_nothing_to_go_back_to_is_said(api: Ollama, model: Model) -> None:
-    with pytest.raises(RecipeError, match="knows nothing that tutor was before"):
+    with pytest.raises(RecipeError, match="has no previous build of tutor"):
         rollback(api, "tutor")
     put(model, api)
-    with pytest.raises(RecipeError, match="knows nothing"):
+    with pytest.raises(RecipeError, match="has no previous build"):
         rollback(api, "tutor")
 
 
 def test_any_build_can_be_promoted_by_the_beginning_of_its_hash(server: FakeOllama, api: Ollama, model: Model) -> None:
     builds = [put(model, api, system=text)["build"] for text in ("uno", "dos", "tres")]
-    promote(api, "tutor", builds[0][:6])
+    serve_as_latest(api, "tutor", f"tutor:{find_build(api, 'tutor', builds[0][:6])}")
     assert served(server) == "uno"
-    assert promote(api, "tutor")["build"] == builds[2], "without a name, the newest"
+    assert find_build(api, "tutor") == builds[2], "without a name, the newest"
+    serve_as_latest(api, "tutor", f"tutor:{builds[2]}")
     assert served(server) == "tres"
-    rows = models(api, "tutor")
+    rows = list_builds(api, "tutor")
     assert [row["build"] for row in rows] == builds[::-1]
     assert [(row["latest"], row["previous"]) for row in rows] == [(True, False), (False, False), (False, True)]
 
 
 def test_a_build_that_is_not_there_or_not_the_only_one_is_refused(api: Ollama, model: Model) -> None:
     with pytest.raises(RecipeError, match="none: run tutor publish"):
-        promote(api, "tutor", "abc")
+        find_build(api, "tutor", "abc")
     builds = [put(model, api, system=text)["build"] for text in ("uno", "dos")]
     with pytest.raises(RecipeError, match=f"known: {builds[1]}, {builds[0]}"):
-        promote(api, "tutor", "zzz")
+        find_build(api, "tutor", "zzz")
     with pytest.raises(RecipeError, match="2 builds of tutor"):
-        promote(api, "tutor", "")
+        find_build(api, "tutor", "")
 
 
 def test_two_names_do_not_mix(server: FakeOllama, api: Ollama, model: Model) -> None:
     lora = put(replace(model, name="tutor-lora"), api, system="otro")
     merged = put(model, api)
-    assert [row["build"] for row in models(api, "tutor")] == [merged["build"]]
-    assert [row["build"] for row in models(api, "tutor-lora")] == [lora["build"]]
+    assert [row["build"] for row in list_builds(api, "tutor")] == [merged["build"]]
+    assert [row["build"] for row in list_builds(api, "tutor-lora")] == [lora["build"]]
 
 
 def test_a_copy_that_did_not_take_is_a_fault(server: FakeOllama, api: Ollama, model: Model) -> None:
@@ -400,7 +408,7 @@ def test_a_copy_that_did_not_take_is_a_fault(server: FakeOllama, api: Ollama, mo
     put(model, api, system="dos")
     server.script("POST /api/copy", None, lambda handler: handler.empty(200))
     with pytest.raises(GateError, match=f"latest is not {tag}"):
-        switch(api, "tutor", tag)
+        serve_as_latest(api, "tutor", tag)
 
 
 # From a build folder
@@ -431,10 +439,10 @@ def make_stages(recipe: Recipe, build: Path, **facts: Any) -> None:
 
 
 def test_what_the_modelfile_stage_wrote_is_published(server: FakeOllama, recipe: Recipe, build: Path) -> None:
-    result = publishing.publish(recipe, build, host=server.host)
+    result = publish.publish(recipe, build, host=server.host)
     assert json.loads((build / "small/model/published.json").read_text("utf-8")) == result
     assert served(server) == SYSTEM
-    assert publishing.publish(recipe, build, host=server.host)["published"] is False
+    assert publish.publish(recipe, build, host=server.host)["published"] is False
     assert json.loads((build / "small/model/published.json").read_text("utf-8")) == result
     assert not find_damage(build / "small/model", content=True)
 
@@ -460,28 +468,28 @@ def test_a_damaged_gguf_never_reaches_the_server(
 ) -> None:
     damage(build / "small/gguf/tutor-Q8_0.gguf")
     with pytest.raises(ArtifactError, match=what):
-        publishing.publish(recipe, build, host=server.host)
+        publish.publish(recipe, build, host=server.host)
     assert {where for where, _ in server.requests} <= {"GET /api/version"}
 
 
 def test_a_model_of_other_settings_or_another_gguf_is_refused(server: FakeOllama, recipe: Recipe, build: Path) -> None:
     other = recipe.model_copy(update={"system": "otro"})
     with pytest.raises(ArtifactError, match=r"another recipe\.system; run: tutor run --until modelfile"):
-        publishing.publish(other, build, host=server.host)
+        publish.publish(other, build, host=server.host)
     with writing(build / "small/gguf", "convert", {}) as (out, _):
         write_gguf(out / "tutor-Q8_0.gguf", size=3000)
     with pytest.raises(ArtifactError, match=r"another input\.convert"):
-        publishing.publish(recipe, build, host=server.host)
+        publish.publish(recipe, build, host=server.host)
 
 
 def test_without_the_stages_the_command_that_runs_them_is_named(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="tutor run --until modelfile"):
-        publishing.publish(recipe, tmp_path / "nothing")
+        publish.publish(recipe, tmp_path / "nothing")
 
 
 def test_a_build_folder_in_use_is_not_published(server: FakeOllama, recipe: Recipe, build: Path) -> None:
     with locked(build / "small"), pytest.raises(LockError):
-        publishing.publish(recipe, build, host=server.host)
+        publish.publish(recipe, build, host=server.host)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"name": "x", "files": 3}'])
@@ -493,7 +501,7 @@ def test_a_damaged_request_is_an_artifacts_fault(tmp_path: Path, text: str) -> N
 
 def test_without_a_server_publishing_is_refused(recipe: Recipe, build: Path) -> None:
     with pytest.raises(TutorError, match="no Ollama at") as caught:
-        publishing.publish(recipe, build, host="127.0.0.1:1", wait=0.2)
+        publish.publish(recipe, build, host="127.0.0.1:1", wait=0.2)
     assert caught.value.code == 6
 
 
@@ -501,28 +509,26 @@ def test_without_a_server_publishing_is_refused(recipe: Recipe, build: Path) -> 
 
 
 def test_a_person_reads_what_was_published_and_what_comes_next(server: FakeOllama, recipe: Recipe, build: Path) -> None:
-    lines = publishing.published_lines(publishing.publish(recipe, build, host=server.host))
-    assert "7 prompts as trained" in lines[0]
+    lines = publish.published_lines(publish.publish(recipe, build, host=server.host))
+    assert "7 prompts as in training" in lines[0]
     assert "Q8_0 -> Ollama" in lines[-2]
     assert lines[-1] == "Next: ollama run tutor"
-    assert publishing.published_lines(publishing.publish(recipe, build, host=server.host))[0].startswith(
-        "Nothing to do"
-    )
+    assert publish.published_lines(publish.publish(recipe, build, host=server.host))[0].startswith("Nothing to do")
 
 
 def test_a_person_reads_which_build_is_served(server: FakeOllama, recipe: Recipe, build: Path) -> None:
-    assert publishing.model_lines(publishing.models(recipe, host=server.host)) == [
+    assert publish.build_lines(publish.published_builds(recipe, host=server.host)) == [
         "Nothing is published: run tutor publish"
     ]
-    first = publishing.publish(recipe, build, host=server.host)
+    first = publish.publish(recipe, build, host=server.host)
     changed = recipe.model_copy(update={"system": "otro"})
     make_stages(changed, build)
-    second = publishing.publish(changed, build, host=server.host)
-    lines = publishing.model_lines(publishing.models(recipe, host=server.host))
+    second = publish.publish(changed, build, host=server.host)
+    lines = publish.build_lines(publish.published_builds(recipe, host=server.host))
     assert [line.split()[0] for line in lines] == [second["tag"], first["tag"]]
     assert [line.split()[-1] for line in lines] == ["latest", "previous"]
-    assert publishing.rollback(recipe, host=server.host)["build"] == first["build"]
-    assert promoting.promote(recipe, build, second["build"], host=server.host)["build"] == second["build"]
+    assert publish.rollback(recipe, host=server.host)["build"] == first["build"]
+    assert promote.promote(recipe, build, second["build"], host=server.host)["build"] == second["build"]
 
 
 # Asking the published model
@@ -539,13 +545,13 @@ def prompts(recipe: Recipe, build: Path) -> list[dict[str, Any]]:
 
 
 def evaluated(server: FakeOllama, recipe: Recipe, build: Path) -> dict[str, Any]:
-    return evaluating.published(recipe, build, host=server.host)
+    return compare.evaluate_published(recipe, build, host=server.host)
 
 
 def test_every_prompt_is_asked_greedily_and_judged_once(
     server: FakeOllama, recipe: Recipe, build: Path, prompts: list[dict[str, Any]]
 ) -> None:
-    publishing.publish(recipe, build, host=server.host)
+    publish.publish(recipe, build, host=server.host)
     server.requests.clear()
     result = evaluated(server, recipe, build)
     assert result["ran"]
@@ -564,7 +570,7 @@ def test_every_prompt_is_asked_greedily_and_judged_once(
 def test_another_build_under_the_same_name_is_asked_again(
     server: FakeOllama, recipe: Recipe, build: Path, prompts: list[dict[str, Any]]
 ) -> None:
-    publishing.publish(recipe, build, host=server.host)
+    publish.publish(recipe, build, host=server.host)
     evaluated(server, recipe, build)
     server.models["tutor:latest"].digest = "0" * 64
     assert evaluated(server, recipe, build)["ran"]
@@ -573,7 +579,7 @@ def test_another_build_under_the_same_name_is_asked_again(
 def test_answers_that_llama_server_gives_too_are_counted(
     server: FakeOllama, recipe: Recipe, build: Path, prompts: list[dict[str, Any]]
 ) -> None:
-    publishing.publish(recipe, build, host=server.host)
+    publish.publish(recipe, build, host=server.host)
     theirs = ["".join(server.pieces), " otra", None]
     rows = [{"answers": {"tutor": {"text": text}}} for text in theirs]
     (build / "small/eval").mkdir()
@@ -584,7 +590,7 @@ def test_answers_that_llama_server_gives_too_are_counted(
 def test_a_cut_answer_is_no_whole_answer_and_an_aborted_one_is_recorded(
     server: FakeOllama, recipe: Recipe, build: Path, prompts: list[dict[str, Any]]
 ) -> None:
-    publishing.publish(recipe, build, host=server.host)
+    publish.publish(recipe, build, host=server.host)
     cut = {"done": True, "done_reason": "length", "eval_count": 1}
     server.script(
         "POST /api/chat", None, fake.stream(fake.chunk(" x"), cut), fake.stream(*[fake.chunk(" la")] * 31), None, None
@@ -600,7 +606,7 @@ def test_a_cut_answer_is_no_whole_answer_and_an_aborted_one_is_recorded(
 def test_a_model_deleted_while_it_is_asked_leaves_its_answers_for_the_next_run_and_no_half_evaluation(
     server: FakeOllama, recipe: Recipe, build: Path, prompts: list[dict[str, Any]]
 ) -> None:
-    publishing.publish(recipe, build, host=server.host)
+    publish.publish(recipe, build, host=server.host)
 
     def delete(handler: fake.Handler) -> None:
         server.models.clear()

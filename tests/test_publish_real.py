@@ -36,8 +36,7 @@ from tutor.errors import GateError, ServiceError
 from tutor.pipeline import runner as pipeline
 from tutor.prompt import GO_TEMPLATE, Message, conversation, render
 from tutor.recipe.settings import Recipe, read_recipe
-from tutor.serving import builds as stage
-from tutor.serving import compare as evaluating
+from tutor.serving import builds, compare
 from tutor.serving import publish as publishing
 
 HOST = os.environ.get("TUTOR_TEST_OLLAMA", "")
@@ -110,7 +109,7 @@ def test_a_build_is_published_once_proven_and_answers(recipe: Recipe, build: Pat
     again = publish(recipe, build)
     assert again["published"] is False
     assert again["build"] == first["build"]
-    assert [row["latest"] for row in stage.models(api, NAME)] == [True]
+    assert [row["latest"] for row in builds.list_builds(api, NAME)] == [True]
 
 
 def test_another_system_text_is_another_build_and_a_rollback_brings_the_first_one_back(
@@ -123,13 +122,13 @@ def test_another_system_text_is_another_build_and_a_rollback_brings_the_first_on
         return str((api.show(NAME) or {})["system"])
 
     assert system() == "Respondes en español."
-    stage.rollback(api, NAME)
+    builds.rollback(api, NAME)
     assert system() == recipe.system
-    stage.rollback(api, NAME)
+    builds.rollback(api, NAME)
     assert system() == "Respondes en español."
-    stage.promote(api, NAME, first["build"][:5])
+    builds.serve_as_latest(api, NAME, f"{NAME}:{builds.find_build(api, NAME, first['build'][:5])}")
     assert system() == recipe.system
-    rows = {row["build"]: row for row in stage.models(api, NAME)}
+    rows = {row["build"]: row for row in builds.list_builds(api, NAME)}
     assert rows[first["build"]]["latest"]
     assert rows[second["build"]]["previous"]
 
@@ -222,22 +221,22 @@ def test_the_modelfile_makes_the_same_model_by_ollama_create(
 # Sabotage
 
 
-def published_model(recipe: Recipe, build: Path) -> tuple[stage.Model, dict[Path, str]]:
+def published_model(recipe: Recipe, build: Path) -> tuple[builds.Model, dict[Path, str]]:
     """What `publish` sends, to be spoiled; `latest` is published from it."""
     publish(recipe, build)
-    model = stage.read_model(build / "tiny/model", recipe.ollama.quantization)
+    model = builds.read_model(build / "tiny/model", recipe.ollama.quantization)
     return model, {path: file_sha256(path) for path in model.paths}
 
 
-def with_file(model: stage.Model, path: Path) -> tuple[stage.Model, dict[Path, str]]:
+def with_file(model: builds.Model, path: Path) -> tuple[builds.Model, dict[Path, str]]:
     return replace(model, files={path.name: path}), {path: file_sha256(path)}
 
 
-def refused(api: Ollama, model: stage.Model, hashes: dict[Path, str], error: type[Exception], what: str) -> None:
+def refused(api: Ollama, model: builds.Model, hashes: dict[Path, str], error: type[Exception], what: str) -> None:
     """Publishing fails, its build is gone, and `latest` is what it was."""
     before = {tag.name: tag.digest for tag in api.tags()}
     with pytest.raises(error, match=what):
-        stage.publish(model, hashes, api)
+        builds.publish_build(model, hashes, api)
     assert {tag.name: tag.digest for tag in api.tags()} == before
 
 
@@ -275,7 +274,7 @@ def test_an_adapter_of_another_base_is_refused_at_its_first_answer(
     recipe: Recipe, build: Path, api: Ollama, tmp_path: Path
 ) -> None:
     publish(recipe, build, adapter=True)
-    model = stage.read_model(build / "tiny/lora", recipe.ollama.quantization)
+    model = builds.read_model(build / "tiny/lora", recipe.ollama.quantization)
     (adapter,) = model.adapters.values()
     data = adapter.read_bytes().replace(b"blk.1.attn_q", b"blk.7.attn_q")
     (tmp_path / "other.gguf").write_bytes(data)
@@ -362,7 +361,7 @@ def test_models_outlive_a_restart_of_the_server(
     try:
         with connect(host) as server:
             server.wait_ready(30)
-            assert stage.rollback(server, NAME)["build"] == first["build"], "history is on the server"
+            assert builds.rollback(server, NAME)["build"] == first["build"], "history is on the server"
         assert say(NAME, host=host) == before
     finally:
         second.terminate()
@@ -371,7 +370,7 @@ def test_models_outlive_a_restart_of_the_server(
 
 def test_the_published_model_is_evaluated(recipe: Recipe, build: Path) -> None:
     publish(recipe, build)
-    result = evaluating.published(recipe, build, host=HOST)
+    result = compare.evaluate_published(recipe, build, host=HOST)
     answers = json.loads((build / "tiny/eval-ollama/answers.json").read_text("utf-8"))
     assert result["all"]["n"] == len(answers) == 5
     assert all(row["answers"]["ollama"].get("text") for row in answers)

@@ -30,7 +30,7 @@ from tutor.errors import ArtifactError, DataError, GateError, TutorError
 from tutor.pipeline import registry as chain
 from tutor.pipeline import runner as pipeline
 from tutor.recipe.settings import OllamaSettings, Recipe, read_recipe
-from tutor.serving import publish as publishing
+from tutor.serving import publish
 
 pytestmark = [
     pytest.mark.pipeline,
@@ -368,7 +368,7 @@ def build(tutor_recipe: Recipe, tmp_path: Path) -> Path:
 def refused(server: fake.FakeOllama, recipe: Recipe, build: Path, kind: type[TutorError], match: str) -> Any:
     """Publishing fails, and no name is left on the server."""
     with pytest.raises(kind, match=match) as caught:
-        publishing.publish(recipe, build, host=server.host)
+        publish.publish(recipe, build, host=server.host)
     assert server.models == {}
     return caught
 
@@ -420,13 +420,13 @@ def test_an_ollama_that_computes_otherwise(
 def test_a_model_replaced_after_publishing(
     server: fake.FakeOllama, tutor_recipe: Recipe, build: Path, report: Report, *, known: bool
 ) -> None:
-    publishing.publish(tutor_recipe, build, host=server.host)
+    publish.publish(tutor_recipe, build, host=server.host)
     theirs = server.models["tutor:latest"]
     server.models["tutor:latest"] = fake.Model({**theirs.body, "license": "x"}, theirs.facts, theirs.blob)
     server.says = lambda _: [(" Otra", -0.1), (" cosa", -0.2)]
     if not known:
         (build / "small/model/published.json").unlink()
-    said = publishing.parity(tutor_recipe, build, host=server.host)["refused"]
+    said = publish.compare_published(tutor_recipe, build, host=server.host)["refused"]
     assert said["message"].startswith("Q8_0 -> Ollama (publish) diverges in its " + ("model" if known else "greedy"))
     with pytest.raises(GateError) as caught:
         raise GateError(said["message"], said["hint"])

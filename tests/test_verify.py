@@ -156,8 +156,8 @@ def test_what_is_gone_is_unknown_with_its_reason(built: Built, tmp_path: Path) -
     rows = {row.what: row for row in verify.verify_file(copy, built.recipe, built.build)}
     unknown = {what for what, row in rows.items() if row.condition == "unknown"}
     assert unknown == {"file", "weights", "data.sha256", "adapter.sha256", "merged.sha256", "base.sha256"}
-    assert "adapter" in rows["adapter.sha256"].found
-    assert not verify.wrong(list(rows.values()))
+    assert "adapter" in rows["adapter.sha256"].computed
+    assert not verify.wrong_rows(list(rows.values()))
 
 
 def test_damaged_weights_are_unknown_and_their_hash_is_wrong(built: Built) -> None:
@@ -166,7 +166,7 @@ def test_damaged_weights_are_unknown_and_their_hash_is_wrong(built: Built) -> No
     rows = {row.what: row for row in verify.verify_file(built.gguf(), built.recipe, built.build)}
     assert rows["merged.sha256"].condition == "wrong"
     assert rows["weights"].condition == "unknown"
-    assert "is damaged" in rows["weights"].found
+    assert "is damaged" in rows["weights"].computed
 
 
 def test_other_software_is_told_and_is_not_wrong(built: Built, tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_an_adapter_s_file_is_compared_with_peft_s(built: Built) -> None:
 
 
 def test_a_file_that_says_nothing_of_its_origin_is_an_artifact_error(built: Built, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="does not say where it comes from"):
+    with pytest.raises(ArtifactError, match="does not record its origin"):
         built.conditions(file(tmp_path / "a.gguf", random()))
 
 
@@ -251,7 +251,7 @@ def test_a_published_model_is_known_by_its_file_and_what_it_says(
         publish(server, out / "tutor-Q8_0.gguf", info=built.says)
     rows = {row.what: row for row in verify.verify_model("tutor:latest", server.host, built.recipe, built.build)}
     assert {row.condition for what, row in rows.items() if what != "weights"} == {"ok"}
-    assert rows["file"].found == "gguf/tutor-Q8_0.gguf"
+    assert rows["file"].computed == "gguf/tutor-Q8_0.gguf"
     assert rows["weights"].condition == "unknown", "the fake's files are no GGUF"
 
 
@@ -263,14 +263,14 @@ def test_a_server_s_file_that_is_here_too_has_its_weights_compared(built: Built,
     server.models["tutor:latest"] = fake.Model({}, said, digest)
     rows = {row.what: row for row in verify.verify_model("tutor:latest", server.host, built.recipe, built.build)}
     assert {row.condition for row in rows.values()} == {"ok"}
-    assert str(built.folder / "merged") in rows["weights"].found
+    assert str(built.folder / "merged") in rows["weights"].computed
     assert "merged.sha256" in rows
 
 
 def test_a_model_of_another_build_is_wrong(built: Built, server: fake.FakeOllama, tmp_path: Path) -> None:
     publish(server, tmp_path / "other.gguf", info={**built.says, "tutor.adapter.sha256": 64 * "0"})
     rows = verify.verify_model("tutor:latest", server.host, built.recipe, built.build)
-    assert {row.what for row in verify.wrong(rows)} == {"file", "adapter.sha256"}
+    assert {row.what for row in verify.wrong_rows(rows)} == {"file", "adapter.sha256"}
 
 
 def test_a_model_that_is_not_there_or_says_nothing_is_an_error(
@@ -279,7 +279,7 @@ def test_a_model_that_is_not_there_or_says_nothing_is_an_error(
     with pytest.raises(ServiceError, match="no model 'tutor:latest'"):
         verify.verify_model("tutor:latest", server.host, built.recipe, built.build)
     publish(server, tmp_path / "a.gguf")
-    with pytest.raises(ArtifactError, match="does not say where it comes from"):
+    with pytest.raises(ArtifactError, match="does not record its origin"):
         verify.verify_model("tutor:latest", server.host, built.recipe, built.build)
 
 
@@ -306,7 +306,7 @@ def test_lines_show_hashes_by_their_beginning_and_what_could_not_be_checked() ->
         verify.Row("data.sha256", "wrong", 64 * "b", 64 * "c"),
         verify.Row("base.sha256", "unknown", 64 * "d", "build/x is not there"),
     ]
-    ok, wrong, unknown = verify.lines(rows)
+    ok, wrong, unknown = verify.row_lines(rows)
     assert ok.split() == ["ok", "file", "gguf/tutor-F16.gguf"]
     assert f"{16 * 'b'}… (here: {16 * 'c'}…)" in wrong
     assert unknown.endswith("cannot be checked: build/x is not there")

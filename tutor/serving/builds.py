@@ -1,8 +1,8 @@
-"""The publish stage: a rendered model onto an Ollama server, and no name for it before it is proven.
+"""Builds of a model on an Ollama server: create, check, serve as `latest`, list, roll back.
 
 In: `create.json` of the modelfile stage with its files, a server. Out: `NAME:<build>` on the server, checked, and
-`NAME:latest` as its second name. A build is a hash of all that decides what is served; the same one is published once.
-What `latest` was before is `NAME:previous`: history lives on the server, and outlives a lost build folder.
+`NAME:latest` as its second name. A build is named by a hash of all that decides its answers, and is created once. The
+build that was `latest` before is `NAME:previous`: the history is on the server, and survives a lost build folder.
 Changes nothing in the build folder, and makes no GGUF.
 """
 
@@ -22,23 +22,24 @@ from tutor.engines.ollama.protocol import check_version, shown_parameters
 from tutor.engines.protocol import Generation
 from tutor.errors import ArtifactError, GateError, RecipeError, TutorError
 from tutor.prompt import Message, conversation, render
+from tutor.recipe.settings import Recipe
 
 log = logging.getLogger(__name__)
 
 LATEST, PREVIOUS = "latest", "previous"
-DIGITS = 12
-"""Of a build's hash, as a tag shows it."""
-FILES = ("files", "adapters")
+TAG_DIGITS = 12
+"""Number of hex digits of the build hash in a tag."""
+FILE_KINDS = ("files", "adapters")
 QUESTION = "¿Qué es una interfaz en TypeScript?"
-TOKENS = 24
-"""Of the warm-up answer: fewer than make Ollama give up on a model that repeats itself."""
+WARM_UP_TOKENS = 24
+"""Number of tokens of the warm-up answer; Ollama aborts a longer answer that repeats itself."""
 OWN_TEMPLATE = (
     "Ollama took the GGUF's own chat template, which promises more (tools, thinking) than TEMPLATE: convert again, "
     "so that the file carries tutor's template"
 )
-Checking = Callable[[Ollama, str], dict[str, Any]]
-"""A further check of a tag that is not served yet: what it found, to be reported. Raises GateError."""
-TURNS: tuple[list[Message], ...] = (
+TagCheck = Callable[[Ollama, str], dict[str, Any]]
+"""Further check of a tag before it is served; returns findings for the result. Raises GateError."""
+PROBES: tuple[list[Message], ...] = (
     [{"role": "user", "content": "Hola"}],
     [{"role": "system", "content": "Otro sistema: «ñ».\nDos líneas."}, {"role": "user", "content": QUESTION}],
     [
@@ -51,31 +52,38 @@ TURNS: tuple[list[Message], ...] = (
     [{"role": "user", "content": "Sigue."}, {"role": "assistant", "content": " Una respuesta que"}],
     [{"role": "user", "content": "Emoji 👩‍💻, combinado é, ancho\u00a0fijo, 日本語, \u2028, <b>&amp;</b>"}],
 )
-"""Conversations whose prompts are compared; the model's own system text is in those without one."""
+"""Conversations whose rendered prompts are compared; those without a system text get that of the model."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """What is published: the body of POST /api/create, with paths where the digests will stand."""
+    """A model to publish: the body of POST /api/create, with paths in place of digests."""
 
     name: str
-    quantization: str  # as /api/show must call it
-    files: Mapping[str, Path]  # the GGUF, under the name that the server gets
-    adapters: Mapping[str, Path]  # a LoRA GGUF, or nothing
+    quantization: str  # as /api/show names it
+    files: Mapping[str, Path]  # name on the server -> the GGUF
+    adapters: Mapping[str, Path]  # name on the server -> the LoRA GGUF; can be empty
     settings: Mapping[str, Any]  # template, system, parameters, license, parser
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """Every file."""
+        """All files."""
         return (*self.files.values(), *self.adapters.values())
 
 
+def served_name(recipe: Recipe, *, adapter: bool = False) -> str:
+    """Return the name of the recipe's model in Ollama, without a tag; base plus adapter have a name of their own."""
+    return f"{recipe.ollama.model}-lora" if adapter else recipe.ollama.model
+
+
 def read_model(folder: Path, quantization: str) -> Model:
-    """What `folder`/create.json says, its files by their absolute paths. Raises ArtifactError when it is damaged."""
+    """Read `folder`/create.json, with absolute paths. Raises ArtifactError when it or a file of it is missing."""
     path = folder / "create.json"
     try:
         body = json.loads(path.read_text("utf-8"))
-        files, adapters = ({name: (folder / at).resolve() for name, at in body.pop(key, {}).items()} for key in FILES)
+        files, adapters = (
+            {name: (folder / at).resolve() for name, at in body.pop(key, {}).items()} for key in FILE_KINDS
+        )
         model = Model(body.pop("name"), quantization, files, adapters, body)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ArtifactError(f"cannot read {path}: {error}", "run: tutor modelfile") from None
@@ -86,26 +94,25 @@ def read_model(folder: Path, quantization: str) -> Model:
 
 
 def build_id(model: Model, hashes: Mapping[Path, str]) -> str:
-    """The short hash of all that decides what is served: the files' content and every setting, not their names."""
-    content = {key: [hashes[path] for path in getattr(model, key).values()] for key in FILES}
-    return json_sha256({**content, **model.settings})[:DIGITS]
+    """Return the short hash of all that decides the answers: the content of the files and every setting, no names."""
+    content = {key: [hashes[path] for path in getattr(model, key).values()] for key in FILE_KINDS}
+    return json_sha256({**content, **model.settings})[:TAG_DIGITS]
 
 
-def publish(
+def publish_build(
     model: Model,
     hashes: Mapping[Path, str],
     server: Ollama,
     *,
     wait: float = 5.0,
-    check: Checking | None = None,
+    check: TagCheck | None = None,
     serve: bool = True,
 ) -> dict[str, Any]:
-    """Put a model on a server under its build and, when every check passes, under `latest`; what was done.
+    """Create a build on a server and, when every check passes, tag it `latest`; return what was done.
 
-    Without `serve` it is proven and has its build's name alone.
-
-    `hashes` are the files' sha256 in hex, `wait` is seconds for a server that is still starting, `check` is asked last.
-    Raises GateError when the server would serve something else: that build is deleted again, `latest` is untouched.
+    Without `serve` the build is checked and not tagged. `hashes` has the sha256 of each file in hex, `wait` is the
+    maximum number of seconds for the start of the server, `check` runs after all other checks. Raises GateError when
+    the server would serve another model: the build is then deleted, and `latest` stays as it was.
     """
     started = time.monotonic()
     version = server.wait_ready(wait)
@@ -114,24 +121,24 @@ def publish(
     tag = f"{model.name}:{build}"
     result = {"model": model.name, "build": build, "tag": tag, "host": server.host, "version": version}
     shown = server.show(tag)
-    made = shown is None or differences(shown, model) != []
+    made = shown is None or mismatches(shown, model) != []
     if not made and _is_latest(server, model.name, tag):
         return {**result, "published": False, "seconds": round(time.monotonic() - started, 3)}
-    with _taken_back(server, tag):
+    with _deleted_on_failure(server, tag):
         if made:
             _create(model, hashes, server, tag)
-        checks = prove(model, server, tag)
+        checks = check_build(model, server, tag)
         if check:
             checks |= check(server, tag)
         if serve:
-            switch(server, model.name, tag)
-    checks["digest"] = digest_of(server, tag)
+            serve_as_latest(server, model.name, tag)
+    checks["digest"] = model_digest(server, tag)
     return {**result, "published": True, "created": made, **checks, "seconds": round(time.monotonic() - started, 3)}
 
 
 @contextmanager
-def _taken_back(server: Ollama, tag: str) -> Iterator[None]:
-    """A build that is not proven loses its name again, Ctrl-C included; unless it is served already."""
+def _deleted_on_failure(server: Ollama, tag: str) -> Iterator[None]:
+    """Delete the tag when a check inside fails, or after Ctrl-C, unless the tag is `latest` already."""
     try:
         yield
     except BaseException:
@@ -149,31 +156,31 @@ def _create(model: Model, hashes: Mapping[Path, str], server: Ollama, tag: str) 
     for path in model.paths:
         if not server.upload_blob(path, digests[path]):
             log.info("%s is on the server already", path.name)
-    files = {key: {name: digests[path] for name, path in getattr(model, key).items()} for key in FILES}
+    files = {key: {name: digests[path] for name, path in getattr(model, key).items()} for key in FILE_KINDS}
     server.create(tag, {**{key: value for key, value in files.items() if value}, **model.settings})
 
 
-def prove(model: Model, server: Ollama, tag: str) -> dict[str, Any]:
-    """Show, prompts and one answer of a published tag, each as it must be; what they said. Raises GateError."""
+def check_build(model: Model, server: Ollama, tag: str) -> dict[str, Any]:
+    """Check settings, prompts and one answer of a published tag; return the findings. Raises GateError."""
     shown = server.show(tag)
-    if problems := differences(shown or {}, model):
+    if problems := mismatches(shown or {}, model):
         hint = OWN_TEMPLATE if "{%" in str((shown or {}).get("template")) else "publish again"
         raise GateError(f"{tag} is not what was sent: {'; '.join(problems[:3])}", hint)
     latest = f"{model.name}:{LATEST}"
     if latest.lower() in map(str.lower, server.loaded()):
         server.unload(latest)  # two models need twice the memory
     prompts = check_prompts(model, server, tag)
-    answer = OllamaServer(server, tag).answer(conversation(QUESTION), Generation(TOKENS, 0.0, 1.0, 1.0, 1))
+    answer = OllamaServer(server, tag).answer(conversation(QUESTION), Generation(WARM_UP_TOKENS, 0.0, 1.0, 1.0, 1))
     if not answer.text.strip():
         raise GateError(f"{tag} answers {QUESTION!r} with nothing", "look at its training: tutor summary")
-    share = server.loaded().get(tag)  # None where another name with the same file was in memory already
+    share = server.loaded().get(tag)  # None when another name of the same file was loaded already
     if share is not None and share < 1:
         log.info("%s runs with %.0f %% of its memory on a GPU", tag, 100 * share)
     return {"prompts": prompts, "answer": answer.text, "gpu_share": share}
 
 
-def differences(shown: Mapping[str, Any], model: Model) -> list[str]:
-    """What /api/show says otherwise than the model was sent, in words."""
+def mismatches(shown: Mapping[str, Any], model: Model) -> list[str]:
+    """Return the settings in /api/show that differ from those of the model, as text."""
     details = shown.get("details") or {}
     expected: dict[str, tuple[object, object]] = {
         "template": (shown.get("template"), model.settings.get("template", "")),
@@ -187,13 +194,13 @@ def differences(shown: Mapping[str, Any], model: Model) -> list[str]:
 
 
 def check_prompts(model: Model, server: Ollama, tag: str) -> int:
-    """How many prompts the server renders exactly as the prompt contract does. Raises GateError at the first other.
+    """Return the number of prompts that the server renders as the prompt contract does. Raises GateError otherwise.
 
-    Zero, with a warning, where the server has no way to show them.
+    The number is 0, with a warning, when the server cannot return rendered prompts.
     """
     system = model.settings.get("system", "")
     cases: list[tuple[str | Sequence[Message], str]] = []
-    for turns in TURNS:
+    for turns in PROBES:
         opening: list[Message] = [{"role": "system", "content": system}] if system else []
         whole = turns if turns[0]["role"] == "system" else [*opening, *turns]
         cases.append((turns, render(whole)))
@@ -202,7 +209,7 @@ def check_prompts(model: Model, server: Ollama, tag: str) -> int:
     for asked, expected in cases:
         prompt = server.rendered(tag, asked)
         if prompt is None:
-            log.warning("this Ollama does not show its prompts: only /api/show was compared")
+            log.warning("this Ollama does not return its prompts: only /api/show was compared")
             return 0
         if prompt != expected:
             at = next((i for i, (a, b) in enumerate(zip(prompt, expected, strict=False)) if a != b), len(expected))
@@ -215,8 +222,8 @@ def check_prompts(model: Model, server: Ollama, tag: str) -> int:
     return len(cases)
 
 
-def switch(server: Ollama, name: str, tag: str) -> None:
-    """Serve a tag as `latest`; what was latest is `previous` from now on."""
+def serve_as_latest(server: Ollama, name: str, tag: str) -> None:
+    """Tag a build `latest`, and the build that was latest `previous`."""
     tags = _tags(server, name)
     target, latest = tags[tag.partition(":")[2].lower()], tags.get(LATEST)
     if latest is not None and latest.digest != target.digest:
@@ -226,9 +233,9 @@ def switch(server: Ollama, name: str, tag: str) -> None:
         raise GateError(f"{name}:{LATEST} is not {tag} after copying", "another client writes it too? publish again")
 
 
-def find(server: Ollama, name: str, build: str | None = None) -> str:
-    """A published build, by the beginning of its hash, or (None) the newest one. Raises RecipeError for none."""
-    builds = [row for row in models(server, name) if row["build"]]
+def find_build(server: Ollama, name: str, build: str | None = None) -> str:
+    """Return the published build whose hash begins with `build`; None: the newest. Raises RecipeError without one."""
+    builds = [row for row in list_builds(server, name) if row["build"]]
     matching = [row for row in builds if build is None or row["build"].startswith(build.lower())]
     if not matching or (build is not None and len(matching) > 1):
         known = ", ".join(row["build"] for row in builds) or "none: run tutor publish"
@@ -236,21 +243,12 @@ def find(server: Ollama, name: str, build: str | None = None) -> str:
     return str(matching[0]["build"])
 
 
-def promote(server: Ollama, name: str, build: str | None = None) -> dict[str, Any]:
-    """Serve a published build, found as `find` does, whatever it answers."""
-    found = find(server, name, build)
-    switch(server, name, f"{name}:{found}")
-    return {"model": name, "build": found, "host": server.host}
-
-
 def rollback(server: Ollama, name: str) -> dict[str, Any]:
-    """Serve again what `latest` was before; a second rollback takes the first one back. Raises RecipeError for none."""
+    """Serve the build that was `latest` before; a second rollback undoes it. Raises RecipeError without one."""
     tags = _tags(server, name)
     latest, previous = tags.get(LATEST), tags.get(PREVIOUS)
     if previous is None or (latest and latest.digest == previous.digest):
-        raise RecipeError(
-            f"{server.host} knows nothing that {name} was before", "see: tutor models; tutor promote BUILD"
-        )
+        raise RecipeError(f"{server.host} has no previous build of {name}", "see: tutor models; tutor promote BUILD")
     builds = {tag.digest: build for build, tag in tags.items() if build not in (LATEST, PREVIOUS)}
     server.copy(f"{name}:{PREVIOUS}", f"{name}:{LATEST}")
     if latest and latest.digest in builds:
@@ -258,8 +256,8 @@ def rollback(server: Ollama, name: str) -> dict[str, Any]:
     return {"model": name, "build": builds.get(previous.digest), "host": server.host}
 
 
-def models(server: Ollama, name: str) -> list[dict[str, Any]]:
-    """The builds of a name on the server, the newest first, and what is latest and previous of another origin."""
+def list_builds(server: Ollama, name: str) -> list[dict[str, Any]]:
+    """List the builds of a name on the server, the newest first, and `latest` and `previous` of another origin."""
     tags = _tags(server, name)
     roles = {role: tags.pop(role) for role in (LATEST, PREVIOUS) if role in tags}
     rows = [(build, tag) for build, tag in tags.items()]
@@ -267,7 +265,7 @@ def models(server: Ollama, name: str) -> list[dict[str, Any]]:
     return [
         {
             "build": build,
-            "digest": tag.digest[:DIGITS],
+            "digest": tag.digest[:TAG_DIGITS],
             "modified": tag.modified,
             "size": tag.size,
             **{role: role in roles and roles[role].digest == tag.digest for role in (LATEST, PREVIOUS)},
@@ -276,15 +274,15 @@ def models(server: Ollama, name: str) -> list[dict[str, Any]]:
     ]
 
 
-def digest_of(server: Ollama, model: str) -> str | None:
-    """What identifies a published model, tag or (without one) `latest`; None when it is not there."""
+def model_digest(server: Ollama, model: str) -> str | None:
+    """Return the digest of a published model, by tag or (without a tag) of `latest`; None when it is missing."""
     name, _, tag = model.partition(":")
     found = _tags(server, name).get(tag or LATEST)
     return found.digest if found else None
 
 
 def _tags(server: Ollama, name: str) -> dict[str, Tag]:
-    """Every tag of a name, by what stands behind the colon; Ollama takes a name in any case."""
+    """Return every tag of a name, by the text after the colon; names are case-insensitive in Ollama."""
     tags = ((tag.name.lower().partition(":"), tag) for tag in server.tags())
     return {parts[2]: tag for parts, tag in tags if parts[0] == name.lower()}
 

@@ -1,6 +1,6 @@
-"""The conversation at the terminal: read a question, stream the answer, remember both as they came.
+"""A conversation at the terminal: read a question, stream the answer, keep both unchanged as history.
 
-In: an engine, what it is asked with, and a terminal's three ends. Its texts are Spanish, as the tutor's are.
+In: an engine, its sampling settings, a terminal. Out: the texts on that terminal, in Spanish like those of the tutor.
 Does not know which engine answers, and does not touch stdin or stdout itself.
 """
 
@@ -15,28 +15,28 @@ PROMPT = "tú> "
 HELP = "/nuevo olvida la conversación · /salir (o Ctrl-D) termina · Ctrl-C interrumpe la respuesta"
 COMMAND = re.compile(r"/[a-záéíóúñ]+")
 CHARACTERS = 2
-"""A token has about so many at least, in Spanish and code: for texts that no engine has counted yet."""
+"""Lower bound of characters per token in Spanish and code, for texts that no engine has counted yet."""
 
 
 @dataclass(frozen=True)
 class Terminal:
-    """Where a conversation takes place."""
+    """Input and outputs of a conversation."""
 
-    read: Callable[[str], str]  # shows the prompt, gives a line; EOFError at its end, as input() does
-    write: Callable[[str], None]  # pieces of answers, as they come
-    note: Callable[[str], None]  # a line about the conversation; not part of it (stderr)
+    read: Callable[[str], str]  # prints the prompt and returns a line, like input(); raises EOFError at the end
+    write: Callable[[str], None]  # gets the pieces of an answer while it is generated
+    note: Callable[[str], None]  # gets lines about the conversation (stderr)
 
 
 def converse(
     engine: Engine, generation: Generation, terminal: Terminal, *, system: str, context: int | None = None
 ) -> int:
-    """Talk until /salir, the end of input or a second Ctrl-C at the prompt; the exit code.
+    """Run the conversation until /salir, the end of input or a second Ctrl-C at the prompt; return the exit code.
 
-    `context` is the served context in tokens: before it is full the oldest turns are forgotten, with a note.
+    `context` is the served context in tokens: before it is full, the oldest turns are dropped, with a note.
     Raises ServiceError when the engine fails.
     """
     turns: list[Message] = []
-    used = 0  # tokens of the conversation so far, as the engine counted them
+    used = 0  # number of tokens of the conversation, as the engine counted them
     terminal.note(HELP)
     while (question := _next_question(terminal)) is not None:
         if question == "/nuevo":
@@ -59,7 +59,7 @@ def converse(
 
 
 def _next_question(terminal: Terminal) -> str | None:
-    """The next line that is not blank; None when the person leaves."""
+    """Return the next line that is not blank; None at the end of the conversation."""
     interrupted = False
     while True:
         try:
@@ -84,17 +84,17 @@ def _next_question(terminal: Terminal) -> str | None:
 def _answer(
     engine: Engine, generation: Generation, messages: list[Message], terminal: Terminal
 ) -> tuple[str, Answer | None]:
-    """The answer's text as it came, and the engine's record of it; None where Ctrl-C cut it short."""
+    """Return the raw text of the answer and the engine's record of it, which is None after Ctrl-C."""
     pieces: list[str] = []
-    show = _shower(terminal.write)
+    write = _trimmed(terminal.write)
 
-    def hear(piece: str) -> None:
+    def receive(piece: str) -> None:
         pieces.append(piece)
-        show(piece)
+        write(piece)
 
     answer = None
     try:
-        answer = engine.answer(messages, generation, hear)
+        answer = engine.answer(messages, generation, receive)
     except KeyboardInterrupt:
         terminal.write("\n")
         terminal.note("Respuesta interrumpida.")
@@ -107,12 +107,12 @@ def _answer(
     return answer.text, answer
 
 
-def _shower(write: Callable[[str], None]) -> Callable[[str], None]:
-    """A `write` that leaves out blanks before the first and after the last word of an answer."""
+def _trimmed(write: Callable[[str], None]) -> Callable[[str], None]:
+    """Return a `write` that drops blanks before the first and after the last word of an answer."""
     pending: list[str] = []
     begun = False
 
-    def show(piece: str) -> None:
+    def write_trimmed(piece: str) -> None:
         nonlocal begun
         pending.append(piece)
         text = "".join(pending) if begun else "".join(pending).lstrip()
@@ -122,10 +122,10 @@ def _shower(write: Callable[[str], None]) -> Callable[[str], None]:
             begun = True
             write(whole)
 
-    return show
+    return write_trimmed
 
 
 def _without_oldest(turns: list[Message]) -> list[Message]:
-    """The newer half of a conversation, from a question on; of a single exchange nothing."""
+    """Return the newer half of a conversation, beginning with a question; nothing of a single exchange."""
     exchanges = len(turns) // 2
     return turns[(exchanges + 1) // 2 * 2 :]

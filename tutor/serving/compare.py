@@ -1,9 +1,9 @@
-"""Ask any models the prompts, judge, and compare two of them prompt by prompt.
+"""Evaluate any model on the held-out prompts, and compare two models prompt by prompt.
 
-In: names of models (models.py) or folders with answers, a recipe whose data stage has run. Out: for each model that
-was asked `eval-<label>/answers.json` in the build folder, as the evaluate stage writes it but with this one model in
-`answers`; it is asked again only when something changed that its answers depend on. What changed between two models
-as rates.changes returns them.
+In: names of models (models.py) or folders with answers, a recipe whose data stage has run. Out: `eval-<label>/` in the
+build folder for each model, with an answers.json like that of the evaluate stage for this one model; a model is asked
+again only when what its answers depend on has changed. The changes between two models, as stages/evaluate/rates.py
+computes them.
 """
 
 import itertools
@@ -25,8 +25,8 @@ from tutor.formats.rows.split_files import read_rows
 from tutor.pipeline.registry import BY_NAME
 from tutor.pipeline.runner import announced
 from tutor.recipe.settings import Recipe
-from tutor.serving import publish as publishing
-from tutor.serving.models import Who, identity, named, opened
+from tutor.serving.builds import served_name
+from tutor.serving.models import ModelChoice, answer_dependencies, open_engine, parse_model
 from tutor.stages.evaluate import generalization, rates, stage
 from tutor.stages.evaluate.answers import Task, answer_prompts
 
@@ -41,45 +41,48 @@ CODE = (
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A model's answers: prompts with this model's records, and the manifest's results."""
+class ModelAnswers:
+    """Answers of one model: the prompts, its graded answers, and the results of the manifest."""
 
     label: str
     prompts: list[dict[str, Any]]
     records: list[dict[str, Any]]
     results: dict[str, Any]
-    ran: bool  # whether it was asked now
+    ran: bool  # whether the model was asked now
 
 
-def published(
+def evaluate_published(
     recipe: Recipe, build: Path, *, host: str | None = None, adapter: bool = False, parallel: int = 1
 ) -> dict[str, Any]:
-    """Ask the published model; the rates, and in how many answers llama-server says the same (None: not asked).
+    """Evaluate the published model; return its rates, and how many answers equal those of llama-server.
 
-    Raises ArtifactError without the data stage, ServiceError when the model is not there or the server dies.
+    That number is None before the evaluate stage has run. Raises ArtifactError without the data stage, ServiceError
+    when the model is missing or the server dies.
     """
-    who = Who(publishing.served_name(recipe, adapter=adapter), None, "ollama", host)
-    found = ask_published(recipe, build, who, parallel)
+    choice = ModelChoice(served_name(recipe, adapter=adapter), None, "ollama", host)
+    found = ask_published(recipe, build, choice, parallel)
     theirs = BuildFolder(build, recipe.name).stage("evaluate") / stage.ANSWERS
     agreement = _agreement(theirs, found.records)
     rated = found.results["models"][OLLAMA]
-    shown = {**found.results, "models": {who.model: rated}, "all": rated["all"]}
-    return {"ran": found.ran, **shown, "as_llama_server": agreement}
+    results = {**found.results, "models": {choice.model: rated}, "all": rated["all"]}
+    return {"ran": found.ran, **results, "as_llama_server": agreement}
 
 
-def ask_published(recipe: Recipe, build: Path, who: Who, parallel: int = 1) -> Asked:
-    """The answers of a published model, by its name or one of its tags, kept as `eval-ollama/`."""
-    return _ask(recipe, build, who, OLLAMA, parallel)
+def ask_published(recipe: Recipe, build: Path, choice: ModelChoice, parallel: int = 1) -> ModelAnswers:
+    """Return the answers of a published model, by its name or one of its tags, stored in `eval-ollama/`."""
+    return _ask(recipe, build, choice, OLLAMA, parallel)
 
 
-def evaluate(recipe: Recipe, build: Path, whom: Sequence[Who], *, parallel: int = 1) -> dict[str, Any]:
-    """Ask several models; rates of each, and what changed from the first to each of the others.
+def evaluate_models(
+    recipe: Recipe, build: Path, choices: Sequence[ModelChoice], *, parallel: int = 1
+) -> dict[str, Any]:
+    """Evaluate several models; return the rates of each, and the differences of the others from the first.
 
-    Raises ArtifactError naming the stage that is missing, ServiceError when a server cannot be kept alive.
+    Raises ArtifactError naming the missing stage, ServiceError when a server cannot be kept alive.
     """
-    if len({who.label for who in whom}) < len(whom):
+    if len({choice.label for choice in choices}) < len(choices):
         raise RecipeError("a model is named twice", "name each once")
-    asked = [_ask(recipe, build, who, who.label, parallel) for who in whom]
+    asked = [_ask(recipe, build, choice, choice.label, parallel) for choice in choices]
     records = {each.label: each.records for each in asked}
     result = {
         "ran": any(each.ran for each in asked),
@@ -90,14 +93,14 @@ def evaluate(recipe: Recipe, build: Path, whom: Sequence[Who], *, parallel: int 
     return {**result, "findings": generalization.findings(result)}
 
 
-def compare(recipe: Recipe, build: Path, before: str, after: str, **asking: Any) -> dict[str, Any]:
-    """What changed from one model to another over the prompts that both were asked.
+def compare_models(recipe: Recipe, build: Path, before: str, after: str, **asking: Any) -> dict[str, Any]:
+    """Compare two models over the prompts that both have answered.
 
-    Each is a folder with answers (a build, or an evaluation in it), an answers.json, or a model's name as
-    answering.named takes it (`engine`, `host`), which is asked (`parallel` at a time). Raises ArtifactError where a
-    file is no such file, or no prompt is common to both; for models as `evaluate`.
+    Each is a folder with answers (a build, or an evaluation in it), an answers.json, or the name of a model for
+    `models.parse_model` with `engine` and `host`; that model is then asked, `parallel` prompts at a time. Raises
+    ArtifactError for a file of another form, or when no prompt is common to both; for models as `evaluate_models`.
     """
-    early, late = (_found(recipe, build, source, **asking) for source in (before, after))
+    early, late = (_answers_of(recipe, build, source, **asking) for source in (before, after))
     places = {prompt["instruction"]: place for place, prompt in enumerate(late.prompts)}
     common = [place for place, prompt in enumerate(early.prompts) if prompt["instruction"] in places]
     if not common:
@@ -116,22 +119,22 @@ def compare(recipe: Recipe, build: Path, before: str, after: str, **asking: Any)
     }
 
 
-def _found(
+def _answers_of(
     recipe: Recipe, build: Path, source: str, *, engine: str = "llamacpp", host: str | None = None, parallel: int = 1
-) -> Asked:
-    """The answers that a person means by a folder, a file or a name."""
+) -> ModelAnswers:
+    """Return the answers in a folder or a file, or those of the model with this name."""
     path = Path(source)
     for answers in (path / STAGE_FOLDERS["evaluate"] / stage.ANSWERS, path / stage.ANSWERS, path):
         if answers.name.endswith(".json") and answers.is_file():
             return _from_file(answers, source)
     if "/" in source and engine != "ollama" and not source.startswith("ollama:"):
         raise ArtifactError(f"{source} has no answers", "name a build folder in which tutor eval has run")
-    who = named(source, engine, host)
-    return _ask(recipe, build, who, who.label, parallel)
+    choice = parse_model(source, engine, host)
+    return _ask(recipe, build, choice, choice.label, parallel)
 
 
-def _from_file(path: Path, label: str) -> Asked:
-    """The tutor's records in an answers.json, or the only model's that it has."""
+def _from_file(path: Path, label: str) -> ModelAnswers:
+    """Return the answers of the tutor in an answers.json, or those of the first model in it."""
     try:
         rows = json.loads(path.read_text("utf-8"))
         names = list(rows[0]["answers"])
@@ -145,34 +148,34 @@ def _from_file(path: Path, label: str) -> Asked:
         ) from None
     if not good:
         raise ArtifactError(f"{path} has no verdicts", "evaluate again: tutor eval")
-    return Asked(label, prompts, records, {}, ran=False)
+    return ModelAnswers(label, prompts, records, {}, ran=False)
 
 
-def _ask(recipe: Recipe, build: Path, who: Who, label: str, parallel: int) -> Asked:
-    """Ask one model the recipe's prompts, or find what it said."""
+def _ask(recipe: Recipe, build: Path, choice: ModelChoice, label: str, parallel: int) -> ModelAnswers:
+    """Return the stored answers of a model to the prompts of the recipe, or ask the model."""
     folder = BuildFolder(build, recipe.name)
     data = folder.stage("data")
     generation = greedy(recipe.generate, recipe.seed)
     target = folder.evaluation(label)
     with locked(folder.path):
         asked = {"input.data": require_stage(data, "data").fingerprint, "system": recipe.system}
-        served = identity(recipe, build, who)
-        if who.engine == "ollama" and parallel > 1:
-            served["parallel"] = parallel  # a server with more than one slot batches them (stages/evaluate/answers.py)
+        served = answer_dependencies(recipe, build, choice)
+        if choice.engine == "ollama" and parallel > 1:
+            served["parallel"] = parallel  # a server with several slots batches prompts (stages/evaluate/answers.py)
         fields = {**asked, **asdict(generation), **served, **provenance(CODE, ())}
         ran = not is_made(target, fields)
         if ran:
             prompts = read_rows(data / "prompts.jsonl")
             training = read_rows(data / "train.jsonl")
-            at_once = 1 if who.engine == "hf" or who.model == "adapter" else parallel
-            number = itertools.count(1)  # of the servers that are started, each with its log
-            asking = announced("evaluate", f"ask {label} the prompts and judge")
+            at_once = 1 if choice.engine == "hf" or choice.model == "adapter" else parallel
+            number = itertools.count(1)  # of the started servers, one log file each
+            asking = announced("evaluate", f"answer the prompts with {label} and grade")
             with asking, writing(target, target.name, fields) as (out, results):
                 logs = log_folder(out)
                 logs.mkdir(exist_ok=True)
                 task = Task(label, generation, recipe.system, checkpoint_folder(out) / "answers.jsonl", served)
                 answers = answer_prompts(
-                    lambda: opened(recipe, build, who, share=at_once, log=logs / f"{next(number)}.log"),
+                    lambda: open_engine(recipe, build, choice, share=at_once, log=logs / f"{next(number)}.log"),
                     prompts,
                     task,
                     parallel=at_once,
@@ -184,11 +187,11 @@ def _ask(recipe: Recipe, build: Path, who: Who, label: str, parallel: int) -> As
         results = require_stage(target, target.name).results
         rows = json.loads((target / stage.ANSWERS).read_text("utf-8"))
     prompts = [{name: value for name, value in row.items() if name != "answers"} for row in rows]
-    return Asked(label, prompts, [row["answers"][label] for row in rows], results, ran)
+    return ModelAnswers(label, prompts, [row["answers"][label] for row in rows], results, ran)
 
 
 def _agreement(path: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, int] | None:
-    """In how many answers Ollama and llama-server, asked by the evaluate stage, agree to the letter; None without."""
+    """Return how many answers equal those of llama-server in the evaluate stage; None before that stage."""
     try:
         rows = json.loads(path.read_text("utf-8"))
         theirs = [row["answers"]["tutor"].get("text") for row in rows]

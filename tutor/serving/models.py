@@ -1,6 +1,7 @@
-"""Who answers: a model's name to an engine, and what its answers depend on.
+"""Models by name: parse a name, start the engine that answers, list what its answers depend on.
 
-In: a recipe, its build folder, a name. Out: an engine that is stopped when done. Asks nothing and makes nothing.
+In: a recipe, its build folder, a name. Out: an engine, stopped at the end of its context. Generates nothing and makes
+no file.
 """
 
 import contextlib
@@ -23,112 +24,115 @@ if TYPE_CHECKING:
 
 MODELS = ("tutor", "base", "adapter")
 ENGINES = ("llamacpp", "ollama", "hf")
-KNOWN = "tutor, base, adapter, a quantization as Q8_0 or base-Q8_0, hf:tutor, hf:base, ollama:NAME"
+KNOWN_NAMES = "tutor, base, adapter, a quantization as Q8_0 or base-Q8_0, hf:tutor, hf:base, ollama:NAME"
 
-_FILE = re.compile(r"(?:(tutor|base)-)?([A-Z][A-Z0-9_]*)")
+_GGUF_NAME = re.compile(r"(?:(tutor|base)-)?([A-Z][A-Z0-9_]*)")
 
 
 @dataclass(frozen=True)
-class Who:
-    """Which model, through which engine. `model` is one of MODELS; with Ollama, the name that it has there."""
+class ModelChoice:
+    """A model and the engine that runs it. `model` is one of MODELS, or with Ollama the name of a model there."""
 
     model: str
     quantization: str | None = None  # None: the recipe's ollama.quantization
     engine: str = "llamacpp"
-    host: str | None = None  # Ollama's
+    host: str | None = None  # of the Ollama server
 
     @property
     def label(self) -> str:
-        """What the model is called beside others."""
+        """Name of the model in tables and folder names."""
         name = f"{self.model}-{self.quantization}" if self.quantization else self.model
         return name if self.engine == "llamacpp" else f"{self.engine}:{name}"
 
 
-def named(text: str, engine: str = "llamacpp", host: str | None = None) -> Who:
-    """`[ENGINE:]NAME`, as a person names a model; without ENGINE it is the one given. Raises RecipeError."""
+def parse_model(text: str, engine: str = "llamacpp", host: str | None = None) -> ModelChoice:
+    """Parse `[ENGINE:]NAME`; `engine` is the default engine. Raises RecipeError for an unknown name."""
     before, _, name = text.partition(":")
     engine, name = (before, name) if before in ENGINES and name else (engine, text)
     if not name:
-        raise RecipeError("a model without a name", f"known: {KNOWN}")
+        raise RecipeError("a model without a name", f"known: {KNOWN_NAMES}")
     if engine == "ollama" or name in MODELS:
-        return Who(name, None, engine, host)
-    match = _FILE.fullmatch(name)
+        return ModelChoice(name, None, engine, host)
+    match = _GGUF_NAME.fullmatch(name)
     if match is None or engine == "hf":
-        raise RecipeError(f"no model {name!r}", f"known: {KNOWN}")
-    return Who(match[1] or "tutor", match[2], engine, host)
+        raise RecipeError(f"no model {name!r}", f"known: {KNOWN_NAMES}")
+    return ModelChoice(match[1] or "tutor", match[2], engine, host)
 
 
 @contextlib.contextmanager
-def opened(recipe: "Recipe", build: Path, who: Who, *, share: int = 1, log: Path | None = None) -> "Iterator[Engine]":
-    """The engine that answers, stopped when done; `share`: of so many at a time, each with its part of the cores.
+def open_engine(
+    recipe: "Recipe", build: Path, choice: ModelChoice, *, share: int = 1, log: Path | None = None
+) -> "Iterator[Engine]":
+    """Start the engine that answers, and stop it at the end of the context.
 
-    `log` takes what a llama-server says (None: server.log in the build folder).
-    Raises ArtifactError naming the stage that is missing, ServiceError for a server's faults.
+    `share` is the number of engines that run at a time; each gets its part of the cores. `log` is the file for the
+    output of llama-server (None: server.log in the build folder).
+    Raises ArtifactError naming the missing stage, ServiceError for faults of a server.
     """
     folder = BuildFolder(build, recipe.name)
-    if who.engine == "ollama":
+    if choice.engine == "ollama":
         from tutor.engines.ollama.engine import serve as serve_published
 
-        with serve_published(who.model, who.host) as engine:
+        with serve_published(choice.model, choice.host) as engine:
             yield engine
-    elif who.engine == "hf" or who.model == "adapter":
+    elif choice.engine == "hf" or choice.model == "adapter":
         from tutor.engines.hf.loading import load
         from tutor.machine import device
 
-        model, adapter = _folders(folder, who.model)
-        quantization = _quantization(folder, who.model)
+        model, adapter = _folders(folder, choice.model)
+        quantization = _quantization(folder, choice.model)
         precision = device.choose_precision(recipe.train.precision)
         yield load(model, adapter, quantization=quantization, precision=precision)
     else:
         from tutor.engines.llamacpp.server import serve as serve_gguf
 
-        gguf = gguf_of(recipe, build, who)
+        gguf = gguf_of(recipe, build, choice)
         threads = max(1, len(os.sched_getaffinity(0)) // share)
         log = log or folder.server_log
         with serve_gguf(gguf, context=recipe.generate.context, threads=threads, log=log) as server:
             yield server
 
 
-def gguf_of(recipe: "Recipe", build: Path, who: Who) -> Path:
-    """The GGUF that answers. Raises ArtifactError without the convert stage, RecipeError for a file it did not make."""
+def gguf_of(recipe: "Recipe", build: Path, choice: ModelChoice) -> Path:
+    """Return the GGUF of a model. Raises ArtifactError without the convert stage, RecipeError for a missing file."""
     folder = BuildFolder(build, recipe.name)
     made = folder.stage("convert")
     require_stage(made, "convert")
-    kind = who.quantization or served_quantization(recipe.ollama.quantization, folder.stage("ladder"))
-    gguf = folder.gguf(who.model, kind)
+    kind = choice.quantization or served_quantization(recipe.ollama.quantization, folder.stage("ladder"))
+    gguf = folder.gguf(choice.model, kind)
     if not gguf.is_file():
-        found = ", ".join(sorted(path.stem.partition("-")[2] for path in made.glob(gguf_name(who.model, "*"))))
-        raise RecipeError(f"{gguf} is not there", f"made for {who.model}: {found}")
+        found = ", ".join(sorted(path.stem.partition("-")[2] for path in made.glob(gguf_name(choice.model, "*"))))
+        raise RecipeError(f"{gguf} is not there", f"made for {choice.model}: {found}")
     return gguf
 
 
-def identity(recipe: "Recipe", build: Path, who: Who) -> dict[str, Any]:
-    """What this model's answers depend on, beside prompts and sampling; equal values, equal answers.
+def answer_dependencies(recipe: "Recipe", build: Path, choice: ModelChoice) -> dict[str, Any]:
+    """Return what the answers of a model depend on, besides prompts and sampling: equal values, equal answers.
 
-    Raises as `opened`; of Ollama it asks the server.
+    For a model in Ollama the server returns the digest. Raises as `open_engine`.
     """
     folder = BuildFolder(build, recipe.name)
-    if who.engine == "ollama":
+    if choice.engine == "ollama":
         from tutor.engines.ollama.client import connect
-        from tutor.serving.builds import digest_of
+        from tutor.serving.builds import model_digest
 
-        with connect(who.host) as server:
-            digest = digest_of(server, who.model) or ""
-            # Its digest says which build it is: asked by its tag before it is served, it need not be asked again.
-            name = who.model.partition(":")[0]
+        with connect(choice.host) as server:
+            digest = model_digest(server, choice.model) or ""
+            # The digest identifies the build: answers given under its tag are valid under its name, too.
+            name = choice.model.partition(":")[0]
             return {"model": name, "host": server.host, "version": server.version(), "digest": digest}
-    if who.engine == "hf" or who.model == "adapter":
-        _folders(folder, who.model)
-        stages = {"base": ("base",), "tutor": ("merge",), "adapter": ("base", "train")}[who.model]
+    if choice.engine == "hf" or choice.model == "adapter":
+        _folders(folder, choice.model)
+        stages = {"base": ("base",), "tutor": ("merge",), "adapter": ("base", "train")}[choice.model]
         made = {name: require_stage(folder.stage(name), name).fingerprint for name in stages}
-        settings = {"quantization": _quantization(folder, who.model), "precision": recipe.train.precision}
+        settings = {"quantization": _quantization(folder, choice.model), "precision": recipe.train.precision}
         return {**made, **settings, **provenance((), ("transformers", "torch", "peft"))}
     from tutor.engines.llamacpp.build import build_key
 
-    gguf = gguf_of(recipe, build, who)
+    gguf = gguf_of(recipe, build, choice)
     outputs = require_stage(gguf.parent, "convert").outputs
     if gguf.name not in outputs:
-        raise ArtifactError(f"{gguf} is not one that the convert stage made", "run: tutor convert")
+        raise ArtifactError(f"{gguf} was not made by the convert stage", "run: tutor convert")
     return {
         "file": gguf.stem,
         "sha256": outputs[gguf.name]["sha256"],
@@ -138,7 +142,7 @@ def identity(recipe: "Recipe", build: Path, who: Who) -> dict[str, Any]:
 
 
 def _folders(folder: BuildFolder, model: str) -> tuple[Path, Path | None]:
-    """What transformers loads: a 16-bit model folder, and an adapter over it or None. Raises ArtifactError."""
+    """Return what transformers loads: a 16-bit model folder, and an adapter or None. Raises ArtifactError."""
     from tutor.formats.models.model_folder import read_facts
 
     merged, adapter, base = (folder.stage(name) for name in ("merge", "train", "base"))
@@ -151,8 +155,8 @@ def _folders(folder: BuildFolder, model: str) -> tuple[Path, Path | None]:
 
 
 def _quantization(folder: BuildFolder, model: str) -> Literal["nf4", "int8", "none"]:
-    """In what transformers loads a model: the base as it was trained on, the merged one in 16 bits."""
+    """Return the quantization in which transformers loads a model: the base as in training, the merged one in none."""
     trained = read_manifest(folder.stage("train"))
     if model == "tutor" or trained is None:
         return "none"
-    return trained.results["quantization"]  # type: ignore[no-any-return] # the recipe may leave it open
+    return trained.results["quantization"]  # type: ignore[no-any-return] # the recipe can leave it to the stage

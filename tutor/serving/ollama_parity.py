@@ -1,6 +1,7 @@
-"""What Ollama makes of the parity gate's conversations, against what the stage recorded of the served file.
+"""Parity of a model in Ollama with the served GGUF in llama.cpp, over the conversations of the parity stage.
 
-In: the parity stage's reference.json, a server and a model on it. Out: the hand-over to Ollama. Needs no torch.
+In: reference.json of the parity stage, a server and a model on it. Out: the hand-off to Ollama, compared. Needs no
+torch, and asks no engine but Ollama.
 """
 
 import json
@@ -22,17 +23,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Reference:
-    """What the parity stage recorded of the served file."""
+    """The parity stage's record of the served file."""
 
-    engine: str  # the file's quantization
-    steps: int  # tokens of a greedy answer
+    engine: str  # the quantization of the file
+    steps: int  # number of tokens of a greedy answer
     messages: tuple[tuple[Message, ...], ...]
-    answered: tuple[bool, ...]  # whether Ollama has to answer, or only to render
+    answered: tuple[bool, ...]  # whether Ollama answers, or only renders the prompt
     seen: tuple[Seen, ...]
 
 
 def read_reference(folder: Path) -> Reference:
-    """The record in the parity stage's folder. Raises ArtifactError when it is not there or damaged."""
+    """Read the record in the folder of the parity stage. Raises ArtifactError when it is missing or damaged."""
     path = folder / REFERENCE
     try:
         record = json.loads(path.read_text("utf-8"))
@@ -48,29 +49,29 @@ def read_reference(folder: Path) -> Reference:
         raise ArtifactError(f"cannot read {path}: {error}", "run: tutor clean parity, and tutor parity") from None
 
 
-def published(reference: Reference, server: Ollama, model: str, *, same_file: bool = True) -> HandOver:
-    """A model in Ollama against the served file in llama.cpp. Raises ServiceError when the server fails.
+def compare_model(reference: Reference, server: Ollama, model: str, *, same_file: bool = True) -> HandOver:
+    """Compare a model in Ollama with the served file in llama.cpp. Raises ServiceError when the server fails.
 
-    Without `same_file` (base and adapter apart, computed otherwise) only prompts and their tokens are compared.
+    Without `same_file` (base and adapter apart, whose numbers differ) only prompts and their tokens are compared.
     """
     ours = [item if same_file else _without_answer(item) for item in reference.seen]
     theirs = list(_ask(reference, server, model, same_file=same_file))
     return hand_over("publish", (reference.engine, "Ollama"), (ours, theirs), PUBLISHED)
 
 
-def identity(engine: str, found: str, wanted: str) -> HandOver:
-    """Whether the model under the name is the one that was published, by its digest: another one need not be asked."""
+def compare_digest(engine: str, found: str, wanted: str) -> HandOver:
+    """Compare the digest of a model with that of the published one. A model with another digest need not be asked."""
     what = "" if found == wanted else f"its digest is {found[:12]}, published was {wanted[:12]}"
     return HandOver("publish", engine, "Ollama", (Check("model", not what, {}, what),), PUBLISHED)
 
 
 def _ask(reference: Reference, server: Ollama, model: str, *, same_file: bool) -> Iterator[Seen]:
-    told = True
+    warn = True
     for messages, answered, item in zip(reference.messages, reference.answered, reference.seen, strict=True):
         prompt = server.rendered(model, messages)
-        if prompt is None and told:
-            told = False
-            log.warning("this Ollama does not show its prompts: they are compared by their number of tokens alone")
+        if prompt is None and warn:
+            warn = False
+            log.warning("this Ollama does not return its prompts: only their numbers of tokens are compared")
         if not answered:
             yield Seen(item.name, prompt)
             continue

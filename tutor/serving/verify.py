@@ -1,8 +1,8 @@
-"""`tutor verify`: whether a GGUF, or what Ollama serves, is what this recipe's build folder made.
+"""Check that a GGUF file, or a model in Ollama, was made from this recipe and build folder.
 
-In: a file or a published model, the recipe, its build folder as far as it is there. Out: a row for each thing that is
-said of the file, with what it comes to when computed again: ok, wrong, other (software, which may differ), or unknown
-where nothing is there to compute it from. Changes nothing.
+In: a file or a published model, the recipe, its build folder. Out: one row for each value that the file records of its
+origin, with the recomputed value: ok, wrong, other (software versions, which may differ), or unknown where its source
+is missing. Changes nothing.
 """
 
 import re
@@ -28,65 +28,65 @@ if TYPE_CHECKING:
 
 Condition = Literal["ok", "wrong", "other", "unknown"]
 BLOB = re.compile(r"^(?P<word>FROM|ADAPTER)\s.*sha256[-:](?P<digest>[0-9a-f]{64})", re.MULTILINE)
-"""Where /api/show's Modelfile names the files behind a model."""
+"""Lines of a Modelfile in /api/show that name the files of a model."""
 ALL_F16 = 1
-"""general.file_type of a file without any quantization."""
+"""Value of general.file_type in a file without quantization."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that is said, and what it comes to."""
+    """One recorded value, and the recomputed one."""
 
     what: str
     condition: Condition
-    said: str
-    found: str  # or why it could not be found
+    recorded: str
+    computed: str  # or the reason why it cannot be computed
 
 
 def verify_file(path: Path, recipe: Recipe, build: Path) -> list[Row]:
-    """The rows of a GGUF file. Raises ArtifactError where it is not whole, or says nothing of its origin."""
+    """Return the rows of a GGUF file. Raises ArtifactError for a damaged file or one without a recorded origin."""
     gguf = read_gguf(path)
-    said = lineage.lineage_of(gguf.fields)
-    if not said:
-        raise ArtifactError(f"{path} does not say where it comes from", "made by another program? tutor convert says")
+    recorded = lineage.lineage_of(gguf.fields)
+    if not recorded:
+        raise ArtifactError(f"{path} does not record its origin", "was it made by another program than tutor convert?")
     folder = BuildFolder(build, recipe.name)
-    known = _known("file", file_sha256(path), folder, _made(folder))
-    return [known, _weights("weights", path, gguf, folder), *_computed(said, recipe, folder)]
+    known = _file_row("file", file_sha256(path), folder, _recorded_files(folder))
+    return [known, _weights_row("weights", path, gguf, folder), *_lineage_rows(recorded, recipe, folder)]
 
 
 def verify_model(model: str, host: str | None, recipe: Recipe, build: Path) -> list[Row]:
-    """The rows of a model on an Ollama server: its files' digests, and what its GGUF says.
+    """Return the rows of a model on an Ollama server: the digests of its files, and the origin that its GGUF records.
 
-    A file of the build folder with the same digest is what the server has: its weights are compared in its place.
-    Raises ServiceError without the server or the model, ArtifactError where it says nothing of its origin.
+    The weights of a local file with the digest of the server's file are compared in its place.
+    Raises ServiceError without the server or the model, ArtifactError for a model without a recorded origin.
     """
     with connect(host) as server:
         shown = server.show(model)
         if shown is None:
             raise ServiceError(f"{server.host} has no model {model!r}", "see: tutor models")
-    said = lineage.lineage_of(shown.get("model_info") or {})
-    if not said:
-        raise ArtifactError(f"{model} does not say where it comes from", "published by another program?")
+    recorded = lineage.lineage_of(shown.get("model_info") or {})
+    if not recorded:
+        raise ArtifactError(f"{model} does not record its origin", "was it published by another program?")
     folder = BuildFolder(build, recipe.name)
-    made, rows = _made(folder), []
+    made, rows = _recorded_files(folder), []
     for found in BLOB.finditer(str(shown.get("modelfile") or "")):
         adapter, digest = "adapter " if found["word"] == "ADAPTER" else "", found["digest"]
-        rows.append(_known(f"{adapter}file", digest, folder, made))
+        rows.append(_file_row(f"{adapter}file", digest, folder, made))
         try:
-            here = _same_here(digest, folder, made)
+            here = _local_copy(digest, folder, made)
             gguf = read_gguf(here)
-            # Of two files a server tells what the base's says alone.
-            said |= lineage.lineage_of(gguf.fields)
-            rows.append(_weights(f"{adapter}weights", here, gguf, folder))
+            # For a base with an adapter the server returns the metadata of the base alone.
+            recorded |= lineage.lineage_of(gguf.fields)
+            rows.append(_weights_row(f"{adapter}weights", here, gguf, folder))
         except ArtifactError as error:
             rows.append(Row(f"{adapter}weights", "unknown", "", error.message))
     if not rows:
-        rows = [Row("file", "unknown", "", "the server does not name its file")]
-    return [*rows, *_computed(said, recipe, folder)]
+        rows = [Row("file", "unknown", "", "the server does not name the file of the model")]
+    return [*rows, *_lineage_rows(recorded, recipe, folder)]
 
 
 def is_file(name: str) -> bool:
-    """Whether `tutor verify` takes a name for a file. Raises RecipeError for the path of a file that is not there."""
+    """Return whether the argument of `tutor verify` is a file. Raises RecipeError for the path of a missing file."""
     path = Path(name)
     if path.is_file():
         return True
@@ -95,29 +95,29 @@ def is_file(name: str) -> bool:
     return False
 
 
-def _made(folder: BuildFolder) -> dict[str, str]:
-    """The GGUF files that the stages noted when they made them: digest -> name in the build folder."""
+def _recorded_files(folder: BuildFolder) -> dict[str, str]:
+    """Return the GGUF files in the manifests of the build folder: digest -> name."""
     made: dict[str, str] = {}
     for name in (STAGE_FOLDERS["convert"], LORA):
-        with suppress(ArtifactError):  # a damaged manifest knows nothing
+        with suppress(ArtifactError):  # a damaged manifest records no files
             manifest = read_manifest(folder.path / name)
             outputs = manifest.outputs if manifest else {}
             made |= {entry["sha256"]: f"{name}/{file}" for file, entry in outputs.items() if file.endswith(".gguf")}
     return made
 
 
-def _same_here(digest: str, folder: BuildFolder, made: Mapping[str, str]) -> Path:
-    """The file of the build folder with this digest. Raises ArtifactError where there is none."""
+def _local_copy(digest: str, folder: BuildFolder, made: Mapping[str, str]) -> Path:
+    """Return the file of the build folder with this digest. Raises ArtifactError without one."""
     if digest not in made:
-        raise ArtifactError("the file is the server's, and none that was made here is the same")
+        raise ArtifactError("the server has the file, and the build folder has no file with its digest")
     path = folder.path / made[digest]
     if not path.is_file() or file_sha256(path) != digest:
-        raise ArtifactError(f"the file is the server's, and {path} is gone or changed")
+        raise ArtifactError(f"the server has the file, and {path} is missing or changed")
     return path
 
 
-def _known(what: str, digest: str, folder: BuildFolder, made: Mapping[str, str]) -> Row:
-    """Whether a file of this digest is among those that were made here."""
+def _file_row(what: str, digest: str, folder: BuildFolder, made: Mapping[str, str]) -> Row:
+    """Compare the digest of a file with those in the manifests of the build folder."""
     if not made:
         return Row(what, "unknown", digest, f"{folder.stage('convert')} has no manifest")
     if digest in made:
@@ -125,26 +125,26 @@ def _known(what: str, digest: str, folder: BuildFolder, made: Mapping[str, str])
     return Row(what, "wrong", digest, f"none of the {len(made)} files that were made in {folder.path}")
 
 
-def _weights(what: str, path: Path, gguf: Gguf, folder: BuildFolder) -> Row:
-    """Whether a file's tensors are its model's: all numbers of F16, a sample of others."""
-    from tutor.stages.convert import quantization_error as readback
+def _weights_row(what: str, path: Path, gguf: Gguf, folder: BuildFolder) -> Row:
+    """Compare the tensors of a file with its source model: all numbers for F16, a sample for other types."""
+    from tutor.stages.convert import quantization_error
 
     try:
-        model, weights = _made_of(gguf, folder)
+        model, weights = _source_weights(gguf, folder)
     except ArtifactError as error:
         return Row(what, "unknown", "", error.message)
     try:
         if gguf.fields.get("general.file_type") == ALL_F16:
-            readback.exact(path, gguf, weights)
-            return Row(what, "ok", "", f"number for number those of {model}")
-        figures = readback.measure(path, gguf, weights, None)
+            quantization_error.exact(path, gguf, weights)
+            return Row(what, "ok", "", f"all numbers equal those of {model}")
+        figures = quantization_error.measure(path, gguf, weights, None)
     except ArtifactError as error:
         return Row(what, "wrong", "", error.message)
-    return Row(what, "ok", "", f"those of {model}, at most {100 * figures.error:.2g} % off in a sample")
+    return Row(what, "ok", "", f"those of {model}, with an error of at most {100 * figures.error:.2g} % in a sample")
 
 
-def _made_of(gguf: Gguf, folder: BuildFolder) -> "tuple[Path, dict[str, Weight]]":
-    """The folder that a file was made of, and its weights. Raises ArtifactError where it is gone or damaged."""
+def _source_weights(gguf: Gguf, folder: BuildFolder) -> "tuple[Path, dict[str, Weight]]":
+    """Return the source folder of a file, and its weights. Raises ArtifactError when missing or damaged."""
     from tutor.formats.models.gguf_weights import adapter_weights_of, weights_of
 
     if gguf.fields.get("general.type") == "adapter":
@@ -159,8 +159,8 @@ def _made_of(gguf: Gguf, folder: BuildFolder) -> "tuple[Path, dict[str, Weight]]
     return model, weights
 
 
-def _computed(said: Mapping[str, str], recipe: Recipe, folder: BuildFolder) -> list[Row]:
-    """A row for each key-value, computed again."""
+def _lineage_rows(recorded: Mapping[str, str], recipe: Recipe, folder: BuildFolder) -> list[Row]:
+    """Return one row for each recorded value of the origin."""
     places: dict[str, Callable[[], str]] = {
         "data.sha256": lambda: file_sha256(folder.stage("data") / "train.jsonl"),
         "recipe.sha256": lambda: lineage.recipe_hash(recipe),
@@ -170,40 +170,40 @@ def _computed(said: Mapping[str, str], recipe: Recipe, folder: BuildFolder) -> l
         "base.sha256": lambda: lineage.weights_hash(_base_folder(folder)),
         **{name: partial(lineage.software().__getitem__, name) for name in lineage.SOFTWARE},
     }
-    return [_row(name, value, places.get(name)) for name, value in said.items()]
+    return [_row(name, value, places.get(name)) for name, value in recorded.items()]
 
 
-def _row(name: str, said: str, compute: Callable[[], str] | None) -> Row:
+def _row(name: str, recorded: str, compute: Callable[[], str] | None) -> Row:
     if compute is None:
-        return Row(name, "unknown", said, "another version of tutor wrote it")
+        return Row(name, "unknown", recorded, "written by another version of tutor")
     try:
         found = compute()
     except ArtifactError as error:
-        return Row(name, "unknown", said, error.message)
-    if found == said:
-        return Row(name, "ok", said, found)
-    return Row(name, "other" if name in lineage.SOFTWARE else "wrong", said, found)
+        return Row(name, "unknown", recorded, error.message)
+    if found == recorded:
+        return Row(name, "ok", recorded, found)
+    return Row(name, "other" if name in lineage.SOFTWARE else "wrong", recorded, found)
 
 
 def _base_folder(folder: BuildFolder) -> Path:
     return read_facts(folder.stage("base"))[1]
 
 
-def wrong(rows: Sequence[Row]) -> list[Row]:
-    """The rows that must not be."""
+def wrong_rows(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows whose condition is wrong."""
     return [row for row in rows if row.condition == "wrong"]
 
 
-def lines(rows: Sequence[Row]) -> list[str]:
-    """The rows for a terminal: hashes by their beginning."""
+def row_lines(rows: Sequence[Row]) -> list[str]:
+    """Return the rows as lines for a terminal, with shortened hashes."""
     shown = []
     for row in rows:
         if row.condition == "ok":
-            text = _brief(row.found) if row.found != row.said else _brief(row.said)
+            text = _brief(row.computed) if row.computed != row.recorded else _brief(row.recorded)
         elif row.condition == "unknown":
-            text = f"{_brief(row.said)} cannot be checked: {row.found}".strip()
+            text = f"{_brief(row.recorded)} cannot be checked: {row.computed}".strip()
         else:
-            text = f"{_brief(row.said)} (here: {_brief(row.found)})".strip()
+            text = f"{_brief(row.recorded)} (here: {_brief(row.computed)})".strip()
         shown.append(f"{row.condition:<8} {row.what:<15} {text}")
     return shown
 
@@ -212,6 +212,9 @@ def _brief(text: str) -> str:
     return f"{text[:16]}…" if re.fullmatch(r"[0-9a-f]{64}", text) else text
 
 
-def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows for a program."""
-    return [{"what": row.what, "condition": row.condition, "said": row.said, "found": row.found} for row in rows]
+def rows_as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return the rows as JSON objects."""
+    return [
+        {"what": row.what, "condition": row.condition, "recorded": row.recorded, "computed": row.computed}
+        for row in rows
+    ]

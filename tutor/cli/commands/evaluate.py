@@ -76,20 +76,20 @@ def eval_command(  # noqa: PLR0913 - a command's options
     """
     from tutor.cli import summary
     from tutor.pipeline import runner as pipeline
-    from tutor.serving import compare as evaluating
-    from tutor.serving.models import named
+    from tutor.serving import compare
+    from tutor.serving.models import parse_model
 
     recipe = load_recipe(recipe_path)
     with progress_on_stderr(flags):
         engine, host, parallel = (engine_settings[name] for name in ("engine", "host", "parallel"))
         if names is None and engine == "ollama":
-            result = evaluating.published(recipe, build, host=host, adapter=adapter, parallel=parallel)
+            result = compare.evaluate_published(recipe, build, host=host, adapter=adapter, parallel=parallel)
         elif names is None and engine == "llamacpp":
             pipeline.run_one("evaluate", recipe, build)
             result = summary.collect(recipe, build)["stages"]["evaluate"]
         else:
-            whom = [named(name.strip(), engine, host) for name in (names or "base,tutor").split(",")]
-            result = evaluating.evaluate(recipe, build, whom, parallel=parallel)
+            choices = [parse_model(name.strip(), engine, host) for name in (names or "base,tutor").split(",")]
+            result = compare.evaluate_models(recipe, build, choices, parallel=parallel)
     print_result(result, summary.verdict_lines(result), as_json=as_json)
 
 
@@ -112,11 +112,11 @@ def compare_command(  # noqa: PLR0913 - a command's options
 ) -> None:
     """Compare A with B, prompt by prompt. Each is a build folder, a file of answers, or a model to ask."""
     from tutor.cli import summary
-    from tutor.serving import compare as evaluating
+    from tutor.serving import compare
 
     recipe = load_recipe(recipe_path)
     with progress_on_stderr(flags):
-        result = evaluating.compare(recipe, build, before, after, **engine_settings)
+        result = compare.compare_models(recipe, build, before, after, **engine_settings)
     print_result(result, summary.comparison_lines(result), as_json=as_json)
 
 

@@ -122,8 +122,8 @@ def verify_command(
         rows = verify.verify_file(Path(what), recipe, build)
     else:
         rows = verify.verify_model(what, host, recipe, build)
-    print_result(verify.as_json(rows), verify.lines(rows), as_json=as_json)
-    if bad := verify.wrong(rows):
+    print_result(verify.rows_as_json(rows), verify.row_lines(rows), as_json=as_json)
+    if bad := verify.wrong_rows(rows):
         message = f"{what} is not of this recipe and build: {', '.join(row.what for row in bad)}"
         # The rows are the result and already on stdout: with --json they stay the only document there.
         hint = "give its own --recipe and --build"

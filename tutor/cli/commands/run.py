@@ -67,7 +67,7 @@ def parity_command(context: click.Context, host: str | None, recipe_path: Path, 
     """Compare every engine that the model passes, token by token. Exit 8 when one diverges."""
     from tutor.cli import summary
     from tutor.pipeline import runner as pipeline
-    from tutor.serving import publish as publishing
+    from tutor.serving import publish
     from tutor.stages.parity.gate import lines
 
     recipe = load_recipe(recipe_path)
@@ -77,7 +77,7 @@ def parity_command(context: click.Context, host: str | None, recipe_path: Path, 
                 pipeline.run_one("parity", recipe, build)
             result = summary.collect(recipe, build)["stages"]["parity"]
         else:
-            result = publishing.parity(recipe, build, host=host)
+            result = publish.compare_published(recipe, build, host=host)
     print_result(result, lines(result["hand_overs"]), as_json=as_json)
     if refused := result.get("refused"):
         context.exit(cli_exit.print_error(refused["message"], GateError.code, refused["hint"], as_json=False))

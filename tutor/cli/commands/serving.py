@@ -28,7 +28,7 @@ from tutor.cli.options import (
 if TYPE_CHECKING:
     from tutor.engines.protocol import Engine
     from tutor.recipe.settings import Recipe
-    from tutor.serving.models import Who
+    from tutor.serving.models import ModelChoice
 
 force_option = click.option(
     "--force", is_flag=True, help="Serve the build although a gate refused it; the refusals are recorded."
@@ -38,8 +38,8 @@ MODELS = ("tutor", "base", "adapter")
 ENGINES = ("llamacpp", "ollama")
 
 
-def who_answers(command: Command) -> Command:
-    """--model, --quantization, --engine and --host, given to the command as one `who`."""
+def model_options(command: Command) -> Command:
+    """Add --model, --quantization, --engine and --host, which the command gets as one ModelChoice, `choice`."""
     model = click.option(
         "-m",
         "--model",
@@ -61,10 +61,10 @@ def who_answers(command: Command) -> Command:
 
     @functools.wraps(command)
     def collected(*args: Any, **options: Any) -> Any:
-        from tutor.serving.models import Who
+        from tutor.serving.models import ModelChoice
 
         parts = {name: options.pop(name) for name in ("model", "quantization", "engine", "host")}
-        return command(*args, who=Who(**parts), **options)
+        return command(*args, choice=ModelChoice(**parts), **options)
 
     wrapped: Any = model(quantization(engine(host_option(collected))))
     return wrapped  # type: ignore[no-any-return]
@@ -72,12 +72,18 @@ def who_answers(command: Command) -> Command:
 
 @click.command("ask")
 @click.argument("question", required=False)
-@who_answers
+@model_options
 @recipe_option
 @json_option
 @click.pass_obj
 def ask_command(
-    flags: dict[str, bool], question: str | None, who: "Who", recipe_path: Path, build: Path, *, as_json: bool
+    flags: dict[str, bool],
+    question: str | None,
+    choice: "ModelChoice",
+    recipe_path: Path,
+    build: Path,
+    *,
+    as_json: bool,
 ) -> None:
     """Ask one QUESTION (or the text on stdin) and print the answer."""
     from tutor.engines.protocol import sampling
@@ -98,7 +104,7 @@ def ask_command(
         started = started or bool(piece)
         click.echo(piece, nl=False)
 
-    with progress_on_stderr(flags), _opened(recipe, build, who) as engine:
+    with progress_on_stderr(flags), _answering_engine(recipe, build, choice) as engine:
         answer = engine.answer(
             conversation(text, recipe.system),
             sampling(recipe.generate, recipe.seed),
@@ -113,10 +119,10 @@ def ask_command(
 
 
 @click.command("chat")
-@who_answers
+@model_options
 @recipe_option
 @click.pass_obj
-def chat_command(flags: dict[str, bool], who: "Who", recipe_path: Path, build: Path) -> None:
+def chat_command(flags: dict[str, bool], choice: "ModelChoice", recipe_path: Path, build: Path) -> None:
     """Talk with the model; /salir leaves, Ctrl-C stops an answer."""
     from tutor.engines.protocol import sampling
     from tutor.serving.chat import Terminal, converse
@@ -129,7 +135,7 @@ def chat_command(flags: dict[str, bool], who: "Who", recipe_path: Path, build: P
         write=lambda piece: click.echo(piece, nl=False),
         note=lambda line: click.echo(line, err=True),
     )
-    with progress_on_stderr({**flags, "quiet": True}), _opened(recipe, build, who) as engine:
+    with progress_on_stderr({**flags, "quiet": True}), _answering_engine(recipe, build, choice) as engine:
         converse(
             engine,
             sampling(recipe.generate, recipe.seed),
@@ -139,17 +145,19 @@ def chat_command(flags: dict[str, bool], who: "Who", recipe_path: Path, build: P
         )
 
 
-def _opened(recipe: "Recipe", build: Path, who: "Who") -> "contextlib.AbstractContextManager[Engine]":
-    """The engine that answers; with Ollama, under the name that publishing gave the model."""
+def _answering_engine(
+    recipe: "Recipe", build: Path, choice: "ModelChoice"
+) -> "contextlib.AbstractContextManager[Engine]":
+    """Return the engine that answers; in Ollama the model has the name that publishing gave it."""
     from tutor.errors import RecipeError
-    from tutor.serving import publish as publishing
-    from tutor.serving.models import opened
+    from tutor.serving.builds import served_name
+    from tutor.serving.models import open_engine
 
-    if who.engine == "ollama":
-        if who.model == "base" or who.quantization:
+    if choice.engine == "ollama":
+        if choice.model == "base" or choice.quantization:
             raise RecipeError("Ollama has what was published: no base, and one quantization", "try --engine llamacpp")
-        who = replace(who, model=publishing.served_name(recipe, adapter=who.model == "adapter"))
-    return opened(recipe, build, who)
+        choice = replace(choice, model=served_name(recipe, adapter=choice.model == "adapter"))
+    return open_engine(recipe, build, choice)
 
 
 @click.command("publish")
@@ -178,12 +186,11 @@ def publish_command(  # noqa: PLR0913 - a command's options
     The published build is first compared with the trained model; a build that passes is served as latest.
     """
     from tutor.engines.ollama.protocol import UnreachableError
-    from tutor.serving import promote as promoting
-    from tutor.serving import publish as publishing
+    from tutor.serving import promote, publish
 
     try:
         with progress_on_stderr(flags):
-            result = promoting.publish(
+            result = promote.publish_and_promote(
                 load_recipe(recipe_path), build, host=host, adapter=adapter, wait=wait, force=force
             )
     except UnreachableError as error:
@@ -191,7 +198,7 @@ def publish_command(  # noqa: PLR0913 - a command's options
             raise
         print_result({"published": False, "why": error.message}, [f"Not published: {error.message}"], as_json=as_json)
         return
-    print_result(result, publishing.published_lines(result), as_json=as_json)
+    print_result(result, publish.published_lines(result), as_json=as_json)
 
 
 @click.command("promote")
@@ -217,15 +224,14 @@ def promote_command(  # noqa: PLR0913 - a command's options
 
     Without BUILD it is the newest one. Exit 8 when it is worse than the build in service.
     """
-    from tutor.serving import promote as promoting
-    from tutor.serving import publish as publishing
+    from tutor.serving import promote, publish
 
     with progress_on_stderr(flags):
-        result = promoting.promote(
+        result = promote.promote(
             load_recipe(recipe_path), build, published_build, host=host, adapter=adapter, force=force
         )
     line = f"{result['model']}:latest is {result['build']} at {result['host']}"
-    print_result(result, [line, *publishing.promotion_lines(result["promotion"])], as_json=as_json)
+    print_result(result, [line, *publish.promotion_lines(result["promotion"])], as_json=as_json)
 
 
 @click.command("rollback")
@@ -236,9 +242,9 @@ def promote_command(  # noqa: PLR0913 - a command's options
 def rollback_command(host: str | None, recipe_path: Path, build: Path, *, adapter: bool, as_json: bool) -> None:
     """Serve the build that was latest before."""
     del build
-    from tutor.serving import publish as publishing
+    from tutor.serving import publish
 
-    result = publishing.rollback(load_recipe(recipe_path), host=host, adapter=adapter)
+    result = publish.rollback(load_recipe(recipe_path), host=host, adapter=adapter)
     print_result(result, [f"{result['model']}:latest is {result['build']} again at {result['host']}"], as_json=as_json)
 
 
@@ -249,10 +255,10 @@ def rollback_command(host: str | None, recipe_path: Path, build: Path, *, adapte
 def models_command(host: str | None, recipe_path: Path, build: Path, *, as_json: bool) -> None:
     """List the published builds, the newest first."""
     del build
-    from tutor.serving import publish as publishing
+    from tutor.serving import publish
 
-    rows = publishing.models(load_recipe(recipe_path), host=host)
-    print_result(rows, publishing.model_lines(rows), as_json=as_json)
+    rows = publish.published_builds(load_recipe(recipe_path), host=host)
+    print_result(rows, publish.build_lines(rows), as_json=as_json)
 
 
 COMMANDS = (

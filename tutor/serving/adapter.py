@@ -1,0 +1,97 @@
+"""The adapter published apart from its base: `lora/` with the adapter as a GGUF and its own Modelfile.
+
+In: the folders of the data, base, train and convert stages. Out: `lora/` in the build folder, made when missing or
+outdated. Publishes nothing.
+"""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from tutor.artifacts.disk import write_json
+from tutor.artifacts.hashing import file_sha256
+from tutor.artifacts.layout import LORA, BuildFolder
+from tutor.artifacts.manifest import is_made, read_manifest, require_stage
+from tutor.artifacts.stage_folder import writing
+from tutor.engines.llamacpp.build import build_key
+from tutor.errors import ArtifactError
+from tutor.formats.models.served_quantization import served_quantization
+from tutor.pipeline.registry import BY_NAME
+from tutor.pipeline.runner import PACKAGE
+from tutor.prompt import GO_TEMPLATE, STOPS
+from tutor.recipe.settings import Recipe
+from tutor.serving.builds import served_name
+
+log = logging.getLogger(__name__)
+
+PARSER = "passthrough"
+"""Ollama's name of a parser that changes nothing; with any parser, TEMPLATE wins over the GGUF's own chat template."""
+LORA_CODE = (
+    "serving/adapter.py",
+    "engines/llamacpp/adapter.py",
+    "formats/models/gguf_weights.py",
+    "engines/llamacpp/src/convert.py",
+    "engines/llamacpp/src/convert_lora.py",
+    "engines/llamacpp/process.py",
+    "stages/convert/lineage.py",
+    "stages/modelfile/parse.py",
+    "stages/modelfile/render.py",
+    "stages/modelfile/spec.py",
+    "stages/modelfile/stage.py",
+    "formats/models/served_quantization.py",
+    "prompt.py",
+)
+"""Modules of tutor/ whose change makes `lora/` outdated."""
+
+
+def quantization(recipe: Recipe, folder: BuildFolder) -> str:
+    """Return the quantization that is published from a build folder."""
+    return served_quantization(recipe.ollama.quantization, folder.stage("ladder"))
+
+
+def lora_folder(recipe: Recipe, folder: BuildFolder) -> Path:
+    """Return `lora/`, made first when it is missing or outdated. Raises ArtifactError without a stage that it needs."""
+    from tutor.engines.llamacpp.adapter import lora_to_gguf
+    from tutor.formats.models.model_folder import read_facts
+    from tutor.stages.convert.lineage import adapter_lineage, keyed, recipe_hash
+
+    inputs = {name: folder.stage(name) for name in ("data", "base", "train", "convert")}
+    fields: dict[str, Any] = {f"input.{name}": require_stage(at, name).fingerprint for name, at in inputs.items()}
+    fields |= BY_NAME["modelfile"].recipe_fields(recipe)
+    fields |= {f"code.{source}": file_sha256(PACKAGE / source)[:16] for source in LORA_CODE}
+    fields |= {"version.llama.cpp": build_key(), "recipe.lineage": recipe_hash(recipe)}
+    target = folder.lora
+    if is_made(target, fields):
+        return target
+    base = folder.gguf("base", quantization(recipe, folder))
+    if not base.is_file():
+        raise ArtifactError(f"{base} is not there", "an adapter needs convert.base = true; then run: tutor convert")
+    merged = read_manifest(folder.stage("merge"))
+    if merged and merged.results.get("base") == "nf4":
+        log.warning("merged/ contains the base as dequantized from NF4, lora/ the 16-bit base: their answers differ")
+    log.info("converting the adapter to GGUF")
+    with writing(target, LORA, fields) as (out, results):
+        gguf = out / "tutor-lora.gguf"
+        metadata = keyed(adapter_lineage(recipe, inputs))
+        results["matrices"] = lora_to_gguf(inputs["train"], read_facts(inputs["base"])[1], base, gguf, metadata)
+        _write_modelfile(recipe, base, gguf, out)
+    return target
+
+
+def _write_modelfile(recipe: Recipe, base: Path, adapter: Path, out: Path) -> None:
+    """Write `out`/Modelfile and `out`/create.json of a base with an adapter, as the modelfile stage does for merged.
+
+    The base's GGUF has its own chat template (R1's names tools and <think>), which Ollama would prefer to TEMPLATE
+    without a parser.
+    """
+    from tutor.stages.modelfile.render import render
+    from tutor.stages.modelfile.spec import ModelSpec
+    from tutor.stages.modelfile.stage import create_body, ollama_parameters
+
+    parameters = ollama_parameters(recipe.generate.model_dump(), recipe.seed, STOPS)
+    name = served_name(recipe, adapter=True)
+    spec = ModelSpec(name, base, GO_TEMPLATE, parameters, system=recipe.system, adapter=adapter)
+    (out / "Modelfile").write_text(f"{render(spec, out)}PARSER {PARSER}\n", "utf-8")
+    places = {path: os.path.relpath(path, out) for path in (base, adapter)}
+    write_json(out / "create.json", {"name": name, **create_body(spec, places), "parser": PARSER})
