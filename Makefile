@@ -1,4 +1,4 @@
-# The pipeline for people. Every target only starts a tutor command or a tool; no logic lives here.
+# Shortcuts for people. Each target only starts a tutor command or a tool; it contains no logic.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -6,24 +6,24 @@ SHELL := bash
 .NOTPARALLEL:
 
 PYTHON ?= python3
-# What the stack makes, and what the targets without a container make; RECIPE=... names another for both.
+# The recipes of the stack and of the targets without a container; RECIPE=... sets both.
 STACK := $(or $(RECIPE),data/tutor.toml)
 RECIPE ?= data/demo.toml
-# The workers of make test and make test-quick, one a core; PYTEST holds further options of pytest.
+# Workers of make test and make test-quick, one a core; PYTEST adds options of pytest.
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
 PYTEST :=
 BIN := .venv/bin
 TUTOR := $(BIN)/tutor
 
-help: ## show this list
+help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: .venv/demo llamacpp typescript ## the whole pipeline on this CPU: a real 135M Llama, minutes
+demo: .venv/demo llamacpp typescript ## run the whole pipeline on this CPU: a real 135M Llama, minutes
 	@$(TUTOR) run --recipe data/demo.toml
 	@$(TUTOR) publish --recipe data/demo.toml --if-there --wait 0
 	@$(TUTOR) report --recipe data/demo.toml
 
-all: .venv/light ## the whole stack in containers, on the GPU: ends with `ollama run tutor`
+all: .venv/light ## run the whole stack in containers, on the GPU: ends with `ollama run tutor`
 	@$(TUTOR) stack run --recipe $(STACK)
 
 up: .venv/light ## start Ollama's container
@@ -35,50 +35,50 @@ down: .venv/light ## stop and remove the stack's containers; models and the hub'
 logs: .venv/light ## follow Ollama's log
 	@$(TUTOR) stack call logs --recipe $(STACK)
 
-shell: .venv/light ## a shell in the trainer's image
+shell: .venv/light ## open a shell in the trainer's image
 	@$(TUTOR) stack call shell --recipe $(STACK)
 
-run: .venv/demo llamacpp typescript ## run what is not up to date of RECIPE
+run: .venv/demo llamacpp typescript ## run the stages of RECIPE that are not up to date
 	@$(TUTOR) run --recipe $(RECIPE)
 
-chat: .venv/light ## talk with the tutor of RECIPE
+chat: .venv/light ## chat with the tutor of RECIPE
 	@$(TUTOR) chat --recipe $(RECIPE)
 
-eval: .venv/light ## answer the held-out prompts again and judge
+eval: .venv/light ## answer the held-out prompts again and grade the answers
 	@$(TUTOR) eval --recipe $(RECIPE)
 
-report: .venv/light ## the page of what RECIPE made, in the browser
+report: .venv/light ## open the report of RECIPE in the browser
 	@$(TUTOR) report --open --recipe $(RECIPE)
 
-doctor: .venv/light ## what this machine has and lacks, and what RECIPE takes
+doctor: .venv/light ## print what this machine has and lacks, and what RECIPE needs
 	@$(TUTOR) doctor --recipe $(RECIPE)
 
-status: .venv/light ## what is up to date
+status: .venv/light ## print which stages are up to date
 	@$(TUTOR) status --recipe $(RECIPE)
 
-bench: .venv/demo llamacpp ## training, merging, converting beside the plain way; BENCH=, BENCH_MERGE= are their options
+bench: .venv/demo llamacpp ## compare training, merging and converting with the plain way; options: BENCH=, BENCH_MERGE=
 	@$(BIN)/python scripts/bench_help.py
 	@$(BIN)/python scripts/bench_train.py $(BENCH)
 	@$(BIN)/python scripts/bench_merge.py $(BENCH_MERGE)
 
-install: .venv/demo ## the environment alone: .venv
+install: .venv/demo ## make the environment only: .venv
 
-# One marker for each set of pins. The environment is made once, and again when the pins change.
-# dev.txt holds every pin of base.txt, wheel.txt and build.txt, so .venv/base is also .venv/light and .venv/build.
+# One marker file for each set of pins: pip runs again when the pins change.
+# dev.txt contains every pin of base.txt, wheel.txt and build.txt, so .venv/base is also .venv/light and .venv/build.
 .venv/base: requirements/dev.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --require-hashes --only-binary :all: -r requirements/dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch .venv/light .venv/build $@
 
-# The commands that neither train nor convert: no torch.
+# For the commands that neither train nor convert: without torch.
 .venv/light: requirements/base.txt requirements/wheel.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --require-hashes --only-binary :all: -r requirements/base.txt -r requirements/wheel.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
-# CMake, Ninja and npm, for llama.cpp and for the TypeScript compiler: no torch either.
+# CMake, Ninja and npm, for llama.cpp and for the TypeScript compiler: without torch.
 .venv/build: .venv/light requirements/build.txt
 	$(BIN)/python -m pip install --quiet --require-hashes --only-binary :all: -r requirements/build.txt
 	@touch $@
@@ -98,27 +98,27 @@ llamacpp: .venv/build ## build the pinned llama.cpp, once, into the user's cache
 typescript: .venv/build ## install the pinned TypeScript compiler, once, into the user's cache
 	@$(BIN)/python scripts/install_typescript.py >/dev/null
 
-test: .venv/demo llamacpp typescript ## every test that needs neither GPU nor Docker
+test: .venv/demo llamacpp typescript ## run every test that needs neither GPU nor Docker
 	$(BIN)/pytest $(PARALLEL) -m "not docker" $(PYTEST)
 
-test-docker: .venv/demo llamacpp typescript ## the container tests; they say why where they cannot run
+test-docker: .venv/demo llamacpp typescript ## run the container tests; each prints why where it cannot run
 	$(BIN)/pytest -m docker tests/end_to_end $(PYTEST)
 
-# Files that import torch are left out unread: its libraries alone take ten seconds to import.
-test-quick: .venv/base ## the unit tests that need no torch: a minute
+# pytest does not import the files that use torch: its libraries alone take ten seconds.
+test-quick: .venv/base ## run the unit tests that need no torch: a minute
 	$(BIN)/pytest $(PARALLEL) -m "not slow and not pipeline and not llamacpp and not typescript and not docker" \
 	  $(addprefix --ignore=,$(shell grep -rlE '^(torch = |from tiny_models)' tests --include='test_*.py')) $(PYTEST)
 
-check: .venv/base ## format, lint, types, import rules
+check: .venv/base ## check format, lint, types, import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-lock: .venv/lock ## pin again what pyproject.toml asks for
+lock: .venv/lock ## pin the dependencies of pyproject.toml again
 	PATH="$(abspath $(BIN)):$$PATH" scripts/lock
 
-clean: .venv/light ## remove what RECIPE made
+clean: .venv/light ## remove the outputs of RECIPE
 	@$(TUTOR) clean --recipe $(RECIPE)
 
 .PHONY: help demo all up down logs shell test-docker run chat eval report doctor status install llamacpp typescript test test-quick bench check lock clean
