@@ -8,8 +8,8 @@ from typing import NoReturn
 
 import click
 
-from tutor.cli import exit as cli_exit
 from tutor.cli.commands import data, doctor, evaluate, inspect, run, serving, stack
+from tutor.cli.exit import run_and_exit
 from tutor.errors import RecipeError
 from tutor.machine import distributed
 
@@ -74,4 +74,4 @@ for command in COMMANDS:
 
 def main() -> NoReturn:
     """Run the console script `tutor`."""
-    cli_exit.run_and_exit(cli, "tutor")
+    run_and_exit(cli, "tutor")

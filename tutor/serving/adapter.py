@@ -16,12 +16,12 @@ from tutor.artifacts.manifest import is_made, read_manifest, require_stage
 from tutor.artifacts.stage_folder import writing
 from tutor.engines.llamacpp.build import build_key
 from tutor.errors import ArtifactError
-from tutor.formats.models.served_quantization import served_quantization
 from tutor.pipeline.registry import BY_NAME
 from tutor.pipeline.runner import PACKAGE
 from tutor.prompt import GO_TEMPLATE, STOPS
 from tutor.recipe.settings import Recipe
 from tutor.serving.builds import served_name
+from tutor.serving.models import quantization_of
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +45,6 @@ LORA_CODE = (
 """Modules of tutor/ whose change makes `lora/` outdated."""
 
 
-def quantization(recipe: Recipe, folder: BuildFolder) -> str:
-    """Return the quantization that is published from a build folder."""
-    return served_quantization(recipe.ollama.quantization, folder.stage("ladder"))
-
-
 def lora_folder(recipe: Recipe, folder: BuildFolder) -> Path:
     """Return `lora/`, made first when it is missing or outdated. Raises ArtifactError without a stage that it needs."""
     from tutor.engines.llamacpp.adapter import lora_to_gguf
@@ -64,7 +59,7 @@ def lora_folder(recipe: Recipe, folder: BuildFolder) -> Path:
     target = folder.lora
     if is_made(target, fields):
         return target
-    base = folder.gguf("base", quantization(recipe, folder))
+    base = folder.gguf("base", quantization_of(recipe, folder))
     if not base.is_file():
         raise ArtifactError(f"{base} is not there", "an adapter needs convert.base = true; then run: tutor convert")
     merged = read_manifest(folder.stage("merge"))

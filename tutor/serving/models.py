@@ -93,12 +93,17 @@ def open_engine(
             yield server
 
 
+def quantization_of(recipe: "Recipe", folder: BuildFolder) -> str:
+    """Return the quantization that is served from a build folder. Raises ArtifactError before the ladder stage."""
+    return served_quantization(recipe.ollama.quantization, folder.stage("ladder"))
+
+
 def gguf_of(recipe: "Recipe", build: Path, choice: ModelChoice) -> Path:
     """Return the GGUF of a model. Raises ArtifactError without the convert stage, RecipeError for a missing file."""
     folder = BuildFolder(build, recipe.name)
     made = folder.stage("convert")
     require_stage(made, "convert")
-    kind = choice.quantization or served_quantization(recipe.ollama.quantization, folder.stage("ladder"))
+    kind = choice.quantization or quantization_of(recipe, folder)
     gguf = folder.gguf(choice.model, kind)
     if not gguf.is_file():
         found = ", ".join(sorted(path.stem.partition("-")[2] for path in made.glob(gguf_name(choice.model, "*"))))

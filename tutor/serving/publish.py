@@ -25,7 +25,8 @@ from tutor.pipeline.runner import announced, pass_gate
 from tutor.prompt import shown
 from tutor.recipe.settings import Recipe
 from tutor.serving import builds, ollama_parity
-from tutor.serving.adapter import lora_folder, quantization
+from tutor.serving.adapter import lora_folder
+from tutor.serving.models import quantization_of
 from tutor.stages.parity.gate import lines, refusal
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def publish(
         with connect(host) as server:
             server.wait_ready(wait)  # before gigabytes are hashed in vain
             made = lora_folder(recipe, folder) if adapter else made
-            model = builds.read_model(made, quantization(recipe, folder))
+            model = builds.read_model(made, quantization_of(recipe, folder))
             check = partial(_same_answers, reference, same_file=not adapter)
             result = builds.publish_build(model, _hashes(model, folder), server, check=check, serve=serve)
         record = folder.published(adapter=adapter)

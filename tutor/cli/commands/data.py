@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tutor.cli import exit as cli_exit
 from tutor.cli.commands.run import data_split
+from tutor.cli.exit import print_error
 from tutor.cli.options import indented, json_option, load_recipe, print_result, recipe_option
 from tutor.errors import ArtifactError, DataError, RecipeError
 
@@ -136,9 +136,7 @@ def lint_command(  # noqa: PLR0913 - a command's options
     print_result(report.as_dict(), _lint_lines(report), as_json=as_json)
     if strict and (total := sum(report.counts.values())):
         # The report is the result and already on stdout: with --json it stays the only document there.
-        context.exit(
-            cli_exit.print_error(f"{total} findings", DataError.code, "they are listed on stdout", as_json=False)
-        )
+        context.exit(print_error(f"{total} findings", DataError.code, "they are listed on stdout", as_json=False))
 
 
 def _tokenizer(recipe: "Recipe", build: Path) -> Path | None:

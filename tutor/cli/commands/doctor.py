@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tutor.cli import exit as cli_exit
+from tutor.cli.exit import print_error
 from tutor.cli.options import build_option, json_option, load_recipe, print_result, progress_on_stderr
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def doctor_command(context: click.Context, recipe_path: Path | None, build: Path
         print_result(report.as_dict(), list(report_lines(report)), as_json=as_json)
     if fault := report.fault:
         # The report is the result and already on stdout: with --json it stays the only document there.
-        context.exit(cli_exit.print_error(fault.message, fault.code, fault.hint, as_json=False))
+        context.exit(print_error(fault.message, fault.code, fault.hint, as_json=False))
 
 
 def report_lines(report: "Report") -> Iterator[str]:

@@ -75,7 +75,7 @@ def eval_command(  # noqa: PLR0913 - a command's options
     By default the base and the tutor answer.
     """
     from tutor.cli import summary
-    from tutor.pipeline import runner as pipeline
+    from tutor.pipeline import runner
     from tutor.serving import compare
     from tutor.serving.models import parse_model
 
@@ -85,7 +85,7 @@ def eval_command(  # noqa: PLR0913 - a command's options
         if names is None and engine == "ollama":
             result = compare.evaluate_published(recipe, build, host=host, adapter=adapter, parallel=parallel)
         elif names is None and engine == "llamacpp":
-            pipeline.run_one("evaluate", recipe, build)
+            runner.run_one("evaluate", recipe, build)
             result = summary.collect(recipe, build)["stages"]["evaluate"]
         else:
             choices = [parse_model(name.strip(), engine, host) for name in (names or "base,tutor").split(",")]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from tutor.cli import exit as cli_exit
+from tutor.cli.exit import print_error
 from tutor.cli.options import host_option, json_option, load_recipe, print_result, progress_on_stderr, recipe_option
 from tutor.errors import ArtifactError
 
@@ -37,9 +37,9 @@ def status_command(context: click.Context, recipe_path: Path, build: Path, *, ve
 
     A stage is up to date, stale, missing or damaged. Exit 5 when one is damaged.
     """
-    from tutor.pipeline import runner as pipeline
+    from tutor.pipeline import runner
 
-    states = pipeline.inspect(load_recipe(recipe_path), build, content=verify)
+    states = runner.inspect(load_recipe(recipe_path), build, content=verify)
     rows = [
         {
             "stage": state.stage.name,
@@ -55,7 +55,7 @@ def status_command(context: click.Context, recipe_path: Path, build: Path, *, ve
     print_result(rows, lines, as_json=as_json)
     if damaged := [problem for state in states for problem in state.problems]:
         # The rows are the result and already on stdout: with --json they stay the only document there.
-        context.exit(cli_exit.print_error(damaged[0], ArtifactError.code, "tutor run makes it again", as_json=False))
+        context.exit(print_error(damaged[0], ArtifactError.code, "tutor run makes it again", as_json=False))
 
 
 @click.command("why")
@@ -64,13 +64,12 @@ def status_command(context: click.Context, recipe_path: Path, build: Path, *, ve
 @json_option
 def why_command(stage: str, recipe_path: Path, build: Path, *, as_json: bool) -> None:
     """Explain why STAGE is not up to date."""
-    from tutor.pipeline import registry as chain
-    from tutor.pipeline import runner as pipeline
+    from tutor.pipeline import registry, runner
 
-    if stage not in chain.BY_NAME:
-        raise click.BadParameter(f"{stage!r}; known: {', '.join(chain.BY_NAME)}", param_hint="STAGE")
-    states = {state.stage.name: state for state in pipeline.inspect(load_recipe(recipe_path), build)}
-    reasons = pipeline.differences(states[stage])
+    if stage not in registry.BY_NAME:
+        raise click.BadParameter(f"{stage!r}; known: {', '.join(registry.BY_NAME)}", param_hint="STAGE")
+    states = {state.stage.name: state for state in runner.inspect(load_recipe(recipe_path), build)}
+    reasons = runner.differences(states[stage])
     lines = reasons or [f"{stage} is up to date"]
     print_result({"stage": stage, "condition": states[stage].condition, "reasons": reasons}, lines, as_json=as_json)
 
@@ -84,11 +83,11 @@ def report_command(flags: dict[str, bool], recipe_path: Path, build: Path, *, op
     """Write all results as one page, and a model card. The page lists the stages that have not run."""
     from tutor.artifacts.layout import BuildFolder
     from tutor.artifacts.manifest import require_stage
-    from tutor.pipeline import runner as pipeline
+    from tutor.pipeline import runner
 
     recipe = load_recipe(recipe_path)
     with progress_on_stderr(flags):
-        ran = pipeline.run_one("report", recipe, build)
+        ran = runner.run_one("report", recipe, build)
     folder = BuildFolder(build, recipe.name).stage("report")
     results = require_stage(folder, "report").results
     page, card = (folder / results[name] for name in ("page", "card"))
@@ -127,4 +126,4 @@ def verify_command(
         message = f"{what} is not of this recipe and build: {', '.join(row.what for row in bad)}"
         # The rows are the result and already on stdout: with --json they stay the only document there.
         hint = "give its own --recipe and --build"
-        context.exit(cli_exit.print_error(message, ArtifactError.code, hint, as_json=False))
+        context.exit(print_error(message, ArtifactError.code, hint, as_json=False))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tutor.cli import exit as cli_exit
+from tutor.cli.exit import print_error
 from tutor.cli.options import indented, json_option, load_recipe, print_result, progress_on_stderr, recipe_option
 from tutor.errors import GateError
 from tutor.machine import distributed
@@ -27,14 +27,13 @@ if TYPE_CHECKING:
 def run_command(flags: dict[str, bool], until: str | None, recipe_path: Path, build: Path, *, as_json: bool) -> None:
     """Run every stage that is not up to date, and print a summary."""
     from tutor.cli import summary
-    from tutor.pipeline import registry as chain
-    from tutor.pipeline import runner as pipeline
+    from tutor.pipeline import registry, runner
 
-    if until is not None and until not in chain.BY_NAME:
-        raise click.BadParameter(f"{until!r}; known: {', '.join(chain.BY_NAME)}", param_hint="--until")
+    if until is not None and until not in registry.BY_NAME:
+        raise click.BadParameter(f"{until!r}; known: {', '.join(registry.BY_NAME)}", param_hint="--until")
     recipe = load_recipe(recipe_path)
     with progress_on_stderr(flags):
-        ran = pipeline.run_all(recipe, build, until=until)
+        ran = runner.run_all(recipe, build, until=until)
     collected = summary.collect(recipe, build)
     opening = [] if ran else ["Nothing to do: every stage is up to date."]
     lines = [*opening, *summary.summary_lines(collected, str(recipe.path))]
@@ -66,7 +65,7 @@ def ladder_command(flags: dict[str, bool], recipe_path: Path, build: Path, *, as
 def parity_command(context: click.Context, host: str | None, recipe_path: Path, build: Path, *, as_json: bool) -> None:
     """Compare every engine that the model passes, token by token. Exit 8 when one diverges."""
     from tutor.cli import summary
-    from tutor.pipeline import runner as pipeline
+    from tutor.pipeline import runner
     from tutor.serving import publish
     from tutor.stages.parity.gate import lines
 
@@ -74,13 +73,13 @@ def parity_command(context: click.Context, host: str | None, recipe_path: Path, 
     with progress_on_stderr(context.obj):
         if host is None:
             with contextlib.suppress(GateError):  # printed below, after the table
-                pipeline.run_one("parity", recipe, build)
+                runner.run_one("parity", recipe, build)
             result = summary.collect(recipe, build)["stages"]["parity"]
         else:
             result = publish.compare_published(recipe, build, host=host)
     print_result(result, lines(result["hand_overs"]), as_json=as_json)
     if refused := result.get("refused"):
-        context.exit(cli_exit.print_error(refused["message"], GateError.code, refused["hint"], as_json=False))
+        context.exit(print_error(refused["message"], GateError.code, refused["hint"], as_json=False))
 
 
 @click.command("clean")
@@ -89,9 +88,9 @@ def parity_command(context: click.Context, host: str | None, recipe_path: Path, 
 @json_option
 def clean_command(stages: tuple[str, ...], recipe_path: Path, build: Path, *, as_json: bool) -> None:
     """Delete the outputs of STAGES (all when none is named)."""
-    from tutor.pipeline import runner as pipeline
+    from tutor.pipeline import runner
 
-    removed = [str(path) for path in pipeline.clean(load_recipe(recipe_path), build, stages)]
+    removed = [str(path) for path in runner.clean(load_recipe(recipe_path), build, stages)]
     print_result({"removed": removed}, [f"removed {path}" for path in removed], as_json=as_json)
 
 
@@ -133,11 +132,11 @@ def _run_stage(
 ) -> None:
     from tutor.artifacts.layout import BuildFolder
     from tutor.artifacts.manifest import require_stage
-    from tutor.pipeline import runner as pipeline
+    from tutor.pipeline import runner
 
     recipe = load_recipe(recipe_path)
     with progress_on_stderr(flags):
-        ran = pipeline.run_one(name, recipe, build)
+        ran = runner.run_one(name, recipe, build)
     if not distributed.is_main_process():
         return
     folder = BuildFolder(build, recipe.name).stage(name)

@@ -22,11 +22,11 @@ def stack_group() -> None:
 @click.pass_obj
 def stack_run(flags: dict[str, bool], recipe_path: Path, build: Path, *, gpu: bool | None, as_json: bool) -> None:
     """Run preflight, images, trainer, merger, converter, Ollama, publisher, evaluator and reporter."""
-    from tutor.pipeline import compose as stack
+    from tutor.pipeline import compose
 
     with progress_on_stderr(flags):
-        result = stack.run_all(load_recipe(recipe_path), build, gpu=gpu)
-    print_result(result, stack.lines(result), as_json=as_json)
+        result = compose.run_all(load_recipe(recipe_path), build, gpu=gpu)
+    print_result(result, compose.lines(result), as_json=as_json)
 
 
 @stack_group.command("call")
@@ -35,6 +35,6 @@ def stack_run(flags: dict[str, bool], recipe_path: Path, build: Path, *, gpu: bo
 @click.pass_context
 def stack_call(context: click.Context, name: str, recipe_path: Path, build: Path) -> None:
     """Start or stop Ollama's container, follow its log, or open a shell in the trainer's image."""
-    from tutor.pipeline import compose as stack
+    from tutor.pipeline import compose
 
-    context.exit(stack.call(load_recipe(recipe_path), build, name))
+    context.exit(compose.call(load_recipe(recipe_path), build, name))
