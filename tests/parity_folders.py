@@ -11,7 +11,7 @@ from tutor.artifacts.stage_folder import writing
 from tutor.engines.trace import END, Step, Trace
 from tutor.pipeline.registry import BY_NAME
 from tutor.recipe.settings import Recipe
-from tutor.stages.parity.compare import Seen
+from tutor.stages.parity.compare import Observation
 from tutor.stages.parity.conversations import conversations
 from tutor.stages.parity.record import to_record
 
@@ -36,7 +36,7 @@ def write_parity(recipe: Recipe, build: Path, refused: dict[str, str] | None = N
     for talk in talks:
         words = len(talk.prompt.split())
         found = trace(prompt_tokens=words) if talk.reach in ("everywhere", "served") else None
-        seen.append(to_record(Seen(talk.name, talk.prompt, (1,) * words, words, None, found), candidates=True))
+        seen.append(to_record(Observation(talk.name, talk.prompt, (1,) * words, words, None, found), candidates=True))
     with writing(folder / "parity", "parity", fields) as (out, results):
         record = {"served": served, "steps": 16, "conversations": [asdict(talk) for talk in talks]}
         write_json(out / "reference.json", {**record, "engines": {served: seen}})

@@ -1,4 +1,4 @@
-"""The parity gate: what counts as a difference, which hand-over is named for it, and that nothing passes unsaid."""
+"""The parity gate: what counts as a difference, which hand-off is named for it, and that nothing passes unsaid."""
 
 import json
 import math
@@ -27,13 +27,13 @@ from tutor.recipe.quantizations import KINDS
 from tutor.recipe.settings import BUDGETS, OllamaSettings, ParitySettings, Recipe, read_recipe
 from tutor.serving import publish
 from tutor.serving.ollama_parity import read_reference
-from tutor.stages.parity.compare import CHECKS, Check, Seen, Tolerance, compare
+from tutor.stages.parity.compare import SUBJECTS, Comparison, Observation, Tolerance, compare_engines
 from tutor.stages.parity.conversations import CODE, EMOJI, SPECIALS, Conversation, conversations
-from tutor.stages.parity.gate import HandOver, budget, hand_over, lines, refusal
+from tutor.stages.parity.gate import HandOff, hand_off, parity_table, quantization_tolerance, refusal
 from tutor.stages.parity.record import from_record, to_record
 
 TIGHT = Tolerance(kl=1e-3, mean=0.01, worst=0.1, lead=0.2)
-LOOSE = budget(0.05)
+LOOSE = quantization_tolerance(0.05)
 
 
 def scored(*logprobs: float, best: bool = True) -> Score:
@@ -44,15 +44,19 @@ def scored(*logprobs: float, best: bool = True) -> Score:
     return Score(logprobs, tuple(places))
 
 
-def seen(**changes: Any) -> Seen:
-    return replace(Seen("code", "Instrucción: x\nRespuesta:", (1, 5, 6), 3, scored(-0.5, -0.3), trace()), **changes)
+def seen(**changes: Any) -> Observation:
+    return replace(
+        Observation("code", "Instrucción: x\nRespuesta:", (1, 5, 6), 3, scored(-0.5, -0.3), trace()), **changes
+    )
 
 
-def checked(theirs: Seen, tolerance: Tolerance = TIGHT, ours: Seen | None = None) -> dict[str, Check]:
-    return {check.name: check for check in compare([ours or seen()], [theirs], tolerance)}
+def checked(
+    theirs: Observation, tolerance: Tolerance = TIGHT, ours: Observation | None = None
+) -> dict[str, Comparison]:
+    return {check.name: check for check in compare_engines([ours or seen()], [theirs], tolerance)}
 
 
-def failing(theirs: Seen, tolerance: Tolerance = TIGHT, ours: Seen | None = None) -> list[str]:
+def failing(theirs: Observation, tolerance: Tolerance = TIGHT, ours: Observation | None = None) -> list[str]:
     return [name for name, check in checked(theirs, tolerance, ours).items() if not check.ok]
 
 
@@ -61,7 +65,7 @@ def failing(theirs: Seen, tolerance: Tolerance = TIGHT, ours: Seen | None = None
 
 def test_an_engine_does_not_differ_from_itself_in_anything() -> None:
     found = checked(seen())
-    assert tuple(found) == CHECKS
+    assert tuple(found) == SUBJECTS
     assert all(check.ok and not check.what for check in found.values())
     assert found["log-probabilities"].figures == {"tokens": 9, "change": 0, "mean": 0, "worst": 0, "kl": 0}
 
@@ -103,7 +107,7 @@ def test_differences_below_the_noise_are_none() -> None:
 
 
 def test_another_best_token_is_tolerated_only_where_two_were_equally_good() -> None:
-    def near(lead: float) -> Seen:
+    def near(lead: float) -> Observation:
         step = Step(" Un", -0.7, ((" Un", -0.7), (" Una", -0.7 - lead)))
         return seen(trace=Trace((step,), None, 3))
 
@@ -113,7 +117,7 @@ def test_another_best_token_is_tolerated_only_where_two_were_equally_good() -> N
 
 
 def test_an_end_is_tolerated_to_be_missing_only_where_it_was_a_toss_up() -> None:
-    def ending(lead: float) -> Seen:
+    def ending(lead: float) -> Observation:
         return seen(trace=Trace((Step(END, -0.7, ((END, -0.7), (" y", -0.7 - lead))),), "stop", 3))
 
     other = seen(trace=Trace((Step(" y", -0.7, ((" y", -0.7), (END, -0.8))),), None, 3))
@@ -123,18 +127,18 @@ def test_an_end_is_tolerated_to_be_missing_only_where_it_was_a_toss_up() -> None
 
 
 def test_what_an_engine_does_not_say_is_in_no_figure() -> None:
-    found = checked(Seen("code", None, None, None, None, None))
+    found = checked(Observation("code", None, None, None, None, None))
     assert all(check.ok for check in found.values())
     assert {check.figures.get("of", check.figures.get("tokens")) for check in found.values()} == {0}
 
 
 def test_what_the_first_engine_does_not_say_is_in_no_figure() -> None:
-    found = checked(seen(), ours=Seen("code", None, None, 3))
+    found = checked(seen(), ours=Observation("code", None, None, 3))
     assert all(check.ok for check in found.values())
     assert found["tokens"].figures == {"equal": 1, "of": 1}
     assert checked(seen(prompt="x"))["prompt"].figures == {"equal": 0, "of": 1}
-    assert checked(seen(), ours=Seen("code"))["tokens"].figures == {"equal": 0, "of": 0}
-    assert {found[name].figures.get("of", 0) for name in CHECKS if name != "tokens"} == {0}
+    assert checked(seen(), ours=Observation("code"))["tokens"].figures == {"equal": 0, "of": 0}
+    assert {found[name].figures.get("of", 0) for name in SUBJECTS if name != "tokens"} == {0}
 
 
 def test_a_kl_divergence_over_the_budget_is_a_difference() -> None:
@@ -145,8 +149,8 @@ def test_a_kl_divergence_over_the_budget_is_a_difference() -> None:
     kl = divergence(dict(scored(-0.5, -0.3).top[0]), dict(other.top[0])) / 2
     figures = checked(theirs, ours=ours)["log-probabilities"].figures
     assert figures == {"tokens": 2, "change": 0, "mean": 0, "worst": 0, "kl": round(kl, 6)}
-    assert failing(theirs, budget(1.01 * kl), ours) == []
-    assert failing(theirs, budget(0.99 * kl), ours) == ["log-probabilities"]
+    assert failing(theirs, quantization_tolerance(1.01 * kl), ours) == []
+    assert failing(theirs, quantization_tolerance(0.99 * kl), ours) == ["log-probabilities"]
 
 
 def test_a_change_of_log_probabilities_is_a_mean_with_its_sign() -> None:
@@ -181,16 +185,16 @@ def test_a_step_without_a_probability_is_compared_as_text_alone() -> None:
 
 
 def test_a_given_answers_end_is_tolerated_only_as_a_toss_up() -> None:
-    def ending(lead: float) -> Seen:
+    def ending(lead: float) -> Observation:
         places = scored(-0.9, -0.8, -0.7).top[:2]
         return seen(trace=None, scored=Score((-0.9, -0.8, -0.7), (*places, ((99, lead - 0.7), (2, -0.7)))))
 
     ours, wide = seen(trace=None, scored=scored(-0.9, -0.8, -0.7)), Tolerance(kl=9, mean=None, worst=None, lead=0.2)
     assert failing(ending(0.1), wide, ours) == []
     assert failing(ending(0.3), wide, ours) == ["end"]
-    assert failing(ending(0.3), budget(9), ours) == [], "a quantization may end elsewhere"
+    assert failing(ending(0.3), quantization_tolerance(9), ours) == [], "a quantization may end elsewhere"
     for other in (trace((" Una", " interfaz")), Trace(trace().steps[:-1], None, 3)):
-        assert failing(seen(trace=other), budget(9)) == []
+        assert failing(seen(trace=other), quantization_tolerance(9)) == []
 
 
 def test_ends_are_counted_behind_given_and_greedy_answers() -> None:
@@ -224,12 +228,12 @@ def test_steps_of_several_tokens_are_compared_as_text_alone() -> None:
 # The verdict
 
 
-def over(kind: Any, other: Seen | None = None, **names: str) -> HandOver:
+def over(kind: Any, other: Observation | None = None, **names: str) -> HandOff:
     sides = ([seen()], [other or seen()])
-    return hand_over(kind, (names.get("ours", "a"), names.get("theirs", "b")), sides, TIGHT)
+    return hand_off(kind, (names.get("ours", "a"), names.get("theirs", "b")), sides, TIGHT)
 
 
-def test_the_first_hand_over_is_named_with_its_first_difference_and_the_likeliest_cause() -> None:
+def test_the_first_hand_off_is_named_with_its_first_difference_and_the_likeliest_cause() -> None:
     bad = seen(ids=(5, 6), scored=scored(-3.0, -4.0))
     chain = [over("merge"), over("convert", bad, ours="merged", theirs="F16"), over("quantize", bad)]
     said = refusal(chain)
@@ -240,17 +244,19 @@ def test_the_first_hand_over_is_named_with_its_first_difference_and_the_likelies
 
 
 @pytest.mark.parametrize("kind", ["merge", "convert", "quantize", "publish"])
-@pytest.mark.parametrize("check", CHECKS)
-def test_every_difference_of_every_hand_over_has_a_cause(kind: Any, check: str) -> None:
-    said = refusal([HandOver(kind, "a", "b", (Check(check, ok=False, figures={}, what="x"),), TIGHT)])
+@pytest.mark.parametrize("check", SUBJECTS)
+def test_every_difference_of_every_hand_off_has_a_cause(kind: Any, check: str) -> None:
+    said = refusal([HandOff(kind, "a", "b", (Comparison(check, ok=False, figures={}, what="x"),), TIGHT)])
     assert said is not None
     assert said["hint"].startswith("most likely: ")
 
 
 def test_a_pair_that_was_not_compared_is_said_and_not_green() -> None:
-    missing = HandOver("merge", "base + adapter", "merged", missing="16 GB are needed, 3 GB are free")
+    missing = HandOff("merge", "base + adapter", "merged", missing="16 GB are needed, 3 GB are free")
     assert missing.state == "not checked"
-    text = "\n".join(lines([missing.record(), over("convert").record(), over("quantize", seen(prompt="x")).record()]))
+    text = "\n".join(
+        parity_table([missing.record(), over("convert").record(), over("quantize", seen(prompt="x")).record()])
+    )
     assert "base + adapter -> merged    not checked: 16 GB are needed" in text
     assert text.count("<- diverges") == 1
 
@@ -333,10 +339,10 @@ def test_a_budget_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_a_model_that_does_not_fit_in_fp32_is_asked_in_bf16_and_one_that_does_not_fit_at_all_is_not() -> None:
     pytest.importorskip("torch")
-    from tutor.stages.parity.stage import fitting
+    from tutor.stages.parity.stage import transformers_precision
 
     giga = 1 << 30
-    assert [fitting(16 * giga, free * giga) for free in (40, 33, 32, 17, 16, 0)] == [
+    assert [transformers_precision(16 * giga, free * giga) for free in (40, 33, 32, 17, 16, 0)] == [
         "fp32",
         "fp32",
         "bf16",
@@ -476,7 +482,7 @@ def test_what_is_served_is_compared_again_at_any_time(server: FakeOllama, recipe
     publish.publish(recipe, build, host=server.host)
     for _ in range(2):
         result = publish.compare_published(recipe, build, host=server.host)
-        assert [item["state"] for item in result["hand_overs"]] == ["same"]
+        assert [item["state"] for item in result["hand_offs"]] == ["same"]
         assert "refused" not in result
     assert require_stage(build / "small/parity-ollama", "parity-ollama").results == result
 
@@ -490,7 +496,7 @@ def test_a_model_replaced_after_publishing_is_known_by_its_digest(
     result = publish.compare_published(recipe, build, host=server.host)
     assert "someone created or copied another model" in result["refused"]["hint"]
     assert "digest" in result["refused"]["message"]
-    assert "another model" in "\n".join(lines(result["hand_overs"]))
+    assert "another model" in "\n".join(parity_table(result["hand_offs"]))
 
 
 def test_without_a_record_of_the_digest_the_answers_tell(server: FakeOllama, recipe: Recipe, build: Path) -> None:
@@ -520,7 +526,7 @@ def test_the_command_shows_the_table_and_exits_8(
     assert json.loads(done.stdout)["refused"]["message"].startswith("Q8_0 -> Ollama")
 
 
-def test_the_summary_shows_the_hand_overs(recipe: Recipe) -> None:
-    stages = {"parity": {"hand_overs": [over("merge").record()]}}
+def test_the_summary_shows_the_hand_offs(recipe: Recipe) -> None:
+    stages = {"parity": {"hand_offs": [over("merge").record()]}}
     found = summary.summary_lines({"stages": stages, "examples": []}, "x.toml")
     assert any("a -> b" in line and "6/7" not in line for line in found)

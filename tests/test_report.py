@@ -156,7 +156,7 @@ def evaluated(answers: list[dict[str, Any]]) -> dict[str, Any]:
 @pytest.fixture
 def made() -> Made:
     answers = asked()
-    parity = {"conversations": 9, "precision": "fp32", "served": "Q8_0", "hand_overs": [handed()]}
+    parity = {"conversations": 9, "precision": "fp32", "served": "Q8_0", "hand_offs": [handed()]}
     files = {"files": {"tutor-Q8_0.gguf": {"size": 144_000_000, "replaced": {"Q5_1": 3}}}}
     fields = {"recipe.rank": 8, "recipe.alpha": 16, "recipe.target_modules": ["q_proj"], "recipe.epochs": 6,
               "recipe.learning_rate": 2e-4, "recipe.system": "Eres un tutor.", "version.torch": "2.14.0"}  # fmt: skip
@@ -267,27 +267,27 @@ def test_a_page_of_nothing_is_a_page(made: Made) -> None:
 
 def test_a_gate_that_says_no_stands_first(made: Made) -> None:
     refused = {"message": "F16 -> Q8_0 (quantize) diverges", "hint": "most likely: the file is damaged"}
-    gate = {**made.manifests["parity"].results, "hand_overs": [handed(state="diverges")], "refused": refused}
+    gate = {**made.manifests["parity"].results, "hand_offs": [handed(state="diverges")], "refused": refused}
     text = Page(page(replace(made, manifests={**made.manifests, "parity": manifest("parity", gate)}))).text
     assert text.index("The parity gate says no.") < text.index("What the labels are")
     assert "✗ diverges" in text
 
 
-def test_a_hand_over_that_was_not_checked_says_why(made: Made) -> None:
+def test_a_hand_off_that_was_not_checked_says_why(made: Made) -> None:
     lone = handed(checks=[], tolerance=None, missing="too little memory", state="not checked")
-    gate = {**made.manifests["parity"].results, "precision": None, "hand_overs": [lone]}
+    gate = {**made.manifests["parity"].results, "precision": None, "hand_offs": [lone]}
     changed = replace(made, manifests={**made.manifests, "parity": manifest("parity", gate)})
     assert "too little memory" in Page(page(changed)).text
     assert view(changed)["tiles"][2] == {"value": "0/1", "text": view(changed)["tiles"][2]["text"], "tone": "plain"}
 
 
 def test_what_ollama_serves_is_in_the_table_where_it_was_compared(made: Made) -> None:
-    ollama = manifest("parity-ollama", {"hand_overs": [handed(kind="publish", ours="Q8_0", theirs="Ollama")]})
+    ollama = manifest("parity-ollama", {"hand_offs": [handed(kind="publish", ours="Q8_0", theirs="Ollama")]})
     assert "tutor parity --host" in Page(page(made)).text
     text = Page(page(replace(made, manifests={**made.manifests, "parity-ollama": ollama}))).text
     assert "Q8_0 → Ollama" in text
     assert "tutor parity --host" not in text
-    once = {"hand_overs": [handed(kind="publish", ours="Q8_0", theirs="Ollama, as published")]}
+    once = {"hand_offs": [handed(kind="publish", ours="Q8_0", theirs="Ollama, as published")]}
     assert "Ollama, as published" in Page(page(replace(made, published=once))).text
 
 

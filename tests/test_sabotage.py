@@ -1,9 +1,9 @@
-"""Every gate, tested by sabotage: one hand-over is broken on purpose, and the gate that must say so says so.
+"""Every gate, tested by sabotage: one hand-off is broken on purpose, and the gate that must say so says so.
 
     .venv/bin/pytest -s tests/test_sabotage.py        prints the table: what was done -> which gate -> what it said
 
 The tiny model goes once through the real stages with the real llama.cpp; each case spoils a copy of that. Ollama is the
-fake server. A new hand-over gets a case here.
+fake server. A new hand-off gets a case here.
 """
 
 import json
@@ -108,7 +108,7 @@ def compared(recipe: Recipe, folder: Path, match: str) -> "pytest.ExceptionInfo[
 def test_a_build_that_nobody_touched_passes(recipe: Recipe, folder: Path) -> None:
     remove(folder / "parity")
     assert pipeline.run_one("parity", recipe, folder.parent)
-    states = {item["state"] for item in require_stage(folder / "parity", "parity").results["hand_overs"]}
+    states = {item["state"] for item in require_stage(folder / "parity", "parity").results["hand_offs"]}
     assert states == {"same"}
 
 

@@ -16,7 +16,7 @@ from tutor.artifacts.manifest import read_manifest
 from tutor.graders.verdict import LABELS
 from tutor.prompt import shown
 from tutor.recipe.settings import Recipe
-from tutor.stages.parity.gate import lines as parity_lines
+from tutor.stages.parity.gate import parity_table
 
 EXAMPLES = 3
 """Number of prompts whose answers are printed side by side."""
@@ -53,7 +53,7 @@ def summary_lines(summary: Mapping[str, Any], recipe: str) -> list[str]:
     if "ladder" in stages:
         parts += ladder_lines(stages["ladder"])
     if "parity" in stages:
-        parts += ["", *parity_lines(stages["parity"]["hand_overs"])]
+        parts += ["", *parity_table(stages["parity"]["hand_offs"])]
     if "evaluate" in stages:
         parts += verdict_lines(stages["evaluate"])
     for example in summary["examples"]:

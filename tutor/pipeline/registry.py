@@ -226,6 +226,7 @@ STAGES = (
             "stages/parity/compare.py",
             "stages/parity/gate.py",
             "stages/parity/record.py",
+            "formats/rows/split_files.py",
             "stages/parity/conversations.py",
             "formats/models/served_quantization.py",
             "engines/hf/engine.py",

@@ -14,8 +14,8 @@ from tutor.engines.ollama.client import Ollama
 from tutor.engines.ollama.trace import trace
 from tutor.errors import ArtifactError
 from tutor.prompt import Message
-from tutor.stages.parity.compare import Check, Seen
-from tutor.stages.parity.gate import PUBLISHED, HandOver, hand_over
+from tutor.stages.parity.compare import Comparison, Observation
+from tutor.stages.parity.gate import SAME_FILE, HandOff, hand_off
 from tutor.stages.parity.record import REFERENCE, from_record
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class Reference:
     steps: int  # number of tokens of a greedy answer
     messages: tuple[tuple[Message, ...], ...]
     answered: tuple[bool, ...]  # whether Ollama answers, or only renders the prompt
-    seen: tuple[Seen, ...]
+    seen: tuple[Observation, ...]
 
 
 def read_reference(folder: Path) -> Reference:
@@ -49,23 +49,23 @@ def read_reference(folder: Path) -> Reference:
         raise ArtifactError(f"cannot read {path}: {error}", "run: tutor clean parity, and tutor parity") from None
 
 
-def compare_model(reference: Reference, server: Ollama, model: str, *, same_file: bool = True) -> HandOver:
+def compare_model(reference: Reference, server: Ollama, model: str, *, same_file: bool = True) -> HandOff:
     """Compare a model in Ollama with the served file in llama.cpp. Raises ServiceError when the server fails.
 
     Without `same_file` (base and adapter apart, whose numbers differ) only prompts and their tokens are compared.
     """
     ours = [item if same_file else _without_answer(item) for item in reference.seen]
     theirs = list(_ask(reference, server, model, same_file=same_file))
-    return hand_over("publish", (reference.engine, "Ollama"), (ours, theirs), PUBLISHED)
+    return hand_off("publish", (reference.engine, "Ollama"), (ours, theirs), SAME_FILE)
 
 
-def compare_digest(engine: str, found: str, wanted: str) -> HandOver:
+def compare_digest(engine: str, found: str, wanted: str) -> HandOff:
     """Compare the digest of a model with that of the published one. A model with another digest need not be asked."""
     what = "" if found == wanted else f"its digest is {found[:12]}, published was {wanted[:12]}"
-    return HandOver("publish", engine, "Ollama", (Check("model", not what, {}, what),), PUBLISHED)
+    return HandOff("publish", engine, "Ollama", (Comparison("model", not what, {}, what),), SAME_FILE)
 
 
-def _ask(reference: Reference, server: Ollama, model: str, *, same_file: bool) -> Iterator[Seen]:
+def _ask(reference: Reference, server: Ollama, model: str, *, same_file: bool) -> Iterator[Observation]:
     warn = True
     for messages, answered, item in zip(reference.messages, reference.answered, reference.seen, strict=True):
         prompt = server.rendered(model, messages)
@@ -73,12 +73,12 @@ def _ask(reference: Reference, server: Ollama, model: str, *, same_file: bool) -
             warn = False
             log.warning("this Ollama does not return its prompts: only their numbers of tokens are compared")
         if not answered:
-            yield Seen(item.name, prompt)
+            yield Observation(item.name, prompt)
             continue
         found = trace(server, model, messages, reference.steps if same_file else 1)
-        yield Seen(item.name, prompt, None, found.prompt_tokens, None, found if same_file else None)
+        yield Observation(item.name, prompt, None, found.prompt_tokens, None, found if same_file else None)
         log.info("asked %r: %d tokens", item.name, found.prompt_tokens)
 
 
-def _without_answer(seen: Seen) -> Seen:
-    return Seen(seen.name, seen.prompt, seen.ids, seen.tokens)
+def _without_answer(seen: Observation) -> Observation:
+    return Observation(seen.name, seen.prompt, seen.ids, seen.tokens)

@@ -27,7 +27,7 @@ from tutor.recipe.settings import Recipe
 from tutor.serving import builds, ollama_parity
 from tutor.serving.adapter import lora_folder
 from tutor.serving.models import quantization_of
-from tutor.stages.parity.gate import lines, refusal
+from tutor.stages.parity.gate import parity_table, refusal
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def compare_published(recipe: Recipe, build: Path, *, host: str | None = None) -
             if item is None or item.state == "same":
                 item = ollama_parity.compare_model(reference, server, name)
             refused = refusal([item])
-            results.update(served, hand_overs=[item.record()], **({"refused": refused} if refused else {}))
+            results.update(served, hand_offs=[item.record()], **({"refused": refused} if refused else {}))
     return {**results}
 
 
@@ -156,7 +156,7 @@ def published_lines(result: Mapping[str, Any]) -> list[str]:
     if not result["published"]:
         return [f"Nothing to do: {where} is already served as {result['model']}."]
     checked = f"{result['prompts']} prompts as in training; answer: {shown(result['answer'])!r}"
-    compared = lines([result["parity"]]) if "parity" in result else []
+    compared = parity_table([result["parity"]]) if "parity" in result else []
     compared += promotion_lines(result["promotion"]) if "promotion" in result else []
     return [f"Published {where}: {checked}", *compared, f"Next: ollama run {result['model']}"]
 

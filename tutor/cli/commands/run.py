@@ -67,7 +67,7 @@ def parity_command(context: click.Context, host: str | None, recipe_path: Path, 
     from tutor.cli import summary
     from tutor.pipeline import runner
     from tutor.serving import publish
-    from tutor.stages.parity.gate import lines
+    from tutor.stages.parity.gate import parity_table
 
     recipe = load_recipe(recipe_path)
     with progress_on_stderr(context.obj):
@@ -77,7 +77,7 @@ def parity_command(context: click.Context, host: str | None, recipe_path: Path, 
             result = summary.collect(recipe, build)["stages"]["parity"]
         else:
             result = publish.compare_published(recipe, build, host=host)
-    print_result(result, lines(result["hand_overs"]), as_json=as_json)
+    print_result(result, parity_table(result["hand_offs"]), as_json=as_json)
     if refused := result.get("refused"):
         context.exit(print_error(refused["message"], GateError.code, refused["hint"], as_json=False))
 

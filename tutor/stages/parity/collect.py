@@ -1,7 +1,7 @@
-"""What transformers and llama.cpp make of the parity gate's conversations.
+"""Collect the observations of transformers and of llama.cpp for the parity gate's conversations.
 
-In: model folders, GGUF files, conversations. Out: `Seen` of each, in the conversations' order. Judges nothing.
-Imports torch only where transformers answers.
+In: model folders, GGUF files, conversations. Out: one `Observation` a conversation, in their order. Compares nothing.
+Imports torch only where transformers runs.
 """
 
 import gc
@@ -17,7 +17,7 @@ from tutor.engines.llamacpp.trace import rendered
 from tutor.engines.llamacpp.trace import trace as llamacpp_trace
 from tutor.engines.trace import TOP
 from tutor.prompt import completion
-from tutor.stages.parity.compare import Seen
+from tutor.stages.parity.compare import Observation
 from tutor.stages.parity.conversations import Conversation
 
 if TYPE_CHECKING:
@@ -26,32 +26,32 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STEPS = 16
-"""Tokens of a greedy answer: enough to part ways, and below the repetitions at which Ollama gives up on an answer."""
+"""Number of tokens of a greedy answer: enough to diverge, and fewer than the repetitions at which Ollama stops."""
 
 
 @dataclass(frozen=True)
-class Read:
-    """A conversation as the model folder's tokenizer reads it."""
+class Tokenized:
+    """A conversation in the ids of the model folder's tokenizer."""
 
     conversation: Conversation
     ids: tuple[int, ...]  # of the prompt
     answer: tuple[int, ...] | None  # of the given answer, EOS last
 
 
-def read(tokenizer: Any, conversation: Conversation) -> Read:
-    """Ids as training made them: the prompt's, then the answer's own and EOS."""
+def tokenize(tokenizer: Any, conversation: Conversation) -> Tokenized:
+    """Return the ids as training encodes them: of the prompt, then of the answer and EOS."""
     ids = tuple(tokenizer(conversation.prompt)["input_ids"])
     if conversation.answer is None:
-        return Read(conversation, ids, None)
+        return Tokenized(conversation, ids, None)
     answer = tokenizer(completion(conversation.answer), add_special_tokens=False)["input_ids"]
-    return Read(conversation, ids, (*answer, tokenizer.eos_token_id))
+    return Tokenized(conversation, ids, (*answer, tokenizer.eos_token_id))
 
 
 @dataclass(frozen=True)
-class Answered:
-    """What a model in transformers made of the conversations, and the ids of its greedy answers."""
+class TransformersRun:
+    """The observations of a model in transformers, and the ids of its greedy answers."""
 
-    seen: tuple[Seen, ...]
+    observations: tuple[Observation, ...]
     paths: Mapping[str, Sequence[int]]
 
 
@@ -61,69 +61,71 @@ def from_transformers(
     *,
     paths: Mapping[str, Sequence[int]] | None = None,
     own_template: bool,
-) -> Answered:
-    """A loaded model, prompted by its folder's own chat template or (the base, which has another one) as in training.
+) -> TransformersRun:
+    """Observe a loaded model, prompted by its folder's chat template or, where that is another one, as in training.
 
-    It answers by itself or, where `paths` are given, as far as it follows these, in a fraction of the time.
+    The model generates its own answers or, where `paths` are given, follows these until it differs: much faster.
     """
     from tutor.engines.hf.trace import followed, scores, trace
 
-    reads = [read(engine.tokenizer, conversation) for conversation in conversations]
-    given = _given(reads)
+    items = [tokenize(engine.tokenizer, conversation) for conversation in conversations]
+    given = _given(items)
     scored = dict(zip(given, scores(engine, list(given.values())), strict=True))
-    seen, taken = [], dict(paths or {})
-    for item in reads:
-        conversation, found = item.conversation, None
+    found, taken = [], dict(paths or {})
+    for item in items:
+        conversation, answer = item.conversation, None
         name = conversation.name
         if paths is None and conversation.reach == "everywhere":
-            taken[name], found = trace(engine, item.ids, STEPS)
+            taken[name], answer = trace(engine, item.ids, STEPS)
         elif name in taken:
-            found = followed(engine, item.ids, taken[name])
+            answer = followed(engine, item.ids, taken[name])
         prompt = own_prompt(engine.tokenizer, conversation) if own_template else conversation.prompt
-        seen.append(Seen(name, prompt, item.ids, len(item.ids), scored.get(name), found))
-    return Answered(tuple(seen), taken)
+        found.append(Observation(name, prompt, item.ids, len(item.ids), scored.get(name), answer))
+    return TransformersRun(tuple(found), taken)
 
 
 def own_prompt(tokenizer: Any, conversation: Conversation) -> str:
-    """What a folder's chat template makes of a conversation, without the BOS that the template may write."""
+    """Return a conversation rendered by the folder's chat template, without the BOS that the template may write."""
     messages = [dict(message) for message in conversation.messages]
     text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     return text.removeprefix(tokenizer.bos_token or "")
 
 
-def _given(reads: Sequence[Read]) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+def _given(items: Sequence[Tokenized]) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     """Prompt and answer ids of the conversations that have a given answer, by name."""
-    return {item.conversation.name: (item.ids, item.answer) for item in reads if item.answer is not None}
+    return {item.conversation.name: (item.ids, item.answer) for item in items if item.answer is not None}
 
 
 @dataclass(frozen=True)
-class Serving:
-    """How llama-server is started."""
+class ServerSettings:
+    """Settings of llama-server."""
 
     context: int
     threads: int
     log: Path
-    bos: str  # what a template may write for BOS: of a file that says it adds none, llama-server leaves it there
+    bos: str  # BOS text that a template may write: llama-server keeps it where the file adds no BOS
 
 
-def from_gguf(gguf: Path, reads: Sequence[Read], serving: Serving, *, served: bool) -> tuple[Seen, ...]:
-    """One GGUF file in llama.cpp, prompted by its own chat template; `served`: it is the one that will be published."""
-    given = _given(reads)
-    scored = dict(zip(given, score(gguf, list(given.values()), threads=serving.threads, top=TOP), strict=True))
-    seen = []
+def from_gguf(
+    gguf: Path, items: Sequence[Tokenized], settings: ServerSettings, *, served: bool
+) -> tuple[Observation, ...]:
+    """Observe a GGUF file in llama.cpp, prompted by its own chat template; `served`: the file will be published."""
+    given = _given(items)
+    scored = dict(zip(given, score(gguf, list(given.values()), threads=settings.threads, top=TOP), strict=True))
+    found = []
     reaches = ("everywhere", "served") if served else ("everywhere",)
-    with serve(gguf, context=serving.context, threads=serving.threads, log=serving.log, own_template=True) as server:
-        for item in reads:
+    with serve(gguf, context=settings.context, threads=settings.threads, log=settings.log, own_template=True) as server:
+        for item in items:
             conversation = item.conversation
             ids = tuple(server.tokenize(conversation.prompt))
-            found = llamacpp_trace(server, conversation.prompt, STEPS) if conversation.reach in reaches else None
-            prompt = rendered(server, conversation.messages).removeprefix(serving.bos)
-            seen.append(Seen(conversation.name, prompt, ids, len(ids), scored.get(conversation.name), found))
-    return tuple(seen)
+            answer = llamacpp_trace(server, conversation.prompt, STEPS) if conversation.reach in reaches else None
+            prompt = rendered(server, conversation.messages).removeprefix(settings.bos)
+            found.append(Observation(conversation.name, prompt, ids, len(ids), scored.get(conversation.name), answer))
+    return tuple(found)
 
 
-def to_nf4_and_back(engine: "TransformersEngine", precision: str) -> None:
-    """Give a loaded base the weights that training on it in 4 bits saw: NF4 with double quantization, and back."""
+def quantize_base_to_nf4(engine: "TransformersEngine", precision: str) -> None:
+    """Replace the base's weights by those of 4-bit training: to NF4 with double quantization, and back."""
     from bitsandbytes import functional
 
     from tutor.engines.hf.loading import DTYPES
@@ -136,8 +138,8 @@ def to_nf4_and_back(engine: "TransformersEngine", precision: str) -> None:
             weight.data.copy_(functional.dequantize_4bit(codes, state))
 
 
-def let_go(engine: "TransformersEngine") -> None:
-    """Free a model's memory: the next one needs it."""
+def free_model(engine: "TransformersEngine") -> None:
+    """Free the memory of a loaded model for the next one."""
     import torch
 
     engine.model = None

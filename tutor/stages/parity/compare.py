@@ -1,7 +1,7 @@
-"""Two engines held against each other, conversation by conversation; pure.
+"""Compare two engines conversation by conversation. Pure.
 
-In: what each of them made of the same conversations. Out: a check for each thing compared, in the order in which a
-fault would show: prompts, their tokens, log-probabilities, greedy answers, their ends. Decides no tolerance.
+In: the observations of both engines, for the same conversations. Out: one `Comparison` a subject, in the order in
+which a fault shows: prompts, their tokens, log-probabilities, greedy answers, their ends. Chooses no tolerance.
 """
 
 import math
@@ -16,42 +16,45 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What one engine made of one conversation; None is what it does not say, or was not asked."""
+class Observation:
+    """What one engine made of one conversation; None where the engine does not report it, or did not run."""
 
     name: str
-    prompt: str | None = None  # as it renders the messages, without BOS
-    ids: tuple[int, ...] | None = None  # of the contract's prompt, BOS among them
-    tokens: int | None = None  # how many ids; where it tells no ids, as it counted
+    prompt: str | None = None  # the rendered messages, without BOS
+    ids: tuple[int, ...] | None = None  # of the prompt contract's prompt, BOS included
+    tokens: int | None = None  # number of ids; the engine's own count where it reports no ids
     scored: "Score | None" = None  # of the given answer, EOS last
     trace: Trace | None = None
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far two neighbours may be apart, in nats a token; None: not judged."""
+    """Maximum differences between two neighbours, in nats a token; None: unlimited."""
 
     kl: float  # mean, over the most probable tokens
-    mean: float | None  # |difference| of log-probabilities
-    worst: float | None  # the same, of one token
-    lead: float | None  # of a best token over the second, up to which the other engine may prefer that one
+    mean: float | None  # mean of |difference| of log-probabilities
+    worst: float | None  # largest |difference| of one token's log-probabilities
+    lead: float | None  # lead of the best token over the second, up to which the other engine may prefer the second
 
 
 @dataclass(frozen=True)
-class Check:
-    """One thing compared over all conversations."""
+class Comparison:
+    """One subject, compared over all conversations."""
 
     name: str
     ok: bool
     figures: dict[str, float]
-    what: str = ""  # where it is not: the first place, and both sides
+    what: str = ""  # the first difference, with both sides
 
 
-CHECKS = ("prompt", "tokens", "log-probabilities", "greedy answer", "end")
+SUBJECTS = ("prompt", "tokens", "log-probabilities", "greedy answer", "end")
+"""Names of the comparisons, in their order."""
 
 
-def compare(ours: Sequence[Seen], theirs: Sequence[Seen], tolerance: Tolerance) -> list[Check]:
-    """The checks of two engines, in their order; what neither was asked is in none of the figures."""
+def compare_engines(
+    ours: Sequence[Observation], theirs: Sequence[Observation], tolerance: Tolerance
+) -> list[Comparison]:
+    """Return the comparisons of two engines in the order of SUBJECTS; no figure counts what one side lacks."""
     pairs = list(zip(ours, theirs, strict=True))
     assert all(a.name == b.name for a, b in pairs), "the same conversations"
     return [
@@ -63,29 +66,29 @@ def compare(ours: Sequence[Seen], theirs: Sequence[Seen], tolerance: Tolerance) 
     ]
 
 
-Pair = tuple[Seen, Seen]
+Pair = tuple[Observation, Observation]
 
 
-def _prompts(pairs: Sequence[Pair]) -> Check:
-    shown = [(a.name, a.prompt, b.prompt) for a, b in pairs if a.prompt is not None and b.prompt is not None]
-    return _equal("prompt", [(name, a, b, _text_difference) for name, a, b in shown])
+def _prompts(pairs: Sequence[Pair]) -> Comparison:
+    known = [(a.name, a.prompt, b.prompt) for a, b in pairs if a.prompt is not None and b.prompt is not None]
+    return _equal("prompt", [(name, a, b, _text_difference) for name, a, b in known])
 
 
-def _tokens(pairs: Sequence[Pair]) -> Check:
-    """Ids where both tell them, else how many."""
-    told: list[tuple[str, object, object, Callable[..., str]]] = []
+def _tokens(pairs: Sequence[Pair]) -> Comparison:
+    """Ids where both sides have them, else the number of tokens."""
+    known: list[tuple[str, object, object, Callable[..., str]]] = []
     for a, b in pairs:
         if a.ids is not None and b.ids is not None:
-            told.append((a.name, a.ids, b.ids, _id_difference))
+            known.append((a.name, a.ids, b.ids, _id_difference))
         elif a.tokens is not None and b.tokens is not None:
-            told.append((a.name, a.tokens, b.tokens, lambda x, y: f"{x} tokens and {y}"))
-    return _equal("tokens", told)
+            known.append((a.name, a.tokens, b.tokens, lambda x, y: f"{x} tokens and {y}"))
+    return _equal("tokens", known)
 
 
-def _equal(name: str, told: Sequence[tuple[str, object, object, Callable[..., str]]]) -> Check:
-    wrong = [(where, shown(a, b)) for where, a, b, shown in told if a != b]
-    figures = {"equal": float(len(told) - len(wrong)), "of": float(len(told))}
-    return Check(name, not wrong, figures, f"«{wrong[0][0]}»: {wrong[0][1]}" if wrong else "")
+def _equal(name: str, known: Sequence[tuple[str, object, object, Callable[..., str]]]) -> Comparison:
+    wrong = [(where, describe(a, b)) for where, a, b, describe in known if a != b]
+    figures = {"equal": float(len(known) - len(wrong)), "of": float(len(known))}
+    return Comparison(name, not wrong, figures, f"«{wrong[0][0]}»: {wrong[0][1]}" if wrong else "")
 
 
 def _text_difference(a: str, b: str) -> str:
@@ -104,8 +107,8 @@ def _id_difference(a: tuple[int, ...], b: tuple[int, ...]) -> str:
 
 
 @dataclass(frozen=True)
-class Place:
-    """One token that both engines gave a probability, after the same text."""
+class ComparedToken:
+    """One token with its log-probability in both engines, after the same text."""
 
     where: str
     ours: float
@@ -113,48 +116,48 @@ class Place:
     kl: float | None
 
 
-def _places(pairs: Sequence[Pair]) -> Iterator[Place]:
+def _compared_tokens(pairs: Sequence[Pair]) -> Iterator[ComparedToken]:
     for a, b in pairs:
-        if a.scored and b.scored and len(a.scored.top) == len(b.scored.top):  # else they read other tokens
+        if a.scored and b.scored and len(a.scored.top) == len(b.scored.top):  # else the prompts differ in their tokens
             rows = zip(a.scored.logprobs, b.scored.logprobs, a.scored.top, b.scored.top, strict=True)
             for number, (ours, theirs, top, other) in enumerate(rows, 1):
                 where = f"«{a.name}», token {number} of the given answer"
-                yield Place(where, ours, theirs, divergence(dict(top), dict(other)))
+                yield ComparedToken(where, ours, theirs, divergence(dict(top), dict(other)))
         if a.trace and b.trace:
             for number, (x, y) in enumerate(zip(a.trace.steps, b.trace.steps, strict=False), 1):
                 if x.logprob is not None and y.logprob is not None and x.tokens == y.tokens == 1 and x.text == y.text:
                     kl = divergence(dict(x.top), dict(y.top)) if x.top and y.top else None
-                    yield Place(f"«{a.name}», step {number} ({x.text!r})", x.logprob, y.logprob, kl)
+                    yield ComparedToken(f"«{a.name}», step {number} ({x.text!r})", x.logprob, y.logprob, kl)
                 if x.text != y.text:
                     break
 
 
-def _logprobs(pairs: Sequence[Pair], tolerance: Tolerance) -> Check:
-    places = list(_places(pairs))
-    if not places:
-        return Check("log-probabilities", ok=True, figures={"tokens": 0.0})
-    kls = [place.kl for place in places if place.kl is not None]
-    worst = max(places, key=lambda place: abs(place.ours - place.theirs))
+def _logprobs(pairs: Sequence[Pair], tolerance: Tolerance) -> Comparison:
+    tokens = list(_compared_tokens(pairs))
+    if not tokens:
+        return Comparison("log-probabilities", ok=True, figures={"tokens": 0.0})
+    kls = [token.kl for token in tokens if token.kl is not None]
+    worst = max(tokens, key=lambda token: abs(token.ours - token.theirs))
     figures = {
-        "tokens": float(len(places)),
-        "change": math.fsum(place.theirs - place.ours for place in places) / len(places),
-        "mean": math.fsum(abs(place.ours - place.theirs) for place in places) / len(places),
+        "tokens": float(len(tokens)),
+        "change": math.fsum(token.theirs - token.ours for token in tokens) / len(tokens),
+        "mean": math.fsum(abs(token.ours - token.theirs) for token in tokens) / len(tokens),
         "worst": abs(worst.ours - worst.theirs),
         "kl": math.fsum(kls) / len(kls) if kls else 0.0,
     }
     limits = {"kl": tolerance.kl, "mean": tolerance.mean, "worst": tolerance.worst}
-    # A figure that is no number is below no limit.
+    # NaN is over every limit.
     over = [name for name, limit in limits.items() if limit is not None and not figures[name] <= limit]
-    what = ", ".join(f"{WORDS[name]} {figures[name]:.3g} instead of at most {limits[name]:.3g}" for name in over)
+    what = ", ".join(f"{FIGURE_NAMES[name]} {figures[name]:.3g} instead of at most {limits[name]:.3g}" for name in over)
     what += f"; the worst at {worst.where}: {worst.ours:.2f} and {worst.theirs:.2f}" if over else ""
-    return Check("log-probabilities", not over, {name: round(value, 6) for name, value in figures.items()}, what)
+    return Comparison("log-probabilities", not over, {name: round(value, 6) for name, value in figures.items()}, what)
 
 
-WORDS = {"kl": "KL", "mean": "mean difference", "worst": "worst difference"}
+FIGURE_NAMES = {"kl": "KL", "mean": "mean difference", "worst": "worst difference"}
 
 
-def _parting(a: Trace, b: Trace) -> tuple[int, Step | None, Step | None]:
-    """How many steps agree, and the first one on each side that does not; None where a side has no more to say."""
+def _first_difference(a: Trace, b: Trace) -> tuple[int, Step | None, Step | None]:
+    """The number of equal steps, and the first different step of each side; None where that side has ended."""
     agreed = next(
         (place for place, (x, y) in enumerate(zip(a.steps, b.steps, strict=False)) if x.text != y.text),
         min(len(a.steps), len(b.steps)),
@@ -163,51 +166,51 @@ def _parting(a: Trace, b: Trace) -> tuple[int, Step | None, Step | None]:
     return agreed, x, y
 
 
-def _greedy(pairs: Sequence[Pair], lead: float | None) -> Check:
-    agreed = whole = same = 0
+def _greedy(pairs: Sequence[Pair], lead: float | None) -> Comparison:
+    agreed = steps = equal = 0
     wrong = []
     traced = [(a.name, a.trace, b.trace) for a, b in pairs if a.trace and b.trace]
     for name, a, b in traced:
-        steps, x, y = _parting(a, b)
-        agreed += steps
-        whole += max(len(a.steps), steps + (x is not None))
-        same += x is None and y is None
+        common, x, y = _first_difference(a, b)
+        agreed += common
+        steps += max(len(a.steps), common + (x is not None))
+        equal += x is None and y is None
         if x is not None and y is not None and END not in (x.text, y.text) and not _is_tie(x, y, lead):
             by = "" if x.lead is None else f", preferred by {x.lead:.2f}"
-            wrong.append(f"«{name}»: after {steps} equal steps {x.text!r}{by}, and {y.text!r}")
-    figures = {"agreed": float(agreed), "steps": float(whole), "equal": float(same), "of": float(len(traced))}
-    return Check("greedy answer", not wrong, figures, wrong[0] if wrong else "")
+            wrong.append(f"«{name}»: after {common} equal steps {x.text!r}{by}, and {y.text!r}")
+    figures = {"agreed": float(agreed), "steps": float(steps), "equal": float(equal), "of": float(len(traced))}
+    return Comparison("greedy answer", not wrong, figures, wrong[0] if wrong else "")
 
 
 def _is_tie(x: Step, y: Step, lead: float | None) -> bool:
-    """Whether a difference as small as is tolerated could have turned the order of the best two."""
+    """Whether a tolerated difference could have swapped the two best tokens of one side."""
     known = [step.lead for step in (x, y) if step.lead is not None]
     return lead is None or any(value <= lead for value in known)
 
 
-def _ends(pairs: Sequence[Pair], lead: float | None) -> Check:
-    """Whether both end or both go on: behind a given answer, and where a greedy one ends for one of them."""
-    asked = 0
+def _ends(pairs: Sequence[Pair], lead: float | None) -> Comparison:
+    """Whether both sides end: after a given answer, and where the greedy answer of one side ends."""
+    compared = 0
     wrong = []
     for a, b in pairs:
         if a.scored and b.scored:
-            asked += 1
+            compared += 1
             x, y = (_last(side.scored) for side in (a, b) if side.scored)
             if x[0] != y[0] and lead is not None and min(x[1], y[1]) > lead:
                 wrong.append(f"«{a.name}», behind the given answer: {_ending(x[0])} and {_ending(y[0])}")
         if a.trace and b.trace:
-            asked += 1
-            steps, s, t = _parting(a.trace, b.trace)
+            compared += 1
+            common, s, t = _first_difference(a.trace, b.trace)
             at_end = (s is not None and s.text == END) != (t is not None and t.text == END)
             if at_end and not (s and t and _is_tie(s, t, lead)) and lead is not None:
                 ended = [_ending(bool(step and step.text == END)) for step in (s, t)]
-                wrong.append(f"«{a.name}», after {steps} equal steps: {ended[0]} and {ended[1]}")
-    figures = {"equal": float(asked - len(wrong)), "of": float(asked)}
-    return Check("end", not wrong, figures, wrong[0] if wrong else "")
+                wrong.append(f"«{a.name}», after {common} equal steps: {ended[0]} and {ended[1]}")
+    figures = {"equal": float(compared - len(wrong)), "of": float(compared)}
+    return Comparison("end", not wrong, figures, wrong[0] if wrong else "")
 
 
 def _last(score: "Score") -> tuple[bool, float]:
-    """Whether EOS is the best at a given answer's end, and by how much the best one leads."""
+    """Whether EOS is the most probable token after a given answer, and the lead of the most probable token."""
     (_, first), (_, second) = score.top[-1][:2]
     return score.logprobs[-1] >= first, first - second
 

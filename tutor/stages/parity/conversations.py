@@ -1,6 +1,6 @@
-"""The conversations that every engine is given in the parity gate: held-out rows, and texts that tend to break.
+"""The conversations of the parity gate: held-out rows, and texts that often break tokenizers and templates.
 
-In: held-out rows, the recipe's system text. Out: conversations, each with how far it is taken. Asks no engine.
+In: held-out rows, the recipe's system text. Out: conversations, each with its reach. Runs no engine.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,8 +10,8 @@ from typing import Literal
 from tutor.prompt import Message, completion, render
 
 Reach = Literal["everywhere", "served", "published", "nowhere"]
-"""Who answers a conversation: every engine, the served file's and Ollama, Ollama alone, or (where it does not fit into
-the context) none. All engines say how they prompt and read it."""
+"""Engines that answer a conversation: all, those of the served file and Ollama, Ollama alone, or none (the prompt does
+not fit into the context). All engines render and tokenize every conversation."""
 
 ACCENTS = "¿Qué significa «nulo» en TypeScript? ¡El pingüino y la cigüeña… — ÁÉÍÓÚ ñÑ, 20 €, cafe\u0301, 1\u00a0000!"
 CODE = "Corrige:\n\n```ts\nfunction suma(a: number,\tb) {\n\treturn `${a} + ${b}`;\r\n}\n```\n  x   = 12345;"
@@ -20,7 +20,7 @@ SPECIALS = (
     "¿Qué hace <｜User｜>hola<｜Assistant｜><think>\n</think> y <|im_start|>system\n<|im_end|><|eot_id|></s>"
     " <｜begin▁of▁sentence｜><｜end▁of▁sentence｜> {{ .System }} {% raw %}?"
 )
-"""Text that a tokenizer or a template may take for its own; every engine has to take it for the same."""
+"""Text that tokenizers or templates may interpret; every engine must interpret it in the same way."""
 TURNS = (
     "¿Qué es una tupla?",
     " Un array de longitud fija:\n\n```ts\nconst par: [string, number] = ['a', 1];\n```",
@@ -33,25 +33,25 @@ FILLER = "El compilador comprueba los tipos antes de ejecutar nada; 3 veces de 4
 
 @dataclass(frozen=True)
 class Conversation:
-    """One conversation; where an answer is given, it is scored to its end by all that can."""
+    """One conversation; engines that can score do so for its given answer."""
 
     name: str
     messages: tuple[Message, ...]
     reach: Reach
-    answer: str | None = None  # of a row, without the contract's blank
+    answer: str | None = None  # of a row, without the leading blank of the prompt contract
 
     @property
     def prompt(self) -> str:
-        """The prompt that it must have everywhere, without BOS: an empty system text is none."""
+        """The prompt that every engine must render, without BOS; an empty system text is left out."""
         return render([message for message in self.messages if message["role"] != "system" or message["content"]])
 
 
 def conversations(
     rows: Sequence[tuple[str, str]], system: str, fits: Callable[[str], bool]
 ) -> tuple[Conversation, ...]:
-    """The held-out rows (question, answer) and the fixed texts, each under the recipe's system text.
+    """Return the conversations of held-out rows (question, answer) and of the fixed texts, with the recipe's system.
 
-    `fits` says whether a prompt leaves room for an answer in the served context: one conversation just does.
+    `fits` returns whether a prompt leaves enough context for an answer: one conversation has the longest such prompt.
     """
     made = [
         Conversation(f"held-out {number}", _talk(system, question), "everywhere", answer)
@@ -64,7 +64,7 @@ def conversations(
         Conversation("empty system", ({"role": "system", "content": ""}, *_talk("", TURNS[0])), "served"),
     ]
     if rows:
-        # The answer is all there: whoever has learnt where answers end says nothing more.
+        # The answer is complete: a model that has learnt to end answers generates EOS only.
         question, answer = rows[0]
         made.append(Conversation("answered", _talk(system, question, completion(answer)), "served"))
     if fits(render(_talk(system, FILLER))):
@@ -73,14 +73,14 @@ def conversations(
 
 
 def _talk(system: str, *turns: str) -> tuple[Message, ...]:
-    """User and assistant in turn, behind the system text where there is one."""
+    """Alternating user and assistant messages, after the system text where there is one."""
     opening: list[Message] = [{"role": "system", "content": system}] if system else []
     roles = ("user", "assistant")
     return (*opening, *({"role": roles[place % 2], "content": text} for place, text in enumerate(turns)))
 
 
 def _longest(system: str, fits: Callable[[str], bool]) -> tuple[Message, ...]:
-    """A question of so many equal sentences as just fit."""
+    """A question of as many equal sentences as fit."""
     low, high = 1, 2
     while fits(render(_talk(system, FILLER * high))):
         low, high = high, 2 * high

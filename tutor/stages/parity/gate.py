@@ -1,14 +1,14 @@
-"""The parity gate's judgement: each hand-over's tolerance, the first one that diverges, and what most likely did it.
+"""The parity gate: the tolerance of each hand-off, the first one that diverges, and the likeliest cause.
 
-In: what the engines made of the conversations. Out: hand-overs with their checks, the verdict, a table, and the record
-that later comparisons read. Asks no engine, and needs no torch.
+In: the observations of the engines. Out: hand-offs with their comparisons, the refusal, a table. Runs no engine, and
+needs no torch.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from tutor.stages.parity.compare import Check, Seen, Tolerance, compare
+from tutor.stages.parity.compare import Comparison, Observation, Tolerance, compare_engines
 
 Kind = Literal["merge", "convert", "quantize", "publish"]
 
@@ -16,16 +16,19 @@ SAME_WEIGHTS = {
     "fp32": Tolerance(kl=1e-4, mean=0.02, worst=0.5, lead=0.1),
     "bf16": Tolerance(kl=0.02, mean=0.3, worst=5.0, lead=1.0),
 }
-"""By what transformers computed in: about ten times what rounding to FP16 once, and adding in another order, made.
+"""Tolerances between engines with the same weights, by the precision of transformers.
 
-Measured over 1,400 tokens of the demo's 135M (kl, mean, worst): base + adapter to merged, fp32 2e-6, 0.0015, 0.025,
-bf16 0.0026, 0.055, 1.0; merged to F16 in llama.cpp, fp32 3e-6, 0.0018, 0.043, bf16 0.0019, 0.046, 0.98. The best two
-changed places in bf16 alone, at leads up to 0.06. The tiny model stays below a quarter of its fp32 figures.
+About ten times the differences that one rounding to FP16 and another order of additions cause. Measured over 1,400
+tokens of the demo's 135M (kl, mean, worst): base + adapter to merged, fp32 2e-6, 0.0015, 0.025, bf16 0.0026, 0.055,
+1.0; merged to F16 in llama.cpp, fp32 3e-6, 0.0018, 0.043, bf16 0.0019, 0.046, 0.98. The two best tokens changed places
+in bf16 only, at leads up to 0.06. The tiny model stays below a quarter of its fp32 figures.
 """
-PUBLISHED = Tolerance(kl=0.02, mean=0.2, worst=3.0, lead=0.5)
-"""The same file in another build of llama.cpp, perhaps on a GPU: activations are rounded to 8 bits, and a last bit that
-differs rounds some otherwise. About five times what Ollama on the same CPU made: on the demo's 135M 0.0018 (kl), 0.022
-(mean), 0.37 (worst) for Q8_0, 0.0041, 0.040, 0.43 for Q4_K_M, 0.0037, 0.023, 0.21 for Q5_K_M; 1.3e-5 on the tiny Q8_0.
+SAME_FILE = Tolerance(kl=0.02, mean=0.2, worst=3.0, lead=0.5)
+"""Tolerance between two builds of llama.cpp with the same file, one perhaps on a GPU.
+
+Activations are rounded to 8 bits, and a different last bit rounds some of them differently. About five times the
+differences of Ollama on the same CPU: on the demo's 135M 0.0018 (kl), 0.022 (mean), 0.37 (worst) for Q8_0, 0.0041,
+0.040, 0.43 for Q4_K_M, 0.0037, 0.023, 0.21 for Q5_K_M; 1.3e-5 on the tiny Q8_0.
 """
 
 CAUSES: Mapping[Kind, Mapping[str, str]] = {
@@ -53,56 +56,57 @@ CAUSES: Mapping[Kind, Mapping[str, str]] = {
         "log-probabilities": "the weights in Ollama are not the published file's, or its llama.cpp computes otherwise",
     },
 }
-LATER = {
+"""Likeliest causes of a difference, by the kind of hand-off and the subject of the comparison."""
+ANSWER_CAUSES = {
     "greedy answer": "the numbers agree and the choice does not: a sampler, a penalty or a stop text takes part",
     "end": "the end-of-sequence token: another eos_token_id, a stop text, or an end that was not learnt",
 }
-"""The likeliest cause of a difference that only shows in the answer."""
+"""Likeliest causes of a difference in the answer alone."""
 
 
 @dataclass(frozen=True)
-class HandOver:
-    """From one engine to the next; `missing` says why the two were not compared."""
+class HandOff:
+    """Two neighbouring engines and their comparisons; `missing`: why they were not compared."""
 
     kind: Kind
     ours: str
     theirs: str
-    checks: tuple[Check, ...] = ()
+    checks: tuple[Comparison, ...] = ()
     tolerance: Tolerance | None = None
     missing: str = ""
 
     @property
-    def failed(self) -> Check | None:
-        """The first check that is not as it must be."""
+    def failed(self) -> Comparison | None:
+        """The first comparison with a difference."""
         return next((check for check in self.checks if not check.ok), None)
 
     @property
     def state(self) -> str:
-        """same, diverges or not checked."""
+        """Return `same`, `diverges` or `not checked`."""
         return "not checked" if self.missing else "diverges" if self.failed else "same"
 
     def record(self) -> dict[str, Any]:
-        """As parity.json and a manifest hold it."""
+        """Return the hand-off as JSON values, for parity.json and the manifest."""
         return {**asdict(self), "checks": [asdict(check) for check in self.checks], "state": self.state}
 
 
-def hand_over(
-    kind: Kind, names: tuple[str, str], sides: tuple[Sequence[Seen], Sequence[Seen]], limit: Tolerance
-) -> HandOver:
-    """Two neighbours compared."""
-    return HandOver(kind, *names, tuple(compare(*sides, limit)), limit)
+def hand_off(
+    kind: Kind, names: tuple[str, str], sides: tuple[Sequence[Observation], Sequence[Observation]], limit: Tolerance
+) -> HandOff:
+    """Compare two neighbouring engines."""
+    return HandOff(kind, *names, tuple(compare_engines(*sides, limit)), limit)
 
 
-def budget(kl: float) -> Tolerance:
-    """A quantization's tolerance: the divergence that the recipe allows; what it answers may differ."""
+def quantization_tolerance(kl: float) -> Tolerance:
+    """Return the tolerance of a quantization: the KL divergence of the recipe; its answers may differ."""
     return Tolerance(kl=kl, mean=None, worst=None, lead=None)
 
 
-def refusal(hand_overs: Sequence[HandOver]) -> dict[str, str] | None:
-    """`message` and `hint` of the first hand-over that diverges, in the chain's order; None where none does."""
-    for item in hand_overs:
+def refusal(hand_offs: Sequence[HandOff]) -> dict[str, str] | None:
+    """Return `message` and `hint` of the first hand-off that diverges; None where none does."""
+    for item in hand_offs:
         if check := item.failed:
-            cause = CAUSES[item.kind].get(check.name) or LATER[check.name]
+            cause = CAUSES[item.kind].get(check.name) or ANSWER_CAUSES[check.name]
             return {
                 "message": f"{item.ours} -> {item.theirs} ({item.kind}) diverges in its {check.name}: {check.what}",
                 "hint": f"most likely: {cause}",
@@ -110,10 +114,10 @@ def refusal(hand_overs: Sequence[HandOver]) -> dict[str, str] | None:
     return None
 
 
-def lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A table of hand-overs, as their records, for a terminal."""
+def parity_table(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the lines of a table of hand-offs (as their records) for a terminal."""
     head = ("prompts", "tokens", "mean", "worst", "KL", "greedy", "ends")
-    rows = [f"  {'hand-over':<26}" + "".join(f"{name:>10}" for name in head)]
+    rows = [f"  {'hand-off':<26}" + "".join(f"{name:>10}" for name in head)]
     for item in records:
         checks = {check["name"]: check["figures"] for check in item["checks"]}
         name = f"{item['ours']} -> {item['theirs']}"

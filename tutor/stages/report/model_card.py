@@ -138,8 +138,8 @@ def _gate(made: Made) -> list[str]:
         return ["", "Whether every engine says the same has not been checked."]
     if refused := gate.get("refused"):
         return ["", f"**The engines differ:** {escaped(refused['message'])}"]
-    checked = [each for each in gate["hand_overs"] if each["state"] == "same"]
-    return ["", f"{len(checked)} of {len(gate['hand_overs'])} hand-overs between engines are within their tolerance."]
+    checked = [each for each in gate["hand_offs"] if each["state"] == "same"]
+    return ["", f"{len(checked)} of {len(gate['hand_offs'])} hand-offs between engines are within their tolerance."]
 
 
 def _rate(rate: Mapping[str, Any]) -> str:

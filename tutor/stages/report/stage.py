@@ -76,13 +76,13 @@ def gather(name: str, model: str, system: str, inputs: Mapping[str, Path]) -> Ma
 
 
 def _published(path: Path) -> dict[str, Any]:
-    """The hand-over to Ollama, as the last publishing recorded it; empty where nothing was published."""
+    """The hand-off to Ollama, as the last publishing recorded it; empty where nothing was published."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     record = value.get("parity") if isinstance(value, dict) else None
-    return {"hand_overs": [record]} if isinstance(record, dict) else {}
+    return {"hand_offs": [record]} if isinstance(record, dict) else {}
 
 
 def _json(path: Path, command: str) -> list[dict[str, Any]]:

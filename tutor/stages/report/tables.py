@@ -1,4 +1,4 @@
-"""The report's tables, as plain values for its template: hand-overs, quantizations, verdicts. Pure.
+"""The report's tables, as plain values for its template: hand-offs, quantizations, verdicts. Pure.
 
 In: the results of the stages parity, ladder and evaluate. Out: rows of texts, and of rates where the page draws bars.
 """
@@ -14,17 +14,17 @@ Json = Mapping[str, Any]
 
 
 def parity(gate: Json, published: Json) -> dict[str, Any]:
-    """The hand-overs with their figures as texts; the published model's among them where it was compared."""
+    """The hand-offs with their figures as texts; the published model's among them where it was compared."""
     return {
         "conversations": gate["conversations"],
         "precision": gate["precision"],
         "refused": gate.get("refused") or published.get("refused"),
         "published": bool(published),
-        "rows": [_hand_over(item) for item in (*gate["hand_overs"], *published.get("hand_overs", ()))],
+        "rows": [_hand_off(item) for item in (*gate["hand_offs"], *published.get("hand_offs", ()))],
     }
 
 
-def _hand_over(item: Json) -> dict[str, Any]:
+def _hand_off(item: Json) -> dict[str, Any]:
     checks = {check["name"]: check["figures"] for check in item["checks"]}
     numbers = checks.get("log-probabilities", {})
     limit = item.get("tolerance") or {}

@@ -35,7 +35,7 @@ class Made:
     manifests: Mapping[str, Manifest]  # by folder
     metrics: Sequence[Json] = ()
     answers: Sequence[Json] = ()
-    published: Json = field(default_factory=dict)  # the hand-over to Ollama, when it was published
+    published: Json = field(default_factory=dict)  # the hand-off to Ollama, when it was published
     paraphrased: Sequence[Json] = ()
     labels: Sequence[Json] = ()
     no_labels: str = ""  # why there are none
@@ -54,7 +54,7 @@ class Made:
 
     @property
     def ollama(self) -> Json:
-        """The hand-over to Ollama: as it was compared last, or else as it was published."""
+        """The hand-off to Ollama: as it was compared last, or else as it was published."""
         return self.results("parity-ollama") or self.published
 
 
@@ -107,11 +107,11 @@ def tiles(made: Made) -> list[dict[str, str]]:
         text = f"of {last['all']['n']} held-out prompts: {name} does all that was asked"
         found.append(_tile(percent(rate["share"]), f"{text}{f'; {conclusion}' if conclusion else ''}", tone))
     if gate := made.results("parity"):
-        handed = [*gate["hand_overs"], *made.ollama.get("hand_overs", ())]
+        handed = [*gate["hand_offs"], *made.ollama.get("hand_offs", ())]
         same = sum(each["state"] == "same" for each in handed)
         apart = any(each["state"] == "diverges" for each in handed)
         tone = "bad" if apart else "good" if same == len(handed) else PLAIN
-        found.append(_tile(f"{same}/{len(handed)}", "hand-overs between engines within their tolerance", tone))
+        found.append(_tile(f"{same}/{len(handed)}", "hand-offs between engines within their tolerance", tone))
     if (files := made.results("gguf")) and (served := served_kind(made)):
         entry = files["files"].get(gguf_name("tutor", served), {"size": 0})
         found.append(_tile(megabytes(entry["size"]), f"{served}, the file that is served", PLAIN))
