@@ -1,4 +1,4 @@
-"""What happens to finished models: asked, compared, published to Ollama, promoted, verified.
+"""What happens to finished models: queried, compared, published to Ollama, promoted, verified.
 
 In: the build folder of a recipe whose stages have run, names of models, an Ollama server.
 Out: answers, and comparisons of answers; builds of a model on the server, with `latest` as the one in service; records

@@ -1,7 +1,7 @@
 """Evaluate any model on the held-out prompts, and compare two models prompt by prompt.
 
 In: names of models (models.py) or folders with answers, a recipe whose data stage has run. Out: `eval-<label>/` in the
-build folder for each model, with an answers.json like that of the evaluate stage for this one model; a model is asked
+build folder for each model, with an answers.json like that of the evaluate stage for this one model; a model runs
 again only when what its answers depend on has changed. The changes between two models, as stages/evaluate/rates.py
 computes them.
 """
@@ -48,7 +48,7 @@ class ModelAnswers:
     prompts: list[dict[str, Any]]
     records: list[dict[str, Any]]
     results: dict[str, Any]
-    ran: bool  # whether the model was asked now
+    ran: bool  # whether the model ran now
 
 
 def evaluate_published(
@@ -60,7 +60,7 @@ def evaluate_published(
     when the model is missing or the server dies.
     """
     choice = ModelChoice(served_name(recipe, adapter=adapter), None, "ollama", host)
-    found = ask_published(recipe, build, choice, parallel)
+    found = published_answers(recipe, build, choice, parallel)
     theirs = BuildFolder(build, recipe.name).stage("evaluate") / stage.ANSWERS
     agreement = _agreement(theirs, found.records)
     rated = found.results["models"][OLLAMA]
@@ -68,9 +68,9 @@ def evaluate_published(
     return {"ran": found.ran, **results, "as_llama_server": agreement}
 
 
-def ask_published(recipe: Recipe, build: Path, choice: ModelChoice, parallel: int = 1) -> ModelAnswers:
+def published_answers(recipe: Recipe, build: Path, choice: ModelChoice, parallel: int = 1) -> ModelAnswers:
     """Return the answers of a published model, by its name or one of its tags, stored in `eval-ollama/`."""
-    return _ask(recipe, build, choice, OLLAMA, parallel)
+    return _answers(recipe, build, choice, OLLAMA, parallel)
 
 
 def evaluate_models(
@@ -82,31 +82,29 @@ def evaluate_models(
     """
     if len({choice.label for choice in choices}) < len(choices):
         raise RecipeError("a model is named twice", "name each once")
-    asked = [_ask(recipe, build, choice, choice.label, parallel) for choice in choices]
-    records = {each.label: each.records for each in asked}
+    answered = [_answers(recipe, build, choice, choice.label, parallel) for choice in choices]
+    records = {each.label: each.records for each in answered}
     result = {
-        "ran": any(each.ran for each in asked),
-        "models": {each.label: each.results["models"][each.label] for each in asked},
-        "copied": {each.label: each.results["copied"][each.label] for each in asked},
-        "differences": stage.changes_from_first(asked[0].prompts, records, recipe.seed),
+        "ran": any(each.ran for each in answered),
+        "models": {each.label: each.results["models"][each.label] for each in answered},
+        "copied": {each.label: each.results["copied"][each.label] for each in answered},
+        "differences": stage.changes_from_first(answered[0].prompts, records, recipe.seed),
     }
     return {**result, "findings": generalization.findings(result)}
 
 
-def compare_models(recipe: Recipe, build: Path, before: str, after: str, **asking: Any) -> dict[str, Any]:
+def compare_models(recipe: Recipe, build: Path, before: str, after: str, **engine_settings: Any) -> dict[str, Any]:
     """Compare two models over the prompts that both have answered.
 
     Each is a folder with answers (a build, or an evaluation in it), an answers.json, or the name of a model for
-    `models.parse_model` with `engine` and `host`; that model is then asked, `parallel` prompts at a time. Raises
+    `models.parse_model` with `engine` and `host`; that model then runs, `parallel` prompts at a time. Raises
     ArtifactError for a file of another form, or when no prompt is common to both; for models as `evaluate_models`.
     """
-    early, late = (_answers_of(recipe, build, source, **asking) for source in (before, after))
+    early, late = (_answers_of(recipe, build, source, **engine_settings) for source in (before, after))
     places = {prompt["instruction"]: place for place, prompt in enumerate(late.prompts)}
     common = [place for place, prompt in enumerate(early.prompts) if prompt["instruction"] in places]
     if not common:
-        raise ArtifactError(
-            f"{before} and {after} were asked no prompt in common", "evaluate both on the same data.eval"
-        )
+        raise ArtifactError(f"{before} and {after} have no prompt in common", "evaluate both on the same data.eval")
     prompts = [early.prompts[place] for place in common]
     theirs = [late.records[places[prompt["instruction"]]] for prompt in prompts]
     changes = rates.changes(prompts, [early.records[place] for place in common], theirs, recipe.seed)
@@ -130,7 +128,7 @@ def _answers_of(
     if "/" in source and engine != "ollama" and not source.startswith("ollama:"):
         raise ArtifactError(f"{source} has no answers", "name a build folder in which tutor eval has run")
     choice = parse_model(source, engine, host)
-    return _ask(recipe, build, choice, choice.label, parallel)
+    return _answers(recipe, build, choice, choice.label, parallel)
 
 
 def _from_file(path: Path, label: str) -> ModelAnswers:
@@ -151,43 +149,54 @@ def _from_file(path: Path, label: str) -> ModelAnswers:
     return ModelAnswers(label, prompts, records, {}, ran=False)
 
 
-def _ask(recipe: Recipe, build: Path, choice: ModelChoice, label: str, parallel: int) -> ModelAnswers:
-    """Return the stored answers of a model to the prompts of the recipe, or ask the model."""
+def _answers(recipe: Recipe, build: Path, choice: ModelChoice, label: str, parallel: int) -> ModelAnswers:
+    """Return the stored answers of a model to the prompts of the recipe, or run the model."""
     folder = BuildFolder(build, recipe.name)
-    data = folder.stage("data")
     generation = greedy(recipe.generate, recipe.seed)
     target = folder.evaluation(label)
     with locked(folder.path):
-        asked = {"input.data": require_stage(data, "data").fingerprint, "system": recipe.system}
+        data = require_stage(folder.stage("data"), "data").fingerprint
         served = answer_dependencies(recipe, build, choice)
         if choice.engine == "ollama" and parallel > 1:
             served["parallel"] = parallel  # a server with several slots batches prompts (stages/evaluate/answers.py)
-        fields = {**asked, **asdict(generation), **served, **provenance(CODE, ())}
+        sampling = {"system": recipe.system, **asdict(generation)}
+        fields = {"input.data": data, **sampling, **served, **provenance(CODE, ())}
         ran = not is_made(target, fields)
         if ran:
-            prompts = read_rows(data / "prompts.jsonl")
-            training = read_rows(data / "train.jsonl")
-            at_once = 1 if choice.engine == "hf" or choice.model == "adapter" else parallel
-            number = itertools.count(1)  # of the started servers, one log file each
-            asking = announced("evaluate", f"answer the prompts with {label} and grade")
-            with asking, writing(target, target.name, fields) as (out, results):
-                logs = log_folder(out)
-                logs.mkdir(exist_ok=True)
+            announcement = announced("evaluate", f"answer the prompts with {label} and grade")
+            with announcement, writing(target, target.name, fields) as (out, results):
                 task = Task(label, generation, recipe.system, checkpoint_folder(out) / "answers.jsonl", served)
-                answers = answer_prompts(
-                    lambda: open_engine(recipe, build, choice, share=at_once, log=logs / f"{next(number)}.log"),
-                    prompts,
-                    task,
-                    parallel=at_once,
-                )
-                records = stage.graded(prompts, answers, training)
-                write_json(out / stage.ANSWERS, stage.side_by_side(prompts, {label: records}))
-                results.update(served, generation=asdict(generation), models={label: rates.summarise(prompts, records)})
-                results["copied"] = {label: generalization.copied_summary([record.get("copied") for record in records])}
+                results.update(_answer_and_grade(recipe, build, choice, task, out, parallel))
         results = require_stage(target, target.name).results
         rows = json.loads((target / stage.ANSWERS).read_text("utf-8"))
     prompts = [{name: value for name, value in row.items() if name != "answers"} for row in rows]
     return ModelAnswers(label, prompts, [row["answers"][label] for row in rows], results, ran)
+
+
+def _answer_and_grade(
+    recipe: Recipe, build: Path, choice: ModelChoice, task: Task, out: Path, parallel: int
+) -> dict[str, Any]:
+    """Run a model on the prompts of the recipe and write its graded answers to `out`; return the results."""
+    data = BuildFolder(build, recipe.name).stage("data")
+    prompts, training = read_rows(data / "prompts.jsonl"), read_rows(data / "train.jsonl")
+    at_once = 1 if choice.engine == "hf" or choice.model == "adapter" else parallel
+    number = itertools.count(1)  # of the started servers, one log file each
+    logs = log_folder(out)
+    logs.mkdir(exist_ok=True)
+    answers = answer_prompts(
+        lambda: open_engine(recipe, build, choice, share=at_once, log=logs / f"{next(number)}.log"),
+        prompts,
+        task,
+        parallel=at_once,
+    )
+    records = stage.graded(prompts, answers, training)
+    write_json(out / stage.ANSWERS, stage.side_by_side(prompts, {task.name: records}))
+    return {
+        **task.key,
+        "generation": asdict(task.generation),
+        "models": {task.name: rates.summarise(prompts, records)},
+        "copied": {task.name: generalization.copied_summary([record.get("copied") for record in records])},
+    }
 
 
 def _agreement(path: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, int] | None:

@@ -1,7 +1,7 @@
 """Parity of a model in Ollama with the served GGUF in llama.cpp, over the conversations of the parity stage.
 
 In: reference.json of the parity stage, a server and a model on it. Out: the hand-off to Ollama, compared. Needs no
-torch, and asks no engine but Ollama.
+torch, and runs no engine but Ollama.
 """
 
 import json
@@ -55,17 +55,17 @@ def compare_model(reference: Reference, server: Ollama, model: str, *, same_file
     Without `same_file` (base and adapter apart, whose numbers differ) only prompts and their tokens are compared.
     """
     ours = [item if same_file else _without_answer(item) for item in reference.seen]
-    theirs = list(_ask(reference, server, model, same_file=same_file))
+    theirs = list(_observe(reference, server, model, same_file=same_file))
     return hand_off("publish", (reference.engine, "Ollama"), (ours, theirs), SAME_FILE)
 
 
 def compare_digest(engine: str, found: str, wanted: str) -> HandOff:
-    """Compare the digest of a model with that of the published one. A model with another digest need not be asked."""
+    """Compare the digest of a model with that of the published one. With another digest no answer is compared."""
     what = "" if found == wanted else f"its digest is {found[:12]}, published was {wanted[:12]}"
     return HandOff("publish", engine, "Ollama", (Comparison("model", not what, {}, what),), SAME_FILE)
 
 
-def _ask(reference: Reference, server: Ollama, model: str, *, same_file: bool) -> Iterator[Observation]:
+def _observe(reference: Reference, server: Ollama, model: str, *, same_file: bool) -> Iterator[Observation]:
     warn = True
     for messages, answered, item in zip(reference.messages, reference.answered, reference.seen, strict=True):
         prompt = server.rendered(model, messages)
@@ -77,7 +77,7 @@ def _ask(reference: Reference, server: Ollama, model: str, *, same_file: bool) -
             continue
         found = trace(server, model, messages, reference.steps if same_file else 1)
         yield Observation(item.name, prompt, None, found.prompt_tokens, None, found if same_file else None)
-        log.info("asked %r: %d tokens", item.name, found.prompt_tokens)
+        log.info("compared %r: %d tokens", item.name, found.prompt_tokens)
 
 
 def _without_answer(seen: Observation) -> Observation:

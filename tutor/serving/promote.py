@@ -54,7 +54,7 @@ def publish_and_promote(
         if not record.exists():
             write_json(record, {**result, "digest": _record(folder, result["build"]).get("digest")})
         return result
-    # The evaluate stage asks the merged model: the answers of an adapter are found by its digest.
+    # The evaluate stage runs the merged model: the answers of an adapter are found by its digest.
     evaluated = {} if adapter else _evaluation(recipe, folder)
     _note(folder, result["build"], digest=result["digest"], parity=result["parity"]["state"], evaluate=evaluated)
     promotion = _promote(recipe, build, result["tag"], host=host, force=force)
@@ -150,7 +150,7 @@ def _compare_with_latest(
         return f"no answers of {name}:{old or builds.LATEST}, which is in service, are kept: not compared", None
     if _keep_answers(folder, new) is None:
         log.info("evaluating %s, to compare it with %s, which is in service", tag, old)
-        compare.ask_published(recipe, build, ModelChoice(tag, None, "ollama", host))
+        compare.published_answers(recipe, build, ModelChoice(tag, None, "ollama", host))
         _keep_answers(folder, new)
     try:
         result = compare.compare_models(recipe, build, str(known), str(folder.served(new)))

@@ -43,7 +43,9 @@ def check_command(
 
     compiled = is_installed() if code is None else code
     checked = []
-    for path, rows, notes in _read_files(files, strict=strict) if files else _read_recipes(recipe_path, strict=strict):
+    for path, rows, notes in (
+        _read_files(files, strict=strict) if files else _read_recipe_files(recipe_path, strict=strict)
+    ):
         item: dict[str, Any] = {"file": str(path), "rows": len(rows), "notes": notes}
         checked.append({**item, "code": check_code(path, rows)} if compiled else item)
     if code is None and not compiled:
@@ -63,7 +65,7 @@ def _read_files(files: tuple[Path, ...], *, strict: bool) -> list[tuple[Path, An
     return found
 
 
-def _read_recipes(recipe_path: Path, *, strict: bool) -> list[tuple[Path, Any, list[str]]]:
+def _read_recipe_files(recipe_path: Path, *, strict: bool) -> list[tuple[Path, Any, list[str]]]:
     from tutor.stages.data import stage
 
     inputs = stage.input_files(load_recipe(recipe_path))

@@ -1,6 +1,6 @@
 """The commands that evaluate models: eval, compare.
 
-In: names of models, folders with answers. Out: rates and differences on stdout. Asking and comparing are in
+In: names of models, folders with answers. Out: rates and differences on stdout. The work is done in
 tutor/serving/compare.py.
 """
 
@@ -110,7 +110,7 @@ def compare_command(  # noqa: PLR0913 - a command's options
     *,
     as_json: bool,
 ) -> None:
-    """Compare A with B, prompt by prompt. Each is a build folder, a file of answers, or a model to ask."""
+    """Compare A with B, prompt by prompt. Each is a build folder, a file of answers, or a model to run."""
     from tutor.cli import summary
     from tutor.serving import compare
 

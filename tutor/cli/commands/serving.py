@@ -1,4 +1,4 @@
-"""The commands that ask a model, and those that publish one: ask, chat, publish, promote, rollback, models.
+"""The commands that query a model, and those that publish one: ask, chat, publish, promote, rollback, models.
 
 In: the options of a command, a question, an Ollama server. Out: answers, and what changed on the server, on stdout.
 The work is done in tutor/serving.
