@@ -2,7 +2,7 @@
 
     .venv/bin/python scripts/bench_help.py [--runs N]
 
-Prints both in milliseconds of wall time, and their ratio. Which modules the help imports is tested: tests/test_cli.py.
+Prints both in milliseconds of wall time, and their ratio. tests/cli/test_main.py tests which modules are imported.
 """
 
 import argparse

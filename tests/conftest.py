@@ -1,12 +1,13 @@
-"""Shared by the tests: the command line as a process, a small recipe in its own folder, tokenizers made on the spot.
+"""Fixtures for all tests: the command line as a process, a small recipe, a whole tiny build, tokenizers.
 
-Nothing here needs a network, a GPU or a model.
+Nothing here needs a network or a GPU.
 """
 
 import importlib.util
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,22 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.command import ROOT, environment, forked
+from support.answering import SCORER, SERVER
+from support.command import ROOT, TINY, TUTOR, environment, forked
+from support.files import write_rows
 from support.shared import changed, linked, shared
+from support.small_tokenizer import make_tokenizer
 
-__all__ = ["ROOT", "environment"]
-TUTOR = Path(sys.executable).with_name("tutor")
-TINY = ROOT / "tests" / "tiny.toml"
-
-BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
-SENTENCES = (
-    "Instrucción: ¿Qué es una interfaz en TypeScript?\nRespuesta: Una interfaz describe la forma de un objeto.",
-    "Instrucción: ¿Cómo se escribe un tipo genérico?\nRespuesta: Con un parámetro de tipo: `function id<T>(x: T): T`.",
-    "La función suma dos números y devuelve el resultado; el compilador comprueba los tipos antes de ejecutar nada.",
-    "```ts\ninterface Persona {\n  nombre: string;\n  edad: number;\n}\n```",
-    "Cuando una variable puede ser nula, hay que comprobarlo antes de leer sus propiedades.",
-)
-
+from tutor.engines.llamacpp.build import MARKER, PROGRAMS, build_folder, is_built
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports every trainer to the hub
 
@@ -87,10 +79,6 @@ def start() -> Any:
         process.communicate()
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-
-
 @pytest.fixture
 def recipe_file(tmp_path: Path) -> Path:
     """A recipe of the tiny model with twelve rows of two categories and three prompts, all in `tmp_path`."""
@@ -143,22 +131,23 @@ def shared_folders_stay_whole(tmp_path_factory: pytest.TempPathFactory) -> Itera
     assert changed(tmp_path_factory) == [], "a test changed a shared file in place: it wants support.shared.copied"
 
 
-def make_tokenizer(*, add_bos: bool, pad: str | None = None) -> Any:
-    """A byte-level BPE of some Spanish sentences, with R1's special tokens, as transformers wraps it."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's folder; a test that changes something takes a copy."""
+    from support.tiny_models import tiny_folder
 
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    made.train_from_iterator(SENTENCES, trainer)
-    made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (BOS, EOS)])
-    if add_bos:
-        ids = [(BOS, made.token_to_id(BOS))]
-        made.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=ids)
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token=BOS, eos_token=EOS, pad_token=pad)
+    return tiny_folder(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Compute with one thread: on a model this small more threads only wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session", params=[True, False], ids=["adds BOS", "adds none"])
@@ -170,3 +159,24 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 def pytest_configure() -> None:
     """Ctrl-C as at a terminal: a script's background job ignores it, and what the tests start would inherit that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module")
+def real() -> None:
+    if not is_built(build_folder()):
+        pytest.skip(f"no llama.cpp in {build_folder()}: make llamacpp")
+
+
+@pytest.fixture
+def llamacpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build folder whose server and scorer are small programs that do what the "GGUF" (JSON here) says."""
+    binaries = tmp_path / "llamacpp" / "bin"
+    binaries.mkdir(parents=True)
+    for name in PROGRAMS:
+        body = {"llama-server": SERVER, "tutor-score": SCORER}.get(name, "")
+        path = binaries / name
+        path.write_text(f"#!{sys.executable}\n{body}", "utf-8")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    sizes = {name: (binaries / name).stat().st_size for name in PROGRAMS}
+    (binaries.parent / MARKER).write_text(json.dumps({"sizes": sizes}), "utf-8")
+    monkeypatch.setenv("TUTOR_LLAMACPP", str(binaries.parent))

@@ -39,7 +39,7 @@ from tutor.recipe.settings import Recipe, read_recipe
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(3600)]
 
 TUTOR = Path(sys.executable).with_name("tutor")
-RECIPE = ROOT / os.environ.get("TUTOR_TEST_RECIPE", "tests/tiny.toml")
+RECIPE = ROOT / os.environ.get("TUTOR_TEST_RECIPE", "tests/support/tiny.toml")
 CANARY = "hf_canary0123456789"
 MADE = ("adapter", "merged", "gguf")
 PROBE = """
@@ -427,14 +427,14 @@ def test_real_server_tests_pass_on_the_projects_ollama(
     *,
     pytestconfig: pytest.Config,
 ) -> None:
-    """Runs tests/test_publish_real.py; beside the JUnit report of this run stands theirs: REPORT.real-server.xml."""
+    """Runs test_real_ollama.py; its JUnit report stands beside this run's: REPORT.real-server.xml."""
     if compose.recipe.stem != "tiny":
         pytest.skip("these tests need the tiny recipe's model")
     build = tmp_path / "build"
     shutil.copytree(contained, build / "tiny")
     outer = pytestconfig.getoption("xmlpath")
     report = Path(outer).with_suffix(".real-server.xml") if outer else tmp_path / "report.xml"
-    command = [sys.executable, "-m", "pytest", "tests/test_publish_real.py", "-q", f"--junitxml={report}"]
+    command = [sys.executable, "-m", "pytest", "tests/end_to_end/test_real_ollama.py", "-q", f"--junitxml={report}"]
     extra = {"TUTOR_TEST_OLLAMA": url(compose), "TUTOR_TEST_BUILD": str(build)}
     if program:
         extra["OLLAMA_BINARY"] = str(program)

@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
+TUTOR = Path(sys.executable).with_name("tutor")
+TINY = Path(__file__).with_name("tiny.toml")
 OURS = ("TUTOR_", "PYTHON", "NO_COLOR", "FORCE_COLOR")
 """Prefixes of the environment variables that a user who has set nothing of ours does not have."""
 

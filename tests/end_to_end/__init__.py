@@ -1,1 +1,0 @@
-"""Tests of the whole product, whose fixtures are in this folder's conftest.py."""

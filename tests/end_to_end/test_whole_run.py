@@ -1,0 +1,176 @@
+"""The whole chain on the tiny Llama, as a user runs it: once, twice, killed at every stage, asked.
+
+Run alone with: .venv/bin/pytest tests/end_to_end/test_whole_run.py
+"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.command import TINY, TUTOR, Done, environment, forked, in_process
+from support.shared import copied, linked
+
+from tutor.artifacts.disk import remove
+from tutor.artifacts.manifest import MANIFEST, find_damage, read_manifest
+from tutor.artifacts.stage_folder import PARTIAL
+from tutor.engines.llamacpp.build import build_folder, is_built
+from tutor.pipeline import registry as chain
+
+pytestmark = [
+    pytest.mark.pipeline,
+    pytest.mark.llamacpp,
+    pytest.mark.skipif(not is_built(build_folder()), reason="the pinned llama.cpp is not built"),
+]
+
+MADE = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "merged/model.safetensors")
+
+
+def tutor(*arguments: str | Path, build: Path, stdin: str = "") -> "Done[str]":
+    return in_process(*arguments, "--recipe", TINY, "--build", build, stdin=stdin)
+
+
+def result(*arguments: str | Path, build: Path) -> Any:
+    done = tutor(*arguments, "--json", build=build)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_stage_leaves_a_whole_folder(built: Path) -> None:
+    assert json.loads((built / "run.json").read_text("utf-8"))["ran"] == list(chain.BY_NAME)
+    for state in result("status", "--verify", build=built):
+        assert state["condition"] == "up to date", state
+    left = [
+        path.name for path in (built / "tiny").iterdir() if path.name.endswith((".partial", ".old", ".checkpoints"))
+    ]
+    assert left == []
+
+
+def test_a_second_run_does_nothing_and_says_so(built: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (built / "tiny").rglob(MANIFEST)}
+    done = tutor("run", build=built)
+    assert "Nothing to do" in done.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in (built / "tiny").rglob(MANIFEST)}
+
+
+def test_a_run_that_is_up_to_date_imports_no_torch(built: Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; from tutor.recipe.settings import read_recipe; "
+        "from tutor.pipeline import runner; from pathlib import Path; "
+        f"print(runner.run_all(read_recipe(Path({str(TINY)!r})), Path({str(built)!r})))"
+    )
+    python = TUTOR.with_name("python")
+    done = subprocess.run([python, "-c", code], env=environment(), capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_training_lowers_the_held_out_loss_and_every_gguf_keeps_it(built: Path) -> None:
+    summary = result("summary", build=built)["stages"]
+    held = summary["train"]["held_out"]
+    assert held["loss_after"] < held["loss_before"] - 0.02
+    scored = {name: entry["loss"] for name, entry in summary["ladder"]["perplexity"].items()}
+    assert set(scored) == {"base-Q8_0", "tutor-F16", "tutor-Q8_0", "tutor-Q4_K_M"}
+    assert all(math.isclose(scored[name], scored["tutor-F16"], rel_tol=0.03) for name in scored if "tutor" in name)
+    assert scored["tutor-F16"] < scored["base-Q8_0"] - 0.02
+
+
+def test_two_runs_from_scratch_are_byte_identical(built: Path, tmp_path: Path) -> None:
+    """The second one is started by the console script, as a user does, and the first was forked: the same bytes."""
+    command = [TUTOR, "run", "--until", "convert", "--recipe", TINY, "--build", tmp_path]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    files = [*MADE, *(f"gguf/{path.name}" for path in (built / "tiny" / "gguf").glob("*.gguf"))]
+    assert len(files) == len(MADE) + 4
+    for name in files:
+        assert (tmp_path / "tiny" / name).read_bytes() == (built / "tiny" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("stage", list(chain.BY_NAME))
+@pytest.mark.parametrize("share", [0.0, 0.5], ids=["at once", "in the middle"])
+def test_kill_9_leaves_nothing_half_and_the_same_command_completes(
+    built: Path, tmp_path: Path, stage: str, share: float
+) -> None:
+    """Killed at its first file-system event, and when half of those are done that the stage's own run had."""
+    build = linked(built, tmp_path / "build")
+    remove(build / "tiny" / chain.BY_NAME[stage].folder)
+    folder = build / "tiny" / chain.BY_NAME[stage].folder
+    events = json.loads((built / "events.json").read_text("utf-8"))[folder.name]
+    at = 1 + round((events - 1) * share)
+    where = ("--until", stage, "--recipe", TINY, "--build", build)
+    killed = forked("run", *where, scratch=tmp_path / "killed", kill=(folder.name, at)).finish()
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert read_manifest(folder) is None
+    assert not folder.exists()
+    again = result("run", "--until", stage, build=build)
+    assert again["ran"] == [stage]
+    assert find_damage(folder, content=True) == []
+    assert not folder.with_name(folder.name + PARTIAL).exists()
+
+
+def test_sigterm_during_training_exits_143_and_leaves_nothing_half(built: Path, tmp_path: Path) -> None:
+    build = linked(built, tmp_path / "build")
+    assert result("clean", "train", build=build)["removed"]
+    process = forked("train", "--recipe", TINY, "--build", build, scratch=tmp_path / "ended")
+    process.wait_until((build / "tiny" / "adapter.log" / "metrics.jsonl").exists)
+    process.send_signal(signal.SIGTERM)
+    assert process.finish().returncode == 143
+    assert not (build / "tiny" / "adapter.partial").exists()
+    assert not (build / "tiny" / "adapter").exists()
+
+
+def test_ask_answers_on_stdout_alone(built: Path) -> None:
+    done = tutor("ask", "¿Qué es una interfaz?", build=built)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert done.stdout == done.stdout.lstrip()
+    as_json = result("ask", "¿Qué es una interfaz?", "--model", "base", build=built)
+    assert as_json["finish"] in ("stop", "length")
+    assert as_json["tokens"] <= 24
+
+
+def test_the_adapter_answers_in_transformers(built: Path) -> None:
+    answer = result("ask", "¿Qué es una interfaz?", "--model", "adapter", build=built)
+    assert answer["text"]
+
+
+def test_an_unknown_quantization_names_those_that_are_there(built: Path) -> None:
+    done = tutor("ask", "hola", "--quantization", "Q5_K_M", build=built)
+    assert done.returncode == 2
+    assert "Q4_K_M" in done.stderr
+    assert "Q8_0" in done.stderr
+
+
+def test_chat_remembers_and_leaves(built: Path) -> None:
+    done = tutor("chat", build=built, stdin="hola\n¿y después?\n/salir\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") >= 2
+
+
+def test_no_server_outlives_its_command(built: Path) -> None:
+    assert tutor("ask", "¿Qué es una interfaz?", build=built).returncode == 0
+    gguf = str(built / "tiny" / "gguf")
+    running = []
+    for entry in Path("/proc").iterdir():
+        try:
+            words = (entry / "cmdline").read_bytes() if entry.name.isdigit() and int(entry.name) != os.getpid() else b""
+        except OSError:
+            continue
+        if b"llama-server" in words and gguf.encode() in words:
+            running.append(words)
+    assert running == []
+
+
+def test_a_damaged_gguf_is_seen_and_made_again(built: Path, tmp_path: Path) -> None:
+    build = copied(built, tmp_path / "build")
+    gguf = build / "tiny" / "gguf" / "tutor-Q8_0.gguf"
+    gguf.write_bytes(gguf.read_bytes()[:-16])
+    done = tutor("status", build=build)
+    assert done.returncode == 5
+    assert str(gguf) in done.stderr
+    # The same bytes come out again, so what was made of them is still right; the report tells when they were made.
+    assert result("run", build=build)["ran"] == ["convert", "report"]
+    assert find_damage(gguf.parent, content=True) == []

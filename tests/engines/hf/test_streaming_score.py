@@ -1,0 +1,116 @@
+"""The streaming score against the engine's: equal log-probabilities from a model that is never loaded whole."""
+
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.shared import copied
+from support.tiny_models import in_two_shards, tensors
+from support.tolerances import forward_error, largest_logit, sum_error
+
+torch = pytest.importorskip("torch")
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tutor.engines.hf import streaming_score as layerwise
+from tutor.engines.hf.loading import load_base
+from tutor.engines.hf.score import answer_logprobs
+from tutor.formats.models.model_folder import load_tokenizer, read_facts
+from tutor.prompt import encode
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LLAMA = {
+    "vocab_size": 300,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+ROWS = [([1, 2, 3], [4, 5]), ([7], [8]), ([250, 3, 250, 9, 11], [299, 0, 299]), ([*range(100)], [*range(60, 150)])]
+
+
+def weights_of(model: Path, rows: int = 37) -> layerwise.Weights:
+    """The folder's weights in pieces of so many rows."""
+    held = tensors(model)
+
+    def pieces(name: str) -> Iterator[Any]:
+        return iter(held[name].split(rows))
+
+    return pieces
+
+
+def compare(model: Path, rows: Any) -> None:
+    """Within what the order of a sum makes of float32."""
+    loaded = load_base(model, "none", "fp32")
+    wanted = answer_logprobs(loaded, rows)
+    found = layerwise.streamed_logprobs(model, weights_of(model), rows)
+    assert [len(row) for row in found] == [len(row) for row in wanted]
+    longest = max(len(prompt) + len(answer) for prompt, answer in rows)
+    bound = forward_error(loaded.config, longest) * largest_logit(loaded, rows)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours == pytest.approx(theirs, abs=bound)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"attention_bias": True, "mlp_bias": True},
+        {"head_dim": 20, "num_key_value_heads": 4},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}},
+        {"hidden_act": "gelu", "rms_norm_eps": 1e-2},
+    ],
+    ids=str,
+)
+def test_any_llama_is_scored_as_transformers_scores_it(tmp_path: Path, settings: Any) -> None:
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, **settings}))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path)
+    compare(tmp_path, ROWS)
+
+
+def test_real_text_on_the_tiny_model_with_its_scaled_rope(tiny: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny)
+    rows = [encode(tokenizer, f"¿Qué es {word}?", f"Un {word}.") for word in ("número", "objeto")]
+    model = in_two_shards(copied(tiny, tmp_path / "model"))
+    compare(model, [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in rows])
+
+
+@pytest.mark.slow
+def test_the_softmax_over_many_pieces_is_summed_in_64_bits() -> None:
+    """Logits of zero, which nothing rounds: what is left of 50,000 pieces is the sum over them."""
+    vocabulary = 50_000
+    pieces = torch.zeros(vocabulary, 4).split(1)
+    (found,) = layerwise._log_probabilities(torch.ones(1, 4), torch.tensor([7]), iter(pieces)).tolist()
+    wanted = -math.log(vocabulary)
+    assert found == pytest.approx(wanted, rel=sum_error(vocabulary, torch.float64, exact=True))
+
+
+def test_16_bit_pieces_are_computed_with_in_fp32(tiny: Path) -> None:
+    held = {name: weight.half() for name, weight in tensors(tiny).items()}
+    whole = layerwise.streamed_logprobs(tiny, lambda name: iter([held[name]]), ROWS[:1])
+    widened = layerwise.streamed_logprobs(tiny, lambda name: iter([held[name].float()]), ROWS[:1])
+    assert whole == widened
+
+
+def test_each_layer_is_told(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        layerwise.streamed_logprobs(tiny, weights_of(tiny), ROWS[:1])
+    assert [(record.done, record.total) for record in caplog.records if hasattr(record, "done")] == [(1, 2), (2, 2)]
+
+
+@pytest.mark.pipeline
+def test_the_135m_model_of_the_demo_is_scored_as_transformers_scores_it(demo_base: Path) -> None:
+    """A real model of 30 layers with tied embeddings."""
+    _, model = read_facts(demo_base)
+    tokenizer = load_tokenizer(model)
+    text = encode(tokenizer, "What is a type in TypeScript?", "A type tells which values a variable can hold.")
+    compare(model, [(text.ids[: text.n_prompt], text.ids[text.n_prompt :])])

@@ -1,0 +1,248 @@
+"""Adapters as GGUF: checks on files made here, a fake converter, and (marked llamacpp) the real one."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from support.random_llama import RECOGNISER
+
+from tutor.engines.llamacpp.adapter import check_adapter, lora_to_gguf
+from tutor.errors import ArtifactError, HostError
+
+RANK, ALPHA = 4, 8
+BASE = {"blk.0.attn_q.weight": (16, 16), "blk.0.attn_k.weight": (8, 16)}
+"""Rows and columns, as numpy has them; a GGUF names the row's length first."""
+CONVERTER = """
+import argparse, json, os, shutil, sys
+from pathlib import Path
+
+here = Path(__file__).parent
+if (here / "says.txt").exists():
+    print((here / "says.txt").read_text())
+    sys.exit(1)
+parser = argparse.ArgumentParser()
+for name in ("--base", "--outfile", "--outtype"):
+    parser.add_argument(name)
+parser.add_argument("adapter")
+given = parser.parse_args()
+from conversion.base import TextModel
+model = TextModel()
+model.prepare_metadata(vocab_only=False)
+(here / "said.json").write_text(json.dumps(model.gguf_writer.said))
+(here / "given.txt").write_text(f"{given.base} {given.outtype} {os.environ['HF_HUB_OFFLINE']}")
+shutil.copy(here / "made.gguf", given.outfile)
+"""
+
+
+def write(path: Path, tensors: Mapping[str, tuple[int, ...]], architecture: str = "llama", **fields: Any) -> Path:
+    """A GGUF with tensors of zeros and some fields; __ in a field's name is a dot."""
+    writer = gguf.GGUFWriter(path, architecture)
+    for name, value in fields.items():
+        add = writer.add_string if isinstance(value, str) else writer.add_float32
+        add(name.replace("__", "."), value)
+    for name, shape in tensors.items():
+        writer.add_tensor(name, np.zeros(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def pairs(tensors: Mapping[str, tuple[int, int]] = BASE) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {}
+    for name, (rows, columns) in tensors.items():
+        found |= {f"{name}.lora_a": (RANK, columns), f"{name}.lora_b": (rows, RANK)}
+    return found
+
+
+FIELDS: dict[str, Any] = {"general__type": "adapter", "adapter__type": "lora", "adapter__lora__alpha": float(ALPHA)}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write(tmp_path / "base.gguf", BASE)
+
+
+def test_an_adapter_that_fits_its_base_is_counted(base: Path, tmp_path: Path) -> None:
+    assert check_adapter(write(tmp_path / "lora.gguf", pairs(), **FIELDS), base) == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "what"),
+    [
+        ("general__type", "model", "general.type is 'model' instead of 'adapter'"),
+        ("general__type", None, "general.type is None"),
+        ("adapter__type", "control_vector", "adapter.type is 'control_vector'"),
+        ("adapter__lora__alpha", None, "alpha is None"),
+        ("adapter__lora__alpha", 0.0, "alpha is 0.0"),
+        ("adapter__lora__alpha", float("nan"), "alpha is nan"),
+    ],
+)
+def test_a_file_that_ollama_would_take_for_a_model_is_refused(
+    base: Path, tmp_path: Path, field: str, value: Any, what: str
+) -> None:
+    fields = {name: kept for name, kept in {**FIELDS, field: value}.items() if kept is not None}
+    with pytest.raises(ArtifactError, match="is no LoRA of") as caught:
+        check_adapter(write(tmp_path / "lora.gguf", pairs(), **fields), base)
+    assert what in caught.value.message
+
+
+def test_an_adapter_of_another_architecture_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"general\.architecture is 'gemma2' instead of 'llama'"):
+        check_adapter(write(tmp_path / "lora.gguf", pairs(), "gemma2", **FIELDS), base)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"blk.0.attn_q.weight.lora_a": None}, "has only one of .lora_a and .lora_b"),
+        ({"blk.0.attn_q.weight.lora_a": (RANK, 8)}, "attn_q.weight has the shapes (8, 4) and (4, 16) for (16, 16)"),
+        ({"blk.0.attn_k.weight.lora_b": (16, RANK)}, "attn_k.weight has the shapes"),
+        ({"blk.0.attn_k.weight.lora_b": (8, 2)}, "attn_k.weight has the shapes"),
+        ({"blk.9.attn_k.weight.lora_a": (4, 16), "blk.9.attn_k.weight.lora_b": (8, 4)}, "the base has no blk.9"),
+        ({"output_norm.weight": (16,)}, "output_norm.weight is no half of a pair"),
+        (dict.fromkeys(pairs()) | {"x": (16,)}, "x is no half of a pair (and 1 more)"),
+    ],
+)
+def test_matrices_that_do_not_fit_the_base_are_named(
+    base: Path, tmp_path: Path, change: dict[str, Any], what: str
+) -> None:
+    tensors = {name: shape for name, shape in {**pairs(), **change}.items() if shape}
+    with pytest.raises(ArtifactError) as caught:
+        check_adapter(write(tmp_path / "lora.gguf", tensors, **FIELDS), base)
+    assert what in caught.value.message
+
+
+@pytest.fixture
+def adapter(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """An adapter's folder, and in `build` a converter that makes a fitting file of any."""
+    made: Path = request.getfixturevalue("build")
+    (made / "convert_lora_to_gguf.py").write_text(CONVERTER)
+    (made / "conversion").mkdir()
+    (made / "conversion" / "base.py").write_text(RECOGNISER)
+    write(made / "made.gguf", pairs(), **FIELDS)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"r": 4, "alpha_pattern": {}, "use_dora": false}')
+    peft(folder, 0.0)
+    config = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))  # of the base's 16-bit folder
+    return folder
+
+
+def peft(folder: Path, value: float) -> None:
+    """The numbers of an adapter of BASE's matrices as PEFT keeps them."""
+    tensors = {}
+    for name, (rows, columns) in BASE.items():
+        module = f"base_model.model.model.layers.0.self_attn.{name.split('_')[1][0]}_proj"
+        for half, shape in (("A", (RANK, columns)), ("B", (rows, RANK))):
+            tensors[f"{module}.lora_{half}.weight"] = np.full(shape, value, np.float32)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def test_the_converter_gets_the_base_and_no_network(base: Path, adapter: Path, tmp_path: Path) -> None:
+    target = tmp_path / "lora.gguf"
+    assert lora_to_gguf(adapter, tmp_path, base, target, {"tutor.base": "ours"}) == 2
+    assert json.loads((tmp_path / "build/said.json").read_text()) == {"theirs": "False", "tutor.base": "ours"}
+    assert (tmp_path / "build/given.txt").read_text() == f"{tmp_path} f16 1"
+    assert target.read_bytes() == (tmp_path / "build/made.gguf").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("says", "error", "what"),
+    [
+        ("Traceback\nERROR: Unexpected name 'lm_head.weight'", ArtifactError, "Unexpected name 'lm_head.weight'"),
+        ("ModuleNotFoundError: No module named 'torch'", HostError, "'torch'; make install"),
+        ("", ArtifactError, "exit code 1"),
+    ],
+)
+def test_a_converter_that_fails_is_quoted_and_leaves_nothing(
+    base: Path, adapter: Path, tmp_path: Path, says: str, error: type[Exception], what: str
+) -> None:
+    (tmp_path / "build/says.txt").write_text(says)
+    with pytest.raises(error, match=what):
+        lora_to_gguf(adapter, tmp_path, base, tmp_path / "lora.gguf")
+    assert list(tmp_path.glob("lora.gguf*")) == []
+
+
+def test_a_file_that_does_not_fit_does_not_get_its_name(base: Path, adapter: Path, tmp_path: Path) -> None:
+    target = tmp_path / "lora.gguf"
+    target.write_bytes(b"the older one")
+    write(tmp_path / "build/made.gguf", pairs({"blk.7.attn_q.weight": (16, 16)}), **FIELDS)
+    with pytest.raises(ArtifactError, match=r"the base has no blk\.7"):
+        lora_to_gguf(adapter, tmp_path, base, target)
+    assert target.read_bytes() == b"the older one"
+    assert list(tmp_path.glob("*.partial")) == []
+
+
+def test_a_file_with_other_numbers_than_the_adapter_does_not_get_its_name(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    peft(adapter, 0.5)
+    with pytest.raises(ArtifactError, match=r"is not what .* holds: blk\.0\.attn_\w\.weight\.lora_a has other numbers"):
+        lora_to_gguf(adapter, tmp_path, base, tmp_path / "lora.gguf")
+    assert list(tmp_path.glob("lora.gguf*")) == []
+
+
+@pytest.mark.parametrize("setting", ["use_dora", "use_rslora", "alpha_pattern", "modules_to_save"])
+def test_an_adapter_that_a_gguf_cannot_hold_is_refused(base: Path, adapter: Path, tmp_path: Path, setting: str) -> None:
+    (adapter / "adapter_config.json").write_text(json.dumps({setting: {"q_proj": 32}}))
+    with pytest.raises(ArtifactError, match=f"uses {setting}"):
+        lora_to_gguf(adapter, tmp_path, base, tmp_path / "lora.gguf")
+    assert not (tmp_path / "build/given.txt").exists()
+
+
+@pytest.mark.llamacpp
+@pytest.mark.usefixtures("real")
+def test_base_and_adapter_score_an_answer_as_the_merged_model_does(
+    tmp_path: Path, tiny_with_adapter: Callable[[Path], tuple[Path, Path, Path]]
+) -> None:
+    from tutor.engines.llamacpp.convert import to_gguf
+    from tutor.engines.llamacpp.score import score
+    from tutor.formats.models.gguf import pre_tokenizer, read_gguf
+    from tutor.formats.models.gguf_weights import adapter_weights_of, check_exact
+
+    model, adapter, merged = tiny_with_adapter(tmp_path)
+    files = {"base": model, "merged": merged}
+    for name, folder in files.items():
+        to_gguf(folder, tmp_path / f"{name}.gguf", pre_tokenizer(folder / "tokenizer.json"))
+    lora = tmp_path / "lora.gguf"
+    assert lora_to_gguf(adapter, model, tmp_path / "base.gguf", lora, {"tutor.adapter.sha256": "abc"}) == 8
+    made = read_gguf(lora)
+    assert made.fields["tutor.adapter.sha256"] == "abc"
+    assert check_exact(lora, made, adapter_weights_of(adapter, model)) == [], "q's and k's rows are reordered in B"
+
+    rows = [([1, 40, 41, 42, 90], [43, 44, 45, 46, 47, 48])]
+
+    def scored(name: str, **more: Any) -> Any:
+        return np.array(score(tmp_path / f"{name}.gguf", rows, threads=1, **more)[0].logprobs)
+
+    merged_scores, base_scores = scored("merged"), scored("base")
+    assert np.abs(scored("base", lora=lora) - merged_scores).max() < 0.05
+    assert np.abs(base_scores - merged_scores).max() > 0.5, "the adapter changes something"
+
+
+@pytest.fixture
+def tiny_with_adapter() -> Callable[[Path], tuple[Path, Path, Path]]:
+    """Makes a random Llama, an adapter of its q, k, v and o, and both merged by PEFT: their folders."""
+    torch = pytest.importorskip("torch")
+    from peft import PeftModel
+    from support.random_llama import llama3_splitter, make_tiny
+    from support.tiny_models import adapter_stage
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    def make(folder: Path) -> tuple[Path, Path, Path]:
+        model = make_tiny(folder / "model", llama3_splitter())
+        adapter = adapter_stage(model, folder / "adapter", "")
+        whole = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(model, dtype=torch.float32), adapter)
+        whole.merge_and_unload().half().save_pretrained(folder / "merged")
+        AutoTokenizer.from_pretrained(model).save_pretrained(folder / "merged")
+        return model, adapter, folder / "merged"
+
+    return make

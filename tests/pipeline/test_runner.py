@@ -1,0 +1,318 @@
+"""What is up to date, why not, what runs: on a build folder where only the data stage has run."""
+
+import ast
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.files import write_rows
+
+from tutor.artifacts.manifest import find_damage, require_stage
+from tutor.artifacts.stage_folder import writing
+from tutor.errors import ArtifactError, DataError, RecipeError
+from tutor.pipeline import runner as pipeline
+from tutor.pipeline.registry import BY_NAME, STAGES
+from tutor.pipeline.runner import clean, differences, inspect, run_all, run_one
+from tutor.recipe.settings import Recipe, Settings, read_recipe
+
+
+@pytest.fixture
+def build(recipe_file: Path, tmp_path: Path) -> Path:
+    """A build folder where the data stage has run."""
+    assert run_one("data", read_recipe(recipe_file), tmp_path / "build")
+    return tmp_path / "build"
+
+
+def edited(recipe_file: Path, before: str, after: str) -> Recipe:
+    text = recipe_file.read_text()
+    assert before in text
+    recipe_file.write_text(text.replace(before, after))
+    return read_recipe(recipe_file)
+
+
+def state_of(name: str, recipe: Recipe, build: Path, **options: Any) -> pipeline.State:
+    return {state.stage.name: state for state in inspect(recipe, build, **options)}[name]
+
+
+def conditions(recipe: Recipe, build: Path) -> dict[str, str]:
+    return {state.stage.name: state.condition for state in inspect(recipe, build)}
+
+
+def test_only_the_stage_that_ran_is_up_to_date(recipe_file, build):
+    found = conditions(read_recipe(recipe_file), build)
+    assert found.pop("data") == "up to date"
+    assert set(found.values()) == {"missing"}
+    assert list(conditions(read_recipe(recipe_file), build)) == [stage.name for stage in STAGES]
+
+
+def test_nothing_runs_twice(recipe_file, tmp_path):
+    recipe = read_recipe(recipe_file)
+    assert run_all(recipe, tmp_path / "build", until="data") == ["data"]
+    made = (tmp_path / "build" / "small" / "data" / "manifest.json").stat()
+    assert run_all(recipe, tmp_path / "build", until="data") == []
+    assert not run_one("data", recipe, tmp_path / "build")
+    assert (tmp_path / "build" / "small" / "data" / "manifest.json").stat() == made
+
+
+def test_the_same_recipe_and_rows_give_the_same_bytes(recipe_file, tmp_path):
+    recipe = read_recipe(recipe_file)
+    for name in ("one", "two"):
+        run_one("data", recipe, tmp_path / name)
+    one, two = (require_stage(tmp_path / name / "small" / "data", "data") for name in ("one", "two"))
+    assert (one.key, one.outputs) == (two.key, two.outputs)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "reason"),
+    [
+        ("held_out = 0.2", "held_out = 0.3", "recipe.held_out: 0.2 -> 0.3"),
+        ("[data]", "seed = 43\n[data]", "recipe.seed: 42 -> 43"),
+        ("[data]", "[data]\nrows = 9", "recipe.rows: 0 -> 9"),
+    ],
+)
+def test_a_changed_setting_is_named_and_nothing_else(recipe_file, build, before, after, reason):
+    recipe = edited(recipe_file, before, after)
+    state = state_of("data", recipe, build)
+    assert state.condition == "stale"
+    assert differences(state) == [reason]
+    assert run_one("data", recipe, build)
+    assert differences(state_of("data", recipe, build)) == []
+
+
+@pytest.mark.parametrize(
+    "after", ["[train]\nrank = 4\n[data]", "system = 'x'\n[data]", "[ollama]\nmodel = 'b'\n[data]"]
+)
+def test_a_setting_of_another_stage_does_not_make_this_one_stale(recipe_file, build, after):
+    assert conditions(edited(recipe_file, "[data]", after), build)["data"] == "up to date"
+
+
+SETTINGS = [("seed",), ("system",)] + [
+    (section, name)
+    for section, values in Recipe()
+    if isinstance(values, Settings)
+    for name in type(values).model_fields
+    # Files count by their content.
+    if (section, name)
+    not in {("data", "train"), ("data", "eval"), ("evaluate", "paraphrases"), ("evaluate", "general")}
+]
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer")
+@pytest.mark.parametrize("where", SETTINGS, ids=".".join)
+def test_every_setting_is_in_the_key_of_a_stage(where):
+    """One that is in none could be changed without anything being made again."""
+    recipe = Recipe()
+    changed: Any = "another value"
+    if len(where) == 2:
+        changed = getattr(recipe, where[0]).model_copy(update={where[1]: changed})
+    other = recipe.model_copy(update={where[0]: changed})
+    assert [stage.name for stage in STAGES if stage.settings(recipe) != stage.settings(other)]
+
+
+def test_every_file_that_decides_a_stage_is_there_and_the_stages_own_is_among_them():
+    for stage in STAGES:
+        assert f"stages/{stage.name}/stage.py" in stage.sources
+        assert all((pipeline.PACKAGE / source).is_file() for source in stage.sources), stage.name
+
+
+PLUMBING = {
+    *(
+        *(f"artifacts/{name}.py" for name in ("disk", "hashing", "layout", "manifest", "stage_folder")),
+        "errors.py",
+        "formats/models/model_folder.py",
+        "recipe/quantizations.py",
+        "recipe/settings.py",
+    ),
+    *("formats/models/gguf.py", "engines/llamacpp/build.py"),
+}
+"""Modules that read, write and refuse: a stage that imports one may leave it out of its key."""
+
+
+def test_each_module_that_a_stage_imports_is_in_its_key():
+    """A change of one that is not would leave an old result in place as up to date."""
+    for stage in STAGES:
+        tree = ast.parse((pipeline.PACKAGE / "stages" / stage.name / "stage.py").read_text("utf-8"))
+        froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module is not None]
+        named = {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
+        named |= {str(node.module) for node in froms}
+        files = {f"{name.removeprefix('tutor.').replace('.', '/')}.py" for name in named if name.startswith("tutor.")}
+        there = {file for file in files if (pipeline.PACKAGE / file).is_file()}
+        assert there <= {*stage.sources, *PLUMBING}, stage.name
+
+
+# Inputs
+
+
+def test_a_touched_file_changes_nothing_whatever_the_clock_says(recipe_file, build):
+    recipe = read_recipe(recipe_file)
+    for when in (0, 2_000_000_000):
+        for path in (*recipe_file.parent.glob("*.jsonl"), *(build / "small" / "data").iterdir()):
+            os.utime(path, (when, when))
+        assert run_all(recipe, build, until="data") == []
+
+
+def test_an_edited_row_makes_the_stage_stale(recipe_file, build):
+    rows = recipe_file.with_name("tutor.jsonl")
+    rows.write_text(rows.read_text().replace("El número 3.", "El número tres."))
+    state = state_of("data", read_recipe(recipe_file), build)
+    assert state.condition == "stale"
+    (reason,) = differences(state)
+    assert reason.startswith("file.train: ")
+    assert len(reason) < 60
+
+
+def test_the_same_rows_in_another_place_are_the_same(recipe_file, build, tmp_path):
+    recipe_file.with_name("tutor.jsonl").rename(tmp_path / "filas españolas.jsonl")
+    recipe = edited(recipe_file, "[data]", "[data]\ntrain = 'filas españolas.jsonl'")
+    assert conditions(recipe, build)["data"] == "up to date"
+
+
+def test_an_input_that_is_made_again_with_the_same_content_changes_nothing_behind_it(recipe_file, build):
+    """Keys are over content: another version of the data stage does not train for hours again."""
+
+    def fields_of_train() -> Any:
+        return state_of("train", read_recipe(recipe_file), build).fields
+
+    def again(name: str, text: str, version: int) -> None:
+        with writing(build / "small" / name, name, {"version": version}) as (out, _):
+            (out / "file").write_text(text)
+
+    again("data", "rows", 1), again("base", "weights", 1)
+    before = fields_of_train()
+    again("data", "rows", 2)
+    assert fields_of_train() == before
+    again("data", "other rows", 2)
+    assert fields_of_train() != before
+
+
+# Damage
+
+
+def test_damage_is_seen_and_made_good(recipe_file, build):
+    recipe = read_recipe(recipe_file)
+    file = build / "small" / "data" / "train.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + b"x")
+    assert state_of("data", recipe, build).condition == "up to date"  # by size
+    state = state_of("data", recipe, build, content=True)
+    assert state.condition == "damaged"
+    assert differences(state) == [f"{file} has another content than when it was made"]
+    file.write_bytes(whole[:-1])
+    assert state_of("data", recipe, build).condition == "damaged"
+    assert run_all(recipe, build, until="data") == ["data"]
+    assert file.read_bytes() == whole
+
+
+def test_a_stage_behind_a_damaged_one_needs_it_first(recipe_file, build):
+    recipe = read_recipe(recipe_file)
+    shutil.copytree(build / "small" / "data", build / "small" / "adapter")
+    (build / "small" / "data" / "train.jsonl").unlink()
+    assert differences(state_of("train", recipe, build)) == ["needs data, base first"]
+    with pytest.raises(ArtifactError, match=r"train\.jsonl is missing; run: tutor run --until data"):
+        run_one("train", recipe, build)
+
+
+@pytest.mark.parametrize("name", [stage.name for stage in STAGES if stage.needs])
+def test_a_stage_without_its_input_names_the_command_that_makes_it(recipe_file, tmp_path, name):
+    with pytest.raises(ArtifactError) as caught:
+        run_one(name, read_recipe(recipe_file), tmp_path / "build")
+    need = BY_NAME[name].needs[0]
+    assert str(caught.value).endswith(f"is not there; run: tutor run --until {need}")
+    assert not list((tmp_path / "build" / "small").glob("*.partial"))
+
+
+def test_a_stale_input_is_used_with_a_warning(recipe_file, build, caplog):
+    for name in ("base", "gguf", "ladder"):
+        shutil.copytree(build / "small" / "data", build / "small" / name)
+    with caplog.at_level(logging.WARNING), pytest.raises(ArtifactError, match=r"\.gguf is not there"):
+        run_one("modelfile", read_recipe(recipe_file), build)
+    assert "base is out of date with the recipe or its inputs; tutor why base says why" in caplog.text
+
+
+def test_a_fault_of_another_stage_does_not_stop_one_that_does_not_need_it(recipe_file, tmp_path):
+    recipe = edited(recipe_file, '"tiny"', '"package:no_such_package_of_ours/model.gguf"')
+    assert run_one("data", recipe, tmp_path / "build")
+    assert run_all(recipe, tmp_path / "build", until="data") == []
+
+
+def test_a_row_that_is_wrong_leaves_the_last_split_as_it_was(recipe_file, build):
+    before = require_stage(build / "small" / "data", "data")
+    write_rows(recipe_file.with_name("tutor.jsonl"), [{"instruction": "sin respuesta"}])
+    with pytest.raises(DataError) as caught:
+        run_one("data", read_recipe(recipe_file), build)
+    assert caught.value.problems[0].startswith(f"{recipe_file.parent}/tutor.jsonl:1: ")
+    assert require_stage(build / "small" / "data", "data") == before
+    assert find_damage(build / "small" / "data", content=True) == []
+    assert not list((build / "small").glob("*.partial"))
+
+
+@pytest.mark.parametrize("system", ["con \\u00a0 dentro", "nulo \\u0000", '\\"\\"\\"\\nfin'])
+def test_a_system_text_that_ollama_cannot_keep_is_refused_before_any_work(recipe_file, tmp_path, system):
+    recipe = edited(recipe_file, "[data]", f'system = "{system}"\n[data]')
+    with pytest.raises(RecipeError, match=r"small\.toml: system has"):
+        run_all(recipe, tmp_path / "build", until="data")
+    assert not (tmp_path / "build").exists()
+
+
+# Clean
+
+
+def test_clean_removes_what_is_named_with_all_that_a_kill_can_leave(recipe_file, build):
+    recipe = read_recipe(recipe_file)
+    folder = build / "small"
+    for name in ("data.partial", "data.old", "data.log", "base.partial"):
+        (folder / name).mkdir()
+    gone = [folder / name for name in ("data", "data.partial", "data.old", "data.log")]
+    assert clean(recipe, build, ("data",)) == gone
+    assert clean(recipe, build, ()) == [folder / "base.partial"]
+    assert clean(recipe, build, ()) == []
+
+
+def test_clean_removes_what_commands_made_of_a_stage_and_an_unfinished_training(recipe_file, build):
+    recipe = read_recipe(recipe_file)
+    folder = build / "small"
+    for name in ("lora", "eval-ollama"):
+        with writing(folder / name, name, {}):
+            pass
+    for name in ("adapter.checkpoints", "lora.partial"):
+        (folder / name).mkdir()
+    assert clean(recipe, build, ("merge",)) == []
+    assert sorted(clean(recipe, build, ("train",))) == [
+        folder / "adapter.checkpoints", folder / "lora", folder / "lora.partial"
+    ]  # fmt: skip
+    assert clean(recipe, build, ()) == [folder / "data", folder / "eval-ollama"]
+
+
+def test_checkpoints_that_a_kill_left_behind_a_complete_stage_are_removed(recipe_file, build):
+    """The last thing a stage does, after its folder has its name."""
+    recipe = read_recipe(recipe_file)
+    left = build / "small" / "data.checkpoints"
+    for run in (lambda: run_one("data", recipe, build), lambda: run_all(recipe, build, until="data")):
+        left.mkdir()
+        assert not run()
+        assert not left.exists()
+
+
+def test_clean_refuses_what_it_does_not_know(recipe_file, build):
+    recipe = read_recipe(recipe_file)
+    with pytest.raises(RecipeError, match="no stage 'dta'; known: data, base"):
+        clean(recipe, build, ("dta",))
+    (build / "small" / "gguf").mkdir()
+    (build / "small" / "gguf" / "mine.gguf").touch()
+    with pytest.raises(RecipeError, match="was not made by tutor"):
+        clean(recipe, build, ("convert",))
+    assert (build / "small" / "gguf" / "mine.gguf").exists()
+
+
+def test_the_manifest_tells_what_made_the_folder_and_holds_no_path(recipe_file, build):
+    """A build folder can be moved, and says nothing of whose machine it was but its name."""
+    text = (build / "small" / "data" / "manifest.json").read_text()
+    assert str(recipe_file.parent) not in text
+    fields = json.loads(text)["fields"]
+    assert {"recipe.seed", "recipe.held_out", "file.train", "file.eval", "code.stages/data/stage.py"} <= set(fields)
+    build.rename(build.with_name("moved"))
+    assert conditions(read_recipe(recipe_file), build.with_name("moved"))["data"] == "up to date"

@@ -1,0 +1,242 @@
+"""Models by name, answers that are kept, and the comparison of two models, also as commands."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from support import fake_ollama as fake
+from support.answering import ENGLISH, SPANISH, asked
+from support.files import write_rows
+
+from tutor.artifacts.stage_folder import writing
+from tutor.cli import summary
+from tutor.cli.commands.evaluate import compare_command
+from tutor.errors import ArtifactError, RecipeError, ServiceError
+from tutor.pipeline.registry import BY_NAME
+from tutor.pipeline.runner import clean
+from tutor.recipe.settings import Recipe
+from tutor.serving.compare import compare_models, evaluate_models
+from tutor.serving.models import ModelChoice, parse_model
+
+PROMPTS = [
+    {"instruction": f"¿Qué es el tipo {name} en TypeScript?", "category": "ab"[number % 2], "code": [], "expect": {}}
+    for number, name in enumerate(("any", "never", "void", "unknown", "object", "symbol", "bigint", "null"))
+]
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("text", "engine", "choice", "label"),
+    [
+        ("tutor", "llamacpp", ModelChoice("tutor"), "tutor"),
+        ("base", "llamacpp", ModelChoice("base"), "base"),
+        ("adapter", "llamacpp", ModelChoice("adapter"), "adapter"),
+        ("Q8_0", "llamacpp", ModelChoice("tutor", "Q8_0"), "tutor-Q8_0"),
+        ("base-F16", "llamacpp", ModelChoice("base", "F16"), "base-F16"),
+        ("hf:tutor", "llamacpp", ModelChoice("tutor", None, "hf"), "hf:tutor"),
+        ("base", "hf", ModelChoice("base", None, "hf"), "hf:base"),
+        ("ollama:llama3.1:8b", "llamacpp", ModelChoice("llama3.1:8b", None, "ollama"), "ollama:llama3.1:8b"),
+        ("tutor:latest", "ollama", ModelChoice("tutor:latest", None, "ollama"), "ollama:tutor:latest"),
+        ("llamacpp:Q8_0", "ollama", ModelChoice("tutor", "Q8_0"), "tutor-Q8_0"),
+    ],
+)
+def test_a_model_has_a_name_with_or_without_its_engine(text: str, engine: str, choice: ModelChoice, label: str) -> None:
+    assert parse_model(text, engine) == choice
+    assert choice.label == label
+
+
+@pytest.mark.parametrize("text", ["", "hf:", "nada", "q8_0", "tutor-", "hf:Q8_0", "base-q4", "../gguf"])
+def test_an_unknown_name_is_refused_with_those_that_there_are(text: str) -> None:
+    with pytest.raises(RecipeError, match="known: tutor, base, adapter"):
+        parse_model(text)
+
+
+# Asking
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return Recipe(seed=5).model_copy(update={"path": tmp_path / "small.toml"})
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Path:
+    """A build folder with prompts and GGUF files of which the fake programs know what to say (test_evaluate.py)."""
+    folder = tmp_path / "build" / "small"
+    with writing(folder / BY_NAME["data"].folder, "data", {}) as (out, _):
+        write_rows(out / "prompts.jsonl", PROMPTS)
+        write_rows(out / "train.jsonl", [{"instruction": "¿?", "response": SPANISH, "line": 1}])
+    base = {"says": ENGLISH, "asked": str(tmp_path / "base.asked"), "dies_on": "", "times": 1}
+    tuned = {**base, "says": SPANISH, "asked": str(tmp_path / "tutor.asked")}
+    with writing(folder / BY_NAME["convert"].folder, "convert", {}) as (out, _):
+        for name, model in (("base-Q4_K_M", base), ("tutor-Q4_K_M", tuned), ("tutor-F16", tuned)):
+            (out / f"{name}.gguf").write_text(json.dumps(model), "utf-8")
+    return tmp_path / "build"
+
+
+def answers(build: Path, folder: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((build / "small" / folder / "answers.json").read_text("utf-8"))
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("llamacpp")
+def test_every_named_model_is_asked_judged_and_compared_with_the_first(recipe: Recipe, build: Path) -> None:
+    result = evaluate_models(recipe, build, [parse_model("base"), parse_model("tutor"), parse_model("F16")], parallel=3)
+    assert {name: model["all"]["passed"]["n"] for name, model in result["models"].items()} == {
+        "base": 0,
+        "tutor": 8,
+        "tutor-F16": 8,
+    }
+    assert [(change["before"], change["after"]) for change in result["differences"]] == [
+        ("base", "tutor"),
+        ("base", "tutor-F16"),
+    ]
+    assert [row["instruction"] for row in answers(build, "eval-tutor-F16")] == [row["instruction"] for row in PROMPTS]
+    assert any("100 % (8/8)" in line for line in summary.verdict_lines(result))
+    assert any("better" in line for line in summary.verdict_lines(result))
+    json.dumps(result, allow_nan=False)
+
+
+@pytest.mark.usefixtures("llamacpp")
+def test_what_was_said_once_is_not_asked_again_until_something_changes(
+    recipe: Recipe, build: Path, tmp_path: Path
+) -> None:
+    assert evaluate_models(recipe, build, [parse_model("tutor")])["ran"]
+    before = len(asked(tmp_path / "tutor.asked"))
+    assert not evaluate_models(recipe, build, [parse_model("tutor")], parallel=4)["ran"]
+    assert len(asked(tmp_path / "tutor.asked")) == before
+    assert evaluate_models(recipe.model_copy(update={"seed": 6}), build, [parse_model("tutor")])["ran"]
+
+
+@pytest.mark.usefixtures("llamacpp")
+def test_cleaning_the_evaluation_removes_what_was_asked_beside_it(recipe: Recipe, build: Path) -> None:
+    evaluate_models(recipe, build, [parse_model("tutor")])
+    assert sorted(path.name for path in (build / "small").glob("eval*")) == ["eval-tutor", "eval-tutor.log"]
+    clean(recipe, build, ("evaluate",))
+    assert not list((build / "small").glob("eval*"))
+
+
+def test_a_model_that_was_not_made_names_what_was(recipe: Recipe, build: Path) -> None:
+    with pytest.raises(RecipeError, match="made for tutor: F16, Q4_K_M"):
+        evaluate_models(recipe, build, [parse_model("Q8_0")])
+    with pytest.raises(ArtifactError, match="run: tutor run --until merge"):
+        evaluate_models(recipe, build, [parse_model("hf:tutor")])
+    with pytest.raises(RecipeError, match="named twice"):
+        evaluate_models(recipe, build, [parse_model("tutor"), parse_model("tutor")])
+
+
+def test_without_the_data_stage_there_is_nothing_to_ask(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="run: tutor run --until data"):
+        evaluate_models(recipe, tmp_path / "empty", [parse_model("tutor")])
+
+
+# Comparing
+
+
+def written(folder: Path, passed: list[bool], prompts: list[dict[str, Any]], **others: Any) -> Path:
+    """A build folder with the answers of an evaluation."""
+    rows = [
+        {
+            **prompt,
+            "answers": {
+                "tutor": {"text": " Sí.", "verdicts": {"spanish": good}, "passed": good, "reasons": []},
+                **others,
+            },
+        }
+        for prompt, good in zip(prompts, passed, strict=True)
+    ]
+    (folder / "eval").mkdir(parents=True)
+    (folder / "eval" / "answers.json").write_text(json.dumps(rows), "utf-8")
+    return folder
+
+
+def test_two_builds_are_compared_over_the_prompts_that_both_were_asked(recipe: Recipe, tmp_path: Path) -> None:
+    early = written(tmp_path / "one", [False] * 6 + [True], PROMPTS[:7], base={"text": "x", "passed": True})
+    late = written(tmp_path / "two", [True] * 7, PROMPTS[7:0:-1])
+    found = compare_models(recipe, tmp_path / "build", str(early), str(late / "eval" / "answers.json"))
+    assert (found["n"], found["left_out"]) == (6, {"before": 1, "after": 1})
+    assert found["all"]["passed"]["before"]["n"] == 1
+    assert found["all"]["passed"]["conclusion"] == "better"
+    assert found["better"] == [prompt["instruction"] for prompt in PROMPTS[1:6]]
+    assert found["worse"] == []
+    lines = summary.comparison_lines(found)
+    assert lines[:3] == [
+        f"A: {early}",
+        f"B: {late}/eval/answers.json",
+        "6 prompts answered by both; 2 answered by only one are left out",
+    ]
+    row = next(line for line in lines if line.lstrip().startswith("all that was asked "))
+    assert " ".join(row.split()) == "all that was asked 17 % (1/6) 100 % (6/6) +83 [+17, +100] better"
+    assert lines[-6:] == ["  better in B: 5 of 6", *(f"  » {prompt['instruction']}" for prompt in PROMPTS[1:6])]
+
+
+def test_a_build_compared_with_itself_shows_no_difference(recipe: Recipe, tmp_path: Path) -> None:
+    same = str(written(tmp_path / "one", [True, False] * 4, PROMPTS))
+    found = compare_models(recipe, tmp_path, same, same)
+    assert {entry["conclusion"] for entry in (*found["all"].values(), *found["categories"].values())} == {
+        "no difference shown"
+    }
+    assert (found["better"], found["worse"]) == ([], [])
+
+
+@pytest.mark.usefixtures("llamacpp")
+def test_a_build_can_be_compared_with_a_model_that_is_asked(recipe: Recipe, build: Path, tmp_path: Path) -> None:
+    early = written(tmp_path / "one", [False] * 8, PROMPTS)
+    assert compare_models(recipe, build, str(early), "tutor")["all"]["passed"]["conclusion"] == "better"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '[{"answers": {}}]', '[{"answers": {"tutor": {"text": "x"}}}]'])
+def test_answers_without_verdicts_cannot_be_compared(recipe: Recipe, tmp_path: Path, content: str) -> None:
+    (tmp_path / "answers.json").write_text(content)
+    with pytest.raises(ArtifactError, match="evaluate again: tutor eval"):
+        compare_models(recipe, tmp_path, str(tmp_path), str(tmp_path))
+
+
+def test_builds_of_other_prompts_and_folders_without_answers_are_refused(recipe: Recipe, tmp_path: Path) -> None:
+    early = str(written(tmp_path / "one", [True] * 4, PROMPTS[:4]))
+    late = str(written(tmp_path / "two", [True] * 4, PROMPTS[4:]))
+    with pytest.raises(ArtifactError, match="no prompt in common"):
+        compare_models(recipe, tmp_path, early, late)
+    with pytest.raises(ArtifactError, match="has no answers; name a build folder"):
+        compare_models(recipe, tmp_path, early, str(tmp_path))
+
+
+def test_a_folder_that_only_has_a_models_name_is_no_build(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a checkout `tutor` is a folder, too."""
+    (tmp_path / "tutor").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtifactError, match="run: tutor run --until data"):
+        compare_models(recipe, tmp_path / "build", "tutor", "tutor")
+
+
+def test_two_ollama_models_are_asked_both_and_compared(recipe: Recipe, build: Path) -> None:
+    with fake.running() as server:
+        for name in ("alfa:latest", "beta:latest"):
+            facts = {"quantization": "Q8_0", "chat_template": "", "kind": "model", "size": 2000}
+            server.models[name] = fake.Model({"model": name}, facts, name)
+            server.order.append(name)
+            server.blobs[name] = b"GGUF"
+        with pytest.raises(ServiceError, match="no model gamma"):
+            compare_models(recipe, build, "alfa", "gamma", engine="ollama", host=server.host)
+        found = compare_models(recipe, build, "alfa", "ollama:beta", engine="ollama", host=server.host, parallel=2)
+    assert (found["before"], found["after"], found["n"]) == ("ollama:alfa", "ollama:beta", 8)
+    assert found["all"]["passed"]["conclusion"] == "no difference shown"
+
+
+def test_the_command_prints_the_table_or_json(tmp_path: Path, recipe_file: Path) -> None:
+    early = str(written(tmp_path / "one", [False] * 8, PROMPTS))
+    late = str(written(tmp_path / "two", [True] * 8, PROMPTS))
+    where = ["-r", str(recipe_file), "-b", str(tmp_path / "build")]
+    done = CliRunner().invoke(compare_command, [early, late, *where], obj={"quiet": True})
+    assert done.exit_code == 0, done.output
+    assert "0 % (0/8)" in done.stdout
+    assert "+100 [+38, +100]" in done.stdout
+    as_json = CliRunner().invoke(compare_command, [early, late, *where, "--json"], obj={"quiet": True})
+    assert json.loads(as_json.stdout)["all"]["passed"]["better"] == 8

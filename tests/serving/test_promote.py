@@ -1,0 +1,206 @@
+"""Promotion against a fake server: a worse build never replaces the served one, and the reason is kept."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import fake_ollama as fake
+from support.fake_ollama import FakeOllama
+from support.parity_folders import write_parity
+from support.published import SYSTEM, make_stages
+
+from tutor.artifacts.disk import remove, write_json
+from tutor.artifacts.manifest import require_stage
+from tutor.artifacts.stage_folder import writing
+from tutor.errors import GateError, RecipeError
+from tutor.pipeline.registry import BY_NAME
+from tutor.recipe.settings import OllamaSettings, Recipe
+from tutor.serving import promote, publish
+
+PROMPTS = [f"¿Qué es {number}?" for number in range(24)]
+GOOD = [True] * 24
+WORSE = [number >= 8 for number in range(24)]
+LITTLE = [number >= 1 for number in range(24)]
+
+
+@pytest.fixture
+def server() -> Iterator[FakeOllama]:
+    with fake.running() as running:
+        yield running
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return Recipe(system=SYSTEM, ollama=OllamaSettings(quantization="Q8_0"), path=tmp_path / "small.toml")
+
+
+def trained(recipe: Recipe, build: Path, system: str, passed: Sequence[bool] | None) -> Recipe:
+    """Another build of the same recipe, evaluated (or None: not) with these verdicts."""
+    changed = recipe.model_copy(update={"system": system})
+    remove(build / "small/eval")
+    make_stages(changed, build)
+    if passed is not None:
+        gguf = require_stage(build / "small/gguf", "convert")
+        fields = {f"recipe.{name}": value for name, value in BY_NAME["evaluate"].settings(changed).items()}
+        with writing(build / "small/eval", "evaluate", {**fields, "input.convert": gguf.fingerprint}) as (
+            out,
+            _,
+        ):
+            write_json(out / "answers.json", rows(passed))
+    return changed
+
+
+def rows(passed: Sequence[bool]) -> list[dict[str, Any]]:
+    return [
+        {
+            "instruction": prompt,
+            "category": "tipos",
+            "answers": {"tutor": {"passed": good, "text": "x", "verdicts": {"stopped": good}}},
+        }
+        for prompt, good in zip(PROMPTS, passed, strict=True)
+    ]
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Path:
+    return tmp_path / "build"
+
+
+def put(server: FakeOllama, recipe: Recipe, build: Path, system: str, passed: Sequence[bool] | None, **how: Any) -> Any:
+    return promote.publish_and_promote(trained(recipe, build, system, passed), build, host=server.host, **how)
+
+
+def latest(server: FakeOllama) -> str:
+    return str(server.models["tutor:latest"].body["system"])
+
+
+def test_the_first_build_is_served_and_its_answers_are_kept(server: FakeOllama, recipe: Recipe, build: Path) -> None:
+    result = put(server, recipe, build, "uno", GOOD)
+    assert result["promotion"]["comparison"] == "nothing was in service"
+    kept = build / "small/served" / result["build"]
+    assert json.loads((kept / "answers.json").read_text("utf-8")) == rows(GOOD)
+    assert json.loads((build / "small/model/published.json").read_text("utf-8")) == result
+    assert "refused" not in publish.compare_published(
+        recipe.model_copy(update={"system": "uno"}), build, host=server.host
+    ), "published.json names what is served"
+
+
+def test_a_worse_build_is_not_served_and_the_questions_that_got_worse_are_named(
+    server: FakeOllama, recipe: Recipe, build: Path
+) -> None:
+    first = put(server, recipe, build, "uno", GOOD)
+    with pytest.raises(
+        GateError, match=r"100 % and 67 % of 24 prompts .*: worse; 8 got worse: «¿Qué es 0\?»"
+    ) as caught:
+        put(server, recipe, build, "dos", WORSE)
+    assert latest(server) == "uno"
+    (second,) = [row["build"] for row in publish.published_builds(recipe, host=server.host) if not row["latest"]]
+    assert caught.value.code == 8
+    assert f"tutor promote {second} --force" in str(caught.value)
+    compared = json.loads((build / "small/served" / second / "compared.json").read_text("utf-8"))
+    assert (compared["before"], compared["after"], len(compared["worse"])) == (first["build"], second, 8)
+    changed = recipe.model_copy(update={"system": "dos"})
+    for published in (None, second):
+        with pytest.raises(GateError, match="8 got worse"):
+            promote.promote(changed, build, published, host=server.host)
+    assert latest(server) == "uno"
+
+
+def test_what_forces_it_is_recorded_with_what_it_overrode(server: FakeOllama, recipe: Recipe, build: Path) -> None:
+    first = put(server, recipe, build, "uno", GOOD)
+    second = put(server, recipe, build, "dos", WORSE, force=True)
+    assert latest(server) == "dos"
+    record = json.loads((build / "small/served" / second["build"] / "record.json").read_text("utf-8"))
+    (promotion,) = record["promotions"]
+    assert promotion["forced"] is True
+    assert promotion["instead_of"] == first["build"]
+    assert "8 got worse" in promotion["overrode"][0]
+    assert any("Forced despite" in line for line in publish.published_lines(second))
+
+
+@pytest.mark.parametrize("passed", [GOOD, LITTLE], ids=["as good", "no difference shown"])
+def test_a_build_that_is_not_shown_to_be_worse_is_served(
+    server: FakeOllama, recipe: Recipe, build: Path, passed: list[bool]
+) -> None:
+    put(server, recipe, build, "uno", GOOD)
+    assert "no difference shown" in put(server, recipe, build, "dos", passed)["promotion"]["comparison"]
+    assert latest(server) == "dos"
+
+
+def test_without_answers_of_what_is_in_service_that_is_said_and_the_new_one_served(
+    server: FakeOllama, recipe: Recipe, build: Path
+) -> None:
+    put(server, recipe, build, "uno", None)
+    said = put(server, recipe, build, "dos", WORSE)["promotion"]["comparison"]
+    assert "no answers of tutor:" in said
+    assert latest(server) == "dos"
+
+
+def test_a_model_that_tutor_did_not_publish_is_replaced_with_a_word(
+    server: FakeOllama, recipe: Recipe, build: Path
+) -> None:
+    put(server, recipe, build, "uno", GOOD)
+    theirs = server.models["tutor:latest"]
+    server.models = {"tutor:latest": fake.Model({**theirs.body, "license": "x"}, theirs.facts, theirs.blob)}
+    server.order = ["tutor:latest"]
+    assert "no answers of tutor:latest" in put(server, recipe, build, "dos", WORSE)["promotion"]["comparison"]
+
+
+def test_a_build_that_was_not_evaluated_is_asked_before_it_takes_the_place_of_one_that_was(
+    server: FakeOllama, recipe: Recipe, build: Path
+) -> None:
+    """In the stack the evaluator comes behind the publisher."""
+    put(server, recipe, build, "uno", GOOD)
+    with writing(build / "small/data", "data", {}) as (out, _):
+        lines = [json.dumps({"instruction": prompt, "category": "tipos"}) + "\n" for prompt in PROMPTS]
+        (out / "prompts.jsonl").write_text("".join(lines), "utf-8")
+        (out / "train.jsonl").write_text(json.dumps({"instruction": "¿?", "response": "Sí."}) + "\n", "utf-8")
+    said = put(server, recipe, build, "dos", None, force=True)["promotion"]["comparison"]
+    assert "of 24 prompts" in said
+    asked = [body["model"] for body in server.asked("POST /api/chat") if body["messages"][-1]["content"] == PROMPTS[3]]
+    assert asked == [
+        row["model"] + ":" + row["build"] for row in publish.published_builds(recipe, host=server.host)[:1]
+    ]
+
+
+def test_a_red_parity_gate_is_not_promoted_but_by_force(server: FakeOllama, recipe: Recipe, build: Path) -> None:
+    changed = trained(recipe, build, "uno", GOOD)
+    published = promote.publish_and_promote(changed, build, host=server.host)["build"]
+    write_parity(changed, build, refused={"message": "F16 -> Q8_0 (quantize) diverges in its end: x", "hint": "y"})
+    with pytest.raises(GateError, match="diverges in its end"):
+        promote.promote(changed, build, published, host=server.host)
+    forced = promote.promote(changed, build, published, host=server.host, force=True)
+    assert "diverges in its end" in forced["promotion"]["overrode"][0]
+
+
+def test_a_tag_that_was_written_by_someone_else_is_not_promoted(
+    server: FakeOllama, recipe: Recipe, build: Path
+) -> None:
+    result = put(server, recipe, build, "uno", GOOD)
+    put(server, recipe, build, "dos", GOOD)
+    theirs = server.models[result["tag"]]
+    server.models[result["tag"]] = fake.Model({**theirs.body, "license": "x"}, theirs.facts, theirs.blob)
+    with pytest.raises(GateError, match="diverges in its model: its digest is"):
+        promote.promote(recipe, build, result["build"], host=server.host)
+
+
+def test_an_older_build_goes_back_into_service_through_the_same_gate(
+    server: FakeOllama, recipe: Recipe, build: Path
+) -> None:
+    first = put(server, recipe, build, "uno", WORSE)
+    second = put(server, recipe, build, "dos", GOOD)
+    assert ": better" in second["promotion"]["comparison"]
+    with pytest.raises(GateError, match="8 got worse"):
+        promote.promote(recipe, build, first["build"], host=server.host)
+    with pytest.raises(RecipeError, match="0 builds of tutor begin with 'x'"):
+        promote.promote(recipe, build, "x", host=server.host)
+
+
+def test_the_same_build_is_published_once_and_weighed_once(server: FakeOllama, recipe: Recipe, build: Path) -> None:
+    first = put(server, recipe, build, "uno", GOOD)
+    again = put(server, recipe, build, "uno", GOOD)
+    assert again["published"] is False
+    kept = json.loads((build / "small/model/published.json").read_text("utf-8"))
+    assert (kept["build"], kept["digest"]) == (first["build"], first["digest"]), "rendered again, it is known again"

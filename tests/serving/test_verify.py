@@ -1,0 +1,312 @@
+"""serving/verify.py, stages/convert/lineage.py and `tutor verify`: what a file says of its origin is computed again."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from support import fake_ollama as fake
+from support.files import write_rows
+from support.gguf_bytes import facts
+from support.small_weights import ATTENTION, file, folder, moved, permuted, random
+
+from tutor.artifacts.hashing import file_sha256
+from tutor.artifacts.stage_folder import writing
+from tutor.errors import ArtifactError, RecipeError, ServiceError
+from tutor.formats.models.gguf import read_gguf
+from tutor.recipe.settings import Recipe, read_recipe
+from tutor.serving import verify
+from tutor.stages.convert import lineage
+
+Run = Callable[..., Any]
+
+
+class Built:
+    """A recipe and its build folder, with one F16 file and one Q8_0 file of the merged model."""
+
+    def __init__(self, recipe: Path, build: Path) -> None:
+        self.path, self.build, self.recipe = recipe, build, read_recipe(recipe)
+        self.folder = build / self.recipe.name
+        base = random()
+        merged = moved(base)
+        model = folder(self.folder / "base" / "model", base)
+        known = facts(weights=lineage.weights_hash(model))
+        (self.folder / "base" / "base.json").write_text(json.dumps(asdict(known)), "utf-8")
+        folder(self.folder / "merged", merged)
+        for name in ("data", "adapter"):
+            (self.folder / name).mkdir()
+        write_rows(self.folder / "data" / "train.jsonl", [{"instruction": "¿Qué?", "response": "Eso."}])
+        save_file({"a": np.zeros((2, 2), np.float32)}, self.folder / "adapter" / "adapter_model.safetensors")
+        self.says = lineage.keyed(lineage.tutor_lineage(self.recipe, self.inputs))
+        with writing(self.folder / "gguf", "convert", {}) as (out, _):
+            for kind in ("F16", "Q8_0"):
+                file(out / f"tutor-{kind}.gguf", merged, kind, says=self.says)
+
+    @property
+    def inputs(self) -> dict[str, Path]:
+        names = {"data": "data", "base": "base", "train": "adapter", "merge": "merged"}
+        return {stage: self.folder / name for stage, name in names.items()}
+
+    def gguf(self, kind: str = "Q8_0") -> Path:
+        return self.folder / "gguf" / f"tutor-{kind}.gguf"
+
+    def conditions(self, path: Path) -> dict[str, str]:
+        return {row.what: row.condition for row in verify.verify_file(path, self.recipe, self.build)}
+
+
+@pytest.fixture
+def built(recipe_file: Path, tmp_path: Path) -> Built:
+    return Built(recipe_file, tmp_path / "build")
+
+
+HASHES = ("data.sha256", "recipe.sha256", "adapter.sha256", "merged.sha256", "base", "base.sha256")
+
+
+# Lineage
+
+
+def test_the_lineage_names_data_recipe_base_adapter_merged_weights_and_tools(built: Built) -> None:
+    said = lineage.lineage_of(read_gguf(built.gguf()).fields)
+    assert set(said) == {*HASHES, *lineage.SOFTWARE}
+    assert all(len(said[name]) == 64 for name in HASHES if name.endswith("sha256"))
+    assert "torch " in said["tools"]
+    assert not any(str(built.build) in value for value in said.values()), "no path of this machine"
+
+
+def test_the_lineage_is_the_same_twice_and_from_another_folder(built: Built, tmp_path: Path) -> None:
+    moved_away = {name: Path(shutil.copytree(path, tmp_path / "x" / path.name)) for name, path in built.inputs.items()}
+    assert lineage.tutor_lineage(built.recipe, moved_away) == lineage.tutor_lineage(built.recipe, built.inputs)
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"seed": 7}, False),
+        ({"system": "Eres un tutor."}, False),
+        ({"train": {"rank": 4}}, False),
+        ({"train": {"logging_steps": 3, "save_minutes": 9.0}}, True),
+        ({"generate": {"temperature": 1.0}}, True),
+        ({"data": {"train": "elsewhere.jsonl"}}, True),
+    ],
+)
+def test_the_recipe_s_hash_changes_with_what_decides_the_weights_alone(change: dict[str, Any], same: bool) -> None:  # noqa: FBT001
+    changed = Recipe.model_validate(change)
+    assert (lineage.recipe_hash(changed) == lineage.recipe_hash(Recipe())) is same
+
+
+# Files
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0"])
+def test_a_file_of_this_build_is_ok_in_every_row(built: Built, kind: str) -> None:
+    assert set(built.conditions(built.gguf(kind)).values()) == {"ok"}
+
+
+def sabotage_rows(built: Built) -> None:
+    with (built.folder / "data" / "train.jsonl").open("a") as rows:
+        rows.write("\n")
+
+
+def sabotage_adapter(built: Built) -> None:
+    save_file({"a": np.ones((2, 2), np.float32)}, built.folder / "adapter" / "adapter_model.safetensors")
+
+
+def sabotage_merged(built: Built) -> None:
+    shutil.rmtree(built.folder / "merged")
+    folder(built.folder / "merged", random(9))
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "wrong"),
+    [
+        (sabotage_rows, {"data.sha256"}),
+        (sabotage_adapter, {"adapter.sha256"}),
+        (sabotage_merged, {"merged.sha256", "weights"}),
+    ],
+)
+def test_what_is_no_longer_as_the_file_says_is_wrong_and_nothing_else(
+    built: Built, sabotage: Callable[[Built], None], wrong: set[str]
+) -> None:
+    sabotage(built)
+    found = built.conditions(built.gguf())
+    assert {what for what, condition in found.items() if condition == "wrong"} == wrong
+    assert {condition for what, condition in found.items() if what not in wrong} == {"ok"}
+
+
+def test_a_file_with_one_changed_byte_is_wrong(built: Built, tmp_path: Path) -> None:
+    copy = tmp_path / "a.gguf"
+    data = bytearray(built.gguf("F16").read_bytes())
+    data[-4] ^= 1  # the last bit of a number: far less than a quantization may be off
+    copy.write_bytes(data)
+    found = built.conditions(copy)
+    assert (found["file"], found["weights"]) == ("wrong", "wrong")
+    assert found["merged.sha256"] == "ok", "it still says so"
+
+
+def test_what_is_gone_is_unknown_with_its_reason(built: Built, tmp_path: Path) -> None:
+    copy = Path(shutil.copy(built.gguf(), tmp_path / "a.gguf"))
+    for name in ("data", "adapter", "merged", "gguf", "base"):
+        shutil.rmtree(built.folder / name)
+    rows = {row.what: row for row in verify.verify_file(copy, built.recipe, built.build)}
+    unknown = {what for what, row in rows.items() if row.condition == "unknown"}
+    assert unknown == {"file", "weights", "data.sha256", "adapter.sha256", "merged.sha256", "base.sha256"}
+    assert "adapter" in rows["adapter.sha256"].computed
+    assert not verify.wrong_rows(list(rows.values()))
+
+
+def test_damaged_weights_are_unknown_and_their_hash_is_wrong(built: Built) -> None:
+    path = built.folder / "merged" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    rows = {row.what: row for row in verify.verify_file(built.gguf(), built.recipe, built.build)}
+    assert rows["merged.sha256"].condition == "wrong"
+    assert rows["weights"].condition == "unknown"
+    assert "is damaged" in rows["weights"].computed
+
+
+def test_other_software_is_told_and_is_not_wrong(built: Built, tmp_path: Path) -> None:
+    says = {**built.says, "tutor.version": "0.0.1", "tutor.tomorrow": "?"}
+    path = file(tmp_path / "a.gguf", random(), says=says)
+    found = built.conditions(path)
+    assert (found["version"], found["tomorrow"]) == ("other", "unknown")
+
+
+def adapter(built: Built, path: Path) -> Path:
+    """A GGUF of an adapter of the base's q, whose PEFT folder is there."""
+    rank = 2
+    random_ = np.random.default_rng(3)
+    rows = random()[f"{ATTENTION}q_proj.weight"].shape
+    a, b = (random_.standard_normal(shape, np.float32) for shape in ((rank, rows[1]), (rows[0], rank)))
+    named = f"base_model.model.{ATTENTION}q_proj.lora_"
+    save_file({f"{named}A.weight": a, f"{named}B.weight": b}, built.folder / "adapter" / "adapter_model.safetensors")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    for key, value in lineage.keyed(lineage.adapter_lineage(built.recipe, built.inputs)).items():
+        writer.add_string(key, value)
+    ordered = permuted(f"{ATTENTION}q_proj.weight", b)
+    for half, matrix in (("a", a), ("b", ordered)):
+        writer.add_tensor(f"blk.0.attn_q.weight.lora_{half}", matrix.astype(np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_an_adapter_s_file_is_compared_with_peft_s(built: Built) -> None:
+    with writing(built.folder / "lora", "lora", {}) as (out, _):
+        adapter(built, out / "tutor-lora.gguf")
+    found = built.conditions(built.folder / "lora" / "tutor-lora.gguf")
+    assert set(found.values()) == {"ok"}
+    assert {"file", "weights", "adapter.sha256", "base.sha256"} <= set(found)
+    assert "merged.sha256" not in found
+    other = adapter(built, built.folder / "b.gguf")
+    sabotage_adapter(built)
+    assert built.conditions(other)["adapter.sha256"] == "wrong"
+
+
+def test_a_file_that_says_nothing_of_its_origin_is_an_artifact_error(built: Built, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="does not record its origin"):
+        built.conditions(file(tmp_path / "a.gguf", random()))
+
+
+@pytest.mark.parametrize(("name", "is_file"), [("tutor", False), ("tutor:latest", False), ("user/tutor", False)])
+def test_a_name_is_a_model_where_no_file_has_it(name: str, is_file: bool) -> None:  # noqa: FBT001
+    assert verify.is_file(name) is is_file
+
+
+@pytest.mark.parametrize("name", ["gone.gguf", "/gone", "./gone"])
+def test_a_path_without_its_file_is_no_model(name: str) -> None:
+    with pytest.raises(RecipeError, match="is no file"):
+        verify.is_file(name)
+
+
+# Models on a server
+
+
+@pytest.fixture
+def server() -> Any:
+    with fake.running() as running:
+        yield running
+
+
+def publish(server: fake.FakeOllama, path: Path, **facts: Any) -> str:
+    digest = fake.write_gguf(path, **facts)
+    server.blobs[f"sha256:{digest}"] = path.read_bytes()
+    said = json.loads(path.read_bytes()[4:].split(b"\0")[0])
+    server.models["tutor:latest"] = fake.Model({}, said, f"sha256:{digest}")
+    return digest
+
+
+def test_a_published_model_is_known_by_its_file_and_what_it_says(
+    built: Built, server: fake.FakeOllama, tmp_path: Path
+) -> None:
+    with writing(built.folder / "gguf", "convert", {}) as (out, _):
+        publish(server, out / "tutor-Q8_0.gguf", info=built.says)
+    rows = {row.what: row for row in verify.verify_model("tutor:latest", server.host, built.recipe, built.build)}
+    assert {row.condition for what, row in rows.items() if what != "weights"} == {"ok"}
+    assert rows["file"].computed == "gguf/tutor-Q8_0.gguf"
+    assert rows["weights"].condition == "unknown", "the fake's files are no GGUF"
+
+
+def test_a_server_s_file_that_is_here_too_has_its_weights_compared(built: Built, server: fake.FakeOllama) -> None:
+    """The fake tells no key-values of a real file: they are the file's own."""
+    path = built.gguf()
+    server.blobs[digest := f"sha256:{file_sha256(path)}"] = path.read_bytes()
+    said = {"info": {"tutor.base": built.says["tutor.base"]}, "chat_template": "", "quantization": "Q8_0"}
+    server.models["tutor:latest"] = fake.Model({}, said, digest)
+    rows = {row.what: row for row in verify.verify_model("tutor:latest", server.host, built.recipe, built.build)}
+    assert {row.condition for row in rows.values()} == {"ok"}
+    assert str(built.folder / "merged") in rows["weights"].computed
+    assert "merged.sha256" in rows
+
+
+def test_a_model_of_another_build_is_wrong(built: Built, server: fake.FakeOllama, tmp_path: Path) -> None:
+    publish(server, tmp_path / "other.gguf", info={**built.says, "tutor.adapter.sha256": 64 * "0"})
+    rows = verify.verify_model("tutor:latest", server.host, built.recipe, built.build)
+    assert {row.what for row in verify.wrong_rows(rows)} == {"file", "adapter.sha256"}
+
+
+def test_a_model_that_is_not_there_or_says_nothing_is_an_error(
+    built: Built, server: fake.FakeOllama, tmp_path: Path
+) -> None:
+    with pytest.raises(ServiceError, match="no model 'tutor:latest'"):
+        verify.verify_model("tutor:latest", server.host, built.recipe, built.build)
+    publish(server, tmp_path / "a.gguf")
+    with pytest.raises(ArtifactError, match="does not record its origin"):
+        verify.verify_model("tutor:latest", server.host, built.recipe, built.build)
+
+
+# The command
+
+
+@pytest.mark.slow
+def test_the_command_shows_a_row_each_and_ends_with_5_where_one_is_wrong(built: Built, tutor: Run) -> None:
+    where = ("-r", built.path, "-b", built.build)
+    fine = tutor("verify", built.gguf(), *where)
+    assert (fine.returncode, fine.stderr) == (0, "")
+    assert {line.split()[0] for line in fine.stdout.splitlines()} == {"ok"}
+    sabotage_rows(built)
+    bad = tutor("verify", built.gguf(), *where, "--json")
+    assert bad.returncode == 5
+    assert "data.sha256" in bad.stderr
+    assert {row["what"]: row["condition"] for row in json.loads(bad.stdout)}["data.sha256"] == "wrong"
+    assert tutor("verify", "gone.gguf", *where).returncode == 2
+
+
+def test_lines_show_hashes_by_their_beginning_and_what_could_not_be_checked() -> None:
+    rows = [
+        verify.Row("file", "ok", 64 * "a", "gguf/tutor-F16.gguf"),
+        verify.Row("data.sha256", "wrong", 64 * "b", 64 * "c"),
+        verify.Row("base.sha256", "unknown", 64 * "d", "build/x is not there"),
+    ]
+    ok, wrong, unknown = verify.row_lines(rows)
+    assert ok.split() == ["ok", "file", "gguf/tutor-F16.gguf"]
+    assert f"{16 * 'b'}… (here: {16 * 'c'}…)" in wrong
+    assert unknown.endswith("cannot be checked: build/x is not there")

@@ -1,0 +1,185 @@
+"""stages/evaluate/stage.py: a run on fake programs, whole and ended in the middle."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.answering import ENGLISH, SPANISH, asked, write_base
+from support.files import write_rows
+
+from tutor.artifacts.disk import write_json
+from tutor.artifacts.manifest import MANIFEST
+from tutor.artifacts.stage_folder import checkpoint_folder
+from tutor.errors import ArtifactError, HostError, ServiceError
+from tutor.formats.models.served_quantization import write_served
+from tutor.recipe.settings import Recipe
+from tutor.stages.evaluate.stage import run, side_by_side
+
+PROMPTS = [
+    {"instruction": f"¿Qué es {name}? Explícamelo.", "category": category, "topic": "t", "code": [], "expect": {}}
+    for name, category in (("a", "definicion"), ("b", "ejemplo"), ("c", "definicion"), ("d", "ejemplo"))
+]
+
+
+def test_answers_stand_side_by_side_with_their_prompt() -> None:
+    rows = side_by_side(PROMPTS[:1], {"base": [{"error": "x"}], "tutor": [{"text": "y"}]})
+    assert rows == [{**PROMPTS[0], "answers": {"base": {"error": "x"}, "tutor": {"text": "y"}}}]
+
+
+def write_inputs(root: Path, **tutor: Any) -> dict[str, Path]:
+    """The folders that the stage reads; `tutor` changes what the tutor's GGUF does."""
+    inputs = {name: root / name for name in ("data", "base", "convert", "ladder")}
+    for name in ("data", "convert", "ladder"):
+        inputs[name].mkdir()
+    rows = [{**prompt, "response": "Sí."} for prompt in PROMPTS[:2]]
+    trained = [{"instruction": "¿?", "response": SPANISH, "line": 3}]
+    for name, lines in (("prompts", PROMPTS), ("held_out", rows), ("train", trained)):
+        write_rows(inputs["data"] / f"{name}.jsonl", lines)
+    write_base(inputs["base"])
+    base = {"says": ENGLISH, "logprob": -2.0, "asked": str(root / "base.asked"), "dies_on": "", "times": 1}
+    tuned = {**base, "says": SPANISH, "logprob": -1.0, "asked": str(root / "tutor.asked"), **tutor}
+    for name, model in (("base-Q4_K_M", base), ("tutor-Q4_K_M", tuned), ("tutor-F16", tuned)):
+        (inputs["convert"] / f"{name}.gguf").write_text(json.dumps(model), "utf-8")
+    return inputs
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    folder = tmp_path / "eval.partial"
+    folder.mkdir()
+    return folder
+
+
+def recipe(folder: Path, **sections: Any) -> Recipe:
+    return Recipe.model_validate({"seed": 5, **sections}).model_copy(update={"path": folder / "r.toml"})
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text("utf-8"))
+
+
+@pytest.mark.usefixtures("llamacpp")
+def test_a_run_asks_judges_and_scores_every_model(tmp_path: Path, out: Path) -> None:
+    summary = run(recipe(tmp_path), write_inputs(tmp_path), out)
+    assert sorted(path.name for path in out.iterdir()) == ["answers.json", "paraphrased.json"]
+    answers = read(out / "answers.json")
+    assert [entry["instruction"] for entry in answers] == [prompt["instruction"] for prompt in PROMPTS]
+    record = answers[0]["answers"]["tutor"]
+    assert (record["text"], record["passed"], record["reasons"]) == (SPANISH, True, [])
+    assert record["verdicts"]["usual_length"] is True
+    assert record["copied"]["line"] == 3
+    assert answers[0]["answers"]["base"]["reasons"] == ["its prose is not Spanish (confidence 0.00)"]
+    assert (summary["models"]["tutor"]["all"]["passed"]["n"], summary["models"]["base"]["all"]["passed"]["n"]) == (4, 0)
+    assert summary["models"]["tutor"]["tokens_per_second"] == 40.0
+    (change,) = summary["differences"]
+    assert (change["before"], change["after"], change["all"]["passed"]["difference"]) == ("base", "tutor", 1.0)
+    assert len(change["better"]) == 4
+    assert summary["copied"]["tutor"]["half_copied"] == 4
+    assert (summary["paraphrases"], summary["general"]) == (None, None)
+    assert [finding["conclusion"] for finding in summary["findings"]] == ["worse", *["no difference shown"] * 1]
+    json.dumps(summary, allow_nan=False)
+
+
+@pytest.mark.usefixtures("llamacpp")
+def test_a_run_is_greedy_with_the_seed(tmp_path: Path, out: Path) -> None:
+    run(recipe(tmp_path), write_inputs(tmp_path), out)
+    requests = asked(tmp_path / "tutor.asked")
+    assert all((line["temperature"], line["seed"]) == (0.0, 5) for line in requests)
+    assert [line["n_predict"] for line in requests] == [1, 515, 515, 515, 515]
+
+
+@pytest.mark.usefixtures("llamacpp")
+def test_prompts_in_other_words_are_asked_of_the_tutor_and_compared_with_the_same_in_their_own(
+    tmp_path: Path, out: Path
+) -> None:
+    rows = [
+        {"original": "¿Qué es c? Explícamelo.", "instruction": "Explícame qué es c, por favor."},
+        {"original": "¿Qué es de otro conjunto?", "instruction": "No se pregunta."},
+    ]
+    write_rows(tmp_path / "words.jsonl", rows)
+    summary = run(recipe(tmp_path, evaluate={"paraphrases": "words.jsonl"}), write_inputs(tmp_path), out)
+    (row,) = read(out / "paraphrased.json")
+    assert (row["original"], row["category"]) == (rows[0]["original"], "definicion")
+    assert list(row["answers"]) == ["tutor"]
+    assert (summary["paraphrases"]["n"], summary["paraphrases"]["difference"]) == (1, 0.0)
+    assert summary["models"]["tutor"]["all"]["n"] == 4, "they are no prompts of their own"
+    for name, count in (("base", 5), ("tutor", 6)):
+        assert sum("n_predict" in line for line in asked(tmp_path / f"{name}.asked")) == count
+
+
+@pytest.mark.usefixtures("llamacpp")
+def test_general_texts_are_scored_by_base_and_tutor(tmp_path: Path, out: Path) -> None:
+    write_rows(tmp_path / "general.jsonl", [{"text": f"Texto número {n}.", "language": "es"} for n in range(7)])
+    inputs = write_inputs(tmp_path, logprob=-3.0)
+    summary = run(recipe(tmp_path, evaluate={"general": "general.jsonl"}), inputs, out)
+    assert (summary["general"]["n"], summary["general"]["difference"]) == (7, 1.0)
+    assert summary["general"]["conclusion"] == "worse"
+    assert "general texts: perplexity 7.39 before and 20.09 after tuning (7 texts): worse" in [
+        finding["text"] for finding in summary["findings"]
+    ]
+    alone = recipe(tmp_path, evaluate={"general": "general.jsonl"}, convert={"base": False})
+    assert run(alone, inputs, out)["general"] is None
+
+
+@pytest.mark.usefixtures("llamacpp")
+def test_a_server_that_dies_once_costs_no_answer(tmp_path: Path, out: Path) -> None:
+    summary = run(recipe(tmp_path), write_inputs(tmp_path, dies_on="¿Qué es c?"), out)
+    assert (tmp_path / "tutor.asked.died").exists()
+    assert summary["models"]["tutor"]["all"]["errors"] == 0
+    assert summary["models"]["tutor"]["all"]["stopped"]["n"] == 4
+
+
+@pytest.mark.usefixtures("llamacpp")
+def test_a_prompt_that_kills_every_server_has_failed_and_the_run_goes_on(tmp_path: Path, out: Path) -> None:
+    summary = run(recipe(tmp_path), write_inputs(tmp_path, dies_on="¿Qué es c?", times=99), out)
+    assert summary["models"]["tutor"]["all"]["errors"] == 1
+    assert summary["models"]["tutor"]["all"]["passed"]["n"] == 3
+    assert read(out / "answers.json")[2]["answers"]["tutor"]["reasons"] == ["no answer: the engine died on it 2 times"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("llamacpp")
+def test_a_run_that_failed_asks_nothing_twice(tmp_path: Path, out: Path) -> None:
+    inputs = write_inputs(tmp_path, dies_on="¿Qué es", times=6)
+    with pytest.raises(ServiceError, match="died on 3 prompts in a row"):
+        run(recipe(tmp_path), inputs, out)
+    assert sorted(path.name for path in checkpoint_folder(out).iterdir()) == ["base.jsonl", "tutor.jsonl"]
+    before = len(asked(tmp_path / "base.asked"))
+    assert run(recipe(tmp_path), inputs, out)["models"]["tutor"]["all"]["errors"] == 0
+    since = [line for line in asked(tmp_path / "base.asked")[before:] if "n_predict" in line]
+    assert since == [], "the base's answers were kept"
+
+
+@pytest.mark.usefixtures("llamacpp")
+def test_without_a_base_gguf_only_the_tutor_is_asked(tmp_path: Path, out: Path) -> None:
+    inputs = write_inputs(tmp_path)
+    (inputs["convert"] / "base-Q4_K_M.gguf").unlink()
+    with pytest.raises(ArtifactError, match=r"base-Q4_K_M\.gguf is missing; run: tutor convert"):
+        run(recipe(tmp_path), inputs, out)
+    summary = run(recipe(tmp_path, convert={"base": False}), inputs, out)
+    assert (list(summary["models"]), summary["differences"]) == (["tutor"], [])
+
+
+@pytest.mark.usefixtures("llamacpp")
+def test_the_quantization_that_the_ladder_chose_is_the_one_that_is_asked(tmp_path: Path, out: Path) -> None:
+    inputs = write_inputs(tmp_path)
+    (inputs["convert"] / "tutor-Q4_K_M.gguf").unlink()
+    chosen = recipe(tmp_path, convert={"base": False}, ollama={"quantization": "auto"})
+    with pytest.raises(ArtifactError, match="run: tutor ladder"):
+        run(chosen, inputs, out)
+    write_served(inputs["ladder"], "F16")
+    write_json(inputs["ladder"] / MANIFEST, {})
+    assert run(chosen, inputs, out)["models"]["tutor"]["file"] == "tutor-F16"
+
+
+@pytest.mark.usefixtures("llamacpp")
+def test_without_the_compiler_nothing_is_asked_that_it_would_have_to_judge(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUTOR_TYPESCRIPT", str(tmp_path / "nowhere"))
+    inputs = write_inputs(tmp_path)
+    write_rows(inputs["data"] / "prompts.jsonl", [{**PROMPTS[0], "expect": {"code": True}}])
+    with pytest.raises(HostError):
+        run(recipe(tmp_path), inputs, out)
+    assert not (tmp_path / "base.asked").exists()

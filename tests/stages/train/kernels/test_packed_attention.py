@@ -1,0 +1,385 @@
+"""Packed passes on the tiny Llama: the batch of one row a pass, number for number, and nothing across rows."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.tiny_models import recipe
+from support.tolerances import backward_error, forward_error, roundoff, sum_error
+
+torch = pytest.importorskip("torch")
+from transformers import LlamaConfig, TrainerCallback
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from tutor.engines.hf.loading import load_base
+from tutor.engines.hf.score import answer_logprobs
+from tutor.errors import DataError
+from tutor.formats.models.model_folder import load_tokenizer
+from tutor.machine.memory.batching import Passes, most_tokens, packed_passes, padded_passes, passes_of
+from tutor.prompt import Encoded
+from tutor.stages.train import stage as train
+from tutor.stages.train.audit import labels
+from tutor.stages.train.kernels import packed_attention as packed
+from tutor.stages.train.kernels.chunked_loss import IGNORED, summed_loss
+from tutor.stages.train.kernels.packed_attention import LENGTHS, attend_within_rows
+from tutor.stages.train.trainer import lora_config, make_trainer, training_arguments
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing", "ignore:.*autograd kernel was not registered"),
+]
+
+WIDTHS = (9, 31, 14, 2, 57, 23, 11)
+
+
+def made(widths: Sequence[int], seed: int = 0) -> list[Encoded]:
+    """Rows of random ids, of which the first half carries no loss; the first id never does."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(3, 250, (width,), generator=draw).tolist() for width in widths]
+    return [Encoded(row, [int(place >= max(1, len(row) // 2)) for place in range(len(row))]) for row in ids]
+
+
+ROWS = made(WIDTHS)
+
+
+def items(rows: Sequence[Encoded]) -> list[dict[str, list[int]]]:
+    return [{"input_ids": row.ids, "labels": labels(row)} for row in rows]
+
+
+collate = packed.with_lengths(DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True))
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+lengths_of = st.lists(st.integers(1, 600), min_size=1, max_size=40)
+
+
+@given(step_rows=st.integers(1, 60), lengths=lengths_of, budget=st.integers(1, 5000))
+def test_a_plan_makes_the_asked_batch_in_the_fewest_passes_within_the_budget(
+    step_rows: int, lengths: list[int], budget: int
+) -> None:
+    plan = packed_passes(step_rows, lengths, budget)
+    assert plan.rows * plan.count == step_rows
+    assert plan.packed == (plan.rows > 1)
+    assert plan.tokens == sum(sorted(lengths)[-plan.rows :])  # no rows can meet that are more
+    assert plan.tokens <= budget or plan.rows == 1
+    larger = [rows for rows in range(plan.rows + 1, step_rows + 1) if step_rows % rows == 0]
+    assert all(sum(sorted(lengths)[-rows:]) > budget for rows in larger)
+
+
+@given(rows=st.integers(1, 20), count=st.integers(1, 20), lengths=lengths_of)
+def test_without_packing_the_passes_are_the_recipes(rows: int, count: int, lengths: list[int]) -> None:
+    plan = padded_passes(rows, count, lengths)
+    assert (plan.rows, plan.count, plan.packed) == (rows, count, False)
+    assert plan.tokens == min(rows, len(lengths)) * max(lengths)
+
+
+@given(
+    lengths=lengths_of, budget=st.integers(1, 5000), batch=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    packing=st.booleans(), room=st.integers(0, 300),
+)  # fmt: skip
+def test_no_pass_of_rows_that_are_not_longer_has_more_tokens_than_the_most(
+    lengths: list[int], budget: int, batch: tuple[int, int], room: int, *, packing: bool
+) -> None:
+    chosen = {"batch_size": batch[0], "accumulation": batch[1], "packing": packing, "pass_tokens": budget}
+    settings = recipe(Path("r.toml"), train=chosen).train
+    assert passes_of(settings, lengths).tokens <= most_tokens(settings, [length + room for length in lengths])
+
+
+def test_the_specifications_ten_rows_go_in_one_pass_or_two() -> None:
+    assert packed_passes(10, [300] * 278, 4096) == Passes(10, 1, 3000, packed=True)
+    assert packed_passes(10, [480] * 278, 4096) == Passes(5, 2, 2400, packed=True)
+    assert packed_passes(10, [4097] * 278, 4096) == Passes(1, 10, 4097, packed=False)
+
+
+# --- the batch -------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_all_rows_in_order_with_positions_from_zero_and_no_first_label() -> None:
+    batch = collate([{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [8, 9], "labels": [8, 9]}])
+    assert {name: values if name == LENGTHS else values.tolist() for name, values in batch.items()} == {
+        "input_ids": [[5, 6, 7, 8, 9]],
+        "labels": [[IGNORED, 6, 7, IGNORED, 9]],  # nothing predicts a row's first id, the row before least of all
+        "position_ids": [[0, 1, 2, 0, 1]],
+        LENGTHS: (3, 2),
+    }
+
+
+@pytest.mark.parametrize(
+    "batch_of", [collate, DataCollatorForLanguageModeling(pad_token_id=0)], ids=["packed", "padded"]
+)
+def test_every_row_is_read_back_whole(batch_of: Any) -> None:
+    assert packed.rows_of(batch_of(items(ROWS))) == [(row.ids, labels(row)) for row in ROWS]
+
+
+@pytest.mark.parametrize("lengths", [(9, 31), (31, 9, 14, 2, 57, 23, 11), (40, 14, 2, 57, 23, 11), ()])
+def test_lengths_that_are_not_the_rows_are_found(lengths: tuple[int, ...]) -> None:
+    with pytest.raises(DataError, match="positions do not start again"):
+        packed.rows_of({**collate(items(ROWS)), LENGTHS: lengths})
+
+
+# --- the attention ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Path) -> Any:
+    loaded = load_base(tiny, "none", "fp32")
+    assert loaded.config.num_attention_heads > loaded.config.num_key_value_heads  # grouped queries
+    attend_within_rows(loaded)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def plain(tiny: Path) -> Any:
+    return load_base(tiny, "none", "fp32")
+
+
+def packed_logits(model: Any, rows: Sequence[Encoded]) -> list[Any]:
+    batch = collate(items(rows))
+    batch.pop("labels")
+    with torch.no_grad():
+        return list(model(**batch, use_cache=False).logits[0].split([len(row.ids) for row in rows]))
+
+
+def test_packed_rows_answer_as_each_alone_does(model: Any, plain: Any) -> None:
+    for row, found in zip(ROWS, packed_logits(model, ROWS), strict=True):
+        with torch.no_grad():
+            alone = plain(input_ids=torch.tensor([row.ids])).logits[0]
+        bound = forward_error(plain.config, len(row.ids)) * alone.abs().max().item()
+        torch.testing.assert_close(found, alone, rtol=0, atol=bound)
+
+
+def test_a_row_does_not_see_its_neighbours(model: Any) -> None:
+    # Same lengths, so that every product has the same shape and even rounding is the same.
+    others = made(WIDTHS, seed=1)
+    for place, row in enumerate(ROWS):
+        mixed = [*others[:place], row, *others[place + 1 :]]
+        assert torch.equal(packed_logits(model, mixed)[place], packed_logits(model, ROWS)[place])
+
+
+def mask(model: Any, positions: Any) -> Any:
+    width = positions.shape[1]
+    return create_causal_mask(model.config, torch.zeros(1, width, 64), None, None, position_ids=positions)
+
+
+def test_no_mask_of_tokens_by_tokens_is_made(model: Any, plain: Any) -> None:
+    positions = collate(items(ROWS))["position_ids"]
+    assert mask(plain, positions).numel() == sum(WIDTHS) ** 2
+    assert mask(model, positions).numel() == 0
+    assert mask(model, torch.arange(20)[None]) is None
+
+
+def test_packed_rows_without_their_lengths_are_an_error_and_no_row_sees_another(model: Any) -> None:
+    batch = collate(items(ROWS))
+    with pytest.raises(ValueError, match="without row_lengths"):
+        model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+
+
+def test_packed_rows_with_padding_are_an_error(model: Any) -> None:
+    batch = collate(items(ROWS))
+    padding = torch.ones_like(batch["input_ids"])
+    padding[0, -1] = 0
+    with pytest.raises(ValueError, match="no padding"):
+        model(**batch, attention_mask=padding, use_cache=False)
+
+
+def test_a_sliding_window_is_never_forgotten(model: Any) -> None:
+    positions = collate(items(ROWS))["position_ids"]
+    nothing = torch.zeros(1, sum(WIDTHS), 64)
+    config = copy.deepcopy(model.config)
+    config.sliding_window = 5
+    made = create_sliding_window_causal_mask(config, nothing, None, None, position_ids=positions)
+    assert made.numel() == sum(WIDTHS) ** 2
+
+
+def test_one_packed_row_is_a_plain_one(model: Any, plain: Any) -> None:
+    with torch.no_grad():
+        alone = plain(input_ids=torch.tensor([ROWS[4].ids])).logits[0]
+    assert torch.equal(packed_logits(model, ROWS[4:5])[0], alone)
+
+
+def test_scores_and_answers_are_those_of_sdpa_padded_batches_too(model: Any, plain: Any) -> None:
+    pairs = [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in ROWS]
+    assert answer_logprobs(model, pairs) == answer_logprobs(plain, pairs)
+    ids = torch.tensor([[0, 0, 0, *ROWS[0].ids], [*ROWS[6].ids, 7]])
+    attention = torch.tensor([[0] * 3 + [1] * 9, [1] * 12])
+    answers = [
+        one.generate(input_ids=ids, attention_mask=attention, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        for one in (model, plain)
+    ]
+    assert torch.equal(*answers)
+    with torch.no_grad():
+        padded = [one(input_ids=ids, attention_mask=attention).logits for one in (model, plain)]
+    assert torch.equal(*padded)
+
+
+# --- the training ----------------------------------------------------------------------------------------------------
+
+
+class Steps(TrainerCallback):  # type: ignore[misc]
+    """The gradients of every optimizer step, before they are used."""
+
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, Any]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        named = kwargs["model"].named_parameters()
+        self.gradients.append({name: weight.grad.clone() for name, weight in named if weight.grad is not None})
+
+
+@pytest.fixture
+def steps_of(tiny: Path, tmp_path: Path) -> Any:
+    """Loss, gradients and ids of every step of a training whose weights stay where they are."""
+    tokenizer = load_tokenizer(tiny)
+
+    def steps(rows: Sequence[Encoded], quantization: str = "none", **changes: Any) -> Any:
+        checkpointing = changes.pop("checkpointing", False)
+        wanted = {"epochs": 1, "logging_steps": 1, "learning_rate": 1e-12, "dropout": 0.0, **changes}
+        settings = recipe(Path("r.toml"), train=wanted).train
+        passes = train.plan_passes(settings, rows)
+        arguments = training_arguments(settings, "fp32", 3, tmp_path, passes)
+        arguments.max_grad_norm = 0.0
+        arguments.activation_checkpointing = arguments.gradient_checkpointing = checkpointing
+        torch.manual_seed(1)
+        model = load_base(tiny, quantization, "fp32")
+        trainer = make_trainer(model, tokenizer, rows, lora_config(settings), arguments)
+        torch.manual_seed(2)
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+        seen: list[list[int]] = []
+        collate = trainer.data_collator
+
+        def watched(items: Any) -> Any:
+            seen.extend(item["input_ids"] for item in items)
+            return collate(items)
+
+        trainer.data_collator = watched
+        callback = Steps()
+        trainer.add_callback(callback)
+        trainer.train()
+        assert trainer.model.get_base_model().is_gradient_checkpointing == checkpointing
+        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        return passes, losses, callback.gradients, seen
+
+    return steps
+
+
+@pytest.fixture(scope="module")
+def bounds(tiny: Path) -> tuple[float, float]:
+    """Of losses, whose largest logit is no larger than they are in a model that knows little; and of gradients."""
+    config = LlamaConfig.from_pretrained(tiny)
+    return forward_error(config, max(WIDTHS)), backward_error(config, sum(WIDTHS))
+
+
+def apart(found: dict[str, Any], wanted: dict[str, Any]) -> float:
+    """The largest difference, as a share of the largest gradient."""
+    assert found.keys() == wanted.keys() != set()
+    largest = max(value.abs().max().item() for value in wanted.values())
+    return max((found[name] - wanted[name]).abs().max().item() for name in wanted) / largest
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize(
+    ("budget", "rows", "count"), [(1000, 4, 1), (90, 2, 2)], ids=["one pass a step", "two passes a step"]
+)
+@pytest.mark.parametrize("last", [3, 1])
+def test_loss_and_gradients_are_those_of_one_row_a_pass(
+    quantization: str, budget: int, rows: int, count: int, last: int, *, steps_of: Any, bounds: tuple[float, float]
+) -> None:
+    taken = ROWS[: 4 + last]  # the last step is not whole
+    batch = {"batch_size": 1, "accumulation": 4}
+    plan, losses, gradients, order = steps_of(taken, quantization, **batch, pass_tokens=budget)
+    other, wanted_losses, wanted, wanted_order = steps_of(taken, quantization, **batch, packing=False)
+    assert (plan.rows, plan.count, plan.packed) == (rows, count, True)
+    assert (other.rows, other.count, other.packed) == (1, 4, False)
+    assert order == wanted_order
+    assert sorted(order) == sorted(row.ids for row in taken)
+    assert order != [row.ids for row in taken]  # shuffled, and the same
+    assert len(losses) == 2
+    assert losses == pytest.approx(wanted_losses, rel=bounds[0])
+    assert len(gradients[0]) == 2 * 4 * 2  # layers, projections, A and B
+    assert [apart(*pair) < bounds[1] for pair in zip(gradients, wanted, strict=True)] == [True, True]
+
+
+@pytest.mark.pipeline
+def test_gradients_are_the_same_when_layers_are_computed_again(steps_of: Any) -> None:
+    kept = steps_of(ROWS, accumulation=4)
+    again = steps_of(ROWS, accumulation=4, checkpointing=True)
+    assert kept[0].packed
+    assert again[1] == pytest.approx(kept[1], rel=1e-6)
+    assert [apart(*pair) < 1e-6 for pair in zip(again[2], kept[2], strict=True)] == [True, True]
+
+
+@pytest.mark.pipeline
+def test_a_padded_batch_is_the_same_batch_too(steps_of: Any, bounds: tuple[float, float]) -> None:
+    found = steps_of(ROWS, batch_size=4, accumulation=1, packing=False)
+    wanted = steps_of(ROWS, batch_size=2, accumulation=2)
+    assert found[3] == wanted[3]
+    assert found[1] == pytest.approx(wanted[1], rel=bounds[0])
+    assert [apart(*pair) < bounds[1] for pair in zip(found[2], wanted[2], strict=True)] == [True, True]
+
+
+# --- the head on the CPU ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_heads_loss_is_cross_entropy_over_all_logits(dtype: Any) -> None:
+    draw = torch.Generator().manual_seed(4)
+    hidden = torch.randn(2, 300, 48, generator=draw).to(dtype)
+    head = torch.randn(700, 48, generator=draw).to(dtype)
+    labels = torch.randint(0, 700, (2, 300), generator=draw)
+    labels[torch.rand(2, 300, generator=draw) < 0.3] = IGNORED
+    ours, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+    loss = summed_loss(ours, labels, head)
+    logits = (exact @ head.double().T)[:, :-1].reshape(-1, 700)
+    wanted = torch.nn.functional.cross_entropy(logits, labels[:, 1:].reshape(-1), reduction="sum")
+    loss.backward()
+    wanted.backward()
+    assert loss.dtype == torch.float32
+    kept = int((labels[:, 1:] != IGNORED).sum())
+    sums = 48 + 700 + kept  # a logit, the softmax, the tokens
+    # Of the logits, which are larger than the losses are small: 48 products of N(0, 1) with a spread of 7.
+    assert loss.item() == pytest.approx(
+        wanted.item(), abs=kept * sum_error(sums, exact=True) * logits.abs().max().item()
+    )
+    # The way back: softmax and logits again, and the sum over the vocabulary; what bf16 holds is rounded once more.
+    rounding = sum_error(48 + 700 + 700, exact=True) + (0 if dtype == torch.float32 else 2 * roundoff(dtype))
+    assert (ours.grad - exact.grad).abs().max() < rounding * exact.grad.abs().max()
+    assert head.grad is None
+
+
+def test_a_pass_without_any_loss_gives_zero_and_no_gradient() -> None:
+    hidden = torch.randn(1, 5, 8, requires_grad=True)
+    loss = summed_loss(hidden, torch.full((1, 5), IGNORED), torch.randn(20, 8))
+    loss.backward()
+    assert loss.item() == 0
+    assert hidden.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_loss_is_trls_own(*, packing: bool, tiny: Path, tmp_path: Path, bounds: tuple[float, float]) -> None:
+    settings = recipe(
+        Path("r.toml"), train={"batch_size": 7, "accumulation": 1, "packing": packing, "dropout": 0.0}
+    ).train
+    arguments = training_arguments(settings, "fp32", 3, tmp_path, train.plan_passes(settings, ROWS))
+    model = load_base(tiny, "none", "fp32")
+    trainer = make_trainer(model, load_tokenizer(tiny), ROWS, lora_config(settings), arguments)
+    batch = trainer.data_collator(items(ROWS))
+    for count in (None, torch.tensor(100)):
+        ours = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=count)
+        theirs = SFTTrainer.compute_loss(trainer, trainer.model, dict(batch), num_items_in_batch=count)
+        assert ours.item() == pytest.approx(theirs.item(), rel=bounds[0])
+        with pytest.warns(FutureWarning):
+            loss, outputs = trainer.compute_loss(
+                trainer.model, dict(batch), return_outputs=True, num_items_in_batch=count
+            )
+        assert loss.item() == pytest.approx(ours.item(), rel=bounds[0])
+        assert outputs.logits.shape[-1] == model.config.vocab_size

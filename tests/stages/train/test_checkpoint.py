@@ -1,0 +1,351 @@
+"""A checkpoint counts when it is whole and of the same training; others are set aside or refused (docs/facts.md, 6)."""
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from support.kills import killed_at
+
+from tutor.artifacts.disk import remove
+from tutor.errors import ArtifactError, HostError
+from tutor.prompt import Encoded
+from tutor.recipe.settings import TrainSettings
+from tutor.stages.train import checkpoint
+from tutor.stages.train.checkpoint import Progress, Training, damage, identity, newest, resume, seal
+
+FILES = sorted(checkpoint.required(1))
+ROWS = {"train": [Encoded([1, 5, 6, 2], [0, 0, 1, 1]), Encoded([1, 7, 2], [0, 1, 1])], "held_out": []}
+
+
+def progress(step: int) -> Progress:
+    return Progress(step, steps=12, seconds=1.5, loss=0.1 + step, logged=step - 1, batch_size=2, accumulation=4)
+
+
+def fields(**changes: Any) -> dict[str, Any]:
+    return identity(TrainSettings().model_dump() | changes, ROWS, seed=1, base="b" * 64, precision="fp32", device="cpu")
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Training:
+    """A training whose stage has written a line of metrics so far."""
+    (tmp_path / "adapter.partial").mkdir()
+    (tmp_path / "adapter.partial" / "metrics.jsonl").write_text('{"step": 1}\n')
+    return Training(tmp_path / "adapter.partial", {"rows.train": "a", "version.torch": "2.13"})
+
+
+def write(training: Training, step: int) -> Path:
+    """What a trainer leaves, as far as this module looks at it; no checkpoint yet."""
+    folder = training.folder / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    for name in (*FILES, "adapter_config.json"):
+        (folder / name).write_bytes(f"{name} of step {step}".encode() * 3)
+    return folder
+
+
+def save(training: Training, step: int) -> Path:
+    write(training, step)
+    return seal(training, progress(step))
+
+
+def quarantined(training: Training) -> list[str]:
+    place = training.folder / "quarantine"
+    return sorted(path.name for path in place.iterdir()) if place.exists() else []
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+# What is whole
+
+
+def test_a_saved_checkpoint_comes_back_with_what_the_stage_had_written(training: Training) -> None:
+    assert resume(training) is None
+    saved = save(training, 4)
+    (training.out / "metrics.jsonl").unlink()
+    assert resume(training) == (saved, progress(4))
+    assert (training.out / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert quarantined(training) == []
+    assert (
+        checkpoint.size(saved)
+        == sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
+        - (saved / "manifest.json").stat().st_size
+    )
+
+
+def test_the_newest_is_that_of_the_highest_step_whatever_the_clock_said(training: Training) -> None:
+    for step, day in ((9, 5), (10, 1)):
+        for path in (*save(training, step).rglob("*"), training.folder / f"checkpoint-{step}"):
+            os.utime(path, (86_400 * day, 86_400 * day))
+    assert newest(training) == (training.folder / "checkpoint-10", progress(10))
+
+
+def test_two_stay_and_the_older_go(training: Training) -> None:
+    for step in (8, 9, 10, 11):
+        save(training, step)
+    assert sorted(path.name for path in training.folder.iterdir()) == ["checkpoint-10", "checkpoint-11"]
+
+
+def test_what_a_trainer_did_not_save_is_said_when_it_is_saved_and_not_when_it_is_missed(training: Training) -> None:
+    (write(training, 4) / "optimizer.pt").unlink()
+    with pytest.raises(ArtifactError, match=r"checkpoint-4 without optimizer\.pt"):
+        seal(training, progress(4))
+
+
+def test_the_trainer_finds_no_second_adapter_in_what_the_stage_wrote(training: Training) -> None:
+    (training.out / "adapter_model.safetensors").write_bytes(b"the best so far")
+    saved = save(training, 4)
+    # transformers loads every adapter in a folder directly below a checkpoint.
+    assert not list(saved.glob("*/adapter_model.safetensors"))
+    assert newest(training) == (saved, progress(4))
+
+
+# What is damaged
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(path: Path, place: int = 5, bit: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1 << bit
+    path.write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "empty": lambda folder: [path.unlink() for path in folder.rglob("*") if path.is_file()],
+    "a file in its place": lambda folder: (remove(folder), folder.touch()),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "half a manifest": lambda folder: cut(folder / "manifest.json"),
+    "an empty manifest": lambda folder: (folder / "manifest.json").write_text(""),
+    "a manifest of nothing": lambda folder: (folder / "manifest.json").write_text("{}"),
+    "a manifest of strange text": lambda folder: edit(
+        folder / "manifest.json", lambda value: value["fields"].update(x="\ud800")
+    ),
+    "a manifest of another step": lambda folder: edit(
+        folder / "manifest.json", lambda value: value["results"].update(step=9)
+    ),
+    "another step's folder": lambda folder: (
+        remove(folder),
+        (folder.parent / "checkpoint-4").rename(folder),
+        save(Training(folder.parent.with_name("adapter.partial"), {"rows.train": "a", "version.torch": "2.13"}), 4),
+    ),
+    "a strange pickle": lambda folder: (folder / "pytorch_model.bin").write_bytes(b"\x80\x04."),
+    "a strange file below": lambda folder: (folder / "stage" / "adapter_model.bin").touch(),
+    "metrics changed": lambda folder: flip(folder / checkpoint.STAGE / "metrics.jsonl"),
+    **{f"no {name}": partial(lambda name, folder: (folder / name).unlink(), name) for name in FILES},
+    **{f"{name} cut": partial(lambda name, folder: cut(folder / name), name) for name in FILES},
+    **{f"{name} empty": partial(lambda name, folder: (folder / name).write_bytes(b""), name) for name in FILES},
+    **{f"{name} flipped": partial(lambda name, folder: flip(folder / name), name) for name in FILES},
+    "adapter_config.json cut": lambda folder: cut(folder / "adapter_config.json"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(
+    kind: str, training: Training, caplog: pytest.LogCaptureFixture
+) -> None:
+    older, newer = save(training, 4), save(training, 8)
+    DAMAGES[kind](newer)
+    assert newest(training) == (older, progress(4))
+    assert quarantined(training) == ["checkpoint-8"]
+    assert not newer.exists()
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(said) == 1
+    assert "checkpoint-8" in said[0]
+    assert said[0].endswith(f"kept as {training.folder}/quarantine/checkpoint-8")
+
+
+@pytest.mark.parametrize("left", [1, 2])
+def test_where_none_is_whole_training_starts_anew_and_says_so(
+    left: int, training: Training, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (4, 8)[:left]:
+        flip(save(training, step) / "optimizer.pt")
+    assert resume(training) is None
+    assert len(quarantined(training)) == left
+    assert "training starts anew" in caplog.text
+    assert resume(training) is None  # and it is said once
+
+
+def test_a_step_that_is_set_aside_twice_is_kept_twice(training: Training) -> None:
+    for _ in range(3):
+        flip(save(training, 4) / "optimizer.pt")
+        assert newest(training) is None
+    assert quarantined(training) == ["checkpoint-4", "checkpoint-4.2", "checkpoint-4.3"]
+
+
+def test_what_others_leave_beside_and_in_checkpoints_harms_nothing(training: Training) -> None:
+    saved = save(training, 4)
+    (saved / ".nfs0001").touch()
+    for name in ("checkpoint-", "checkpoint-x", "checkpoint-0", "checkpoint-04", "README.md"):
+        (training.folder / name).mkdir()
+    assert newest(training) == (saved, progress(4))
+    assert quarantined(training) == []
+
+
+@hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_flipped_bit_gives_another_training(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    out = tmp_path_factory.mktemp("flipped") / "adapter.partial"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text("{}\n")
+    training = Training(out, {"rows.train": "a", "target": ["q", "ñ"], "rate": 0.1})
+    older, newer = save(training, 4), save(training, 8)
+    path = data.draw(st.sampled_from(sorted(path for path in newer.rglob("*") if path.is_file())), "file")
+    place = data.draw(st.integers(0, path.stat().st_size - 1), "byte")
+    flip(path, place, data.draw(st.integers(0, 7), "bit"))
+    # A flip in what decides nothing (the manifest's date and host) may pass, and then changes nothing.
+    assert newest(training) in ((older, progress(4)), (newer, progress(8)))
+    assert path.name == "manifest.json" or quarantined(training) == ["checkpoint-8"]
+
+
+# Killed while it saves
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_step_of_saving_loses_no_checkpoint(tmp_path: Path) -> None:
+    steps = 0
+    while True:
+        out = tmp_path / str(steps) / "adapter.partial"
+        out.mkdir(parents=True)
+        (out / "metrics.jsonl").touch()
+        training = Training(out, {"rows.train": "a"})
+        for step in (4, 8):
+            save(training, step)
+        killed = killed_at(steps, partial(save, training, 12))
+        latest = training.folder / "checkpoint-12"
+        sealed = (latest / "manifest.json").exists()
+        if sealed:
+            assert damage(latest) is None  # it is written last
+        left = quarantined(training)
+        assert left == []
+        found = newest(training)
+        assert found == ((latest, progress(12)) if sealed else (training.folder / "checkpoint-8", progress(8)))
+        # Never that of a checkpoint which was dropped because it was old.
+        assert quarantined(training) in ([], ["checkpoint-12"])
+        again = 12 if not sealed else 16
+        save(training, again)
+        assert newest(training) == (training.folder / f"checkpoint-{again}", progress(again))
+        if not killed:
+            break
+        steps += 1
+    assert steps > 20
+
+
+def test_a_kill_while_one_is_set_aside_loses_nothing(tmp_path: Path) -> None:
+    for steps in range(6):
+        out = tmp_path / str(steps) / "adapter.partial"
+        out.mkdir(parents=True)
+        training = Training(out, {})
+        save(training, 4)
+        flip(save(training, 8) / "optimizer.pt")
+        killed_at(steps, partial(newest, training))
+        assert newest(training) == (training.folder / "checkpoint-4", progress(4))
+        assert quarantined(training) == ["checkpoint-8"]
+
+
+def test_only_what_was_begun_is_discarded(training: Training) -> None:
+    saved = save(training, 4)
+    write(training, 8)
+    checkpoint.discard_unfinished(training)
+    assert [path.name for path in training.folder.iterdir()] == [saved.name]
+
+
+# What is of another training
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"learning_rate": 1e-3}, "train.learning_rate: 0.0002 -> 0.001"),
+        ({"rank": 4}, "train.rank: 8 -> 4"),
+        ({"max_length": 512}, "train.max_length: 1024 -> 512"),
+        (
+            {"target_modules": ["q_proj"]},
+            r"train.target_modules: \['q_proj', 'k_proj', 'v_proj', 'o_proj'\] -> \['q_proj'\]",
+        ),
+        ({"batch_size": 2}, "batch_size x accumulation: 10 -> 20"),
+        ({"epochs": 7, "alpha": 8}, "train.alpha: 16 -> 8; train.epochs: 6 -> 7"),
+    ],
+)
+def test_a_recipe_that_trains_something_else_is_refused_by_name(
+    changed: dict[str, Any], said: str, training: Training
+) -> None:
+    save(replace(training, fields=fields()), 4)
+    with pytest.raises(ArtifactError, match=rf"checkpoint-4 \(of 12 steps\) is of another training: {said}") as caught:
+        newest(replace(training, fields=fields(**changed)))
+    assert caught.value.code == 5
+    assert "tutor clean train" in str(caught.value)
+    assert quarantined(training) == []  # it is whole, and may be what the user wants to go back to
+    assert newest(replace(training, fields=fields())) is not None
+
+
+@pytest.mark.parametrize(
+    "name", ["rows.train", "rows.held_out", "seed", "base", "precision", "device", "version.torch"]
+)
+def test_other_rows_base_machine_or_versions_are_refused(name: str, training: Training) -> None:
+    save(replace(training, fields=fields()), 4)
+    assert name in fields()
+    with pytest.raises(ArtifactError, match=f"is of another training: {name}: "):
+        newest(replace(training, fields=fields() | {name: "other"}))
+
+
+def test_many_differences_make_one_line_that_can_be_read(training: Training) -> None:
+    save(replace(training, fields=fields()), 4)
+    with pytest.raises(ArtifactError, match=r"and \d+ more; undo that") as caught:
+        newest(training)
+    assert len(caught.value.message) < 500
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"logging_steps": 1},
+        {"save_steps": 5, "save_minutes": 1},
+        {"batch_size": 2, "accumulation": 5},
+        {"packing": False},
+        {"pass_tokens": 99},
+    ],
+)
+def test_what_does_not_change_the_adapter_may_change_before_it_is_resumed(
+    changed: dict[str, Any], training: Training
+) -> None:
+    assert fields(**changed) == fields()
+
+
+def test_every_other_setting_of_training_counts() -> None:
+    for name, value in TrainSettings().model_dump().items():
+        if name not in checkpoint.FREE:
+            assert fields(**{name: "other"})[f"train.{name}"] != value
+
+
+def test_rows_count_with_their_ids_masks_and_order() -> None:
+    one, two = ROWS["train"]
+    other_mask, other_ids = Encoded(one.ids, [0, 1, 1, 1]), Encoded([1, 5, 9, 2], one.mask)
+    cases = ([], [one], [one, two], [two, one], [other_mask], [other_ids])
+    assert len({checkpoint.rows_sha256(rows) for rows in cases}) == 6
+    assert checkpoint.rows_sha256([Encoded([*one.ids], [*one.mask])]) == checkpoint.rows_sha256([one])
+
+
+# The disk
+
+
+def test_a_disk_without_room_is_said_with_its_numbers(training: Training) -> None:
+    checkpoint.require_room(training, 1000)
+    with pytest.raises(HostError, match=r"1,000,000,000,000\.0 MB are needed, [0-9,.]+ MB are free in") as caught:
+        checkpoint.require_room(training, 10**18)
+    assert caught.value.code == 4

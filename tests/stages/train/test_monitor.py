@@ -1,0 +1,432 @@
+"""Watching a training: what it stops, which adapter it keeps, what it writes and that none of it changes the result."""
+
+import json
+import logging
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+from support.training import ROWS, settings
+from transformers import PrinterCallback, TrainerCallback
+
+from tutor.artifacts.stage_folder import log_folder
+from tutor.engines.hf.loading import load_base
+from tutor.errors import ArtifactError
+from tutor.formats.models.model_folder import load_tokenizer
+from tutor.stages.train import metrics as gauges
+from tutor.stages.train import monitor
+from tutor.stages.train import stage as train
+from tutor.stages.train.audit import encode_rows
+from tutor.stages.train.loop import round_adapter
+from tutor.stages.train.monitor import LONG, SKIPPED, Course, Monitor
+from tutor.stages.train.plot import draw
+from tutor.stages.train.trainer import lora_config, make_trainer, training_arguments
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing"),
+]
+
+
+def course(**changes: Any) -> Course:
+    plain = {
+        "rows": 12, "tokens": 480, "evaluations": 0, "patience": 0, "report_every": 1, "start": 8.0, "skips": False,
+    }  # fmt: skip
+    return Course(**{**plain, **changes})
+
+
+def history(losses: Sequence[float | None], **held_out: float) -> list[dict[str, Any]]:
+    """An entry a step; `at5=1.0` is a held-out loss of 1.0 at step 5."""
+    entries: list[dict[str, Any]] = [
+        {"step": step, "epoch": step / 10, "loss": loss, "learning_rate": 1e-4, "grad_norm": 1.0}
+        for step, loss in enumerate(losses, 1)
+    ]
+    for name, value in held_out.items():
+        entries[int(name.removeprefix("at")) - 1]["held_out_loss"] = value
+    return entries
+
+
+# --- decisions -------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 500), st.integers(1, 40))
+def test_evaluations_are_evenly_spread_and_the_last_step_is_one(steps: int, evaluations: int) -> None:
+    found = sorted(monitor.evaluation_steps(steps, evaluations))
+    assert found[-1] == steps
+    assert found[0] >= 1
+    assert len(found) == min(steps, evaluations)
+    gaps = {after - before for before, after in zip([0, *found], found, strict=False)}
+    assert max(gaps) - min(gaps) <= 1
+
+
+def test_no_evaluations_are_none() -> None:
+    assert monitor.evaluation_steps(10, 0) == frozenset()
+    assert monitor.best_of(history([1.0])) is None
+    assert monitor.waited(history([1.0])) == 0
+
+
+def test_the_first_of_equally_good_adapters_is_the_best_and_evaluations_after_it_count() -> None:
+    found = history([9.0] * 8, at2=3.0, at4=2.0, at6=2.0, at8=2.5)
+    assert monitor.best_of(found) == (4, 2.0)
+    assert monitor.waited(found) == 2
+    assert monitor.waited(found[:4]) == 0
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_is_an_error(loss: float) -> None:
+    with pytest.raises(ArtifactError, match=rf"the loss is {loss} at step 3; lower train.learning_rate") as caught:
+        monitor.refuse_failing(history([2.0, 2.0, loss]), 2.0)
+    assert caught.value.code == 5
+
+
+def test_a_loss_far_above_its_start_for_long_is_a_divergence_and_a_hard_row_is_none() -> None:
+    monitor.refuse_failing(history([2.0, *[9.0] * (LONG - 1)]), 2.0)
+    monitor.refuse_failing(history([*[9.0] * (LONG - 1), 2.9, *[9.0] * (LONG - 1)]), 2.0)
+    monitor.refuse_failing(history([2.9] * 500), 2.0)
+    with pytest.raises(
+        ArtifactError, match=r"diverged: the loss has been above 3\.00 for 20 steps to step 21"
+    ) as caught:
+        monitor.refuse_failing(history([2.0, *[9.0] * LONG]), 2.0)
+    assert "learning_rate" in str(caught.value)
+    assert caught.value.code == 5
+
+
+def test_steps_that_fp16_leaves_out_are_no_fault_unless_all_are() -> None:
+    monitor.refuse_failing(history([2.0, *[None] * (SKIPPED - 1)]), 2.0)
+    monitor.refuse_failing(history([*[9.0] * (LONG - 1), None, *[9.0] * (LONG - 1)]), 2.0)
+    with pytest.raises(ArtifactError, match="no gradient was a number in the 30 steps to step 31"):
+        monitor.refuse_failing(history([2.0, *[None] * SKIPPED]), 2.0)
+
+
+# --- reports ---------------------------------------------------------------------------------------------------------
+
+
+def test_reports_come_first_last_every_so_many_steps_and_with_each_evaluation() -> None:
+    found = history([8.0, 6.0, 4.0, 2.0, 1.0, None, 3.0, 5.0], at3=1.5, at6=1.0, at8=1.2)
+    lines = monitor.reports(found, 8, course(evaluations=3, report_every=4))
+    assert [line["step"] for line in lines] == [1, 3, 4, 6, 8]
+    assert [line["loss"] for line in lines] == [8.0, 5.0, 2.0, 1.0, 4.0]  # means since the report before
+    assert [line.get("held_out_loss") for line in lines] == [None, 1.5, None, 1.0, 1.2]
+    assert lines[1]["held_out_perplexity"] == pytest.approx(math.exp(1.5))
+    assert lines[0]["perplexity"] == pytest.approx(math.exp(8))
+    json.dumps(monitor.reports(history([None, 900.0]), 2, course()), allow_nan=False)
+
+
+def test_a_pace_leaves_evaluations_out_and_foresees_them() -> None:
+    now = 100.0
+    pace = gauges.Pace(lambda: now)
+    pace.begin(10, 1.0)  # resumed after ten steps, one epoch
+    now += 4
+    with pace.paused():
+        now += 6
+    said = pace.since_report(12, 1.5, rows=20, tokens=800)
+    assert said == {"seconds": 10.0, "steps_per_second": 0.5, "samples_per_second": 2.5, "tokens_per_second": 100.0}
+    assert pace.left(12, 20, evaluations=2) == pytest.approx(8 * 2 + 2 * 6)
+    assert pace.trained(1.5) == (pytest.approx(4.0), pytest.approx(0.5))
+    now += 1
+    assert pace.since_report(14, 1.75, rows=20, tokens=800)["steps_per_second"] == 2.0
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.2, "0:00"), (65, "1:05"), (3599.7, "1:00:00"), (90061, "25:01:01")])
+def test_a_clock_reads_as_people_read_it(seconds: float, said: str) -> None:
+    assert gauges.clock(seconds) == said
+
+
+@pytest.mark.slow
+def test_the_picture_has_the_same_bytes_in_another_process(tmp_path: Path) -> None:
+    found = history([5.0, None, 3.0], at3=2.0)
+    found[1]["grad_norm"] = None
+    draw(found, 6.0, 3, tmp_path / "one.svg")
+    code = (
+        "import json, sys; from pathlib import Path; from tutor.stages.train.plot import draw;"
+        "draw(json.loads(sys.argv[1]), 6.0, 3, Path(sys.argv[2]))"
+    )
+    subprocess.run([sys.executable, "-c", code, json.dumps(found), tmp_path / "two.svg"], check=True)
+    picture = (tmp_path / "one.svg").read_bytes()
+    assert picture == (tmp_path / "two.svg").read_bytes()
+    assert picture.rstrip().endswith(b"</svg>")
+    assert b"20" + b"26-" not in picture
+
+
+# --- in a trainer ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny: Path) -> Any:
+    return load_tokenizer(tiny)
+
+
+@pytest.fixture
+def trainer_of(tiny: Path, tokenizer: Any, tmp_path: Path) -> Callable[..., Any]:
+    """Twelve rows, two a step, two epochs: twelve steps."""
+
+    def make(**changes: Any) -> Any:
+        chosen = settings(epochs=2, batch_size=2, accumulation=1, dropout=0.1, **changes)
+        torch.manual_seed(1)
+        rows = encode_rows(tokenizer, ROWS, "", 1024)
+        arguments = training_arguments(chosen, "fp32", 1, tmp_path / "checkpoints", train.plan_passes(chosen, rows))
+        trainer = make_trainer(load_base(tiny, "none", "fp32"), tokenizer, rows, lora_config(chosen), arguments)
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    return make
+
+
+class Copies(TrainerCallback):  # type: ignore[misc]
+    """The adapter after each step."""
+
+    def __init__(self) -> None:
+        self.taken: dict[int, dict[str, Any]] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.taken[state.global_step] = adapter(kwargs["model"])
+
+
+def adapter(model: Any) -> dict[str, Any]:
+    return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def watched(trainer: Any, folder: Path, scores: Sequence[float] = (), **changes: Any) -> tuple[Monitor, Copies]:
+    """Train under a monitor to which the held-out rows score as told."""
+    told: Iterator[float] = iter(scores)
+    watching = Monitor(folder, course(evaluations=len(scores), **changes), lambda: next(told))
+    copies = Copies()
+    trainer.add_callback(copies)
+    trainer.add_callback(watching)
+    torch.manual_seed(2)
+    try:
+        trainer.train()
+    finally:
+        watching.close()
+    return watching, copies
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.mark.pipeline
+def test_the_best_adapter_comes_back_when_the_last_one_is_worse(trainer_of: Any, tmp_path: Path) -> None:
+    trainer = trainer_of()
+    watching, copies = watched(trainer, tmp_path / "log", [3.0, 1.0, 1.0, 2.0])
+    assert not watching.stopped
+    last = adapter(trainer.model)
+    kept = monitor.restore_best(trainer.model, tmp_path / "checkpoints", trainer.state.log_history)
+    assert kept == 6
+    assert same(adapter(trainer.model), copies.taken[6])
+    assert not same(adapter(trainer.model), last)
+
+
+@pytest.mark.pipeline
+def test_the_last_adapter_stays_when_it_is_the_best(trainer_of: Any, tmp_path: Path) -> None:
+    trainer = trainer_of()
+    _, copies = watched(trainer, tmp_path / "log", [3.0, 1.0])
+    assert monitor.restore_best(trainer.model, tmp_path / "checkpoints", trainer.state.log_history) == 12
+    assert same(adapter(trainer.model), copies.taken[12])
+
+
+@pytest.mark.pipeline
+def test_a_best_adapter_that_is_gone_is_said_and_the_last_one_stays(
+    trainer_of: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = trainer_of()
+    watched(trainer, tmp_path / "log", [1.0, 3.0])
+    (tmp_path / "checkpoints" / monitor.BEST).unlink()
+    before = adapter(trainer.model)
+    assert monitor.restore_best(trainer.model, tmp_path / "checkpoints", trainer.state.log_history) == 12
+    assert same(adapter(trainer.model), before)
+    assert "is gone" in caplog.text
+
+
+@pytest.mark.pipeline
+def test_patience_ends_a_training_that_gets_no_better(trainer_of: Any, tmp_path: Path) -> None:
+    trainer = trainer_of()
+    watching, _ = watched(trainer, tmp_path / "log", [3.0, 1.0, 1.5, 1.2, 0.1, 0.0], patience=2)
+    assert watching.stopped
+    assert trainer.state.global_step == 8
+    assert monitor.restore_best(trainer.model, tmp_path / "checkpoints", trainer.state.log_history) == 4
+
+
+@pytest.mark.pipeline
+def test_without_patience_all_epochs_are_trained(trainer_of: Any, tmp_path: Path) -> None:
+    trainer = trainer_of()
+    watching, _ = watched(trainer, tmp_path / "log", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    assert (watching.stopped, trainer.state.global_step) == (False, 12)
+
+
+@pytest.mark.pipeline
+def test_evaluations_leave_the_training_as_it_is(trainer_of: Any, tmp_path: Path, tokenizer: Any) -> None:
+    from tutor.stages.train.held_out_loss import mean_loss
+
+    rows = encode_rows(tokenizer, ROWS[:2], "", 1024)
+    adapters = []
+    for evaluations in (0, 6):
+        trainer = trainer_of()
+        watching = Monitor(
+            tmp_path / "log", course(evaluations=evaluations), lambda it=trainer: mean_loss(it.model, rows)
+        )
+        trainer.add_callback(watching)
+        torch.manual_seed(2)
+        trainer.train()
+        watching.close()
+        adapters.append(adapter(trainer.model))
+    assert same(*adapters)
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_training_whose_loss_is_no_number_stops_at_once(loss: float, trainer_of: Any, tmp_path: Path) -> None:
+    trainer = trainer_of()
+    with torch.no_grad():
+        trainer.model.get_output_embeddings().weight[0].fill_(loss)
+    with pytest.raises(ArtifactError, match=r"the loss is (nan|inf) at step 1; lower train.learning_rate"):
+        watched(trainer, tmp_path / "log")
+    assert lines_of(tmp_path / "log") == []
+
+
+@pytest.mark.pipeline
+def test_a_training_that_diverges_stops_and_its_log_stays(trainer_of: Any, tmp_path: Path) -> None:
+    trainer = trainer_of()
+    trainer.args.num_train_epochs = 10
+    with pytest.raises(ArtifactError, match=r"training diverged: .* to step 20, and began at 1\.00") as caught:
+        watched(trainer, tmp_path / "log", start=1.0)
+    assert caught.value.code == 5
+    assert [line["step"] for line in lines_of(tmp_path / "log")] == list(range(1, 20))
+
+
+@pytest.mark.pipeline
+def test_every_report_says_how_fast_and_how_much_memory(trainer_of: Any, tmp_path: Path) -> None:
+    watched(trainer_of(), tmp_path / "log", [2.0, 1.0], report_every=5)
+    lines = lines_of(tmp_path / "log")
+    assert [line["step"] for line in lines] == [1, 5, 6, 10, 12]
+    for line in lines:
+        for name in ("steps_per_second", "samples_per_second", "tokens_per_second", "memory_gb", "grad_norm"):
+            assert line[name] > 0, name
+    assert lines[-1]["seconds_left"] == 0
+    assert ("gpu_memory_gb" in lines[0]) == torch.cuda.is_available()
+
+
+@pytest.mark.pipeline
+def test_tensorboard_gets_the_same_numbers(trainer_of: Any, tmp_path: Path) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    watched(trainer_of(), tmp_path / "log", [2.0, 1.0])
+    events = reader.EventAccumulator(str(tmp_path / "log" / "tensorboard"))
+    events.Reload()
+    lines = lines_of(tmp_path / "log")
+    found = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert found == [(line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in lines]
+    assert [(event.step, event.value) for event in events.Scalars("held_out/loss")] == [(6, 2.0), (12, 1.0)]
+
+
+@pytest.mark.pipeline
+def test_without_tensorboard_training_runs_and_one_line_says_so(
+    trainer_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with caplog.at_level(logging.INFO, "tutor"):
+        watched(trainer_of(), tmp_path / "log")
+    assert len(lines_of(tmp_path / "log")) == 12
+    assert sum("TensorBoard" in record.getMessage() for record in caplog.records) == 1
+
+
+@pytest.mark.pipeline
+def test_the_log_of_another_training_is_replaced_and_that_of_a_resumed_one_goes_on(
+    trainer_of: Any, tmp_path: Path
+) -> None:
+    for _ in range(2):
+        trainer = trainer_of(save_steps=4)
+        watched(trainer, tmp_path / "log")
+        assert [line["step"] for line in lines_of(tmp_path / "log")] == list(range(1, 13))
+    wanted = adapter(trainer.model)
+    resumed = trainer_of(save_steps=4)
+    watching = Monitor(tmp_path / "log", course(), lambda: 1.0)
+    resumed.add_callback(watching)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "checkpoint-8"))
+    watching.close()
+    assert [line["step"] for line in lines_of(tmp_path / "log")] == list(range(1, 13))
+    assert same(adapter(resumed.model), wanted)
+    assert monitor.reports(resumed.state.log_history, 12, course()) == monitor.reports(
+        trainer.state.log_history, 12, course()
+    )
+
+
+@pytest.mark.pipeline
+def test_a_resumed_training_knows_the_best_adapter_of_before(trainer_of: Any, tmp_path: Path) -> None:
+    trainer = trainer_of(save_steps=4)
+    _, copies = watched(trainer, tmp_path / "log", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    resumed = trainer_of(save_steps=4)
+    later = iter([5.0, 6.0])
+    watching = Monitor(tmp_path / "log", course(evaluations=6), lambda: next(later))
+    resumed.add_callback(watching)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "checkpoint-8"))
+    watching.close()
+    assert monitor.restore_best(resumed.model, tmp_path / "checkpoints", resumed.state.log_history) == 2
+    assert same(adapter(resumed.model), copies.taken[2])
+
+
+@pytest.mark.pipeline
+def test_steps_that_fp16_skips_are_written_as_none_and_training_goes_on(
+    tiny: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    chosen = settings(epochs=2, batch_size=2, accumulation=1)
+    rows = encode_rows(tokenizer, ROWS, "", 1024)
+    passes = train.plan_passes(chosen, rows)
+    arguments = training_arguments(chosen, "fp16", 1, tmp_path / "checkpoints", passes)
+    trainer = make_trainer(load_base(tiny, "none", "fp16"), tokenizer, rows, lora_config(chosen), arguments)
+    trainer.remove_callback(PrinterCallback)
+    # accelerate makes one on a GPU alone. Its first scales are too large for FP16, as 65536 is for a large model.
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+    before = adapter(trainer.model)
+    _, copies = watched(trainer, tmp_path / "log", skips=True)
+    text = (tmp_path / "log" / "metrics.jsonl").read_text()
+    lines = [
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) for line in text.splitlines()
+    ]
+    skipped = {line["step"] for line in lines if line["loss"] is None}
+    assert 1 in skipped
+    assert len(skipped) < 8
+    taken = {0: before, **copies.taken}
+    for step in range(1, 13):
+        if lines[step - 1]["learning_rate"] > 0:  # warm-up begins at 0
+            assert same(taken[step], taken[step - 1]) == (step in skipped), step
+        assert (lines[step - 1]["grad_norm"] is None) == (step in skipped)
+    assert {weight.dtype for weight in before.values()} == {torch.float32}
+
+
+@pytest.mark.pipeline
+def test_an_adapter_is_rounded_to_what_its_file_holds_and_never_to_infinity(trainer_of: Any) -> None:
+    model = trainer_of().model
+    weight = next(weight for weight in model.parameters() if weight.requires_grad)
+    with torch.no_grad():
+        weight[0, 0] = 0.1
+    round_adapter(model)
+    assert weight.dtype == torch.float32
+    assert weight[0, 0].item() == torch.tensor(0.1).half().item()
+    with torch.no_grad():
+        weight[0, 0] = 70000.0
+    with pytest.raises(ArtifactError, match="beyond FP16's 65504"):
+        round_adapter(model)
+
+
+def test_the_log_lies_beside_the_stage_whatever_it_is_called_now(tmp_path: Path) -> None:
+    assert log_folder(tmp_path / "adapter.partial") == log_folder(tmp_path / "adapter") == tmp_path / "adapter.log"
+
+
+def test_a_gpu_without_its_library_has_no_utilization(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        assert gauges.gpu_utilization() in range(101)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert gauges.gpu_utilization() is None
+    assert gauges.resources([50, 100])["gpu_utilization"] == 75.0

@@ -1,0 +1,370 @@
+"""Training in several processes is the training of one: the same rows a step, the same adapter, one writer, one end."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import observed
+from support.command import ROOT, Done, environment, forked
+from support.observed import noting
+from support.training import settings
+
+from tutor.artifacts.manifest import require_stage
+from tutor.artifacts.stage_folder import checkpoint_folder
+from tutor.errors import HostError, RecipeError
+from tutor.machine import distributed
+from tutor.pipeline import runner as pipeline
+from tutor.recipe.settings import read_recipe
+from tutor.stages.train import checkpoint
+
+torch = pytest.importorskip("torch")
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tutor.engines.hf.loading import load_base, quant_storage
+from tutor.stages.train import loop as fit
+from tutor.stages.train import monitor
+from tutor.stages.train import stage as train
+from tutor.stages.train import trainer as cpu_head
+from tutor.stages.train.checkpoint_callback import less_memory
+from tutor.stages.train.kernels.chunked_loss import IGNORED
+from tutor.stages.train.trainer import lora_config
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*autograd kernel was not")]
+
+Steps = dict[int, Any]
+LAUNCH = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0")
+QUIET = ("--mixed_precision", "no", "--dynamo_backend", "no")  # it says what it chose for each one that is not given
+
+
+# --- who is who ------------------------------------------------------------------------------------------------------
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, number: int = 1, count: int = 2, **more: str) -> None:
+    given = {"RANK": str(number), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "x"}
+    for name, value in {**given, **more}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_without_a_launcher_there_is_one_process_that_needs_no_torch() -> None:
+    code = "from tutor.machine import distributed as p; import sys; sys.modules['torch'] = None\n"
+    code += "with p.process_group():\n"
+    code += "    assert p.broadcast(3) == 3 == p.broadcast_result(int, '3') and p.all_gather(3) == [3]; p.barrier()\n"
+    code += "found = p.world_size(), p.rank(), p.is_main_process(), p.local_world_size(), p.is_sharded()\n"
+    code += "assert found == (1, 0, True, 1, False)"
+    env = environment(PYTHONPATH=str(ROOT), WORLD_SIZE="4")  # some batch systems set this one alone
+    subprocess.run([sys.executable, "-c", code], check=True, env=env, timeout=30)
+
+
+@given(st.integers(0, 40), st.integers(1, 5), st.integers(1, 4))
+def test_processes_take_equally_many_rows_and_together_those_of_one(count: int, part: int, world: int) -> None:
+    order = list(reversed(range(count)))
+    shares = [distributed.rank_rows(order, part * world, number, world) for number in range(world)]
+    assert len({len(share) for share in shares}) == 1
+    for start in range(0, count, part * world):
+        step = [row for share in shares for row in share[start // world : start // world + part]]
+        assert sorted(row for row in step if row != count) == sorted(order[start : start + part * world])
+        assert step.count(count) < world
+
+
+def test_a_share_is_as_long_as_it_says_and_follows_the_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched(monkeypatch)
+    for count in range(1, 14):
+        order = cpu_head.SeedableRandomSampler(range(count), data_seed=3)
+        share = distributed.DistributedStepSampler(order, 4)
+        first = list(share)
+        assert len(share) == len(first)
+        share.set_epoch(5)
+        assert list(share) != first or count < 5
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_step_has_as_many_rows_in_any_number_of_processes(*, packing: bool, rows: list[Any]) -> None:
+    wanted = settings(batch_size=2, accumulation=6, packing=packing, pass_tokens=200)
+    for count in (1, 2, 3, 4, 6, 12):
+        passes = train.plan_passes(wanted, rows, count)
+        assert passes.step_rows == 12
+        assert passes.rows <= 2 or packing
+    with pytest.raises(RecipeError, match=r"5 processes cannot share the 12 rows of a step .* equally; start as many"):
+        train.plan_passes(wanted, rows, 5)
+    two = train.plan_passes(settings(batch_size=2, accumulation=6, packing=False), rows, 2)
+    assert "12 rows a step in 2 processes, 2 a pass" in str(two)
+    assert less_memory(two).startswith("set train.batch_size = 1 and train.accumulation = 12:")
+
+
+def test_a_checkpoint_needs_every_process_s_random_state() -> None:
+    assert {"rng_state.pth", "optimizer.pt"} < checkpoint.required(1)
+    assert {"rng_state_0.pth", "rng_state_1.pth"} < checkpoint.required(2)
+    assert "optimizer.bin" in checkpoint.required(2, sharded=True)
+
+
+def test_only_train_runs_in_several_processes() -> None:
+    env = environment(PYTHONPATH=str(ROOT), RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost")
+    command = [sys.executable, "-c", "from tutor.cli.main import main; main()", "run"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=30, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: only tutor train runs in several processes, and this is tutor run; ")
+    assert done.stderr.count("\n") == 1
+
+
+# --- two processes through accelerate's own launcher -----------------------------------------------------------------
+
+RECIPE = """
+seed = 7
+[data]
+train = "{data}/tutor.jsonl"
+eval = "{data}/eval.jsonl"
+rows = 22
+prompts = 5
+held_out = 0.2
+[base]
+source = "path:{base}"
+[train]
+epochs = 2
+batch_size = 2
+accumulation = 2
+learning_rate = 5e-3
+max_length = 2048
+logging_steps = 1
+save_steps = 3
+dropout = 0.0
+precision = "fp32"
+quantization = "none"
+"""
+"""17 rows of training in steps of four: the last step of an epoch has one, and the second process none of its own."""
+
+
+@pytest.fixture(scope="module")
+def build(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe's file beside its build folder, where data and base are ready."""
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "small.toml").write_text(RECIPE.format(data=ROOT / "data", base=tiny), "utf-8")
+    pipeline.run_all(read_recipe(folder / "small.toml"), folder / "build", until="base")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(build: Path) -> tuple[Path, Steps]:
+    """The adapter of one process, kept aside, and the rows and tokens of its steps."""
+    noted: list[dict[str, Any]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_head.Trainer, "compute_loss", noting(cpu_head.Trainer.compute_loss, noted.append))
+        pipeline.run_one("train", read_recipe(build / "small.toml"), build / "build")
+    folder = build / "build" / "small" / "adapter"
+    return folder.rename(build / "alone"), by_step(noted)
+
+
+def by_step(notes: list[dict[str, Any]]) -> Steps:
+    """The rows of each step, in whatever order, without those that carry no loss; and the tokens that it counts."""
+    found: dict[int, tuple[list[Any], set[int]]] = defaultdict(lambda: ([], set()))
+    for note in notes:
+        held, tokens = found[note["step"]]
+        held.extend([list(ids), list(labels)] for ids, labels in note["rows"] if set(labels) != {IGNORED})
+        tokens.add(note["tokens"])
+    return {step: (sorted(held), tokens) for step, (held, tokens) in found.items()}
+
+
+Ran = tuple["Done[str]", list[list[dict[str, Any]]]]
+
+
+@pytest.fixture
+def launched_by_accelerate(build: Path, tmp_path: Path) -> Callable[..., Ran]:
+    """`accelerate launch tutor train` in two processes, ended as said: what was printed and the notes of each."""
+
+    def run(**end: Any) -> Ran:
+        launcher = Path(sys.executable).with_name("accelerate")
+        script = [observed.__file__, "train", "-r", "small.toml", "-b", "build"]
+        # One thread, as `alone` has: the order of a sum depends on their number.
+        notes = {"NOTES": str(tmp_path / "notes"), "END": json.dumps(end), "OMP_NUM_THREADS": "1"}
+        env = environment(PYTHONPATH=str(ROOT), **notes)
+        command = [launcher, "launch", *LAUNCH, *QUIET, *script]
+        done = subprocess.run(command, cwd=build, env=env, capture_output=True, text=True, timeout=120, check=False)
+        return done, notes_of(tmp_path / "notes")
+
+    return run
+
+
+def notes_of(path: Path) -> list[list[dict[str, Any]]]:
+    """The notes of both ranks; the next run begins with none."""
+    paths = [path.with_name(f"{path.name}.{rank}") for rank in range(2)]
+    notes = [[json.loads(line) for line in each.read_text().splitlines()] for each in paths]
+    for each in paths:
+        each.unlink()
+    return notes
+
+
+@pytest.fixture
+def together(build: Path, tmp_path: Path) -> Callable[..., tuple[list["Done[str]"], list[list[dict[str, Any]]]]]:
+    """`tutor train` in two processes as a launcher starts them: what each printed, its exit code and its notes."""
+
+    def run(**end: Any) -> tuple[list["Done[str]"], list[list[dict[str, Any]]]]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ranks = []
+        for rank in range(2):
+            env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+            env |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "no"}
+            # One thread, as `alone` has: the order of a sum depends on their number.
+            env |= {"NOTES": tmp_path / "notes", "END": json.dumps(end), "OMP_NUM_THREADS": 1}
+            given = {name: str(value) for name, value in env.items()}
+            where = ("-r", "small.toml", "-b", "build")
+            scratch = tmp_path / f"rank{rank}"
+            ranks.append(forked("train", *where, scratch=scratch, env=given, cwd=build, entry=observed.main))
+        return [each.finish() for each in ranks], notes_of(tmp_path / "notes")
+
+    return run
+
+
+def checkpoints(build: Path) -> list[str]:
+    found = checkpoint.by_step(checkpoint_folder(build / "build" / "small" / "adapter"))
+    assert [checkpoint.damage(path) for path in found] == [None] * len(found)
+    return [path.name for path in found]
+
+
+def ours(stderr: str) -> list[str]:
+    """What tutor said: the launcher's own report is indented, or begins otherwise."""
+    return [line for line in stderr.splitlines() if line.startswith(("train:", "Error:"))]
+
+
+@pytest.mark.pipeline
+def test_two_processes_train_what_one_does_whatever_ends_them_on_the_way(
+    build: Path, alone: tuple[Path, Steps], together: Callable[..., Any], launched_by_accelerate: Callable[..., Ran]
+) -> None:
+    adapter, steps = alone
+    assert [len(held) for held, _ in steps.values()] == [4, 4, 4, 4, 1] * 2
+
+    # The second process is killed: the first does not go on, says so, and the checkpoint before is whole.
+    (first, second), notes = together(rank=1, step=5, signal=signal.SIGKILL, to="self")
+    assert (first.returncode, second.returncode) == (HostError.code, -signal.SIGKILL)
+    assert max(note["step"] for part in notes for note in part if "step" in note) == 5
+    assert checkpoints(build) == ["checkpoint-3"]
+    assert [line for line in ours(first.stderr) if line.startswith("Error:")] == [
+        "Error: another process of this training ended; its own line or the launcher's report says why; "
+        "run again: it goes on from the last checkpoint",
+    ]  # fmt: skip
+    found = by_step([note for part in notes for note in part if "step" in note])
+    assert [found[step] for step in range(1, 5)] == [steps[step] for step in range(1, 5)]
+
+    # The launcher is told to end: both finish the step, and save it.
+    ended, notes = launched_by_accelerate(rank=0, step=7, signal=signal.SIGTERM, to="parent")
+    assert ended.returncode != 0
+    assert "resuming after step 3 of 10" in ended.stderr
+    assert ours(ended.stderr)[-2:] == [
+        "train: checkpoint of step 7 saved",
+        "train: warning: ended after step 7 of 10: the same command goes on there",
+    ]
+    assert checkpoints(build) == ["checkpoint-7", "checkpoint-6"]
+
+    # What is left goes on in the second epoch, with the rows of that one.
+    (first, second), notes = together()
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr
+    assert "resuming after step 7 of 10" in first.stderr
+    assert first.stderr.count("resuming") == first.stdout.count("loss_after") == 1
+    assert [line for line in first.stderr.splitlines() if not line.startswith("train: ")] == []
+    assert (second.stdout, second.stderr) == ("", "")
+    found = by_step([note for part in notes for note in part if "step" in note])
+    assert found == {step: steps[step] for step in (8, 9, 10)}
+    assert_close(build / "build" / "small" / "adapter", adapter)
+    assert_one_wrote(build, *notes)
+
+
+def assert_close(found: Path, wanted: Path) -> None:
+    """The same adapter but for the rounding of other sums, and the same figures.
+
+    As a whole: Adam moves a weight by the sign of its gradient, and one whose gradient is nearly 0 another way.
+    """
+    one, two = (load_file(folder / "adapter_model.safetensors") for folder in (wanted, found))
+    assert one.keys() == two.keys()
+    # B begins at 0, so that it is what training made. A row too many or too few in one of ten steps is a tenth of it.
+    for name in (name for name in one if "lora_B" in name):
+        assert (one[name].float() - two[name].float()).norm() < 0.01 * one[name].float().norm(), name
+    before, after = (require_stage(folder, "train").results for folder in (wanted, found))
+    assert after["held_out"]["loss_before"] == pytest.approx(before["held_out"]["loss_before"], rel=1e-12)
+    assert after["held_out"]["loss_after"] == pytest.approx(before["held_out"]["loss_after"], rel=1e-5)
+    assert set(after) == set(before)
+
+
+def assert_one_wrote(build: Path, first: list[dict[str, Any]], second: list[dict[str, Any]]) -> None:
+    """Python's own files apart; a follower's random state is written by PyTorch itself, below Python."""
+    inside = [
+        {note["wrote"] for note in part if note.get("wrote", "").startswith(str(build))} for part in (first, second)
+    ]
+    assert len(inside[0]) > 10
+    assert inside[1] == set()
+
+
+# --- FSDP, as far as it goes without GPUs ----------------------------------------------------------------------------
+
+
+def test_the_shipped_configuration_is_one_that_tutor_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    arguments = ["--config_file", str(ROOT / "data" / "fsdp.yaml"), "tutor", "train"]
+    given = prepare_multi_gpu_env(_validate_launch_command(launch_command_parser().parse_args(arguments))[0])
+    kept = {name: value for name, value in given.items() if name.startswith(("FSDP_", "ACCELERATE_"))}
+    assert kept["FSDP_VERSION"] == "2"
+    launched(monkeypatch, **kept)
+    assert distributed.is_sharded()
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    with pytest.raises(RecipeError, match="set fsdp_cpu_ram_efficient_loading: false"):
+        distributed.is_sharded()
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(RecipeError, match="set fsdp_version: 2"):
+        distributed.is_sharded()
+
+
+def test_4_bit_weights_are_stored_in_the_type_that_is_computed_in_where_they_are_sharded(tiny: Path) -> None:
+    stored = {torch.uint8: load_base(tiny, "nf4", "bf16")}
+    stored[torch.bfloat16] = load_base(tiny, "nf4", "bf16", sharded=True)
+    for dtype, model in stored.items():
+        assert model.model.layers[0].self_attn.q_proj.weight.dtype == dtype
+        assert quant_storage("bf16", sharded=dtype != torch.uint8) == dtype
+    assert not hasattr(stored[torch.bfloat16], "hf_device_map")
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    """A mesh of this process alone, on the CPU."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_an_adapter_whose_weights_are_parts_is_saved_and_restored_whole(tiny: Path, mesh: Any, tmp_path: Path) -> None:
+    from peft import get_peft_model
+    from torch.distributed.fsdp import fully_shard
+
+    def model() -> Any:
+        torch.manual_seed(1)
+        made = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), lora_config(settings()))
+        for name, weight in made.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight)
+        return made
+
+    plain, parts = model(), model()
+    for layer in parts.get_base_model().model.layers:
+        fully_shard(layer, mesh=mesh)
+    assert all(hasattr(weight, "full_tensor") for weight in parts.get_base_model().model.layers.parameters())
+    for each, name in ((plain, "plain"), (parts, "parts")):
+        monitor.save_trained(each, tmp_path / monitor.BEST, 4, 1.0)
+        with torch.no_grad():
+            for weight in each.parameters():
+                weight.mul_(0.5)
+        assert monitor.restore_best(each, tmp_path, [{"held_out_loss": 2.0, "step": 8}]) == 4
+        fit.round_adapter(each)
+        fit.save_adapter(each, "tiny", tmp_path / name)
+    assert (tmp_path / "plain" / "adapter_model.safetensors").stat().st_size > 10_000
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()

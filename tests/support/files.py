@@ -1,0 +1,10 @@
+"""Files that tests write."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")

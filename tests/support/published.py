@@ -1,0 +1,25 @@
+"""The folders of the convert, modelfile and parity stages, as publishing finds them."""
+
+from pathlib import Path
+from typing import Any
+
+from support.fake_ollama import write_gguf
+from support.parity_folders import write_parity
+from tutor.artifacts.manifest import require_stage
+from tutor.artifacts.stage_folder import writing
+from tutor.pipeline.registry import BY_NAME
+from tutor.recipe.settings import Recipe
+from tutor.stages.modelfile import stage as modelfile
+
+SYSTEM = 'Eres un tutor de TypeScript. Dices "hola", ñandú y 👋.'
+
+
+def make_stages(recipe: Recipe, build: Path, **facts: Any) -> None:
+    folder = build / recipe.name
+    with writing(folder / "gguf", "convert", facts) as (out, _):
+        write_gguf(out / "tutor-Q8_0.gguf", **facts)
+    gguf = require_stage(folder / "gguf", "convert")
+    fields = {f"recipe.{name}": value for name, value in BY_NAME["modelfile"].settings(recipe).items()}
+    with writing(folder / "model", "modelfile", {**fields, "input.convert": gguf.fingerprint}) as (out, _):
+        modelfile.run(recipe, {"convert": folder / "gguf", "ladder": folder / "ladder"}, out)
+    write_parity(recipe, build)

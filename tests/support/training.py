@@ -1,0 +1,75 @@
+"""Rows, settings and measurements for trainings of the tiny Llama."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.tiny_models import recipe
+
+torch = pytest.importorskip("torch")
+import pytest
+from transformers import TrainerCallback
+
+torch = pytest.importorskip("torch")
+
+
+ROWS = [
+    {"instruction": f"¿Qué es {what}?", "response": f"Es {what} de TypeScript: sirve para {use}."}
+    for what, use in [
+        ("una interfaz", "describir objetos"),
+        ("un genérico", "reutilizar código con tipos"),
+        ("una tupla", "guardar pares"),
+        ("un enum", "nombrar valores"),
+        ("una clase", "agrupar datos y métodos"),
+        ("un módulo", "separar archivos"),
+        ("un alias", "dar nombre a un tipo"),
+        ("una unión", "aceptar varios tipos"),
+        ("un literal", "fijar un valor"),
+        ("una promesa", "esperar un resultado"),
+        ("un decorador", "anotar clases"),
+        ("un guardia", "estrechar un tipo"),
+    ]
+]
+
+
+HELD_OUT = [
+    {"instruction": f"¿Qué es {what}?", "response": f"Es {what} de TypeScript: sirve para {use}."}
+    for what, use in [("un iterador", "recorrer listas"), ("una enumeración", "nombrar valores y describir objetos")]
+]
+
+
+def settings(**changes: Any) -> Any:
+    """The train section of a recipe: two steps of two rows an epoch unless changed."""
+    short = {"batch_size": 2, "accumulation": 2, "epochs": 1, "logging_steps": 1, "learning_rate": 5e-3}
+    return recipe(Path("r.toml"), train={**short, **changes}).train
+
+
+def moved(model: Any) -> Any:
+    """The model with its adapter as training would have it: a B of zeros hides A's gradients."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def apart(found: dict[str, Any], wanted: dict[str, Any]) -> float:
+    """The largest difference, as a share of the largest gradient."""
+    assert found.keys() == wanted.keys() != set()
+    largest = max(value.abs().max().item() for value in wanted.values())
+    return max((found[name] - wanted[name]).abs().max().item() for name in wanted) / largest
+
+
+class FirstGradient(TrainerCallback):  # type: ignore[misc]
+    """Keeps what the first optimizer step is about to use, and ends the training."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, Any] = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        parameters = kwargs["model"].named_parameters()
+        self.gradients = {name: weight.grad.clone() for name, weight in parameters if weight.grad is not None}
+        control.should_training_stop = True
+
+
+SOURCE = "path:una-base"
