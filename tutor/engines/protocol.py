@@ -1,4 +1,7 @@
-"""What every engine takes and gives: settings of a generation in, an answer with its finish reason out."""
+"""The interface of every engine: settings of a generation, an answer, the `Engine` protocol.
+
+In: the recipe's generation settings. Out: the values that engines exchange with their callers. Generates nothing.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,12 +13,12 @@ from tutor.recipe.settings import GenerateSettings
 SCORE_ROWS = 256
 """Number of tokens whose logits are computed at a time when an answer is scored."""
 Finish = Literal["stop", "length"]
-"""stop: the model ended by EOS or a stop text; length: it was cut at max_new_tokens."""
+"""Reason of an answer's end. stop: EOS or a stop text; length: cut at max_new_tokens."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """How to generate; temperature 0 is greedy."""
+    """Settings of a generation; temperature 0 is greedy."""
 
     max_new_tokens: int
     temperature: float
@@ -27,18 +30,18 @@ class Generation:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came, as it came: `text` keeps the contract's leading blank, stop text and EOS are not in it."""
+    """An answer. `text` keeps the leading blank of the prompt template and has neither stop text nor EOS."""
 
     text: str
     finish: Finish
     prompt_tokens: int
-    tokens: int  # generated, EOS not counted
+    tokens: int  # generated, without EOS
     seconds: float  # from the request to the last token
-    tokens_per_second: float  # of generation alone
+    tokens_per_second: float  # of the generation, without the prompt
 
 
 class Engine(Protocol):
-    """Answers conversations. `on_text` receives the pieces while they come; a KeyboardInterrupt stops cleanly."""
+    """Answers conversations. `on_text` receives each piece of text; a KeyboardInterrupt stops the answer cleanly."""
 
     name: str
 
@@ -50,7 +53,7 @@ class Engine(Protocol):
 
 
 def sampling(settings: GenerateSettings, seed: int) -> Generation:
-    """As the recipe serves it."""
+    """The generation settings of the served model."""
     return Generation(
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
@@ -61,5 +64,5 @@ def sampling(settings: GenerateSettings, seed: int) -> Generation:
 
 
 def greedy(settings: GenerateSettings, seed: int) -> Generation:
-    """For evaluation: as the recipe serves it, at temperature 0, so that two runs say the same."""
+    """The generation settings of an evaluation: those of the served model at temperature 0, so that runs repeat."""
     return replace(sampling(settings, seed), temperature=0.0, top_p=1.0)

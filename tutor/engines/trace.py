@@ -1,7 +1,7 @@
-"""What an engine did, token by token, in a form that any other engine's can be held against.
+"""Scores and greedy answers token by token, in one form for all engines.
 
-In: what each engine says in its own way of the tokens that it generated. Out: steps of whole characters, comparable
-as text: Ollama names no ids. Judges nothing.
+In: the tokens, log-probabilities and candidates that an engine returns. Out: steps of complete characters, which can be
+compared as text, because Ollama returns no ids. Sets no tolerance.
 """
 
 import math
@@ -12,59 +12,57 @@ from typing import TypeVar
 from tutor.engines.protocol import Finish
 
 TOP = 20
-"""How many candidates are looked at in every place: the most that Ollama tells."""
+"""Number of candidates per position; the maximum that Ollama returns."""
 END = ""
-"""The text of the step that ends an answer, EOS; no other step is empty."""
-
+"""Text of the step for EOS; no other step is empty."""
 REST = 1e-4
-"""The least that all other tokens together are taken to have: smaller differences are rounding of the ones named."""
+"""Lower bound of the probability mass outside the top candidates; less is rounding."""
 Key = TypeVar("Key")
-
 Candidates = tuple[tuple[str, float], ...]
-"""Texts and their natural-log probabilities, best first; equal texts (parts of characters) are one."""
+"""Texts and their natural-log probabilities, best first; equal texts (parts of characters) are merged."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a model makes of one given answer, token by token, in natural logarithms."""
+    """Log-probabilities of one given answer under a model, token by token (natural logarithms)."""
 
     logprobs: tuple[float, ...]  # of the answer's ids
-    top: tuple[tuple[tuple[int, float], ...], ...]  # at each place, the most probable ids, best first
-    kl: tuple[float, ...] = ()  # at each place KL(reference || model) over the whole vocabulary, in nats
-    same: tuple[bool, ...] = ()  # at each place, whether the reference prefers the same id
+    top: tuple[tuple[tuple[int, float], ...], ...]  # at each position, the most probable ids, best first
+    kl: tuple[float, ...] = ()  # at each position, KL(reference || model) over the full vocabulary, in nats
+    same: tuple[bool, ...] = ()  # at each position, whether the reference has the same most probable id
 
 
 @dataclass(frozen=True)
 class Step:
-    """What was added to an answer at once: one token, or several that only together are whole characters."""
+    """One token of an answer, or several that only together are complete characters."""
 
     text: str
-    logprob: float | None  # natural log; None where the engine does not say
-    top: Candidates = ()  # of a single token
+    logprob: float | None  # natural log; None when the engine does not return it
+    top: Candidates = ()  # empty for several tokens
     tokens: int = 1
 
     @property
     def lead(self) -> float | None:
-        """By how much, in nats, the best candidate is ahead of the second one; None where that is not known."""
+        """Distance of the best candidate from the second one in nats; None when unknown."""
         return self.top[0][1] - self.top[1][1] if len(self.top) > 1 else None
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A greedy answer."""
+    """A greedy answer by steps."""
 
     steps: tuple[Step, ...]
-    finish: Finish | None  # None: not followed to its end
+    finish: Finish | None  # None: the trace ends before the answer
     prompt_tokens: int
 
     @property
     def text(self) -> str:
-        """The answer as it came."""
+        """The text of the answer."""
         return "".join(step.text for step in self.steps)
 
 
 def candidates(pairs: Iterable[tuple[str, float]]) -> Candidates:
-    """The candidates of a place; what decodes to no whole character counts as one, whatever its bytes are."""
+    """The candidates of a position. Those that decode to no complete character are merged, whatever their bytes."""
     found: dict[str, float] = {}
     for decoded, logprob in pairs:
         text = decoded.replace("\ufffd", "")
@@ -77,9 +75,9 @@ def _added(a: float, b: float) -> float:
 
 
 def grouped(tokens: Iterable[Step]) -> Iterator[Step]:
-    """Steps of whole characters from steps of one token each, in which a part of a character has an empty text.
+    """Group steps of one token each, in which a part of a character has an empty text, into complete characters.
 
-    What is left at the end is no whole character, and is dropped.
+    An incomplete character at the end is dropped.
     """
     held: list[Step] = []
     for token in tokens:
@@ -91,14 +89,14 @@ def grouped(tokens: Iterable[Step]) -> Iterator[Step]:
 
 def _joined(held: list[Step]) -> Step:
     logprobs = [step.logprob for step in held if step.logprob is not None]
-    whole = math.fsum(logprobs) if len(logprobs) == len(held) else None
-    return Step("".join(step.text for step in held), whole, tokens=len(held))
+    total = math.fsum(logprobs) if len(logprobs) == len(held) else None
+    return Step("".join(step.text for step in held), total, tokens=len(held))
 
 
 def divergence(reference: Mapping[Key, float], other: Mapping[Key, float]) -> float:
-    """KL(reference || other) in nats over the reference's candidates, all the rest taken as one.
+    """KL(reference || other) in nats over the reference's candidates, with all other tokens as one.
 
-    A candidate that the other does not name is taken as its last one, so that the result is rather too small.
+    A candidate that `other` lacks gets the log-probability of its last one, so that the result is a lower estimate.
     """
     last = min(other.values())
     pairs = [(logprob, other.get(key, last)) for key, logprob in reference.items()]

@@ -1,6 +1,6 @@
-"""What the pinned llama.cpp makes, whole or not at all: F16 GGUF, quantizations, an importance matrix.
+"""Convert, quantize and make importance matrices with the pinned llama.cpp. A file is complete or absent.
 
-In: model folders, GGUF files, a text. Out: files. Does not judge them (stages/convert/stage.py does).
+In: model folders, GGUF files, a text. Out: files. Does not check their contents (stages/convert/ does).
 """
 
 import json
@@ -10,25 +10,25 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tutor.engines.llamacpp.build import SOURCE, VERSION
-from tutor.engines.llamacpp.process import OFFLINE, Command, fault, partial_of, programs, write_file
+from tutor.engines.llamacpp.process import OFFLINE, Command, partial_path, program_error, programs, write_file
 from tutor.errors import ArtifactError, RecipeError
 from tutor.formats.models.gguf import SAME_SPLIT, read_gguf
 from tutor.formats.models.model_folder import SIXTEEN_BIT
 from tutor.recipe.quantizations import KINDS
 
 CHUNKS = (512, 256, 128, 64, 32)
-"""Tokens of a piece of text that llama-imatrix takes at once; it wants two pieces at least."""
+"""Context lengths in tokens to choose from for llama-imatrix, which needs a text of two chunks at least."""
 
 
-def to_gguf(model: Path, target: Path, pre_tokenizer: str, says: Mapping[str, str] | None = None) -> None:
-    """Write the F16 GGUF of a 16-bit Hugging Face folder, whole or not at all.
+def to_gguf(model: Path, target: Path, pre_tokenizer: str, metadata: Mapping[str, str] | None = None) -> None:
+    """Write the F16 GGUF of a 16-bit Hugging Face folder, with `metadata` as additional key-values.
 
-    `pre_tokenizer` is what the function of that name says, `says` are key-values to be in the file.
+    `pre_tokenizer` is llama.cpp's name of the splitting (formats/models/pre_tokenizer.py).
     Raises ArtifactError with the converter's last line.
     """
     folder, names = programs().folder, ",".join((pre_tokenizer, *SAME_SPLIT.get(pre_tokenizer, ())))
-    command: Command = [sys.executable, SOURCE / "convert.py", folder, model, partial_of(target), names]
-    code, output = write_file(target, [*command, json.dumps(dict(says or {}))], OFFLINE)
+    command: Command = [sys.executable, SOURCE / "convert.py", folder, model, partial_path(target), names]
+    code, output = write_file(target, [*command, json.dumps(dict(metadata or {}))], OFFLINE)
     if "BPE pre-tokenizer was not recognized" in output and code:
         found = re.search(r"chkhsh:\s*([0-9a-f]{64})", output)
         raise ArtifactError(
@@ -37,7 +37,7 @@ def to_gguf(model: Path, target: Path, pre_tokenizer: str, says: Mapping[str, st
             "tokenizer changed? compare tokenizer.json with the base's",
         )
     if code:
-        raise fault(f"cannot convert {model}", code, output, output.rpartition("\n")[2])
+        raise program_error(f"cannot convert {model}", code, output, output.rpartition("\n")[2])
 
 
 def quantize(
@@ -49,10 +49,10 @@ def quantize(
     matrix: Path | None = None,
     types: Mapping[str, str] | None = None,
 ) -> None:
-    """Quantize a 16- or 32-bit GGUF, whole or not at all.
+    """Quantize a 16- or 32-bit GGUF.
 
-    `matrix` is what `imatrix` wrote, `types` names tensors that get another type than llama.cpp would choose.
-    Raises RecipeError for an unknown kind or a source that is quantized already, ArtifactError where it fails.
+    `matrix` is a file that `imatrix` wrote; `types` overrides llama.cpp's choice of type for tensors by name.
+    Raises RecipeError for an unknown kind or a quantized source, ArtifactError when the program fails.
     """
     import gguf
 
@@ -65,22 +65,22 @@ def quantize(
     options: list[str | Path | int] = ["--imatrix", matrix.name] if matrix else []
     for name, type_ in (types or {}).items():
         options += ["--tensor-type", f"^{re.escape(name)}$={type_.lower()}"]
-    # The file keeps the matrix's path as it was given: a bare name, so that two folders give the same bytes.
-    command = [programs().quantize, *options, source.resolve(), partial_of(target).resolve(), kind, threads]
+    # The GGUF stores the matrix's path as given: a bare name, so that two build folders give the same bytes.
+    command = [programs().quantize, *options, source.resolve(), partial_path(target).resolve(), kind, threads]
     code, output = write_file(target, command, folder=matrix.parent if matrix else None)
     if code:
-        raise fault(f"cannot quantize {source} to {kind}", code, output)
+        raise program_error(f"cannot quantize {source} to {kind}", code, output)
 
 
 def imatrix(source: Path, text: Path, target: Path, tokens: int, threads: int) -> None:
-    """Write llama.cpp's importance matrix of a text that lies beside `target`: how much each weight moves the model.
+    """Write llama.cpp's importance matrix (the effect of each weight) for a text in the folder of `target`.
 
-    `tokens` is how long the text is, about. Raises ArtifactError when it is too short or the program fails.
+    `tokens` is the text's approximate length. Raises ArtifactError when it is too short or the program fails.
     """
     chunk = next((chunk for chunk in CHUNKS if 2 * chunk <= tokens), CHUNKS[-1])
     command: list[str | Path | int] = [programs().imatrix, "-m", source.resolve(), "-f", text.name]
-    command += ["-o", partial_of(target).resolve(), "--output-format", "gguf", "-c", chunk, "-b", max(CHUNKS)]
+    command += ["-o", partial_path(target).resolve(), "--output-format", "gguf", "-c", chunk, "-b", max(CHUNKS)]
     command += ["-t", threads, "-tb", threads, "--parse-special", "--no-ppl", "--fit", "off", "--offline"]
     code, output = write_file(target, command, folder=text.parent)
     if code:
-        raise fault(f"cannot make an importance matrix of {source}", code, output)
+        raise program_error(f"cannot make an importance matrix of {source}", code, output)

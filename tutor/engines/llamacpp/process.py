@@ -1,5 +1,6 @@
-"""The programs of the pinned llama.cpp, and how one is run: it never outlives us, takes no option from the
-environment, and leaves a whole file or none. In: a command. Out: its exit code and output, or what they amount to.
+"""Run programs of the pinned llama.cpp: killed with this process, no options from the environment, complete files.
+
+In: a command. Out: its exit code and output, or an error. Does not know what the programs do.
 """
 
 import contextlib
@@ -18,24 +19,25 @@ from tutor.engines.llamacpp.build import build_folder, is_built
 from tutor.errors import ArtifactError, HostError, TutorError
 
 STOP_SECONDS = 5.0
+"""Seconds between SIGTERM and SIGKILL."""
 Command = Sequence[str | Path | int]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-"""For the converters, which would ask the model hub."""
-TETHER = """
+"""Environment variables that keep the converters from contacting the model hub."""
+DIE_WITH_PARENT = """
 import ctypes, os, sys
 ctypes.CDLL(None).prctl(1, 9)
 if os.getppid() != int(sys.argv[1]):
     os._exit(1)
 os.execv(sys.argv[2], sys.argv[2:])
 """
-"""Asks the kernel for SIGKILL at its parent's end (PR_SET_PDEATHSIG), then becomes the program."""
+"""Python program that requests SIGKILL at its parent's end (PR_SET_PDEATHSIG) and then executes its arguments."""
 
 
 @dataclass(frozen=True)
 class Programs:
-    """Where the pinned build lies."""
+    """Paths of the pinned build."""
 
-    folder: Path  # the converters, `conversion/` and gguf-py
+    folder: Path  # the build: converters, `conversion/` and gguf-py
     quantize: Path
     server: Path
     score: Path
@@ -43,7 +45,7 @@ class Programs:
 
 
 def programs() -> Programs:
-    """The programs of the pinned build. Raises HostError naming the command that builds them."""
+    """The programs of the pinned build. Raises HostError when there is none, with the command that builds it."""
     folder = build_folder()
     if not is_built(folder):
         raise HostError(
@@ -54,23 +56,23 @@ def programs() -> Programs:
     return Programs(folder, *(folder / "bin" / name for name in names))
 
 
-def partial_of(target: Path) -> Path:
-    """Where a program writes what becomes `target`."""
+def partial_path(target: Path) -> Path:
+    """The path that a program writes to before the file is renamed to `target`."""
     return target.with_name(target.name + PARTIAL)
 
 
 def write_file(
     target: Path, command: Command, environment: Mapping[str, str] | None = None, *, folder: Path | None = None
 ) -> tuple[int, str]:
-    """Run a program that writes the partial of `target`, which gets its name on exit code 0: code and output.
+    """Run a program that writes `partial_path(target)`; rename the file on exit code 0. Returns code and output.
 
-    It runs in `folder`, where a file must not remember the path of another. Raises ArtifactError where it ends well
-    and has written nothing.
+    The program runs in `folder` when the file must not store another file's path. Raises ArtifactError when it ends
+    with 0 and no file.
     """
-    partial = partial_of(target)
+    partial = partial_path(target)
     try:
         done = subprocess.run(
-            tethered(command),
+            killed_with_parent(command),
             env=clean_environment() | dict(environment or {}),
             cwd=folder,
             stdin=subprocess.DEVNULL,
@@ -90,19 +92,23 @@ def write_file(
         partial.unlink(missing_ok=True)
 
 
-def tethered(command: Command) -> list[str]:
-    """The command, to be killed by the kernel when the thread that starts it ends, SIGKILL included (Linux)."""
+def killed_with_parent(command: Command) -> list[str]:
+    """The command with a start that makes the kernel kill it when the starting thread ends in any way (Linux)."""
     words = [str(word) for word in command]
-    return [sys.executable, "-I", "-S", "-c", TETHER, str(os.getpid()), *words] if sys.platform == "linux" else words
+    return (
+        [sys.executable, "-I", "-S", "-c", DIE_WITH_PARENT, str(os.getpid()), *words]
+        if sys.platform == "linux"
+        else words
+    )
 
 
 def clean_environment() -> dict[str, str]:
-    """Ours, without the variables by which llama.cpp takes options."""
+    """This process's environment without the variables that are options of llama.cpp."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("LLAMA_", "AIP_", "NO_LOCAL_"))}
 
 
 def stop(process: subprocess.Popen[Any]) -> None:
-    """SIGTERM, and after a grace SIGKILL; a second Ctrl-C while waiting kills at once."""
+    """Send SIGTERM and after STOP_SECONDS SIGKILL; a second Ctrl-C meanwhile kills at once."""
     process.terminate()
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -112,8 +118,8 @@ def stop(process: subprocess.Popen[Any]) -> None:
         process.wait()
 
 
-def fault(what: str, code: int, output: str, line: str | None = None) -> TutorError:
-    """The error of a program that ended with `code`: this machine's where that shows, else the file's."""
+def program_error(what: str, code: int, output: str, line: str | None = None) -> TutorError:
+    """The error of a program that ended with `code`: HostError for a fault of this machine, else ArtifactError."""
     if code == -signal.SIGILL:
         return HostError(f"{what}: this processor lacks instructions that the build uses", "run: make llamacpp, here")
     if code == -signal.SIGKILL:
@@ -121,5 +127,5 @@ def fault(what: str, code: int, output: str, line: str | None = None) -> TutorEr
     if re.search(r"No space left on device|iostream error|basic_ios::clear", output):
         return HostError(f"{what}: the disk is full")
     lines = [re.sub(r"^[\d.]+ \w +", "", item.strip()) for item in output.split("\n") if item.strip()]
-    telling = [item for item in lines if re.search(r"\b(error|failed|invalid|cannot|couldn't|unknown)\b", item)]
-    return ArtifactError(f"{what}: {line or next(iter(telling or lines[-1:]), f'exit code {code}')}")
+    errors = [item for item in lines if re.search(r"\b(error|failed|invalid|cannot|couldn't|unknown)\b", item)]
+    return ArtifactError(f"{what}: {line or next(iter(errors or lines[-1:]), f'exit code {code}')}")

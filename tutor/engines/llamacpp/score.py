@@ -1,6 +1,6 @@
-"""Teacher-forced scores by llama.cpp: what a model makes of given answers, and how far it is from another model.
+"""Teacher-forced scores by llama.cpp: log-probabilities of given answers, and the divergence from another model.
 
-In: a GGUF and rows of token ids. Out: log-probabilities, place by place. Generates nothing and judges nothing.
+In: a GGUF and rows of token ids. Out: log-probabilities by position. Generates nothing and sets no tolerance.
 """
 
 import json
@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tutor.engines.llamacpp.process import clean_environment, fault, programs, stop, tethered
+from tutor.engines.llamacpp.process import clean_environment, killed_with_parent, program_error, programs, stop
 from tutor.engines.trace import Score
 from tutor.errors import ArtifactError
 
@@ -23,27 +23,27 @@ def score(
     lora: Path | None = None,
     reference: Path | None = None,
 ) -> list[Score]:
-    """Teacher-forced scores of (prompt ids, answer ids) rows, in their order; one process for all of them.
+    """Teacher-forced scores of (prompt ids, answer ids) rows, in their order, by one process.
 
-    `reference` is a file of whole distributions (`reference_bytes` of them): written where it is not there; where it
-    is, by a reference model on the same rows, scores have `kl` and `same`.
+    `reference` is a file of full distributions (`reference_bytes`). A missing file is written; an existing one, written
+    by a reference model for the same rows, gives each score `kl` and `same`.
     Raises ArtifactError when the model does not load, an id is outside its vocabulary, or a score is not finite.
     """
     if not rows:
         return []
     command: list[str | Path | int] = [programs().score, gguf, threads, top]
-    compared = reference is not None and reference.exists()
-    for option, path in (("--lora", lora), ("--against" if compared else "--keep", reference)):
+    compare = reference is not None and reference.exists()
+    for option, path in (("--lora", lora), ("--against" if compare else "--keep", reference)):
         command += [option, path] if path else []
-    # Rows come from a file and complaints go to one: no pipe can fill while the other side waits.
-    with tempfile.TemporaryFile("w+") as given, tempfile.TemporaryFile("w+", errors="replace") as complaints:
-        given.writelines(f"{len(prompt)} {' '.join(map(str, (*prompt, *answer)))}\n" for prompt, answer in rows)
-        given.seek(0)
+    # Rows and errors go through files: a full pipe would block both sides.
+    with tempfile.TemporaryFile("w+") as lines, tempfile.TemporaryFile("w+", errors="replace") as errors:
+        lines.writelines(f"{len(prompt)} {' '.join(map(str, (*prompt, *answer)))}\n" for prompt, answer in rows)
+        lines.seek(0)
         process = subprocess.Popen(
-            tethered(command),
-            stdin=given,
+            killed_with_parent(command),
+            stdin=lines,
             stdout=subprocess.PIPE,
-            stderr=complaints,
+            stderr=errors,
             env=clean_environment(),
             text=True,
         )
@@ -52,25 +52,25 @@ def score(
             code = process.wait()
         finally:
             stop(process)
-        complaints.seek(0)
+        errors.seek(0)
         if code:
-            raise fault(f"cannot score with {gguf}", code, complaints.read())
-    wanted = [(len(answer), len(answer) if compared else 0) for _, answer in rows]
-    if [(len(item.logprobs), len(item.kl)) for item in scores] != wanted:
-        raise ArtifactError(f"{programs().score} gave other scores than it was asked for")
+            raise program_error(f"cannot score with {gguf}", code, errors.read())
+    expected = [(len(answer), len(answer) if compare else 0) for _, answer in rows]
+    if [(len(item.logprobs), len(item.kl)) for item in scores] != expected:
+        raise ArtifactError(f"{programs().score} returned other scores than requested")
     return scores
 
 
 def reference_bytes(rows: Sequence[tuple[Sequence[int], Sequence[int]]], vocabulary: int) -> int:
-    """How large the distributions are: 32 bits for every token of the vocabulary at every place of an answer."""
+    """Size of the distributions in bytes: 32 bits for each token of the vocabulary at each position of an answer."""
     return sum(len(answer) for _, answer in rows) * vocabulary * 4
 
 
 def _score(line: str, gguf: Path) -> Score:
     try:
         values = json.loads(line)
-    except ValueError:  # C++ writes nan and inf as JSON does not
+    except ValueError:  # C++ writes nan and inf, which are not JSON
         raise ArtifactError(f"{gguf} gives probabilities that are not finite") from None
-    tops = tuple(tuple((int(id_), float(logprob)) for id_, logprob in place) for place in values["top"])
+    tops = tuple(tuple((int(id_), float(logprob)) for id_, logprob in position) for position in values["top"])
     same = tuple(bool(value) for value in values.get("same", ()))
     return Score(tuple(values["logprobs"]), tops, tuple(values.get("kl", ())), same)

@@ -1,8 +1,6 @@
-"""A llama-server of the pinned llama.cpp: its lifetime, its answers, its speed. What its other programs do is here by
-name too: llamacpp_convert.py makes files, llamacpp_score.py scores them.
+"""Start one llama-server, wait until it is healthy, generate, measure, stop it.
 
-In: a GGUF file. Out: answers of the `Engine` protocol.
-Does not build llama.cpp (llamacpp_build.py), and imports no torch.
+In: a GGUF file. Out: an `Engine`. Does not build llama.cpp (build.py) and imports no torch.
 """
 
 import contextlib
@@ -20,47 +18,52 @@ from typing import Any
 
 import httpx2
 
-from tutor.engines.llamacpp.process import Command, clean_environment, fault, programs, stop, tethered
+from tutor.engines.llamacpp.process import Command, clean_environment, killed_with_parent, program_error, programs, stop
 from tutor.engines.protocol import Answer, Finish, Generation
 from tutor.errors import HostError, ServiceError
 from tutor.prompt import Message, render
 
 logger = logging.getLogger(__name__)
 
-LOAD_SECONDS = 900.0  # 16 GB from a slow disk
+LOAD_SECONDS = 900.0
+"""Maximum seconds until the model is loaded: 16 GB from a slow disk."""
 POLL_SECONDS = 0.05
-TIMEOUT = httpx2.Timeout(connect=5, read=900, write=60, pool=5)  # read: a long prompt on a slow processor
-TOP_K = 40  # Ollama's default
+"""Seconds between two health checks."""
+TIMEOUT = httpx2.Timeout(connect=5, read=900, write=60, pool=5)
+"""Seconds of a request; `read` allows a long prompt on a slow processor."""
+TOP_K = 40
+"""Number of candidates for sampling, Ollama's default."""
 FINISHES: dict[str, Finish] = {"eos": "stop", "word": "stop", "limit": "length"}
+"""Finish reasons by llama-server's `stop_type`."""
 
 
 @contextlib.contextmanager
 def serve(
     gguf: Path, *, context: int, threads: int, lora: Path | None = None, log: Path, own_template: bool = False
 ) -> Iterator["LlamaServer"]:
-    """A ready llama-server for exactly this file, stopped on the way out, whatever happens.
+    """A healthy llama-server for this file, stopped at the end in any case.
 
-    `context` in tokens; `log` takes what the server says; `own_template` keeps the file's chat template, which only
-    says how it would render a conversation. Raises ServiceError when it does not get ready.
+    `context` in tokens; `log` receives the server's output; `own_template` keeps the file's chat template, which is
+    used by /apply-template only. Raises ServiceError when the server does not become healthy.
     """
     command: Command = [programs().server, "-m", gguf, "-c", context, "-t", threads, "-tb", threads, "-np", 1]
     command = [*command, "--offline", "--no-webui", "--no-slots", "--fit", "off", "--cache-ram", 0]
-    # Prompts come rendered: the file's own template stays out.
+    # Requests have rendered prompts: the file's own template is not used.
     template = ("--jinja",) if own_template else ("--no-jinja", "--chat-template", "chatml")
     command = [*command, *template, *(("--lora", lora) if lora else ())]
     with _socket_folder() as folder, log.open("wb") as output:
         socket = folder / "llama.sock"
         process = subprocess.Popen(
-            tethered([*command, "--host", socket]),
+            killed_with_parent([*command, "--host", socket]),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=clean_environment(),
-            start_new_session=True,  # Ctrl-C at the terminal ends an answer, not the server
+            start_new_session=True,  # Ctrl-C at the terminal stops an answer, not the server
         )
-        # A connection a request: the server closes kept ones when it likes, and the next request meets the closing.
-        once = httpx2.Limits(max_keepalive_connections=0)
-        transport = httpx2.HTTPTransport(uds=str(socket), trust_env=False, limits=once)
+        # One connection per request: the server closes idle ones at any time, also when the next request starts.
+        limits = httpx2.Limits(max_keepalive_connections=0)
+        transport = httpx2.HTTPTransport(uds=str(socket), trust_env=False, limits=limits)
         try:
             with httpx2.Client(
                 base_url="http://llama-server", transport=transport, timeout=TIMEOUT, trust_env=False
@@ -73,9 +76,9 @@ def serve(
 
 @contextlib.contextmanager
 def _socket_folder() -> Iterator[Path]:
-    """A folder that only this user can enter, with a path short enough for a Unix socket (108 bytes)."""
-    usual = tempfile.gettempdir()
-    short = usual if len(os.fsencode(usual)) < 70 else "/tmp"  # noqa: S108 (the folder's name is random, its mode 0700)
+    """A folder for this user alone, with a path short enough for a Unix socket (108 bytes)."""
+    default = tempfile.gettempdir()
+    short = default if len(os.fsencode(default)) < 70 else "/tmp"  # noqa: S108 (the folder's name is random, its mode 0700)
     with tempfile.TemporaryDirectory(prefix="tutor-", dir=short) as folder:
         yield Path(folder)
 
@@ -84,22 +87,24 @@ def _wait_until_ready(client: httpx2.Client, process: subprocess.Popen[bytes], g
     started = time.monotonic()
     while time.monotonic() - started < LOAD_SECONDS:
         if process.poll() is not None:
-            error = fault(f"llama-server cannot serve {gguf}", process.returncode, log.read_text("utf-8", "replace"))
-            raise error if isinstance(error, HostError) else ServiceError(error.message, f"all it said: {log}")
+            error = program_error(
+                f"llama-server cannot serve {gguf}", process.returncode, log.read_text("utf-8", "replace")
+            )
+            raise error if isinstance(error, HostError) else ServiceError(error.message, f"its output: {log}")
         with contextlib.suppress(httpx2.TransportError):  # no socket yet
             if client.get("/health").status_code == 200:
                 logger.info("llama-server has loaded %s in %.1f s", gguf.name, time.monotonic() - started)
                 return
         time.sleep(POLL_SECONDS)
-    raise ServiceError(f"llama-server has not loaded {gguf} in {LOAD_SECONDS:.0f} s", f"what it said: {log}")
+    raise ServiceError(f"llama-server has not loaded {gguf} in {LOAD_SECONDS:.0f} s", f"its output: {log}")
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens a second."""
+    """Speeds of a server in tokens per second."""
 
-    prompt: float  # read
-    generation: float  # written
+    prompt: float
+    generation: float
 
 
 class LlamaServer:
@@ -145,23 +150,23 @@ class LlamaServer:
         )
 
     def tokenize(self, text: str) -> list[int]:
-        """The ids of a text as the server reads a prompt: special tokens in it, BOS where the model wants one."""
+        """The ids of a text as of a prompt: special tokens are parsed, BOS is added when the model has one."""
         answer = self.post("/tokenize", {"content": text, "add_special": True, "parse_special": True})
         return [int(token) for token in answer["tokens"]]
 
     def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """What the server answers to a request at once. Raises ServiceError where it is no JSON object, or an error."""
+        """The JSON object that the server returns. Raises ServiceError for an error and for anything else."""
         try:
             response = self._client.post(path, json=body)
             value = response.json()
         except (httpx2.TransportError, ValueError) as error:
             raise self._failure(f"no answer from {path}: {error}") from error
         if response.status_code != 200 or not isinstance(value, dict):
-            raise self._failure(_complaint(response.text))
+            raise self._failure(_error_message(response.text))
         return value
 
     def speed(self, ids: Sequence[int], tokens: int) -> "Speed":
-        """How fast a prompt of these ids is read and `tokens` more are written, whatever they are."""
+        """Measure the speed for a prompt of these ids and a generation of `tokens` tokens."""
         request = {"prompt": list(ids), "n_predict": tokens, "ignore_eos": True, "cache_prompt": False, "top_k": 1}
         try:
             response = self._client.post("/completion", json=request)
@@ -171,7 +176,7 @@ class LlamaServer:
             raise self._failure(f"no speed: {error}") from error
 
     def peak_memory(self) -> int | None:
-        """The most that the server ever had in memory, in bytes, its file's pages with it; None where unknown."""
+        """Peak memory of the server in bytes, with the pages of its file; None when unknown."""
         try:
             status = Path(f"/proc/{self._pid}/status").read_text("utf-8")
         except OSError:
@@ -182,22 +187,22 @@ class LlamaServer:
     def _events(self, response: httpx2.Response) -> Iterator[dict[str, Any]]:
         if response.status_code != 200:
             response.read()
-            raise self._failure(_complaint(response.text))
+            raise self._failure(_error_message(response.text))
         for event in httpx2.EventSource(response):
             try:
                 value = json.loads(event.data)
             except ValueError:
                 raise self._failure(f"an event that is no JSON: {event.data[:80]}") from None
             if "error" in value:
-                raise self._failure(_complaint(event.data))
+                raise self._failure(_error_message(event.data))
             yield value
 
     def _failure(self, what: str) -> ServiceError:
-        return ServiceError(f"llama-server: {what}", f"all it said: {self._log}")
+        return ServiceError(f"llama-server: {what}", f"its output: {self._log}")
 
 
 def _request(prompt: str, generation: Generation, context: int) -> dict[str, Any]:
-    """The body of POST /completion: every sampler is named, so that no default of the server or the file counts."""
+    """The body of POST /completion. It names every sampler, so that no default of the server or the file applies."""
     greedy = generation.temperature == 0
     return {
         "prompt": prompt,
@@ -210,15 +215,15 @@ def _request(prompt: str, generation: Generation, context: int) -> dict[str, Any
         "top_k": 0 if greedy else TOP_K,
         "top_p": generation.top_p,
         "repeat_penalty": generation.repetition_penalty,
-        # transformers' penalty sees the whole sequence; this server refuses -1 for it.
+        # The penalty of transformers covers the full sequence; this server refuses -1 for that.
         "repeat_last_n": context,
-        # A prompt in other batches has other last bits, so an answer that must repeat starts afresh.
+        # A prompt in other batches rounds differently, so an answer that must repeat starts without a cache.
         "cache_prompt": not greedy,
     }
 
 
-def _complaint(text: str) -> str:
-    """The message of an error body, or its beginning."""
+def _error_message(text: str) -> str:
+    """The message in an error body, else the beginning of the body."""
     try:
         return str(json.loads(text)["error"]["message"])
     except (ValueError, KeyError, TypeError):

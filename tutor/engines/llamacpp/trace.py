@@ -1,4 +1,7 @@
-"""What a running llama-server makes of a conversation: how its file's own template renders it, its answer by steps."""
+"""Prompts and greedy traces of a running llama-server.
+
+In: a server, conversations or prompts. Out: the prompt of the file's own chat template; a `Trace`. Compares nothing.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,14 +14,14 @@ from tutor.prompt import Message
 
 
 def rendered(server: LlamaServer, messages: Sequence[Message]) -> str:
-    """The prompt that the file's own chat template makes, without BOS; of a server that kept it (`own_template`)."""
+    """The prompt that the file's own chat template makes, without BOS; needs a server with `own_template`."""
     return str(server.post("/apply-template", {"messages": [dict(message) for message in messages]})["prompt"])
 
 
 def trace(server: LlamaServer, prompt: str, tokens: int) -> Trace:
-    """The greedy answer to a prompt. Raises ServiceError when the server fails.
+    """The greedy answer to a prompt, without repetition penalty. Raises ServiceError when the server fails.
 
-    Without a repetition penalty and without stop texts, for which the server would hold back the beginning of one.
+    There are no stop texts either: the server would delay text that may be the beginning of one.
     """
     request = {
         "prompt": prompt,
@@ -37,7 +40,7 @@ def trace(server: LlamaServer, prompt: str, tokens: int) -> Trace:
         ended = [replace(found.pop(), text=END)] if finish == "stop" else []
         return Trace((*grouped(found), *ended), finish, int(answer["tokens_evaluated"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise ServiceError(f"llama-server answers in another form: {error!r}", "make llamacpp") from error
+        raise ServiceError(f"llama-server returned an unknown form: {error!r}", "make llamacpp") from error
 
 
 def _step(item: Mapping[str, Any]) -> Step:

@@ -1,12 +1,11 @@
-"""Start llama.cpp's own converter, with two things added: a name for the pre-tokenizers that it cannot recognise,
-and key-values of ours.
+"""Start llama.cpp's own converter with two changes: a name for unknown pre-tokenizers, and additional key-values.
 
-    python convert.py LLAMACPP MODEL TARGET NAMES SAYS
+    python convert.py LLAMACPP MODEL TARGET NAMES METADATA
 
-It tells a byte-level BPE by a hash of what the tokenizer makes of one test string, so it refuses every tokenizer
-that it has not met. NAMES are llama.cpp's names of the one splitting that tokenizer.json asks for, comma-separated,
-and none for SentencePiece: a tokenizer that it knows must be among them, for one that it does not the first is taken.
-SAYS is a JSON object of strings, which the file then carries.
+The converter identifies a byte-level BPE by a hash of one test string's tokens and refuses every unknown one. NAMES are
+llama.cpp's comma-separated names of the splitting in tokenizer.json, none for SentencePiece: a tokenizer that the
+converter identifies must be among them, an unknown one gets the first. METADATA is a JSON object of strings to write
+into the file.
 """
 
 import importlib
@@ -16,29 +15,29 @@ from pathlib import Path
 from typing import Any
 
 
-def carrying(llamacpp: str, says: str) -> Any:
-    """llama.cpp's class of text models, whose files get the strings of the JSON object `says` as key-values."""
-    # Before site-packages: the converter, `conversion` and gguf-py of one version belong together.
+def text_model(llamacpp: str, metadata: str) -> Any:
+    """llama.cpp's class of text models, changed to write the strings of the JSON object `metadata` as key-values."""
+    # First in sys.path: the converter, `conversion` and gguf-py of one version belong together.
     sys.path[:0] = [llamacpp, str(Path(llamacpp) / "gguf-py")]
-    text_model = importlib.import_module("conversion.base").TextModel
-    prepare_metadata = text_model.prepare_metadata
+    model = importlib.import_module("conversion.base").TextModel
+    prepare_metadata = model.prepare_metadata
 
-    def prepare_metadata_and_ours(self: Any, *args: Any, **options: Any) -> None:
+    def prepare_all_metadata(self: Any, *args: Any, **options: Any) -> None:
         prepare_metadata(self, *args, **options)
-        for key, value in json.loads(says).items():
+        for key, value in json.loads(metadata).items():
             self.gguf_writer.add_string(key, value)
 
-    text_model.prepare_metadata = prepare_metadata_and_ours
-    return text_model
+    model.prepare_metadata = prepare_all_metadata
+    return model
 
 
 def main() -> None:
     """Convert MODEL to the F16 GGUF file TARGET. Ends with the converter's own traceback, or with one line."""
-    llamacpp, model, target, listed, says = sys.argv[1:]
+    llamacpp, model, target, listed, metadata = sys.argv[1:]
     names = listed.split(",") if listed else []
-    text_model = carrying(llamacpp, says)
+    model_class = text_model(llamacpp, metadata)
     converter = importlib.import_module("convert_hf_to_gguf")
-    recognise = text_model.get_vocab_base_pre
+    recognise = model_class.get_vocab_base_pre
 
     def get_vocab_base_pre(self: Any, tokenizer: Any) -> str:
         try:
@@ -48,11 +47,11 @@ def main() -> None:
                 raise
             return names[0]
         if found not in names:
-            said = names[0] if names else "SentencePiece"
-            raise SystemExit(f"the converter knows this tokenizer as {found!r}, tokenizer.json says {said!r}")
+            expected = names[0] if names else "SentencePiece"
+            raise SystemExit(f"the converter knows this tokenizer as {found!r}, tokenizer.json has {expected!r}")
         return found
 
-    text_model.get_vocab_base_pre = get_vocab_base_pre
+    model_class.get_vocab_base_pre = get_vocab_base_pre
     name = Path(target).name.partition("-")[0]
     sys.argv = ["convert_hf_to_gguf.py", model, "--outfile", target, "--outtype", "f16", "--model-name", name]
     converter.main()

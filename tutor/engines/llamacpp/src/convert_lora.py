@@ -1,21 +1,21 @@
-"""Start llama.cpp's own converter of LoRA adapters, with key-values of ours added.
+"""Start llama.cpp's own converter of LoRA adapters with additional key-values.
 
-    python convert_lora.py LLAMACPP SAYS ARGUMENTS...
+    python convert_lora.py LLAMACPP METADATA ARGUMENTS...
 
-SAYS is a JSON object of strings, which the file then carries; ARGUMENTS are the converter's own.
+METADATA is a JSON object of strings to write into the file; ARGUMENTS are the converter's own.
 """
 
 import runpy
 import sys
 from pathlib import Path
 
-from tutor.engines.llamacpp.src.convert import carrying
+from tutor.engines.llamacpp.src.convert import text_model
 
 
 def main() -> None:
-    """Convert what ARGUMENTS say. Ends with the converter's own traceback or exit code."""
-    llamacpp, says, *arguments = sys.argv[1:]
-    carrying(llamacpp, says)
+    """Convert as ARGUMENTS state. Ends with the converter's own traceback or exit code."""
+    llamacpp, metadata, *arguments = sys.argv[1:]
+    text_model(llamacpp, metadata)
     script = str(Path(llamacpp) / "convert_lora_to_gguf.py")
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
