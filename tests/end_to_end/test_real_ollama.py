@@ -30,7 +30,7 @@ from tutor.artifacts.manifest import require_stage
 from tutor.engines.llamacpp.server import serve as serve_gguf
 from tutor.engines.ollama.client import Ollama, connect
 from tutor.engines.ollama.engine import OllamaServer, serve
-from tutor.engines.ollama.protocol import MissingError, shown_parameters
+from tutor.engines.ollama.protocol import MissingError, parse_parameters
 from tutor.engines.protocol import Generation
 from tutor.errors import GateError, ServiceError
 from tutor.pipeline import runner as pipeline
@@ -214,7 +214,7 @@ def test_the_modelfile_makes_the_same_model_by_ollama_create(
     made, ours = api.show(f"{name}-by-hand") or {}, api.show(name) or {}
     for key in ("template", "system", "details", "capabilities", "model_info"):
         assert made.get(key) == ours.get(key), key
-    assert shown_parameters(made) == shown_parameters(ours)
+    assert parse_parameters(made) == parse_parameters(ours)
     assert say(f"{name}-by-hand") == say(name)
 
 
@@ -267,7 +267,7 @@ def test_a_truncated_gguf_is_refused(recipe: Recipe, build: Path, api: Ollama, t
     model, _ = published_model(recipe, build)
     data = (build / "tiny/gguf/tutor-Q8_0.gguf").read_bytes()
     (tmp_path / "cut.gguf").write_bytes(data[: int(len(data) * share)])
-    refused(api, *with_file(model, tmp_path / "cut.gguf"), ServiceError, "Ollama says: .*damaged")
+    refused(api, *with_file(model, tmp_path / "cut.gguf"), ServiceError, "Ollama reports: .*damaged")
 
 
 def test_an_adapter_of_another_base_is_refused_at_its_first_answer(

@@ -18,7 +18,7 @@ from typing import Any
 from tutor.artifacts.hashing import json_sha256
 from tutor.engines.ollama.client import Ollama, Tag
 from tutor.engines.ollama.engine import OllamaServer
-from tutor.engines.ollama.protocol import check_version, shown_parameters
+from tutor.engines.ollama.protocol import check_version, parse_parameters
 from tutor.engines.protocol import Generation
 from tutor.errors import ArtifactError, GateError, RecipeError, TutorError
 from tutor.prompt import Message, conversation, render
@@ -185,7 +185,7 @@ def mismatches(shown: Mapping[str, Any], model: Model) -> list[str]:
     expected: dict[str, tuple[object, object]] = {
         "template": (shown.get("template"), model.settings.get("template", "")),
         "system": (shown.get("system", ""), model.settings.get("system", "")),
-        "parameters": (shown_parameters(shown), dict(model.settings.get("parameters", {}))),
+        "parameters": (parse_parameters(shown), dict(model.settings.get("parameters", {}))),
         "capabilities": (shown.get("capabilities"), ["completion"]),
         "family": (details.get("family"), "llama"),
         "quantization": (details.get("quantization_level"), model.quantization),

@@ -22,7 +22,13 @@ from tutor.cli.commands.serving import ask_command
 from tutor.engines.ollama import client as ollama_api
 from tutor.engines.ollama.client import Ollama, connect
 from tutor.engines.ollama.engine import OllamaServer, serve
-from tutor.engines.ollama.protocol import MissingError, UnreachableError, check_version, normalised, shown_parameters
+from tutor.engines.ollama.protocol import (
+    MissingError,
+    UnreachableError,
+    check_version,
+    normalized_url,
+    parse_parameters,
+)
 from tutor.engines.protocol import Generation, greedy
 from tutor.errors import ArtifactError, RecipeError, ServiceError
 from tutor.prompt import GO_TEMPLATE, STOPS, Message, conversation
@@ -75,25 +81,25 @@ def engine(api: Ollama) -> OllamaServer:
     ],
 )
 def test_a_host_gets_the_port_that_ollama_has_and_not_that_of_the_scheme(given: str, address: str) -> None:
-    assert normalised(given) == address
+    assert normalized_url(given) == address
 
 
 def test_without_a_host_the_environment_decides_and_then_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OLLAMA_HOST", ' "ollama" ')
-    assert normalised(None) == "http://ollama:11434"
+    assert normalized_url(None) == "http://ollama:11434"
     monkeypatch.setenv("OLLAMA_HOST", "")
-    assert normalised(None) == "http://127.0.0.1:11434"
+    assert normalized_url(None) == "http://127.0.0.1:11434"
 
 
 @pytest.mark.parametrize("given", ["ftp://x", "http://", "x:port", "x:99999", "a b", "x?y=1", "http://[::1", "x/y#z"])
 def test_what_is_no_host_is_refused_with_the_forms_that_are(given: str) -> None:
     with pytest.raises(RecipeError, match="NAME:PORT"):
-        normalised(given)
+        normalized_url(given)
 
 
 def test_a_password_in_the_host_is_refused_and_not_repeated() -> None:
     with pytest.raises(RecipeError) as caught:
-        normalised("http://user:geheim@host:port")
+        normalized_url("http://user:geheim@host:port")
     assert "geheim" not in str(caught.value)
 
 
@@ -250,7 +256,7 @@ def test_an_error_that_is_a_bare_number_does_not_break_the_client(server: FakeOl
 
 def test_a_silent_server_is_given_up(server: FakeOllama, api: Ollama) -> None:
     server.script("GET /api/tags", fake.hang)
-    with pytest.raises(ServiceError, match="is silent"):
+    with pytest.raises(ServiceError, match="does not answer"):
         api.tags()
 
 
@@ -386,16 +392,16 @@ def test_a_context_that_was_full_is_warned_about(
         (fake.stream(), "ended after 0 pieces"),
         (fake.stream({"done": True, "done_reason": "load"}), "done_reason 'load'"),
         (fake.stream(fake.chunk(" a"), end="drop"), "broke"),
-        (fake.stream(fake.chunk(" a"), end="hang"), "is silent"),
+        (fake.stream(fake.chunk(" a"), end="hang"), "does not answer"),
         (fake.stream(fake.chunk(" a"), b'{"message": {"con'), "another form"),
         (fake.stream(fake.chunk(" a"), b"[]\n"), "another form"),
         (fake.stream(b"<html>hello\n"), "not Ollama"),
         (fake.stream(fake.chunk(" a"), {"error": "llama-server process has terminated"}), "terminated; memory may be"),
-        (fake.stream({"error": {"code": 400, "message": "deep"}}), "Ollama says: deep"),
-        (fake.stream({"error": '{"error":{"code":400,"message":"deeper"}}'}), "Ollama says: deeper"),
-        (fake.stream({"error": 12}), "Ollama says: 12"),
-        (fake.stream({"error": "12"}), "Ollama says: 12"),
-        (fake.stream({"error": None}), "Ollama says: None"),
+        (fake.stream({"error": {"code": 400, "message": "deep"}}), "Ollama reports: deep"),
+        (fake.stream({"error": '{"error":{"code":400,"message":"deeper"}}'}), "Ollama reports: deeper"),
+        (fake.stream({"error": 12}), "Ollama reports: 12"),
+        (fake.stream({"error": "12"}), "Ollama reports: 12"),
+        (fake.stream({"error": None}), "Ollama reports: None"),
         (fake.status(500, '{"error": "unable to load model"}'), r"\(500\): unable to load model"),
         (fake.status(400, '{"error": {"message": "no"}}'), r"\(400\): no"),
         (fake.status(500, ""), r"\(500\): nothing"),
@@ -532,5 +538,5 @@ def test_shown_parameters_are_read_as_go_writes_them() -> None:
     )
     text += "temperature                    1e-05\nuse_mmap    true\nodd    {1 2}"
     expected = {"num_ctx": 4096, "stop": ["\nInstrucción:", '"a" b'], "temperature": 1e-5, "use_mmap": True}
-    assert shown_parameters({"parameters": text}) == {**expected, "odd": "{1 2}"}
-    assert shown_parameters({}) == {}
+    assert parse_parameters({"parameters": text}) == {**expected, "odd": "{1 2}"}
+    assert parse_parameters({}) == {}

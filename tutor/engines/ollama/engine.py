@@ -1,7 +1,8 @@
-"""A model in Ollama as an `Engine`: conversations in, answers out, streamed.
+"""A model of an Ollama server as an `Engine`.
 
-Sends the history as it came and names every sampler; context and other load-time settings stay in the model, because
-another value would load it again. Nothing is cut silently: a prompt that does not fit is an error.
+In: a model's name, conversations. Out: streamed answers. Sends the unchanged history and names every sampler. Does not
+set the context or other load-time settings, because another value would load the model again. Truncates nothing: a
+prompt that is too long is an error.
 """
 
 import contextlib
@@ -11,17 +12,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tutor.engines.ollama.client import Ollama, connect
-from tutor.engines.ollama.protocol import REPEATED, MissingError, shown_parameters
+from tutor.engines.ollama.protocol import REPEATED, MissingError, parse_parameters
 from tutor.engines.protocol import Answer, Finish, Generation
 from tutor.errors import ServiceError
 from tutor.prompt import Message, render
 
 logger = logging.getLogger(__name__)
 
-TOP_K = 40  # Ollama's default
+TOP_K = 40
+"""Number of candidates for sampling, Ollama's default."""
 REPEATS = 30
-"""So many equal pieces, and Ollama ends an answer without its last event (llm/llama_server.go)."""
+"""Number of equal pieces after which Ollama ends an answer without its last event (llm/llama_server.go)."""
 FINISHES: dict[str, Finish] = {"stop": "stop", "length": "length"}
+"""Finish reasons by Ollama's `done_reason`."""
 
 
 @contextlib.contextmanager
@@ -32,7 +35,7 @@ def serve(model: str, host: str | None = None) -> Iterator["OllamaServer"]:
 
 
 class OllamaServer:
-    """An `Engine`: one model of an Ollama server, which says first what it is."""
+    """An `Engine`: one model of an Ollama server, whose description is read first."""
 
     name = "ollama"
 
@@ -44,13 +47,13 @@ class OllamaServer:
         self._server = server
         self._model = model
         self._thinks = "thinking" in shown.get("capabilities", ())
-        self.context: int | None = shown_parameters(shown).get("num_ctx")
+        self.context: int | None = parse_parameters(shown).get("num_ctx")
 
     def answer(
         self, messages: Sequence[Message], generation: Generation, on_text: Callable[[str], None] | None = None
     ) -> Answer:
         """The answer to the last message. Raises ServiceError when the server fails or ends without its last event."""
-        render(messages)  # turns that Ollama would drop or glue together are our mistake
+        render(messages)  # raises for turns that Ollama would drop or join
         started = time.monotonic()
         pieces: list[str] = []
         end: dict[str, Any] = {}
@@ -92,10 +95,10 @@ class OllamaServer:
             "stop": list(generation.stops),
         }
         if self.context:
-            # transformers' penalty sees the whole sequence; Ollama's default is 64 tokens.
+            # The penalty of transformers covers the full sequence; Ollama's default is 64 tokens.
             options["repeat_last_n"] = self.context
         body: dict[str, Any] = {"model": self._model, "messages": [dict(message) for message in messages]}
-        # Without `truncate` Ollama drops old turns, or the middle of a long one, and says nothing.
+        # With Ollama's default of `truncate` old turns, or the middle of a long one, would be dropped silently.
         body |= {"stream": True, "truncate": False, "options": options}
         return {**body, "think": False} if self._thinks else body
 
@@ -106,7 +109,7 @@ def _content(event: Mapping[str, Any]) -> str:
 
 
 def _why_unfinished(pieces: Sequence[str], end: Mapping[str, Any]) -> str:
-    """Why a stream is not a whole answer: a last event of another kind, Ollama's guard, or a server that went away."""
+    """Why a stream is no complete answer: another last event, Ollama's guard against loops, or a lost server."""
     if end:
         return f"the answer ended with done_reason {end.get('done_reason')!r}"
     last = {piece.strip() for piece in pieces[-REPEATS:]}

@@ -1,6 +1,6 @@
-"""What goes over Ollama's wire, without a connection: hosts, versions, parameters, events, and what its errors mean.
+"""Values of Ollama's API without a connection: hosts, versions, parameters, events, error texts.
 
-In: text of the server's. Out: plain values, or the ServiceError with the hint that belongs to it.
+In: text from the server. Out: plain values, or a ServiceError with the next step. Sends nothing.
 """
 
 import contextlib
@@ -17,9 +17,11 @@ from tutor.errors import RecipeError, ServiceError
 logger = logging.getLogger(__name__)
 
 PORT = 11434
+"""Ollama's default port."""
 OLDEST = (0, 30)
-"""From here on llama-server answers, and which template counts is as serving/builds.py checks it."""
-MEMORY = "memory may be short: try a smaller ollama.quantization or generate.context; the server's log says more"
+"""Minimum version: from here on llama-server generates, and the template is chosen as serving/builds.py checks."""
+MEMORY = "memory may be short: try a smaller ollama.quantization or generate.context; see the server's log"
+"""Next step of an error that a lack of memory may cause."""
 HINTS = {
     r"model .* not found|not found, try pulling": "publish it: tutor publish; what is there: tutor models",
     r"context (size|length)": "ask something shorter, or raise generate.context and publish again",
@@ -29,27 +31,28 @@ HINTS = {
     r"no space left": "free some: a model needs up to three times its size while it is created",
     r"busy|maximum pending": "others are being answered: try again later",
 }
-"""What to do next, by what the server says."""
+"""Next steps by a pattern of the server's error text."""
 REPEATED = "aborted: the model repeated one token over and over"
+"""Error text of Ollama's guard against loops."""
 
 
 class UnreachableError(ServiceError):
-    """No server answers there."""
+    """No server answers at the host."""
 
 
 class MissingError(ServiceError):
     """The server has no such model, blob or address."""
 
 
-def normalised(host: str | None) -> str:
-    """`host`, else OLLAMA_HOST, else this machine, as a URL with its port. Raises RecipeError for what is no host."""
+def normalized_url(host: str | None) -> str:
+    """`host`, else OLLAMA_HOST, else this machine, as a URL with its port. Raises RecipeError for an invalid host."""
     given = (host or os.environ.get("OLLAMA_HOST", "")).strip(" \"'") or "127.0.0.1"
     hint = "give it as NAME, NAME:PORT or http://NAME:PORT"
     if "@" in given:
         raise RecipeError("Ollama's host holds a user name, which would stand in logs", hint)
     try:
         parts = urlsplit(given if "://" in given else f"http://{given}")
-        # Ollama's own port also behind http://: the package would take 80.
+        # Ollama's port also for http://, where the package would take 80.
         name, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else PORT)
     except ValueError as error:
         raise RecipeError(f"Ollama's host is {given!r}: {error}", hint) from None
@@ -60,24 +63,24 @@ def normalised(host: str | None) -> str:
         or parts.fragment
     ):
         raise RecipeError(f"Ollama's host is {given!r}", hint)
-    # What a server listens on is no address to connect to.
+    # An address to listen on is no address to connect to.
     name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)  # noqa: S104
     return f"{parts.scheme}://{f'[{name}]' if ':' in name else name}:{port}{parts.path.rstrip('/')}"
 
 
 def check_version(version: str) -> None:
-    """Raise ServiceError for a server that is too old; warn once about one that does not say."""
+    """Raise ServiceError for a version that is too old; log a warning for an unknown one."""
     found = re.match(r"v?(\d+)\.(\d+)", version)
     number = (int(found[1]), int(found[2])) if found else (0, 0)
     if number == (0, 0):
-        logger.warning("Ollama says version %s (built from source?): taken as new enough", version)
+        logger.warning("Ollama has version %s (built from source?): accepted as new enough", version)
     elif number < OLDEST:
         wanted = ".".join(map(str, OLDEST))
         raise ServiceError(f"Ollama {version} is too old: {wanted} or newer is needed", "update the server")
 
 
-def shown_parameters(shown: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of an answer of /api/show, which writes them as Go text; `stop` is a list."""
+def parse_parameters(shown: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters in a response of /api/show, which has them as Go text; `stop` is a list."""
     found: dict[str, Any] = {}
     for line in str(shown.get("parameters") or "").split("\n"):
         name, _, text = line.strip().partition(" ")
@@ -92,27 +95,27 @@ def shown_parameters(shown: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def stranger(host: str, why: str) -> ServiceError:
-    """For what answers in a way that Ollama does not."""
+def not_ollama(host: str, why: str) -> ServiceError:
+    """The error for a server that is not Ollama."""
     return ServiceError(f"what answers at {host} is not Ollama: {why}", "a proxy, or another program? give --host")
 
 
-def refusal(host: str, error: object, status: int) -> ServiceError:
-    """For an error that the server sent, under a status or (-1) inside a stream."""
-    what = said(error)
+def server_error(host: str, error: object, status: int) -> ServiceError:
+    """The error for a server's error with an HTTP status, or -1 inside a stream."""
+    what = error_text(error)
     if what.startswith("<"):
-        return stranger(host, f"it answers {status} with a web page")
+        return not_ollama(host, f"it answers {status} with a web page")
     if 300 <= status < 400 or (status == 404 and "model" not in what):
-        return stranger(host, f"it answers {status} to what Ollama knows ({what[:60] or 'no text'})")
+        return not_ollama(host, f"it answers {status} to a request that Ollama knows ({what[:60] or 'no text'})")
     if "token repeat limit" in what:
         return ServiceError(f"Ollama {REPEATED}")
     hint = next((hint for pattern, hint in HINTS.items() if re.search(pattern, what)), None)
     number = f" ({status})" if status > 0 else ""
-    return (MissingError if status == 404 else ServiceError)(f"Ollama says{number}: {what or 'nothing'}", hint)
+    return (MissingError if status == 404 else ServiceError)(f"Ollama reports{number}: {what or 'nothing'}", hint)
 
 
-def said(error: object) -> str:
-    """The message in an error, however it is wrapped: llama-server's come as JSON in a string."""
+def error_text(error: object) -> str:
+    """The message in an error at any depth: llama-server's errors are JSON in a string."""
     while not isinstance(error, str):
         if not isinstance(error, dict) or not error:
             return str(error)[:300]
@@ -120,12 +123,12 @@ def said(error: object) -> str:
     with contextlib.suppress(ValueError):
         inner = json.loads(error)
         if isinstance(inner, dict):
-            return said(inner)
+            return error_text(inner)
     return error.strip()[:300]
 
 
 def json_object(text: bytes) -> dict[str, Any]:
-    """A JSON object. Raises ollama's ResponseError for one that holds an error, ValueError for anything else."""
+    """Parse a JSON object. Raises ollama's ResponseError for one with an error, ValueError for anything else."""
     from ollama import ResponseError
 
     value = json.loads(text)
@@ -136,11 +139,11 @@ def json_object(text: bytes) -> dict[str, Any]:
     return value
 
 
-def lines_of(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines between newlines; httpx's own would also end one at the U+0085 that a model may write."""
+def split_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Lines separated by newlines alone; httpx would also split at the U+0085 that a model may write."""
     rest = b""
     for chunk in chunks:
-        *whole, rest = (rest + chunk).split(b"\n")
-        yield from (line for line in whole if line.strip())
+        *complete, rest = (rest + chunk).split(b"\n")
+        yield from (line for line in complete if line.strip())
     if rest.strip():
         yield rest

@@ -1,4 +1,7 @@
-"""What a model in Ollama answers to a conversation, token by token, as far as its API tells."""
+"""Greedy traces of a model in Ollama, with the log-probabilities that its API returns.
+
+In: a server, a model's name, a conversation. Out: a `Trace`. Compares nothing.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,9 +33,9 @@ def trace(server: Ollama, model: str, messages: Sequence[Message], tokens: int) 
     return Trace(tuple(steps), finish, int(end.get("prompt_eval_count", 0)))
 
 
-def _step(text: str, said: Sequence[Mapping[str, Any]]) -> Step:
-    """A piece of an answer. Of a character in several tokens Ollama tells the last one's probability alone."""
-    if len(said) != 1 or said[0].get("token") != text:
-        return Step(text, None, tokens=max(len(said), 1))
-    top = candidates((entry["token"], float(entry["logprob"])) for entry in said[0].get("top_logprobs") or ())
-    return Step(text, float(said[0]["logprob"]), top)
+def _step(text: str, logprobs: Sequence[Mapping[str, Any]]) -> Step:
+    """A piece of an answer. For a character of several tokens Ollama returns only the last one's probability."""
+    if len(logprobs) != 1 or logprobs[0].get("token") != text:
+        return Step(text, None, tokens=max(len(logprobs), 1))
+    top = candidates((entry["token"], float(entry["logprob"])) for entry in logprobs[0].get("top_logprobs") or ())
+    return Step(text, float(logprobs[0]["logprob"]), top)
