@@ -3,30 +3,23 @@
 import json
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import fake_ollama as fake
-from support.fake_ollama import FakeOllama
 from support.parity_folders import trace, write_parity
 from support.published import SYSTEM, make_stages
 
-from tutor.artifacts.disk import remove
-from tutor.artifacts.manifest import find_damage, read_manifest, require_stage
-from tutor.artifacts.stage_folder import writing
+from tutor.artifacts.manifest import find_damage, read_manifest
 from tutor.cli import summary
 from tutor.engines.trace import END, Score, Step, Trace, divergence
-from tutor.errors import ArtifactError, GateError
+from tutor.errors import GateError
 from tutor.pipeline import runner as pipeline
 from tutor.pipeline.registry import BY_NAME
 from tutor.prompt import render
 from tutor.recipe.quantizations import KINDS
 from tutor.recipe.settings import BUDGETS, OllamaSettings, ParitySettings, Recipe, read_recipe
-from tutor.serving import publish
-from tutor.serving.ollama_parity import read_reference
 from tutor.stages.parity.compare import SUBJECTS, Comparison, Observation, Tolerance, compare_engines
 from tutor.stages.parity.conversations import CODE, EMOJI, SPECIALS, Conversation, conversations
 from tutor.stages.parity.gate import HandOff, hand_off, parity_table, quantization_tolerance, refusal
@@ -405,125 +398,6 @@ def test_a_refused_stage_is_neither_up_to_date_nor_made_again(recipe: Recipe, bu
     assert state.condition in pipeline.MADE
     assert pipeline.differences(state) == [NO["message"]]
     assert replace(state, fields={}).condition == "stale", "another input is another question"
-
-
-# Publishing
-
-
-@pytest.fixture
-def server() -> Iterator[FakeOllama]:
-    with fake.running() as running:
-        yield running
-
-
-def test_nothing_is_published_that_the_gate_refused(server: FakeOllama, recipe: Recipe, build: Path) -> None:
-    write_parity(recipe, build, refused=NO)
-    with pytest.raises(GateError, match="diverges in its tokens"):
-        publish.publish(recipe, build, host=server.host)
-    assert server.requests == []
-
-
-def test_nothing_is_published_without_the_gate(server: FakeOllama, recipe: Recipe, build: Path) -> None:
-    remove(build / "small/parity")
-    with pytest.raises(ArtifactError, match="parity is not there; run: tutor run --until parity"):
-        publish.publish(recipe, build, host=server.host)
-    make_stages(recipe, build)
-    with writing(build / "small/gguf", "convert", {}) as (out, _):
-        fake.write_gguf(out / "tutor-Q8_0.gguf", size=3000)
-    with pytest.raises(ArtifactError, match=r"was made of another input\.convert"):
-        publish.publish(recipe, build, host=server.host)
-    assert server.requests == []
-
-
-def test_what_is_published_is_compared_before_it_is_latest(server: FakeOllama, recipe: Recipe, build: Path) -> None:
-    result = publish.publish(recipe, build, host=server.host)
-    assert result["parity"]["state"] == "same"
-    figures = {check["name"]: check["figures"] for check in result["parity"]["checks"]}
-    assert figures["prompt"]["equal"] == figures["prompt"]["of"] == len(read_reference(build / "small/parity").seen)
-    assert figures["greedy answer"]["agreed"] == figures["greedy answer"]["steps"] > 40
-    assert any("Q8_0 -> Ollama" in line for line in publish.published_lines(result))
-    order = [where for where, body in server.requests if not (body and "_debug_render_only" in body)]
-    assert max(place for place, where in enumerate(order) if where == "POST /api/chat") < order.index("POST /api/copy")
-
-
-@pytest.mark.parametrize(
-    ("spoil", "what"),
-    [
-        (lambda server: setattr(server, "says", lambda _: [(" Otra", -0.1)]), "greedy answer.*' Una'.* and ' Otra'"),
-        (lambda server: setattr(server, "says", lambda _: [(" Una", -2.1)]), "log-probabilities.*-0.10 and -2.10"),
-        (lambda server: setattr(server, "counts", lambda prompt: 1 + len(prompt.split())), r"tokens: .*\d+ tokens and"),
-    ],
-    ids=["another model", "other weights", "a second BOS"],
-)
-def test_an_ollama_that_answers_otherwise_serves_nothing(
-    server: FakeOllama, recipe: Recipe, build: Path, spoil: Any, what: str
-) -> None:
-    spoil(server)
-    with pytest.raises(GateError, match=rf"Q8_0 -> Ollama \(publish\) diverges in its {what}"):
-        publish.publish(recipe, build, host=server.host)
-    assert server.models == {}
-
-
-def test_a_server_that_hides_its_prompts_is_compared_by_their_tokens(
-    server: FakeOllama, recipe: Recipe, build: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    server.shows_prompts = False
-    result = publish.publish(recipe, build, host=server.host)
-    figures = {check["name"]: check["figures"] for check in result["parity"]["checks"]}
-    assert figures["prompt"]["of"] == 0
-    assert figures["tokens"]["equal"] == figures["tokens"]["of"] > 5
-    assert "only their numbers of tokens are compared" in caplog.text
-
-
-# Later, against what is served
-
-
-def test_what_is_served_is_compared_again_at_any_time(server: FakeOllama, recipe: Recipe, build: Path) -> None:
-    publish.publish(recipe, build, host=server.host)
-    for _ in range(2):
-        result = publish.compare_published(recipe, build, host=server.host)
-        assert [item["state"] for item in result["hand_offs"]] == ["same"]
-        assert "refused" not in result
-    assert require_stage(build / "small/parity-ollama", "parity-ollama").results == result
-
-
-def test_a_model_replaced_after_publishing_is_known_by_its_digest(
-    server: FakeOllama, recipe: Recipe, build: Path
-) -> None:
-    publish.publish(recipe, build, host=server.host)
-    replaced = server.models["tutor:latest"]
-    server.models["tutor:latest"] = fake.Model({**replaced.body, "system": "x"}, replaced.facts, replaced.blob)
-    result = publish.compare_published(recipe, build, host=server.host)
-    assert "someone created or copied another model" in result["refused"]["hint"]
-    assert "digest" in result["refused"]["message"]
-    assert "another model" in "\n".join(parity_table(result["hand_offs"]))
-
-
-def test_without_a_record_of_the_digest_the_answers_tell(server: FakeOllama, recipe: Recipe, build: Path) -> None:
-    publish.publish(recipe, build, host=server.host)
-    (build / "small/model/published.json").unlink()
-    assert "refused" not in publish.compare_published(recipe, build, host=server.host)
-    server.says = lambda _: [(" Otra", -0.1), (" cosa", -0.1)]
-    assert "greedy answer" in publish.compare_published(recipe, build, host=server.host)["refused"]["message"]
-
-
-@pytest.mark.slow
-def test_the_command_shows_the_table_and_exits_8(
-    server: FakeOllama, recipe: Recipe, build: Path, tutor: Any, tmp_path: Path
-) -> None:
-    path = tmp_path / "small.toml"
-    path.write_text(f"system = '{SYSTEM}'\n[ollama]\nquantization = 'Q8_0'\n", "utf-8")
-    command = ("parity", "--host", server.host, "-r", path, "-b", build)
-    publish.publish(recipe, build, host=server.host)
-    done = tutor(*command)
-    assert (done.returncode, "Q8_0 -> Ollama" in done.stdout) == (0, True), done.stderr
-    server.says = lambda _: [(" Otra", -0.1)]
-    done = tutor(*command)
-    assert done.returncode == 8
-    assert "<- diverges" in done.stdout
-    assert "Error: Q8_0 -> Ollama (publish) diverges in its greedy answer" in done.stderr
-    done = tutor(*command, "--json")
-    assert json.loads(done.stdout)["refused"]["message"].startswith("Q8_0 -> Ollama")
 
 
 def test_the_summary_shows_the_hand_offs(recipe: Recipe) -> None:
