@@ -127,12 +127,14 @@ def ours(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     quiet()
     from tutor.artifacts.stage_folder import log_folder
     from tutor.cli.progress import log_on_stderr
+    from tutor.machine.capacity import plan_training
     from tutor.stages.train import stage as train
 
     with tempfile.TemporaryDirectory(dir=work) as scratch, log_on_stderr():
         out = Path(scratch) / "adapter"
         out.mkdir()
-        results = train.run(recipe(options, work), {"data": work / "data", "base": work / "base"}, out)
+        chosen, inputs = recipe(options, work), {"data": work / "data", "base": work / "base"}
+        results = train.run(chosen, inputs, out, plan_training(chosen, inputs))
         lines = [json.loads(line) for line in (log_folder(out) / "metrics.jsonl").read_text("utf-8").splitlines()]
     times = [line["seconds"] for line in lines]
     return measured(times, [line["loss"] for line in lines], results["rows"], results["tokens_per_epoch"], options)

@@ -21,12 +21,12 @@ from support.files import write_rows
 
 from tutor.errors import HostError
 from tutor.formats.models import base_source
-from tutor.machine import capacity, doctor, host, preflight
+from tutor.machine import capacity, device, doctor, host, preflight, run_cost
+from tutor.machine.device import DeviceMemory
 from tutor.machine.host import MIB, Gpu, Memory, Processor
-from tutor.machine.memory import row_lengths as lengths
-from tutor.machine.memory.estimate import SHAPES
-from tutor.machine.memory.plan import Wanted
-from tutor.machine.memory.row_lengths import Rows
+from tutor.machine.memory.plan import MemoryRequest
+from tutor.machine.memory.row_lengths import RowLengths, find_row_lengths, largest_batch
+from tutor.machine.memory.shapes import SHAPES
 from tutor.pipeline import runner as pipeline
 from tutor.recipe.settings import Recipe, read_recipe
 
@@ -42,7 +42,7 @@ CONFIG = {
     "vocab_size": 128256,
 }
 CPU = Processor("a processor", 2, ("avx2",))
-ANY = Wanted("nf4", "auto", "bf16", tokens=1024, rank=8, targets=("q_proj",))
+ANY = MemoryRequest("nf4", "auto", "bf16", tokens=1024, rank=8, targets=("q_proj",))
 HEADING = "| NVIDIA-SMI 580.95.05   Driver Version: 580.95.05   CUDA Version: 13.0     |\n"
 NVIDIA_SMI = """#!/bin/sh
 case "$*" in
@@ -288,8 +288,8 @@ def test_a_packages_gguf_tells_its_shape(machine, based_on, tmp_path, monkeypatc
 # Rows
 
 
-def rows_of(recipe: Recipe, build: Path) -> Rows | None:
-    return lengths.rows_of(recipe, build, build / recipe.name / "base")
+def rows_of(recipe: Recipe, build: Path) -> RowLengths | None:
+    return find_row_lengths(recipe, build, build / recipe.name / "base")
 
 
 def test_rows_are_measured_by_the_split_and_before_it_by_the_file(machine, based_on, recipe_file, tmp_path):
@@ -400,25 +400,27 @@ def test_a_precision_that_would_fail_later_is_refused_now(machine, based_on, tmp
 def test_without_bf16_a_gpu_computes_in_fp16_and_a_cpu_in_fp32(based_on):
     train = based_on().train
     old = Gpu(0, "T4", "580", (7, 5), 1, 1)
-    assert capacity.wanted_of(train, None, old, CPU).precision == "fp16"
-    assert capacity.wanted_of(train, None, None, CPU).precision == "fp32"
-    assert capacity.wanted_of(train, None, None, Processor("x", 2, ("bf16",))).precision == "bf16"
+    assert device.precision_on(train.precision, old, CPU) == "fp16"
+    assert device.precision_on(train.precision, None, CPU) == "fp32"
+    assert device.precision_on(train.precision, None, Processor("x", 2, ("bf16",))) == "bf16"
 
 
 def test_a_row_is_never_estimated_longer_than_the_recipe_allows(based_on):
     train = based_on(max_length=256, batch_size=4, packing=False).train
-    assert capacity.wanted_of(train, Rows([9000] * 9, 1), None, CPU).tokens == 1024
-    assert capacity.wanted_of(train, Rows([100] * 9, 1), None, CPU).tokens == 400
-    assert capacity.wanted_of(train, None, None, CPU).longest == 256
+    assert largest_batch(train, RowLengths([9000] * 9, 1)) == (1024, 256)
+    assert largest_batch(train, RowLengths([100] * 9, 1)) == (400, 100)
+    assert largest_batch(train, None) == (1024, 256)
 
 
 def test_main_memory_that_others_use_is_a_warning_and_too_little_of_it_a_refusal(caplog):
     training = SimpleNamespace(gpu=False)
-    short = capacity.Fit(training, ANY, {"weights": 8 * GIB}, "this machine", 16 * GIB, 4 * GIB, {})
+    machine = DeviceMemory(4 * GIB, 16 * GIB, "this machine", gpu=False)
+    short = capacity.Fit(training, ANY, {"weights": 8 * GIB}, machine, {})
     with caplog.at_level("WARNING"):
         capacity.refuse_memory(short)
     assert "the rest is held by other programs" in caplog.text
-    beyond = capacity.Fit(training, ANY, {"weights": 8 * GIB}, "this container", 4 * GIB, 4 * GIB, {"max_length": 256})
+    container = DeviceMemory(4 * GIB, 4 * GIB, "this container", gpu=False)
+    beyond = capacity.Fit(training, ANY, {"weights": 8 * GIB}, container, {"max_length": 256})
     with pytest.raises(HostError, match=r"this container has 4.3 GB; set train.max_length = 256"):
         capacity.refuse_memory(beyond)
 
@@ -451,25 +453,25 @@ def test_a_disk_without_room_for_the_chain_is_refused_with_its_stages(machine, b
 
 def test_what_the_hub_sent_already_needs_no_room(machine, based_on, tmp_path):
     recipe = based_on()
-    before = capacity.disk_sizes(recipe, LARGE, ["base"])
+    before = run_cost.disk_sizes(recipe, LARGE, ["base"])
     assert before == {"hub": 2 * LARGE.parameters}
     snapshot = base_source.hub_snapshot(recipe.base.source)
     snapshot.mkdir(parents=True)
     with (snapshot / "model-00001-of-00002.safetensors").open("wb") as file:
         file.truncate(9 * 10**9)
-    assert capacity.disk_sizes(recipe, LARGE, ["base"])["hub"] == before["hub"] - 9 * 10**9
+    assert run_cost.disk_sizes(recipe, LARGE, ["base"])["hub"] == before["hub"] - 9 * 10**9
     (snapshot / "model-00002-of-00002.safetensors").symlink_to("gone")
-    assert capacity.disk_sizes(recipe, LARGE, ["base"])["hub"] == before["hub"] - 9 * 10**9
+    assert run_cost.disk_sizes(recipe, LARGE, ["base"])["hub"] == before["hub"] - 9 * 10**9
     with (snapshot / "model-00003-of-00003.safetensors").open("wb") as file:
         file.truncate(9 * 10**9)
-    assert capacity.disk_sizes(recipe, LARGE, ["base"]) == {}
+    assert run_cost.disk_sizes(recipe, LARGE, ["base"]) == {}
 
 
 def test_needs_on_one_disk_add_up(tmp_path):
     _, _, free = host.free_disk(tmp_path)
     half = free * 2 // 3
-    assert capacity.short_disks([(tmp_path / "a", half)]) == []
-    ((place, left, need),) = capacity.short_disks([(tmp_path / "a" / "b", half), (tmp_path, half)])
+    assert run_cost.short_disks([(tmp_path / "a", half)]) == []
+    ((place, left, need),) = run_cost.short_disks([(tmp_path / "a" / "b", half), (tmp_path, half)])
     assert (place, need) == (tmp_path, 2 * half)
     assert left < need
 

@@ -124,6 +124,7 @@ PLUMBING = {
         *(f"artifacts/{name}.py" for name in ("disk", "hashing", "layout", "manifest", "stage_folder")),
         "errors.py",
         "formats/models/model_folder.py",
+        "machine/run_cost.py",
         "recipe/quantizations.py",
         "recipe/settings.py",
     ),

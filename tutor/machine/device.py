@@ -1,56 +1,126 @@
-"""The device that computes: its precision, and the memory that it has for models.
+"""The device that computes: the precision it computes in, and the memory that is available for models.
 
-In: a recipe's setting, PyTorch's answers, this process's place among those of a training. Out: plain values.
+In: a recipe's setting, the GPU and processor that host.py finds, PyTorch's view of this process. Out: plain values, or
+a HostError. The only decisions about precision and available memory. torch and psutil are imported where a function
+needs this process's own device. Does not estimate what a model takes: memory/estimate.py does.
 """
+
+from dataclasses import dataclass
+from pathlib import Path
 
 from tutor.errors import HostError
 from tutor.machine import distributed, host
-from tutor.machine.host import CUDA
+from tutor.machine.host import CUDA, Gpu, Processor
 
-CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
-"""Processor features (x86, Arm) that multiply in bf16 themselves; without them it is slower than fp32."""
+CUDA_CAPABILITY = (7, 5)
+"""Minimum compute capability of the pinned CUDA 13 wheels."""
+
+BF16_CAPABILITY = (8, 0)
+"""Minimum compute capability with native bf16; PyTorch's is_bf16_supported() accepts emulation (docs/facts.md, 4)."""
+
+UNLIMITED = 1 << 62
+"""Bytes that stand for memory of unknown size."""
 
 
-def choose_precision(wanted: str) -> str:
-    """bf16, fp16 or fp32: as wanted, or for "auto" what this machine computes natively. Raises HostError."""
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Memory that models are loaded into, in bytes."""
+
+    available: int
+    total: int
+    device: str  # name for messages
+    gpu: bool
+
+
+def choose_precision(setting: str) -> str:
+    """bf16, fp16 or fp32 for train.precision on PyTorch's device. Raises HostError where the device lacks it."""
     import torch
 
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    features = torch.cpu.get_capabilities()
-    return decide_precision(wanted, capability, cpu_bf16=any(features.get(name) for name in CPU_BF16))
+    refuse_precision(setting, capability)
+    return decide_precision(setting, capability, cpu_bf16=host.processor().multiplies_bf16)
 
 
-def decide_precision(wanted: str, capability: tuple[int, int] | None, *, cpu_bf16: bool) -> str:
-    """The same for a GPU of that compute capability, or none and a CPU that has bf16 itself or not.
+def precision_on(setting: str, gpu: Gpu | None, cpu: Processor) -> str:
+    """bf16, fp16 or fp32 for train.precision on this GPU, or without one on this CPU; refuses nothing."""
+    return decide_precision(setting, gpu.capability if gpu else None, cpu_bf16=cpu.multiplies_bf16)
 
-    bf16 needs 8.0; PyTorch's own is_bf16_supported() says yes to emulation (docs/facts.md, 4). Below it fp16 computes,
-    with loss scaling, over adapters in fp32.
+
+def decide_precision(setting: str, capability: tuple[int, int] | None, *, cpu_bf16: bool) -> str:
+    """The setting, or for "auto" what the device computes natively.
+
+    `capability` is the GPU's compute capability, None without a GPU; `cpu_bf16` whether the CPU has bf16 instructions.
+    A GPU without bf16 computes in fp16, with loss scaling and fp32 adapters; a CPU without bf16 in fp32.
     """
+    if setting != "auto":
+        return setting
     if capability is None:
-        if wanted == "fp16":
+        return "bf16" if cpu_bf16 else "fp32"
+    return "bf16" if capability >= BF16_CAPABILITY else "fp16"
+
+
+def refuse_precision(setting: str, capability: tuple[int, int] | None, name: str = "this GPU") -> None:
+    """Raise HostError for a precision that the device does not have."""
+    if capability is None:
+        if setting == "fp16":
             raise HostError("fp16 needs a GPU", "set train.precision to auto, bf16 or fp32")
-        return ("bf16" if cpu_bf16 else "fp32") if wanted == "auto" else wanted
-    native = capability >= (8, 0)
-    if wanted == "bf16" and not native:
-        raise HostError("this GPU has no native bf16 (compute capability below 8.0)", "set train.precision to auto")
-    return ("bf16" if native else "fp16") if wanted == "auto" else wanted
+    elif setting == "bf16" and capability < BF16_CAPABILITY:
+        found = f"{name} has compute capability {capability[0]}.{capability[1]}"
+        raise HostError(f"{found}, which has no native bf16", "set train.precision to auto")
 
 
-def room() -> tuple[int, int]:
-    """Bytes where models are loaded, on this process's GPU or its part of RAM: free, what it holds included; and all.
+def refuse_gpu(setting: str, gpu: Gpu | None) -> None:
+    """Raise HostError for a GPU that the pinned CUDA does not support, or a precision that the device does not have."""
+    if gpu is not None and gpu.capability < CUDA_CAPABILITY:
+        found = f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}"
+        raise HostError(f"{found}; the pinned CUDA needs 7.5", "hide it with CUDA_VISIBLE_DEVICES= to use the CPU")
+    refuse_precision(setting, gpu.capability if gpu else None, gpu.name if gpu else "")
 
-    Of all GPUs together where the model is sharded over them.
+
+def reported_memory(gpu: Gpu | None) -> DeviceMemory:
+    """Memory as driver and kernel report it, of this GPU or without one of the machine; needs no torch."""
+    if gpu is not None:
+        return DeviceMemory(gpu.free, gpu.total, gpu.name, gpu=True)
+    memory = host.memory()
+    if memory is None:
+        return DeviceMemory(UNLIMITED, UNLIMITED, "this machine", gpu=False)
+    name = "this container" if memory.limit else "this machine"
+    return DeviceMemory(memory.available, memory.total, name, gpu=False)
+
+
+def training_memory() -> DeviceMemory:
+    """Memory for this process's training, what it already holds included: of its GPU, or its part of main memory.
+
+    Where FSDP shards the model: of all GPUs together.
     """
     import psutil
     import torch
 
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
-        cards = distributed.world_size() if distributed.is_sharded() else 1
-        return min(int(free + CUDA), total) * cards, total * cards
-    memory, own, sharers = host.memory(), psutil.Process().memory_info(), distributed.local_world_size()
+        gpus = distributed.world_size() if distributed.is_sharded() else 1
+        name = torch.cuda.get_device_name()
+        return DeviceMemory(min(int(free + CUDA), total) * gpus, total * gpus, name, gpu=True)
+    processes, own = distributed.local_world_size(), psutil.Process().memory_info()
+    memory = host.memory()
     if memory is None:
         machine = psutil.virtual_memory()
-        return int(machine.available) // sharers, int(machine.total) // sharers
-    total = memory.total // sharers
-    return min(memory.available // sharers + own.rss - own.shared, total), total
+        available, total = int(machine.available) // processes, int(machine.total) // processes
+        return DeviceMemory(available, total, "this machine", gpu=False)
+    total = memory.total // processes
+    available = min(memory.available // processes + own.rss - own.shared, total)
+    return DeviceMemory(available, total, "this container" if memory.limit else "this machine", gpu=False)
+
+
+def loading_memory(root: Path = Path("/")) -> DeviceMemory:
+    """Memory for one more model that this process loads now: of its GPU, or of main memory without swap."""
+    import torch
+
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return DeviceMemory(int(free), int(total), torch.cuda.get_device_name(), gpu=True)
+    memory = host.memory(root)
+    if memory is None:
+        return DeviceMemory(UNLIMITED, UNLIMITED, "this machine", gpu=False)
+    name = "this container" if memory.limit else "this machine"
+    return DeviceMemory(memory.in_ram, memory.total, name, gpu=False)

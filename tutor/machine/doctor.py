@@ -14,23 +14,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tutor.artifacts.layout import BuildFolder
-from tutor.artifacts.manifest import read_manifest
 from tutor.engines.llamacpp import build as llamacpp_build
 from tutor.engines.ollama.client import connect
 from tutor.engines.ollama.protocol import UnreachableError, check_version
-from tutor.errors import ArtifactError, HostError, TutorError
+from tutor.errors import HostError, TutorError
 from tutor.graders.typescript import install as typescript_install
-from tutor.machine import capacity, host, preflight
-from tutor.machine.memory import estimate
+from tutor.machine import capacity, device, host, preflight
+from tutor.machine.memory.estimate import gb
 from tutor.recipe.settings import Recipe
 
 State = Literal["ok", "warning", "missing"]
 
 RUN, STACK, SERVE = "tutor run", "make all", "tutor publish"
 """Who needs a thing: the stages in this environment, the containers, Ollama."""
-TIMED_STAGES = (*capacity.WEIGHT_STAGES, "evaluate")
-"""Stages whose duration is estimated."""
 ANSWER = 2.0  # seconds for Ollama to say its version
 KNOWN_BAD = (
     ("transformers", (5, 0), (5, 22, 2), "drops every blank of an R1-Distill-Llama text"),
@@ -109,48 +105,7 @@ def examine(recipe: Recipe | None, build: Path) -> Report:
         capacity.refuse(recipe, build, to_do)
     except HostError as error:
         refusal = error
-    return Report(tuple(checks), taken(recipe, build, shape, next(iter(gpus), None)), refusal)
-
-
-def taken(recipe: Recipe, build: Path, shape: estimate.Shape | None, gpu: host.Gpu | None) -> dict[str, Any]:
-    """What a recipe takes here: memory by part, disk and seconds by stage; nulls where it cannot be estimated."""
-    result: dict[str, Any] = {"path": str(recipe.path), "base": recipe.base.source, "parameters": None}
-    if shape is None:
-        return {**result, "memory": None, "disk": None, "seconds": None, "measured": []}
-    fit = capacity.fit(recipe, build, shape, gpu)
-    measured = last_seconds(recipe, build)
-    roughly = capacity.seconds(recipe, shape, fit, gpu)
-    return {
-        **result,
-        "parameters": shape.parameters,
-        "memory": {
-            "device": fit.device,
-            "gpu": fit.gpu,
-            "total": fit.total,
-            "free": fit.free,
-            "need": fit.need,
-            "parts": dict(fit.parts),
-            "pass_tokens": fit.training.tokens,
-            "fits": fit.certain <= fit.total,
-            "tight": fit.certain <= fit.total < fit.need,
-            "settings": fit.change,
-        },
-        "disk": capacity.disk_sizes(recipe, shape, [*capacity.WEIGHT_STAGES, "publish"]),
-        "seconds": {
-            name: measured.get(name, roughly.get(name)) for name in TIMED_STAGES if name in {**roughly, **measured}
-        },
-        "measured": list(measured),
-    }
-
-
-def last_seconds(recipe: Recipe, build: Path) -> dict[str, float]:
-    """How long the stages took that are there, as their manifests say."""
-    found = {}
-    for name in TIMED_STAGES:
-        with contextlib.suppress(ArtifactError):
-            if manifest := read_manifest(BuildFolder(build, recipe.name).stage(name)):
-                found[name] = manifest.seconds
-    return found
+    return Report(tuple(checks), capacity.forecast(recipe, build, shape, next(iter(gpus), None)), refusal)
 
 
 def gpu_checks(gpus: list[host.Gpu]) -> Iterator[Check]:
@@ -160,7 +115,7 @@ def gpu_checks(gpus: list[host.Gpu]) -> Iterator[Check]:
         return
     several = f"{len(gpus)} are visible; training takes one" if len(gpus) > 1 else ""
     for gpu in gpus:
-        memory = f"{gpu.name}, {estimate.gb(gpu.total)}, {estimate.gb(gpu.free)} free"
+        memory = f"{gpu.name}, {gb(gpu.total)}, {gb(gpu.free)} free"
         yield Check(
             "GPU",
             "warning" if several else "ok",
@@ -169,9 +124,9 @@ def gpu_checks(gpus: list[host.Gpu]) -> Iterator[Check]:
         )
     first = gpus[0]
     capability = ".".join(map(str, first.capability))
-    if first.capability < capacity.CAPABILITY:
+    if first.capability < device.CUDA_CAPABILITY:
         yield Check("compute capability", "missing", capability, "7.5 is needed; CUDA_VISIBLE_DEVICES= uses the CPU")
-    elif first.capability < capacity.NATIVE_BF16:
+    elif first.capability < device.BF16_CAPABILITY:
         yield Check("compute capability", "warning", capability, "no bf16 below 8.0: training uses fp16")
     else:
         yield Check("compute capability", "ok", capability)
@@ -198,7 +153,7 @@ def machine_checks(build: Path) -> Iterator[Check]:
         yield Check("memory", "warning", "unknown", "/proc/meminfo cannot be read")
     else:
         limit = ", the container's limit" if memory.limit else ""
-        yield Check("memory", "ok", f"{estimate.gb(memory.total)}{limit}, {estimate.gb(memory.available)} free")
+        yield Check("memory", "ok", f"{gb(memory.total)}{limit}, {gb(memory.available)} free")
     cpu = host.processor()
     found = f"{cpu.name}, {cpu.cores} cores{''.join(f', {name}' for name in cpu.features)}"
     vectors = any(name in cpu.features for name in host.VECTOR_FEATURES)
@@ -206,7 +161,7 @@ def machine_checks(build: Path) -> Iterator[Check]:
     _, place, free = host.free_disk(build)
     writable = os.access(place, os.W_OK)
     hint = "" if writable else "nothing can be written there: give another --build"
-    yield Check("disk", "ok" if writable else "missing", f"{estimate.gb(free)} free on that of {place}", hint)
+    yield Check("disk", "ok" if writable else "missing", f"{gb(free)} free on that of {place}", hint)
 
 
 def package_checks() -> Iterator[Check]:

@@ -9,15 +9,23 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ASKING = 60  # seconds until a program has answered
 MIB = 1 << 20
 CUDA = 0.5e9
 """Bytes of a CUDA context in GPU memory: an allowance, not measured."""
+
 NO_LIMIT = 1 << 60
-"""cgroup v1 says so in bytes, rounded to pages; v2 says "max"."""
+"""Smallest number of bytes that means "no limit" in cgroup v1; cgroup v2 has the word "max"."""
+
+CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+"""Files of limit and usage in cgroup v1, and the field of the inactive page cache in memory.stat."""
+
+CGROUP_V2 = ("memory.max", "memory.current", "inactive_file")
+"""Files of limit and usage in cgroup v2, and the field of the inactive page cache in memory.stat."""
+
 GPU_FIELDS = ("index", "uuid", "name", "driver_version", "compute_cap", "memory.total", "memory.free")
 MATRIX_FEATURES = ("amx_bf16", "avx512_bf16", "bf16")
 """Processor flags (x86, Arm) that multiply in bf16 themselves, as engines/hf/engine.py asks torch for them."""
@@ -40,9 +48,10 @@ class Gpu:
 class Memory:
     """Main memory in bytes."""
 
-    total: int  # that this process may have: the machine's, or what its container allows
-    available: int  # of it, without taking anything from other programs; swap included
-    limit: int | None  # the container's, where it has one below the machine's
+    total: int  # of the machine, or the container's limit
+    available: int  # without taking anything from other programs; swap included
+    limit: int | None  # the container's, where it is below the machine's
+    in_ram: int = field(default=0, compare=False)  # available without swap
 
 
 @dataclass(frozen=True)
@@ -108,34 +117,48 @@ def gpu_users() -> list[str]:
 
 
 def memory(root: Path = Path("/")) -> Memory | None:
-    """Main memory, and what a container leaves of it (cgroup v1 or v2); None where the kernel does not say."""
+    """Main memory, or the part that a container (cgroup v1 or v2) may use; None where the kernel reports none."""
     with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
         lines = (root / "proc/meminfo").read_text("ascii", "replace").splitlines()
         sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-        total, available = sizes["MemTotal"], sizes["MemAvailable"] + sizes.get("SwapFree", 0)
-        limit = _cgroup_limit(root)
-        if limit is None or limit >= total:
-            return Memory(total, available, None)
-        return Memory(limit, min(limit, available), limit)
+        total, in_ram, swap = sizes["MemTotal"], sizes["MemAvailable"], sizes.get("SwapFree", 0)
+        limits = _cgroup_limits(root)
+        limit = min((size for size, _ in limits), default=total)
+        left = min((max(0, size - used) for size, used in limits), default=total)
+        if limit >= total:
+            return Memory(total, min(in_ram, left) + swap, None, min(in_ram, left))
+        return Memory(limit, min(left, in_ram + swap), limit, min(left, in_ram))
     return None
 
 
-def _cgroup_limit(root: Path) -> int | None:
-    """The smallest memory limit of this process's cgroup and of those above it, in bytes."""
+def _cgroup_limits(root: Path) -> list[tuple[int, int]]:
+    """Memory limits of this process's cgroup and of those above it, with what each has in use; both in bytes."""
     limits = []
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = (*line.split(":", 2), "-", "")[:3]
         if controllers == "":
-            top, name = root / "sys/fs/cgroup", "memory.max"
+            top, names = root / "sys/fs/cgroup", CGROUP_V2
         elif "memory" in controllers.split(","):
-            top, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+            top, names = root / "sys/fs/cgroup/memory", CGROUP_V1
         else:
             continue
-        # Inside a container the path may be the host's; its own files then lie at the top.
-        places = [top / path.strip("/"), *(top / path.strip("/")).parents]
-        for place in places[: places.index(top) + 1]:
-            limits += [int(text) for text in _lines(place / name) if text.isdigit() and int(text) < NO_LIMIT]
-    return min(limits, default=None)
+        # In a container the path may be the host's; the container's own files are then at the top.
+        folders = [top / path.strip("/"), *(top / path.strip("/")).parents]
+        for folder in folders[: folders.index(top) + 1]:
+            sizes = (size for size in _numbers(folder / names[0]) if size < NO_LIMIT)
+            limits += [(size, _cgroup_use(folder, *names[1:])) for size in sizes]
+    return limits
+
+
+def _cgroup_use(folder: Path, usage: str, cached: str) -> int:
+    """Bytes of a cgroup that the kernel cannot take back: its usage without the inactive part of the page cache."""
+    lines = (line.split() for line in _lines(folder / "memory.stat"))
+    inactive = sum(int(line[1]) for line in lines if len(line) == 2 and line[0] == cached)
+    return max(0, next(iter(_numbers(folder / usage)), 0) - inactive)
+
+
+def _numbers(path: Path) -> list[int]:
+    return [int(text) for text in _lines(path) if text.isdigit()]
 
 
 def _lines(path: Path) -> list[str]:

@@ -18,9 +18,9 @@ from typing import Any
 from tutor.artifacts.layout import BuildFolder
 from tutor.artifacts.manifest import MANIFEST
 from tutor.errors import HostError, RecipeError
-from tutor.machine import capacity, host
+from tutor.machine import capacity, host, run_cost
 from tutor.machine.host import said, version
-from tutor.machine.memory.estimate import Shape
+from tutor.machine.memory.shapes import Shape
 from tutor.recipe.settings import Recipe
 
 log = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ def memory_faults(recipe: Recipe, build: Path, shape: Shape, *, gpu: bool) -> li
 def disk_faults(recipe: Recipe, build: Path, shape: Shape | None, info: Mapping[str, Any]) -> list[Finding]:
     """Disks without room for what is not there yet; two folders on one disk need the sum."""
     to_do = [name for name in capacity.WEIGHT_STAGES if not is_made(recipe, build, name)]
-    sizes = capacity.disk_sizes(recipe, shape, [*to_do, "publish"]) if shape else {}
+    sizes = run_cost.disk_sizes(recipe, shape, [*to_do, "publish"]) if shape else {}
     if BuildFolder(build, recipe.name).published().exists():
         sizes.pop("publish", None)
     # The hub's cache and Ollama's models are volumes of Docker's.
@@ -182,7 +182,7 @@ def disk_faults(recipe: Recipe, build: Path, shape: Shape | None, info: Mapping[
     needs = [(build, sum(sizes.values())), (Path(info.get("DockerRootDir") or "/"), in_docker)]
     return [
         Finding(f"the disk of {place} has {free / 1e9:.0f} GB free of {need / 1e9:.0f} GB", "make room")
-        for place, free, need in capacity.short_disks(needs)
+        for place, free, need in run_cost.short_disks(needs)
     ]
 
 

@@ -29,6 +29,7 @@ class Stage:
     llamacpp: bool = False
     files: Callable[[Recipe], Mapping[str, Path]] = lambda _: {}  # the user's, beside the folders of `needs`
     beside: str = ""  # a pattern: what commands outside the pipeline make of its folder, removed with it
+    takes_plan: bool = False  # its run takes the TrainingPlan that the runner makes
     resumes: bool = False  # goes on after a kill with what it had finished
     reads: tuple[str, ...] = ()  # folders and files that it takes where they are there, and needs none of
 
@@ -155,6 +156,7 @@ STAGES = (
         sources=checkpoint.SOURCES,
         packages=checkpoint.PACKAGES,
         beside="lora*",
+        takes_plan=True,
     ),
     Stage(
         "merge",
@@ -181,6 +183,7 @@ STAGES = (
         settings=_convert,
         sources=(
             "stages/convert/stage.py",
+            "machine/memory/shapes.py",
             "formats/models/gguf_metadata.py",
             "stages/convert/lineage.py",
             "stages/convert/quantization_error.py",
@@ -222,6 +225,7 @@ STAGES = (
         settings=_parity,
         sources=(
             "stages/parity/stage.py",
+            "machine/device.py",
             "stages/parity/collect.py",
             "stages/parity/compare.py",
             "stages/parity/gate.py",

@@ -143,7 +143,8 @@ def run_one(name: str, recipe: Recipe, build: Path) -> bool:
         if distributed.is_main_process():
             return _run_first(stage, recipe, build)
         if ready := distributed.broadcast():
-            stage.module.run(recipe, *ready)
+            inputs, out, extra = ready
+            stage.module.run(recipe, inputs, out, **extra)
         return bool(ready)
 
 
@@ -202,8 +203,10 @@ def _run(stage: Stage, recipe: Recipe, build: Path, state: State) -> None:
     with announced(stage.name, stage.about), scratch as (out, results):
         inputs = {need: made.stage(need) for need in stage.needs}
         inputs |= {name: made.path / name for name in stage.reads}
-        distributed.broadcast((inputs, out))
-        results.update(stage.module.run(recipe, inputs, out))
+        # Exact only now: the rows are counted with the base's tokenizer. The stage decides nothing about memory.
+        extra = {"plan": capacity.plan_training(recipe, inputs)} if stage.takes_plan else {}
+        distributed.broadcast((inputs, out, extra))
+        results.update(stage.module.run(recipe, inputs, out, **extra))
 
 
 @contextmanager

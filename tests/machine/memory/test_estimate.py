@@ -7,20 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tutor.machine import run_cost
 from tutor.machine.memory import estimate
-from tutor.machine.memory.estimate import (
-    SHAPES,
-    Plan,
-    Shape,
-    Training,
-    disk,
-    gguf_bytes,
-    memory,
-    seconds,
-    shape_of,
-    trained,
-)
-from tutor.machine.memory.fitting import fitting
+from tutor.machine.memory.estimate import StepWorkload, memory, trainable_parameters
+from tutor.machine.memory.plan import suggest_settings
+from tutor.machine.memory.shapes import SHAPES, Shape, shape_of
+from tutor.machine.run_cost import RunWorkload, disk_bytes, gguf_bytes, seconds
 from tutor.recipe.quantizations import F16, KINDS
 from tutor.recipe.settings import TrainSettings
 
@@ -40,7 +32,7 @@ CONFIG = {
     "vocab_size": 49152,
     "tie_word_embeddings": True,
 }
-SPECIFIED = Training(
+SPECIFIED = StepWorkload(
     tokens=1024,
     longest=1024,
     quantization="nf4",
@@ -55,7 +47,7 @@ SPECIFIED = Training(
 """data/tutor.toml on a GPU."""
 
 
-def on_cpu(tokens: int, quantization: str, precision: str, **changes: Any) -> Training:
+def on_cpu(tokens: int, quantization: str, precision: str, **changes: Any) -> StepWorkload:
     """As the measurements below were made: rank 16 on all matrices, no dropout, half of each row scored."""
     plain: dict[str, Any] = {"rank": 16, "targets": ALL, "dropout": False, "checkpointing": False, "gpu": False}
     row = changes.pop("row", tokens)
@@ -180,8 +172,8 @@ def test_a_gpu_holds_the_whole_tile_of_a_small_vocabulary_too():
 
 def test_what_is_assumed_of_a_gpu_is_not_certain():
     parts = memory(LARGE, SPECIFIED)
-    assert estimate.certain(parts, gpu=True) == sum(parts.values()) - parts["process"]
-    assert estimate.certain(parts, gpu=False) == sum(parts.values())
+    assert estimate.certain_bytes(parts, gpu=True) == sum(parts.values()) - parts["process"]
+    assert estimate.certain_bytes(parts, gpu=False) == sum(parts.values())
 
 
 def test_held_out_rows_never_take_more_than_a_part_of_their_logits():
@@ -204,7 +196,7 @@ def test_layers_in_main_memory_leave_the_gpu():
 
 
 trainings = st.builds(
-    Training,
+    StepWorkload,
     tokens=st.integers(16, 8192),
     longest=st.integers(16, 2048),
     quantization=st.sampled_from(["nf4", "int8", "none"]),
@@ -256,7 +248,7 @@ EFFECTS = {
 @given(trainings, st.integers(int(1e9), int(4e10)), st.sets(st.sampled_from(sorted(KNOWN))))
 def test_what_is_proposed_fits_and_nothing_of_it_can_be_left_out(training, budget, known):
     training = replace(training, tokens=max(training.tokens, training.longest))
-    found = fitting(LARGE, training, budget, known, whole_of)
+    found = suggest_settings(LARGE, training, budget, known, whole_of)
     if sum(memory(LARGE, training).values()) <= budget:
         assert found == {}
     if not found:
@@ -285,20 +277,20 @@ def test_what_is_proposed_fits_and_nothing_of_it_can_be_left_out(training, budge
     ],
 )
 def test_the_mildest_setting_is_proposed(gigabytes, changes, proposed):
-    assert fitting(LARGE, replace(SPECIFIED, **changes), int(gigabytes * 1e9), KNOWN, whole_of) == proposed
+    assert suggest_settings(LARGE, replace(SPECIFIED, **changes), int(gigabytes * 1e9), KNOWN, whole_of) == proposed
 
 
 def test_without_packing_fewer_rows_a_pass_are_proposed():
     rows = replace(SPECIFIED, tokens=8 * 256, longest=256, packed=False)
     one_row = sum(memory(LARGE, replace(rows, tokens=256)).values())
-    assert fitting(LARGE, rows, one_row, {"batch_size"}, whole_of) == {"batch_size": 1}
+    assert suggest_settings(LARGE, rows, one_row, {"batch_size"}, whole_of) == {"batch_size": 1}
 
 
 def test_a_small_gpu_is_offered_layers_in_main_memory_before_shorter_rows():
-    found = fitting(LARGE, SPECIFIED, 5000 << 20, {*KNOWN, "max_memory.gpu"}, whole_of)
+    found = suggest_settings(LARGE, SPECIFIED, 5000 << 20, {*KNOWN, "max_memory.gpu"}, whole_of)
     assert found == {"max_memory.gpu": "5000MiB"}
     assert TrainSettings.model_validate({"max_memory": {"gpu": found["max_memory.gpu"]}}).max_memory.gpu == "5000MiB"
-    assert fitting(LARGE, replace(SPECIFIED, gpu=False), 5000 << 20, {"max_memory.gpu"}, whole_of) is None
+    assert suggest_settings(LARGE, replace(SPECIFIED, gpu=False), 5000 << 20, {"max_memory.gpu"}, whole_of) is None
 
 
 def test_the_settings_that_are_proposed_without_being_asked_for_exist():
@@ -307,10 +299,10 @@ def test_the_settings_that_are_proposed_without_being_asked_for_exist():
 
 # Files and time
 
-PLAN = Plan(
+PLAN = RunWorkload(
     fetched=True,
     made=False,
-    adapters=trained(LARGE, 8, ATTENTION),
+    adapters=trainable_parameters(LARGE, 8, ATTENTION),
     tokens=570_000,
     scored=0,
     checkpointing=True,
@@ -341,21 +333,21 @@ def test_a_gguf_is_not_larger_than_estimated_and_hardly_smaller(kind, size):
 
 
 def test_every_quantization_of_a_recipe_has_a_size():
-    assert {F16, *KINDS} == set(estimate.GGUF_BITS)
+    assert {F16, *KINDS} == set(run_cost.GGUF_BITS)
     sizes = [gguf_bytes(LARGE, kind) for kind in ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "F16")]
     assert sizes == sorted(sizes)
 
 
 def test_the_8bs_chain_needs_the_disk_that_others_reported():
     """85 to 90 GB, Ollama's copies included (docs/facts.md, 9)."""
-    assert sum(disk(LARGE, PLAN).values()) == pytest.approx(85e9, rel=0.05)
+    assert sum(disk_bytes(LARGE, PLAN).values()) == pytest.approx(85e9, rel=0.05)
 
 
 def test_only_what_is_made_is_counted():
     local = replace(PLAN, fetched=False)
-    assert disk(LARGE, PLAN)["hub"] == pytest.approx(16.06e9, rel=1e-3)
-    assert (disk(LARGE, local)["hub"], disk(LARGE, local)["base"]) == (0, 0)
-    compared = disk(LARGE, replace(PLAN, with_base=True))["convert"] - disk(LARGE, PLAN)["convert"]
+    assert disk_bytes(LARGE, PLAN)["hub"] == pytest.approx(16.06e9, rel=1e-3)
+    assert (disk_bytes(LARGE, local)["hub"], disk_bytes(LARGE, local)["base"]) == (0, 0)
+    compared = disk_bytes(LARGE, replace(PLAN, with_base=True))["convert"] - disk_bytes(LARGE, PLAN)["convert"]
     assert compared == pytest.approx(16.2e9 + 5e9, rel=0.02)
 
 
@@ -379,8 +371,8 @@ def test_the_8bs_reference_times_come_out_again():
     [("NVIDIA H200", "H200"), ("NVIDIA A100-SXM4-80GB", "A100"), ("Tesla T4", "T4"), ("NVIDIA L40S", "L40S")],
 )
 def test_cards_are_known_by_name(name, card):
-    assert estimate.gpu_rate(name) == estimate.GPU_SHARE * estimate.PEAKS[card]
+    assert run_cost.gpu_rate(name) == run_cost.GPU_SHARE * run_cost.PEAKS[card]
 
 
 def test_a_card_that_is_not_known_has_no_rate():
-    assert estimate.gpu_rate("NVIDIA T400") is None
+    assert run_cost.gpu_rate("NVIDIA T400") is None

@@ -19,13 +19,13 @@ from transformers import PrinterCallback
 from tutor.engines.hf.loading import load_base
 from tutor.errors import ArtifactError, HostError, RecipeError
 from tutor.formats.models.model_folder import load_tokenizer
-from tutor.machine import capacity, doctor
-from tutor.machine.device import choose_precision, room
-from tutor.machine.memory import estimate
-from tutor.machine.memory import plan as memory
-from tutor.machine.memory.batching import LARGEST, passes_of
-from tutor.machine.memory.plan import Wanted
-from tutor.stages.train import stage as train
+from tutor.machine import capacity
+from tutor.machine.device import DeviceMemory, training_memory
+from tutor.machine.memory import estimate, shapes
+from tutor.machine.memory import plan as memory_plan
+from tutor.machine.memory.batching import MAX_TOKENS, MicroBatches, split_step
+from tutor.machine.memory.plan import MemoryRequest, TrainingPlan
+from tutor.machine.memory.row_lengths import RowLengths
 from tutor.stages.train.audit import encode_rows
 from tutor.stages.train.held_out_loss import mean_loss
 from tutor.stages.train.kernels import layer_streaming as offload
@@ -40,31 +40,33 @@ pytestmark = [
 GB = 10**9
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
-EIGHT = estimate.SHAPES["deepseek-ai/DeepSeek-R1-Distill-Llama-8B"]
-WANTED = Wanted("auto", "auto", "bf16", tokens=1024, rank=8, targets=ATTENTION)
+EIGHT = shapes.SHAPES["deepseek-ai/DeepSeek-R1-Distill-Llama-8B"]
+WANTED = MemoryRequest("auto", "auto", "bf16", tokens=1024, rank=8, targets=ATTENTION)
 
 
-def plan(wanted: Wanted, free: float, total: float | None = None) -> memory.Plan:
-    return memory.plan(EIGHT, wanted, int(free * GB), int((total or free) * GB))
+def device(free: float, total: float = 0, *, gpu: bool = True) -> DeviceMemory:
+    """A device with this memory in GB; all of it available where no total is given."""
+    return DeviceMemory(int(free * GB), int((total or free) * GB), "a device", gpu)
+
+
+def plan(wanted: MemoryRequest, free: float, total: float = 0) -> TrainingPlan:
+    batches = MicroBatches(1, 1, wanted.tokens, packed=wanted.packed)
+    return memory_plan.plan(EIGHT, wanted, batches, device(free, total, gpu=wanted.on_gpu))
 
 
 def chosen(free: float, total: float = 0, *, on_gpu: bool = True, longest: int = 480, **set_to: Any) -> int:
     """Tokens of the largest pass of the specification's 8B, ten rows a step."""
-    asked = settings(**{"batch_size": 1, "accumulation": 10, **set_to})
-
-    def sizes(tried: Any) -> tuple[int, int]:
-        return passes_of(tried, [longest] * 250).tokens, longest
-
-    room = (int(free * GB), int((total or free) * GB))
-    most = memory.choose_pass_tokens(EIGHT, asked, "bf16", sizes, room, on_gpu=on_gpu)
-    return sizes(asked.model_copy(update={"pass_tokens": most}))[0]
+    asked = settings(**{"batch_size": 1, "accumulation": 10, "max_length": 512, **set_to})
+    rows = RowLengths([longest] * 250, 250 * longest, exact=True)
+    most = memory_plan.choose_tokens(EIGHT, asked, "bf16", rows, device(free, total, gpu=on_gpu), 1)
+    return split_step(asked.model_copy(update={"pass_tokens": most}), rows.lengths).tokens
 
 
 # --- the tokens of a pass ---------------------------------------------------------------------------------------------
 
 
 def test_a_pass_is_as_large_as_a_gpu_has_room_for() -> None:
-    assert chosen(80) == 5 * 480 <= LARGEST < 10 * 480
+    assert chosen(80) == 5 * 480 <= MAX_TOKENS < 10 * 480
     assert [chosen(free) for free in (7.1, 7.7, 9)] == sorted(chosen(free) for free in (7.1, 7.7, 9))
     assert chosen(7.1) < chosen(9)
     assert chosen(1) == 480  # nothing fits: a row a pass, and the plan says what is lacking
@@ -98,23 +100,23 @@ def test_a_number_in_the_recipe_is_the_number() -> None:
 
 
 def test_a_shape_counts_what_the_files_hold(tiny: Path) -> None:
-    shape = memory.read_shape(tiny)
+    shape = shapes.read_shape(tiny)
     assert shape.parameters == sum(weight.numel() for weight in tensors(tiny).values())
-    assert shape == estimate.SHAPES["tiny"]
-    assert estimate.trained(shape, 8, ATTENTION) == 7168
+    assert shape == shapes.SHAPES["tiny"]
+    assert estimate.trainable_parameters(shape, 8, ATTENTION) == 7168
 
 
 def test_a_folder_without_a_shape_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"hidden_size": "wide"}')
     with pytest.raises(ArtifactError, match=r"config\.json: num_attention_heads is None"):
-        memory.read_shape(tmp_path)
+        shapes.read_shape(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("text", "count"), [("6GiB", 6 * 2**30), ("6GB", 6 * GB), ("500 MB", 500_000_000), ("1.5MiB", 1_572_864)]
 )
 def test_amounts_are_read_as_written(text: str, count: int) -> None:
-    assert memory.parse_bytes(text) == count
+    assert memory_plan.parse_bytes(text) == count
 
 
 @pytest.mark.parametrize("targets", [ATTENTION, (*ATTENTION, *MLP)], ids=["attention", "all layers"])
@@ -147,8 +149,8 @@ def test_activations_are_what_autograd_keeps(targets: tuple[str, ...], checkpoin
     found = sum(saved.untyped_storage().nbytes() for saved in kept.values())
     assert hidden.last_hidden_state.shape == (1, 256, 64)
     wanted = replace(WANTED, tokens=256, targets=targets, on_gpu=False)
-    training = wanted.training("none", checkpointing=checkpointing)
-    expected = estimate.memory(memory.read_shape(tiny), training)["activations"]
+    training = wanted.workload("none", checkpointing=checkpointing)
+    expected = estimate.memory(shapes.read_shape(tiny), training)["activations"]
     if checkpointing:
         last_norm = 4 * 256 * 64  # its input in fp32: with the head's part, and once for all layers
         assert found == pytest.approx(expected + last_norm, rel=0.05)
@@ -205,7 +207,7 @@ def test_main_memory_that_others_hold_may_come_free_and_what_is_not_there_may_no
 
 
 def test_a_limit_keeps_layers_in_ram_and_the_rest_within_it() -> None:
-    found = plan(replace(WANTED, gpu=memory.parse_bytes("6GiB")), 24)
+    found = plan(replace(WANTED, gpu=memory_plan.parse_bytes("6GiB")), 24)
     assert (found.quantization, found.checkpointing) == ("nf4", True)
     assert 0 < found.resident < 32
     assert found.needed <= 6 * 2**30
@@ -241,8 +243,8 @@ def test_no_plan_with_a_limit_goes_beyond_it(free: int, gpu: int | None, quantiz
 
 
 def test_some_memory_is_free() -> None:
-    free, total = room()
-    assert 10**8 < free <= total < 10**14
+    memory = training_memory()
+    assert 10**8 < memory.available <= memory.total < 10**14
 
 
 @pytest.mark.parametrize(
@@ -250,9 +252,7 @@ def test_some_memory_is_free() -> None:
     [{}, {"quantization": "auto", "gradient_checkpointing": True}, {"packing": False, "batch_size": 3, "dropout": 0.0}],
     ids=["packed", "checkpointing", "padded"],
 )
-def test_the_doctor_and_the_train_stage_say_the_same(
-    changes: dict[str, Any], tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_doctor_and_the_train_stage_say_the_same(changes: dict[str, Any], tiny: Path, tmp_path: Path) -> None:
     """Before the base is there the doctor knows rows by their characters alone."""
     rows = [{"instruction": f"¿Qué es {'x' * number}?", "response": "Un tipo. " * (1 + number)} for number in range(12)]
     for name, part in (("train", rows[:9]), ("held_out", rows[9:])):
@@ -260,17 +260,17 @@ def test_the_doctor_and_the_train_stage_say_the_same(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in part), "utf-8")
     chosen = recipe(tmp_path / "r.toml", train=changes, base={"source": "tiny"})
-    before = capacity.fit(chosen, tmp_path, estimate.SHAPES["tiny"], None)
+    before = capacity.fit(chosen, tmp_path, shapes.SHAPES["tiny"], None)
     base_stage(tiny, tmp_path / "r" / "base")
     facts = json.loads((tmp_path / "r" / "base" / "base.json").read_text())
     (tmp_path / "r" / "base" / "base.json").write_text(json.dumps({**facts, "source": "tiny"}))
-    said = doctor.taken(chosen, tmp_path, capacity.find_shape(chosen, tmp_path), None)["memory"]
+    said = capacity.forecast(chosen, tmp_path, capacity.find_shape(chosen, tmp_path), None)["memory"]
     encoded = encode_rows(load_tokenizer(tiny), rows[:9], "", chosen.train.max_length)
-    with caplog.at_level("INFO"):
-        found = train.make_plan(chosen.train, choose_precision("auto"), tiny, train.plan_passes(chosen.train, encoded))
+    found = capacity.plan_training(chosen, {name: tmp_path / "r" / name for name in ("data", "base")})
+    assert found.batches.tokens == split_step(chosen.train, [len(row.ids) for row in encoded]).tokens
     assert found.needed == said["need"]
     assert found.parts == said["parts"]
-    assert f"about {said['need'] / GB:.2f} GB" in caplog.text
+    assert f"about {said['need'] / GB:.2f} GB" in str(found)
     assert before.need == pytest.approx(said["need"], rel=0.01)
 
 
@@ -285,10 +285,11 @@ def rows(tiny: Path) -> list[Any]:
 def trainer_on(tiny: Path, rows: list[Any], folder: Path, quantization: str, resident: int) -> Any:
     chosen = settings(dropout=0.0)
     torch.manual_seed(1)
-    arguments = training_arguments(
-        chosen, "fp32", 1, folder / "checkpoints", train.plan_passes(chosen, rows), checkpointing=True
+    batches = split_step(chosen, [len(row.ids) for row in rows])
+    plan = TrainingPlan(
+        "fp32", quantization, checkpointing=True, layers=2, resident=resident, batches=batches, parts={}, available=0
     )
-    plan = memory.Plan(quantization, checkpointing=True, resident=resident, needed=0)
+    arguments = training_arguments(chosen, "fp32", 1, folder / "checkpoints", batches, checkpointing=True)
     trainer = load_trainer(tiny, load_tokenizer(tiny), rows, lora_config(chosen), arguments, plan)
     trainer.remove_callback(PrinterCallback)
     torch.manual_seed(2)

@@ -277,10 +277,10 @@ def test_a_folder_without_an_embedding_says_what_it_lacks(tmp_path: Path) -> Non
 def test_a_disk_that_is_too_small_is_told_before_the_work(tmp_path: Path) -> None:
     model = tmp_path / "m"
     model.mkdir()
-    with (model / "model.safetensors").open("wb") as sparse:
-        sparse.truncate(1 << 43)
+    config = {"hidden_size": 1 << 20, "num_hidden_layers": 100, "intermediate_size": 1 << 20, "vocab_size": 1000}
+    (model / "config.json").write_text(json.dumps({**config, "num_attention_heads": 64}))
     with pytest.raises(HostError, match="GB free, converting needs") as raised:
-        stage._check_room([(model, ["Q8_0"])], tmp_path)
+        stage._require_disk([(model, ["Q8_0"])], tmp_path)
     assert raised.value.code == 4
 
 

@@ -352,15 +352,17 @@ def test_free_memory_is_the_machine_s_or_less_in_a_container(tmp_path: Path, lim
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         pytest.skip("a GPU's memory is asked of its driver")
-    from tutor.stages.parity.stage import free_memory
+    from tutor.machine.device import loading_memory
 
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemFree: 100 kB\nMemAvailable: 5000 kB\n")
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/\n")
+    meminfo = "MemTotal: 9000 kB\nMemFree: 100 kB\nMemAvailable: 5000 kB\nSwapFree: 700 kB\n"
+    (tmp_path / "proc/meminfo").write_text(meminfo)
     if limit:
         (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
         (tmp_path / "sys/fs/cgroup/memory.max").write_text(limit)
         (tmp_path / "sys/fs/cgroup/memory.current").write_text("96000\n")
-    assert free_memory(tmp_path) == expected
+    assert loading_memory(tmp_path).available == expected
 
 
 # The pipeline

@@ -29,7 +29,8 @@ from tutor.artifacts.hashing import file_sha256
 from tutor.artifacts.manifest import find_damage, read_manifest, require_stage
 from tutor.artifacts.stage_folder import checkpoint_folder, log_folder, writing
 from tutor.errors import ArtifactError, HostError
-from tutor.machine.memory.batching import Passes
+from tutor.machine.capacity import plan_training
+from tutor.machine.memory.batching import MicroBatches
 from tutor.stages.train import checkpoint
 from tutor.stages.train import stage as train
 from tutor.stages.train import trainer as cpu_head
@@ -89,7 +90,7 @@ def stage(inputs: Folders, folder: Path, at: Actions | None = None, after: Any =
     logger.setLevel(logging.INFO)
     try:
         with writing(folder, "train", {}) as (out, results):
-            results.update(train.run(wanted, inputs, out))
+            results.update(train.run(wanted, inputs, out, plan_training(wanted, inputs)))
             if after:
                 after()
     finally:
@@ -337,13 +338,19 @@ def test_out_of_memory_with_one_row_at_a_time_does_not_ask_for_less(inputs: Fold
 @pytest.mark.parametrize(
     ("passes", "said"),
     [
-        (Passes(5, 2, 2447, packed=True), "set train.pass_tokens = 1223: the same rows a step"),
-        (Passes(4, 3, 2000, packed=False), "set train.batch_size = 2 and train.accumulation = 6: the same rows a step"),
-        (Passes(5, 2, 2610, packed=False), "set train.batch_size = 1 and train.accumulation = 10: the same rows a "),
-        (Passes(1, 10, 522, packed=False), "free what other programs hold of it"),
+        (MicroBatches(5, 2, 2447, packed=True), "set train.pass_tokens = 1223: the same rows a step"),
+        (
+            MicroBatches(4, 3, 2000, packed=False),
+            "set train.batch_size = 2 and train.accumulation = 6: the same rows a step",
+        ),
+        (
+            MicroBatches(5, 2, 2610, packed=False),
+            "set train.batch_size = 1 and train.accumulation = 10: the same rows a ",
+        ),
+        (MicroBatches(1, 10, 522, packed=False), "free what other programs hold of it"),
     ],
 )
-def test_less_memory_is_the_same_batch_in_smaller_passes(passes: Passes, said: str) -> None:
+def test_less_memory_is_the_same_batch_in_smaller_passes(passes: MicroBatches, said: str) -> None:
     assert less_memory(passes).startswith(said)
 
 

@@ -21,9 +21,9 @@ from tutor.artifacts.stage_folder import log_folder
 from tutor.engines.hf.loading import load_base
 from tutor.errors import ArtifactError
 from tutor.formats.models.model_folder import load_tokenizer
+from tutor.machine.memory.batching import split_step
 from tutor.stages.train import metrics as gauges
 from tutor.stages.train import monitor
-from tutor.stages.train import stage as train
 from tutor.stages.train.audit import encode_rows
 from tutor.stages.train.loop import round_adapter
 from tutor.stages.train.monitor import LONG, SKIPPED, Course, Monitor
@@ -172,7 +172,9 @@ def trainer_of(tiny: Path, tokenizer: Any, tmp_path: Path) -> Callable[..., Any]
         chosen = settings(epochs=2, batch_size=2, accumulation=1, dropout=0.1, **changes)
         torch.manual_seed(1)
         rows = encode_rows(tokenizer, ROWS, "", 1024)
-        arguments = training_arguments(chosen, "fp32", 1, tmp_path / "checkpoints", train.plan_passes(chosen, rows))
+        arguments = training_arguments(
+            chosen, "fp32", 1, tmp_path / "checkpoints", split_step(chosen, [len(row.ids) for row in rows])
+        )
         trainer = make_trainer(load_base(tiny, "none", "fp32"), tokenizer, rows, lora_config(chosen), arguments)
         trainer.remove_callback(PrinterCallback)
         return trainer
@@ -382,7 +384,7 @@ def test_steps_that_fp16_skips_are_written_as_none_and_training_goes_on(
 ) -> None:
     chosen = settings(epochs=2, batch_size=2, accumulation=1)
     rows = encode_rows(tokenizer, ROWS, "", 1024)
-    passes = train.plan_passes(chosen, rows)
+    passes = split_step(chosen, [len(row.ids) for row in rows])
     arguments = training_arguments(chosen, "fp16", 1, tmp_path / "checkpoints", passes)
     trainer = make_trainer(load_base(tiny, "none", "fp16"), tokenizer, rows, lora_config(chosen), arguments)
     trainer.remove_callback(PrinterCallback)

@@ -22,6 +22,7 @@ from tutor.artifacts.manifest import require_stage
 from tutor.artifacts.stage_folder import checkpoint_folder
 from tutor.errors import HostError, RecipeError
 from tutor.machine import distributed
+from tutor.machine.memory.batching import split_step
 from tutor.pipeline import runner as pipeline
 from tutor.recipe.settings import read_recipe
 from tutor.stages.train import checkpoint
@@ -33,7 +34,6 @@ from transformers import AutoModelForCausalLM
 from tutor.engines.hf.loading import load_base, quant_storage
 from tutor.stages.train import loop as fit
 from tutor.stages.train import monitor
-from tutor.stages.train import stage as train
 from tutor.stages.train import trainer as cpu_head
 from tutor.stages.train.checkpoint_callback import less_memory
 from tutor.stages.train.kernels.chunked_loss import IGNORED
@@ -90,14 +90,15 @@ def test_a_share_is_as_long_as_it_says_and_follows_the_epoch(monkeypatch: pytest
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_step_has_as_many_rows_in_any_number_of_processes(*, packing: bool, rows: list[Any]) -> None:
     wanted = settings(batch_size=2, accumulation=6, packing=packing, pass_tokens=200)
+    lengths = [len(row.ids) for row in rows]
     for count in (1, 2, 3, 4, 6, 12):
-        passes = train.plan_passes(wanted, rows, count)
+        passes = split_step(wanted, lengths, count)
         assert passes.step_rows == 12
         assert passes.rows <= 2 or packing
     with pytest.raises(RecipeError, match=r"5 processes cannot share the 12 rows of a step .* equally; start as many"):
-        train.plan_passes(wanted, rows, 5)
-    two = train.plan_passes(settings(batch_size=2, accumulation=6, packing=False), rows, 2)
-    assert "12 rows a step in 2 processes, 2 a pass" in str(two)
+        split_step(wanted, lengths, 5)
+    two = split_step(settings(batch_size=2, accumulation=6, packing=False), lengths, 2)
+    assert "12 rows a step in 2 processes, 2 a micro-batch" in str(two)
     assert less_memory(two).startswith("set train.batch_size = 1 and train.accumulation = 12:")
 
 

@@ -24,7 +24,9 @@ from tutor.artifacts.stage_folder import log_folder
 from tutor.engines.hf.loading import load_base
 from tutor.engines.hf.score import answer_logprobs
 from tutor.errors import ArtifactError, DataError, HostError
-from tutor.machine.device import choose_precision, decide_precision
+from tutor.machine.capacity import plan_training
+from tutor.machine.device import choose_precision, decide_precision, refuse_precision
+from tutor.machine.memory.batching import split_step
 from tutor.prompt import Encoded, audit, completion, conversation, render
 from tutor.stages.train import held_out_loss as scoring
 from tutor.stages.train import loop as fit
@@ -46,7 +48,7 @@ def trainer_of(tiny: Path, tokenizer: Any, tmp_path: Path) -> Callable[..., Any]
     def make(rows: Sequence[Encoded], quantization: str = "none", precision: str = "fp32", **changes: Any) -> Any:
         chosen = settings(**changes)
         torch.manual_seed(1)
-        passes = train.plan_passes(chosen, rows)
+        passes = split_step(chosen, [len(row.ids) for row in rows])
         arguments = training_arguments(chosen, precision, 1, tmp_path / "checkpoints", passes)
         model = load_base(tiny, quantization, precision)
         return make_trainer(model, tokenizer, rows, lora_config(chosen), arguments)
@@ -173,7 +175,7 @@ def test_a_length_that_a_library_cuts_at_stops_the_run(
     trainer_of: Any, rows: list[Encoded], tokenizer: Any, tiny: Path, tmp_path: Path
 ) -> None:
     plain = settings(packing=False)  # TRL packs nothing that it also cuts
-    arguments = training_arguments(plain, "fp32", 1, tmp_path, train.plan_passes(plain, rows))
+    arguments = training_arguments(plain, "fp32", 1, tmp_path, split_step(plain, [len(row.ids) for row in rows]))
     arguments.max_length = len(rows[0].ids) - 1  # what TRL's own default of 1024 does to long rows
     model = load_base(tiny, "none", "fp32")
     trainer = make_trainer(model, tokenizer, rows[:1], lora_config(settings()), arguments)
@@ -381,10 +383,12 @@ def test_auto_takes_what_the_machine_computes_itself(capability: Any, cpu_bf16: 
 
 def test_what_the_machine_cannot_compute_is_refused() -> None:
     with pytest.raises(HostError, match="fp16 needs a GPU") as caught:
-        decide_precision("fp16", None, cpu_bf16=True)
+        refuse_precision("fp16", None)
     assert caught.value.code == 4
-    with pytest.raises(HostError, match=r"no native bf16 \(compute capability below 8\.0\)"):
-        decide_precision("bf16", (7, 5), cpu_bf16=True)
+    with pytest.raises(HostError, match=r"this GPU has compute capability 7\.5, which has no native bf16"):
+        refuse_precision("bf16", (7, 5))
+    for setting, capability in (("fp16", (9, 0)), ("bf16", (8, 0)), ("bf16", None), ("auto", (7, 0)), ("fp32", None)):
+        refuse_precision(setting, capability)
     assert decide_precision("fp16", (9, 0), cpu_bf16=True) == "fp16"
 
 
@@ -450,7 +454,7 @@ LONG = {"epochs": 3, "batch_size": 2, "accumulation": 1, "save_steps": 5}
 def run(inputs: dict[str, Path], out: Path, **changes: Any) -> dict[str, Any]:
     out.mkdir()
     wanted = recipe(Path("r.toml"), train=settings(**{**LONG, **changes}).model_dump())
-    return train.run(wanted, inputs, out)
+    return train.run(wanted, inputs, out, plan_training(wanted, inputs))
 
 
 @pytest.fixture(scope="module")

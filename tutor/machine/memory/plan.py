@@ -1,54 +1,62 @@
-"""How a training goes into a machine's memory: the base's quantization, checkpointing, layers left in RAM.
+"""The plan of a training: how it uses a device's memory, and what to change in the recipe where it does not fit.
 
-In: a base's shape, what the recipe says, bytes that are free. Out: a `Plan`, or a refusal; `tutor doctor` and the train
-stage both ask here. How many bytes a training takes is estimate.py's to say. Loads nothing and asks no device.
+In: a base's shape, the recipe's train settings, the rows' lengths, the device's memory and precision. Out: a
+`TrainingPlan`, a refusal (HostError, RecipeError), or a suggestion of settings. The only decision about quantization,
+checkpointing, resident layers and tokens of a micro-batch. estimate.py has the bytes. Loads nothing, asks no device.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from tutor.errors import ArtifactError, HostError, RecipeError
-from tutor.formats.models.model_folder import read_json
-from tutor.machine.memory import batching as passes
+from tutor.errors import HostError, RecipeError
+from tutor.machine.device import DeviceMemory
+from tutor.machine.host import MIB
 from tutor.machine.memory import estimate
-from tutor.machine.memory.estimate import SOURCES, Shape, Training, gb
+from tutor.machine.memory.batching import MAX_TOKENS, MicroBatches, split_step
+from tutor.machine.memory.estimate import StepWorkload, gb, needed_bytes, parts_line
+from tutor.machine.memory.row_lengths import RowLengths, largest_batch
+from tutor.machine.memory.shapes import MATRIX_INPUTS, Shape
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
     from tutor.recipe.settings import TrainSettings
 
 UNITS = {"MB": 10**6, "MiB": 2**20, "GB": 10**9, "GiB": 2**30}
+"""Bytes of each unit that train.max_memory takes."""
+
+SHORTER_LENGTHS = (512, 384, 256, 128)
+"""Values of train.max_length that are suggested, in tokens."""
+
+Change = tuple[str | int, dict[str, Any]]
+"""Value of a setting, and the fields of the workload that it changes."""
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What the recipe says of it, and what it trains on."""
+class MemoryRequest:
+    """What the recipe asks for, with "auto" undecided, and the rows that are trained on."""
 
     quantization: Literal["auto", "nf4", "int8", "none"]
     checkpointing: bool | Literal["auto"]
     precision: str  # bf16, fp16 or fp32
-    tokens: int  # of the largest pass
+    tokens: int  # of the largest micro-batch
     rank: int
     targets: Sequence[str]
     dropout: bool = True
     on_gpu: bool = True
     packed: bool = True
-    longest: int = 0  # of the longest row; 0: as the largest pass
-    gpu: int | None = None  # bytes
-    cpu: int | None = None  # bytes
+    longest: int = 0  # tokens of the longest row; 0: as the largest micro-batch
+    gpu: int | None = None  # train.max_memory.gpu in bytes
+    cpu: int | None = None  # train.max_memory.cpu in bytes
 
-    def training(self, quantization: str, *, checkpointing: bool) -> Training:
-        """The training that is estimated, with all layers where it computes."""
-        return Training(
+    def workload(self, quantization: str, *, checkpointing: bool) -> StepWorkload:
+        """The workload with these decisions, and all layers on the device."""
+        return StepWorkload(
             tokens=self.tokens,
             longest=self.longest or self.tokens,
             quantization=quantization,
             precision=self.precision,
             rank=self.rank,
-            targets=tuple(name for name in self.targets if name in SOURCES),
+            targets=tuple(name for name in self.targets if name in MATRIX_INPUTS),
             dropout=self.dropout,
             checkpointing=checkpointing,
             head="tiled" if self.on_gpu else "chunked",
@@ -59,22 +67,37 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What training does, and the bytes that it is expected to take of the device."""
+class TrainingPlan:
+    """All decisions about a training, and the bytes that it is expected to take of the device."""
 
-    quantization: Literal["nf4", "int8", "none"]
+    precision: str  # bf16, fp16 or fp32
+    quantization: str  # nf4, int8 or none
     checkpointing: bool
+    layers: int  # decoder layers of the base
     resident: int  # decoder layers on the device; the others wait in RAM
-    needed: int
-    parts: "Mapping[str, int]" = field(default_factory=dict)
+    batches: MicroBatches
+    parts: Mapping[str, int]  # expected bytes
+    available: int  # bytes of the device when the plan was made
 
+    @property
+    def needed(self) -> int:
+        """Expected bytes of all parts together."""
+        return sum(self.parts.values())
 
-def read_shape(folder: Path) -> Shape:
-    """The shape of a model folder, from its config.json. Raises ArtifactError when it has none."""
-    try:
-        return estimate.shape_of(read_json(folder / "config.json"))
-    except ValueError as error:
-        raise ArtifactError(f"{folder / 'config.json'}: {error}") from None
+    @property
+    def streams(self) -> bool:
+        """Whether some layers wait in RAM."""
+        return self.resident < self.layers
+
+    def __str__(self) -> str:
+        sixteen = self.quantization == "none" and self.precision != "fp32"
+        base = "16 bits" if sixteen else self.quantization.replace("none", "fp32")
+        waiting = f", {self.layers - self.resident} of {self.layers} layers in RAM" if self.streams else ""
+        return (
+            f"base in {base}, computing in {self.precision}, gradient checkpointing "
+            f"{'on' if self.checkpointing else 'off'}{waiting}, {self.batches}: about {self.needed / 1e9:.2f} GB "
+            f"({parts_line(self.parts)}) of the {self.available / 1e9:.2f} GB that are free"
+        )
 
 
 def parse_bytes(text: str) -> int:
@@ -83,14 +106,16 @@ def parse_bytes(text: str) -> int:
     return int(float(text.removesuffix(unit)) * UNITS[unit])
 
 
-def wanted(settings: "TrainSettings", precision: str, tokens: int, longest: int, *, on_gpu: bool) -> Wanted:
-    """What a recipe's settings mean for memory, for passes of so many tokens; the one place that reads them.
+def memory_request(
+    settings: "TrainSettings", precision: str, tokens: int, longest: int, *, on_gpu: bool
+) -> MemoryRequest:
+    """What the settings ask for, with micro-batches of up to `tokens` and rows of up to `longest` tokens.
 
-    Without a GPU all of the base is in RAM, whatever train.max_memory says.
+    Without a GPU the whole base is in RAM and train.max_memory has no effect.
     """
     limits = (settings.max_memory.gpu, settings.max_memory.cpu)
     gpu, cpu = (parse_bytes(text) if text and on_gpu else None for text in limits)
-    return Wanted(
+    return MemoryRequest(
         quantization=settings.quantization,
         checkpointing=settings.gradient_checkpointing,
         precision=precision,
@@ -106,103 +131,163 @@ def wanted(settings: "TrainSettings", precision: str, tokens: int, longest: int,
     )
 
 
-def choose_pass_tokens(
-    shape: Shape,
-    settings: "TrainSettings",
-    precision: str,
-    sizes: "Callable[[TrainSettings], tuple[int, int]]",
-    room: tuple[int, int],
-    *,
-    on_gpu: bool,
+def choose_tokens(
+    shape: Shape, settings: "TrainSettings", precision: str, rows: RowLengths | None, memory: DeviceMemory, ranks: int
 ) -> int:
-    """`train.pass_tokens`, or for auto the most of 4096, 2048, ... for which nothing else has to give way.
+    """`train.pass_tokens`, or for auto the most of 4096, 2048, ... for which no other setting has to change.
 
-    `sizes` tells the tokens of the largest pass and of the longest row with given settings; `room` is free and total
-    bytes. Of a GPU what is free counts, of main memory half of all: the same machine then trains the same way again.
+    Of a GPU the available memory counts, of main memory half of the total: a machine then repeats its training exactly.
     """
     if isinstance(settings.pass_tokens, int):
         return settings.pass_tokens
-    free = room[0] if on_gpu else room[1] // 2
-    fit: list[tuple[bool, bool, int]] = []
-    tokens = passes.LARGEST
+    available = memory.available if memory.gpu else memory.total // 2
+    fits: list[tuple[bool, bool, int]] = []
+    tokens = MAX_TOKENS
     while True:
-        largest, longest = sizes(settings.model_copy(update={"pass_tokens": tokens}))
-        asked = wanted(settings, precision, largest, longest, on_gpu=on_gpu)
-        training = decide(shape, asked, free)
-        if training.resident is None and needed_bytes(shape, training) <= _budget(asked, free):
-            fit.append((training.quantization == "none", not training.checkpointing, tokens))
+        largest, longest = largest_batch(settings.model_copy(update={"pass_tokens": tokens}), rows, ranks)
+        request = memory_request(settings, precision, largest, longest, on_gpu=memory.gpu)
+        step = decide(shape, request, available)
+        if step.resident is None and needed_bytes(shape, step) <= _budget(request, available):
+            fits.append((step.quantization == "none", not step.checkpointing, tokens))
         if largest <= longest or tokens == 1:
-            return max(fit)[2] if fit else tokens
+            return max(fits)[2] if fits else tokens
         tokens //= 2
 
 
-def decide(shape: Shape, wanted: Wanted, free: int) -> Training:
-    """The training that `free` bytes of the device are for, at most `wanted.gpu` of them, whether it fits or not.
+def decide(shape: Shape, request: MemoryRequest, available: int) -> StepWorkload:
+    """The workload for `available` bytes of the device, at most `request.gpu` of them, whether it fits or not.
 
-    16 bits where they fit, nf4 elsewhere, when the recipe leaves it open; activations are computed again where they do
-    not fit; layers wait in RAM only where a limit says so.
+    For "auto": 16 bits where they fit, else nf4; checkpointing where the activations do not fit. Layers wait in RAM
+    only where train.max_memory demands it.
     """
-    budget = _budget(wanted, free)
-    quantization: str = wanted.quantization
+    budget = _budget(request, available)
+    quantization: str = request.quantization
     if quantization == "auto":
-        smallest = wanted.training("none", checkpointing=wanted.checkpointing is not False)
+        smallest = request.workload("none", checkpointing=request.checkpointing is not False)
         quantization = "none" if needed_bytes(shape, smallest) <= budget else "nf4"
-    checkpointing = wanted.checkpointing
+    checkpointing = request.checkpointing
     if checkpointing == "auto":
-        checkpointing = needed_bytes(shape, wanted.training(quantization, checkpointing=False)) > budget
-    training = wanted.training(quantization, checkpointing=checkpointing)
-    if wanted.gpu is None or needed_bytes(shape, training) <= budget:
-        return training
-    streamed = [replace(training, checkpointing=True, resident=count) for count in range(shape.layers, -1, -1)]
+        checkpointing = needed_bytes(shape, request.workload(quantization, checkpointing=False)) > budget
+    step = request.workload(quantization, checkpointing=checkpointing)
+    if request.gpu is None or needed_bytes(shape, step) <= budget:
+        return step
+    streamed = [replace(step, checkpointing=True, resident=count) for count in range(shape.layers, -1, -1)]
     return next((fewer for fewer in streamed if needed_bytes(shape, fewer) <= budget), streamed[-1])
 
 
-def plan(shape: Shape, wanted: Wanted, free: int, total: int) -> Plan:
-    """How to train in `free` bytes of the device, which has `total`. Raises HostError when it cannot fit.
+def plan_training(
+    shape: Shape, settings: "TrainSettings", precision: str, rows: RowLengths, memory: DeviceMemory, world_size: int
+) -> TrainingPlan:
+    """The plan of a training on `world_size` ranks over counted rows.
 
-    Of a GPU's memory what is free counts; of main memory all, for who holds it may end, and machine/capacity.py warned.
+    Raises HostError when it cannot fit, RecipeError for settings that exclude each other.
     """
-    training = decide(shape, wanted, free)
-    parts = estimate.memory(shape, training)
-    refuse_limits(shape, wanted, training, free)
-    certain, there = estimate.certain(parts, gpu=wanted.on_gpu), _budget(wanted, free) if wanted.on_gpu else total
-    if certain > there:
+    tokens = choose_tokens(shape, settings, precision, rows, memory, world_size)
+    chosen = settings.model_copy(update={"pass_tokens": tokens})
+    batches = split_step(chosen, [min(settings.max_length, length) for length in rows.lengths], world_size)
+    request = memory_request(chosen, precision, batches.tokens, batches.tokens, on_gpu=memory.gpu)
+    return plan(shape, request, batches, memory)
+
+
+def plan(shape: Shape, request: MemoryRequest, batches: MicroBatches, memory: DeviceMemory) -> TrainingPlan:
+    """The plan for a request. Raises HostError when it cannot fit.
+
+    Of a GPU the available memory counts; of main memory the total: the programs that hold the rest may end.
+    """
+    step = decide(shape, request, memory.available)
+    parts = estimate.memory(shape, step)
+    refuse_limits(shape, request, step, memory.available)
+    certain = estimate.certain_bytes(parts, gpu=request.on_gpu)
+    usable = _budget(request, memory.available) if request.on_gpu else memory.total
+    if certain > usable:
         raise HostError(
-            f"the base takes {gb(parts['weights'])} in {training.quantization} and this training {gb(certain)}, "
-            f"and {gb(there)} are {'free' if wanted.on_gpu else 'there'}",
+            f"the base takes {gb(parts['weights'])} in {step.quantization} and this training {gb(certain)}, "
+            f"and {gb(usable)} are {'free' if request.on_gpu else 'there'}",
             "end what else uses the device, set train.quantization to nf4, or train.max_memory.gpu to what it may take",
         )
-    resident = shape.layers if training.resident is None else training.resident
-    quantization = training.quantization
-    assert quantization in ("nf4", "int8", "none")
-    return Plan(quantization, training.checkpointing, resident, sum(parts.values()), parts)  # type: ignore[arg-type]
+    return TrainingPlan(
+        precision=request.precision,
+        quantization=step.quantization,
+        checkpointing=step.checkpointing,
+        layers=shape.layers,
+        resident=shape.layers if step.resident is None else step.resident,
+        batches=batches,
+        parts=parts,
+        available=memory.available,
+    )
 
 
-def refuse_limits(shape: Shape, wanted: Wanted, training: Training, free: int) -> None:
-    """Raise HostError where train.max_memory leaves too little room, RecipeError for weights that cannot stream."""
-    if training.resident is None:
+def refuse_limits(shape: Shape, request: MemoryRequest, step: StepWorkload, available: int) -> None:
+    """Raise HostError where train.max_memory leaves too little memory, RecipeError for weights that cannot stream."""
+    if step.resident is None:
         return
-    if training.quantization == "int8":
+    if step.quantization == "int8":
         raise RecipeError("train.max_memory cannot stream int8 weights", "set train.quantization to nf4 or none")
-    budget = _budget(wanted, free)
-    if (needed := needed_bytes(shape, training)) > budget:
+    budget = _budget(request, available)
+    if (needed := needed_bytes(shape, step)) > budget:
         raise HostError(
             f"without its layers the base and the training take {gb(needed)}, and {gb(budget)} are there for them",
             "raise train.max_memory.gpu, or lower train.pass_tokens",
         )
-    waiting = estimate.waiting_bytes(shape, training)
-    if wanted.cpu is not None and waiting > wanted.cpu:
+    waiting = estimate.waiting_bytes(shape, step)
+    if request.cpu is not None and waiting > request.cpu:
         raise HostError(
-            f"{shape.layers - training.resident} of {shape.layers} layers take {gb(waiting)} of RAM, more than "
-            f"train.max_memory.cpu ({gb(wanted.cpu)})",
+            f"{shape.layers - step.resident} of {shape.layers} layers take {gb(waiting)} of RAM, more than "
+            f"train.max_memory.cpu ({gb(request.cpu)})",
             "raise one of the two limits",
         )
 
 
-def needed_bytes(shape: Shape, training: Training) -> int:
-    """Bytes of the device, all parts together."""
-    return sum(estimate.memory(shape, training).values())
+def _budget(request: MemoryRequest, available: int) -> int:
+    return available if request.gpu is None else min(available, request.gpu)
 
 
-def _budget(wanted: Wanted, free: int) -> int:
-    return free if wanted.gpu is None else min(free, wanted.gpu)
+def suggest_settings(
+    shape: Shape, step: StepWorkload, budget: int, allowed: Collection[str], size: Callable[[Mapping[str, int]], int]
+) -> dict[str, str | int] | None:
+    """The fewest, least invasive settings with which a training fits into `budget` bytes; None where none do.
+
+    By their names in the recipe's `train` section, only `allowed` ones; empty when it fits already. `size` gives the
+    bytes of an estimate that have to fit.
+    """
+    chosen: dict[str, Change] = {}
+
+    def fits(given: Mapping[str, Change]) -> bool:
+        changed = replace(step, **{name: value for _, change in given.values() for name, value in change.items()})
+        if changed.resident is not None and (changed.quantization == "int8" or not changed.checkpointing):
+            return False  # the recipe refuses both
+        return size(estimate.memory(shape, changed)) <= budget
+
+    for name, value, change in _smaller_settings(shape, step, budget):
+        if fits(chosen):
+            break
+        if name in allowed:
+            chosen[name] = (value, change)
+    if not fits(chosen):
+        return None
+    for name in list(chosen):
+        rest = {other: change for other, change in chosen.items() if other != name}
+        chosen = rest if fits(rest) else chosen
+    return {name: value for name, (value, _) in chosen.items()}
+
+
+def _smaller_settings(shape: Shape, step: StepWorkload, budget: int) -> Iterator[tuple[str, str | int, dict[str, Any]]]:
+    """Settings that take less and less memory: name, value, changes. First those that cost only time."""
+    if not step.checkpointing:
+        yield "gradient_checkpointing", True, {"checkpointing": True}
+    tokens = step.tokens
+    while tokens > step.longest:
+        tokens = max(step.longest, tokens // 2)
+        if step.packed:
+            yield "pass_tokens", tokens, {"tokens": tokens}
+        else:
+            rows = max(1, tokens // step.longest)
+            yield "batch_size", rows, {"tokens": rows * step.longest}
+    if step.quantization != "nf4":
+        yield "quantization", "nf4", {"quantization": "nf4"}
+    # Before max_length: layers in RAM cost time, shorter rows are other rows.
+    for resident in range(shape.layers - 1, -1, -1) if step.gpu else ():
+        yield "max_memory.gpu", f"{budget // MIB}MiB", {"resident": resident}
+    for length in SHORTER_LENGTHS:
+        if length < step.longest:
+            yield "max_length", length, {"tokens": length, "longest": length}

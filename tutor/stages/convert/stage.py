@@ -7,7 +7,6 @@ asked `base-<Q>.gguf` and importance matrices. Does not merge, choose or publish
 
 import logging
 import os
-import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from tutor.artifacts.layout import gguf_name
 from tutor.engines.llamacpp.convert import imatrix, quantize, to_gguf
-from tutor.errors import ArtifactError, HostError
+from tutor.errors import ArtifactError
 from tutor.formats.models.gguf import Gguf, read_gguf
 from tutor.formats.models.gguf_metadata import Expected, check_gguf, differences, expect, fallbacks
 from tutor.formats.models.gguf_weights import Weight, weights_of
-from tutor.formats.models.model_folder import WEIGHTS, read_facts
+from tutor.formats.models.model_folder import read_facts
 from tutor.formats.rows.split_files import read_rows
+from tutor.machine.memory.shapes import read_shape
+from tutor.machine.run_cost import gguf_bytes, require_disk
 from tutor.prompt import chat_template, completion, conversation, render
 from tutor.recipe.quantizations import AUTO, F16
 from tutor.stages.convert.lineage import base_lineage, keyed, tutor_lineage
@@ -34,8 +35,6 @@ log = logging.getLogger(__name__)
 
 WEIGHED = 150_000
 """Characters of the training split that an importance matrix is made of: about a hundred pieces of 512 tokens."""
-LARGEST_SHARE = 0.55
-"""Of F16's size: what Q8_0, the largest quantization, takes, rounded up."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
         # Which of them is served is not known before the ladder: the base is compared as the tutor is served.
         wanted["base"] = [*asked] if served == AUTO else [served] if served != F16 else []
     folders = {"tutor": inputs["merge"], "base": base}
-    _check_room([(folders[name], kinds) for name, kinds in wanted.items()], out)
+    _require_disk([(folders[name], kinds) for name, kinds in wanted.items()], out)
     lineage = {"tutor": keyed(tutor_lineage(recipe, inputs)), "base": keyed(base_lineage(inputs["base"]))}
     files: dict[str, dict[str, Any]] = {}
     for name, kinds in wanted.items():
@@ -165,15 +164,8 @@ def training_text(rows: Sequence[Mapping[str, Any]], system: str, bos: str, eos:
     return (eos + bos).join(texts) + eos
 
 
-def _check_room(wanted: Iterable[tuple[Path, Sequence[str]]], out: Path) -> None:
-    """Raise HostError before the work when the disk cannot hold it."""
-    need = sum(
-        sum(path.stat().st_size for path in model.glob(WEIGHTS)) * (1 + LARGEST_SHARE * len(kinds))
-        for model, kinds in wanted
-    )
-    free = shutil.disk_usage(out).free
-    if need > free:
-        raise HostError(
-            f"{out} has {free / 1e9:.1f} GB free, converting needs {need / 1e9:.1f} GB",
-            "make room, or ask for fewer convert.quantizations",
-        )
+def _require_disk(wanted: Iterable[tuple[Path, Sequence[str]]], out: Path) -> None:
+    """Raise HostError before the work when the disk cannot hold the files of all models."""
+    shapes = [(read_shape(model), kinds) for model, kinds in wanted]
+    need = sum(gguf_bytes(shape, kind) for shape, kinds in shapes for kind in (F16, *kinds))
+    require_disk(out, need, "converting", "make room, or ask for fewer convert.quantizations")

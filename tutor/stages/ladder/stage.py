@@ -8,7 +8,6 @@ memory in the results only. Quantizes nothing and generates no answer.
 import logging
 import math
 import os
-import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,10 +18,11 @@ from tutor.artifacts.layout import gguf_name
 from tutor.engines.llamacpp.score import reference_bytes, score
 from tutor.engines.llamacpp.server import serve
 from tutor.engines.trace import Score
-from tutor.errors import ArtifactError, HostError
+from tutor.errors import ArtifactError
 from tutor.formats.models.gguf import read_gguf
 from tutor.formats.models.served_quantization import write_served
 from tutor.formats.rows.split_files import Rows, held_out_rows
+from tutor.machine.run_cost import require_disk
 from tutor.recipe.quantizations import AUTO, F16
 from tutor.stages.ladder.plot import plot
 
@@ -90,9 +90,7 @@ def sample_rows(rows: Rows, tokens: int) -> Rows:
 def benchmark(files: Mapping[str, Path], rows: Rows, threads: int, out: Path) -> dict[str, dict[str, Any]]:
     """Return each file's size, held-out loss and KL divergence from F16 over the whole vocabulary, F16 first."""
     vocabulary = len(read_gguf(_existing(files[F16])).fields.get("tokenizer.ggml.tokens", ()))
-    need, free = reference_bytes(rows, vocabulary), shutil.disk_usage(out).free
-    if need > free:
-        raise HostError(f"{out} has {free / 1e9:.1f} GB free, scoring needs {need / 1e9:.1f} GB", "make room")
+    require_disk(out, reference_bytes(rows, vocabulary), "scoring")
     reference = out / "reference.bin"
     figures: dict[str, dict[str, Any]] = {}
     f16_scores: list[Score] = []

@@ -22,9 +22,10 @@ from tutor.artifacts.disk import write_json
 from tutor.artifacts.hashing import HASHES, file_sha256, known_sha256, remember_sha256
 from tutor.artifacts.manifest import read_manifest
 from tutor.artifacts.stage_folder import RESUME
-from tutor.errors import ArtifactError, HostError
+from tutor.errors import ArtifactError
 from tutor.formats.models.model_folder import WEIGHTS, load_tokenizer, read_facts, read_json, refuse
 from tutor.formats.models.safetensors import WIDTHS, Stored, header, read_folder, writing
+from tutor.machine.run_cost import require_disk
 from tutor.prompt import Encoded, chat_template, encode
 from tutor.stages.merge.peft_adapter import read_adapter
 from tutor.stages.merge.weights import DTYPES, MergedWeights, require_fit
@@ -206,11 +207,7 @@ def _check_disk(files: Files, dtype: str, out: Path) -> None:
     """Raise HostError when the disk cannot hold the output; the files of an interrupted run count as free space."""
     need = sum(tensor.count * WIDTHS[dtype] for stored in files.values() for tensor in stored)
     written = sum(path.stat().st_size for path in out.glob(WEIGHTS))
-    free = shutil.disk_usage(out).free
-    if need > free + written:
-        raise HostError(
-            f"{out} has {free / 1e9:.1f} GB free, merging needs {(need - written) / 1e9:.1f} GB", "make room"
-        )
+    require_disk(out, need - written, "merging")
 
 
 def copy_other_files(base: Path, out: Path, *, dtype: str, add_bos: bool) -> None:

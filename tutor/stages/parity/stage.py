@@ -20,6 +20,7 @@ from tutor.errors import ArtifactError
 from tutor.formats.models.model_folder import WEIGHTS, load_tokenizer, read_facts, read_json
 from tutor.formats.models.served_quantization import served_quantization
 from tutor.formats.rows.split_files import read_rows
+from tutor.machine.device import loading_memory
 from tutor.stages.parity import collect
 from tutor.stages.parity.compare import Observation
 from tutor.stages.parity.conversations import Conversation, conversations
@@ -44,7 +45,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     """
     tokenizer = load_tokenizer(inputs["merge"])
     talks = _conversations(tokenizer, recipe, inputs["data"])
-    trained = _in_transformers(inputs, talks, free_memory())
+    trained = _in_transformers(inputs, talks, loading_memory().available)
     served = served_quantization(recipe.ollama.quantization, inputs["ladder"])
     items = [collect.tokenize(tokenizer, conversation) for conversation in talks]
     bos = tokenizer.bos_token or ""
@@ -133,21 +134,6 @@ def transformers_precision(weights: int, free: int) -> str | None:
     if 2 * weights + OVERHEAD_BYTES <= free:
         return "fp32"
     return "bf16" if weights + OVERHEAD_BYTES <= free else None
-
-
-def free_memory(root: Path = Path("/")) -> int:
-    """Bytes that a model may take: of the first GPU where there is one, else of this machine and its container."""
-    import torch
-
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    lines = (root / "proc/meminfo").read_text("ascii").splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    group = root / "sys/fs/cgroup"  # a container sees its own there
-    try:
-        return min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no limit, which is the word "max"
-        return free
 
 
 def _nf4_precision(merged: Path, adapter: Path) -> str | None:

@@ -24,6 +24,7 @@ from tutor.artifacts.provenance import provenance
 from tutor.artifacts.stage_folder import checkpoint_folder, seal_outputs
 from tutor.errors import ArtifactError, HostError
 from tutor.machine import distributed
+from tutor.machine.run_cost import short_disks
 
 if TYPE_CHECKING:
     from tutor.prompt import Encoded
@@ -52,6 +53,8 @@ SOURCES = (
     "machine/distributed.py",
     "stages/train/held_out_loss.py",
     "machine/memory/estimate.py",
+    "machine/memory/row_lengths.py",
+    "machine/memory/shapes.py",
     "formats/models/model_folder.py",
     "machine/memory/batching.py",
     "prompt.py",
@@ -283,8 +286,7 @@ def discard_unfinished(training: Training) -> None:
 
 def require_room(training: Training, needed: int) -> None:
     """Raise HostError when the disk has no room for a checkpoint of `needed` bytes."""
-    free = shutil.disk_usage(training.out).free
-    if free < needed:
+    for _, free, _ in short_disks([(training.out, needed)]):
         raise HostError(
             f"no room for a checkpoint: {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free "
             f"in {training.folder.parent}",

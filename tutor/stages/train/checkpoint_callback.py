@@ -20,7 +20,8 @@ from transformers import TrainerCallback
 from tutor.artifacts.disk import disk_fault
 from tutor.errors import HostError, TutorError
 from tutor.machine import distributed
-from tutor.machine.memory.batching import Passes
+from tutor.machine.memory.batching import MicroBatches
+from tutor.machine.run_cost import checkpoint_bytes
 from tutor.stages.train import checkpoint
 
 log = logging.getLogger(__name__)
@@ -44,9 +45,9 @@ class Saver(TrainerCallback):  # type: ignore[misc]
         self._training = training
         self._before = saved[1] if saved else None
         self._pause = 60 * minutes
-        adapter = sum(weight.nbytes for weight in trainer.model.parameters() if weight.requires_grad)
-        # The adapter, Adam's two moments of it, and some; from the first one on as it was.
-        self._size = checkpoint.size(saved[0]) if saved else 3 * adapter + (2 << 20)
+        trainable = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
+        # An estimate until the first checkpoint exists.
+        self._size = checkpoint.size(saved[0]) if saved else checkpoint_bytes(trainable)
         self._start = self._saved_at = time.monotonic()
         self.signal: signal.Signals | None = None  # that came here
         self.ending: signal.Signals | None = None  # that came to any process, as all of them know
@@ -185,15 +186,15 @@ def memory_fault(error: BaseException, trainer: Any, hint: str) -> TutorError | 
     return HostError(f"out of memory in step {step + 1} of {steps}", hint)
 
 
-def less_memory(passes: Passes) -> str:
+def less_memory(batches: MicroBatches) -> str:
     """What to change in the recipe when memory ran out, so that training can go on from its checkpoint."""
-    if passes.rows == 1:
+    if batches.rows == 1:
         return "free what other programs hold of it, and run again; else train a smaller base, or on shorter rows"
-    smaller = passes.rows // 2 if passes.rows % 2 == 0 else 1
+    smaller = batches.rows // 2 if batches.rows % 2 == 0 else 1
     change = (
-        f"train.pass_tokens = {passes.tokens // 2}"
-        if passes.packed
-        else f"train.batch_size = {smaller} and train.accumulation = {passes.step_rows // smaller}"
+        f"train.pass_tokens = {batches.tokens // 2}"
+        if batches.packed
+        else f"train.batch_size = {smaller} and train.accumulation = {batches.step_rows // smaller}"
     )
     return f"set {change}: the same rows a step, and it goes on from the last checkpoint"
 

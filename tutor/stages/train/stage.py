@@ -14,13 +14,9 @@ import torch
 from transformers import set_seed
 
 from tutor.artifacts.stage_folder import log_folder
-from tutor.errors import RecipeError
 from tutor.formats.models.model_folder import load_tokenizer, read_facts
 from tutor.machine import distributed
-from tutor.machine.device import choose_precision, room
-from tutor.machine.memory import plan as memory
-from tutor.machine.memory.batching import Passes, passes_of
-from tutor.machine.memory.estimate import parts_line
+from tutor.machine.memory.plan import TrainingPlan
 from tutor.prompt import Encoded
 from tutor.stages.train import checkpoint
 from tutor.stages.train.audit import audit_labels, encode_rows
@@ -36,25 +32,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
-    """Train an adapter into `out`; held-out loss before and after, counts, the base's identity.
+def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path, plan: TrainingPlan) -> dict[str, Any]:
+    """Train an adapter into `out` as planned; held-out loss before and after, counts, the base's identity.
 
     Goes on from the newest whole checkpoint of the same training beside `out`, where a run before was ended. Several
-    processes train together; the first decides, and writes.
+    processes train together; the main process decides, and writes.
     """
-    settings = recipe.train
+    settings, precision, batches = recipe.train, plan.precision, plan.batches
     facts, model_folder = read_facts(inputs["base"])
     tokenizer = load_tokenizer(model_folder)
     train, held_out = (
         encode_rows(tokenizer, read_rows(inputs["data"] / f"{name}.jsonl"), recipe.system, settings.max_length)
         for name in ("train", "held_out")
     )
-    precision = distributed.broadcast_result(choose_precision, settings.precision)
-    settings = settings.model_copy(
-        update={"pass_tokens": distributed.broadcast_result(choose_passes, settings, precision, model_folder, train)}
-    )
-    passes = plan_passes(settings, train, distributed.world_size())
-    plan = distributed.broadcast_result(make_plan, settings, precision, model_folder, passes)
+    log.info("%s", plan)
     training = checkpoint.Training(
         out,
         checkpoint.identity(
@@ -66,8 +57,9 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     )  # fmt: skip
     saved = distributed.broadcast_result(checkpoint.resume, training)
     set_seed(recipe.seed)
-    again = plan.checkpointing
-    arguments = training_arguments(settings, precision, recipe.seed, training.folder, passes, checkpointing=again)
+    arguments = training_arguments(
+        settings, precision, recipe.seed, training.folder, batches, checkpointing=plan.checkpointing
+    )
     trainer = load_trainer(model_folder, tokenizer, train, lora_config(settings), arguments, plan)
     audited = audit_labels(trainer, train, tokenizer)
     trainable, total = count_parameters(trainer.model)
@@ -80,7 +72,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     before = mean_loss(trainer.model, held_out)
     log.info("held-out loss before training: %.4f (perplexity %.2f)", before, perplexity(before))
     course = _course(settings, train, before, precision)
-    session = saving(trainer, training, saved, settings.save_minutes, less_memory(passes))
+    session = saving(trainer, training, saved, settings.save_minutes, less_memory(batches))
     fitted = fit(trainer, course, held_out, log_folder(out), session, resume=saved[0] if saved else None)
     size = write(trainer, course, fitted, facts.source, out)
     return {
@@ -90,7 +82,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
         "quantization": plan.quantization,
         "gradient_checkpointing": plan.checkpointing,
         "rows": len(train),
-        "rows_per_pass": passes.rows,
+        "rows_per_pass": batches.rows,
         "steps": trainer.state.global_step,
         "kept_step": fitted.step,
         "tokens_per_epoch": course.tokens,
@@ -125,50 +117,6 @@ def _held_out(rows: Sequence[Encoded], before: float, after: float) -> dict[str,
         "perplexity_before": perplexity(before),
         "perplexity_after": perplexity(after),
     }
-
-
-def plan_passes(settings: "TrainSettings", rows: Sequence[Encoded], count: int = 1) -> Passes:
-    """How the rows of an optimizer step go through the model: packed, or padded as the specification has it.
-
-    Raises RecipeError when `count` processes cannot share a step's rows equally.
-    """
-    step_rows = settings.batch_size * settings.accumulation
-    if step_rows % count:
-        raise RecipeError(
-            f"{count} processes cannot share the {step_rows} rows of a step "
-            "(train.batch_size x train.accumulation) equally",
-            "start as many as divide them, or change train.accumulation",
-        )
-    return passes_of(settings, [len(row.ids) for row in rows], count)
-
-
-def choose_passes(settings: "TrainSettings", precision: str, model_folder: Path, rows: Sequence[Encoded]) -> int:
-    """Tokens of a packed pass at most, on this machine."""
-
-    def sizes(tried: "TrainSettings") -> tuple[int, int]:
-        return plan_passes(tried, rows, distributed.world_size()).tokens, longest
-
-    shape, longest = memory.read_shape(model_folder), max(len(row.ids) for row in rows)
-    cuda = torch.cuda.is_available()
-    return memory.choose_pass_tokens(shape, settings, precision, sizes, room(), on_gpu=cuda)
-
-
-def make_plan(settings: "TrainSettings", precision: str, model_folder: Path, passes: Passes) -> memory.Plan:
-    """How training fits this machine, as `tutor doctor` says it. Raises HostError when it does not."""
-    cuda = torch.cuda.is_available()
-    if settings.max_memory.gpu and not cuda:
-        log.warning("train.max_memory has no effect without a GPU: all of the base is in RAM")
-    wanted = memory.wanted(settings, precision, passes.tokens, passes.tokens, on_gpu=cuda)
-    shape, (free, total) = memory.read_shape(model_folder), room()
-    plan = memory.plan(shape, wanted, free, total)
-    log.info(
-        "base in %s, computing in %s, gradient checkpointing %s%s, %s: about %.2f GB (%s) of the %.2f GB that are free",
-        "16 bits" if plan.quantization == "none" and precision != "fp32" else plan.quantization.replace("none", "fp32"),
-        precision, "on" if plan.checkpointing else "off",
-        "" if plan.resident == shape.layers else f", {shape.layers - plan.resident} of {shape.layers} layers in RAM",
-        passes, plan.needed / 1e9, parts_line(plan.parts), free / 1e9,
-    )  # fmt: skip
-    return plan
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -19,8 +19,8 @@ from tutor.engines.hf.loading import load_base
 from tutor.errors import RecipeError
 from tutor.machine import distributed
 from tutor.machine.distributed import DistributedStepSampler
-from tutor.machine.memory import plan as memory
-from tutor.machine.memory.batching import Passes
+from tutor.machine.memory.batching import MicroBatches
+from tutor.machine.memory.plan import TrainingPlan
 from tutor.prompt import Encoded
 from tutor.stages.train.audit import labels
 from tutor.stages.train.kernels.chunked_loss import IGNORED, summed_loss
@@ -89,20 +89,20 @@ def load_trainer(
     rows: Sequence[Encoded],
     lora: LoraConfig,
     arguments: SFTConfig,
-    plan: memory.Plan,
+    plan: TrainingPlan,
 ) -> Trainer:
     """The trainer on the base as planned, which may leave layers in RAM."""
     precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
-    streams, sharded = plan.resident < memory.read_shape(model_folder).layers, distributed.is_sharded()
-    if streams and distributed.world_size() > 1:
+    sharded = distributed.is_sharded()
+    if plan.streams and distributed.world_size() > 1:
         raise RecipeError("train.max_memory leaves layers in RAM of a single process", "remove it, or the launcher")
     if sharded and plan.quantization == "int8":
         raise RecipeError("FSDP cannot shard int8 weights", "set train.quantization to nf4 or none")
-    model = load_base(model_folder, plan.quantization, precision, sharded=sharded, in_ram=streams or sharded)
+    model = load_base(model_folder, plan.quantization, precision, sharded=sharded, in_ram=plan.streams or sharded)
     trainer = make_trainer(model, tokenizer, rows, lora, arguments)
     if not distributed.is_main_process():
         torch.manual_seed(arguments.seed + distributed.rank())  # dropout of its own; the adapter is the first's
-    if streams:
+    if plan.streams:
         stream_layers(trainer.model, plan.resident, arguments.device)
     return trainer
 
@@ -131,7 +131,7 @@ def training_arguments(
     precision: str,
     seed: int,
     checkpoints: Path,
-    passes: Passes,
+    batches: MicroBatches,
     *,
     checkpointing: bool = False,
 ) -> SFTConfig:
@@ -139,8 +139,8 @@ def training_arguments(
     cuda = torch.cuda.is_available()
     return SFTConfig(
         output_dir=str(checkpoints),
-        per_device_train_batch_size=passes.rows,
-        gradient_accumulation_steps=passes.count,
+        per_device_train_batch_size=batches.rows,
+        gradient_accumulation_steps=batches.count,
         num_train_epochs=settings.epochs,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
@@ -152,7 +152,7 @@ def training_arguments(
         save_steps=settings.save_steps,
         max_length=None,
         packing=False,  # TRL's would fill passes to a length: other rows a step, in another order
-        padding_free=passes.packed,
+        padding_free=batches.packed,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         use_cpu=not cuda,

@@ -21,9 +21,8 @@ from tutor.engines.hf.loading import load_base
 from tutor.engines.hf.score import answer_logprobs
 from tutor.errors import DataError
 from tutor.formats.models.model_folder import load_tokenizer
-from tutor.machine.memory.batching import Passes, most_tokens, packed_passes, padded_passes, passes_of
+from tutor.machine.memory.batching import MicroBatches, max_tokens, packed_batches, padded_batches, split_step
 from tutor.prompt import Encoded
-from tutor.stages.train import stage as train
 from tutor.stages.train.audit import labels
 from tutor.stages.train.kernels import packed_attention as packed
 from tutor.stages.train.kernels.chunked_loss import IGNORED, summed_loss
@@ -64,7 +63,7 @@ lengths_of = st.lists(st.integers(1, 600), min_size=1, max_size=40)
 def test_a_plan_makes_the_asked_batch_in_the_fewest_passes_within_the_budget(
     step_rows: int, lengths: list[int], budget: int
 ) -> None:
-    plan = packed_passes(step_rows, lengths, budget)
+    plan = packed_batches(step_rows, lengths, budget)
     assert plan.rows * plan.count == step_rows
     assert plan.packed == (plan.rows > 1)
     assert plan.tokens == sum(sorted(lengths)[-plan.rows :])  # no rows can meet that are more
@@ -75,7 +74,7 @@ def test_a_plan_makes_the_asked_batch_in_the_fewest_passes_within_the_budget(
 
 @given(rows=st.integers(1, 20), count=st.integers(1, 20), lengths=lengths_of)
 def test_without_packing_the_passes_are_the_recipes(rows: int, count: int, lengths: list[int]) -> None:
-    plan = padded_passes(rows, count, lengths)
+    plan = padded_batches(rows, count, lengths)
     assert (plan.rows, plan.count, plan.packed) == (rows, count, False)
     assert plan.tokens == min(rows, len(lengths)) * max(lengths)
 
@@ -89,13 +88,13 @@ def test_no_pass_of_rows_that_are_not_longer_has_more_tokens_than_the_most(
 ) -> None:
     chosen = {"batch_size": batch[0], "accumulation": batch[1], "packing": packing, "pass_tokens": budget}
     settings = recipe(Path("r.toml"), train=chosen).train
-    assert passes_of(settings, lengths).tokens <= most_tokens(settings, [length + room for length in lengths])
+    assert split_step(settings, lengths).tokens <= max_tokens(settings, [length + room for length in lengths])
 
 
 def test_the_specifications_ten_rows_go_in_one_pass_or_two() -> None:
-    assert packed_passes(10, [300] * 278, 4096) == Passes(10, 1, 3000, packed=True)
-    assert packed_passes(10, [480] * 278, 4096) == Passes(5, 2, 2400, packed=True)
-    assert packed_passes(10, [4097] * 278, 4096) == Passes(1, 10, 4097, packed=False)
+    assert packed_batches(10, [300] * 278, 4096) == MicroBatches(10, 1, 3000, packed=True)
+    assert packed_batches(10, [480] * 278, 4096) == MicroBatches(5, 2, 2400, packed=True)
+    assert packed_batches(10, [4097] * 278, 4096) == MicroBatches(1, 10, 4097, packed=False)
 
 
 # --- the batch -------------------------------------------------------------------------------------------------------
@@ -242,7 +241,7 @@ def steps_of(tiny: Path, tmp_path: Path) -> Any:
         checkpointing = changes.pop("checkpointing", False)
         wanted = {"epochs": 1, "logging_steps": 1, "learning_rate": 1e-12, "dropout": 0.0, **changes}
         settings = recipe(Path("r.toml"), train=wanted).train
-        passes = train.plan_passes(settings, rows)
+        passes = split_step(settings, [len(row.ids) for row in rows])
         arguments = training_arguments(settings, "fp32", 3, tmp_path, passes)
         arguments.max_grad_norm = 0.0
         arguments.activation_checkpointing = arguments.gradient_checkpointing = checkpointing
@@ -369,7 +368,7 @@ def test_the_loss_is_trls_own(*, packing: bool, tiny: Path, tmp_path: Path, boun
     settings = recipe(
         Path("r.toml"), train={"batch_size": 7, "accumulation": 1, "packing": packing, "dropout": 0.0}
     ).train
-    arguments = training_arguments(settings, "fp32", 3, tmp_path, train.plan_passes(settings, ROWS))
+    arguments = training_arguments(settings, "fp32", 3, tmp_path, split_step(settings, [len(row.ids) for row in ROWS]))
     model = load_base(tiny, "none", "fp32")
     trainer = make_trainer(model, load_tokenizer(tiny), ROWS, lora_config(settings), arguments)
     batch = trainer.data_collator(items(ROWS))
