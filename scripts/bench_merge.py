@@ -217,7 +217,7 @@ def convert_ours(model: Path, beside: Path, out: Path) -> dict[str, float]:
     from tutor.formats.models.gguf_metadata import check_gguf, expect
     from tutor.formats.models.gguf_weights import weights_of
     from tutor.formats.models.model_folder import Facts, read_json
-    from tutor.stages.convert.quantization_error import exact
+    from tutor.stages.convert.quantization_error import refuse_inexact
 
     facts = Facts(**read_json(beside / "facts.json"))
     config = read_json(model / "config.json")
@@ -226,7 +226,7 @@ def convert_ours(model: Path, beside: Path, out: Path) -> dict[str, float]:
         expected, whole = expect(model, replace(facts, vocabulary=config["vocab_size"])), scratch / "tutor-F16.gguf"
         to_gguf(model, whole, facts.pre_tokenizer)
         converted = time.monotonic() - started
-        exact(whole, check_gguf(whole, expected), weights_of(model))
+        refuse_inexact(whole, check_gguf(whole, expected), weights_of(model))
     return {"work_s": converted, "checked_s": time.monotonic() - started, "imported_rss_mb": imported}
 
 

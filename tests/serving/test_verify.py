@@ -43,7 +43,7 @@ class Built:
             (self.folder / name).mkdir()
         write_rows(self.folder / "data" / "train.jsonl", [{"instruction": "¿Qué?", "response": "Eso."}])
         save_file({"a": np.zeros((2, 2), np.float32)}, self.folder / "adapter" / "adapter_model.safetensors")
-        self.says = lineage.keyed(lineage.tutor_lineage(self.recipe, self.inputs))
+        self.says = lineage.to_fields(lineage.tutor_lineage(self.recipe, self.inputs))
         with writing(self.folder / "gguf", "convert", {}) as (out, _):
             for kind in ("F16", "Q8_0"):
                 file(out / f"tutor-{kind}.gguf", merged, kind, says=self.says)
@@ -72,7 +72,7 @@ HASHES = ("data.sha256", "recipe.sha256", "adapter.sha256", "merged.sha256", "ba
 
 
 def test_the_lineage_names_data_recipe_base_adapter_merged_weights_and_tools(built: Built) -> None:
-    said = lineage.lineage_of(read_gguf(built.gguf()).fields)
+    said = lineage.from_fields(read_gguf(built.gguf()).fields)
     assert set(said) == {*HASHES, *lineage.SOFTWARE}
     assert all(len(said[name]) == 64 for name in HASHES if name.endswith("sha256"))
     assert "torch " in said["tools"]
@@ -187,7 +187,7 @@ def adapter(built: Built, path: Path) -> Path:
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_type("adapter")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    for key, value in lineage.keyed(lineage.adapter_lineage(built.recipe, built.inputs)).items():
+    for key, value in lineage.to_fields(lineage.adapter_lineage(built.recipe, built.inputs)).items():
         writer.add_string(key, value)
     ordered = permuted(f"{ATTENTION}q_proj.weight", b)
     for half, matrix in (("a", a), ("b", ordered)):

@@ -49,7 +49,7 @@ def lora_folder(recipe: Recipe, folder: BuildFolder) -> Path:
     """Return `lora/`, made first when it is missing or outdated. Raises ArtifactError without a stage that it needs."""
     from tutor.engines.llamacpp.adapter import lora_to_gguf
     from tutor.formats.models.model_folder import read_facts
-    from tutor.stages.convert.lineage import adapter_lineage, keyed, recipe_hash
+    from tutor.stages.convert.lineage import adapter_lineage, recipe_hash, to_fields
 
     inputs = {name: folder.stage(name) for name in ("data", "base", "train", "convert")}
     fields: dict[str, Any] = {f"input.{name}": require_stage(at, name).fingerprint for name, at in inputs.items()}
@@ -68,7 +68,7 @@ def lora_folder(recipe: Recipe, folder: BuildFolder) -> Path:
     log.info("converting the adapter to GGUF")
     with writing(target, LORA, fields) as (out, results):
         gguf = out / "tutor-lora.gguf"
-        metadata = keyed(adapter_lineage(recipe, inputs))
+        metadata = to_fields(adapter_lineage(recipe, inputs))
         results["matrices"] = lora_to_gguf(inputs["train"], read_facts(inputs["base"])[1], base, gguf, metadata)
         _write_modelfile(recipe, base, gguf, out)
     return target

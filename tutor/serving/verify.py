@@ -46,7 +46,7 @@ class Row:
 def verify_file(path: Path, recipe: Recipe, build: Path) -> list[Row]:
     """Return the rows of a GGUF file. Raises ArtifactError for a damaged file or one without a recorded origin."""
     gguf = read_gguf(path)
-    recorded = lineage.lineage_of(gguf.fields)
+    recorded = lineage.from_fields(gguf.fields)
     if not recorded:
         raise ArtifactError(f"{path} does not record its origin", "was it made by another program than tutor convert?")
     folder = BuildFolder(build, recipe.name)
@@ -64,7 +64,7 @@ def verify_model(model: str, host: str | None, recipe: Recipe, build: Path) -> l
         shown = server.show(model)
         if shown is None:
             raise ServiceError(f"{server.host} has no model {model!r}", "see: tutor models")
-    recorded = lineage.lineage_of(shown.get("model_info") or {})
+    recorded = lineage.from_fields(shown.get("model_info") or {})
     if not recorded:
         raise ArtifactError(f"{model} does not record its origin", "was it published by another program?")
     folder = BuildFolder(build, recipe.name)
@@ -76,7 +76,7 @@ def verify_model(model: str, host: str | None, recipe: Recipe, build: Path) -> l
             here = _local_copy(digest, folder, made)
             gguf = read_gguf(here)
             # For a base with an adapter the server returns the metadata of the base alone.
-            recorded |= lineage.lineage_of(gguf.fields)
+            recorded |= lineage.from_fields(gguf.fields)
             rows.append(_weights_row(f"{adapter}weights", here, gguf, folder))
         except ArtifactError as error:
             rows.append(Row(f"{adapter}weights", "unknown", "", error.message))
@@ -135,7 +135,7 @@ def _weights_row(what: str, path: Path, gguf: Gguf, folder: BuildFolder) -> Row:
         return Row(what, "unknown", "", error.message)
     try:
         if gguf.fields.get("general.file_type") == ALL_F16:
-            quantization_error.exact(path, gguf, weights)
+            quantization_error.refuse_inexact(path, gguf, weights)
             return Row(what, "ok", "", f"all numbers equal those of {model}")
         figures = quantization_error.measure(path, gguf, weights, None)
     except ArtifactError as error:
@@ -151,7 +151,7 @@ def _source_weights(gguf: Gguf, folder: BuildFolder) -> "tuple[Path, dict[str, W
         model = folder.stage("train")
         weights = adapter_weights_of(model, _base_folder(folder))
     else:
-        tuned = "merged.sha256" in lineage.lineage_of(gguf.fields)
+        tuned = "merged.sha256" in lineage.from_fields(gguf.fields)
         model = folder.stage("merge") if tuned else _base_folder(folder)
         weights = weights_of(model)
     if not weights:

@@ -12,7 +12,7 @@ from tutor.errors import ArtifactError, GateError
 from tutor.formats.models import gguf_weights
 from tutor.formats.models.gguf import Gguf, Tensor, read_gguf
 from tutor.formats.models.gguf_weights import check_exact, check_names, weights_of
-from tutor.stages.convert import quantization_error as readback
+from tutor.stages.convert import quantization_error
 
 
 def exact(path: Path, model: Path) -> list[str]:
@@ -95,19 +95,21 @@ def test_a_sample_takes_whole_rows_from_the_first_to_the_last(monkeypatch: pytes
 
 # What training changed
 
-Measure = Callable[..., readback.Figures]
+Measure = Callable[..., quantization_error.QuantizationError]
 
 
 @pytest.fixture
 def measure(tmp_path: Path) -> Measure:
     """The figures of a file of some weights, made for merged and base weights."""
 
-    def figures(weights: Weights, kind: str, merged: Weights, base: Weights | None) -> readback.Figures:
+    def figures(
+        weights: Weights, kind: str, merged: Weights, base: Weights | None
+    ) -> quantization_error.QuantizationError:
         number = len(list(tmp_path.iterdir()))
         path = file(tmp_path / f"{number}.gguf", weights, kind)
         told = weights_of(folder(tmp_path / f"m{number}", merged))
         untuned = weights_of(folder(tmp_path / f"b{number}", base)) if base else None
-        return readback.measure(path, read_gguf(path), told, untuned)
+        return quantization_error.measure(path, read_gguf(path), told, untuned)
 
     return figures
 
@@ -119,7 +121,7 @@ def test_weights_that_were_never_quantized_keep_what_training_changed(measure: M
     found = measure(merged, kind, merged, base)
     assert found.kept == pytest.approx(1, abs=0.2)
     assert 0 < found.error < 0.1
-    assert readback.holds(found.kept)
+    assert quantization_error.is_kept(found.kept)
 
 
 def test_a_file_of_the_base_has_nothing_of_the_training_and_is_refused(measure: Measure) -> None:
@@ -128,7 +130,7 @@ def test_a_file_of_the_base_has_nothing_of_the_training_and_is_refused(measure: 
     found = measure(base, "Q8_0", merged, base)
     assert found.kept == pytest.approx(0, abs=0.05)
     with pytest.raises(GateError, match=r"a\.gguf has -?\d % of what training changed.*Q8_0") as raised:
-        readback.refuse_lost(Path("a.gguf"), "Q8_0", found)
+        quantization_error.refuse_lost(Path("a.gguf"), "Q8_0", found)
     assert raised.value.code == 8
 
 
@@ -154,7 +156,7 @@ def test_a_base_that_was_quantized_before_meets_its_old_grid(
     assert found.kept is not None
     assert least < found.kept < most
     with pytest.raises(GateError, match="once quantized"):
-        readback.refuse_lost(Path("a.gguf"), kind, found)
+        quantization_error.refuse_lost(Path("a.gguf"), kind, found)
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q5_0"])
@@ -163,7 +165,7 @@ def test_a_type_with_a_grid_of_its_own_does_not(measure: Measure, kind: str) -> 
     merged = moved(base)
     found = measure(merged, kind, merged, base)
     assert found.kept == pytest.approx(1, abs=0.2)
-    readback.refuse_lost(Path("a.gguf"), kind, found)
+    quantization_error.refuse_lost(Path("a.gguf"), kind, found)
 
 
 def test_a_training_too_small_to_be_seen_is_not_judged(measure: Measure) -> None:
@@ -172,7 +174,7 @@ def test_a_training_too_small_to_be_seen_is_not_judged(measure: Measure) -> None
     merged = moved(base, 0.0005)
     assert measure(base, "Q4_0", merged, base).kept is None
     assert measure(base, "Q4_0", base, None).kept is None
-    readback.refuse_lost(Path("a.gguf"), "Q4_0", measure(base, "Q4_0", base, None))
+    quantization_error.refuse_lost(Path("a.gguf"), "Q4_0", measure(base, "Q4_0", base, None))
 
 
 def test_a_tensor_that_is_too_far_off_is_named_with_its_type(measure: Measure) -> None:
@@ -193,8 +195,8 @@ def test_a_tensor_that_is_no_number_is_too_far_off(measure: Measure) -> None:
 # What is done about it
 
 
-def figures(kept: float | None, **by_type: float | None) -> readback.Figures:
-    return readback.Figures(0.05, kept, by_type)
+def figures(kept: float | None, **by_type: float | None) -> quantization_error.QuantizationError:
+    return quantization_error.QuantizationError(0.05, kept, by_type)
 
 
 TENSORS = {
@@ -218,11 +220,11 @@ TENSORS = {
 def test_only_what_was_fallen_back_to_is_replaced(
     kind: str, by_type: Mapping[str, float | None], unfit: tuple[str, ...]
 ) -> None:
-    assert readback.unfit(Gguf({}, TENSORS), kind, figures(1.0, **by_type)) == unfit
+    assert quantization_error.unfit_types(Gguf({}, TENSORS), kind, figures(1.0, **by_type)) == unfit
 
 
 def test_every_matrix_is_named_when_one_type_is_replaced() -> None:
-    assert readback.replaced(Gguf({}, TENSORS), ("Q5_1",)) == {
+    assert quantization_error.replacement_types(Gguf({}, TENSORS), ("Q5_1",)) == {
         "token_embd.weight": "Q8_0",
         "blk.0.attn_q.weight": "Q8_0",
         "blk.0.ffn_down.weight": "Q5_K",

@@ -425,7 +425,9 @@ def test_files_carry_their_lineage_through_quantization(made: tuple[Path, dict[s
 
 def test_an_importance_matrix_reads_the_rows_as_the_model_was_trained_on_them() -> None:
     rows = [{"instruction": "¿A?", "response": "Uno."}, {"instruction": "¿B?", "response": "Dos."}]
-    text = stage.training_text(rows, "Sistema.", "<s>", "</s>")
+    text = stage.calibration_text(rows, "Sistema.", "<s>", "</s>")
     one = "Sistema.\n\nInstrucción: ¿A?\nRespuesta: Uno.</s><s>Sistema.\n\nInstrucción: ¿B?\nRespuesta: Dos.</s>"
     assert text == one
-    assert len(stage.fewer(rows * 10_000)) * 11 == pytest.approx(stage.WEIGHED / len("¿A?Uno.") * 11, rel=0.1)
+    assert len(stage.calibration_rows(rows * 10_000)) * 11 == pytest.approx(
+        stage.CALIBRATION_CHARACTERS / len("¿A?Uno.") * 11, rel=0.1
+    )

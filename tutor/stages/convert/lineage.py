@@ -1,7 +1,7 @@
-"""What a GGUF says of where it comes from: hashes of data, recipe, base, adapter and merged weights, and the tools.
+"""The origin of a GGUF file: hashes of data, recipe, base, adapter and merged weights, and versions of the software.
 
-In: the stages' folders and the recipe. Out: key-values `tutor.*` for the converter, the same from two identical runs:
-no times, no names, no paths but what base.source says. tutor/serving/verify.py computes them again.
+In: the stages' folders and the recipe. Out: key-values `tutor.*` for the converter. Two identical runs give equal
+values: no times, no names, no paths except base.source. tutor/serving/verify.py computes them again.
 """
 
 import importlib.metadata
@@ -19,35 +19,36 @@ if TYPE_CHECKING:
     from tutor.recipe.settings import Recipe
 
 PREFIX = "tutor."
+"""Prefix of the keys in a GGUF file."""
 TOOLS = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors", "gguf")
-"""The packages whose versions a file names: those that had a hand in its numbers."""
-TELLING = {"logging_steps", "save_steps", "save_minutes"}
-"""Settings of training that leave the weights as they are."""
+"""Packages that took part in the computation of the weights; their versions are in the file."""
+NEUTRAL_SETTINGS = {"logging_steps", "save_steps", "save_minutes"}
+"""Settings of [train] that do not change the weights."""
 SOFTWARE = ("version", "tools", "llama.cpp")
-"""The keys that say what it was made with, where another machine may well have something else."""
+"""Keys of the software versions, which may differ on another machine."""
 
 
 def recipe_hash(recipe: "Recipe") -> str:
-    """sha256 over the settings that decide the weights: the split, the base, training, seed and system text.
+    """Return the sha256 of the settings that the weights depend on: split, base, training, seed, system text.
 
-    Not over paths, nor what only tells or serves.
+    Paths and settings of logging, conversion and serving are left out.
     """
     data = recipe.data.model_dump(exclude={"train", "eval", "prompts"})
-    train = recipe.train.model_dump(exclude=TELLING)
+    train = recipe.train.model_dump(exclude=NEUTRAL_SETTINGS)
     parts = {"data": data, "base": recipe.base.model_dump(), "train": train}
     return json_sha256({**parts, "seed": recipe.seed, "system": recipe.system})
 
 
 def weights_hash(model: Path) -> str:
-    """sha256 over the names and contents of a folder's weight files. Raises ArtifactError where there are none."""
+    """Return the sha256 of the names and contents of a folder's weight files. Raises ArtifactError without any."""
     files = sorted(model.glob(WEIGHTS))
     if not files:
         raise ArtifactError(f"{model} holds no {WEIGHTS}")
     return json_sha256({path.name: file_sha256(path) for path in files})
 
 
-def _noted_hash(folder: Path) -> str:
-    """The same of a stage's folder, from its manifest where it has one: 16 GB were hashed when they were written."""
+def _recorded_weights_hash(folder: Path) -> str:
+    """`weights_hash` of a stage's folder, from its manifest where there is one: 16 GB are not hashed a second time."""
     manifest = read_manifest(folder)
     if manifest is None:
         return weights_hash(folder)
@@ -58,40 +59,40 @@ def _noted_hash(folder: Path) -> str:
 
 
 def base_lineage(base: Path) -> dict[str, str]:
-    """What the untuned base's GGUF says."""
+    """Return the lineage of the untuned base's GGUF."""
     facts, _ = read_facts(base)
     return {"base": facts.source, "base.sha256": facts.weights, **software()}
 
 
 def adapter_lineage(recipe: "Recipe", inputs: Mapping[str, Path]) -> dict[str, str]:
-    """What the adapter's GGUF says; `inputs` are the folders of data, base and train."""
+    """Return the lineage of the adapter's GGUF; `inputs`: the folders of data, base and train."""
     return {
         "data.sha256": file_sha256(inputs["data"] / "train.jsonl"),
         "recipe.sha256": recipe_hash(recipe),
-        "adapter.sha256": _noted_hash(inputs["train"]),
+        "adapter.sha256": _recorded_weights_hash(inputs["train"]),
         **base_lineage(inputs["base"]),
     }
 
 
 def tutor_lineage(recipe: "Recipe", inputs: Mapping[str, Path]) -> dict[str, str]:
-    """What the tutor's GGUF says: what the adapter's does, and the merged weights; `inputs` has merge besides."""
-    return {**adapter_lineage(recipe, inputs), "merged.sha256": _noted_hash(inputs["merge"])}
+    """Return the lineage of the tutor's GGUF: the adapter's and the merged weights; `inputs` also has merge."""
+    return {**adapter_lineage(recipe, inputs), "merged.sha256": _recorded_weights_hash(inputs["merge"])}
 
 
 def software() -> dict[str, str]:
-    """This program, the packages in TOOLS and llama.cpp, with their versions."""
+    """Return the versions of tutor, of the packages in TOOLS and of llama.cpp."""
     tools = ", ".join(f"{name} {_version(name)}" for name in TOOLS)
     llamacpp = f"of llama_cpp_python {VERSION}, build {build_key()}"
     return {"version": _version("tutor"), "tools": tools, "llama.cpp": llamacpp}
 
 
-def keyed(lineage: Mapping[str, str]) -> dict[str, str]:
-    """The key-values as the file has them."""
+def to_fields(lineage: Mapping[str, str]) -> dict[str, str]:
+    """Return a lineage as key-values of a GGUF file."""
     return {PREFIX + name: value for name, value in lineage.items()}
 
 
-def lineage_of(fields: Mapping[str, object]) -> dict[str, str]:
-    """A file's (or a server's) key-values that are ours, without the prefix."""
+def from_fields(fields: Mapping[str, object]) -> dict[str, str]:
+    """Return the lineage in the key-values of a file or of a server's answer, without the prefix."""
     return {name.removeprefix(PREFIX): str(value) for name, value in fields.items() if name.startswith(PREFIX)}
 
 

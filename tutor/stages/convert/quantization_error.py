@@ -1,11 +1,11 @@
-"""Whether a quantized GGUF still says what was trained: its error by type, and how much of the training it keeps.
+"""The error of a quantized GGUF by type, and the share of the LoRA update that survives quantization.
 
-In: a GGUF, the merged and the base weights. Out: figures, or the error that they amount to. Changes no file.
+In: a GGUF, the merged and the base weights. Out: figures, or an error for figures out of bounds. Changes no file.
 
-Quantizing weights that were quantized before (the demo's base once was Q4_1) meets the older grid: the rounding is then
-no noise but follows the weights. Q5_1, whose 32 levels span the same range as Q4_1's 16, made every change of training
-1.2 to 1.7 times as large on the demo, while its error of 4.5 % looked like Q5_0's: held-out perplexity 18.6 after 10.6,
-by the program's own kernels and dequantized to F32 alike. That is why `kept` is measured, and not the error alone.
+Weights that were quantized before (the demo's base was Q4_1 once) lie on the older grid: the rounding is then no noise
+but depends on the weights. On the demo, Q5_1, whose 32 levels span the range of Q4_1's 16, made every change of
+training 1.2 to 1.7 times as large, while its error of 4.5 % was that of Q5_0: held-out perplexity 18.6 instead of 10.6,
+both with llama.cpp's own kernels and dequantized to F32. So `kept` is measured in addition to the error.
 """
 
 import math
@@ -18,7 +18,7 @@ from tutor.formats.models.gguf import Gguf
 from tutor.formats.models.gguf_metadata import is_fallback
 from tutor.formats.models.gguf_weights import Compared, Weight, check_exact, check_names, compare
 
-LARGEST_ERROR = {
+MAX_ERROR = {
     "F32": 0.0,
     "F16": 0.001,
     "BF16": 0.01,
@@ -28,86 +28,90 @@ LARGEST_ERROR = {
     **dict.fromkeys(("Q4_0", "Q4_1", "Q4_K", "IQ4_NL", "IQ4_XS"), 0.25),
     **dict.fromkeys(("Q3_K", "IQ3_S", "IQ3_XXS"), 0.5),
 }
-"""Root mean square of a tensor's error over that of its weights."""
-LARGEST_OTHER = 0.95
-"""The same for types of two bits and less: beyond it a tensor might as well be zero."""
-LEAST, MOST = 0.5, 1.25
-"""Of what training changed: with less it is the base that answers, and with more nothing that was ever trained."""
-CERTAIN = 0.1
-"""Standard error of `kept` up to which it is judged: in four bits, hardly any training is hard to see."""
+"""Maximum relative error of a tensor by type: root mean square of the error over that of the weights."""
+MAX_ERROR_BELOW_3_BITS = 0.95
+"""Maximum relative error of a tensor of two bits and less; a tensor of zeros has 1.0."""
+MIN_KEPT = 0.5
+"""Minimum share of the LoRA update that survives quantization. Below, the file behaves like the base."""
+MAX_KEPT = 1.25
+"""Maximum share of the LoRA update that survives quantization (1.0: unchanged). Above, the file exaggerates it."""
+MAX_KEPT_ERROR = 0.1
+"""Maximum standard error of `kept` for a judgement: quantization to four bits hides a small update in noise."""
 REPLACEMENT = "Q8_0"
-"""What a tensor gets instead of such a type that llama.cpp fell back to: its own fallback for Q6_K, of blocks of 32."""
+"""Type of a tensor in place of an unfit fallback: llama.cpp's own fallback for Q6_K, in blocks of 32."""
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What a file's tensors come to."""
+class QuantizationError:
+    """The error of a file."""
 
-    error: float  # the largest of a tensor, relative
-    kept: float | None  # of what training changed; None where nothing was, or too little to be seen
-    by_type: Mapping[str, float | None]  # the same of a type's tensors
+    error: float  # largest relative error of a tensor
+    kept: float | None  # share of the LoRA update that survives; None where the update is zero or too small to measure
+    by_type: Mapping[str, float | None]  # `kept` over the tensors of each type
 
 
-def exact(path: Path, gguf: Gguf, weights: Mapping[str, Weight]) -> None:
-    """Raise ArtifactError where an F16 file is not its folder, number for number."""
+def refuse_inexact(path: Path, gguf: Gguf, weights: Mapping[str, Weight]) -> None:
+    """Raise ArtifactError where a number of an F16 file differs from its folder."""
     _raise(path, check_exact(path, gguf, weights))
 
 
-def measure(path: Path, gguf: Gguf, weights: Mapping[str, Weight], base: Mapping[str, Weight] | None) -> Figures:
-    """The figures of a quantized file. Raises ArtifactError where a tensor is missing, or further off than its type."""
+def measure(
+    path: Path, gguf: Gguf, weights: Mapping[str, Weight], base: Mapping[str, Weight] | None
+) -> QuantizationError:
+    """Measure a quantized file. Raises ArtifactError for a missing tensor, or an error above the type's maximum."""
     _raise(path, check_names(gguf, weights))
     found = compare(path, gguf, weights, base)
     far = {name: each for name, each in found.items() if not each.relative <= _bound(each.kind)}
     _raise(path, [f"{name} ({each.kind}) is {100 * each.relative:.1f} % off" for name, each in far.items()])
     types = sorted({each.kind for each in found.values()})
-    by_type = {kind: kept(each for each in found.values() if each.kind == kind) for kind in types}
-    return Figures(max(each.relative for each in found.values()), kept(found.values()), by_type)
+    by_type = {kind: kept_share(each for each in found.values() if each.kind == kind) for kind in types}
+    return QuantizationError(max(each.relative for each in found.values()), kept_share(found.values()), by_type)
 
 
-def kept(tensors: Iterable[Compared]) -> float | None:
-    """How large what training changed is in a file: 1 as it was, 0 not there. None where it cannot be told."""
+def kept_share(tensors: Iterable[Compared]) -> float | None:
+    """Return the share of the LoRA update that survives: 1.0 unchanged, 0.0 lost, None where it is not measurable."""
     moved = [each for each in tensors if each.moved]
     total = sum(each.moved for each in moved)
     if not total:
         return None
     noise = sum(each.error for each in moved) / sum(each.count for each in moved)
-    if math.sqrt(noise / total) > CERTAIN:
+    if math.sqrt(noise / total) > MAX_KEPT_ERROR:
         return None
     return sum(each.kept for each in moved) / total
 
 
-def refuse_lost(path: Path, kind: str, figures: Figures) -> None:
-    """Raise GateError for a file that says something else than was trained."""
-    if not holds(figures.kept):
+def refuse_lost(path: Path, kind: str, measured: QuantizationError) -> None:
+    """Raise GateError for a file in which the LoRA update is lost or exaggerated."""
+    if not is_kept(measured.kept):
         raise GateError(
-            f"{path.name} has {100 * (figures.kept or 0):.0f} % of what training changed: the base was once quantized, "
-            f"and {kind} meets its old grid",
+            f"{path.name} has {100 * (measured.kept or 0):.0f} % of what training changed: "
+            f"the base was once quantized, and {kind} meets its old grid",
             "take others for convert.quantizations: Q8_0, Q5_0 and Q4_0 have grids of their own",
         )
 
 
-def holds(kept: float | None) -> bool:
-    """Whether so much of what training changed is enough, and not too much."""
-    return kept is None or LEAST <= kept <= MOST
+def is_kept(kept: float | None) -> bool:
+    """Return whether a share of the LoRA update is inside the bounds, or unknown."""
+    return kept is None or MIN_KEPT <= kept <= MAX_KEPT
 
 
-def unfit(gguf: Gguf, kind: str, figures: Figures) -> tuple[str, ...]:
-    """The types that llama.cpp fell back to and that do not hold what was trained."""
+def unfit_types(gguf: Gguf, kind: str, measured: QuantizationError) -> tuple[str, ...]:
+    """Return the types that llama.cpp fell back to and that do not keep the LoRA update."""
     fallbacks = {tensor.kind for name, tensor in gguf.tensors.items() if is_fallback(name, tensor, kind)}
-    return tuple(type_ for type_, kept in figures.by_type.items() if type_ in fallbacks and not holds(kept))
+    return tuple(type_ for type_, kept in measured.by_type.items() if type_ in fallbacks and not is_kept(kept))
 
 
-def replaced(gguf: Gguf, unfit: Iterable[str]) -> dict[str, str]:
-    """Every matrix's type by name, with another in place of the unfit ones.
+def replacement_types(gguf: Gguf, unfit: Iterable[str]) -> dict[str, str]:
+    """Return the type of every matrix by name, with REPLACEMENT in place of the unfit types.
 
-    Every one: llama.cpp does not count a tensor whose type is given, and would choose others' types otherwise.
+    Every matrix is listed: llama.cpp leaves listed tensors out when it chooses the types of the others.
     """
     matrices = {name: tensor.kind for name, tensor in gguf.tensors.items() if len(tensor.shape) > 1}
     return {name: REPLACEMENT if kind in unfit else kind for name, kind in matrices.items()}
 
 
 def _bound(kind: str) -> float:
-    return LARGEST_ERROR.get(kind, LARGEST_OTHER)
+    return MAX_ERROR.get(kind, MAX_ERROR_BELOW_3_BITS)
 
 
 def _raise(path: Path, lines: list[str]) -> None:

@@ -1,8 +1,8 @@
-"""The convert stage: the merged model as GGUF, F16 and quantized; every file read back and compared with its folder.
+"""The convert stage: the merged model as GGUF, F16 and quantized; every file is read back and compared.
 
-In: merged/, base/ (its facts, and its 16-bit folder to compare with), data/ and adapter/ (what the files say of where
-they come from; the rows weigh the weights). Out: `tutor-F16.gguf`, `tutor-<Q>.gguf` for each quantization, where
-asked `base-<Q>.gguf` and importance matrices. Does not merge, choose or publish.
+In: merged/, base/ (its facts, and its 16-bit weights), data/ and adapter/ (their hashes for the lineage; the training
+rows for an importance matrix). Out: `tutor-F16.gguf`, `tutor-<Q>.gguf` for each quantization, by the recipe also
+`base-<Q>.gguf` and importance matrices. Does not merge, choose or publish.
 """
 
 import logging
@@ -25,105 +25,112 @@ from tutor.machine.memory.shapes import read_shape
 from tutor.machine.run_cost import gguf_bytes, require_disk
 from tutor.prompt import chat_template, completion, conversation, render
 from tutor.recipe.quantizations import AUTO, F16
-from tutor.stages.convert.lineage import base_lineage, keyed, tutor_lineage
-from tutor.stages.convert.quantization_error import Figures, exact, measure, refuse_lost, replaced, unfit
+from tutor.stages.convert.lineage import base_lineage, to_fields, tutor_lineage
+from tutor.stages.convert.quantization_error import (
+    QuantizationError,
+    measure,
+    refuse_inexact,
+    refuse_lost,
+    replacement_types,
+    unfit_types,
+)
 
 if TYPE_CHECKING:
     from tutor.recipe.settings import Recipe
 
 log = logging.getLogger(__name__)
 
-WEIGHED = 150_000
-"""Characters of the training split that an importance matrix is made of: about a hundred pieces of 512 tokens."""
+CALIBRATION_CHARACTERS = 150_000
+"""Number of characters of training text for an importance matrix: about a hundred pieces of 512 tokens."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """A model to be converted: its folder, and what its files must hold and say."""
+class ConversionSource:
+    """A model to convert: its folder, and the expected content of its files."""
 
     name: str
     folder: Path
     expected: Expected
-    lineage: Mapping[str, str]  # as key-values
-    rows: Sequence[Mapping[str, Any]]  # whose text weighs the weights; none: no importance matrix
+    lineage: Mapping[str, str]  # as key-values of the file
+    rows: Sequence[Mapping[str, Any]]  # the text of the importance matrix; empty: none is made
     system: str
-    base: Mapping[str, Weight] | None  # the untuned weights, where these are tuned
+    base: Mapping[str, Weight] | None  # the untuned weights; None for the base itself
 
 
 def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
-    """Write and check every GGUF file of a recipe into `out`: their sizes, types and distance from the weights.
+    """Write and check every GGUF file of a recipe; return their sizes, types and errors.
 
-    Raises ArtifactError when a folder cannot be converted or a file does not hold what its folder holds, GateError
-    when a quantization does not keep what was trained.
+    Raises ArtifactError when a folder cannot be converted or a file differs from its folder, GateError when a
+    quantization does not keep the LoRA update.
     """
     facts, base = read_facts(inputs["base"])
-    says = {name: expect(folder, facts) for name, folder in (("tutor", inputs["merge"]), ("base", base))}
-    if lines := differences(says["base"], says["tutor"]):
+    expected = {name: expect(folder, facts) for name, folder in (("tutor", inputs["merge"]), ("base", base))}
+    if lines := differences(expected["base"], expected["tutor"]):
         raise ArtifactError(f"{inputs['merge']} is not like its base {base}:\n  " + "\n  ".join(lines))
-    says["tutor"] = replace(says["tutor"], chat_template=chat_template(add_bos=facts.add_bos))
+    expected["tutor"] = replace(expected["tutor"], chat_template=chat_template(add_bos=facts.add_bos))
     rows = read_rows(inputs["data"] / "train.jsonl") if recipe.convert.imatrix else []
     served = recipe.ollama.quantization
-    asked = recipe.convert.quantizations
-    wanted: dict[str, list[str]] = {"tutor": [*asked]}
+    quantizations = recipe.convert.quantizations
+    wanted: dict[str, list[str]] = {"tutor": [*quantizations]}
     if recipe.convert.base:
-        # Which of them is served is not known before the ladder: the base is compared as the tutor is served.
-        wanted["base"] = [*asked] if served == AUTO else [served] if served != F16 else []
+        # The evaluate stage compares both in the served quantization, which the ladder stage chooses only later.
+        wanted["base"] = [*quantizations] if served == AUTO else [served] if served != F16 else []
     folders = {"tutor": inputs["merge"], "base": base}
     _require_disk([(folders[name], kinds) for name, kinds in wanted.items()], out)
-    lineage = {"tutor": keyed(tutor_lineage(recipe, inputs)), "base": keyed(base_lineage(inputs["base"]))}
+    lineage = {"tutor": to_fields(tutor_lineage(recipe, inputs)), "base": to_fields(base_lineage(inputs["base"]))}
     files: dict[str, dict[str, Any]] = {}
     for name, kinds in wanted.items():
         untuned = weights_of(base) if name == "tutor" else None
-        source = Source(name, folders[name], says[name], lineage[name], rows, recipe.system, untuned)
-        files |= convert(source, kinds, out)
+        source = ConversionSource(name, folders[name], expected[name], lineage[name], rows, recipe.system, untuned)
+        files |= convert_model(source, kinds, out)
     if recipe.convert.base and served not in (F16, AUTO):
-        # It was there to be quantized.
+        # The base's F16 file was needed for quantization only.
         (out / gguf_name("base", F16)).unlink()
         del files[gguf_name("base", F16)]
     return {"files": files, "pre_tokenizer": facts.pre_tokenizer, "lineage": lineage["tutor"]}
 
 
-def convert(source: Source, kinds: Sequence[str], out: Path) -> dict[str, dict[str, Any]]:
-    """Write the F16 file of a model and its quantizations into `out`, each checked; an entry a file."""
+def convert_model(source: ConversionSource, kinds: Sequence[str], out: Path) -> dict[str, dict[str, Any]]:
+    """Write and check the F16 file of a model and its quantizations; return one entry a file."""
     weights = weights_of(source.folder)
-    whole = out / gguf_name(source.name, F16)
+    f16 = out / gguf_name(source.name, F16)
     started = time.monotonic()
-    log.info("converting %s to %s", source.folder, whole.name)
-    to_gguf(source.folder, whole, source.expected.pre_tokenizer or "", source.lineage)
-    gguf = check_gguf(whole, source.expected)
-    exact(whole, gguf, weights)
-    entries = {whole.name: _entry(whole, F16, gguf, started)}
-    matrix = importance(source, whole, out) if source.rows and kinds else None
+    log.info("converting %s to %s", source.folder, f16.name)
+    to_gguf(source.folder, f16, source.expected.pre_tokenizer or "", source.lineage)
+    gguf = check_gguf(f16, source.expected)
+    refuse_inexact(f16, gguf, weights)
+    entries = {f16.name: _entry(f16, F16, gguf, started)}
+    matrix = importance_matrix(source, f16, out) if source.rows and kinds else None
     for kind in kinds:
         started = time.monotonic()
         target = out / gguf_name(source.name, kind)
-        log.info("quantizing %s to %s", whole.name, kind)
-        gguf, figures = _quantized(source, weights, target, kind, matrix)
-        entries[target.name] = {**_entry(target, kind, gguf, started), **figures}
+        log.info("quantizing %s to %s", f16.name, kind)
+        gguf, errors = _quantized(source, weights, target, kind, matrix)
+        entries[target.name] = {**_entry(target, kind, gguf, started), **errors}
     return entries
 
 
 def _quantized(
-    source: Source, weights: Mapping[str, Weight], target: Path, kind: str, matrix: Path | None
+    source: ConversionSource, weights: Mapping[str, Weight], target: Path, kind: str, matrix: Path | None
 ) -> tuple[Gguf, dict[str, Any]]:
-    """Make and check a quantization, a second time where a type that llama.cpp fell back to ruins what was trained."""
-    whole = target.with_name(gguf_name(source.name, F16))
+    """Make and check a quantization; a second time without a fallback type that does not keep the LoRA update."""
+    f16 = target.with_name(gguf_name(source.name, F16))
     expected, threads = replace(source.expected, file_type=kind), len(os.sched_getaffinity(0))
 
-    def make(types: Mapping[str, str] | None = None) -> tuple[Gguf, Figures]:
-        quantize(whole, target, kind, threads, matrix=matrix, types=types)
+    def make(types: Mapping[str, str] | None = None) -> tuple[Gguf, QuantizationError]:
+        quantize(f16, target, kind, threads, matrix=matrix, types=types)
         gguf = check_gguf(target, expected)
         return gguf, measure(target, gguf, weights, source.base)
 
-    gguf, figures = make()
-    instead = {
-        each: sum(tensor.kind == each for tensor in gguf.tensors.values()) for each in unfit(gguf, kind, figures)
+    gguf, measured = make()
+    unfit = {
+        each: sum(tensor.kind == each for tensor in gguf.tensors.values()) for each in unfit_types(gguf, kind, measured)
     }
-    if instead:
-        log.info("%s: %s does not hold what was trained, quantizing again without it", kind, ", ".join(instead))
-        gguf, figures = make(replaced(gguf, instead))
-    refuse_lost(target, kind, figures)
-    return gguf, {"error": figures.error, "kept": figures.kept, **({"replaced": instead} if instead else {})}
+    if unfit:
+        log.info("%s: %s does not keep what was trained, quantizing again without this type", kind, ", ".join(unfit))
+        gguf, measured = make(replacement_types(gguf, unfit))
+    refuse_lost(target, kind, measured)
+    return gguf, {"error": measured.error, "kept": measured.kept, **({"replaced": unfit} if unfit else {})}
 
 
 def _entry(path: Path, kind: str, gguf: Gguf, started: float) -> dict[str, Any]:
@@ -132,34 +139,34 @@ def _entry(path: Path, kind: str, gguf: Gguf, started: float) -> dict[str, Any]:
     return {"size": size, "quantization": kind, "fallback_tensors": fallbacks(gguf, kind)}
 
 
-def importance(source: Source, whole: Path, out: Path) -> Path:
-    """The importance matrix of a model on its training rows, rendered as it was trained on them."""
-    fields = read_gguf(whole).fields
+def importance_matrix(source: ConversionSource, f16: Path, out: Path) -> Path:
+    """Write the importance matrix of a model from training rows, rendered as in training; return its path."""
+    fields = read_gguf(f16).fields
     tokens = fields["tokenizer.ggml.tokens"]
     bos = tokens[source.expected.bos] if source.expected.add_bos and source.expected.bos is not None else ""
     eos = tokens[fields["tokenizer.ggml.eos_token_id"]]
-    text = training_text(fewer(source.rows), source.system, bos, eos)
-    # Bare names in one folder: the matrix, and every file made with it, keep them.
-    given, matrix = out / "train.txt", out / f"{source.name}.imatrix"
-    log.info("weighing %s by the training rows", whole.name)
-    given.write_text(text, "utf-8")
+    text = calibration_text(calibration_rows(source.rows), source.system, bos, eos)
+    # File names only: the matrix, and every file made with it, contain these names.
+    text_file, matrix = out / "train.txt", out / f"{source.name}.imatrix"
+    log.info("computing the importance matrix of %s from the training rows", f16.name)
+    text_file.write_text(text, "utf-8")
     try:
-        # A lower bound of the tokens is enough: eight characters a token are more than a text averages.
-        imatrix(whole, given, matrix, len(text) // 8, len(os.sched_getaffinity(0)))
+        # A lower bound of the number of tokens is enough: texts average less than eight characters a token.
+        imatrix(f16, text_file, matrix, len(text) // 8, len(os.sched_getaffinity(0)))
     finally:
-        given.unlink()
+        text_file.unlink()
     return matrix
 
 
-def fewer(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """Rows at even distances that hold WEIGHED characters together, about; all where there are no more."""
+def calibration_rows(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Return equidistant rows with about CALIBRATION_CHARACTERS characters together; all rows of a smaller set."""
     length = sum(len(row["instruction"]) + len(row["response"]) for row in rows)
-    count = min(len(rows), max(1, len(rows) * WEIGHED // max(length, 1)))
+    count = min(len(rows), max(1, len(rows) * CALIBRATION_CHARACTERS // max(length, 1)))
     return [rows[index * len(rows) // count] for index in range(count)]
 
 
-def training_text(rows: Sequence[Mapping[str, Any]], system: str, bos: str, eos: str) -> str:
-    """Rows as the model was trained on them, one behind the other; the first BOS is the tokenizer's own."""
+def calibration_text(rows: Sequence[Mapping[str, Any]], system: str, bos: str, eos: str) -> str:
+    """Return the rows as in training, one after the other; the tokenizer adds the first BOS."""
     texts = [render(conversation(row["instruction"], system)) + completion(row["response"]) for row in rows]
     return (eos + bos).join(texts) + eos
 
