@@ -17,13 +17,11 @@ from typing import Any
 
 import click
 import pytest
-from support.command import ROOT, TUTOR, environment
+from support.command import ROOT, TINY, TUTOR, environment
 from support.files import write_rows
 
 from tutor import errors
 from tutor.cli.main import cli, main
-
-TINY = ROOT / "tests" / "tiny.toml"
 
 
 def commands(group: click.Group = cli, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
