@@ -106,7 +106,9 @@ def kill(child: int) -> int:
 def whole_steps(build: Path) -> list[int]:
     """Of the checkpoints that count, the newest first."""
     folder = checkpoint_folder(build / "killed" / "adapter")
-    return [int(path.name.partition("-")[2]) for path in checkpoint.by_step(folder) if checkpoint.damage(path) is None]
+    return [
+        int(path.name.partition("-")[2]) for path in checkpoint.by_step(folder) if checkpoint.first_damage(path) is None
+    ]
 
 
 def adapter(build: Path) -> str:

@@ -121,7 +121,7 @@ def test_an_end_that_is_not_learnt(recipe: Recipe, made: Path, report: Report) -
 
     from tutor.formats.models.model_folder import load_tokenizer, read_facts
     from tutor.stages.train.audit import audit_labels, encode_rows
-    from tutor.stages.train.kernels.chunked_loss import IGNORED
+    from tutor.stages.train.kernels.chunked_loss import IGNORE_INDEX
     from tutor.stages.train.stage import read_rows
 
     tokenizer = load_tokenizer(read_facts(made / "tiny/base")[1])
@@ -131,12 +131,12 @@ def test_an_end_that_is_not_learnt(recipe: Recipe, made: Path, report: Report) -
         import torch
 
         (item,) = items
-        masked = [IGNORED if token == tokenizer.eos_token_id else token for token in item["labels"]]
+        masked = [IGNORE_INDEX if token == tokenizer.eos_token_id else token for token in item["labels"]]
         ids = torch.tensor([item["input_ids"]])
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([masked])}
 
     data = [
-        {"input_ids": row.ids, "labels": [i if on else IGNORED for i, on in zip(row.ids, row.mask, strict=True)]}
+        {"input_ids": row.ids, "labels": [i if on else IGNORE_INDEX for i, on in zip(row.ids, row.mask, strict=True)]}
         for row in rows
     ]
     args = SimpleNamespace(per_device_train_batch_size=1)

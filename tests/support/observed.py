@@ -10,10 +10,12 @@ from typing import Any
 
 def noting(plain: Callable[..., Any], note: Callable[[dict[str, Any]], object]) -> Callable[..., Any]:
     """`plain` is the trainer's compute_loss; the rows that it gets are noted with their step."""
-    from tutor.stages.train.kernels.packed_attention import rows_of
+    from tutor.stages.train.kernels.packed_attention import split_rows
 
     def compute_loss(self: Any, model: Any, inputs: Any, **given: Any) -> Any:
-        note({"step": self.state.global_step + 1, "rows": rows_of(inputs), "tokens": int(given["num_items_in_batch"])})
+        note(
+            {"step": self.state.global_step + 1, "rows": split_rows(inputs), "tokens": int(given["num_items_in_batch"])}
+        )
         return plain(self, model, inputs, **given)
 
     return compute_loss

@@ -29,7 +29,7 @@ from tutor.machine.memory.row_lengths import RowLengths
 from tutor.stages.train.audit import encode_rows
 from tutor.stages.train.held_out_loss import mean_loss
 from tutor.stages.train.kernels import layer_streaming as offload
-from tutor.stages.train.kernels.fast_dropout import quicken_dropout
+from tutor.stages.train.kernels.fast_dropout import replace_dropout
 from tutor.stages.train.trainer import load_trainer, lora_config, training_arguments
 
 pytestmark = [
@@ -132,7 +132,7 @@ def test_activations_are_what_autograd_keeps(targets: tuple[str, ...], checkpoin
     if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    quicken_dropout(model)
+    replace_dropout(model)
     model.train()
     own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept: dict[int, Any] = {}

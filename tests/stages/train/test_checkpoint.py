@@ -20,9 +20,17 @@ from tutor.errors import ArtifactError, HostError
 from tutor.prompt import Encoded
 from tutor.recipe.settings import TrainSettings
 from tutor.stages.train import checkpoint
-from tutor.stages.train.checkpoint import Progress, Training, damage, identity, newest, resume, seal
+from tutor.stages.train.checkpoint import (
+    Progress,
+    TrainingRun,
+    first_damage,
+    newest_checkpoint,
+    resume,
+    seal,
+    training_fields,
+)
 
-FILES = sorted(checkpoint.required(1))
+FILES = sorted(checkpoint.required_files(1))
 ROWS = {"train": [Encoded([1, 5, 6, 2], [0, 0, 1, 1]), Encoded([1, 7, 2], [0, 1, 1])], "held_out": []}
 
 
@@ -31,18 +39,20 @@ def progress(step: int) -> Progress:
 
 
 def fields(**changes: Any) -> dict[str, Any]:
-    return identity(TrainSettings().model_dump() | changes, ROWS, seed=1, base="b" * 64, precision="fp32", device="cpu")
+    return training_fields(
+        TrainSettings().model_dump() | changes, ROWS, seed=1, base="b" * 64, precision="fp32", device="cpu"
+    )
 
 
 @pytest.fixture
-def training(tmp_path: Path) -> Training:
+def training(tmp_path: Path) -> TrainingRun:
     """A training whose stage has written a line of metrics so far."""
     (tmp_path / "adapter.partial").mkdir()
     (tmp_path / "adapter.partial" / "metrics.jsonl").write_text('{"step": 1}\n')
-    return Training(tmp_path / "adapter.partial", {"rows.train": "a", "version.torch": "2.13"})
+    return TrainingRun(tmp_path / "adapter.partial", {"rows.train": "a", "version.torch": "2.13"})
 
 
-def write(training: Training, step: int) -> Path:
+def write(training: TrainingRun, step: int) -> Path:
     """What a trainer leaves, as far as this module looks at it; no checkpoint yet."""
     folder = training.folder / f"checkpoint-{step}"
     folder.mkdir(parents=True)
@@ -51,12 +61,12 @@ def write(training: Training, step: int) -> Path:
     return folder
 
 
-def save(training: Training, step: int) -> Path:
+def save(training: TrainingRun, step: int) -> Path:
     write(training, step)
     return seal(training, progress(step))
 
 
-def quarantined(training: Training) -> list[str]:
+def quarantined(training: TrainingRun) -> list[str]:
     place = training.folder / "quarantine"
     return sorted(path.name for path in place.iterdir()) if place.exists() else []
 
@@ -70,7 +80,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 # What is whole
 
 
-def test_a_saved_checkpoint_comes_back_with_what_the_stage_had_written(training: Training) -> None:
+def test_a_saved_checkpoint_comes_back_with_what_the_stage_had_written(training: TrainingRun) -> None:
     assert resume(training) is None
     saved = save(training, 4)
     (training.out / "metrics.jsonl").unlink()
@@ -84,31 +94,31 @@ def test_a_saved_checkpoint_comes_back_with_what_the_stage_had_written(training:
     )
 
 
-def test_the_newest_is_that_of_the_highest_step_whatever_the_clock_said(training: Training) -> None:
+def test_the_newest_is_that_of_the_highest_step_whatever_the_clock_said(training: TrainingRun) -> None:
     for step, day in ((9, 5), (10, 1)):
         for path in (*save(training, step).rglob("*"), training.folder / f"checkpoint-{step}"):
             os.utime(path, (86_400 * day, 86_400 * day))
-    assert newest(training) == (training.folder / "checkpoint-10", progress(10))
+    assert newest_checkpoint(training) == (training.folder / "checkpoint-10", progress(10))
 
 
-def test_two_stay_and_the_older_go(training: Training) -> None:
+def test_two_stay_and_the_older_go(training: TrainingRun) -> None:
     for step in (8, 9, 10, 11):
         save(training, step)
     assert sorted(path.name for path in training.folder.iterdir()) == ["checkpoint-10", "checkpoint-11"]
 
 
-def test_what_a_trainer_did_not_save_is_said_when_it_is_saved_and_not_when_it_is_missed(training: Training) -> None:
+def test_what_a_trainer_did_not_save_is_said_when_it_is_saved_and_not_when_it_is_missed(training: TrainingRun) -> None:
     (write(training, 4) / "optimizer.pt").unlink()
     with pytest.raises(ArtifactError, match=r"checkpoint-4 without optimizer\.pt"):
         seal(training, progress(4))
 
 
-def test_the_trainer_finds_no_second_adapter_in_what_the_stage_wrote(training: Training) -> None:
+def test_the_trainer_finds_no_second_adapter_in_what_the_stage_wrote(training: TrainingRun) -> None:
     (training.out / "adapter_model.safetensors").write_bytes(b"the best so far")
     saved = save(training, 4)
     # transformers loads every adapter in a folder directly below a checkpoint.
     assert not list(saved.glob("*/adapter_model.safetensors"))
-    assert newest(training) == (saved, progress(4))
+    assert newest_checkpoint(training) == (saved, progress(4))
 
 
 # What is damaged
@@ -140,11 +150,11 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "another step's folder": lambda folder: (
         remove(folder),
         (folder.parent / "checkpoint-4").rename(folder),
-        save(Training(folder.parent.with_name("adapter.partial"), {"rows.train": "a", "version.torch": "2.13"}), 4),
+        save(TrainingRun(folder.parent.with_name("adapter.partial"), {"rows.train": "a", "version.torch": "2.13"}), 4),
     ),
     "a strange pickle": lambda folder: (folder / "pytorch_model.bin").write_bytes(b"\x80\x04."),
     "a strange file below": lambda folder: (folder / "stage" / "adapter_model.bin").touch(),
-    "metrics changed": lambda folder: flip(folder / checkpoint.STAGE / "metrics.jsonl"),
+    "metrics changed": lambda folder: flip(folder / checkpoint.STAGE_FILES / "metrics.jsonl"),
     **{f"no {name}": partial(lambda name, folder: (folder / name).unlink(), name) for name in FILES},
     **{f"{name} cut": partial(lambda name, folder: cut(folder / name), name) for name in FILES},
     **{f"{name} empty": partial(lambda name, folder: (folder / name).write_bytes(b""), name) for name in FILES},
@@ -155,11 +165,11 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(
-    kind: str, training: Training, caplog: pytest.LogCaptureFixture
+    kind: str, training: TrainingRun, caplog: pytest.LogCaptureFixture
 ) -> None:
     older, newer = save(training, 4), save(training, 8)
     DAMAGES[kind](newer)
-    assert newest(training) == (older, progress(4))
+    assert newest_checkpoint(training) == (older, progress(4))
     assert quarantined(training) == ["checkpoint-8"]
     assert not newer.exists()
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
@@ -170,7 +180,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(
 
 @pytest.mark.parametrize("left", [1, 2])
 def test_where_none_is_whole_training_starts_anew_and_says_so(
-    left: int, training: Training, caplog: pytest.LogCaptureFixture
+    left: int, training: TrainingRun, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (4, 8)[:left]:
         flip(save(training, step) / "optimizer.pt")
@@ -180,19 +190,19 @@ def test_where_none_is_whole_training_starts_anew_and_says_so(
     assert resume(training) is None  # and it is said once
 
 
-def test_a_step_that_is_set_aside_twice_is_kept_twice(training: Training) -> None:
+def test_a_step_that_is_set_aside_twice_is_kept_twice(training: TrainingRun) -> None:
     for _ in range(3):
         flip(save(training, 4) / "optimizer.pt")
-        assert newest(training) is None
+        assert newest_checkpoint(training) is None
     assert quarantined(training) == ["checkpoint-4", "checkpoint-4.2", "checkpoint-4.3"]
 
 
-def test_what_others_leave_beside_and_in_checkpoints_harms_nothing(training: Training) -> None:
+def test_what_others_leave_beside_and_in_checkpoints_harms_nothing(training: TrainingRun) -> None:
     saved = save(training, 4)
     (saved / ".nfs0001").touch()
     for name in ("checkpoint-", "checkpoint-x", "checkpoint-0", "checkpoint-04", "README.md"):
         (training.folder / name).mkdir()
-    assert newest(training) == (saved, progress(4))
+    assert newest_checkpoint(training) == (saved, progress(4))
     assert quarantined(training) == []
 
 
@@ -202,13 +212,13 @@ def test_no_flipped_bit_gives_another_training(data: st.DataObject, tmp_path_fac
     out = tmp_path_factory.mktemp("flipped") / "adapter.partial"
     out.mkdir()
     (out / "metrics.jsonl").write_text("{}\n")
-    training = Training(out, {"rows.train": "a", "target": ["q", "ñ"], "rate": 0.1})
+    training = TrainingRun(out, {"rows.train": "a", "target": ["q", "ñ"], "rate": 0.1})
     older, newer = save(training, 4), save(training, 8)
     path = data.draw(st.sampled_from(sorted(path for path in newer.rglob("*") if path.is_file())), "file")
     place = data.draw(st.integers(0, path.stat().st_size - 1), "byte")
     flip(path, place, data.draw(st.integers(0, 7), "bit"))
     # A flip in what decides nothing (the manifest's date and host) may pass, and then changes nothing.
-    assert newest(training) in ((older, progress(4)), (newer, progress(8)))
+    assert newest_checkpoint(training) in ((older, progress(4)), (newer, progress(8)))
     assert path.name == "manifest.json" or quarantined(training) == ["checkpoint-8"]
 
 
@@ -222,23 +232,23 @@ def test_a_kill_at_any_step_of_saving_loses_no_checkpoint(tmp_path: Path) -> Non
         out = tmp_path / str(steps) / "adapter.partial"
         out.mkdir(parents=True)
         (out / "metrics.jsonl").touch()
-        training = Training(out, {"rows.train": "a"})
+        training = TrainingRun(out, {"rows.train": "a"})
         for step in (4, 8):
             save(training, step)
         killed = killed_at(steps, partial(save, training, 12))
         latest = training.folder / "checkpoint-12"
         sealed = (latest / "manifest.json").exists()
         if sealed:
-            assert damage(latest) is None  # it is written last
+            assert first_damage(latest) is None  # it is written last
         left = quarantined(training)
         assert left == []
-        found = newest(training)
+        found = newest_checkpoint(training)
         assert found == ((latest, progress(12)) if sealed else (training.folder / "checkpoint-8", progress(8)))
         # Never that of a checkpoint which was dropped because it was old.
         assert quarantined(training) in ([], ["checkpoint-12"])
         again = 12 if not sealed else 16
         save(training, again)
-        assert newest(training) == (training.folder / f"checkpoint-{again}", progress(again))
+        assert newest_checkpoint(training) == (training.folder / f"checkpoint-{again}", progress(again))
         if not killed:
             break
         steps += 1
@@ -249,15 +259,15 @@ def test_a_kill_while_one_is_set_aside_loses_nothing(tmp_path: Path) -> None:
     for steps in range(6):
         out = tmp_path / str(steps) / "adapter.partial"
         out.mkdir(parents=True)
-        training = Training(out, {})
+        training = TrainingRun(out, {})
         save(training, 4)
         flip(save(training, 8) / "optimizer.pt")
-        killed_at(steps, partial(newest, training))
-        assert newest(training) == (training.folder / "checkpoint-4", progress(4))
+        killed_at(steps, partial(newest_checkpoint, training))
+        assert newest_checkpoint(training) == (training.folder / "checkpoint-4", progress(4))
         assert quarantined(training) == ["checkpoint-8"]
 
 
-def test_only_what_was_begun_is_discarded(training: Training) -> None:
+def test_only_what_was_begun_is_discarded(training: TrainingRun) -> None:
     saved = save(training, 4)
     write(training, 8)
     checkpoint.discard_unfinished(training)
@@ -282,31 +292,31 @@ def test_only_what_was_begun_is_discarded(training: Training) -> None:
     ],
 )
 def test_a_recipe_that_trains_something_else_is_refused_by_name(
-    changed: dict[str, Any], said: str, training: Training
+    changed: dict[str, Any], said: str, training: TrainingRun
 ) -> None:
     save(replace(training, fields=fields()), 4)
     with pytest.raises(ArtifactError, match=rf"checkpoint-4 \(of 12 steps\) is of another training: {said}") as caught:
-        newest(replace(training, fields=fields(**changed)))
+        newest_checkpoint(replace(training, fields=fields(**changed)))
     assert caught.value.code == 5
     assert "tutor clean train" in str(caught.value)
     assert quarantined(training) == []  # it is whole, and may be what the user wants to go back to
-    assert newest(replace(training, fields=fields())) is not None
+    assert newest_checkpoint(replace(training, fields=fields())) is not None
 
 
 @pytest.mark.parametrize(
     "name", ["rows.train", "rows.held_out", "seed", "base", "precision", "device", "version.torch"]
 )
-def test_other_rows_base_machine_or_versions_are_refused(name: str, training: Training) -> None:
+def test_other_rows_base_machine_or_versions_are_refused(name: str, training: TrainingRun) -> None:
     save(replace(training, fields=fields()), 4)
     assert name in fields()
     with pytest.raises(ArtifactError, match=f"is of another training: {name}: "):
-        newest(replace(training, fields=fields() | {name: "other"}))
+        newest_checkpoint(replace(training, fields=fields() | {name: "other"}))
 
 
-def test_many_differences_make_one_line_that_can_be_read(training: Training) -> None:
+def test_many_differences_make_one_line_that_can_be_read(training: TrainingRun) -> None:
     save(replace(training, fields=fields()), 4)
     with pytest.raises(ArtifactError, match=r"and \d+ more; undo that") as caught:
-        newest(training)
+        newest_checkpoint(training)
     assert len(caught.value.message) < 500
     assert "\n" not in str(caught.value)
 
@@ -322,14 +332,14 @@ def test_many_differences_make_one_line_that_can_be_read(training: Training) -> 
     ],
 )
 def test_what_does_not_change_the_adapter_may_change_before_it_is_resumed(
-    changed: dict[str, Any], training: Training
+    changed: dict[str, Any], training: TrainingRun
 ) -> None:
     assert fields(**changed) == fields()
 
 
 def test_every_other_setting_of_training_counts() -> None:
     for name, value in TrainSettings().model_dump().items():
-        if name not in checkpoint.FREE:
+        if name not in checkpoint.CHANGEABLE:
             assert fields(**{name: "other"})[f"train.{name}"] != value
 
 
@@ -344,8 +354,8 @@ def test_rows_count_with_their_ids_masks_and_order() -> None:
 # The disk
 
 
-def test_a_disk_without_room_is_said_with_its_numbers(training: Training) -> None:
-    checkpoint.require_room(training, 1000)
+def test_a_disk_without_room_is_said_with_its_numbers(training: TrainingRun) -> None:
+    checkpoint.require_disk_space(training, 1000)
     with pytest.raises(HostError, match=r"1,000,000,000,000\.0 MB are needed, [0-9,.]+ MB are free in") as caught:
-        checkpoint.require_room(training, 10**18)
+        checkpoint.require_disk_space(training, 10**18)
     assert caught.value.code == 4

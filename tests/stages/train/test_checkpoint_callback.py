@@ -34,7 +34,7 @@ from tutor.machine.memory.batching import MicroBatches
 from tutor.stages.train import checkpoint
 from tutor.stages.train import stage as train
 from tutor.stages.train import trainer as cpu_head
-from tutor.stages.train.checkpoint_callback import less_memory
+from tutor.stages.train.checkpoint_callback import memory_hint
 
 pytestmark = [
     pytest.mark.pipeline,
@@ -351,7 +351,7 @@ def test_out_of_memory_with_one_row_at_a_time_does_not_ask_for_less(inputs: Fold
     ],
 )
 def test_less_memory_is_the_same_batch_in_smaller_passes(passes: MicroBatches, said: str) -> None:
-    assert less_memory(passes).startswith(said)
+    assert memory_hint(passes).startswith(said)
 
 
 @pytest.fixture
@@ -436,7 +436,7 @@ def test_a_pickle_that_was_planted_is_not_run(
         outputs = {**manifest.outputs, name: entry}
         key = checkpoint._key(manifest.fields, outputs, manifest.results)
         write_json(latest / "manifest.json", {**asdict(manifest), "outputs": outputs, "key": key})
-        assert checkpoint.damage(latest) is None
+        assert checkpoint.first_damage(latest) is None
         with pytest.raises(pickle.UnpicklingError, match="Weights only"):
             stage(inputs, folder)
     else:

@@ -26,7 +26,7 @@ from tutor.stages.train import metrics as gauges
 from tutor.stages.train import monitor
 from tutor.stages.train.audit import encode_rows
 from tutor.stages.train.loop import round_adapter
-from tutor.stages.train.monitor import LONG, SKIPPED, Course, Monitor
+from tutor.stages.train.monitor import DIVERGENCE_STEPS, MAX_SKIPPED_STEPS, Monitor, MonitorSettings
 from tutor.stages.train.plot import draw
 from tutor.stages.train.trainer import lora_config, make_trainer, training_arguments
 
@@ -36,11 +36,12 @@ pytestmark = [
 ]
 
 
-def course(**changes: Any) -> Course:
+def course(**changes: Any) -> MonitorSettings:
     plain = {
-        "rows": 12, "tokens": 480, "evaluations": 0, "patience": 0, "report_every": 1, "start": 8.0, "skips": False,
+        "rows": 12, "tokens": 480, "evaluations": 0, "patience": 0, "report_every": 1, "loss_before": 8.0,
+        "skips_overflow": False,
     }  # fmt: skip
-    return Course(**{**plain, **changes})
+    return MonitorSettings(**{**plain, **changes})
 
 
 def history(losses: Sequence[float | None], **held_out: float) -> list[dict[str, Any]]:
@@ -69,41 +70,41 @@ def test_evaluations_are_evenly_spread_and_the_last_step_is_one(steps: int, eval
 
 def test_no_evaluations_are_none() -> None:
     assert monitor.evaluation_steps(10, 0) == frozenset()
-    assert monitor.best_of(history([1.0])) is None
-    assert monitor.waited(history([1.0])) == 0
+    assert monitor.best_evaluation(history([1.0])) is None
+    assert monitor.evaluations_since_best(history([1.0])) == 0
 
 
 def test_the_first_of_equally_good_adapters_is_the_best_and_evaluations_after_it_count() -> None:
     found = history([9.0] * 8, at2=3.0, at4=2.0, at6=2.0, at8=2.5)
-    assert monitor.best_of(found) == (4, 2.0)
-    assert monitor.waited(found) == 2
-    assert monitor.waited(found[:4]) == 0
+    assert monitor.best_evaluation(found) == (4, 2.0)
+    assert monitor.evaluations_since_best(found) == 2
+    assert monitor.evaluations_since_best(found[:4]) == 0
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_is_an_error(loss: float) -> None:
     with pytest.raises(ArtifactError, match=rf"the loss is {loss} at step 3; lower train.learning_rate") as caught:
-        monitor.refuse_failing(history([2.0, 2.0, loss]), 2.0)
+        monitor.raise_on_failure(history([2.0, 2.0, loss]), 2.0)
     assert caught.value.code == 5
 
 
 def test_a_loss_far_above_its_start_for_long_is_a_divergence_and_a_hard_row_is_none() -> None:
-    monitor.refuse_failing(history([2.0, *[9.0] * (LONG - 1)]), 2.0)
-    monitor.refuse_failing(history([*[9.0] * (LONG - 1), 2.9, *[9.0] * (LONG - 1)]), 2.0)
-    monitor.refuse_failing(history([2.9] * 500), 2.0)
+    monitor.raise_on_failure(history([2.0, *[9.0] * (DIVERGENCE_STEPS - 1)]), 2.0)
+    monitor.raise_on_failure(history([*[9.0] * (DIVERGENCE_STEPS - 1), 2.9, *[9.0] * (DIVERGENCE_STEPS - 1)]), 2.0)
+    monitor.raise_on_failure(history([2.9] * 500), 2.0)
     with pytest.raises(
         ArtifactError, match=r"diverged: the loss has been above 3\.00 for 20 steps to step 21"
     ) as caught:
-        monitor.refuse_failing(history([2.0, *[9.0] * LONG]), 2.0)
+        monitor.raise_on_failure(history([2.0, *[9.0] * DIVERGENCE_STEPS]), 2.0)
     assert "learning_rate" in str(caught.value)
     assert caught.value.code == 5
 
 
 def test_steps_that_fp16_leaves_out_are_no_fault_unless_all_are() -> None:
-    monitor.refuse_failing(history([2.0, *[None] * (SKIPPED - 1)]), 2.0)
-    monitor.refuse_failing(history([*[9.0] * (LONG - 1), None, *[9.0] * (LONG - 1)]), 2.0)
+    monitor.raise_on_failure(history([2.0, *[None] * (MAX_SKIPPED_STEPS - 1)]), 2.0)
+    monitor.raise_on_failure(history([*[9.0] * (DIVERGENCE_STEPS - 1), None, *[9.0] * (DIVERGENCE_STEPS - 1)]), 2.0)
     with pytest.raises(ArtifactError, match="no gradient was a number in the 30 steps to step 31"):
-        monitor.refuse_failing(history([2.0, *[None] * SKIPPED]), 2.0)
+        monitor.raise_on_failure(history([2.0, *[None] * MAX_SKIPPED_STEPS]), 2.0)
 
 
 # --- reports ---------------------------------------------------------------------------------------------------------
@@ -111,13 +112,13 @@ def test_steps_that_fp16_leaves_out_are_no_fault_unless_all_are() -> None:
 
 def test_reports_come_first_last_every_so_many_steps_and_with_each_evaluation() -> None:
     found = history([8.0, 6.0, 4.0, 2.0, 1.0, None, 3.0, 5.0], at3=1.5, at6=1.0, at8=1.2)
-    lines = monitor.reports(found, 8, course(evaluations=3, report_every=4))
+    lines = monitor.report_lines(found, 8, course(evaluations=3, report_every=4))
     assert [line["step"] for line in lines] == [1, 3, 4, 6, 8]
     assert [line["loss"] for line in lines] == [8.0, 5.0, 2.0, 1.0, 4.0]  # means since the report before
     assert [line.get("held_out_loss") for line in lines] == [None, 1.5, None, 1.0, 1.2]
     assert lines[1]["held_out_perplexity"] == pytest.approx(math.exp(1.5))
     assert lines[0]["perplexity"] == pytest.approx(math.exp(8))
-    json.dumps(monitor.reports(history([None, 900.0]), 2, course()), allow_nan=False)
+    json.dumps(monitor.report_lines(history([None, 900.0]), 2, course()), allow_nan=False)
 
 
 def test_a_pace_leaves_evaluations_out_and_foresees_them() -> None:
@@ -129,15 +130,15 @@ def test_a_pace_leaves_evaluations_out_and_foresees_them() -> None:
         now += 6
     said = pace.since_report(12, 1.5, rows=20, tokens=800)
     assert said == {"seconds": 10.0, "steps_per_second": 0.5, "samples_per_second": 2.5, "tokens_per_second": 100.0}
-    assert pace.left(12, 20, evaluations=2) == pytest.approx(8 * 2 + 2 * 6)
-    assert pace.trained(1.5) == (pytest.approx(4.0), pytest.approx(0.5))
+    assert pace.seconds_left(12, 20, evaluations=2) == pytest.approx(8 * 2 + 2 * 6)
+    assert pace.elapsed(1.5) == (pytest.approx(4.0), pytest.approx(0.5))
     now += 1
     assert pace.since_report(14, 1.75, rows=20, tokens=800)["steps_per_second"] == 2.0
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(0.2, "0:00"), (65, "1:05"), (3599.7, "1:00:00"), (90061, "25:01:01")])
 def test_a_clock_reads_as_people_read_it(seconds: float, said: str) -> None:
-    assert gauges.clock(seconds) == said
+    assert gauges.format_duration(seconds) == said
 
 
 @pytest.mark.slow
@@ -303,7 +304,7 @@ def test_a_training_that_diverges_stops_and_its_log_stays(trainer_of: Any, tmp_p
     trainer = trainer_of()
     trainer.args.num_train_epochs = 10
     with pytest.raises(ArtifactError, match=r"training diverged: .* to step 20, and began at 1\.00") as caught:
-        watched(trainer, tmp_path / "log", start=1.0)
+        watched(trainer, tmp_path / "log", loss_before=1.0)
     assert caught.value.code == 5
     assert [line["step"] for line in lines_of(tmp_path / "log")] == list(range(1, 20))
 
@@ -359,7 +360,7 @@ def test_the_log_of_another_training_is_replaced_and_that_of_a_resumed_one_goes_
     watching.close()
     assert [line["step"] for line in lines_of(tmp_path / "log")] == list(range(1, 13))
     assert same(adapter(resumed.model), wanted)
-    assert monitor.reports(resumed.state.log_history, 12, course()) == monitor.reports(
+    assert monitor.report_lines(resumed.state.log_history, 12, course()) == monitor.report_lines(
         trainer.state.log_history, 12, course()
     )
 
@@ -391,7 +392,7 @@ def test_steps_that_fp16_skips_are_written_as_none_and_training_goes_on(
     # accelerate makes one on a GPU alone. Its first scales are too large for FP16, as 65536 is for a large model.
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
     before = adapter(trainer.model)
-    _, copies = watched(trainer, tmp_path / "log", skips=True)
+    _, copies = watched(trainer, tmp_path / "log", skips_overflow=True)
     text = (tmp_path / "log" / "metrics.jsonl").read_text()
     lines = [
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) for line in text.splitlines()

@@ -35,8 +35,8 @@ from tutor.engines.hf.loading import load_base, quant_storage
 from tutor.stages.train import loop as fit
 from tutor.stages.train import monitor
 from tutor.stages.train import trainer as cpu_head
-from tutor.stages.train.checkpoint_callback import less_memory
-from tutor.stages.train.kernels.chunked_loss import IGNORED
+from tutor.stages.train.checkpoint_callback import memory_hint
+from tutor.stages.train.kernels.chunked_loss import IGNORE_INDEX
 from tutor.stages.train.trainer import lora_config
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*autograd kernel was not")]
@@ -99,13 +99,13 @@ def test_a_step_has_as_many_rows_in_any_number_of_processes(*, packing: bool, ro
         split_step(wanted, lengths, 5)
     two = split_step(settings(batch_size=2, accumulation=6, packing=False), lengths, 2)
     assert "12 rows a step in 2 processes, 2 a micro-batch" in str(two)
-    assert less_memory(two).startswith("set train.batch_size = 1 and train.accumulation = 12:")
+    assert memory_hint(two).startswith("set train.batch_size = 1 and train.accumulation = 12:")
 
 
 def test_a_checkpoint_needs_every_process_s_random_state() -> None:
-    assert {"rng_state.pth", "optimizer.pt"} < checkpoint.required(1)
-    assert {"rng_state_0.pth", "rng_state_1.pth"} < checkpoint.required(2)
-    assert "optimizer.bin" in checkpoint.required(2, sharded=True)
+    assert {"rng_state.pth", "optimizer.pt"} < checkpoint.required_files(1)
+    assert {"rng_state_0.pth", "rng_state_1.pth"} < checkpoint.required_files(2)
+    assert "optimizer.bin" in checkpoint.required_files(2, sharded=True)
 
 
 def test_only_train_runs_in_several_processes() -> None:
@@ -169,7 +169,7 @@ def by_step(notes: list[dict[str, Any]]) -> Steps:
     found: dict[int, tuple[list[Any], set[int]]] = defaultdict(lambda: ([], set()))
     for note in notes:
         held, tokens = found[note["step"]]
-        held.extend([list(ids), list(labels)] for ids, labels in note["rows"] if set(labels) != {IGNORED})
+        held.extend([list(ids), list(labels)] for ids, labels in note["rows"] if set(labels) != {IGNORE_INDEX})
         tokens.add(note["tokens"])
     return {step: (sorted(held), tokens) for step, (held, tokens) in found.items()}
 
@@ -228,7 +228,7 @@ def together(build: Path, tmp_path: Path) -> Callable[..., tuple[list["Done[str]
 
 def checkpoints(build: Path) -> list[str]:
     found = checkpoint.by_step(checkpoint_folder(build / "build" / "small" / "adapter"))
-    assert [checkpoint.damage(path) for path in found] == [None] * len(found)
+    assert [checkpoint.first_damage(path) for path in found] == [None] * len(found)
     return [path.name for path in found]
 
 
@@ -359,7 +359,7 @@ def test_an_adapter_whose_weights_are_parts_is_saved_and_restored_whole(tiny: Pa
         fully_shard(layer, mesh=mesh)
     assert all(hasattr(weight, "full_tensor") for weight in parts.get_base_model().model.layers.parameters())
     for each, name in ((plain, "plain"), (parts, "parts")):
-        monitor.save_trained(each, tmp_path / monitor.BEST, 4, 1.0)
+        monitor.save_trainable(each, tmp_path / monitor.BEST, 4, 1.0)
         with torch.no_grad():
             for weight in each.parameters():
                 weight.mul_(0.5)

@@ -31,8 +31,8 @@ from tutor.prompt import Encoded, audit, completion, conversation, render
 from tutor.stages.train import held_out_loss as scoring
 from tutor.stages.train import loop as fit
 from tutor.stages.train import stage as train
-from tutor.stages.train.audit import audit_labels, encode_rows, labels
-from tutor.stages.train.kernels.packed_attention import LENGTHS, rows_of
+from tutor.stages.train.audit import audit_labels, encode_rows, label_ids
+from tutor.stages.train.kernels.packed_attention import LENGTHS, split_rows
 from tutor.stages.train.trainer import count_parameters, lora_config, make_trainer, training_arguments
 
 pytestmark = [
@@ -101,7 +101,7 @@ def test_the_trainer_feeds_what_the_contract_made(
     assert trainer.args.per_device_train_batch_size == (8 if packing else 2)
     assert audit_labels(trainer, rows, tokenizer) == 12
     batch = trainer.data_collator([trainer.train_dataset[number] for number in range(12)])
-    assert rows_of(batch) == [(row.ids, labels(row)) for row in rows]
+    assert split_rows(batch) == [(row.ids, label_ids(row)) for row in rows]
     ends = (batch["labels"] == tokenizer.eos_token_id).sum().item()
     assert ends == 12  # pad is the same id, and carries no loss
 
@@ -236,7 +236,7 @@ def test_scoring_leaves_gradients_and_the_mode_as_they_were(
     first = scoring.mean_loss(model, rows)
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert scoring.mean_loss(model, rows) == first
-    scoring.refuse_packed(model)
+    scoring.refuse_inference_layout(model)
     after = gradients(model, rows[:4])
     assert all(torch.equal(after[name], before[name]) for name in before)
 
@@ -246,7 +246,7 @@ def test_scoring_has_no_dropout_and_gives_the_mode_back_after_an_error(trainer_o
     assert scoring.mean_loss(model, rows) == scoring.mean_loss(model, rows)
 
     def leave() -> None:
-        with scoring.scoring(model):
+        with scoring.evaluating(model):
             assert not torch.is_grad_enabled()
             assert not any(m.training for m in model.modules() if not isinstance(m, Linear4bit))
             raise KeyboardInterrupt
@@ -296,7 +296,7 @@ def test_a_layer_that_eval_mode_packed_is_refused_before_it_trains_wrongly(
         model(input_ids=torch.tensor([rows[0].ids]))
     model.train()
     with pytest.raises(ArtifactError, match=r"layers\.0\.self_attn\.q_proj is packed for inference") as caught:
-        scoring.refuse_packed(model)
+        scoring.refuse_inference_layout(model)
     assert caught.value.code == 5
     assert apart(gradients(model, rows[:4]), right) > 0.01  # and this is why
 
@@ -331,7 +331,7 @@ def test_accumulated_rows_weigh_by_their_tokens_as_one_batch_does(
 def test_mean_loss_weighs_every_supervised_token_the_same(precision: str, trainer_of: Any, rows: list[Encoded]) -> None:
     model = trainer_of(rows, "none", precision).model
     ids = [torch.tensor([row.ids]) for row in rows]
-    with torch.no_grad(), scoring.scoring(model):
+    with torch.no_grad(), scoring.evaluating(model):
         losses = [
             torch.nn.functional.cross_entropy(
                 model(input_ids=item).logits[0, row.n_prompt - 1 : -1].float(),
@@ -346,7 +346,7 @@ def test_mean_loss_weighs_every_supervised_token_the_same(precision: str, traine
         error += 2 * roundoff(torch.bfloat16)
     bound = error * largest_logit(model, pairs)
     assert scoring.mean_loss(model, rows) == pytest.approx(torch.cat(losses).mean().item(), abs=bound)
-    with scoring.scoring(model):
+    with scoring.evaluating(model):
         scores = answer_logprobs(model, pairs)
     assert [len(values) for values in scores] == [sum(row.mask) for row in rows]
     each = [value for values in scores for value in values]

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from tutor.errors import DataError
 from tutor.prompt import Encoded, Tokenizer, audit, encode
-from tutor.stages.train.kernels.chunked_loss import IGNORED
-from tutor.stages.train.kernels.packed_attention import rows_of
+from tutor.stages.train.kernels.chunked_loss import IGNORE_INDEX
+from tutor.stages.train.kernels.packed_attention import split_rows
 
 if TYPE_CHECKING:
     from tutor.stages.train.trainer import Trainer
 
 
 def encode_rows(tokenizer: Tokenizer, rows: Sequence[Mapping[str, str]], system: str, max_length: int) -> list[Encoded]:
-    """Ids and masks of all rows, none cut. Raises DataError naming the rows that are longer than `max_length`."""
+    """Return the ids and masks of all rows, uncut. Raises DataError listing rows that are longer than `max_length`."""
     encoded = [encode(tokenizer, row["instruction"], row["response"], system) for row in rows]
     long = [
         f"{len(row.ids)} tokens: {source['instruction'][:60]!r}"
@@ -34,19 +34,19 @@ def encode_rows(tokenizer: Tokenizer, rows: Sequence[Mapping[str, str]], system:
 
 
 def audit_labels(trainer: "Trainer", rows: Sequence[Encoded], tokenizer: Any) -> int:
-    """Read every row back from the trainer's own collator and hold it against the contract; how many were read.
+    """Collate every row as the trainer does and check the result against the prompt contract; return their number.
 
-    Raises DataError naming the first rows that break it: a library that drops, cuts or masks is caught here.
+    Raises DataError listing the first rows that break it: this finds a library that drops, cuts or masks.
     """
     dataset = trainer.train_dataset
     if len(dataset) != len(rows):
         raise DataError(f"the trainer kept {len(dataset)} of {len(rows)} rows", "this is a library's doing: report it")
     size = trainer.args.per_device_train_batch_size
     passes = (list(dataset.select(range(at, min(at + size, len(rows))))) for at in range(0, len(rows), size))
-    read = [row for items in passes for row in rows_of(trainer.data_collator(items))]
+    read = [row for items in passes for row in split_rows(trainer.data_collator(items))]
     problems = []
     for number, ((ids, marks), row) in enumerate(zip(read, rows, strict=True), 1):
-        mask = [int(label != IGNORED) for label in marks]
+        mask = [int(label != IGNORE_INDEX) for label in marks]
         found = audit(Encoded(ids, mask), row.ids[: row.n_prompt], tokenizer)
         if not found and (ids, mask) != (row.ids, row.mask):
             found = ["it is another row"]
@@ -56,6 +56,6 @@ def audit_labels(trainer: "Trainer", rows: Sequence[Encoded], tokenizer: Any) ->
     return len(rows)
 
 
-def labels(row: Encoded) -> list[int]:
-    """A row's ids where they carry loss, IGNORED elsewhere."""
-    return [token if on else IGNORED for token, on in zip(row.ids, row.mask, strict=True)]
+def label_ids(row: Encoded) -> list[int]:
+    """Return a row's ids where they carry loss, IGNORE_INDEX elsewhere."""
+    return [token if on else IGNORE_INDEX for token, on in zip(row.ids, row.mask, strict=True)]

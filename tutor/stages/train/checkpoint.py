@@ -1,8 +1,9 @@
-"""Which checkpoint is safe to resume from. In: folders that a trainer saved. Out: the newest that is whole and ours.
+"""Find the checkpoint to resume from, and seal new ones. In: folders that the trainer saved. Out: the newest usable.
 
-A checkpoint is whole when its `manifest.json` is there (written last, after all else was synced) and every file is what
-it says, and ours when it is of the same rows, base, settings, code and versions. What is damaged is set aside and kept.
-Nothing is unpickled here, and by the trainer only what passed. Needs no torch.
+A checkpoint is intact when it has a `manifest.json` (written last, after everything else was synced) and every file
+matches it. A checkpoint is usable when it is intact and has the same rows, base, settings, code and versions as this
+training. Damaged checkpoints are moved to a quarantine folder. Does not unpickle, so that the trainer unpickles only
+files that passed these checks, and does not need torch.
 """
 
 import datetime
@@ -62,62 +63,69 @@ SOURCES = (
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "matplotlib")
 """The train stage's files of tutor/ and its libraries: another of them makes another adapter."""
 
-FREE = frozenset(
+CHANGEABLE = frozenset(
     {"logging_steps", "save_steps", "save_minutes", "packing", "pass_tokens", "batch_size", "accumulation"}
 )
-"""Settings of training that may change before it is resumed; of the last two only the product counts."""
+"""Settings that may change between a checkpoint and its resumption; the product of the last two may not."""
 
-NAME = re.compile(r"checkpoint-([1-9][0-9]{0,17})")
+FOLDER_NAME = re.compile(r"checkpoint-([1-9][0-9]{0,17})")
+"""The trainer's name of a checkpoint's folder; the group is the step."""
+
 REQUIRED = frozenset({"adapter_model.safetensors", "scheduler.pt", "trainer_state.json"})
-"""Beside the optimizer's and each process's random state. Without one of them the trainer resumes all the same, and
-makes another model without a word (docs/facts.md, 6)."""
+"""Files that every checkpoint must hold, besides the optimizer's state and each process's random state.
 
-KEEP = 2
-"""Whole checkpoints that stay: the newest, and the one to fall back to."""
+When one is missing, the trainer resumes without an error and makes another model (docs/facts.md, 6)."""
+
+KEPT_CHECKPOINTS = 2
+"""Number of intact checkpoints that are kept: the newest, and one to fall back to."""
 
 QUARANTINE = "quarantine"
-STAGE = "stage/written"
-"""In a checkpoint: what the stage had written by then (metrics.jsonl), so that it goes on there. Two folders deep:
-the trainer takes a folder with an adapter in it, right below a checkpoint, for one more adapter to load."""
+"""Folder for damaged checkpoints, beside the others."""
 
-SHOWN = 5
+STAGE_FILES = "stage/written"
+"""Folder in a checkpoint with the files that the stage had written by then (metrics.jsonl).
+
+Two levels deep: the trainer loads a folder with an adapter directly below a checkpoint as another adapter."""
+
+MAX_LISTED = 5
+"""Maximum number of differences or files that an error lists."""
 
 
 @dataclass(frozen=True)
-class Training:
-    """A training that can be resumed: the folder it writes, and all that decides what comes out."""
+class TrainingRun:
+    """A training that can be resumed: its output folder, and the fields that determine its result."""
 
     out: Path
     fields: dict[str, Any]
 
     @property
     def folder(self) -> Path:
-        """Where its checkpoints are."""
+        """The folder of the checkpoints."""
         return checkpoint_folder(self.out)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training is, beyond what the trainer saves itself."""
+    """The state of a training that the trainer does not save itself."""
 
     step: int
     steps: int
-    seconds: float  # of training, in all runs
-    loss: float  # summed since the step `logged`
+    seconds: float  # training time of all runs
+    loss: float  # sum since the step `logged`
     logged: int
     batch_size: int
     accumulation: int
 
 
-Saved = tuple[Path, Progress]
-"""A checkpoint, and how far it is."""
+Checkpoint = tuple[Path, Progress]
+"""A checkpoint's folder and its progress."""
 
 
-def identity(
+def training_fields(
     settings: Mapping[str, Any], rows: Mapping[str, Sequence["Encoded"]], **machine: str | int
 ) -> dict[str, Any]:
-    """What a checkpoint must agree on with the training that resumes from it, flat: it goes into the manifest."""
-    kept = {f"train.{name}": value for name, value in settings.items() if name not in FREE}
+    """Return the fields that must be equal in a checkpoint and in the training that resumes from it."""
+    kept = {f"train.{name}": value for name, value in settings.items() if name not in CHANGEABLE}
     batch = {"batch_size x accumulation": settings["batch_size"] * settings["accumulation"]}
     return {
         **kept,
@@ -129,71 +137,74 @@ def identity(
 
 
 def rows_sha256(rows: Sequence["Encoded"]) -> str:
-    """sha256 over the ids and masks of all rows, in their order."""
+    """Return the sha256 of the ids and masks of all rows, in their order."""
     total = hashlib.sha256()
     for row in rows:
         total.update(array("q", [len(row.ids), *row.ids, *row.mask]).tobytes())
     return total.hexdigest()
 
 
-def resume(training: Training) -> Saved | None:
-    """The newest whole checkpoint and how far it is, with the stage's files of then back in `out`; None: start anew.
+def resume(training: TrainingRun) -> Checkpoint | None:
+    """Return the newest intact checkpoint, or None to start from the beginning; restore the stage's files in `out`.
 
-    Sets damaged ones aside. Raises ArtifactError when the newest whole one is of another training.
+    Moves damaged checkpoints away. Raises ArtifactError when the newest intact one belongs to another training.
     """
-    found = newest(training)
+    found = newest_checkpoint(training)
     if found is None:
         return None
     path, progress = found
-    if (path / STAGE).is_dir():
-        shutil.copytree(path / STAGE, training.out, dirs_exist_ok=True)
+    if (path / STAGE_FILES).is_dir():
+        shutil.copytree(path / STAGE_FILES, training.out, dirs_exist_ok=True)
     log.info("resuming after step %d of %d, from %s", progress.step, progress.steps, path)
     return found
 
 
-def newest(training: Training) -> Saved | None:
-    """The newest whole checkpoint; damaged ones are set aside. Raises ArtifactError when it is of another training."""
-    aside = 0
+def newest_checkpoint(training: TrainingRun) -> Checkpoint | None:
+    """Return the newest intact checkpoint, and move damaged ones away.
+
+    Raises ArtifactError when the checkpoint belongs to another training.
+    """
+    damaged = 0
     for path in by_step(training.folder):
-        if problem := damage(path):
-            aside += 1
-            log.warning("%s; kept as %s", problem, _set_aside(path))
+        if problem := first_damage(path):
+            damaged += 1
+            log.warning("%s; kept as %s", problem, _quarantine(path))
             continue
         manifest = read_manifest(path)
         assert manifest is not None
         if changed := changed_fields(manifest.fields, training.fields):
-            more = f", and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
+            more = f", and {len(changed) - MAX_LISTED} more" if len(changed) > MAX_LISTED else ""
             raise ArtifactError(
                 f"{path} (of {manifest.results['steps']} steps) is of another training: "
-                + "; ".join(changed[:SHOWN]) + more,
+                + "; ".join(changed[:MAX_LISTED]) + more,
                 "undo that to go on from it, or drop it and start anew: tutor clean train",
             )  # fmt: skip
         return path, Progress(**manifest.results)
-    if aside:
+    if damaged:
         log.warning("no whole checkpoint is left: training starts anew")
     return None
 
 
 def by_step(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, whole or not, the newest first: by their step, whatever the clock said."""
+    """Return the checkpoints in a folder, intact or not, in descending order of their steps."""
     if not folder.is_dir():
         return []
-    steps = {path: int(match[1]) for path in folder.iterdir() if (match := NAME.fullmatch(path.name))}
+    steps = {path: int(match[1]) for path in folder.iterdir() if (match := FOLDER_NAME.fullmatch(path.name))}
     return sorted(steps, key=steps.__getitem__, reverse=True)
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None. Reads every byte of it."""
+def first_damage(path: Path) -> str | None:
+    """Return the first fault of a checkpoint, or None. Reads all of its bytes."""
     try:
         return next(_faults(path), None)
     except ArtifactError as error:
         return error.message
-    except (ValueError, RecursionError):  # JSON that Python reads and UTF-8 cannot hold
+    except (ValueError, RecursionError):  # JSON that Python can parse and UTF-8 cannot encode
         return f"{path / MANIFEST} is damaged"
 
 
 def _faults(path: Path) -> Iterator[str]:
-    """What is wrong, each only of use when nothing was before it."""
+    """Yield the faults; each check assumes that the ones before it passed."""
     if not path.is_dir():
         yield f"{path} is no folder"
     manifest = read_manifest(path)
@@ -204,53 +215,53 @@ def _faults(path: Path) -> Iterator[str]:
         yield f"{path / MANIFEST} is damaged"
     if path.name != f"checkpoint-{manifest.results['step']}":
         yield f"{path} is of step {manifest.results['step']}"
-    if strange := sorted(_files(path) - {*manifest.outputs, MANIFEST}):
-        yield f"{path} holds files that were not saved with it: {', '.join(strange[:SHOWN])}"
+    if unknown := sorted(_files(path) - {*manifest.outputs, MANIFEST}):
+        yield f"{path} holds files that were not saved with it: {', '.join(unknown[:MAX_LISTED])}"
     yield from find_damage(path, content=True)
 
 
 def _files(path: Path) -> set[str]:
-    """The files below, but for hidden ones, which file managers and network disks leave."""
+    """Return the files below `path`, without hidden ones, which file managers and network disks create."""
     found = (file.relative_to(path) for file in path.rglob("*") if not file.is_dir())
     return {file.as_posix() for file in found if not file.name.startswith(".")}
 
 
 def _key(fields: Mapping[str, Any], outputs: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    """Over all that matters in a manifest, so that one flipped bit of it is seen."""
+    """Return a hash of the manifest's fields that are used, so that one flipped bit is found."""
     return json_sha256({"fields": fields, "outputs": outputs, "results": results})
 
 
-def _set_aside(path: Path) -> Path:
-    """Move a checkpoint to where no run looks for one; its new name."""
-    place = path.parent / QUARANTINE
-    place.mkdir(exist_ok=True)
-    taken = {entry.name for entry in place.iterdir()}
+def _quarantine(path: Path) -> Path:
+    """Move a checkpoint to the quarantine folder; return its new path."""
+    folder = path.parent / QUARANTINE
+    folder.mkdir(exist_ok=True)
+    taken = {entry.name for entry in folder.iterdir()}
     names = (f"{path.name}{end}" for end in ("", *(f".{number}" for number in range(2, len(taken) + 3))))
-    target = place / next(name for name in names if name not in taken)
+    target = folder / next(name for name in names if name not in taken)
     path.rename(target)
     return target
 
 
-def required(count: int, *, sharded: bool = False) -> frozenset[str]:
-    """What a checkpoint of so many processes has to hold."""
+def required_files(count: int, *, sharded: bool = False) -> frozenset[str]:
+    """Return the files that a checkpoint of `count` processes must hold."""
     states = {f"rng_state_{number}.pth" for number in range(count)} if count > 1 else {"rng_state.pth"}
     return REQUIRED | states | {"optimizer.bin" if sharded else "optimizer.pt"}
 
 
-def seal(training: Training, progress: Progress) -> Path:
-    """Make the folder that the trainer has just written a checkpoint, durable before it counts, and drop old ones.
+def seal(training: TrainingRun, progress: Progress) -> Path:
+    """Make the folder that the trainer has just written a checkpoint, and remove old ones; return the folder.
 
-    Raises ArtifactError when the trainer saved less than it needs to resume.
+    Syncs everything before it writes the manifest. Raises ArtifactError when a file that a resume needs is missing.
     """
     path = training.folder / f"checkpoint-{progress.step}"
     if missing := sorted(
         name
-        for name in required(distributed.world_size(), sharded=distributed.is_sharded())
+        for name in required_files(distributed.world_size(), sharded=distributed.is_sharded())
         if not (path / name).is_file()
     ):
         raise ArtifactError(f"the trainer saved {path} without {', '.join(missing)}", "a library's doing: report it")
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    shutil.copytree(training.out, path / STAGE)
+    shutil.copytree(training.out, path / STAGE_FILES)
     outputs = seal_outputs(path)
     sync(path)
     sync(training.folder)
@@ -266,25 +277,25 @@ def seal(training: Training, progress: Progress) -> Path:
         host=platform.node(),
     )
     write_json(path / MANIFEST, asdict(manifest))
-    for old in by_step(training.folder)[KEEP:]:
+    for old in by_step(training.folder)[KEPT_CHECKPOINTS:]:
         remove(old)
     return path
 
 
 def size(path: Path) -> int:
-    """Bytes of a checkpoint."""
+    """Return the size of a checkpoint in bytes."""
     manifest = read_manifest(path)
     return sum(entry["size"] for entry in manifest.outputs.values()) if manifest else 0
 
 
-def discard_unfinished(training: Training) -> None:
-    """Remove what this run began to save and could not: it frees the disk, and the one before stays."""
+def discard_unfinished(training: TrainingRun) -> None:
+    """Remove checkpoints without a manifest, to free the disk; sealed ones stay."""
     for path in by_step(training.folder):
         if path.is_dir() and not (path / MANIFEST).exists():
             remove(path)
 
 
-def require_room(training: Training, needed: int) -> None:
+def require_disk_space(training: TrainingRun, needed: int) -> None:
     """Raise HostError when the disk has no room for a checkpoint of `needed` bytes."""
     for _, free, _ in short_disks([(training.out, needed)]):
         raise HostError(

@@ -1,7 +1,8 @@
-"""When a training saves, and how it ends early. In: TRL's trainer. Out: sealed checkpoints (checkpoint.py).
+"""Save checkpoints during training, and end it early on a signal. In: TRL's trainer. Out: sealed checkpoints.
 
-By steps (the trainer's own), by the clock, and at a signal: SIGTERM and Ctrl-C end the running step, save, and then do
-what they always do; a second one does so at once. Out of memory and a full disk become errors that say what to change.
+Checkpoints are saved every few steps (by the trainer), every few minutes, and on a signal: SIGTERM and Ctrl-C finish
+the running step, save, and then have their usual effect; a second signal has it at once. Out of memory and a full disk
+become errors with a remedy. Does not write or read a checkpoint's files (the trainer and checkpoint.py do).
 """
 
 import contextlib
@@ -27,89 +28,90 @@ from tutor.stages.train import checkpoint
 log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+"""Signals that end a training after its current step."""
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
-"""What CUDA, cuBLAS and PyTorch's CPU allocator say, in a RuntimeError."""
+"""Texts of a RuntimeError for memory that ran out, by CUDA, cuBLAS and PyTorch's CPU allocator."""
 
 
-class Saver(TrainerCallback):  # type: ignore[misc]
-    """Asks the trainer to save, and makes what it saved a checkpoint."""
+class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
+    """Requests saves from the trainer, and seals each folder that it saved as a checkpoint."""
 
     def __init__(
         self,
         trainer: Any,
-        training: checkpoint.Training,
-        saved: checkpoint.Saved | None,
+        training: checkpoint.TrainingRun,
+        saved: checkpoint.Checkpoint | None,
         minutes: float,
     ) -> None:
         self._trainer = trainer
         self._training = training
         self._before = saved[1] if saved else None
-        self._pause = 60 * minutes
+        self._interval = 60 * minutes
         trainable = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
         # An estimate until the first checkpoint exists.
         self._size = checkpoint.size(saved[0]) if saved else checkpoint_bytes(trainable)
         self._start = self._saved_at = time.monotonic()
-        self.signal: signal.Signals | None = None  # that came here
-        self.ending: signal.Signals | None = None  # that came to any process, as all of them know
+        self.signal: signal.Signals | None = None  # received by this process
+        self.ending: signal.Signals | None = None  # received by any process, known to all
 
     @property
     def seconds(self) -> float:
-        """Of training, in this run and those before it."""
+        """Training time of this run and of those before."""
         return time.monotonic() - self._start + (self._before.seconds if self._before else 0.0)
 
     def stop(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal: end after this step. The next one ends at once."""
+        """Handle a signal: training ends after this step. The next signal ends it at once."""
         del frame
         self.signal = signal.Signals(number)
-        with contextlib.suppress(RuntimeError):  # it came while stderr was written to
+        with contextlib.suppress(RuntimeError):  # raised when the signal interrupted a write to stderr
             log.warning("%s: ending this step and saving a checkpoint; once more ends at once", self.signal.name)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Refuse a disk without room, and give the trainer its sum of losses back: it starts a new one otherwise."""
+        """Check the disk, and restore the trainer's sum of losses, which it does not save itself."""
         del state, control
-        self._require_room()
+        self._require_disk_space()
         if self._before is not None:
             self._trainer._tr_loss = torch.tensor(self._before.loss, device=args.device)
             self._trainer._globalstep_last_logged = self._before.logged
         self._start = self._saved_at = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Decide whether to save after this step. Raises HostError when the disk has no room for it."""
+        """Decide whether to save after this step. Raises HostError when the disk has not enough space."""
         del args, state
-        if 0 < self._pause <= time.monotonic() - self._saved_at:
+        if 0 < self._interval <= time.monotonic() - self._saved_at:
             control.should_save = True
         self._decide(control)
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The same for a signal that came since, while the held-out rows were scored."""
+        """Decide again, for a signal that came while the held-out rows were scored."""
         del args, state
         self._decide(control)
 
     def _decide(self, control: Any) -> None:
-        control.should_save = self._agree(save=control.should_save)
+        control.should_save = self._gather_signals(save=control.should_save)
         if self.ending:
             control.should_save = control.should_training_stop = True
         if control.should_save:
-            self._require_room()
+            self._require_disk_space()
 
-    def _agree(self, *, save: bool = False) -> bool:
-        """Hear of every process's signal; whether the first one saves, whose clock counts."""
-        told = distributed.all_gather((self.signal, save))
-        self.ending = next((number for number, _ in told if number), None)
-        return told[0][1]
+    def _gather_signals(self, *, save: bool = False) -> bool:
+        """Gather the signals of all ranks; return rank 0's decision to save."""
+        gathered = distributed.all_gather((self.signal, save))
+        self.ending = next((number for number, _ in gathered if number), None)
+        return gathered[0][1]
 
-    def _require_room(self) -> None:
+    def _require_disk_space(self) -> None:
         if distributed.is_main_process():
-            checkpoint.require_room(self._training, self._size)
+            checkpoint.require_disk_space(self._training, self._size)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Seal what the trainer wrote."""
-        distributed.barrier()  # until all have written their part
+        """Seal the folder that the trainer wrote."""
+        distributed.barrier()  # all ranks write a part
         if distributed.is_main_process():
             self._seal(args, state)
         self._saved_at = time.monotonic()
-        self._agree()
-        if self.ending:  # it came while saving
+        self._gather_signals()
+        if self.ending:  # the signal came while saving
             control.should_training_stop = True
 
     def _seal(self, args: Any, state: Any) -> None:
@@ -129,17 +131,18 @@ class Saver(TrainerCallback):  # type: ignore[misc]
 @contextlib.contextmanager
 def saving(
     trainer: Any,
-    training: checkpoint.Training,
-    saved: checkpoint.Saved | None,
+    training: checkpoint.TrainingRun,
+    saved: checkpoint.Checkpoint | None,
     minutes: float,
-    less_memory: str,
-) -> Iterator[Saver]:
-    """Let `trainer` save inside: every `minutes` too (0: never), and before a signal ends it.
+    memory_hint: str,
+) -> Iterator[CheckpointCallback]:
+    """Let `trainer` save checkpoints inside, also every `minutes` (0: never) and before a signal ends it.
 
-    Raises HostError when the disk is full, or memory, with `less_memory` as its hint; the last checkpoint stays.
+    Raises HostError when the disk is full, or when memory ran out, with `memory_hint` as its hint; the last checkpoint
+    stays.
     """
-    saver = Saver(trainer, training, saved, minutes)
-    trainer.add_callback(saver)  # the last: what the others write at a step is in its checkpoint
+    callback = CheckpointCallback(trainer, training, saved, minutes)
+    trainer.add_callback(callback)  # the last one: files that other callbacks write at a step are in its checkpoint
     handlers: dict[int, Any] = {}
 
     def restore() -> None:
@@ -147,21 +150,21 @@ def saving(
             signal.signal(number, handler)
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if saver.signal:
+        if callback.signal:
             restore()
             signal.raise_signal(number)
         else:
-            saver.stop(number, frame)
+            callback.stop(number, frame)
 
-    # A signal that is ignored, as Ctrl-C is in a script's background jobs, stays so.
-    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    handlers |= {number: signal.signal(number, handle) for number in heard}
+    # A signal that is ignored, as Ctrl-C is in background jobs of a script, stays ignored.
+    handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    handlers |= {number: signal.signal(number, handle) for number in handled}
     try:
-        yield saver
+        yield callback
     except BaseException as error:
-        # The disk first: what was half saved is what fills it.
+        # Look at the disk before the unfinished checkpoint, which fills it, is removed.
         fault = distributed.is_main_process() and disk_fault(error, training.out)
-        fault = fault or memory_fault(error, trainer, less_memory)
+        fault = fault or memory_fault(error, trainer, memory_hint)
         if distributed.is_main_process():
             checkpoint.discard_unfinished(training)
         if fault:
@@ -169,13 +172,13 @@ def saving(
         raise
     finally:
         restore()
-    if number := saver.ending or saver.signal:
+    if number := callback.ending or callback.signal:
         log.warning("ended after step %d of %d: the same command goes on there", *_steps(trainer))
         signal.raise_signal(number)
 
 
 def memory_fault(error: BaseException, trainer: Any, hint: str) -> TutorError | None:
-    """In which step memory ran out, when it did."""
+    """Return an error with the step in which memory ran out, or None for another error."""
     if not (
         isinstance(error, torch.OutOfMemoryError | MemoryError)
         or (isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)))
@@ -186,8 +189,8 @@ def memory_fault(error: BaseException, trainer: Any, hint: str) -> TutorError | 
     return HostError(f"out of memory in step {step + 1} of {steps}", hint)
 
 
-def less_memory(batches: MicroBatches) -> str:
-    """What to change in the recipe when memory ran out, so that training can go on from its checkpoint."""
+def memory_hint(batches: MicroBatches) -> str:
+    """Return the change of the recipe with which training needs less memory and can resume from its checkpoint."""
     if batches.rows == 1:
         return "free what other programs hold of it, and run again; else train a smaller base, or on shorter rows"
     smaller = batches.rows // 2 if batches.rows % 2 == 0 else 1

@@ -1,6 +1,6 @@
-"""The held-out loss of a model in training, measured so that training goes on as if it had not been.
+"""The held-out loss of a model in training, measured without an effect on the training.
 
-In: a model, encoded rows. Out: nats a token. Changes neither the model nor its mode nor the random state.
+In: a model, encoded rows. Out: nats per token. Does not change the model, its mode or the random state.
 """
 
 import contextlib
@@ -16,21 +16,22 @@ from tutor.errors import ArtifactError
 from tutor.machine import distributed
 from tutor.prompt import Encoded
 
-QUANTIZED = (Linear4bit, Linear8bitLt)
+QUANTIZED_LAYERS = (Linear4bit, Linear8bitLt)
+"""bitsandbytes' layers, which stay in training mode."""
 
 
 @contextlib.contextmanager
-def scoring(model: Any) -> Iterator[None]:
-    """No dropout and no gradients inside, and the model afterwards exactly as it was.
+def evaluating(model: Any) -> Iterator[None]:
+    """Turn dropout and gradients off, then restore every module's mode. Quantized layers stay in training mode.
 
-    bitsandbytes 0.50 repacks a 4-bit layer for the CPU the first time it runs in eval mode, for good, and the packed
-    kernel has no gradient: training after it goes on with wrong ones. Its 8-bit layers round activations on the CPU in
-    eval mode alone, so that training and scoring would see two models. So neither ever sees eval mode.
+    On the CPU, bitsandbytes 0.50 repacks a 4-bit layer permanently when it first runs in eval mode, and the packed
+    kernel has no gradient: the training after it would continue with wrong gradients. Its 8-bit layers round
+    activations on the CPU in eval mode only: training and scoring would use two different models.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     for module in model.modules():
-        if isinstance(module, QUANTIZED):
+        if isinstance(module, QUANTIZED_LAYERS):
             module.train()
     try:
         with torch.no_grad():
@@ -40,8 +41,8 @@ def scoring(model: Any) -> Iterator[None]:
             module.training = mode
 
 
-def refuse_packed(model: Any) -> None:
-    """Raise ArtifactError when a 4-bit layer is packed for inference: its gradients would be wrong without a word."""
+def refuse_inference_layout(model: Any) -> None:
+    """Raise ArtifactError when a 4-bit layer is packed for inference: its gradients would be silently wrong."""
     for name, module in model.named_modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
@@ -49,15 +50,15 @@ def refuse_packed(model: Any) -> None:
 
 
 def mean_loss(model: Any, rows: Sequence[Encoded]) -> float:
-    """Mean negative log-likelihood (nats) over all supervised tokens of all rows, teacher-forced, in fp32.
+    """Return the mean negative log-likelihood (nats) of all supervised tokens, teacher-forced, in fp32.
 
-    Several processes share the rows, and all get the same. Raises ArtifactError when it is no number.
+    The processes of a training share the rows, and all return the same value. Raises ArtifactError for NaN or infinity.
     """
     mine = distributed.rank_rows(range(len(rows)), len(rows), distributed.rank(), distributed.world_size())
-    # Under FSDP all processes have to score as many rows: a blank is any row, and counts for nothing.
-    asked = [rows[number % len(rows)] for number in mine]
-    with scoring(model):
-        scores = answer_logprobs(model, [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in asked])
+    # FSDP needs equal numbers of rows in all processes: a filler is any row, and its result is dropped.
+    scored = [rows[number % len(rows)] for number in mine]
+    with evaluating(model):
+        scores = answer_logprobs(model, [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in scored])
     counted = [row for number, row in zip(mine, scores, strict=True) if number < len(rows)]
     scores = [row for part in distributed.all_gather(counted) for row in part]
     loss = -math.fsum(value for row in scores for value in row) / sum(len(row) for row in scores)
@@ -67,5 +68,5 @@ def mean_loss(model: Any, rows: Sequence[Encoded]) -> float:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss); the largest number there is where that is beyond it."""
+    """Return exp(loss), at most exp(700), which a float can hold."""
     return math.exp(min(loss, 700.0))

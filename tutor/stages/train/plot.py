@@ -1,4 +1,7 @@
-"""The picture of a training: losses, learning rate, gradient norm over the steps. The same history, the same bytes."""
+"""Draw training.svg: losses, learning rate and gradient norm over the steps.
+
+In: the trainer's history. Out: an SVG, equal bytes for an equal history. Does not read files.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,14 +12,14 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-FIXED: Any = {"svg.hashsalt": "tutor", "svg.fonttype": "path", "path.simplify": True}
-"""Names inside an SVG are random without a salt; text as outlines looks the same wherever it is opened."""
+REPRODUCIBLE: Any = {"svg.hashsalt": "tutor", "svg.fonttype": "path", "path.simplify": True}
+"""matplotlib settings for equal bytes: without a salt, ids in an SVG are random; outlines need no installed font."""
 
 
 def draw(history: Sequence[Mapping[str, Any]], start: float, best: int | None, path: Path) -> None:
-    """Write an SVG. `start`: the held-out loss before training; `best`: the step whose adapter was kept."""
+    """Write the SVG. `start`: held-out loss before training; `best`: step whose adapter was kept."""
     steps = [entry for entry in history if "loss" in entry]
-    with matplotlib.rc_context(FIXED):
+    with matplotlib.rc_context(REPRODUCIBLE):
         figure = Figure(figsize=(8, 8), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
@@ -31,8 +34,8 @@ def draw(history: Sequence[Mapping[str, Any]], start: float, best: int | None, p
 
 def _losses(axis: Axes, steps: Sequence[Mapping[str, Any]], start: float, best: int | None) -> None:
     axis.plot(*_points(steps, "loss"), color="tab:blue", linewidth=0.8, alpha=0.7, label="training, a step")
-    at, losses = _points(steps, "held_out_loss")
-    axis.plot([0, *at], [start, *losses], color="tab:orange", marker="o", markersize=4, label="held out")
+    evaluated, losses = _points(steps, "held_out_loss")
+    axis.plot([0, *evaluated], [start, *losses], color="tab:orange", marker="o", markersize=4, label="held out")
     if best is not None:
         axis.axvline(best, color="tab:green", linestyle="--", linewidth=1, label=f"kept: step {best}")
     axis.set_ylabel("loss (nats a token)")
@@ -41,5 +44,5 @@ def _losses(axis: Axes, steps: Sequence[Mapping[str, Any]], start: float, best: 
 
 
 def _points(steps: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    there = [(int(entry["step"]), float(entry[name])) for entry in steps if entry.get(name) is not None]
-    return [step for step, _ in there], [value for _, value in there]
+    points = [(int(entry["step"]), float(entry[name])) for entry in steps if entry.get(name) is not None]
+    return [step for step, _ in points], [value for _, value in points]

@@ -20,10 +20,10 @@ from tutor.machine.memory.plan import TrainingPlan
 from tutor.prompt import Encoded
 from tutor.stages.train import checkpoint
 from tutor.stages.train.audit import audit_labels, encode_rows
-from tutor.stages.train.checkpoint_callback import less_memory, saving
+from tutor.stages.train.checkpoint_callback import memory_hint, saving
 from tutor.stages.train.held_out_loss import mean_loss, perplexity
-from tutor.stages.train.loop import fit, write
-from tutor.stages.train.monitor import Course
+from tutor.stages.train.loop import fit, write_outputs
+from tutor.stages.train.monitor import MonitorSettings
 from tutor.stages.train.trainer import count_parameters, load_trainer, lora_config, training_arguments
 
 if TYPE_CHECKING:
@@ -46,9 +46,9 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path, plan: TrainingP
         for name in ("train", "held_out")
     )
     log.info("%s", plan)
-    training = checkpoint.Training(
+    training = checkpoint.TrainingRun(
         out,
-        checkpoint.identity(
+        checkpoint.training_fields(
             settings.model_dump() | {"quantization": plan.quantization}, {"train": train, "held_out": held_out},
             seed=recipe.seed, base=facts.weights,
             precision=precision, device="cuda" if torch.cuda.is_available() else "cpu",
@@ -71,10 +71,10 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path, plan: TrainingP
     )  # fmt: skip
     before = mean_loss(trainer.model, held_out)
     log.info("held-out loss before training: %.4f (perplexity %.2f)", before, perplexity(before))
-    course = _course(settings, train, before, precision)
-    session = saving(trainer, training, saved, settings.save_minutes, less_memory(batches))
-    fitted = fit(trainer, course, held_out, log_folder(out), session, resume=saved[0] if saved else None)
-    size = write(trainer, course, fitted, facts.source, out)
+    monitoring = _monitoring(settings, train, before, precision)
+    session = saving(trainer, training, saved, settings.save_minutes, memory_hint(batches))
+    fitted = fit(trainer, monitoring, held_out, log_folder(out), session, resume=saved[0] if saved else None)
+    size = write_outputs(trainer, monitoring, fitted, facts.source, out)
     return {
         "base_source": facts.source,
         "base_weights": facts.weights,
@@ -85,25 +85,27 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path, plan: TrainingP
         "rows_per_pass": batches.rows,
         "steps": trainer.state.global_step,
         "kept_step": fitted.step,
-        "tokens_per_epoch": course.tokens,
+        "tokens_per_epoch": monitoring.tokens,
         "trainable_parameters": trainable,
         "adapter_bytes": size,
         "held_out": _held_out(held_out, before, fitted.loss),
-        "samples_per_second": round(fitted.epochs * course.rows / fitted.seconds, 3),
-        "tokens_per_second": round(fitted.epochs * course.tokens / fitted.seconds, 1),
+        "samples_per_second": round(fitted.epochs * monitoring.rows / fitted.seconds, 3),
+        "tokens_per_second": round(fitted.epochs * monitoring.tokens / fitted.seconds, 1),
     }
 
 
-def _course(settings: "TrainSettings", rows: Sequence[Encoded], loss_before: float, precision: str) -> Course:
+def _monitoring(
+    settings: "TrainSettings", rows: Sequence[Encoded], loss_before: float, precision: str
+) -> MonitorSettings:
     """What the monitor has to know of this training."""
-    return Course(
+    return MonitorSettings(
         rows=len(rows),
         tokens=sum(len(row.ids) for row in rows),
         evaluations=settings.epochs * settings.evaluations_per_epoch,
         patience=settings.patience,
         report_every=settings.logging_steps,
-        start=loss_before,
-        skips=precision == "fp16",
+        loss_before=loss_before,
+        skips_overflow=precision == "fp16",
     )
 
 

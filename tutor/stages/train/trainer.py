@@ -22,25 +22,25 @@ from tutor.machine.distributed import DistributedStepSampler
 from tutor.machine.memory.batching import MicroBatches
 from tutor.machine.memory.plan import TrainingPlan
 from tutor.prompt import Encoded
-from tutor.stages.train.audit import labels
-from tutor.stages.train.kernels.chunked_loss import IGNORED, summed_loss
-from tutor.stages.train.kernels.fast_dropout import quicken_dropout
+from tutor.stages.train.audit import label_ids
+from tutor.stages.train.kernels.chunked_loss import IGNORE_INDEX, summed_loss
+from tutor.stages.train.kernels.fast_dropout import replace_dropout
 from tutor.stages.train.kernels.layer_streaming import stream_layers
-from tutor.stages.train.kernels.packed_attention import attend_within_rows, with_lengths
+from tutor.stages.train.kernels.packed_attention import add_lengths, use_packed_attention
 
 if TYPE_CHECKING:
     from tutor.recipe.settings import TrainSettings
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
-    """TRL's trainer; without TRL's own measures (entropy, accuracy) on the CPU."""
+    """TRL's trainer, without TRL's metrics (entropy, accuracy) on the CPU."""
 
     def get_train_dataloader(self) -> Any:
-        """The passes of this process: its share of each step."""
+        """Return this process's micro-batches: its share of the rows of each step."""
         if self.args.world_size == 1:
             return super().get_train_dataloader()
         rows, size = self.train_dataset, self.args.per_device_train_batch_size
-        blank = {"input_ids": rows[0]["input_ids"][:1], "labels": [IGNORED]}
+        blank = {"input_ids": rows[0]["input_ids"][:1], "labels": [IGNORE_INDEX]}
         order = SeedableRandomSampler(rows, data_seed=self.args.data_seed)
         loader: Any = DataLoader(
             ConcatDataset([rows, [blank]]),  # type: ignore[list-item]
@@ -59,7 +59,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         return_outputs: bool = False,  # noqa: FBT001, FBT002 - TRL's signature
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The summed loss of a pass, divided by the tokens with loss of all passes of the step, or by its own."""
+        """Return the summed loss of a micro-batch, divided by the supervised tokens of the step, or by its own."""
         if return_outputs or inputs["input_ids"].device.type != "cpu":
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs, labels = {name: value for name, value in inputs.items() if name != "labels"}, inputs["labels"]
@@ -67,12 +67,12 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         hidden = self._hidden(model, base.base_model, inputs)
         loss = summed_loss(hidden, labels, base.get_output_embeddings().weight)
         if num_items_in_batch is None:
-            return loss / (labels[:, 1:] != IGNORED).sum()
-        # Of all processes' tokens; their gradients are averaged, so that each counts as many times as there are.
+            return loss / (labels[:, 1:] != IGNORE_INDEX).sum()
+        # `num_items_in_batch` counts the tokens of all processes, and gradients are averaged over the processes.
         return loss / num_items_in_batch * self.accelerator.num_processes
 
     def _hidden(self, model: Any, decoder: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """The decoder's last hidden states. Gradients meet only where several processes go through `model` itself."""
+        """Return the decoder's last hidden states. Several processes must call `model` to synchronize gradients."""
         if self.args.world_size == 1:
             with self.accelerator.autocast():
                 return decoder(**inputs, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
@@ -91,7 +91,7 @@ def load_trainer(
     arguments: SFTConfig,
     plan: TrainingPlan,
 ) -> Trainer:
-    """The trainer on the base as planned, which may leave layers in RAM."""
+    """Load the base as planned, some layers in RAM if the plan says so, and return the trainer on it."""
     precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
     sharded = distributed.is_sharded()
     if plan.streams and distributed.world_size() > 1:
@@ -101,7 +101,7 @@ def load_trainer(
     model = load_base(model_folder, plan.quantization, precision, sharded=sharded, in_ram=plan.streams or sharded)
     trainer = make_trainer(model, tokenizer, rows, lora, arguments)
     if not distributed.is_main_process():
-        torch.manual_seed(arguments.seed + distributed.rank())  # dropout of its own; the adapter is the first's
+        torch.manual_seed(arguments.seed + distributed.rank())  # its own dropout; the adapter is rank 0's
     if plan.streams:
         stream_layers(trainer.model, plan.resident, arguments.device)
     return trainer
@@ -110,19 +110,19 @@ def load_trainer(
 def make_trainer(
     model: Any, tokenizer: Any, rows: Sequence[Encoded], lora: LoraConfig, arguments: SFTConfig
 ) -> Trainer:
-    """TRL's trainer over rows that are already ids and labels, with fp32 adapters whatever the base computes in."""
-    dataset = datasets.Dataset.from_list([{"input_ids": row.ids, "labels": labels(row)} for row in rows])
+    """Return TRL's trainer on rows of ids and labels, with adapters in fp32 for every precision of the base."""
+    dataset = datasets.Dataset.from_list([{"input_ids": row.ids, "labels": label_ids(row)} for row in rows])
     trainer = Trainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=lora)
     if arguments.padding_free:
-        attend_within_rows(model)
-        trainer.data_collator = with_lengths(trainer.data_collator)
+        use_packed_attention(model)
+        trainer.data_collator = add_lengths(trainer.data_collator)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
-            # TRL casts them to bf16 over a 4-bit base: small updates would round away, and fp16 cannot unscale them.
+            # TRL casts them to bf16 on a 4-bit base: small updates would be rounded away, fp16 cannot be unscaled.
             parameter.data = parameter.data.float()
     if arguments.use_cpu:
-        quicken_dropout(trainer.model)
-    trainer.model.train()  # it is loaded in eval mode, which 4-bit layers must not see (stages/train/held_out_loss.py)
+        replace_dropout(trainer.model)
+    trainer.model.train()  # it is loaded in eval mode, in which 4-bit layers must not run (held_out_loss.py)
     return trainer
 
 
@@ -135,7 +135,7 @@ def training_arguments(
     *,
     checkpointing: bool = False,
 ) -> SFTConfig:
-    """TRL's arguments for the recipe's numbers; what it would do by itself to the rows (cut, pack, report) is off."""
+    """Return TRL's arguments for the recipe; TRL's own changes to the rows (cutting, packing) and reports are off."""
     cuda = torch.cuda.is_available()
     return SFTConfig(
         output_dir=str(checkpoints),
@@ -145,13 +145,13 @@ def training_arguments(
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=settings.warmup,
-        logging_steps=1,  # the monitor sees every step, and reports as the recipe says
-        # fp16's loss scaler skips a step that is no number, and the trainer's sum of losses must survive it.
+        logging_steps=1,  # the monitor needs every step, and reports at the recipe's interval
+        # fp16's loss scaler skips a step with NaN, which must not enter the trainer's sum of losses.
         logging_nan_inf_filter=precision == "fp16",
         save_strategy="steps",
         save_steps=settings.save_steps,
         max_length=None,
-        packing=False,  # TRL's would fill passes to a length: other rows a step, in another order
+        packing=False,  # TRL's packing fills sequences to a length: other rows per step, in another order
         padding_free=batches.packed,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
@@ -159,7 +159,7 @@ def training_arguments(
         gradient_checkpointing=checkpointing,
         dataloader_pin_memory=cuda,
         optim="adamw_torch",
-        ddp_find_unused_parameters=False,  # every adapter is part of every pass
+        ddp_find_unused_parameters=False,  # every micro-batch uses every adapter
         report_to="none",
         disable_tqdm=True,
         seed=seed,
@@ -168,7 +168,7 @@ def training_arguments(
 
 
 def lora_config(settings: "TrainSettings") -> LoraConfig:
-    """PEFT's configuration of a plain LoRA."""
+    """Return PEFT's configuration of a plain LoRA."""
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -180,6 +180,6 @@ def lora_config(settings: "TrainSettings") -> LoraConfig:
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
-    """Trainable and all parameters; a 4-bit weight counts as the numbers it stands for."""
+    """Return the numbers of trainable and of all parameters; a 4-bit tensor counts its unpacked values."""
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return trainable, int(model.num_parameters())

@@ -5,14 +5,14 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch import nn
 
-from tutor.stages.train.kernels.fast_dropout import Dropout, quicken_dropout
+from tutor.stages.train.kernels.fast_dropout import FastDropout, replace_dropout
 
 SHAPE = (400, 501)
 
 
 def dropped(p: float, seed: int = 1) -> "torch.Tensor":
     torch.manual_seed(seed)
-    return Dropout(p).train()(torch.ones(SHAPE))
+    return FastDropout(p).train()(torch.ones(SHAPE))
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
@@ -25,7 +25,7 @@ def test_so_many_numbers_are_zeroed_and_the_mean_stays(p: float) -> None:
 
 def test_rows_columns_and_calls_are_drawn_apart() -> None:
     torch.manual_seed(3)
-    layer = Dropout(0.5).train()
+    layer = FastDropout(0.5).train()
     first, second = ((layer(torch.ones(SHAPE)) > 0).float() for _ in range(2))
     for one, other in (
         (first, second),
@@ -39,14 +39,14 @@ def test_rows_columns_and_calls_are_drawn_apart() -> None:
 def test_the_gradient_goes_where_the_number_went() -> None:
     torch.manual_seed(5)
     x = torch.randn(7, 33, requires_grad=True)
-    out = Dropout(0.3).train()(x)
+    out = FastDropout(0.3).train()(x)
     out.backward(torch.ones_like(out))
     assert x.grad is not None
     torch.testing.assert_close(x.grad * x.detach(), out.detach())
 
 
 def test_the_state_of_pytorchs_generator_repeats_it() -> None:
-    layer = Dropout(0.1).train()
+    layer = FastDropout(0.1).train()
     state = torch.get_rng_state()
     first, second = layer(torch.ones(SHAPE)), layer(torch.ones(SHAPE))
     assert not torch.equal(first, second)
@@ -57,14 +57,14 @@ def test_the_state_of_pytorchs_generator_repeats_it() -> None:
 
 def test_without_training_nothing_is_dropped() -> None:
     x = torch.randn(3, 5)
-    assert Dropout(0.9).eval()(x) is x
+    assert FastDropout(0.9).eval()(x) is x
 
 
 def test_a_models_dropouts_are_replaced_and_no_other_layer() -> None:
     model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1)), "off": nn.Dropout(0.0)}).eval()
-    assert quicken_dropout(model) == 1
-    assert isinstance(model["a"][1], Dropout)
+    assert replace_dropout(model) == 1
+    assert isinstance(model["a"][1], FastDropout)
     assert isinstance(model["off"], nn.Dropout)
     assert model["a"][1].training is False
     assert model.train()["a"][1].training is True
-    assert repr(model["a"][1]) == "Dropout(p=0.10001)"
+    assert repr(model["a"][1]) == "FastDropout(p=0.10001)"

@@ -23,10 +23,10 @@ from tutor.errors import DataError
 from tutor.formats.models.model_folder import load_tokenizer
 from tutor.machine.memory.batching import MicroBatches, max_tokens, packed_batches, padded_batches, split_step
 from tutor.prompt import Encoded
-from tutor.stages.train.audit import labels
+from tutor.stages.train.audit import label_ids
 from tutor.stages.train.kernels import packed_attention as packed
-from tutor.stages.train.kernels.chunked_loss import IGNORED, summed_loss
-from tutor.stages.train.kernels.packed_attention import LENGTHS, attend_within_rows
+from tutor.stages.train.kernels.chunked_loss import IGNORE_INDEX, summed_loss
+from tutor.stages.train.kernels.packed_attention import LENGTHS, use_packed_attention
 from tutor.stages.train.trainer import lora_config, make_trainer, training_arguments
 
 pytestmark = [
@@ -48,10 +48,10 @@ ROWS = made(WIDTHS)
 
 
 def items(rows: Sequence[Encoded]) -> list[dict[str, list[int]]]:
-    return [{"input_ids": row.ids, "labels": labels(row)} for row in rows]
+    return [{"input_ids": row.ids, "labels": label_ids(row)} for row in rows]
 
 
-collate = packed.with_lengths(DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True))
+collate = packed.add_lengths(DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True))
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------
@@ -104,7 +104,9 @@ def test_a_batch_is_all_rows_in_order_with_positions_from_zero_and_no_first_labe
     batch = collate([{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [8, 9], "labels": [8, 9]}])
     assert {name: values if name == LENGTHS else values.tolist() for name, values in batch.items()} == {
         "input_ids": [[5, 6, 7, 8, 9]],
-        "labels": [[IGNORED, 6, 7, IGNORED, 9]],  # nothing predicts a row's first id, the row before least of all
+        "labels": [
+            [IGNORE_INDEX, 6, 7, IGNORE_INDEX, 9]
+        ],  # nothing predicts a row's first id, the row before least of all
         "position_ids": [[0, 1, 2, 0, 1]],
         LENGTHS: (3, 2),
     }
@@ -114,13 +116,13 @@ def test_a_batch_is_all_rows_in_order_with_positions_from_zero_and_no_first_labe
     "batch_of", [collate, DataCollatorForLanguageModeling(pad_token_id=0)], ids=["packed", "padded"]
 )
 def test_every_row_is_read_back_whole(batch_of: Any) -> None:
-    assert packed.rows_of(batch_of(items(ROWS))) == [(row.ids, labels(row)) for row in ROWS]
+    assert packed.split_rows(batch_of(items(ROWS))) == [(row.ids, label_ids(row)) for row in ROWS]
 
 
 @pytest.mark.parametrize("lengths", [(9, 31), (31, 9, 14, 2, 57, 23, 11), (40, 14, 2, 57, 23, 11), ()])
 def test_lengths_that_are_not_the_rows_are_found(lengths: tuple[int, ...]) -> None:
     with pytest.raises(DataError, match="positions do not start again"):
-        packed.rows_of({**collate(items(ROWS)), LENGTHS: lengths})
+        packed.split_rows({**collate(items(ROWS)), LENGTHS: lengths})
 
 
 # --- the attention ---------------------------------------------------------------------------------------------------
@@ -130,7 +132,7 @@ def test_lengths_that_are_not_the_rows_are_found(lengths: tuple[int, ...]) -> No
 def model(tiny: Path) -> Any:
     loaded = load_base(tiny, "none", "fp32")
     assert loaded.config.num_attention_heads > loaded.config.num_key_value_heads  # grouped queries
-    attend_within_rows(loaded)
+    use_packed_attention(loaded)
     return loaded
 
 
@@ -335,7 +337,7 @@ def test_the_heads_loss_is_cross_entropy_over_all_logits(dtype: Any) -> None:
     hidden = torch.randn(2, 300, 48, generator=draw).to(dtype)
     head = torch.randn(700, 48, generator=draw).to(dtype)
     labels = torch.randint(0, 700, (2, 300), generator=draw)
-    labels[torch.rand(2, 300, generator=draw) < 0.3] = IGNORED
+    labels[torch.rand(2, 300, generator=draw) < 0.3] = IGNORE_INDEX
     ours, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
     loss = summed_loss(ours, labels, head)
     logits = (exact @ head.double().T)[:, :-1].reshape(-1, 700)
@@ -343,7 +345,7 @@ def test_the_heads_loss_is_cross_entropy_over_all_logits(dtype: Any) -> None:
     loss.backward()
     wanted.backward()
     assert loss.dtype == torch.float32
-    kept = int((labels[:, 1:] != IGNORED).sum())
+    kept = int((labels[:, 1:] != IGNORE_INDEX).sum())
     sums = 48 + 700 + kept  # a logit, the softmax, the tokens
     # Of the logits, which are larger than the losses are small: 48 products of N(0, 1) with a spread of 7.
     assert loss.item() == pytest.approx(
@@ -357,7 +359,7 @@ def test_the_heads_loss_is_cross_entropy_over_all_logits(dtype: Any) -> None:
 
 def test_a_pass_without_any_loss_gives_zero_and_no_gradient() -> None:
     hidden = torch.randn(1, 5, 8, requires_grad=True)
-    loss = summed_loss(hidden, torch.full((1, 5), IGNORED), torch.randn(20, 8))
+    loss = summed_loss(hidden, torch.full((1, 5), IGNORE_INDEX), torch.randn(20, 8))
     loss.backward()
     assert loss.item() == 0
     assert hidden.grad.abs().max() == 0

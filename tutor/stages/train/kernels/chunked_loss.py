@@ -13,28 +13,28 @@ import torch
 from torch.nn import LinearCrossEntropyOptions
 from torch.nn.functional import linear_cross_entropy
 
-IGNORED = -100
-"""The label of an id without loss, by PyTorch's cross entropy."""
+IGNORE_INDEX = -100
+"""Label of ids without loss, the default of PyTorch's cross entropy."""
 
-CHUNK = LinearCrossEntropyOptions(batch_chunk_size=128)
-"""Tokens a tile of logits; between 64 and 256 the time is the same, and the memory grows."""
+CHUNK_OPTIONS = LinearCrossEntropyOptions(batch_chunk_size=128)
+"""Number of tokens in a tile of logits; from 64 to 256 the time does not change and the memory grows."""
 
 
 def summed_loss(hidden: torch.Tensor, labels: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """The negative log-likelihood (nats) of the next labels under a Llama's head, in fp32; [rows, tokens, size] in."""
+    """Return the summed negative log-likelihood (nats, fp32) of the next labels; `hidden` is [rows, tokens, size]."""
     labels = labels[:, 1:]
-    kept = labels != IGNORED
+    kept = labels != IGNORE_INDEX
     states = hidden[:, :-1][kept]
-    products = exact_products() if states.dtype == head.dtype == torch.bfloat16 else contextlib.nullcontext()
+    products = bf16_products() if states.dtype == head.dtype == torch.bfloat16 else contextlib.nullcontext()
     with products:
-        return linear_cross_entropy(states.float(), head.float(), labels[kept], reduction="sum", options=CHUNK)
+        return linear_cross_entropy(states.float(), head.float(), labels[kept], reduction="sum", options=CHUNK_OPTIONS)
 
 
 @contextlib.contextmanager
-def exact_products() -> Iterator[None]:
-    """Matrices in fp32 that hold bf16 numbers, multiplied as such and summed in fp32: AMX is made for that.
+def bf16_products() -> Iterator[None]:
+    """Multiply fp32 matrices that hold bf16 values in bf16 and sum in fp32, which AMX does in hardware.
 
-    The logits are the same but for the order of the sum; gradients of the states, made at once, round to bf16 inside.
+    The logits differ only by the order of the sum; the gradients of the states are rounded to bf16 inside.
     """
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision

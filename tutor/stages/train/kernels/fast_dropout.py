@@ -1,8 +1,8 @@
-"""Dropout on a CPU without PyTorch's generator, which draws one number after the other on one core.
+"""Dropout on the CPU without PyTorch's generator, which draws one number after the other on one core.
 
-In: a model with adapters. Out: the same model, whose dropout draws 16 random bits a number, several times faster, and
-keeps a byte a number for the backward pass where PyTorch keeps four. The seeds come from PyTorch's generator: what a
-checkpoint saves of it repeats these draws too.
+In: a model with adapters. Out: the model with dropout that draws 16 random bits per number, several times faster, and
+keeps 1 byte per number for the backward pass instead of 4. The seeds come from PyTorch's generator, so that a resumed
+training repeats the draws. Does not run on a GPU.
 """
 
 from typing import Any
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 LEVELS = 1 << 16
+"""Number of different values of 16 random bits."""
 
 
-class Dropout(nn.Module):
-    """nn.Dropout: while training, zero each number with the chance `p` and scale the others by 1 / (1 - p).
+class FastDropout(nn.Module):
+    """nn.Dropout: in training, zero each number with probability `p` and scale the others by 1 / (1 - p).
 
-    The chance is a multiple of 2^-16, the nearest to `p`, and the scale is that of this chance.
+    The probability is rounded to a multiple of 2^-16, and the scale is computed from the rounded one.
     """
 
     def __init__(self, p: float) -> None:
@@ -25,18 +26,18 @@ class Dropout(nn.Module):
         self.dropped = round(p * LEVELS)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` with some of its numbers zeroed; any shape."""
+        """Return `x` with some of its numbers zeroed; any shape."""
         if not self.training:
             return x
-        return (x * _kept(x.shape, self.dropped)).mul_(LEVELS / (LEVELS - self.dropped))
+        return (x * _keep_mask(x.shape, self.dropped)).mul_(LEVELS / (LEVELS - self.dropped))
 
     def extra_repr(self) -> str:
-        """How it prints."""
+        """Return the text in the brackets of repr()."""
         return f"p={self.dropped / LEVELS:.5f}"
 
 
-def quicken_dropout(model: nn.Module) -> int:
-    """Replace every nn.Dropout of a model that trains on a CPU; how many were."""
+def replace_dropout(model: nn.Module) -> int:
+    """Replace every nn.Dropout of a model that trains on the CPU; return their number."""
     found: list[tuple[Any, str, float]] = [
         (parent, name, child.p)
         for parent in model.modules()
@@ -44,12 +45,12 @@ def quicken_dropout(model: nn.Module) -> int:
         if type(child) is nn.Dropout and 0 < child.p < 1
     ]
     for parent, name, p in found:
-        setattr(parent, name, Dropout(p).train(parent.training))
+        setattr(parent, name, FastDropout(p).train(parent.training))
     return len(found)
 
 
-def _kept(shape: torch.Size, dropped: int) -> Tensor:
-    """Which of the numbers of a tensor stay: `dropped` of 65,536 do not, on average."""
+def _keep_mask(shape: torch.Size, dropped: int) -> Tensor:
+    """Return a mask of the numbers to keep: on average `dropped` of 65,536 are dropped."""
     count = shape.numel()
     bits = np.random.SFC64(int(torch.randint(2**63 - 1, ()))).random_raw(-(-count // 4)).view(np.uint16)[:count]
     return torch.from_numpy(bits >= dropped).view(shape)

@@ -1,8 +1,8 @@
-"""Decoder layers that wait in RAM: each weight is copied to the device for the moment it is used in.
+"""Keep decoder layers in RAM and copy each weight to the device only while it is used.
 
-In: a PEFT model on the CPU. Out: the same, computing on a device. accelerate's offload cannot train an adapter: PEFT
-makes the adapters of an offloaded layer on the meta device, without numbers. Needs gradient checkpointing, without
-which autograd keeps every copy until the backward pass.
+In: a PEFT model on the CPU. Out: the model, computing on a device. Needs gradient checkpointing: without it, autograd
+keeps every copy until the backward pass. Does not use accelerate's offload, which cannot train an adapter: PEFT creates
+the adapters of an offloaded layer on the meta device, without values.
 """
 
 from typing import Any
@@ -12,7 +12,10 @@ from bitsandbytes.nn import Params4bit
 
 
 def stream_layers(model: Any, resident: int, device: torch.device) -> int:
-    """Put all but the frozen weights of the layers from `resident` on onto `device`; how many layers stream."""
+    """Move the model to `device` except the frozen weights of the layers after the first `resident` ones.
+
+    Returns the number of layers that stay in RAM.
+    """
     base = model.get_base_model()
     layers = list(base.model.layers)
     for module in (base.model.embed_tokens, base.model.norm, base.model.rotary_emb, base.lm_head, *layers[:resident]):
@@ -20,40 +23,40 @@ def stream_layers(model: Any, resident: int, device: torch.device) -> int:
     for layer in layers[resident:]:
         for owner in layer.modules():
             _stream(owner, device)
-    # accelerate moves a whole model unless its parts are said to be placed, and asks a quantized one where it is.
+    # With a device map, accelerate does not move the model, and finds the device of a quantized one.
     base.hf_device_map = {"model": device, "lm_head": device}
     return len(layers) - resident
 
 
 def _stream(owner: torch.nn.Module, device: torch.device) -> None:
-    """Let a module's own frozen weights be on the device during its forward pass alone.
+    """Put a module's own frozen weights on the device during its forward pass only.
 
-    Hooks of a decoder layer do not run when checkpointing computes it again; those of the modules inside do.
+    The hooks are on the modules inside a layer: those of the layer do not run when checkpointing recomputes it.
     """
-    waiting = {}
+    in_ram = {}
     for name, parameter in owner.named_parameters(recurse=False):
         if parameter.requires_grad:
             parameter.data = parameter.data.to(device)
         else:
-            waiting[name] = _held(parameter, device)
-    if not waiting:
+            in_ram[name] = _pinned(parameter, device)
+    if not in_ram:
         return
 
     def fetch(module: torch.nn.Module, _: Any) -> None:
-        for name, parameter in waiting.items():
+        for name, parameter in in_ram.items():
             setattr(module, name, _copied(parameter, device))
 
     def release(module: torch.nn.Module, *_: Any) -> None:
-        for name, parameter in waiting.items():
+        for name, parameter in in_ram.items():
             setattr(module, name, parameter)
 
     owner.register_forward_pre_hook(fetch)
-    # Always: the second pass of checkpointing ends in the middle, by an exception.
+    # always_call: checkpointing ends its recomputation by an exception.
     owner.register_forward_hook(release, always_call=True)
 
 
-def _held(parameter: torch.nn.Parameter, device: torch.device) -> torch.nn.Parameter:
-    """The parameter as it waits: page-locked for a GPU, its 4-bit scales (a thirtieth of it) on the device for good."""
+def _pinned(parameter: torch.nn.Parameter, device: torch.device) -> torch.nn.Parameter:
+    """Return the parameter page-locked for a GPU, its 4-bit scales (1/30 of its size) moved to the device."""
     if device.type == "cuda":
         parameter.data = parameter.data.pin_memory()
     if isinstance(parameter, Params4bit):

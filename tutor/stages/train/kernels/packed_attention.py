@@ -1,8 +1,8 @@
-"""Packed passes: the rows of an optimizer step flattened, without padding and without attention across them.
+"""Packed micro-batches: several rows in one sequence, without padding and without attention across rows.
 
-In: rows of ids and labels, in passes as batching.py plans them. Out: TRL's padding-free batches with the rows' lengths
-beside them, and an attention for transformers that keeps to them. Loss and gradients are those of one row a pass; the
-order of the rows too.
+In: rows of ids and labels, in micro-batches planned by machine/memory/batching.py. Out: TRL's padding-free batches with
+the rows' lengths, and an attention for transformers that uses the lengths. Loss, gradients and the order of the rows
+are those of one row per micro-batch. Does not choose which rows are packed together.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,14 +16,14 @@ from transformers.masking_utils import sdpa_mask
 from tutor.errors import DataError
 
 ATTENTION = "packed"
-"""The name that transformers knows the attention by."""
+"""Name of the attention in transformers."""
 
 LENGTHS = "row_lengths"
-"""The forward argument with the rows' lengths: plain numbers, which no layer has to fetch back from a GPU."""
+"""Name of the forward argument with the rows' lengths: Python numbers, which no layer has to copy back from a GPU."""
 
 
-def with_lengths(collate: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
-    """TRL's padding-free collator, its boundaries as LENGTHS and without what other attentions need."""
+def add_lengths(collate: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+    """Wrap TRL's padding-free collator: it returns LENGTHS instead of the boundaries for other attentions."""
 
     def collate_with_lengths(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch = collate(rows)
@@ -33,15 +33,15 @@ def with_lengths(collate: Callable[[Any], dict[str, Any]]) -> Callable[[Any], di
     return collate_with_lengths
 
 
-def rows_of(batch: Mapping[str, Any]) -> list[tuple[list[int], list[int]]]:
-    """Ids and labels of every row of a batch, packed or padded, as the model will see them.
+def split_rows(batch: Mapping[str, Any]) -> list[tuple[list[int], list[int]]]:
+    """Return ids and labels of every row of a batch, packed or padded, as the model receives them.
 
-    Raises DataError when the positions of a packed one do not start again with every row.
+    Raises DataError when the positions in a packed batch do not restart with every row.
     """
     ids, labels = batch["input_ids"], batch["labels"]
     if LENGTHS in batch:
         lengths = list(batch[LENGTHS])
-        if batch["position_ids"].tolist() != [[place for length in lengths for place in range(length)]]:
+        if batch["position_ids"].tolist() != [[position for length in lengths for position in range(length)]]:
             raise DataError(
                 f"positions do not start again with every row of {lengths} tokens", "a library's doing: report it"
             )
@@ -52,8 +52,8 @@ def rows_of(batch: Mapping[str, Any]) -> list[tuple[list[int], list[int]]]:
     return [(row.tolist(), row_labels.tolist()) for row, row_labels in parts]
 
 
-def attend_within_rows(model: Any) -> None:
-    """Give a transformers model the packed attention; what comes without LENGTHS is computed as by "sdpa"."""
+def use_packed_attention(model: Any) -> None:
+    """Set the packed attention on a transformers model; a batch without LENGTHS is computed as by "sdpa"."""
     AttentionInterface.register(ATTENTION, packed_attention)
     AttentionMaskInterface.register(ATTENTION, packed_mask)
     model.set_attn_implementation(ATTENTION)
@@ -67,7 +67,7 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' "sdpa", a row at a time: [1, heads, tokens, size] in, [1, tokens, heads, size] out."""
+    """Compute transformers' "sdpa" row by row: [1, heads, tokens, size] in, [1, tokens, heads, size] out."""
     lengths = kwargs.pop(LENGTHS, None)
     mask_entries = None if attention_mask is None else attention_mask.numel()
     if lengths is None:
@@ -88,10 +88,10 @@ def packed_mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """transformers' mask for "sdpa"; in place of one of tokens x tokens for packed rows, an empty one.
+    """Return transformers' mask for "sdpa", but an empty mask for packed rows instead of tokens x tokens.
 
-    A batch without padding that must not skip its mask is one whose positions start again. The empty mask says so to
-    `packed_attention`, for which packed rows without their lengths are an error.
+    A batch without padding whose mask must not be skipped has positions that restart, so it is packed. The empty mask
+    marks it for `packed_attention`, where packed rows without LENGTHS are an error.
     """
     whole = attention_mask is None and kwargs.get("local_size") is None
     if whole and not allow_is_causal_skip and q_length == kv_length > 1:
