@@ -8,6 +8,7 @@ import pytest
 from support.command import ROOT
 
 MARKDOWN = re.compile(r"(?<![\w/.*{}<>-])((?:[\w.-]+/)*[\w-]+\.md)\b")
+PATH = re.compile(r"(?<![\w/.<>*-])((?:tutor|tests|scripts|docs|data|docker|requirements)/[\w./-]*\w)(?![\w<*/])")
 FACT = re.compile(r"docs/facts\.md, (\d+(?:(?:, | and )\d+)*)")
 MADE = {"report/README.md"}
 """Markdown files that commands make in a build folder."""
@@ -39,6 +40,14 @@ def test_markdown_files_named_in_tracked_files_exist() -> None:
         if name not in files | MADE and not ("/" not in name and name in names)
     }
     assert missing == {}
+
+
+def test_paths_named_in_markdown_files_exist() -> None:
+    files = {path.relative_to(ROOT) for path in tracked()}
+    known = {str(path) for path in files} | {str(parent) for path in files for parent in path.parents}
+    cited = {name: where for name, files in named(PATH).items() if (where := {f for f in files if f.endswith(".md")})}
+    assert "tutor/prompt.py" in cited
+    assert {name: where for name, where in cited.items() if name not in known} == {}
 
 
 def test_facts_named_in_tracked_files_exist() -> None:
