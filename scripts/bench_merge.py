@@ -214,7 +214,7 @@ def convert_ours(model: Path, beside: Path, out: Path) -> dict[str, float]:
     """As the convert stage makes its F16 file; then read back and compared number for number, hashed and synced."""
     from tutor.artifacts.stage_folder import writing
     from tutor.engines.llamacpp.convert import to_gguf
-    from tutor.formats.models.gguf_metadata import check_gguf, expect
+    from tutor.formats.models.gguf_metadata import check_gguf, implied_metadata
     from tutor.formats.models.gguf_weights import weights_of
     from tutor.formats.models.model_folder import Facts, read_json
     from tutor.stages.convert.quantization_error import refuse_inexact
@@ -223,7 +223,10 @@ def convert_ours(model: Path, beside: Path, out: Path) -> dict[str, float]:
     config = read_json(model / "config.json")
     imported, started = peak(), time.monotonic()
     with writing(out, "convert", {}) as (scratch, _):
-        expected, whole = expect(model, replace(facts, vocabulary=config["vocab_size"])), scratch / "tutor-F16.gguf"
+        expected, whole = (
+            implied_metadata(model, replace(facts, vocabulary=config["vocab_size"])),
+            scratch / "tutor-F16.gguf",
+        )
         to_gguf(model, whole, facts.pre_tokenizer)
         converted = time.monotonic() - started
         refuse_inexact(whole, check_gguf(whole, expected), weights_of(model))

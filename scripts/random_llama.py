@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from tutor.formats.models.safetensors import header
+from tutor.formats.models.safetensors import make_header
 
 RANK = 8
 BLOCK = 1 << 25
@@ -86,7 +86,7 @@ def make_model(folder: Path, size: Size, dtype: str) -> None:
     for number, tensors in groups.items():
         file = f"model-{number + 1:05}-of-{len(groups):05}.safetensors"
         with (folder / file).open("wb") as out:
-            out.write(header(tensors, dtype))
+            out.write(make_header(tensors, dtype))
             for name, shape in tensors:
                 where[name] = file
                 for left in range(prod(shape), 0, -BLOCK):

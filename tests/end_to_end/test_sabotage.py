@@ -166,9 +166,9 @@ def test_another_base_of_the_same_shape_before_merging(
     shutil.copy(other_weights, folder / "base/model/model.safetensors")
     from dataclasses import asdict
 
-    from tutor.stages.base.stage import inspect
+    from tutor.stages.base.stage import facts_of
 
-    facts = asdict(inspect(folder / "base/model", "tiny", "model"))
+    facts = asdict(facts_of(folder / "base/model", "tiny", "model"))
     (folder / "base/base.json").write_text(json.dumps(facts), "utf-8")
     remove(folder / "merged")
     with pytest.raises(ArtifactError, match="was trained on other weights") as caught:
@@ -254,7 +254,7 @@ def read_back(folder: Path, kind: str, what: str) -> "pytest.ExceptionInfo[Tutor
     from tutor.stages.convert import stage as convert
 
     facts, _ = read_facts(folder / "base")
-    says = convert.expect(folder / "merged", facts)
+    says = convert.implied_metadata(folder / "merged", facts)
     expected = replace(says, chat_template=chat_template(add_bos=facts.add_bos), file_type=kind)
     with pytest.raises(ArtifactError, match=what) as caught:
         convert.check_gguf(folder / f"gguf/tutor-{kind}.gguf", expected)

@@ -19,7 +19,7 @@ from tutor.engines.ollama.client import connect
 from tutor.engines.ollama.trace import trace as ollama_trace
 from tutor.engines.trace import END, Step, candidates, divergence, grouped
 from tutor.errors import ServiceError
-from tutor.formats.models.gguf import pre_tokenizer
+from tutor.formats.models.pre_tokenizer import pre_tokenizer_name
 from tutor.prompt import conversation, render
 
 HELLO = conversation("Hola")
@@ -144,7 +144,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     made = copied(tiny_folder(tmp_path_factory), tmp_path_factory.mktemp("traced") / "model")
     edit(made / "tokenizer_config.json", chat_template=chat_template(add_bos=True))
-    to_gguf(made, made / "tiny-F16.gguf", pre_tokenizer(made / "tokenizer.json"))
+    to_gguf(made, made / "tiny-F16.gguf", pre_tokenizer_name(made / "tokenizer.json"))
     return made
 
 

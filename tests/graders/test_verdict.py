@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.command import ROOT
 
-from tutor.formats.markdown import fenced
+from tutor.formats.markdown import fenced_blocks
 from tutor.graders.identifiers import dropped_names
 from tutor.graders.typescript.install import is_installed
 from tutor.graders.verdict import grade, in_spanish
@@ -154,7 +154,10 @@ def corrections() -> list[dict[str, Any]]:
 
 def test_no_correction_of_the_data_set_drops_anything_and_nearly_every_foreign_one_does() -> None:
     texts = [
-        ([block.code for block in fenced(row["instruction"])], [block.code for block in fenced(row["response"])])
+        (
+            [block.code for block in fenced_blocks(row["instruction"])],
+            [block.code for block in fenced_blocks(row["response"])],
+        )
         for row in corrections()
     ]
     assert [given for given, said in texts if dropped_names(given, said)] == []
@@ -167,7 +170,11 @@ def test_no_correction_of_the_data_set_drops_anything_and_nearly_every_foreign_o
 def test_every_row_of_the_data_set_passes_as_the_answer_to_itself() -> None:
     rows = [json.loads(line) for line in (ROOT / "data" / "tutor.jsonl").read_text("utf-8").splitlines()]
     prompts = [
-        {**row, "code": row["code"][: len(fenced(row["instruction"]))], "expect": {"code": "```ts" in row["response"]}}
+        {
+            **row,
+            "code": row["code"][: len(fenced_blocks(row["instruction"]))],
+            "expect": {"code": "```ts" in row["response"]},
+        }
         for row in rows
     ]
     found = grade(prompts, [answer(f" {row['response']}") for row in rows])

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tutor.formats.models.gguf import LLAMA3
+from tutor.formats.models.pre_tokenizer import LLAMA3
 
 RECOGNISER = """
 import logging

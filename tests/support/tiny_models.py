@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from tutor.artifacts.stage_folder import writing
 from tutor.recipe.settings import Recipe
-from tutor.stages.base.stage import inspect
+from tutor.stages.base.stage import facts_of
 from tutor.stages.base.tiny_model import make_tiny
 
 DATA = ROOT / "data" / "tutor.jsonl"
@@ -71,7 +71,7 @@ def in_two_shards(folder: Path) -> Path:
 def base_stage(model: Path, folder: Path) -> Path:
     """A base stage's folder over a model folder that is somewhere else."""
     folder.mkdir(parents=True)
-    facts = inspect(model, f"path:{model.name}", str(model))
+    facts = facts_of(model, f"path:{model.name}", str(model))
     (folder / "base.json").write_text(json.dumps(asdict(facts)), "utf-8")
     return folder
 

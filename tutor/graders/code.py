@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from tutor.formats.markdown import TYPESCRIPT, Block, fenced, typescript
+from tutor.formats.markdown import TYPESCRIPT, Block, fenced_blocks, typescript_blocks
 from tutor.graders.identifiers import dropped_names
 from tutor.graders.typescript.compiler import SECONDS, Verdict, grade_blocks
 
@@ -83,8 +83,8 @@ def check_rows(rows: Iterable[CodeRow], *, seconds: float = SECONDS) -> CodeRepo
 
 def _expectations(row: CodeRow) -> tuple[list[_Expected], int]:
     """The row's blocks to compile, and the number of others. Raises ValueError when `code` is wrong."""
-    asked = [replace(block, quoted=True) for block in fenced(row.question)]
-    blocks = [*asked, *fenced(row.answer)]
+    asked = [replace(block, quoted=True) for block in fenced_blocks(row.question)]
+    blocks = [*asked, *fenced_blocks(row.answer)]
     specs = row.code or ["ok" if block.language in TYPESCRIPT else UNCHECKED for block in blocks]
     if len(specs) > len(blocks):
         raise ValueError(f"code has {len(specs)} entries for {len(blocks)} fenced blocks")
@@ -175,7 +175,7 @@ def wants_code(prompt: Mapping[str, Any]) -> bool:
 
 def _given(prompt: Mapping[str, Any]) -> list[_Expected]:
     """The blocks of a prompt's question that have a specification."""
-    asked = len(fenced(prompt["instruction"]))
+    asked = len(fenced_blocks(prompt["instruction"]))
     return _expectations(
         CodeRow(prompt["instruction"], code=list(prompt.get("code") or ())[:asked] or [UNCHECKED] * asked)
     )[0]
@@ -186,7 +186,7 @@ def _own_blocks(text: str, given: Sequence[Block]) -> list[Block]:
     if len(text) > MAX_TEXT:
         return []
     quoted = {" ".join(block.code.split()) for block in given}
-    return [block for block in typescript(fenced(text)) if " ".join(block.code.split()) not in quoted]
+    return [block for block in typescript_blocks(fenced_blocks(text)) if " ".join(block.code.split()) not in quoted]
 
 
 def _dropped(given: Sequence[_Expected], blocks: Sequence[Block]) -> list[str]:

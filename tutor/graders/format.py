@@ -7,7 +7,7 @@ check whether the answer is right.
 import re
 from typing import TypedDict
 
-from tutor.formats.markdown import fenced
+from tutor.formats.markdown import fenced_blocks
 from tutor.prompt import CUE, QUESTION
 
 LOOP_REPEATS = 3
@@ -46,7 +46,7 @@ class FormatVerdict(TypedDict):
 
 def grade_format(text: str, finish: str) -> FormatVerdict:
     """Grade the form of an answer, from its text and its finish reason ("stop" or "length")."""
-    blocks = fenced(text)
+    blocks = fenced_blocks(text)
     return FormatVerdict(
         stopped=finish == "stop",
         answered=bool(text.strip()),

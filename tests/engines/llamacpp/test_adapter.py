@@ -205,13 +205,14 @@ def test_base_and_adapter_score_an_answer_as_the_merged_model_does(
 ) -> None:
     from tutor.engines.llamacpp.convert import to_gguf
     from tutor.engines.llamacpp.score import score
-    from tutor.formats.models.gguf import pre_tokenizer, read_gguf
+    from tutor.formats.models.gguf import read_gguf
     from tutor.formats.models.gguf_weights import adapter_weights_of, check_exact
+    from tutor.formats.models.pre_tokenizer import pre_tokenizer_name
 
     model, adapter, merged = tiny_with_adapter(tmp_path)
     files = {"base": model, "merged": merged}
     for name, folder in files.items():
-        to_gguf(folder, tmp_path / f"{name}.gguf", pre_tokenizer(folder / "tokenizer.json"))
+        to_gguf(folder, tmp_path / f"{name}.gguf", pre_tokenizer_name(folder / "tokenizer.json"))
     lora = tmp_path / "lora.gguf"
     assert lora_to_gguf(adapter, model, tmp_path / "base.gguf", lora, {"tutor.adapter.sha256": "abc"}) == 8
     made = read_gguf(lora)

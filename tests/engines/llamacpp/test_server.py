@@ -27,7 +27,8 @@ from tutor.engines.llamacpp.process import programs
 from tutor.engines.llamacpp.score import reference_bytes, score
 from tutor.engines.protocol import Generation
 from tutor.errors import ArtifactError, HostError, RecipeError, ServiceError
-from tutor.formats.models.gguf import GPT2, LLAMA3, pre_tokenizer, read_gguf
+from tutor.formats.models.gguf import read_gguf
+from tutor.formats.models.pre_tokenizer import GPT2, LLAMA3, pre_tokenizer_name
 from tutor.prompt import conversation, render
 from tutor.recipe.quantizations import KINDS, NEED_IMATRIX, NOT_MADE, SECOND_NAMES
 
@@ -682,7 +683,7 @@ def tokenizer_json(path: Path, splitter: Any, **other: Any) -> Path:
     ],
 )
 def test_a_splitting_that_llama_cpp_has_gets_its_name(tmp_path: Path, splitter: Any, name: str) -> None:
-    assert pre_tokenizer(tokenizer_json(tmp_path / "t.json", splitter)) == name
+    assert pre_tokenizer_name(tokenizer_json(tmp_path / "t.json", splitter)) == name
 
 
 @pytest.mark.parametrize(
@@ -707,13 +708,13 @@ def test_a_splitting_without_a_name_is_refused_and_shown(
     tmp_path: Path, splitter: Any, other: dict[str, Any], what: str
 ) -> None:
     with pytest.raises(ArtifactError, match=what) as raised:
-        pre_tokenizer(tokenizer_json(tmp_path / "t.json", splitter, **other))
+        pre_tokenizer_name(tokenizer_json(tmp_path / "t.json", splitter, **other))
     assert raised.value.code == 5
 
 
 def test_llama_3_s_own_tokenizer_that_ignores_merges_needs_none(tmp_path: Path) -> None:
     path = tokenizer_json(tmp_path / "t.json", splits(LLAMA3), model={"merges": [], "ignore_merges": True})
-    assert pre_tokenizer(path) == "llama-bpe"
+    assert pre_tokenizer_name(path) == "llama-bpe"
 
 
 @pytest.mark.parametrize(
@@ -725,12 +726,12 @@ def test_llama_3_s_own_tokenizer_that_ignores_merges_needs_none(tmp_path: Path) 
 )
 def test_sentencepiece_has_no_pre_tokenizer(tmp_path: Path, splitter: Any, normalizer: Any) -> None:
     path = tokenizer_json(tmp_path / "t.json", splitter, normalizer=normalizer, model={"byte_fallback": True})
-    assert pre_tokenizer(path) == ""
+    assert pre_tokenizer_name(path) == ""
 
 
 def test_a_folder_with_only_a_sentencepiece_file_has_no_pre_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").touch()
-    assert pre_tokenizer(tmp_path / "tokenizer.json") == ""
+    assert pre_tokenizer_name(tmp_path / "tokenizer.json") == ""
 
 
 # The pinned build
@@ -746,7 +747,7 @@ def smollm_splitter() -> Any:
 def tiny(real: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The random Llama's folder, with its F16 GGUF beside the weights."""
     folder = make_tiny(tmp_path_factory.mktemp("tiny"), llama3_splitter())
-    to_gguf(folder, folder / "tiny-F16.gguf", pre_tokenizer(folder / "tokenizer.json"))
+    to_gguf(folder, folder / "tiny-F16.gguf", pre_tokenizer_name(folder / "tokenizer.json"))
     return folder
 
 
@@ -785,7 +786,7 @@ def test_another_splitting_is_read_as_transformers_does_too(real: None, tmp_path
     from transformers import AutoTokenizer
 
     folder = make_tiny(tmp_path, smollm_splitter(), bos=bos)
-    to_gguf(folder, folder / "a-F16.gguf", pre_tokenizer(folder / "tokenizer.json"))
+    to_gguf(folder, folder / "a-F16.gguf", pre_tokenizer_name(folder / "tokenizer.json"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with llamacpp.serve(folder / "a-F16.gguf", context=64, threads=1, log=folder / "log") as server:
         assert [server.tokenize(text) for text in TEXTS] == [tokenizer(text)["input_ids"] for text in TEXTS]

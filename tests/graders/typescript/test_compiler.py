@@ -18,7 +18,7 @@ from support.files import write_rows
 
 from tutor.cli.commands.data import check_command
 from tutor.errors import ArtifactError, DataError, HostError
-from tutor.formats.markdown import Block, fenced, typescript
+from tutor.formats.markdown import Block, fenced_blocks, typescript_blocks
 from tutor.graders.code import CodeRow, check_rows, fold, grade_answers, parse_spec
 from tutor.graders.typescript import install as installer
 from tutor.graders.typescript.compiler import (
@@ -67,13 +67,13 @@ def outcomes(*codes: str, **options: Any) -> list[str]:
     ],
 )
 def test_fences_are_those_of_commonmark(text: str, found: list[tuple[str, str, int, bool]]) -> None:
-    assert [(block.language, block.code, block.line, block.closed) for block in fenced(text)] == found
+    assert [(block.language, block.code, block.line, block.closed) for block in fenced_blocks(text)] == found
 
 
 def test_unlabelled_blocks_count_as_typescript_only_where_none_is_labelled() -> None:
-    assert [block.code for block in typescript(fenced("```\na\n```\n```js\nb\n```"))] == ["a\n"]
-    assert [block.code for block in typescript(fenced("```\na\n```\n```ts\nb\n```"))] == ["b\n"]
-    assert typescript(fenced("```tsx\n<a/>\n```")) == []
+    assert [block.code for block in typescript_blocks(fenced_blocks("```\na\n```\n```js\nb\n```"))] == ["a\n"]
+    assert [block.code for block in typescript_blocks(fenced_blocks("```\na\n```\n```ts\nb\n```"))] == ["b\n"]
+    assert typescript_blocks(fenced_blocks("```tsx\n<a/>\n```")) == []
 
 
 # --- what a text says about itself

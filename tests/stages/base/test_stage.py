@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 
 from tutor.errors import ArtifactError, HostError, RecipeError, TutorError
 from tutor.formats.models import base_source
-from tutor.formats.models.model_folder import CANARIES, load_tokenizer, read_facts, refuse
+from tutor.formats.models.model_folder import CANARIES, check_model_folder, load_tokenizer, read_facts
 from tutor.prompt import CAPABILITY_WORDS
 from tutor.stages.base import stage as base
 from tutor.stages.base.tiny_model import make_tiny
@@ -63,7 +63,7 @@ def test_a_base_that_is_already_quantized_is_refused(model: Path, settings: Any,
 
 def test_a_base_that_says_it_is_not_quantized_is_not(model: Path) -> None:
     edit(model / "config.json", quantization_config=None)
-    refuse(model)
+    check_model_folder(model)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt"])
@@ -110,7 +110,7 @@ def test_weights_that_are_cut_short_are_damaged(model: Path, keep: int) -> None:
 def test_weights_of_other_widths_are_refused(model: Path) -> None:
     weights, name = tensors(model), "model.layers.0.mlp.up_proj.weight"
     save_file({**weights, name: weights[name].view(dtype=torch.uint8)}, model / "model.safetensors")
-    assert f"{name} is U8; the base must be 16-bit" in refused(model)
+    assert f"{name} is U8, no 16-bit weight; conversion can fail with models already quantized" in refused(model)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "tokenizer.json"])
@@ -470,7 +470,7 @@ def test_the_tiny_model_has_what_makes_the_real_base_difficult(tiny: Path) -> No
 
 
 def test_the_facts_of_the_tiny_model_are_what_it_is(tiny: Path) -> None:
-    facts = base.inspect(tiny, "tiny", "model")
+    facts = base.facts_of(tiny, "tiny", "model")
     tokenizer = load_tokenizer(tiny)
     assert facts.vocabulary == len(tokenizer) == tensors(tiny)["lm_head.weight"].shape[0]
     assert facts.add_bos

@@ -18,7 +18,13 @@ from support.random_llama import llama3_splitter, make_tiny
 
 from tutor.errors import ArtifactError, HostError
 from tutor.formats.models.gguf import Gguf, Tensor, read_gguf
-from tutor.formats.models.gguf_metadata import check_gguf, describe, differences, expect, fallbacks
+from tutor.formats.models.gguf_metadata import (
+    check_gguf,
+    count_fallbacks,
+    implied_metadata,
+    metadata_differences,
+    metadata_of,
+)
 from tutor.prompt import CAPABILITY_WORDS, adds_bos, chat_template
 from tutor.recipe.settings import ConvertSettings, OllamaSettings, Recipe
 from tutor.stages.convert import stage
@@ -127,7 +133,7 @@ SAID: dict[str, Any] = {
     "llama.rope.freq_base": 500000.0,
 }
 TENSORS = {"token_embd.weight": Tensor("Q4_K", (256, 3)), "rope_freqs.weight": Tensor("F32", (8,))}
-EXPECTED = describe(Gguf(SAID, TENSORS))
+EXPECTED = metadata_of(Gguf(SAID, TENSORS))
 
 
 def without(name: str) -> dict[str, Any]:
@@ -159,28 +165,28 @@ def without(name: str) -> dict[str, Any]:
 def test_whatever_a_file_says_otherwise_is_a_line_of_its_own(
     said: dict[str, Any], tensors: dict[str, Tensor], line: str
 ) -> None:
-    lines = differences(EXPECTED, describe(Gguf(said, tensors)))
+    lines = metadata_differences(EXPECTED, metadata_of(Gguf(said, tensors)))
     assert [found for found in lines if found.startswith(line)]
 
 
 def test_a_file_as_expected_has_no_differences() -> None:
-    assert differences(EXPECTED, describe(Gguf(dict(SAID), dict(TENSORS)))) == []
+    assert metadata_differences(EXPECTED, metadata_of(Gguf(dict(SAID), dict(TENSORS)))) == []
 
 
 def test_another_name_of_the_same_splitting_is_as_expected() -> None:
     said = {**SAID, "tokenizer.ggml.pre": "falcon3"}
-    assert differences(EXPECTED, describe(Gguf(said, TENSORS))) == []
+    assert metadata_differences(EXPECTED, metadata_of(Gguf(said, TENSORS))) == []
 
 
 def test_the_base_s_own_template_is_not_compared() -> None:
     said = {**SAID, "tokenizer.chat_template": "{{ tools }}"}
     expected = replace(EXPECTED, chat_template=None)
-    assert differences(expected, describe(Gguf(said, TENSORS))) == []
+    assert metadata_differences(expected, metadata_of(Gguf(said, TENSORS))) == []
 
 
 def test_gpt_2_s_splitting_adds_no_bos_where_the_file_is_silent() -> None:
     said = {**without("tokenizer.ggml.add_bos_token"), "tokenizer.ggml.pre": "gpt-2"}
-    assert describe(Gguf(said, TENSORS)).add_bos is False
+    assert metadata_of(Gguf(said, TENSORS)).add_bos is False
 
 
 def test_every_difference_is_told_at_once(tmp_path: Path) -> None:
@@ -206,7 +212,7 @@ def test_every_difference_is_told_at_once(tmp_path: Path) -> None:
 def test_matrices_of_another_type_than_asked_for_are_counted(kind: str, types: list[str], count: int) -> None:
     tensors = {str(n): Tensor(item, (32, 2) if item != "F32" else (32,)) for n, item in enumerate(types)}
     tensors["token_embd.weight"] = tensors["output.weight"] = Tensor("Q8_0", (32, 2))
-    assert fallbacks(Gguf({}, tensors), kind) == count
+    assert count_fallbacks(Gguf({}, tensors), kind) == count
 
 
 # The model folder
@@ -222,7 +228,7 @@ def folder(path: Path, weights: dict[str, Any] | None = None, **config: Any) -> 
 
 
 def test_a_folder_says_what_its_file_must_say(tmp_path: Path) -> None:
-    expected = expect(folder(tmp_path / "m", pad_token_id=2), facts())
+    expected = implied_metadata(folder(tmp_path / "m", pad_token_id=2), facts())
     assert (expected.embedding_rows, expected.blocks, expected.context, expected.tensors) == (3, 2, 512, 2)
     assert (expected.rope_base, expected.rope_factors) == (1e6, False)
     assert (expected.bos, expected.eos, expected.pad) == (0, 1, 2)
@@ -238,20 +244,22 @@ def test_a_folder_says_what_its_file_must_say(tmp_path: Path) -> None:
     ],
 )
 def test_llama_3_scaling_is_seen_in_the_words_of_every_version(tmp_path: Path, rope: dict[str, Any]) -> None:
-    expected = expect(folder(tmp_path / "m", **rope), facts())
+    expected = implied_metadata(folder(tmp_path / "m", **rope), facts())
     assert (expected.rope_base, expected.rope_factors, expected.tensors) == (5e5, True, 3)
 
 
 def test_four_bit_weights_do_not_reach_the_converter(tmp_path: Path) -> None:
     packed = {"model.layers.0.self_attn.q_proj.weight": np.zeros((32, 1), np.uint8)}
-    with pytest.raises(ArtifactError, match=r"q_proj.weight is U8: it is already quantized; .*needs one in FP16/FP32"):
-        expect(folder(tmp_path / "m", packed), facts())
+    with pytest.raises(
+        ArtifactError, match=r"q_proj.weight is U8, no 16-bit weight; .*already quantized.*needs one in FP16/FP32"
+    ):
+        implied_metadata(folder(tmp_path / "m", packed), facts())
 
 
 def test_a_quantized_folder_is_refused_by_its_configuration(tmp_path: Path) -> None:
     model = folder(tmp_path / "m", quantization_config={"quant_method": "bitsandbytes"})
     with pytest.raises(ArtifactError, match="already quantized"):
-        expect(model, facts())
+        implied_metadata(model, facts())
 
 
 def test_a_missing_shard_is_told_before_the_converter_runs(tmp_path: Path) -> None:
@@ -259,19 +267,19 @@ def test_a_missing_shard_is_told_before_the_converter_runs(tmp_path: Path) -> No
     index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
     with pytest.raises(ArtifactError, match="lacks model-00002-of-00002"):
-        expect(model, facts())
+        implied_metadata(model, facts())
 
 
 def test_damaged_weights_are_an_artifact_error(tmp_path: Path) -> None:
     model = folder(tmp_path / "m")
     (model / "model.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(ArtifactError, match=r"model\.safetensors is damaged"):
-        expect(model, facts())
+        implied_metadata(model, facts())
 
 
 def test_a_folder_without_an_embedding_says_what_it_lacks(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"lacks 'model\.embed_tokens\.weight'"):
-        expect(folder(tmp_path / "m", {"a": np.zeros(2, np.float16)}), facts())
+        implied_metadata(folder(tmp_path / "m", {"a": np.zeros(2, np.float16)}), facts())
 
 
 def test_a_disk_that_is_too_small_is_told_before_the_work(tmp_path: Path) -> None:

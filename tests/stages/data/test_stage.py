@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from tutor.errors import ArtifactError, DataError, RecipeError, TutorError
+from tutor.formats.markdown import fence_languages
 from tutor.formats.rows.jsonl import unchanged
-from tutor.formats.rows.rows import fences
 from tutor.recipe.settings import DataSettings, Recipe
 from tutor.stages.data import stage as data
 from tutor.stages.data.stage import Example, Limits, normalise
@@ -656,7 +656,7 @@ MARKDOWN = ["```", "```ts", "~~~", "````", " ```", "- ```js", "> x", "<div>", "a
 @example("a\r<pre>\n```\nx\n```")
 def test_fences_are_those_of_commonmark(text: str) -> None:
     tokens = [token for token in MarkdownIt("commonmark").parse(text) if token.type == "fence"]
-    assert fences(text) == [(token.info.split() or [""])[0].lower() for token in tokens]
+    assert fence_languages(text) == [(token.info.split() or [""])[0].lower() for token in tokens]
 
 
 # The stage

@@ -485,7 +485,7 @@ def shard(folder: Path, number: int, partial: str = "") -> Path:
 
 
 IN_THE_SECOND = 2 + 2 + 8 + 3
-"""refuse() and read_folder() open both files, the first has eight tensors; so the second's third."""
+"""check_model_folder() and read_folder() open both files, the first has eight tensors; so the second's third."""
 
 
 @pytest.mark.pipeline

@@ -12,8 +12,9 @@ from pathlib import Path
 from tutor.engines.llamacpp.build import SOURCE, VERSION
 from tutor.engines.llamacpp.process import OFFLINE, Command, partial_path, program_error, programs, write_file
 from tutor.errors import ArtifactError, RecipeError
-from tutor.formats.models.gguf import SAME_SPLIT, read_gguf
-from tutor.formats.models.model_folder import SIXTEEN_BIT
+from tutor.formats.models.gguf import read_gguf
+from tutor.formats.models.pre_tokenizer import equivalent_names
+from tutor.formats.models.safetensors import SIXTEEN_BIT
 from tutor.recipe.quantizations import KINDS
 
 CHUNKS = (512, 256, 128, 64, 32)
@@ -26,7 +27,7 @@ def to_gguf(model: Path, target: Path, pre_tokenizer: str, metadata: Mapping[str
     `pre_tokenizer` is llama.cpp's name of the splitting (formats/models/pre_tokenizer.py).
     Raises ArtifactError with the converter's last line.
     """
-    folder, names = programs().folder, ",".join((pre_tokenizer, *SAME_SPLIT.get(pre_tokenizer, ())))
+    folder, names = programs().folder, ",".join(equivalent_names(pre_tokenizer))
     command: Command = [sys.executable, SOURCE / "convert.py", folder, model, partial_path(target), names]
     code, output = write_file(target, [*command, json.dumps(dict(metadata or {}))], OFFLINE)
     if "BPE pre-tokenizer was not recognized" in output and code:

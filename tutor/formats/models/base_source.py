@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tutor.errors import ArtifactError, HostError, RecipeError
-from tutor.formats.models.model_folder import WEIGHTS
+from tutor.formats.models.safetensors import WEIGHTS
 
 if TYPE_CHECKING:
     from tutor.recipe.settings import Recipe

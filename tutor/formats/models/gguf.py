@@ -1,12 +1,10 @@
-"""GGUF, llama.cpp's file format: files read back without trusting them, and its name for how a tokenizer splits.
+"""Read GGUF, llama.cpp's file format, and check every length against the file.
 
-In: a GGUF file, or tokenizer.json. Out: metadata and tensor infos; the value for `tokenizer.ggml.pre`.
-`gguf.GGUFReader` is not used: with an array length that is off it walks the whole file item by item and does not end,
-it takes files with other bytes behind the last tensor, and a vocabulary costs it seconds.
+In: a GGUF file. Out: its metadata, and type, shape and position of each tensor. Reads no tensor data.
+`gguf.GGUFReader` is not used: with a wrong array length it visits the whole file item by item and does not end, it
+accepts bytes after the last tensor, and it needs seconds for a vocabulary.
 """
 
-import itertools
-import json
 import math
 import mmap
 import struct
@@ -16,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from tutor.errors import ArtifactError
-from tutor.formats.models.model_folder import read_json
 
 VERSION = 3
 ALIGNMENT = 32
@@ -156,97 +153,3 @@ def _check_places(places: list[tuple[int, int, str]], cursor: _Cursor, alignment
 
 def _aligned(at: int, alignment: int) -> int:
     return -(-at // alignment) * alignment
-
-
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-SPLITS: dict[tuple[str, ...], str] = {
-    (LLAMA3,): "llama-bpe",
-    (LLAMA3.replace("{1,3}", ""),): "qwen2",
-    (GPT2,): "gpt-2",
-    (r"\p{N}", GPT2): "smollm",
-    ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"): "deepseek-coder",
-}
-"""The patterns of llama.cpp's src/llama-vocab.cpp, applied one after the other, as tokenizer.json writes them."""
-
-SAME_SPLIT = {
-    "llama-bpe": ("falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "smaug-bpe", "dbrx"),
-    "qwen2": ("deepseek-r1-qwen", "kormo", "f2llmv2", "stablelm2", "hunyuan", "solar-open", "megrez", "grok-2"),
-    "gpt-2": (
-        "phi-2",
-        "mpt",
-        "olmo",
-        "jais",
-        "trillion",
-        "gigachat",
-        "a.x-4.0",
-        "mellum",
-        "exaone4",
-    ),
-    "smollm": ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"),
-}
-"""Other names with the very same patterns; the converter may know a tokenizer by one of them."""
-
-
-def pre_tokenizer(tokenizer_json: Path) -> str:
-    """llama.cpp's name for how a byte-level BPE splits text before merging; "" for SentencePiece.
-
-    Raises ArtifactError naming what llama.cpp has no name for: served text would be split otherwise than in training.
-    """
-    if not tokenizer_json.exists() and tokenizer_json.with_name("tokenizer.model").exists():
-        return ""
-    tokenizer = read_json(tokenizer_json)
-    model, splitter, normalizer = (tokenizer.get(part) or {} for part in ("model", "pre_tokenizer", "normalizer"))
-    if model.get("byte_fallback") and "▁" in json.dumps([splitter, normalizer], ensure_ascii=False):
-        return ""
-    name = SPLITS.get(_patterns(splitter) or ())
-    if model.get("type") != "BPE":
-        problem = f"holds a {model.get('type')!r} model, not a BPE"
-    elif name is None:
-        problem = f"splits by {json.dumps(splitter, ensure_ascii=False)}"
-    elif normalizer.get("type", "NFC") != "NFC":  # llama.cpp normalizes nothing; our texts are NFC as they are
-        problem = f"changes the text first, by {json.dumps(normalizer, ensure_ascii=False)}"
-    elif bool(model.get("ignore_merges")) != (name == "llama-bpe") and not _merges_make_all(tokenizer):
-        problem = f"has ignore_merges {model.get('ignore_merges', False)}, and {name} means the contrary"
-    else:
-        return name
-    raise ArtifactError(f"{tokenizer_json} {problem}", "llama.cpp has no name for that: use another base")
-
-
-def _patterns(splitter: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """What a byte-level pre-tokenizer splits by, step after step; None where it does anything else."""
-    *steps, last = (splitter.get("pretokenizers") if splitter.get("type") == "Sequence" else [splitter]) or [{}]
-    if last.get("type") != "ByteLevel" or last.get("add_prefix_space", True):
-        return None
-    found = [_pattern(step) for step in steps] + ([GPT2] if last.get("use_regex", True) else [])
-    return tuple(pattern for pattern in found if pattern) if None not in found else None
-
-
-def _pattern(step: Mapping[str, Any]) -> str | None:
-    if step.get("type") == "Digits":
-        return r"\p{N}" if step.get("individual_digits") else r"\p{N}+"
-    if step.get("type") == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
-        regex = step.get("pattern", {}).get("Regex")
-        return regex if isinstance(regex, str) else None
-    return None
-
-
-def _merges_make_all(tokenizer: Mapping[str, Any]) -> bool:
-    """Whether merging makes every token from its characters: then it is the same with ignore_merges and without."""
-    added = {token["content"] for token in tokenizer.get("added_tokens", ())}
-    pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in tokenizer["model"]["merges"])
-    ranks = {(left, right): rank for rank, (left, right) in enumerate(pairs)}
-    return all(_is_made(token, ranks) for token in tokenizer["model"]["vocab"] if token not in added)
-
-
-def _is_made(token: str, ranks: Mapping[tuple[str, str], int]) -> bool:
-    parts = list(token)
-    while len(parts) > 1:
-        rank, at = min((ranks.get(pair, math.inf), i) for i, pair in enumerate(itertools.pairwise(parts)))
-        if rank == math.inf:
-            return False
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return True

@@ -1,28 +1,28 @@
-"""What a GGUF says of itself, and what it must say because of the folder that it is made of. Compares no weights.
+"""Compare GGUF metadata with the values that the source model folder implies.
 
-In: a 16-bit model folder and its facts; a GGUF without its data. Out: both in the same words, and where they differ.
+In: a 16-bit model folder and its facts; a GGUF without its data. Out: the metadata of both in one form, and their
+differences. Compares no weights (gguf_weights.py does).
 """
 
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from gguf import LlamaFileType
-from safetensors import SafetensorError, safe_open
 
 from tutor.errors import ArtifactError
-from tutor.formats.models.gguf import SAME_SPLIT, Gguf, Tensor, read_gguf
-from tutor.formats.models.model_folder import SIXTEEN_BIT, WEIGHTS, Facts, read_json, refuse
+from tutor.formats.models.gguf import Gguf, Tensor, read_gguf
+from tutor.formats.models.model_folder import EMBEDDING, Facts, check_model_folder, read_json
+from tutor.formats.models.pre_tokenizer import equivalent_names
+from tutor.formats.models.safetensors import folder_weights
 from tutor.recipe.quantizations import F16
 
-DTYPES = ("F16", "BF16", "F32")
-"""safetensors' names of what may be converted; anything else is how a quantized model is stored."""
 BLOCKS_OF_32 = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
-"""Types, and quantizations of the same names; all others have blocks of 256."""
+"""Types with blocks of 32 numbers, and the quantizations of the same names; all others have blocks of 256."""
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What a GGUF must say because its model folder says so; what is found is told in the same words."""
+class Metadata:
+    """Metadata of a GGUF, found in the file or implied by its model folder."""
 
     architecture: str | None
     file_type: str  # F16, Q4_K_M, ...
@@ -33,33 +33,36 @@ class Expected:
     bos: int | None
     eos: int | None
     pad: int | None
-    add_bos: bool | None  # None: not said, and llama.cpp would add one
+    add_bos: bool | None  # None: absent, and llama.cpp would add one
     pre_tokenizer: str | None
-    rope_base: float  # to six digits: the file keeps 32 bits of it
-    rope_factors: bool  # whether it has them, as llama3 scaling needs
+    rope_base: float  # to six digits: the file keeps 32 bits
+    rope_factors: bool  # whether the tensor of them exists, as llama3 scaling needs
     tensors: int
-    chat_template: str | None  # None where expected: the folder's own, whatever it is
+    chat_template: str | None  # None in an expectation: any
 
 
-def expect(model: Path, facts: Facts) -> Expected:
-    """What a folder's F16 file must say, template aside. Raises ArtifactError where it is not whole or not 16-bit."""
-    refuse(model)
+def implied_metadata(model: Path, facts: Facts) -> Metadata:
+    """Return what a folder implies for its F16 file, template aside.
+
+    Raises ArtifactError where the folder is not whole or not 16-bit.
+    """
+    check_model_folder(model)
     config = read_json(model / "config.json")
-    shapes = weight_shapes(model)
+    weights = folder_weights(model)
     rope = config.get("rope_parameters") or {
         **(config.get("rope_scaling") or {}),
         "rope_theta": config.get("rope_theta"),
     }
     scaled = (rope.get("rope_type") or rope.get("type")) == "llama3"
     ids = {name: getattr(facts, name) for name in ("bos", "eos", "pad")}
-    # The converter asks the configuration where the tokenizer is silent.
+    # The converter reads the configuration where the tokenizer has no such id
     ids = {name: config.get(f"{name}_token_id") if id_ is None else id_ for name, id_ in ids.items()}
     try:
-        return Expected(
+        return Metadata(
             architecture="llama",
             file_type=F16,
             vocabulary=facts.vocabulary,
-            embedding_rows=shapes["model.embed_tokens.weight"][0],
+            embedding_rows=weights[EMBEDDING].shape[0],
             blocks=config["num_hidden_layers"],
             context=config["max_position_embeddings"],
             **ids,
@@ -67,89 +70,69 @@ def expect(model: Path, facts: Facts) -> Expected:
             pre_tokenizer=facts.pre_tokenizer,
             rope_base=_six_digits(rope.get("rope_theta") or 10000.0),
             rope_factors=scaled,
-            tensors=len(shapes) + scaled,
+            tensors=len(weights) + scaled,
             chat_template=None,
         )
     except KeyError as missing:
         raise ArtifactError(f"{model} lacks {missing}") from None
 
 
-def weight_shapes(model: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of a folder's weights, from the files' headers. Raises ArtifactError where they are not 16-bit."""
-    shapes = {}
-    for path in sorted(model.glob(WEIGHTS)):
-        try:
-            with safe_open(path, framework="numpy") as file:
-                for name in file.keys():  # noqa: SIM118 - safe_open is no dict
-                    part = file.get_slice(name)
-                    if part.get_dtype() not in DTYPES:
-                        raise ArtifactError(
-                            f"{path}: {name} is {part.get_dtype()}: it is already quantized",
-                            SIXTEEN_BIT,
-                        )
-                    shapes[name] = tuple(part.get_shape())
-        except (SafetensorError, OSError) as error:
-            raise ArtifactError(f"{path} is damaged: {error}") from None
-    return {name: shape for name, shape in shapes.items() if not name.endswith(".rotary_emb.inv_freq")}
-
-
-def check_gguf(path: Path, expected: Expected) -> Gguf:
-    """Read a GGUF back. Raises ArtifactError when it is not whole, or with a line for each thing it says otherwise."""
+def check_gguf(path: Path, expected: Metadata) -> Gguf:
+    """Read a GGUF back. Raises ArtifactError when it is not whole, or with a line for each unexpected value."""
     gguf = read_gguf(path)
-    found = describe(gguf)
-    if lines := differences(expected, found):
+    if lines := metadata_differences(expected, metadata_of(gguf)):
         raise ArtifactError(f"{path} is not what it was made from:\n  " + "\n  ".join(lines))
     return gguf
 
 
-def describe(gguf: Gguf) -> Expected:
-    """What a GGUF says of itself."""
-    said = gguf.fields.get
+def metadata_of(gguf: Gguf) -> Metadata:
+    """Return the metadata of a GGUF."""
+    field = gguf.fields.get
     embedding = gguf.tensors.get("token_embd.weight")
-    pre = said("tokenizer.ggml.pre") if said("tokenizer.ggml.model") == "gpt2" else ""
-    adds_bos_unless_told = pre in ("", "llama-bpe", *SAME_SPLIT["llama-bpe"])
-    return Expected(
-        architecture=said("general.architecture"),
-        file_type=_file_type(said("general.file_type")),
-        vocabulary=len(said("tokenizer.ggml.tokens", ())),
+    pre = field("tokenizer.ggml.pre") if field("tokenizer.ggml.model") == "gpt2" else ""
+    adds_bos_by_default = pre in ("", *equivalent_names("llama-bpe"))
+    return Metadata(
+        architecture=field("general.architecture"),
+        file_type=_file_type(field("general.file_type")),
+        vocabulary=len(field("tokenizer.ggml.tokens", ())),
         embedding_rows=embedding.shape[-1] if embedding else 0,
-        blocks=said("llama.block_count"),
-        context=said("llama.context_length"),
-        bos=said("tokenizer.ggml.bos_token_id"),
-        eos=said("tokenizer.ggml.eos_token_id"),
-        pad=said("tokenizer.ggml.padding_token_id"),
-        add_bos=said("tokenizer.ggml.add_bos_token", None if adds_bos_unless_told else False),
+        blocks=field("llama.block_count"),
+        context=field("llama.context_length"),
+        bos=field("tokenizer.ggml.bos_token_id"),
+        eos=field("tokenizer.ggml.eos_token_id"),
+        pad=field("tokenizer.ggml.padding_token_id"),
+        add_bos=field("tokenizer.ggml.add_bos_token", None if adds_bos_by_default else False),
         pre_tokenizer=pre,
-        rope_base=_six_digits(said("llama.rope.freq_base", 10000.0)),
+        rope_base=_six_digits(field("llama.rope.freq_base", 10000.0)),
         rope_factors="rope_freqs.weight" in gguf.tensors,
         tensors=len(gguf.tensors),
-        chat_template=said("tokenizer.chat_template"),
+        chat_template=field("tokenizer.chat_template"),
     )
 
 
-def differences(expected: Expected, found: Expected) -> list[str]:
-    """A line for each thing that is not as expected."""
+def metadata_differences(expected: Metadata, found: Metadata) -> list[str]:
+    """Return a line for each value that is not as expected."""
     lines = []
-    for name in (field.name for field in fields(Expected)):
+    for name in (field.name for field in fields(Metadata)):
         wanted, has = getattr(expected, name), getattr(found, name)
         if name == "chat_template" and wanted is None:
             continue
-        if name == "pre_tokenizer" and has in SAME_SPLIT.get(wanted, ()):
+        if name == "pre_tokenizer" and has in equivalent_names(wanted):
             continue
         if wanted != has:
             lines.append(f"{name}: expected {wanted!r}, found {has!r}")
     return lines
 
 
-def fallbacks(gguf: Gguf, kind: str) -> int:
-    """How many matrices have another type than the quantization gives."""
+def count_fallbacks(gguf: Gguf, kind: str) -> int:
+    """Return the number of matrices that have another type than the quantization gives."""
     return sum(is_fallback(name, tensor, kind) for name, tensor in gguf.tensors.items())
 
 
 def is_fallback(name: str, tensor: Tensor, kind: str) -> bool:
-    """Whether a matrix has another type than its quantization gives: its rows do not divide into blocks of 256.
+    """Whether a matrix has another type than its quantization gives, because blocks of 256 do not divide its rows.
 
-    As llama-quantize counts them: what it chooses for the embedding and the output is no fallback.
+    Counted as llama-quantize does: its own choices for the embedding and the output are no fallbacks.
     """
     if len(tensor.shape) < 2 or name in ("token_embd.weight", "output.weight"):
         return False

@@ -1,36 +1,36 @@
-"""A Hugging Face model folder: its configuration, its tokenizer, what makes it unfit. Changes nothing in it."""
+"""A Hugging Face model folder: its facts, its configuration, its tokenizer, and what makes it unfit as a base.
 
-import contextlib
+In: a model folder, or the base stage's folder. Out: facts, JSON, the tokenizer, or the error. Changes no file and loads
+no weights.
+"""
+
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutor.errors import ArtifactError
+from tutor.formats.models.safetensors import SIXTEEN_BIT, WEIGHTS, read_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-WEIGHTS = "*.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+"""Patterns of weight files that can run code when they are loaded."""
+EMBEDDING = "model.embed_tokens.weight"
+"""Name of the embedding's weight."""
 CANARIES = (
     "¿Qué es una interfaz en TypeScript? El niño preguntó: «¿y los genéricos?».",
     "function suma(a: number): number {\n  if (a > 0) {\n    return a + 1;\n  }\n\treturn 0;\n}\n",
     "  dos espacios, 12345 números, `código` y … ¡ñandú!\r\nÁÉÍÓÚ ü 👩‍💻",
 )
-"""transformers 5.3.0 to 5.21.1 gave the first one back without its blanks, and training ran on (docs/facts.md, 2)."""
-
-SIXTEEN_BIT = (
-    "conversion can fail with models already quantized to 4 bits, it needs one in FP16/FP32 (specification, 7.2): "
-    "name the original"
-)
-"""What to do instead of quantizing twice: the specification's own warning."""
+"""Texts that a tokenizer must decode unchanged; transformers 5.3.0 to 5.21.1 dropped the blanks (docs/facts.md, 2)."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What later stages need to know of the base; base.json."""
+    """Facts of the base that later stages need: the content of base.json."""
 
     source: str
     model: str  # the 16-bit folder, relative to the stage's folder or absolute
@@ -44,7 +44,7 @@ class Facts:
 
 
 def read_facts(base: Path) -> tuple[Facts, Path]:
-    """The facts that the base stage wrote, and the 16-bit folder that they speak of."""
+    """Return the facts that the base stage wrote, and the 16-bit folder that they describe."""
     values = read_json(base / "base.json")
     if set(values) != {field.name for field in fields(Facts)}:
         raise ArtifactError(f"{base / 'base.json'} is of another version", "run: tutor base")
@@ -52,10 +52,10 @@ def read_facts(base: Path) -> tuple[Facts, Path]:
     return facts, (base / facts.model).resolve()
 
 
-def refuse(model: Path) -> None:
+def check_model_folder(model: Path) -> None:
     """Raise ArtifactError for a base that cannot be tuned: quantized, pickled, with code, incomplete, not a Llama."""
     config = read_json(model / "config.json")
-    refuse_config(config, str(model))
+    check_model_config(config, str(model))
     files = sorted(model.glob(WEIGHTS))
     if not files:
         pickles = [path.name for pattern in PICKLES for path in model.glob(pattern)]
@@ -74,12 +74,11 @@ def refuse(model: Path) -> None:
         if missing := sorted(name for name in wanted if not (model / name).is_file()):
             raise ArtifactError(f"{model} lacks {', '.join(missing)}, which its index names", "fetch them again")
     for path in files:
-        with open_weights(path, "np"):
-            pass  # a header that does not fit its file is refused
+        read_header(path)  # raises for a header that does not fit its file, and for quantized numbers
 
 
-def refuse_config(config: Mapping[str, Any], where: str) -> None:
-    """The refusals that the configuration alone decides, so that they come before a download."""
+def check_model_config(config: Mapping[str, Any], where: str) -> None:
+    """Raise those errors of `check_model_folder` that the configuration alone decides: they come before a download."""
     settings = config.get("quantization_config")
     if settings is not None:
         method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "unknown"
@@ -91,7 +90,7 @@ def refuse_config(config: Mapping[str, Any], where: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a model folder. Raises ArtifactError when it is missing or damaged."""
+    """Return the JSON object in a file. Raises ArtifactError when the file is missing or damaged."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -103,25 +102,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-@contextlib.contextmanager
-def open_weights(path: Path, framework: str = "pt") -> Iterator[Any]:
-    """A safetensors file to read tensors from; "np" needs no torch. Raises ArtifactError when it is not whole."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        file = safe_open(path, framework=framework)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{path} is damaged: {error}", "fetch or make it again") from None
-    with file:
-        yield file
-
-
 def load_tokenizer(model: Path) -> "PreTrainedTokenizerBase":
-    """The base's tokenizer, after the round-trip canary. Raises ArtifactError showing what came back."""
+    """Return a folder's tokenizer, after a round trip of CANARIES. Raises ArtifactError with the decoded text."""
     from transformers import AutoTokenizer
 
     for name in ("tokenizer_config.json", "tokenizer.json"):
-        if (model / name).exists():  # what is no object would be transformers' bug
+        if (model / name).exists():  # transformers fails with a traceback where it is no object
             read_json(model / name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from tutor.errors import DataError
-from tutor.formats.markdown import fenced
+from tutor.formats.markdown import fence_languages
 from tutor.formats.rows.jsonl import ONE_LINE, TOO_DEEP, Limits, RowError, check_file, read_values, shown, unchanged
 from tutor.prompt import CUE, STOPS
 
@@ -244,8 +244,8 @@ def _depth_exceeds(value: Any, most: int) -> bool:
 def _check_code(row: ExampleRow | PromptRow) -> None:
     if not row.code:
         return
-    asked = len(fences(row.instruction))
-    both = asked + len(fences(row.response))
+    asked = len(fence_languages(row.instruction))
+    both = asked + len(fence_languages(row.response))
     if len(row.code) != both and not (isinstance(row, PromptRow) and len(row.code) == asked):
         raise RowError(f"code has {len(row.code)} entries for {both} fenced blocks", "give one a block, or no code")
 
@@ -271,36 +271,3 @@ def _kind(value: Any) -> str:
     if isinstance(value, int | float):  # after bool, which is an int too
         return f"the number {repr(value)[:20]}"
     return "a text" if isinstance(value, str) else "a list" if isinstance(value, list) else "an object"
-
-
-def fences(text: str) -> list[str]:
-    """The language of every fenced block of a Markdown text, in order; "" where it names none."""
-    plain = _plain_fences(text)
-    return [block.language for block in fenced(text)] if plain is None else plain
-
-
-def fences_close(text: str) -> bool:
-    """Whether every code fence of a Markdown text that opens also closes."""
-    return _plain_fences(text) is not None or all(block.closed for block in fenced(text))
-
-
-def _plain_fences(text: str) -> list[str] | None:
-    """The languages where only plain pairs of fences can be meant: CommonMark says the same, many times slower."""
-    if "```" not in text and "~~~" not in text:
-        return []
-    if "~~~" in text or "\r" in text or text.lstrip().startswith("<") or _HTML.search(text):
-        return None
-    marks = []
-    at = text.find("```")
-    while at >= 0:
-        end = text.find("\n", at)
-        marks.append(text[text.rfind("\n", 0, at) + 1 : end if end >= 0 else None])
-        at = text.find("```", end) if end >= 0 else -1
-    if len(marks) % 2 == 0 and set(marks[1::2]) == {"```"} and all(map(_PLAIN_OPENING.fullmatch, marks[::2])):
-        return [mark[3:].lower() for mark in marks[::2]]
-    return None
-
-
-_HTML = re.compile(r"\n\s*<")
-"""What may begin HTML, in which a fence is none."""
-_PLAIN_OPENING = re.compile(r"```[\w-]*")

@@ -13,7 +13,8 @@ from tutor.artifacts.hashing import file_sha256, json_sha256
 from tutor.artifacts.manifest import read_manifest
 from tutor.engines.llamacpp.build import VERSION, build_key
 from tutor.errors import ArtifactError
-from tutor.formats.models.model_folder import WEIGHTS, read_facts
+from tutor.formats.models.model_folder import read_facts
+from tutor.formats.models.safetensors import WEIGHTS
 
 if TYPE_CHECKING:
     from tutor.recipe.settings import Recipe

@@ -16,7 +16,7 @@ from pathlib import Path
 from tutor.errors import ArtifactError, GateError
 from tutor.formats.models.gguf import Gguf
 from tutor.formats.models.gguf_metadata import is_fallback
-from tutor.formats.models.gguf_weights import Compared, Weight, check_exact, check_names, compare
+from tutor.formats.models.gguf_weights import ErrorSums, Weight, check_exact, check_names, error_sums
 
 MAX_ERROR = {
     "F32": 0.0,
@@ -60,7 +60,7 @@ def measure(
 ) -> QuantizationError:
     """Measure a quantized file. Raises ArtifactError for a missing tensor, or an error above the type's maximum."""
     _raise(path, check_names(gguf, weights))
-    found = compare(path, gguf, weights, base)
+    found = error_sums(path, gguf, weights, base)
     far = {name: each for name, each in found.items() if not each.relative <= _bound(each.kind)}
     _raise(path, [f"{name} ({each.kind}) is {100 * each.relative:.1f} % off" for name, each in far.items()])
     types = sorted({each.kind for each in found.values()})
@@ -68,7 +68,7 @@ def measure(
     return QuantizationError(max(each.relative for each in found.values()), kept_share(found.values()), by_type)
 
 
-def kept_share(tensors: Iterable[Compared]) -> float | None:
+def kept_share(tensors: Iterable[ErrorSums]) -> float | None:
     """Return the share of the LoRA update that survives: 1.0 unchanged, 0.0 lost, None where it is not measurable."""
     moved = [each for each in tensors if each.moved]
     total = sum(each.moved for each in moved)

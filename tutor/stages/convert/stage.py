@@ -17,7 +17,13 @@ from tutor.artifacts.layout import gguf_name
 from tutor.engines.llamacpp.convert import imatrix, quantize, to_gguf
 from tutor.errors import ArtifactError
 from tutor.formats.models.gguf import Gguf, read_gguf
-from tutor.formats.models.gguf_metadata import Expected, check_gguf, differences, expect, fallbacks
+from tutor.formats.models.gguf_metadata import (
+    Metadata,
+    check_gguf,
+    count_fallbacks,
+    implied_metadata,
+    metadata_differences,
+)
 from tutor.formats.models.gguf_weights import Weight, weights_of
 from tutor.formats.models.model_folder import read_facts
 from tutor.formats.rows.split_files import read_rows
@@ -50,7 +56,7 @@ class ConversionSource:
 
     name: str
     folder: Path
-    expected: Expected
+    expected: Metadata
     lineage: Mapping[str, str]  # as key-values of the file
     rows: Sequence[Mapping[str, Any]]  # the text of the importance matrix; empty: none is made
     system: str
@@ -64,8 +70,8 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     quantization does not keep the LoRA update.
     """
     facts, base = read_facts(inputs["base"])
-    expected = {name: expect(folder, facts) for name, folder in (("tutor", inputs["merge"]), ("base", base))}
-    if lines := differences(expected["base"], expected["tutor"]):
+    expected = {name: implied_metadata(folder, facts) for name, folder in (("tutor", inputs["merge"]), ("base", base))}
+    if lines := metadata_differences(expected["base"], expected["tutor"]):
         raise ArtifactError(f"{inputs['merge']} is not like its base {base}:\n  " + "\n  ".join(lines))
     expected["tutor"] = replace(expected["tutor"], chat_template=chat_template(add_bos=facts.add_bos))
     rows = read_rows(inputs["data"] / "train.jsonl") if recipe.convert.imatrix else []
@@ -136,7 +142,7 @@ def _quantized(
 def _entry(path: Path, kind: str, gguf: Gguf, started: float) -> dict[str, Any]:
     size, seconds = path.stat().st_size, time.monotonic() - started
     log.info("%s has %.1f MB, made and checked in %.1f s", path.name, size / 1e6, seconds)
-    return {"size": size, "quantization": kind, "fallback_tensors": fallbacks(gguf, kind)}
+    return {"size": size, "quantization": kind, "fallback_tensors": count_fallbacks(gguf, kind)}
 
 
 def importance_matrix(source: ConversionSource, f16: Path, out: Path) -> Path:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tutor.errors import ArtifactError, DataError, RecipeError
+from tutor.formats.markdown import fence_languages
 from tutor.formats.rows.jsonl import Limits, check_file
-from tutor.formats.rows.rows import Example, ExampleRow, Notes, Prompt, PromptRow, fences, read_rows
+from tutor.formats.rows.rows import Example, ExampleRow, Notes, Prompt, PromptRow, read_rows
 from tutor.recipe.settings import Recipe
 
 __all__ = [
@@ -291,7 +292,7 @@ def _rank(seed: int, text: str) -> bytes:
 
 def statistics(examples: Sequence[Example]) -> dict[str, Any]:
     """Counts by category, topic and both, lengths in characters, fenced blocks by language; as JSON holds them."""
-    blocks = [fences(each.instruction) + fences(each.response) for each in examples]
+    blocks = [fence_languages(each.instruction) + fence_languages(each.response) for each in examples]
     both: dict[str, Counter[str]] = defaultdict(Counter)
     for example in examples:
         both[example.category][example.topic] += 1

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from tutor.errors import ArtifactError
-from tutor.formats.models.model_folder import open_weights, read_json
+from tutor.formats.models.model_folder import read_json
+from tutor.formats.models.safetensors import open_weights
 
 PREFIX = "base_model.model."
 A, B, B_BIAS, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".lora_magnitude_vector"

@@ -23,8 +23,9 @@ from tutor.artifacts.hashing import HASHES, file_sha256, known_sha256, remember_
 from tutor.artifacts.manifest import read_manifest
 from tutor.artifacts.stage_folder import RESUME
 from tutor.errors import ArtifactError
-from tutor.formats.models.model_folder import WEIGHTS, load_tokenizer, read_facts, read_json, refuse
-from tutor.formats.models.safetensors import WIDTHS, Stored, header, read_folder, writing
+from tutor.formats.models.model_folder import check_model_folder, load_tokenizer, read_facts, read_json
+from tutor.formats.models.safetensors import WEIGHTS, WIDTHS, Stored, make_header, read_folder
+from tutor.formats.models.tensor_streams import open_writer
 from tutor.machine.run_cost import require_disk
 from tutor.prompt import Encoded, chat_template, encode
 from tutor.stages.merge.peft_adapter import read_adapter
@@ -59,7 +60,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
             f"({facts.weights[:12]})",
             "run: tutor train",
         )
-    refuse(base)  # its files may be in a cache that was cleaned since the base stage ran
+    check_model_folder(base)  # its files may be in a cache that was cleaned since the base stage ran
     adapter, files = read_adapter(inputs["train"]), read_folder(base)
     tensors = {tensor.name: tensor for stored in files.values() for tensor in stored}
     require_fit(tensors, adapter, read_json(base / "config.json"))
@@ -169,8 +170,8 @@ def write_shard(
 ) -> tuple[str, float]:
     """Write one file; return its sha256 and the largest change. `done` of `total` bytes were written before."""
     largest = 0.0
-    with _threads(1 if merged.nf4 is None else torch.get_num_threads()), writing(target) as file:
-        file.write(header([(tensor.name, tensor.shape) for tensor in stored], merged.dtype))
+    with _threads(1 if merged.nf4 is None else torch.get_num_threads()), open_writer(target) as file:
+        file.write(make_header([(tensor.name, tensor.shape) for tensor in stored], merged.dtype))
         for tensor in stored:
             for bits, change in merged.pieces(tensor.name):
                 file.write(bits)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from tutor.errors import ArtifactError
-from tutor.formats.models.safetensors import Bits, Stored, pieces
+from tutor.formats.models.safetensors import Stored
+from tutor.formats.models.tensor_streams import Bits, pieces
 from tutor.stages.merge.peft_adapter import Adapter, apply_delta
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}

@@ -17,7 +17,8 @@ from tutor.artifacts.disk import write_json
 from tutor.artifacts.layout import gguf_name
 from tutor.artifacts.manifest import read_manifest
 from tutor.errors import ArtifactError
-from tutor.formats.models.model_folder import WEIGHTS, load_tokenizer, read_facts, read_json
+from tutor.formats.models.model_folder import load_tokenizer, read_facts, read_json
+from tutor.formats.models.safetensors import WEIGHTS
 from tutor.formats.models.served_quantization import served_quantization
 from tutor.formats.rows.split_files import read_rows
 from tutor.machine.device import loading_memory

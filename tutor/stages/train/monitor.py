@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from tutor.errors import ArtifactError
-from tutor.formats.models.model_folder import open_weights
+from tutor.formats.models.safetensors import open_weights
 from tutor.machine.distributed import full_tensor, is_main_process, shard_like
 from tutor.stages.train.held_out_loss import perplexity
 from tutor.stages.train.metrics import (

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 
+from tutor.formats.markdown import fences_are_closed
 from tutor.formats.rows.jsonl import Limits, RowError, check_file, read_values
-from tutor.formats.rows.rows import SPECIAL, ExampleRow, PromptRow, fences_close, parse_row
+from tutor.formats.rows.rows import SPECIAL, ExampleRow, PromptRow, parse_row
 from tutor.stages.data.lint.near_duplicates import Questions
 from tutor.stages.data.stage import normalise
 
@@ -152,7 +153,7 @@ def _look(seen: Seen, row: ExampleRow | PromptRow, too_long: TooLong) -> None:
     for name, text in (("instruction", row.instruction), ("response", row.response)):
         if found := _SPECIAL_TEXT.search(text):
             seen.note_row("special-token", number, f"{name} holds {found[0]}")
-        if not fences_close(text):
+        if not fences_are_closed(text):
             seen.note_row("fence", number, f"a code fence in {name} does not close")
     if why := too_long(row.instruction, row.response):
         seen.note_row("length", number, why)
