@@ -26,11 +26,11 @@ from tutor.pipeline.runner import State, inspect, run_one
 from tutor.recipe.settings import read_recipe
 from tutor.stages.evaluate import rates
 from tutor.stages.report.charts import curves, quantizations
-from tutor.stages.report.labels import chosen, marked
+from tutor.stages.report.labels import labelled, sample_rows
 from tutor.stages.report.model_card import card, escaped, hub_name
 from tutor.stages.report.prompts import parts, prompts
 from tutor.stages.report.stage import page
-from tutor.stages.report.view import MISSING, Made, view
+from tutor.stages.report.view import MISSING, StageOutputs, view
 
 EVIL = '</script><script>alert(1)</script><img src=x onerror="alert(2)">{{ 7*7 }}"\'--><style>*{display:none}</style>'
 KINDS = ("aplicacion", "correccion", "")
@@ -87,7 +87,7 @@ METRICS = [
     | ({"held_out_loss": 2.0, "held_out_perplexity": math.exp(2)} if step % 2 == 0 else {})
     for step in (1, 2, 3, 4)
 ]  # fmt: skip
-RUNG = {
+LOSSES = {
     "loss": 2.0,
     "perplexity": 7.4,
     "tokens": 99,
@@ -100,8 +100,8 @@ RUNG = {
 SPEED = {"prompt_per_second": 200.0, "tokens_per_second": 30.0, "memory": None}
 LADDER = {
     "quantizations": {
-        "F16": {"file": "tutor-F16.gguf", "size": 270e6, **RUNG, **SPEED},
-        "Q8_0": {"file": "tutor-Q8_0.gguf", "size": 144e6, **RUNG, **SPEED, "kl": 0.006, "more": 0.001},
+        "F16": {"file": "tutor-F16.gguf", "size": 270e6, **LOSSES, **SPEED},
+        "Q8_0": {"file": "tutor-Q8_0.gguf", "size": 144e6, **LOSSES, **SPEED, "kl": 0.006, "more": 0.001},
     },
     "worse_and_larger": {"F16": "Q8_0"}, "budget": 0.01, "chosen": "Q8_0", "served": "Q8_0",
     "perplexity": {"tutor-F16": {"perplexity": 7.4}, "base-Q8_0": {"perplexity": 20.5}},
@@ -154,7 +154,7 @@ def evaluated(answers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def made() -> Made:
+def made() -> StageOutputs:
     answers = asked()
     parity = {"conversations": 9, "precision": "fp32", "served": "Q8_0", "hand_offs": [handed()]}
     files = {"files": {"tutor-Q8_0.gguf": {"size": 144_000_000, "replaced": {"Q5_1": 3}}}}
@@ -171,12 +171,12 @@ def made() -> Made:
         "eval": manifest("evaluate", evaluated(answers)),
     }
     row = {"instruction": "¿Qué es una interfaz?", "response": "Una forma.", "line": 7}
-    labels = [marked(make_tokenizer(add_bos=True), row, "")]
+    labels = [labelled(make_tokenizer(add_bos=True), row, "")]
     more = {"paraphrased": answers[:1], "labels": labels, "language": "es", "machine": [("processor", "a CPU")]}
-    return Made(name="demo", model="tutor", manifests=manifests, metrics=METRICS, answers=answers, **more)
+    return StageOutputs(name="demo", model="tutor", manifests=manifests, metrics=METRICS, answers=answers, **more)
 
 
-def without(made: Made, *folders: str) -> Made:
+def without(made: StageOutputs, *folders: str) -> StageOutputs:
     left = {name: each for name, each in made.manifests.items() if name not in folders}
     gone = {"answers": (), "paraphrased": ()} if "eval" in folders else {}
     return replace(made, manifests=left, **gone, metrics=() if "adapter" in folders else made.metrics)
@@ -185,7 +185,7 @@ def without(made: Made, *folders: str) -> Made:
 # --- the page
 
 
-def test_the_page_is_well_formed_and_its_headings_are_in_order(made: Made) -> None:
+def test_the_page_is_well_formed_and_its_headings_are_in_order(made: StageOutputs) -> None:
     shown = Page(page(made))
     assert (shown.open, shown.wrong) == ([], [])
     levels = [int(tag[1]) for tag, _ in shown.tags if re.fullmatch(r"h\d", tag)]
@@ -197,7 +197,7 @@ def test_the_page_is_well_formed_and_its_headings_are_in_order(made: Made) -> No
     assert {link["href"] for link in shown.all("a")} <= {f"#{name}" for name in ids}
 
 
-def test_the_page_needs_nothing_else_and_runs_nothing(made: Made) -> None:
+def test_the_page_needs_nothing_else_and_runs_nothing(made: StageOutputs) -> None:
     html = page(made)
     shown = Page(html)
     assert not {"script", "link", "img", "iframe", "object", "base", "form"} & {tag for tag, _ in shown.tags}
@@ -208,7 +208,7 @@ def test_the_page_needs_nothing_else_and_runs_nothing(made: Made) -> None:
     assert "https://" not in html
 
 
-def test_the_page_says_what_was_trained_on_what_and_what_came_of_it(made: Made) -> None:
+def test_the_page_says_what_was_trained_on_what_and_what_came_of_it(made: StageOutputs) -> None:
     text = " ".join(Page(page(made)).text.split())
     for said in (
         "hub:deepseek-ai/DeepSeek-R1-Distill-Llama-8B@", "35 trained on, 5 held out", "LoRA of rank 8, alpha 16",
@@ -220,12 +220,12 @@ def test_the_page_says_what_was_trained_on_what_and_what_came_of_it(made: Made) 
         assert said in text, said
 
 
-def test_the_same_stages_give_the_same_bytes(made: Made) -> None:
+def test_the_same_stages_give_the_same_bytes(made: StageOutputs) -> None:
     assert page(made) == page(made)
     assert card(made) == card(made)
 
 
-def test_what_strangers_wrote_is_text_and_never_markup(made: Made) -> None:
+def test_what_strangers_wrote_is_text_and_never_markup(made: StageOutputs) -> None:
     answers = asked(EVIL)
     for item in answers:
         item["category"] = f"kind {EVIL}"
@@ -236,7 +236,7 @@ def test_what_strangers_wrote_is_text_and_never_markup(made: Made) -> None:
     row = {"instruction": EVIL, "response": EVIL}
     changed = replace(
         made, name=EVIL, model=EVIL, answers=answers, machine=[(EVIL, EVIL)],
-        labels=[marked(make_tokenizer(add_bos=False), row, EVIL)],
+        labels=[labelled(make_tokenizer(add_bos=False), row, EVIL)],
         manifests={**made.manifests, "eval": manifest(EVIL, evil, {f"version.{EVIL}": EVIL})},
     )  # fmt: skip
     html = page(changed)
@@ -250,30 +250,30 @@ def test_what_strangers_wrote_is_text_and_never_markup(made: Made) -> None:
 
 
 @pytest.mark.parametrize("folder", MISSING)
-def test_what_has_not_run_is_said_with_its_command_and_is_no_error(made: Made, folder: str) -> None:
+def test_what_has_not_run_is_said_with_its_command_and_is_no_error(made: StageOutputs, folder: str) -> None:
     shown = Page(page(without(made, folder)))
     assert (shown.open, shown.wrong) == ([], [])
     assert MISSING[folder][1] in shown.text
     assert card(without(made, folder)).startswith("---\n")
 
 
-def test_a_page_of_nothing_is_a_page(made: Made) -> None:
-    nothing = Made(name="demo", model="tutor", manifests={}, no_labels="No row can be shown.")
+def test_a_page_of_nothing_is_a_page(made: StageOutputs) -> None:
+    nothing = StageOutputs(name="demo", model="tutor", manifests={}, no_labels="No row can be shown.")
     shown = Page(page(nothing))
     assert (shown.open, shown.wrong) == ([], [])
     assert all(command in shown.text for _, command in MISSING.values())
     assert "It has not been evaluated." in card(nothing)
 
 
-def test_a_gate_that_says_no_stands_first(made: Made) -> None:
+def test_a_gate_that_says_no_stands_first(made: StageOutputs) -> None:
     refused = {"message": "F16 -> Q8_0 (quantize) diverges", "hint": "most likely: the file is damaged"}
     gate = {**made.manifests["parity"].results, "hand_offs": [handed(state="diverges")], "refused": refused}
     text = Page(page(replace(made, manifests={**made.manifests, "parity": manifest("parity", gate)}))).text
-    assert text.index("The parity gate says no.") < text.index("What the labels are")
+    assert text.index("The parity gate refuses this model.") < text.index("which tokens carry loss")
     assert "✗ diverges" in text
 
 
-def test_a_hand_off_that_was_not_checked_says_why(made: Made) -> None:
+def test_a_hand_off_that_was_not_checked_says_why(made: StageOutputs) -> None:
     lone = handed(checks=[], tolerance=None, missing="too little memory", state="not checked")
     gate = {**made.manifests["parity"].results, "precision": None, "hand_offs": [lone]}
     changed = replace(made, manifests={**made.manifests, "parity": manifest("parity", gate)})
@@ -281,7 +281,7 @@ def test_a_hand_off_that_was_not_checked_says_why(made: Made) -> None:
     assert view(changed)["tiles"][2] == {"value": "0/1", "text": view(changed)["tiles"][2]["text"], "tone": "plain"}
 
 
-def test_what_ollama_serves_is_in_the_table_where_it_was_compared(made: Made) -> None:
+def test_what_ollama_serves_is_in_the_table_where_it_was_compared(made: StageOutputs) -> None:
     ollama = manifest("parity-ollama", {"hand_offs": [handed(kind="publish", ours="Q8_0", theirs="Ollama")]})
     assert "tutor parity --host" in Page(page(made)).text
     text = Page(page(replace(made, manifests={**made.manifests, "parity-ollama": ollama}))).text
@@ -291,7 +291,7 @@ def test_what_ollama_serves_is_in_the_table_where_it_was_compared(made: Made) ->
     assert "Ollama, as published" in Page(page(replace(made, published=once))).text
 
 
-def test_a_base_that_was_not_asked_leaves_the_tutor_alone(made: Made) -> None:
+def test_a_base_that_was_not_asked_leaves_the_tutor_alone(made: StageOutputs) -> None:
     answers = [{**item, "answers": {"tutor": item["answers"]["tutor"]}} for item in asked()]
     results = evaluated(asked())
     lone = {"models": {"tutor": results["models"]["tutor"]}, "differences": [], "findings": []}
@@ -302,7 +302,7 @@ def test_a_base_that_was_not_asked_leaves_the_tutor_alone(made: Made) -> None:
     assert "tutor passes (6)" in shown.text
 
 
-def test_where_only_what_ollama_serves_was_asked_its_verdicts_are_shown(made: Made) -> None:
+def test_where_only_what_ollama_serves_was_asked_its_verdicts_are_shown(made: StageOutputs) -> None:
     """As `make all` leaves it: no GGUF's name, and one model."""
     answers = [{**item, "answers": {"ollama": item["answers"]["tutor"]}} for item in asked()]
     rated = {name: value for name, value in evaluated(asked())["models"]["tutor"].items() if name != "file"}
@@ -322,7 +322,7 @@ def test_an_emoji_of_several_stays_one_and_a_lone_joiner_is_seen() -> None:
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_every_text_stands_out_from_its_ground(made: Made, theme: str) -> None:
+def test_every_text_stands_out_from_its_ground(made: StageOutputs, theme: str) -> None:
     """WCAG AA: 4.5 to 1."""
     pairs = re.findall(r"--(\w+): light-dark\(#(\w+), #(\w+)\)", page(made))
     colours = {name: dark if theme == "dark" else light for name, light, dark in pairs}
@@ -345,7 +345,7 @@ def contrast(one: str, other: str) -> float:
 # --- prompts and filters
 
 
-def test_there_is_a_filter_for_every_kind_and_verdict_and_it_hides_the_others(made: Made) -> None:
+def test_there_is_a_filter_for_every_kind_and_verdict_and_it_hides_the_others(made: StageOutputs) -> None:
     html = page(made)
     shown = Page(html)
     listed = prompts(made.answers)
@@ -364,7 +364,7 @@ def test_there_is_a_filter_for_every_kind_and_verdict_and_it_hides_the_others(ma
         assert sum(each["class"] in found for found in classes[:9]) == each["count"]
 
 
-def test_an_answer_that_failed_and_one_that_is_empty_are_shown_as_such(made: Made) -> None:
+def test_an_answer_that_failed_and_one_that_is_empty_are_shown_as_such(made: StageOutputs) -> None:
     item = {**asked()[0], "answers": {"base": {"error": "timed out", "passed": False, "reasons": ["no answer"]},
                                       "tutor": record(passed=False, text="")}}  # fmt: skip
     text = Page(page(replace(made, answers=[item]))).text
@@ -372,10 +372,10 @@ def test_an_answer_that_failed_and_one_that_is_empty_are_shown_as_such(made: Mad
     assert "(empty)" in text
 
 
-def test_a_copied_answer_says_from_where(made: Made) -> None:
+def test_a_copied_answer_says_from_where(made: StageOutputs) -> None:
     copied = {"run": 40, "share": 0.8, "line": 12, "text": "…"}
     item = {**asked()[0], "answers": {"tutor": {**record(passed=True), "copied": copied}}}
-    assert "80 % of it, 40 words and signs in a row, also stands in the row of line 12" in " ".join(
+    assert "80 % of it, 40 words and signs in a row, also stands in the training row of line 12" in " ".join(
         Page(page(replace(made, answers=[item]))).text.split()
     )
 
@@ -400,7 +400,7 @@ def test_an_answer_is_cut_at_its_fences_and_loses_nothing(text: str, expected: l
 
 def test_the_completion_and_eos_are_marked_and_the_prompt_is_not(tokenizer: Any) -> None:
     row = {"instruction": "¿Qué es 👩‍💻?", "response": "Una forma.\nY ñ.", "line": 3}
-    found = marked(tokenizer, row, "Eres un tutor.")
+    found = labelled(tokenizer, row, "Eres un tutor.")
     assert [run["learnt"] for run in found["runs"]] == [False, True]
     prompt, answer = ("".join(token["text"] for token in run["tokens"]) for run in found["runs"])
     assert prompt.endswith("Eres un tutor.↵\n↵\nInstrucción: ¿Qué es 👩‍💻?↵\nRespuesta:")
@@ -412,9 +412,9 @@ def test_the_completion_and_eos_are_marked_and_the_prompt_is_not(tokenizer: Any)
 
 def test_the_shortest_a_middle_and_the_longest_row_are_shown() -> None:
     rows = [{"instruction": "x" * size, "response": ""} for size in (5, 1, 9, 3, 7)]
-    assert [len(row["instruction"]) for row in chosen(rows)] == [1, 5, 9]
-    assert chosen(rows[:1]) == rows[:1]
-    assert chosen([]) == []
+    assert [len(row["instruction"]) for row in sample_rows(rows)] == [1, 5, 9]
+    assert sample_rows(rows[:1]) == rows[:1]
+    assert sample_rows([]) == []
 
 
 # --- charts
@@ -445,7 +445,7 @@ def test_every_point_is_inside_its_chart() -> None:
 # --- the model card
 
 
-def test_the_card_has_the_hubs_head_and_its_figures(made: Made) -> None:
+def test_the_card_has_the_hubs_head_and_its_figures(made: StageOutputs) -> None:
     text = card(made)
     head = dict(line.split(": ", 1) for line in text.split("---")[1].strip().split("\n"))
     assert json.loads(head["language"]) == ["es"]
@@ -457,7 +457,7 @@ def test_the_card_has_the_hubs_head_and_its_figures(made: Made) -> None:
     assert "**Worse:** general texts" in text
 
 
-def test_the_card_names_no_path_and_claims_no_licence_it_does_not_know(made: Made) -> None:
+def test_the_card_names_no_path_and_claims_no_licence_it_does_not_know(made: StageOutputs) -> None:
     trained = {**TRAINED, "base_source": "path:/home/ana/secret"}
     text = card(replace(made, manifests={**made.manifests, "adapter": manifest("train", trained)}))
     assert "/home/ana" not in text
@@ -475,7 +475,7 @@ def test_a_name_cannot_break_out_of_the_card() -> None:
 
 
 @pytest.fixture
-def build(recipe_file: Path, tmp_path: Path, made: Made) -> Path:
+def build(recipe_file: Path, tmp_path: Path, made: StageOutputs) -> Path:
     """A build folder where the data stage has run, and the evaluation as far as the report reads it."""
     recipe, folder = read_recipe(recipe_file), tmp_path / "build"
     run_one("data", recipe, folder)
@@ -582,7 +582,7 @@ def probed(tmp_path: Path, *options: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
-def test_a_browser_shows_it_without_a_word_on_its_console(made: Made, tmp_path: Path) -> None:
+def test_a_browser_shows_it_without_a_word_on_its_console(made: StageOutputs, tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text(page(made), "utf-8")
     done = browse(
         tmp_path, tmp_path / "report.html", f"--screenshot={tmp_path / 'page.png'}", "--window-size=1200,2000"
@@ -593,7 +593,7 @@ def test_a_browser_shows_it_without_a_word_on_its_console(made: Made, tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
-def test_the_filters_work_on_a_phone_and_nothing_is_wider_than_it(made: Made, tmp_path: Path) -> None:
+def test_the_filters_work_on_a_phone_and_nothing_is_wider_than_it(made: StageOutputs, tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text(page(made), "utf-8")
     light, dark = (probed(tmp_path, f"--blink-settings=preferredColorScheme={scheme}") for scheme in (1, 0))
     assert light["width"] == 390

@@ -1,6 +1,6 @@
-"""The label audit for people: rows of the training as it saw them, token by token, with what carries loss.
+"""The labels of training rows for the page: each token, and whether the token carries loss.
 
-In: rows and the base's tokenizer. Out: runs of tokens for the page. Judges nothing: the train stage's audit does.
+In: rows and the base's tokenizer. Out: runs of tokens. Checks nothing: the audit of the train stage does.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,30 +9,31 @@ from typing import Any, Protocol
 
 from tutor.prompt import Encoded, Tokenizer, encode
 
-SHOWN = 3
-LONGEST_SIGN = 12
-"""Tokens that one sign may be spread over: bytes of an emoji of several."""
+SHOWN_ROWS = 3
+"""Number of rows on the page."""
+MAX_TOKENS_PER_SIGN = 12
+"""Maximum number of tokens of one sign, such as the bytes of a composed emoji."""
 
 
 class Decoder(Tokenizer, Protocol):
-    """What is needed beside the contract: a text for ids, and which ids are no text."""
+    """A tokenizer that also decodes ids and knows its special tokens."""
 
     all_special_ids: list[int]
 
     def decode(self, token_ids: Sequence[int], **options: Any) -> str:
-        """The text of ids."""
+        """Return the text of ids."""
         ...
 
 
-def chosen(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The shortest row, one of the middle and the longest: what is cut is cut at the ends."""
+def sample_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the shortest, a middle and the longest row."""
     ordered = sorted(rows, key=lambda row: (len(row["instruction"]) + len(row["response"]), row["instruction"]))
     places = sorted({0, len(ordered) // 2, len(ordered) - 1}) if ordered else []
-    return [ordered[place] for place in places[:SHOWN]]
+    return [ordered[place] for place in places[:SHOWN_ROWS]]
 
 
-def marked(tokenizer: Decoder, row: Mapping[str, Any], system: str) -> dict[str, Any]:
-    """A row as its runs: each with `learnt`, and its tokens' texts with `special`."""
+def labelled(tokenizer: Decoder, row: Mapping[str, Any], system: str) -> dict[str, Any]:
+    """Return a row as runs of tokens: each run has `learnt` (carries loss), each token its text and `special`."""
     encoded = encode(tokenizer, row["instruction"], row["response"], system)
     runs = [
         {"learnt": bool(on), "tokens": _texts(tokenizer, [token for token, _ in pairs])}
@@ -47,7 +48,7 @@ def _pairs(encoded: Encoded) -> list[tuple[int, int]]:
 
 
 def _texts(tokenizer: Decoder, ids: Sequence[int]) -> list[dict[str, Any]]:
-    """Tokens as texts: those that share one sign (bytes of an accent) are one entry."""
+    """The texts of tokens; tokens that share one sign (bytes of an accent) are one entry."""
     special, texts = set(tokenizer.all_special_ids), list[dict[str, Any]]()
     held: list[int] = []
     for token in ids:
@@ -59,7 +60,7 @@ def _texts(tokenizer: Decoder, ids: Sequence[int]) -> list[dict[str, Any]]:
             continue
         held.append(token)
         entry = _entry(tokenizer, held)
-        if "\N{REPLACEMENT CHARACTER}" not in entry["text"] or len(held) >= LONGEST_SIGN:
+        if "\N{REPLACEMENT CHARACTER}" not in entry["text"] or len(held) >= MAX_TOKENS_PER_SIGN:
             texts.append(entry)
             held = []
     return [*texts, _entry(tokenizer, held)] if held else texts

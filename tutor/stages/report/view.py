@@ -1,7 +1,7 @@
-"""What the report says, as plain values for its template: no file is read here, and no HTML is made.
+"""The values of the report's page, for its template. Reads no file and writes no HTML.
 
-In: manifests of the stages that are there, and what lies in their folders. Out: a dictionary a section, None where the
-stage has not run. Whatever is missing is named with the command that makes it.
+In: the manifests and result files of the stages that have run. Out: a dictionary a section, None where the stage has
+not run; the missing sections with the commands that make them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,83 +22,84 @@ MISSING = {
     "parity": ("the parity gate", "tutor parity"),
     "eval": ("the verdicts and answers", "tutor eval"),
 }
-"""By folder: what the page lacks without it, and what makes it."""
+"""By folder: the section that the page lacks without the folder, and the command that makes it."""
 PLAIN = "plain"
+"""Tone of a tile that is neither good nor bad."""
 
 
 @dataclass(frozen=True)
-class Made:
-    """What the stages left, as far as it is there."""
+class StageOutputs:
+    """The outputs of the stages that have run."""
 
     name: str  # the recipe's
-    model: str  # what Ollama calls it
+    model: str  # its name in Ollama
     manifests: Mapping[str, Manifest]  # by folder
     metrics: Sequence[Json] = ()
     answers: Sequence[Json] = ()
-    published: Json = field(default_factory=dict)  # the hand-off to Ollama, when it was published
+    published: Json = field(default_factory=dict)  # the hand-off to Ollama, recorded when the model was published
     paraphrased: Sequence[Json] = ()
     labels: Sequence[Json] = ()
-    no_labels: str = ""  # why there are none
-    language: str = ""  # of the prompts, as HTML has it; "": not known
-    machine: Sequence[tuple[str, str]] = ()  # where the page was written
+    no_labels: str = ""  # why `labels` is empty
+    language: str = ""  # of the prompts, as an HTML language code; "": unknown
+    machine: Sequence[tuple[str, str]] = ()  # the machine that writes the page
 
     def results(self, folder: str) -> Json | None:
-        """What a stage found out; None where it has not run."""
+        """Return the results of a stage; None where the stage has not run."""
         manifest = self.manifests.get(folder)
         return None if manifest is None else manifest.results
 
     @property
     def evaluated(self) -> Json | None:
-        """The verdicts: the stage's, or else those on the published model."""
+        """The results of the evaluate stage, or else those of the published model."""
         return self.results("eval") or self.results("eval-ollama")
 
     @property
     def ollama(self) -> Json:
-        """The hand-off to Ollama: as it was compared last, or else as it was published."""
+        """The hand-off to Ollama from the last comparison, or else from publishing."""
         return self.results("parity-ollama") or self.published
 
 
-def view(made: Made) -> dict[str, Any]:
-    """All values of the page."""
-    evaluated, gate, benchmark = made.evaluated, made.results("parity"), made.results("ladder")
+def view(outputs: StageOutputs) -> dict[str, Any]:
+    """Return all values of the page."""
+    evaluated, gate, benchmark = outputs.evaluated, outputs.results("parity"), outputs.results("ladder")
     return {
-        "name": made.name,
-        "model": made.model,
-        "language": made.language,
-        "made": moment(max((each.started for each in made.manifests.values()), default="")),
-        "tiles": tiles(made),
+        "name": outputs.name,
+        "model": outputs.model,
+        "language": outputs.language,
+        "newest": moment(max((each.started for each in outputs.manifests.values()), default="")),
+        "tiles": tiles(outputs),
         "findings": list((evaluated or {}).get("findings", ())),
-        "missing": missing(made),
-        "training": training(made),
-        "labels": made.labels,
-        "no_labels": made.no_labels,
-        "parity": parity(gate, made.ollama) if gate else None,
-        "ladder": ladder(benchmark, made.results("gguf") or {}) if benchmark else None,
+        "missing": missing(outputs),
+        "training": training(outputs),
+        "labels": outputs.labels,
+        "no_labels": outputs.no_labels,
+        "parity": parity(gate, outputs.ollama) if gate else None,
+        "ladder": ladder(benchmark, outputs.results("gguf") or {}) if benchmark else None,
         "verdicts": verdicts(evaluated) if evaluated else None,
         "paraphrases": (evaluated or {}).get("paraphrases"),
         "general": (evaluated or {}).get("general"),
         "copied": (evaluated or {}).get("copied"),
-        "stages": stages(made),
-        "versions": versions(made),
-        "machine": made.machine,
+        "stages": stages(outputs),
+        "versions": versions(outputs),
+        "machine": outputs.machine,
     }
 
 
-def missing(made: Made) -> list[dict[str, str]]:
-    """What has not run, and what makes it."""
-    there = {*made.manifests, *(("eval",) if made.evaluated else ())}
+def missing(outputs: StageOutputs) -> list[dict[str, str]]:
+    """Return the missing sections and the commands that make them."""
+    there = {*outputs.manifests, *(("eval",) if outputs.evaluated else ())}
     return [{"what": what, "command": command} for name, (what, command) in MISSING.items() if name not in there]
 
 
-def tiles(made: Made) -> list[dict[str, str]]:
-    """The figures that stand first, each with a tone: good, bad or plain."""
+def tiles(outputs: StageOutputs) -> list[dict[str, str]]:
+    """Return the figures at the top of the page, each with a tone: good, bad or plain."""
     found = []
-    if trained := made.results("adapter"):
+    if trained := outputs.results("adapter"):
         held = trained["held_out"]
         better = held["loss_after"] < held["loss_before"]
         value = f"{held['perplexity_before']:.1f} → {held['perplexity_after']:.1f}"
         found.append(_tile(value, "held-out perplexity, before and after training", "good" if better else "bad"))
-    if evaluated := made.evaluated:
+    if evaluated := outputs.evaluated:
         name, last = list(evaluated["models"].items())[-1]
         change = next(iter(evaluated.get("differences") or ()), None)
         conclusion = change["all"]["passed"]["conclusion"] if change else ""
@@ -106,13 +107,13 @@ def tiles(made: Made) -> list[dict[str, str]]:
         rate = last["all"]["passed"]
         text = f"of {last['all']['n']} held-out prompts: {name} does all that was asked"
         found.append(_tile(percent(rate["share"]), f"{text}{f'; {conclusion}' if conclusion else ''}", tone))
-    if gate := made.results("parity"):
-        handed = [*gate["hand_offs"], *made.ollama.get("hand_offs", ())]
-        same = sum(each["state"] == "same" for each in handed)
-        apart = any(each["state"] == "diverges" for each in handed)
-        tone = "bad" if apart else "good" if same == len(handed) else PLAIN
-        found.append(_tile(f"{same}/{len(handed)}", "hand-offs between engines within their tolerance", tone))
-    if (files := made.results("gguf")) and (served := served_kind(made)):
+    if gate := outputs.results("parity"):
+        hand_offs = [*gate["hand_offs"], *outputs.ollama.get("hand_offs", ())]
+        same = sum(each["state"] == "same" for each in hand_offs)
+        diverges = any(each["state"] == "diverges" for each in hand_offs)
+        tone = "bad" if diverges else "good" if same == len(hand_offs) else PLAIN
+        found.append(_tile(f"{same}/{len(hand_offs)}", "hand-offs between engines within their tolerance", tone))
+    if (files := outputs.results("gguf")) and (served := served_kind(outputs)):
         entry = files["files"].get(gguf_name("tutor", served), {"size": 0})
         found.append(_tile(megabytes(entry["size"]), f"{served}, the file that is served", PLAIN))
     return found
@@ -122,46 +123,46 @@ def _tile(value: str, text: str, tone: str) -> dict[str, str]:
     return {"value": value, "text": text, "tone": tone}
 
 
-def served_kind(made: Made) -> str:
-    """The quantization that is served; "" where nothing says."""
-    if benchmark := made.results("ladder"):
+def served_kind(outputs: StageOutputs) -> str:
+    """Return the served quantization; "" where no stage has recorded one."""
+    if benchmark := outputs.results("ladder"):
         return str(benchmark["served"])
-    convert = made.manifests.get("gguf")
+    convert = outputs.manifests.get("gguf")
     named = str(convert.fields.get("recipe.served", "")) if convert else ""
     return "" if named == "auto" else named
 
 
-def training(made: Made) -> dict[str, Any] | None:
-    """What was trained on what, and its curves."""
-    manifest = made.manifests.get("adapter")
+def training(outputs: StageOutputs) -> dict[str, Any] | None:
+    """Return the facts and the curves of the training."""
+    manifest = outputs.manifests.get("adapter")
     if manifest is None:
         return None
-    found, asked = manifest.results, manifest.fields
+    found, fields = manifest.results, manifest.fields
     held, kept = found["held_out"], found.get("kept_step")
     given: dict[str, list[tuple[float, float]]] = {
-        key: [(line["step"], line[key]) for line in made.metrics if line.get(key) is not None]
+        key: [(line["step"], line[key]) for line in outputs.metrics if line.get(key) is not None]
         for key in ("loss", "perplexity", "held_out_loss", "held_out_perplexity")
     }
     given["held_out_loss"].insert(0, (0, held["loss_before"]))
     given["held_out_perplexity"].insert(0, (0, held["perplexity_before"]))
-    last = max((line["step"] for line in made.metrics), default=None)
+    last = max((line["step"] for line in outputs.metrics), default=None)
     mark = kept if kept != last else None
     draw = {"loss": ("loss", "held_out_loss"), "perplexity": ("perplexity", "held_out_perplexity")}
     return {
-        "facts": _trained(made, found, asked, manifest.seconds),
+        "facts": _facts(outputs, found, fields, manifest.seconds),
         "held": held,
         "charts": [
             {"what": what, "chart": charts.curves({"training": given[ours], "held out": given[theirs]}, mark)}
             for what, (ours, theirs) in draw.items()
         ],
-        "points": [line for line in made.metrics if line.get("held_out_loss") is not None],
+        "points": [line for line in outputs.metrics if line.get("held_out_loss") is not None],
         "rows": found["rows"],
     }
 
 
-def _trained(made: Made, found: Json, asked: Json, seconds: float) -> list[tuple[str, str]]:
-    """Labels and values, in the order in which one asks."""
-    data = made.results("data") or {}
+def _facts(outputs: StageOutputs, found: Json, fields: Json, seconds: float) -> list[tuple[str, str]]:
+    """Labels and values, the most important first."""
+    data = outputs.results("data") or {}
     facts = [
         ("base", str(found["base_source"])),
         ("base weights", f"sha256 {found['base_weights']}"),
@@ -169,26 +170,26 @@ def _trained(made: Made, found: Json, asked: Json, seconds: float) -> list[tuple
     ]
     if data:
         facts.append(("of a set of", f"{data['rows']} rows; {data['prompts']} held-out prompts"))
-    if "recipe.rank" in asked:
-        targets = ", ".join(asked["recipe.target_modules"])
-        facts.append(("adapter", f"LoRA of rank {asked['recipe.rank']}, alpha {asked['recipe.alpha']}, on {targets}"))
-        rate = f"learning rate {asked['recipe.learning_rate']:g}"
-        facts.append(("passes", f"{asked['recipe.epochs']} epochs, {found['steps']} steps, {rate}"))
+    if "recipe.rank" in fields:
+        targets = ", ".join(fields["recipe.target_modules"])
+        facts.append(("adapter", f"LoRA of rank {fields['recipe.rank']}, alpha {fields['recipe.alpha']}, on {targets}"))
+        rate = f"learning rate {fields['recipe.learning_rate']:g}"
+        facts.append(("passes", f"{fields['recipe.epochs']} epochs, {found['steps']} steps, {rate}"))
     kept = f"; kept: step {found['kept_step']}" if "kept_step" in found else ""
     facts += [
         ("trained weights", f"{found['trainable_parameters']:,}{kept}"),
         ("computed in", f"base {found['quantization']}, {found['precision']}"),
         ("took", f"{duration(seconds)}, {found['samples_per_second']:.2f} rows a second"),
     ]
-    if merged := made.results("merged"):
+    if merged := outputs.results("merged"):
         facts.append(("merged into", f"the {merged.get('base', 'original')} base, {merged['dtype']}"))
-    if asked.get("recipe.system"):
-        facts.append(("system text", str(asked["recipe.system"])))
+    if fields.get("recipe.system"):
+        facts.append(("system text", str(fields["recipe.system"])))
     return facts
 
 
-def stages(made: Made) -> list[dict[str, Any]]:
-    """Every stage that is there: when, how long, where, its key and its files."""
+def stages(outputs: StageOutputs) -> list[dict[str, Any]]:
+    """Return every stage that has run: time, duration, host, key and files."""
     return [
         {
             "name": manifest.stage,
@@ -199,14 +200,14 @@ def stages(made: Made) -> list[dict[str, Any]]:
             "key": manifest.key,
             "files": [{"name": name, **entry} for name, entry in sorted(manifest.outputs.items())],
         }
-        for folder, manifest in made.manifests.items()
+        for folder, manifest in outputs.manifests.items()
     ]
 
 
-def versions(made: Made) -> list[tuple[str, list[str]]]:
-    """Every package that had a part, with its version; several where stages had different ones."""
+def versions(outputs: StageOutputs) -> list[tuple[str, list[str]]]:
+    """Return every package with its version; several versions where those of the stages differ."""
     found: dict[str, set[str]] = {}
-    for manifest in made.manifests.values():
+    for manifest in outputs.manifests.values():
         for name, value in manifest.fields.items():
             if name.startswith("version."):
                 found.setdefault(name.removeprefix("version."), set()).add(str(value))
@@ -214,12 +215,12 @@ def versions(made: Made) -> list[tuple[str, list[str]]]:
 
 
 def moment(iso: str) -> str:
-    """A manifest's time as people read it."""
+    """Return the time of a manifest for people."""
     return iso.replace("T", " ").replace("+00:00", " UTC")
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them."""
+    """Return a duration in seconds for people."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
