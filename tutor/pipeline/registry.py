@@ -309,6 +309,7 @@ STAGES = (
             "stages/evaluate/rates.py",
             "stages/report/page.html.j2",
             "stages/report/model_card.py",
+            "formats/models/base_source.py",
             "stages/report/charts.py",
             "formats/chart.py",
             "stages/report/labels.py",
