@@ -30,7 +30,7 @@ def clock(monkeypatch):
     return fake
 
 
-def test_lines_carry_their_stage_and_its_time(capsys, clock):
+def test_log_lines_carry_the_stage_and_its_time(capsys, clock):
     with log_on_stderr():
         clock.now += 7
         log.info("%s: %s", "train", "train the LoRA adapter", extra={"stage": "train"})
@@ -46,7 +46,7 @@ def test_lines_carry_their_stage_and_its_time(capsys, clock):
     assert captured.out == ""
 
 
-def test_counted_messages_are_thinned_by_the_clock(capsys, clock):
+def test_counted_messages_are_limited_by_time(capsys, clock):
     """128 a second, so that every time is exact in binary; the last message is always shown."""
     with log_on_stderr():
         for done in range(1, 1001):
@@ -58,21 +58,21 @@ def test_counted_messages_are_thinned_by_the_clock(capsys, clock):
     assert len(expected) == 5
 
 
-def test_what_is_only_worth_a_glance_is_no_line(capsys):
+def test_live_messages_are_left_out_of_plain_lines(capsys):
     with log_on_stderr():
         log.info("step 1 of 9", extra={"done": 1, "total": 9, "live": True})
         log.info("step 2 of 9, and how fast", extra={"done": 2, "total": 9})
     assert capsys.readouterr().err == "step 2 of 9, and how fast\n"
 
 
-def test_quiet_shows_warnings_only(capsys):
+def test_quiet_shows_only_warnings(capsys):
     with log_on_stderr(quiet=True):
         log.info("nothing to see")
         log.warning("look")
     assert capsys.readouterr().err == "warning: look\n"
 
 
-def test_the_log_is_as_before_afterwards(monkeypatch):
+def test_logger_is_restored_after_an_error(monkeypatch):
     logger = logging.getLogger("tutor")
     monkeypatch.setattr(logger, "propagate", True)
     before = (logger.level, list(logger.handlers))
@@ -102,7 +102,7 @@ def at_terminal(*command: str | Path, **env: str) -> tuple[int, str]:
     [({"TERM": "xterm-256color"}, True), ({"TERM": "xterm", "NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)],
     ids=["a terminal", "NO_COLOR", "TERM=dumb"],
 )
-def test_a_terminal_gets_a_bar_with_colours_only_where_it_wants_them(recipe_file, tmp_path, env, coloured):
+def test_terminal_shows_a_bar_with_colours_when_allowed(recipe_file, tmp_path, env, coloured):
     status, sent = at_terminal(TUTOR, "data", "split", "-r", recipe_file, "-b", tmp_path / "build", **env)
     assert status == 0
     assert "data" in sent
@@ -126,7 +126,7 @@ with log_on_stderr():
 """
 
 
-def test_a_bar_shows_names_as_they_are_and_survives_a_stage_that_fails():
+def test_bar_escapes_markup_and_survives_a_failed_stage():
     status, sent = at_terminal(sys.executable, "-c", SHOW, TERM="xterm", NO_COLOR="1")
     assert status == 3
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sent)
@@ -135,7 +135,7 @@ def test_a_bar_shows_names_as_they_are_and_survives_a_stage_that_fails():
     assert sent.rstrip().endswith("\x1b[?25h")  # the cursor is shown again
 
 
-def test_without_a_terminal_there_is_no_control_sequence(tutor, recipe_file, tmp_path):
+def test_stderr_without_a_terminal_has_no_control_sequences(tutor, recipe_file, tmp_path):
     done: Any = tutor("data", "split", "-r", recipe_file, "-b", tmp_path / "build", env={"TERM": "xterm-256color"})
     assert done.returncode == 0
     assert re.fullmatch(r"data: check the rows and split them\ndata: done in \d+ s\n", done.stderr)

@@ -49,13 +49,13 @@ def recipe(recipe_file: Path) -> Recipe:
     return read_recipe(recipe_file)
 
 
-def test_nothing_made_is_nothing_said(recipe, tmp_path):
+def test_summary_of_an_empty_build_is_empty(recipe, tmp_path):
     found = summary.collect(recipe, tmp_path / "build")
     assert found == {"recipe": str(recipe.path), "stages": {}, "examples": []}
     assert summary.summary_lines(found, str(recipe.path)) == []
 
 
-def test_each_stage_that_is_there_has_its_lines(recipe, tmp_path):
+def test_summary_has_lines_for_each_stage_that_ran(recipe, tmp_path):
     folder = tmp_path / "build" / "small"
     made(folder / "adapter", "train", TRAIN)
     text = "\n".join(summary.summary_lines(summary.collect(recipe, tmp_path / "build"), "r.toml"))
@@ -69,7 +69,7 @@ def test_each_stage_that_is_there_has_its_lines(recipe, tmp_path):
     assert "tutor ask -r r.toml" in text
 
 
-def test_answers_stand_side_by_side_from_different_places_and_a_cut_one_says_so(recipe, tmp_path):
+def test_summary_shows_spread_answers_and_marks_cut_ones(recipe, tmp_path):
     folder = tmp_path / "build" / "small"
     answers = [
         {
@@ -96,20 +96,20 @@ def test_answers_stand_side_by_side_from_different_places_and_a_cut_one_says_so(
     assert ["tutor-F16.gguf", "271.0", "MB", "4.50"] in split
 
 
-def test_an_answer_that_failed_is_shown_as_such(recipe, tmp_path):
+def test_failed_answer_is_shown_with_its_error(recipe, tmp_path):
     failed = {"instruction": "¿?", "answers": {"tutor": {"error": "timed out"}}}
     made(tmp_path / "build" / "small" / "eval", "evaluate", {"models": {"tutor": MODEL}}, answers=[failed])
     lines = summary.summary_lines(summary.collect(recipe, tmp_path / "build"), "r.toml")
     assert "  tutor: (timed out) […cut at 0 tokens]" in lines
 
 
-def test_what_got_worse_is_said_below_the_table():
+def test_worse_findings_are_marked_below_the_table():
     found = [{"conclusion": "worse", "text": "general texts: …"}, {"conclusion": "better", "text": "in Spanish: …"}]
     lines = summary.verdict_lines({"models": {"tutor": MODEL}, "findings": found})
     assert lines[-2:] == ["  WORSE: general texts: …", "  in Spanish: …"]
 
 
-def test_each_kind_of_question_has_its_count_and_what_changed_its_interval():
+def test_kinds_have_counts_and_changes_have_intervals():
     def rate(n: int) -> dict[str, Any]:
         return {"n": n, "share": n / 8, "low": 0.0, "high": 1.0}
 
@@ -130,7 +130,7 @@ def test_each_kind_of_question_has_its_count_and_what_changed_its_interval():
     assert "ejemplo 75 % (6/8)" in [" ".join(line.split()) for line in alone]
 
 
-def test_a_quantization_that_is_larger_and_loses_more_is_marked_and_named():
+def test_larger_and_less_accurate_quantization_is_marked():
     figures = {kind: {**FIGURES, "size": size} for kind, size in (("F16", 9e6), ("Q5_1", 5e6), ("Q5_0", 4e6))}
     found = {
         "quantizations": figures,

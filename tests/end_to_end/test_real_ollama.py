@@ -101,7 +101,7 @@ def say(model: str, question: str = QUESTIONS[0], host: str = HOST) -> str:
         return server.answer(conversation(question), GREEDY).text
 
 
-def test_a_build_is_published_once_proven_and_answers(recipe: Recipe, build: Path, api: Ollama) -> None:
+def test_build_is_published_once_and_answers(recipe: Recipe, build: Path, api: Ollama) -> None:
     first = publish(recipe, build)
     assert first["published"]
     assert first["prompts"] == 7
@@ -112,9 +112,7 @@ def test_a_build_is_published_once_proven_and_answers(recipe: Recipe, build: Pat
     assert [row["latest"] for row in builds.list_builds(api, NAME)] == [True]
 
 
-def test_another_system_text_is_another_build_and_a_rollback_brings_the_first_one_back(
-    recipe: Recipe, build: Path, api: Ollama
-) -> None:
+def test_another_system_text_is_a_build_that_rolls_back(recipe: Recipe, build: Path, api: Ollama) -> None:
     first, second = publish(recipe, build), publish(recipe, build, system="Respondes en español.")
     assert first["build"] != second["build"]
 
@@ -134,7 +132,7 @@ def test_another_system_text_is_another_build_and_a_rollback_brings_the_first_on
 
 
 @pytest.mark.llamacpp
-def test_it_says_what_llama_server_says_of_the_same_file(recipe: Recipe, build: Path, tmp_path: Path) -> None:
+def test_answers_equal_those_of_llama_server(recipe: Recipe, build: Path, tmp_path: Path) -> None:
     publish(recipe, build)
     gguf = build / "tiny/gguf/tutor-Q8_0.gguf"
     with (
@@ -148,7 +146,7 @@ def test_it_says_what_llama_server_says_of_the_same_file(recipe: Recipe, build: 
             assert published.answer(conversation(question), GREEDY).text == mine.text, "the model has its system text"
 
 
-def test_a_conversation_goes_on_from_history_as_it_came(recipe: Recipe, build: Path, api: Ollama) -> None:
+def test_conversation_continues_from_unchanged_history(recipe: Recipe, build: Path, api: Ollama) -> None:
     publish(recipe, build)
     turns: list[Message] = conversation(QUESTIONS[0])
     with serve(NAME, HOST) as server:
@@ -159,7 +157,7 @@ def test_a_conversation_goes_on_from_history_as_it_came(recipe: Recipe, build: P
     assert api.rendered(NAME, turns) == render([{"role": "system", "content": recipe.system}, *turns])
 
 
-def test_chat_and_generate_answer_the_same(recipe: Recipe, build: Path) -> None:
+def test_chat_and_generate_give_equal_answers(recipe: Recipe, build: Path) -> None:
     publish(recipe, build)
     body = {"model": NAME, "prompt": QUESTIONS[0], "stream": False}
     options = {"num_predict": 24, "temperature": 0, "top_p": 1.0, "repeat_penalty": 1.0, "seed": 7}
@@ -167,7 +165,7 @@ def test_chat_and_generate_answer_the_same(recipe: Recipe, build: Path) -> None:
     assert answer.json()["response"] == say(NAME)
 
 
-def test_logprobs_of_what_it_says_are_there(recipe: Recipe, build: Path) -> None:
+def test_answer_has_log_probabilities(recipe: Recipe, build: Path) -> None:
     publish(recipe, build)
     body = {"model": NAME, "messages": conversation("Hola"), "stream": False, "logprobs": True, "top_logprobs": 3}
     options = {"num_predict": 4, "temperature": 0}
@@ -183,7 +181,7 @@ def first_tokens(model: str, question: str) -> dict[str, float]:
     return {entry["token"]: entry["logprob"] for entry in answer["logprobs"][0]["top_logprobs"]}
 
 
-def test_base_and_adapter_answer_as_the_merged_model_does(recipe: Recipe, build: Path, api: Ollama) -> None:
+def test_base_with_adapter_answers_like_the_merged_model(recipe: Recipe, build: Path, api: Ollama) -> None:
     publish(recipe, build)
     result = publish(recipe, build, adapter=True)
     assert result["model"] == f"{NAME}-lora"
@@ -204,9 +202,7 @@ def test_base_and_adapter_answer_as_the_merged_model_does(recipe: Recipe, build:
 
 @needs_binary
 @pytest.mark.parametrize("adapter", [False, True])
-def test_the_modelfile_makes_the_same_model_by_ollama_create(
-    recipe: Recipe, build: Path, api: Ollama, *, adapter: bool
-) -> None:
+def test_ollama_create_makes_an_equal_model(recipe: Recipe, build: Path, api: Ollama, *, adapter: bool) -> None:
     name = publish(recipe, build, adapter=adapter)["model"]
     folder = build / "tiny" / ("lora" if adapter else "model")
     command = [BINARY, "create", f"{name}-by-hand", "-f", "Modelfile"]
@@ -240,7 +236,7 @@ def refused(api: Ollama, model: builds.Model, hashes: dict[Path, str], error: ty
     assert {tag.name: tag.digest for tag in api.tags()} == before
 
 
-def test_r1s_template_left_in_the_gguf_is_refused(recipe: Recipe, build: Path, api: Ollama) -> None:
+def test_gguf_with_the_r1_template_is_refused(recipe: Recipe, build: Path, api: Ollama) -> None:
     model, _ = published_model(recipe, build)
     base = build / "tiny/gguf/base-Q8_0.gguf"  # the tiny base carries R1's own template
     refused(api, *with_file(model, base), GateError, r"template is .*User.*took the GGUF's own chat template")
@@ -250,27 +246,27 @@ def test_r1s_template_left_in_the_gguf_is_refused(recipe: Recipe, build: Path, a
     "template",
     [GO_TEMPLATE.replace("Respuesta:", "Respuesta: "), "{{ .Prompt }}", GO_TEMPLATE.removesuffix("\n\n")],
 )
-def test_a_template_that_prompts_otherwise_is_refused(recipe: Recipe, build: Path, api: Ollama, template: str) -> None:
+def test_template_with_another_prompt_is_refused(recipe: Recipe, build: Path, api: Ollama, template: str) -> None:
     model, hashes = published_model(recipe, build)
     spoiled = replace(model, settings={**model.settings, "template": template})
     refused(api, spoiled, hashes, GateError, "prompted otherwise than it was trained")
 
 
-def test_a_parameter_that_the_server_drops_is_refused(recipe: Recipe, build: Path, api: Ollama) -> None:
+def test_parameter_that_the_server_drops_is_refused(recipe: Recipe, build: Path, api: Ollama) -> None:
     model, hashes = published_model(recipe, build)
     spoiled = replace(model, settings={**model.settings, "parameters": {"num_ctx": "many"}})
     refused(api, spoiled, hashes, ServiceError, "num_ctx")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
-def test_a_truncated_gguf_is_refused(recipe: Recipe, build: Path, api: Ollama, tmp_path: Path, share: float) -> None:
+def test_truncated_gguf_is_refused(recipe: Recipe, build: Path, api: Ollama, tmp_path: Path, share: float) -> None:
     model, _ = published_model(recipe, build)
     data = (build / "tiny/gguf/tutor-Q8_0.gguf").read_bytes()
     (tmp_path / "cut.gguf").write_bytes(data[: int(len(data) * share)])
     refused(api, *with_file(model, tmp_path / "cut.gguf"), ServiceError, "Ollama reports: .*damaged")
 
 
-def test_an_adapter_of_another_base_is_refused_at_its_first_answer(
+def test_adapter_of_another_base_is_refused_when_it_answers(
     recipe: Recipe, build: Path, api: Ollama, tmp_path: Path
 ) -> None:
     publish(recipe, build, adapter=True)
@@ -283,14 +279,12 @@ def test_an_adapter_of_another_base_is_refused_at_its_first_answer(
     refused(api, spoiled, hashes, ServiceError, r"\(500\)")
 
 
-def test_a_model_that_is_not_there_is_said_with_what_to_do() -> None:
+def test_missing_model_error_names_the_next_step() -> None:
     with pytest.raises(MissingError, match="publish it: tutor publish"):
         say(f"{NAME}-nothing")
 
 
-def test_a_prompt_longer_than_the_context_is_an_error_and_loads_nothing_again(
-    recipe: Recipe, build: Path, api: Ollama
-) -> None:
+def test_prompt_longer_than_the_context_is_an_error(recipe: Recipe, build: Path, api: Ollama) -> None:
     publish(recipe, build)
     long: list[Message] = conversation(QUESTIONS[0])
     for _ in range(200):
@@ -325,7 +319,7 @@ def own_server(tmp_path: Path) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]
 
 
 @needs_binary
-def test_a_server_that_is_starting_is_waited_for_and_one_killed_mid_answer_is_a_service_fault(
+def test_server_killed_during_an_answer_is_a_service_error(
     recipe: Recipe, build: Path, own_server: tuple[str, "subprocess.Popen[bytes]"]
 ) -> None:
     host, process = own_server
@@ -347,7 +341,7 @@ def test_a_server_that_is_starting_is_waited_for_and_one_killed_mid_answer_is_a_
 
 
 @needs_binary
-def test_models_outlive_a_restart_of_the_server(
+def test_builds_survive_a_restart_of_the_server(
     recipe: Recipe, build: Path, own_server: tuple[str, "subprocess.Popen[bytes]"], tmp_path: Path
 ) -> None:
     host, process = own_server
@@ -368,7 +362,7 @@ def test_models_outlive_a_restart_of_the_server(
         second.wait()
 
 
-def test_the_published_model_is_evaluated(recipe: Recipe, build: Path) -> None:
+def test_published_model_is_evaluated(recipe: Recipe, build: Path) -> None:
     publish(recipe, build)
     result = compare.evaluate_published(recipe, build, host=HOST)
     answers = json.loads((build / "tiny/eval-ollama/answers.json").read_text("utf-8"))

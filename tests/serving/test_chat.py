@@ -72,7 +72,7 @@ def talk(engine: Scripted, lines: list[str | BaseException], system: str = "", c
     return person
 
 
-def test_a_conversation_shows_trimmed_answers_and_sends_them_as_they_came() -> None:
+def test_answers_are_shown_trimmed_and_sent_back_unchanged() -> None:
     engine = Scripted([[" Una interfaz.\n\n", "Dos.\n"], [" Sí."]])
     person = talk(engine, ["¿Qué es?", "¿Seguro?", "/salir"])
     assert person.screen == (f"{PROMPT}¿Qué es?\nUna interfaz.\n\nDos.\n{PROMPT}¿Seguro?\nSí.\n{PROMPT}/salir\n")
@@ -82,13 +82,13 @@ def test_a_conversation_shows_trimmed_answers_and_sends_them_as_they_came() -> N
     ]
 
 
-def test_the_system_text_opens_every_prompt() -> None:
+def test_system_text_opens_every_prompt() -> None:
     engine = Scripted([[" a"], [" b"]])
     talk(engine, ["x", "y", CTRL_D], system="Eres un tutor.")
     assert all(prompt.startswith("Eres un tutor.\n\nInstrucción: x") for prompt in engine.asked)
 
 
-def test_nuevo_forgets_and_ayuda_and_unknown_commands_are_not_asked() -> None:
+def test_slash_commands_are_not_sent_to_the_engine() -> None:
     engine = Scripted([[" a"], [" b"]])
     person = talk(engine, ["x", "/nuevo", "/ayuda", "/nada", "y", "/salir"])
     assert engine.asked[1] == "Instrucción: y\nRespuesta:"
@@ -96,19 +96,19 @@ def test_nuevo_forgets_and_ayuda_and_unknown_commands_are_not_asked() -> None:
     assert person.notes[3].startswith("No conozco /nada.")
 
 
-def test_a_question_may_begin_with_a_slash() -> None:
+def test_question_that_begins_with_a_slash_is_sent() -> None:
     engine = Scripted([[" a"]])
     talk(engine, ["/* ¿qué es esto? */", "/salir"])
     assert "/* ¿qué es esto? */" in engine.asked[0]
 
 
-def test_blank_lines_are_not_asked() -> None:
+def test_blank_lines_are_not_sent() -> None:
     engine = Scripted([])
     talk(engine, ["", "  \t", CTRL_D])
     assert engine.asked == []
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_chat_and_what_came_stays() -> None:
+def test_ctrl_c_during_an_answer_keeps_the_partial_text() -> None:
     engine = Scripted([[" Una inter", CTRL_C], [" b"]])
     person = talk(engine, ["x", "y", "/salir"])
     assert "Una inter\n" in person.screen
@@ -123,27 +123,27 @@ def test_ctrl_c_before_the_first_word_drops_the_question() -> None:
 
 
 @pytest.mark.parametrize("nothing", ["", " ", "\n"])
-def test_an_empty_answer_drops_its_question_and_says_so(nothing: str) -> None:
+def test_empty_answer_drops_its_question_with_a_note(nothing: str) -> None:
     engine = Scripted([[" a"], [nothing], [" c"]])
     person = talk(engine, ["x", "y", "z", "/salir"])
     assert engine.asked[2] == "Instrucción: x\nRespuesta: a\n\nInstrucción: z\nRespuesta:"
     assert "no ha respondido nada" in person.notes[1]
 
 
-def test_ctrl_c_at_the_prompt_asks_once_and_leaves_the_second_time() -> None:
+def test_second_ctrl_c_at_the_prompt_ends_the_chat() -> None:
     engine = Scripted([[" a"]])
     person = talk(engine, [CTRL_C, "x", CTRL_C, "", CTRL_C, CTRL_C])
     assert len(engine.asked) == 1
     assert person.notes.count("Otra vez Ctrl-C para salir.") == 3
 
 
-def test_a_cut_answer_says_so_beside_the_text() -> None:
+def test_cut_answer_is_noted_outside_the_text() -> None:
     person = talk(Scripted([[" a"]], finish="length", tokens=50), ["x", "/salir"])
     assert person.notes[-1] == "Respuesta cortada a los 50 tokens (generate.max_new_tokens)."
     assert "cortada" not in person.screen
 
 
-def test_what_no_longer_fits_the_context_is_forgotten_oldest_first() -> None:
+def test_oldest_turns_are_dropped_when_the_context_is_full() -> None:
     engine = Scripted([[" a"] for _ in range(4)])
     # The scripted engine counts characters as tokens: two exchanges and the answer's room fit, three do not.
     person = talk(engine, ["u", "v", "w", "x", "/salir"], context=50 + 75)
@@ -152,12 +152,12 @@ def test_what_no_longer_fits_the_context_is_forgotten_oldest_first() -> None:
     assert len([note for note in person.notes if "olvido" in note]) == 1
 
 
-def test_broken_characters_of_a_terminal_are_replaced() -> None:
+def test_invalid_characters_from_the_terminal_are_replaced() -> None:
     engine = Scripted([[" a"]])
     talk(engine, ["¿qu\udce9?", "/salir"])
     engine.asked[0].encode("utf-8")
 
 
-def test_an_engine_that_fails_ends_the_chat() -> None:
+def test_engine_error_ends_the_chat() -> None:
     with pytest.raises(ServiceError):
         talk(Scripted([[ServiceError("gone")]]), ["x"])

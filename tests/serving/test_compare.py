@@ -1,61 +1,25 @@
-"""Models by name, answers that are kept, and the comparison of two models, also as commands."""
+"""serving/compare.py: answers of named models are stored, and two models are compared."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 from support import fake_ollama as fake
 from support.answering import ENGLISH, SPANISH, asked
+from support.evaluations import PROMPTS, written
 from support.files import write_rows
 
 from tutor.artifacts.stage_folder import writing
 from tutor.cli import summary
-from tutor.cli.commands.evaluate import compare_command
 from tutor.errors import ArtifactError, RecipeError, ServiceError
 from tutor.pipeline.registry import BY_NAME
 from tutor.pipeline.runner import clean
 from tutor.recipe.settings import Recipe
 from tutor.serving.compare import compare_models, evaluate_models
-from tutor.serving.models import ModelChoice, parse_model
+from tutor.serving.models import parse_model
 
-PROMPTS = [
-    {"instruction": f"¿Qué es el tipo {name} en TypeScript?", "category": "ab"[number % 2], "code": [], "expect": {}}
-    for number, name in enumerate(("any", "never", "void", "unknown", "object", "symbol", "bigint", "null"))
-]
-
-
-# Names
-
-
-@pytest.mark.parametrize(
-    ("text", "engine", "choice", "label"),
-    [
-        ("tutor", "llamacpp", ModelChoice("tutor"), "tutor"),
-        ("base", "llamacpp", ModelChoice("base"), "base"),
-        ("adapter", "llamacpp", ModelChoice("adapter"), "adapter"),
-        ("Q8_0", "llamacpp", ModelChoice("tutor", "Q8_0"), "tutor-Q8_0"),
-        ("base-F16", "llamacpp", ModelChoice("base", "F16"), "base-F16"),
-        ("hf:tutor", "llamacpp", ModelChoice("tutor", None, "hf"), "hf:tutor"),
-        ("base", "hf", ModelChoice("base", None, "hf"), "hf:base"),
-        ("ollama:llama3.1:8b", "llamacpp", ModelChoice("llama3.1:8b", None, "ollama"), "ollama:llama3.1:8b"),
-        ("tutor:latest", "ollama", ModelChoice("tutor:latest", None, "ollama"), "ollama:tutor:latest"),
-        ("llamacpp:Q8_0", "ollama", ModelChoice("tutor", "Q8_0"), "tutor-Q8_0"),
-    ],
-)
-def test_a_model_has_a_name_with_or_without_its_engine(text: str, engine: str, choice: ModelChoice, label: str) -> None:
-    assert parse_model(text, engine) == choice
-    assert choice.label == label
-
-
-@pytest.mark.parametrize("text", ["", "hf:", "nada", "q8_0", "tutor-", "hf:Q8_0", "base-q4", "../gguf"])
-def test_an_unknown_name_is_refused_with_those_that_there_are(text: str) -> None:
-    with pytest.raises(RecipeError, match="known: tutor, base, adapter"):
-        parse_model(text)
-
-
-# Asking
+# Evaluating
 
 
 @pytest.fixture
@@ -85,7 +49,7 @@ def answers(build: Path, folder: str) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("llamacpp")
-def test_every_named_model_is_asked_judged_and_compared_with_the_first(recipe: Recipe, build: Path) -> None:
+def test_named_models_are_graded_and_compared_with_the_first(recipe: Recipe, build: Path) -> None:
     result = evaluate_models(recipe, build, [parse_model("base"), parse_model("tutor"), parse_model("F16")], parallel=3)
     assert {name: model["all"]["passed"]["n"] for name, model in result["models"].items()} == {
         "base": 0,
@@ -103,9 +67,7 @@ def test_every_named_model_is_asked_judged_and_compared_with_the_first(recipe: R
 
 
 @pytest.mark.usefixtures("llamacpp")
-def test_what_was_said_once_is_not_asked_again_until_something_changes(
-    recipe: Recipe, build: Path, tmp_path: Path
-) -> None:
+def test_stored_answers_are_reused_until_an_input_changes(recipe: Recipe, build: Path, tmp_path: Path) -> None:
     assert evaluate_models(recipe, build, [parse_model("tutor")])["ran"]
     before = len(asked(tmp_path / "tutor.asked"))
     assert not evaluate_models(recipe, build, [parse_model("tutor")], parallel=4)["ran"]
@@ -114,14 +76,14 @@ def test_what_was_said_once_is_not_asked_again_until_something_changes(
 
 
 @pytest.mark.usefixtures("llamacpp")
-def test_cleaning_the_evaluation_removes_what_was_asked_beside_it(recipe: Recipe, build: Path) -> None:
+def test_clean_evaluate_removes_evaluations_of_single_models(recipe: Recipe, build: Path) -> None:
     evaluate_models(recipe, build, [parse_model("tutor")])
     assert sorted(path.name for path in (build / "small").glob("eval*")) == ["eval-tutor", "eval-tutor.log"]
     clean(recipe, build, ("evaluate",))
     assert not list((build / "small").glob("eval*"))
 
 
-def test_a_model_that_was_not_made_names_what_was(recipe: Recipe, build: Path) -> None:
+def test_missing_model_error_names_the_existing_ones(recipe: Recipe, build: Path) -> None:
     with pytest.raises(RecipeError, match="made for tutor: F16, Q4_K_M"):
         evaluate_models(recipe, build, [parse_model("Q8_0")])
     with pytest.raises(ArtifactError, match="run: tutor run --until merge"):
@@ -130,7 +92,7 @@ def test_a_model_that_was_not_made_names_what_was(recipe: Recipe, build: Path) -
         evaluate_models(recipe, build, [parse_model("tutor"), parse_model("tutor")])
 
 
-def test_without_the_data_stage_there_is_nothing_to_ask(recipe: Recipe, tmp_path: Path) -> None:
+def test_evaluation_without_the_data_stage_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="run: tutor run --until data"):
         evaluate_models(recipe, tmp_path / "empty", [parse_model("tutor")])
 
@@ -138,24 +100,7 @@ def test_without_the_data_stage_there_is_nothing_to_ask(recipe: Recipe, tmp_path
 # Comparing
 
 
-def written(folder: Path, passed: list[bool], prompts: list[dict[str, Any]], **others: Any) -> Path:
-    """A build folder with the answers of an evaluation."""
-    rows = [
-        {
-            **prompt,
-            "answers": {
-                "tutor": {"text": " Sí.", "verdicts": {"spanish": good}, "passed": good, "reasons": []},
-                **others,
-            },
-        }
-        for prompt, good in zip(prompts, passed, strict=True)
-    ]
-    (folder / "eval").mkdir(parents=True)
-    (folder / "eval" / "answers.json").write_text(json.dumps(rows), "utf-8")
-    return folder
-
-
-def test_two_builds_are_compared_over_the_prompts_that_both_were_asked(recipe: Recipe, tmp_path: Path) -> None:
+def test_builds_are_compared_over_their_common_prompts(recipe: Recipe, tmp_path: Path) -> None:
     early = written(tmp_path / "one", [False] * 6 + [True], PROMPTS[:7], base={"text": "x", "passed": True})
     late = written(tmp_path / "two", [True] * 7, PROMPTS[7:0:-1])
     found = compare_models(recipe, tmp_path / "build", str(early), str(late / "eval" / "answers.json"))
@@ -175,7 +120,7 @@ def test_two_builds_are_compared_over_the_prompts_that_both_were_asked(recipe: R
     assert lines[-6:] == ["  better in B: 5 of 6", *(f"  » {prompt['instruction']}" for prompt in PROMPTS[1:6])]
 
 
-def test_a_build_compared_with_itself_shows_no_difference(recipe: Recipe, tmp_path: Path) -> None:
+def test_build_compared_with_itself_shows_no_difference(recipe: Recipe, tmp_path: Path) -> None:
     same = str(written(tmp_path / "one", [True, False] * 4, PROMPTS))
     found = compare_models(recipe, tmp_path, same, same)
     assert {entry["conclusion"] for entry in (*found["all"].values(), *found["categories"].values())} == {
@@ -185,19 +130,19 @@ def test_a_build_compared_with_itself_shows_no_difference(recipe: Recipe, tmp_pa
 
 
 @pytest.mark.usefixtures("llamacpp")
-def test_a_build_can_be_compared_with_a_model_that_is_asked(recipe: Recipe, build: Path, tmp_path: Path) -> None:
+def test_build_is_compared_with_a_model_that_runs_now(recipe: Recipe, build: Path, tmp_path: Path) -> None:
     early = written(tmp_path / "one", [False] * 8, PROMPTS)
     assert compare_models(recipe, build, str(early), "tutor")["all"]["passed"]["conclusion"] == "better"
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '[{"answers": {}}]', '[{"answers": {"tutor": {"text": "x"}}}]'])
-def test_answers_without_verdicts_cannot_be_compared(recipe: Recipe, tmp_path: Path, content: str) -> None:
+def test_answers_without_verdicts_are_refused(recipe: Recipe, tmp_path: Path, content: str) -> None:
     (tmp_path / "answers.json").write_text(content)
     with pytest.raises(ArtifactError, match="evaluate again: tutor eval"):
         compare_models(recipe, tmp_path, str(tmp_path), str(tmp_path))
 
 
-def test_builds_of_other_prompts_and_folders_without_answers_are_refused(recipe: Recipe, tmp_path: Path) -> None:
+def test_builds_without_common_prompts_are_refused(recipe: Recipe, tmp_path: Path) -> None:
     early = str(written(tmp_path / "one", [True] * 4, PROMPTS[:4]))
     late = str(written(tmp_path / "two", [True] * 4, PROMPTS[4:]))
     with pytest.raises(ArtifactError, match="no prompt in common"):
@@ -206,7 +151,7 @@ def test_builds_of_other_prompts_and_folders_without_answers_are_refused(recipe:
         compare_models(recipe, tmp_path, early, str(tmp_path))
 
 
-def test_a_folder_that_only_has_a_models_name_is_no_build(
+def test_folder_named_like_a_model_is_not_taken_for_a_build(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a checkout `tutor` is a folder, too."""
@@ -216,7 +161,7 @@ def test_a_folder_that_only_has_a_models_name_is_no_build(
         compare_models(recipe, tmp_path / "build", "tutor", "tutor")
 
 
-def test_two_ollama_models_are_asked_both_and_compared(recipe: Recipe, build: Path) -> None:
+def test_two_ollama_models_are_run_and_compared(recipe: Recipe, build: Path) -> None:
     with fake.running() as server:
         for name in ("alfa:latest", "beta:latest"):
             facts = {"quantization": "Q8_0", "chat_template": "", "kind": "model", "size": 2000}
@@ -228,15 +173,3 @@ def test_two_ollama_models_are_asked_both_and_compared(recipe: Recipe, build: Pa
         found = compare_models(recipe, build, "alfa", "ollama:beta", engine="ollama", host=server.host, parallel=2)
     assert (found["before"], found["after"], found["n"]) == ("ollama:alfa", "ollama:beta", 8)
     assert found["all"]["passed"]["conclusion"] == "no difference shown"
-
-
-def test_the_command_prints_the_table_or_json(tmp_path: Path, recipe_file: Path) -> None:
-    early = str(written(tmp_path / "one", [False] * 8, PROMPTS))
-    late = str(written(tmp_path / "two", [True] * 8, PROMPTS))
-    where = ["-r", str(recipe_file), "-b", str(tmp_path / "build")]
-    done = CliRunner().invoke(compare_command, [early, late, *where], obj={"quiet": True})
-    assert done.exit_code == 0, done.output
-    assert "0 % (0/8)" in done.stdout
-    assert "+100 [+38, +100]" in done.stdout
-    as_json = CliRunner().invoke(compare_command, [early, late, *where, "--json"], obj={"quiet": True})
-    assert json.loads(as_json.stdout)["all"]["passed"]["better"] == 8

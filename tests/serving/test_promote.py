@@ -1,7 +1,7 @@
 """Promotion against a fake server: a worse build never replaces the served one, and the reason is kept."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,31 +9,20 @@ import pytest
 from support import fake_ollama as fake
 from support.fake_ollama import FakeOllama
 from support.parity_folders import write_parity
-from support.published import SYSTEM, make_stages
+from support.published import make_stages
 
 from tutor.artifacts.disk import remove, write_json
 from tutor.artifacts.manifest import require_stage
 from tutor.artifacts.stage_folder import writing
 from tutor.errors import GateError, RecipeError
 from tutor.pipeline.registry import BY_NAME
-from tutor.recipe.settings import OllamaSettings, Recipe
+from tutor.recipe.settings import Recipe
 from tutor.serving import promote, publish
 
 PROMPTS = [f"¿Qué es {number}?" for number in range(24)]
 GOOD = [True] * 24
 WORSE = [number >= 8 for number in range(24)]
 LITTLE = [number >= 1 for number in range(24)]
-
-
-@pytest.fixture
-def server() -> Iterator[FakeOllama]:
-    with fake.running() as running:
-        yield running
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
-    return Recipe(system=SYSTEM, ollama=OllamaSettings(quantization="Q8_0"), path=tmp_path / "small.toml")
 
 
 def trained(recipe: Recipe, build: Path, system: str, passed: Sequence[bool] | None) -> Recipe:
@@ -76,7 +65,7 @@ def latest(server: FakeOllama) -> str:
     return str(server.models["tutor:latest"].body["system"])
 
 
-def test_the_first_build_is_served_and_its_answers_are_kept(server: FakeOllama, recipe: Recipe, build: Path) -> None:
+def test_first_build_is_served_and_its_answers_are_stored(server: FakeOllama, recipe: Recipe, build: Path) -> None:
     result = put(server, recipe, build, "uno", GOOD)
     assert result["promotion"]["comparison"] == "nothing was in service"
     kept = build / "small/served" / result["build"]
@@ -87,9 +76,7 @@ def test_the_first_build_is_served_and_its_answers_are_kept(server: FakeOllama, 
     ), "published.json names what is served"
 
 
-def test_a_worse_build_is_not_served_and_the_questions_that_got_worse_are_named(
-    server: FakeOllama, recipe: Recipe, build: Path
-) -> None:
+def test_worse_build_is_refused_with_its_worse_questions(server: FakeOllama, recipe: Recipe, build: Path) -> None:
     first = put(server, recipe, build, "uno", GOOD)
     with pytest.raises(
         GateError, match=r"100 % and 67 % of 24 prompts .*: worse; 8 got worse: «¿Qué es 0\?»"
@@ -108,7 +95,7 @@ def test_a_worse_build_is_not_served_and_the_questions_that_got_worse_are_named(
     assert latest(server) == "uno"
 
 
-def test_what_forces_it_is_recorded_with_what_it_overrode(server: FakeOllama, recipe: Recipe, build: Path) -> None:
+def test_forced_promotion_records_what_it_overrode(server: FakeOllama, recipe: Recipe, build: Path) -> None:
     first = put(server, recipe, build, "uno", GOOD)
     second = put(server, recipe, build, "dos", WORSE, force=True)
     assert latest(server) == "dos"
@@ -121,7 +108,7 @@ def test_what_forces_it_is_recorded_with_what_it_overrode(server: FakeOllama, re
 
 
 @pytest.mark.parametrize("passed", [GOOD, LITTLE], ids=["as good", "no difference shown"])
-def test_a_build_that_is_not_shown_to_be_worse_is_served(
+def test_build_without_a_significant_loss_is_served(
     server: FakeOllama, recipe: Recipe, build: Path, passed: list[bool]
 ) -> None:
     put(server, recipe, build, "uno", GOOD)
@@ -129,18 +116,14 @@ def test_a_build_that_is_not_shown_to_be_worse_is_served(
     assert latest(server) == "dos"
 
 
-def test_without_answers_of_what_is_in_service_that_is_said_and_the_new_one_served(
-    server: FakeOllama, recipe: Recipe, build: Path
-) -> None:
+def test_latest_without_stored_answers_is_replaced_uncompared(server: FakeOllama, recipe: Recipe, build: Path) -> None:
     put(server, recipe, build, "uno", None)
     said = put(server, recipe, build, "dos", WORSE)["promotion"]["comparison"]
     assert "no answers of tutor:" in said
     assert latest(server) == "dos"
 
 
-def test_a_model_that_tutor_did_not_publish_is_replaced_with_a_word(
-    server: FakeOllama, recipe: Recipe, build: Path
-) -> None:
+def test_latest_of_another_origin_is_replaced_uncompared(server: FakeOllama, recipe: Recipe, build: Path) -> None:
     put(server, recipe, build, "uno", GOOD)
     theirs = server.models["tutor:latest"]
     server.models = {"tutor:latest": fake.Model({**theirs.body, "license": "x"}, theirs.facts, theirs.blob)}
@@ -148,9 +131,7 @@ def test_a_model_that_tutor_did_not_publish_is_replaced_with_a_word(
     assert "no answers of tutor:latest" in put(server, recipe, build, "dos", WORSE)["promotion"]["comparison"]
 
 
-def test_a_build_that_was_not_evaluated_is_asked_before_it_takes_the_place_of_one_that_was(
-    server: FakeOllama, recipe: Recipe, build: Path
-) -> None:
+def test_unevaluated_build_is_evaluated_before_promotion(server: FakeOllama, recipe: Recipe, build: Path) -> None:
     """In the stack the evaluator comes behind the publisher."""
     put(server, recipe, build, "uno", GOOD)
     with writing(build / "small/data", "data", {}) as (out, _):
@@ -165,7 +146,7 @@ def test_a_build_that_was_not_evaluated_is_asked_before_it_takes_the_place_of_on
     ]
 
 
-def test_a_red_parity_gate_is_not_promoted_but_by_force(server: FakeOllama, recipe: Recipe, build: Path) -> None:
+def test_failed_parity_gate_is_promoted_only_by_force(server: FakeOllama, recipe: Recipe, build: Path) -> None:
     changed = trained(recipe, build, "uno", GOOD)
     published = promote.publish_and_promote(changed, build, host=server.host)["build"]
     write_parity(changed, build, refused={"message": "F16 -> Q8_0 (quantize) diverges in its end: x", "hint": "y"})
@@ -175,9 +156,7 @@ def test_a_red_parity_gate_is_not_promoted_but_by_force(server: FakeOllama, reci
     assert "diverges in its end" in forced["promotion"]["overrode"][0]
 
 
-def test_a_tag_that_was_written_by_someone_else_is_not_promoted(
-    server: FakeOllama, recipe: Recipe, build: Path
-) -> None:
+def test_tag_with_another_digest_is_not_promoted(server: FakeOllama, recipe: Recipe, build: Path) -> None:
     result = put(server, recipe, build, "uno", GOOD)
     put(server, recipe, build, "dos", GOOD)
     theirs = server.models[result["tag"]]
@@ -186,9 +165,7 @@ def test_a_tag_that_was_written_by_someone_else_is_not_promoted(
         promote.promote(recipe, build, result["build"], host=server.host)
 
 
-def test_an_older_build_goes_back_into_service_through_the_same_gate(
-    server: FakeOllama, recipe: Recipe, build: Path
-) -> None:
+def test_older_build_is_promoted_through_the_same_gate(server: FakeOllama, recipe: Recipe, build: Path) -> None:
     first = put(server, recipe, build, "uno", WORSE)
     second = put(server, recipe, build, "dos", GOOD)
     assert ": better" in second["promotion"]["comparison"]
@@ -198,7 +175,7 @@ def test_an_older_build_goes_back_into_service_through_the_same_gate(
         promote.promote(recipe, build, "x", host=server.host)
 
 
-def test_the_same_build_is_published_once_and_weighed_once(server: FakeOllama, recipe: Recipe, build: Path) -> None:
+def test_same_build_is_published_and_compared_once(server: FakeOllama, recipe: Recipe, build: Path) -> None:
     first = put(server, recipe, build, "uno", GOOD)
     again = put(server, recipe, build, "uno", GOOD)
     assert again["published"] is False

@@ -71,7 +71,7 @@ HASHES = ("data.sha256", "recipe.sha256", "adapter.sha256", "merged.sha256", "ba
 # Lineage
 
 
-def test_the_lineage_names_data_recipe_base_adapter_merged_weights_and_tools(built: Built) -> None:
+def test_lineage_names_inputs_weights_and_tools(built: Built) -> None:
     said = lineage.from_fields(read_gguf(built.gguf()).fields)
     assert set(said) == {*HASHES, *lineage.SOFTWARE}
     assert all(len(said[name]) == 64 for name in HASHES if name.endswith("sha256"))
@@ -79,7 +79,7 @@ def test_the_lineage_names_data_recipe_base_adapter_merged_weights_and_tools(bui
     assert not any(str(built.build) in value for value in said.values()), "no path of this machine"
 
 
-def test_the_lineage_is_the_same_twice_and_from_another_folder(built: Built, tmp_path: Path) -> None:
+def test_lineage_is_equal_in_another_folder(built: Built, tmp_path: Path) -> None:
     moved_away = {name: Path(shutil.copytree(path, tmp_path / "x" / path.name)) for name, path in built.inputs.items()}
     assert lineage.tutor_lineage(built.recipe, moved_away) == lineage.tutor_lineage(built.recipe, built.inputs)
 
@@ -95,7 +95,7 @@ def test_the_lineage_is_the_same_twice_and_from_another_folder(built: Built, tmp
         ({"data": {"train": "elsewhere.jsonl"}}, True),
     ],
 )
-def test_the_recipe_s_hash_changes_with_what_decides_the_weights_alone(change: dict[str, Any], same: bool) -> None:  # noqa: FBT001
+def test_recipe_hash_changes_only_with_training_settings(change: dict[str, Any], same: bool) -> None:  # noqa: FBT001
     changed = Recipe.model_validate(change)
     assert (lineage.recipe_hash(changed) == lineage.recipe_hash(Recipe())) is same
 
@@ -104,7 +104,7 @@ def test_the_recipe_s_hash_changes_with_what_decides_the_weights_alone(change: d
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0"])
-def test_a_file_of_this_build_is_ok_in_every_row(built: Built, kind: str) -> None:
+def test_file_of_this_build_is_ok_in_every_row(built: Built, kind: str) -> None:
     assert set(built.conditions(built.gguf(kind)).values()) == {"ok"}
 
 
@@ -130,7 +130,7 @@ def sabotage_merged(built: Built) -> None:
         (sabotage_merged, {"merged.sha256", "weights"}),
     ],
 )
-def test_what_is_no_longer_as_the_file_says_is_wrong_and_nothing_else(
+def test_changed_input_is_wrong_in_its_rows_alone(
     built: Built, sabotage: Callable[[Built], None], wrong: set[str]
 ) -> None:
     sabotage(built)
@@ -139,7 +139,7 @@ def test_what_is_no_longer_as_the_file_says_is_wrong_and_nothing_else(
     assert {condition for what, condition in found.items() if what not in wrong} == {"ok"}
 
 
-def test_a_file_with_one_changed_byte_is_wrong(built: Built, tmp_path: Path) -> None:
+def test_file_with_one_changed_byte_is_wrong(built: Built, tmp_path: Path) -> None:
     copy = tmp_path / "a.gguf"
     data = bytearray(built.gguf("F16").read_bytes())
     data[-4] ^= 1  # the last bit of a number: far less than a quantization may be off
@@ -149,7 +149,7 @@ def test_a_file_with_one_changed_byte_is_wrong(built: Built, tmp_path: Path) -> 
     assert found["merged.sha256"] == "ok", "it still says so"
 
 
-def test_what_is_gone_is_unknown_with_its_reason(built: Built, tmp_path: Path) -> None:
+def test_missing_inputs_are_unknown_with_a_reason(built: Built, tmp_path: Path) -> None:
     copy = Path(shutil.copy(built.gguf(), tmp_path / "a.gguf"))
     for name in ("data", "adapter", "merged", "gguf", "base"):
         shutil.rmtree(built.folder / name)
@@ -169,7 +169,7 @@ def test_damaged_weights_are_unknown_and_their_hash_is_wrong(built: Built) -> No
     assert "is damaged" in rows["weights"].computed
 
 
-def test_other_software_is_told_and_is_not_wrong(built: Built, tmp_path: Path) -> None:
+def test_other_software_versions_are_not_wrong(built: Built, tmp_path: Path) -> None:
     says = {**built.says, "tutor.version": "0.0.1", "tutor.tomorrow": "?"}
     path = file(tmp_path / "a.gguf", random(), says=says)
     found = built.conditions(path)
@@ -199,7 +199,7 @@ def adapter(built: Built, path: Path) -> Path:
     return path
 
 
-def test_an_adapter_s_file_is_compared_with_peft_s(built: Built) -> None:
+def test_adapter_file_is_compared_with_that_of_peft(built: Built) -> None:
     with writing(built.folder / "lora", "lora", {}) as (out, _):
         adapter(built, out / "tutor-lora.gguf")
     found = built.conditions(built.folder / "lora" / "tutor-lora.gguf")
@@ -211,29 +211,23 @@ def test_an_adapter_s_file_is_compared_with_peft_s(built: Built) -> None:
     assert built.conditions(other)["adapter.sha256"] == "wrong"
 
 
-def test_a_file_that_says_nothing_of_its_origin_is_an_artifact_error(built: Built, tmp_path: Path) -> None:
+def test_file_without_an_origin_is_an_artifact_error(built: Built, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="does not record its origin"):
         built.conditions(file(tmp_path / "a.gguf", random()))
 
 
 @pytest.mark.parametrize(("name", "is_file"), [("tutor", False), ("tutor:latest", False), ("user/tutor", False)])
-def test_a_name_is_a_model_where_no_file_has_it(name: str, is_file: bool) -> None:  # noqa: FBT001
+def test_name_without_a_file_is_a_model(name: str, is_file: bool) -> None:  # noqa: FBT001
     assert verify.is_file(name) is is_file
 
 
 @pytest.mark.parametrize("name", ["gone.gguf", "/gone", "./gone"])
-def test_a_path_without_its_file_is_no_model(name: str) -> None:
+def test_path_of_a_missing_file_is_refused(name: str) -> None:
     with pytest.raises(RecipeError, match="is no file"):
         verify.is_file(name)
 
 
 # Models on a server
-
-
-@pytest.fixture
-def server() -> Any:
-    with fake.running() as running:
-        yield running
 
 
 def publish(server: fake.FakeOllama, path: Path, **facts: Any) -> str:
@@ -244,9 +238,7 @@ def publish(server: fake.FakeOllama, path: Path, **facts: Any) -> str:
     return digest
 
 
-def test_a_published_model_is_known_by_its_file_and_what_it_says(
-    built: Built, server: fake.FakeOllama, tmp_path: Path
-) -> None:
+def test_published_model_is_identified_by_its_file(built: Built, server: fake.FakeOllama, tmp_path: Path) -> None:
     with writing(built.folder / "gguf", "convert", {}) as (out, _):
         publish(server, out / "tutor-Q8_0.gguf", info=built.says)
     rows = {row.what: row for row in verify.verify_model("tutor:latest", server.host, built.recipe, built.build)}
@@ -255,7 +247,7 @@ def test_a_published_model_is_known_by_its_file_and_what_it_says(
     assert rows["weights"].condition == "unknown", "the fake's files are no GGUF"
 
 
-def test_a_server_s_file_that_is_here_too_has_its_weights_compared(built: Built, server: fake.FakeOllama) -> None:
+def test_local_copy_of_a_server_file_has_its_weights_compared(built: Built, server: fake.FakeOllama) -> None:
     """The fake tells no key-values of a real file: they are the file's own."""
     path = built.gguf()
     server.blobs[digest := f"sha256:{file_sha256(path)}"] = path.read_bytes()
@@ -267,15 +259,13 @@ def test_a_server_s_file_that_is_here_too_has_its_weights_compared(built: Built,
     assert "merged.sha256" in rows
 
 
-def test_a_model_of_another_build_is_wrong(built: Built, server: fake.FakeOllama, tmp_path: Path) -> None:
+def test_model_of_another_build_is_wrong(built: Built, server: fake.FakeOllama, tmp_path: Path) -> None:
     publish(server, tmp_path / "other.gguf", info={**built.says, "tutor.adapter.sha256": 64 * "0"})
     rows = verify.verify_model("tutor:latest", server.host, built.recipe, built.build)
     assert {row.what for row in verify.wrong_rows(rows)} == {"file", "adapter.sha256"}
 
 
-def test_a_model_that_is_not_there_or_says_nothing_is_an_error(
-    built: Built, server: fake.FakeOllama, tmp_path: Path
-) -> None:
+def test_missing_model_or_one_without_origin_is_an_error(built: Built, server: fake.FakeOllama, tmp_path: Path) -> None:
     with pytest.raises(ServiceError, match="no model 'tutor:latest'"):
         verify.verify_model("tutor:latest", server.host, built.recipe, built.build)
     publish(server, tmp_path / "a.gguf")
@@ -287,7 +277,7 @@ def test_a_model_that_is_not_there_or_says_nothing_is_an_error(
 
 
 @pytest.mark.slow
-def test_the_command_shows_a_row_each_and_ends_with_5_where_one_is_wrong(built: Built, tutor: Run) -> None:
+def test_verify_command_exits_5_when_a_row_is_wrong(built: Built, tutor: Run) -> None:
     where = ("-r", built.path, "-b", built.build)
     fine = tutor("verify", built.gguf(), *where)
     assert (fine.returncode, fine.stderr) == (0, "")
@@ -300,7 +290,7 @@ def test_the_command_shows_a_row_each_and_ends_with_5_where_one_is_wrong(built: 
     assert tutor("verify", "gone.gguf", *where).returncode == 2
 
 
-def test_lines_show_hashes_by_their_beginning_and_what_could_not_be_checked() -> None:
+def test_row_lines_shorten_hashes_and_name_unchecked_values() -> None:
     rows = [
         verify.Row("file", "ok", 64 * "a", "gguf/tutor-F16.gguf"),
         verify.Row("data.sha256", "wrong", 64 * "b", 64 * "c"),

@@ -1,7 +1,6 @@
 """engines/ollama/engine.py, ollama_api.py and ollama_wire.py against a fake server on a loopback socket."""
 
 import hashlib
-import json
 import logging
 import socket
 import subprocess
@@ -13,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 from support import fake_ollama as fake
 from support.command import ROOT, environment
 from support.fake_ollama import FakeOllama
 
-from tutor.cli.commands.serving import ask_command
 from tutor.engines.ollama import client as ollama_api
 from tutor.engines.ollama.client import Ollama, connect
 from tutor.engines.ollama.engine import OllamaServer, serve
@@ -301,14 +298,6 @@ def test_an_answer_keeps_its_blank_its_counts_and_its_pieces(engine: OllamaServe
     assert len(heard) == 6
     assert (answer.finish, answer.tokens, answer.prompt_tokens) == ("stop", 6, 3)
     assert answer.tokens_per_second == pytest.approx(14.0)
-
-
-def test_ask_prints_an_answer_without_its_first_blank(server: FakeOllama, recipe_file: Path, tmp_path: Path) -> None:
-    where = ["--engine", "ollama", "--host", server.host, "-r", str(recipe_file), "-b", str(tmp_path)]
-    done = CliRunner().invoke(ask_command, ["Hola", *where], obj={"quiet": True})
-    assert done.stdout == "Una interfaz describe un objeto.\n"
-    as_json = CliRunner().invoke(ask_command, ["Hola", *where, "--json"], obj={"quiet": True})
-    assert json.loads(as_json.stdout)["text"] == "Una interfaz describe un objeto."
 
 
 def test_a_cut_answer_is_marked_as_cut(engine: OllamaServer) -> None:

@@ -1,0 +1,41 @@
+"""cli/commands/serving.py: ask. tests/serving covers what the other commands call."""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from support.command import ROOT, TUTOR, environment
+from support.fake_ollama import FakeOllama, Model, gguf, running
+
+from tutor.cli.commands.serving import ask_command
+from tutor.prompt import GO_TEMPLATE
+
+
+@pytest.fixture
+def server() -> Iterator[FakeOllama]:
+    """A fake server with one model, `tutor`."""
+    with running() as fake:
+        body = {"template": GO_TEMPLATE, "parameters": {"num_ctx": 64}}
+        fake.models["tutor:latest"] = Model(body, {"quantization": "Q8_0", "chat_template": ""}, "sha256:0")
+        fake.order.append("tutor:latest")
+        fake.blobs["sha256:0"] = gguf()
+        yield fake
+
+
+def test_question_on_stdin_that_is_not_utf8_is_refused():
+    done = subprocess.run(
+        [TUTOR, "ask"], input=b"\xbfQu\xe9?", capture_output=True, env=environment(), cwd=ROOT, check=False
+    )
+    assert done.returncode == 2
+    assert b"the question on stdin is not UTF-8 (byte 0)" in done.stderr
+
+
+def test_ask_prints_the_answer_without_its_leading_blank(server: FakeOllama, recipe_file: Path, tmp_path: Path) -> None:
+    where = ["--engine", "ollama", "--host", server.host, "-r", str(recipe_file), "-b", str(tmp_path)]
+    done = CliRunner().invoke(ask_command, ["Hola", *where], obj={"quiet": True})
+    assert done.stdout == "Una interfaz describe un objeto.\n"
+    as_json = CliRunner().invoke(ask_command, ["Hola", *where, "--json"], obj={"quiet": True})
+    assert json.loads(as_json.stdout)["text"] == "Una interfaz describe un objeto."

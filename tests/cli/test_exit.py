@@ -1,0 +1,205 @@
+"""cli/exit.py: exit codes, one line an error, JSON, streams, signals."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.command import ROOT, TINY, TUTOR, environment
+from support.files import write_rows, write_text
+from support.waiting import unread, wait_for
+
+from tutor.cli.main import main
+
+# Errors
+
+
+@pytest.mark.parametrize("arguments", [(), ("data",)])
+def test_group_without_a_command_prints_help_and_exits_2(tutor, arguments):
+    done = tutor(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("Usage: tutor ")
+    assert "Error" not in done.stderr
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Any]:
+    """Run `tutor` in this process, for tables of many cases: exit code, stdout, stderr."""
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.chdir(ROOT)
+    for name in ("TUTOR_RECIPE", "TUTOR_BUILD", "TUTOR_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*arguments: str | Path) -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tutor", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, *capsys.readouterr()
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (("nonsense",), 2, "No such command 'nonsense'"),
+        (("status", "--nonsense"), 2, "No such option"),
+        (("status", "extra"), 2, "unexpected extra argument"),
+        (("run", "--until", "dta"), 2, "'dta'; known: data, base, train"),
+        (("why", "dta"), 2, "'dta'; known: data, base, train"),
+        (("clean", "dta"), 2, "no stage 'dta'; known: data, base, train"),
+        (("ask", "-m", "gpt", "¿?"), 2, "'gpt' is not one of 'tutor', 'base', 'adapter'"),
+        (
+            ("status", "-r", "MISSING.toml"),
+            2,
+            "cannot read recipe MISSING.toml: No such file or directory; give --recipe",
+        ),
+        (("status", "-r", "data"), 2, "data is a folder, not a recipe"),
+        (("status", "-r", "/dev/zero"), 2, "/dev/zero is a pipe or a device, not a recipe"),
+        (("status", "-r", "a" * 300), 2, "File name too long"),
+        (("status", "-b", "/"), 2, "/ is the root of the file system"),
+        (("status", "-b", "a" * 300), 2, "File name too long"),
+        (("status", "-b", "README.md/build"), 2, "Not a directory"),
+        (("data", "check", "none.jsonl"), 2, "none.jsonl"),
+        (("ask", "¿Qué es any?"), 5, "gguf is not there; run: tutor run --until convert"),
+        (("train",), 5, "data is not there; run: tutor run --until data"),
+    ],
+)
+def test_user_error_is_one_line_and_its_exit_code(in_process, tmp_path, arguments, code, expected):
+    where = () if {"-b", "check", "nonsense"} & {*arguments} else ("-b", tmp_path / "build")
+    status, out, err = in_process(*arguments, *where)
+    assert status == code
+    assert out == ""
+    assert expected in err
+    assert err.startswith("Error: ")
+    assert err.count("\n") == 1
+
+
+def test_unknown_setting_names_the_key_and_similar_ones(tutor, tmp_path):
+    done = tutor("run", "-r", write_text(tmp_path / "r.toml", "[train]\nrnak = 4\n"), "-b", tmp_path / "build")
+    assert done.returncode == 2
+    assert "unknown setting train.rnak; did you mean rank? known: accumulation" in done.stderr
+    assert not (tmp_path / "build").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("status", "-r", "none.toml"), 2),
+        (("why", "dta"), 2),
+        (("data", "stats", "none.jsonl"), 2),
+        (("data", "check", "README.md"), 3),
+        (("train",), 5),
+    ],
+)
+def test_error_with_json_is_also_an_object_on_stdout(in_process, tmp_path, arguments, code):
+    where = () if arguments[0] == "data" else ("-b", tmp_path / "build")
+    status, out, err = in_process(*arguments, "--json", *where)
+    value = json.loads(out)
+    assert sorted(value) == ["code", "error", "hint", "ok", "problems"]
+    assert value["ok"] is False
+    assert value["code"] == status == code
+    assert value["error"] in err
+    assert value["hint"] is None or value["hint"] in err
+
+
+def test_error_with_control_characters_is_printed_escaped(tutor, tmp_path):
+    name = os.fsdecode(b"mal\xf1a\x1b[31m\nError: forged.toml")
+    done = tutor("status", "--json", "-r", tmp_path / name)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "\x1b" not in done.stderr
+    assert name in json.loads(done.stdout)["error"]
+
+
+def test_bug_is_one_line_and_debug_shows_the_traceback(tutor, tmp_path):
+    (tmp_path / "markdown_it").mkdir()
+    write_text(tmp_path / "markdown_it" / "__init__.py", 'raise RuntimeError("broken\\ninstallation")')
+    broken = {"PYTHONPATH": str(tmp_path), "HF_TOKEN": "hf_canaryCanaryCanaryCanary"}
+    done = tutor("data", "stats", "-r", TINY, env=broken)
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"Error: a bug of tutor's: RuntimeError: broken\\ninstallation \(__init__\.py:1\); .*--debug.*\n", done.stderr
+    )
+    loud = tutor("--debug", "data", "stats", "-r", TINY, env=broken)
+    assert loud.returncode == 1
+    assert "Traceback (most recent call last)" in loud.stderr
+    assert "canary" not in done.stderr + loud.stderr
+
+
+def test_debug_shows_a_traceback_and_keeps_the_exit_code(tutor):
+    for arguments, env in ((("--debug",), {}), ((), {"TUTOR_DEBUG": "1"})):
+        done = tutor(*arguments, "status", "-r", "none.toml", env=env)
+        assert done.returncode == 2
+        assert "Traceback (most recent call last)" in done.stderr
+        assert done.stderr.splitlines()[-1].startswith("Error: cannot read recipe none.toml")
+    assert "Traceback" not in tutor("status", "-r", "none.toml", env={"TUTOR_DEBUG": "0"}).stderr
+
+
+# Streams
+
+
+@pytest.mark.parametrize("arguments", [("data", "stats", "--json"), ("--help",), ("status", "-r", "none", "--json")])
+def test_closed_reader_causes_no_traceback(start, arguments):
+    process = start(TUTOR, *arguments)
+    process.stdout.close()
+    assert process.wait(30) in (0, 141)
+    assert "Traceback" not in process.stderr.read()
+    assert "BrokenPipe" not in process.stderr.read()
+
+
+def test_head_receives_its_lines(tmp_path):
+    pipe = f"set -o pipefail; {TUTOR} data stats --json -r {TINY} | head -1"
+    done = subprocess.run(["bash", "-c", pipe], capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode in (0, 141)
+    assert (done.stdout, done.stderr) == ("{\n", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"LC_ALL": "C"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"PYTHONIOENCODING": "latin-1"},
+        {"TERM": "dumb", "NO_COLOR": "1", "LANG": ""},
+    ],
+)
+def test_output_in_any_locale_is_plain_utf8(tutor, tmp_path, env):
+    write_rows(tmp_path / "rows.jsonl", [{"instruction": "a", "response": "b", "category": "diseño €"}])
+    done = tutor("data", "stats", tmp_path / "rows.jsonl", env=env)
+    assert done.returncode == 0, done.stderr
+    assert "    diseño €: 1\n" in done.stdout
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "0 ok · 1 a bug · 2" in tutor("--help", env=env).stdout
+
+
+def test_closed_stdin_or_stdout_is_not_reported_as_a_bug(tmp_path):
+    for closed, code in (("<&-", 2), (">&-", 0)):
+        command = f"{TUTOR} {'ask' if code else 'data stats'} -r {TINY} {closed}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment(), check=False)
+        assert done.returncode == code, done.stderr
+        assert "bug" not in done.stderr
+
+
+# Signals
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_while_waiting_gives_the_shell_exit_code(start, number, code):
+    process = start(TUTOR, "ask", "-r", TINY, stdin=subprocess.PIPE)
+    process.stdin.write("¿Qué")
+    process.stdin.flush()
+    wait_for(lambda: unread(process.stdin) == 0)
+    process.send_signal(number)
+    assert process.wait(30) == code
+    assert "Traceback" not in process.stderr.read()

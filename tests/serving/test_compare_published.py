@@ -1,0 +1,109 @@
+"""serving/compare.py: the published model is evaluated with a fake server."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import fake_ollama as fake
+from support.fake_ollama import FakeOllama
+
+from tutor.artifacts.stage_folder import writing
+from tutor.cli import summary
+from tutor.errors import ServiceError
+from tutor.recipe.settings import Recipe
+from tutor.serving import compare, publish
+
+
+@pytest.fixture
+def prompts(recipe: Recipe, build: Path) -> list[dict[str, Any]]:
+    """Three prompts, as the data stage leaves them."""
+    rows = [{"instruction": f"¿Qué es {thing}?", "category": "tipos"} for thing in ("any", "never", "void")]
+    with writing(build / "small/data", "data", {}) as (out, _):
+        (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        (out / "train.jsonl").write_text(json.dumps({"instruction": "¿?", "response": "Sí."}) + "\n", "utf-8")
+    return rows
+
+
+def evaluated(server: FakeOllama, recipe: Recipe, build: Path) -> dict[str, Any]:
+    return compare.evaluate_published(recipe, build, host=server.host)
+
+
+def test_published_model_is_evaluated_greedily_and_once(
+    server: FakeOllama, recipe: Recipe, build: Path, prompts: list[dict[str, Any]]
+) -> None:
+    publish.publish(recipe, build, host=server.host)
+    server.requests.clear()
+    result = evaluated(server, recipe, build)
+    assert result["ran"]
+    assert result["all"]["n"] == 3
+    assert result["all"]["stopped"]["n"] == 3
+    assert result["as_llama_server"] is None
+    assert any("100 %" in line for line in summary.verdict_lines(result)), "shown as the evaluate stage's result is"
+    asked = server.asked("POST /api/chat")[1:]
+    assert [body["messages"][-1]["content"] for body in asked] == [row["instruction"] for row in prompts]
+    assert {body["options"]["temperature"] for body in asked} == {0.0}
+    server.requests.clear()
+    assert evaluated(server, recipe, build) == {**result, "ran": False}
+    assert not server.asked("POST /api/chat")
+
+
+def test_another_build_of_the_same_name_is_evaluated_again(
+    server: FakeOllama, recipe: Recipe, build: Path, prompts: list[dict[str, Any]]
+) -> None:
+    publish.publish(recipe, build, host=server.host)
+    evaluated(server, recipe, build)
+    server.models["tutor:latest"].digest = "0" * 64
+    assert evaluated(server, recipe, build)["ran"]
+
+
+def test_answers_equal_to_llama_server_are_counted(
+    server: FakeOllama, recipe: Recipe, build: Path, prompts: list[dict[str, Any]]
+) -> None:
+    publish.publish(recipe, build, host=server.host)
+    theirs = ["".join(server.pieces), " otra", None]
+    rows = [{"answers": {"tutor": {"text": text}}} for text in theirs]
+    (build / "small/eval").mkdir()
+    (build / "small/eval/answers.json").write_text(json.dumps(rows))
+    assert evaluated(server, recipe, build)["as_llama_server"] == {"same": 1, "of": 3}
+
+
+def test_cut_answers_count_and_aborted_ones_are_recorded(
+    server: FakeOllama, recipe: Recipe, build: Path, prompts: list[dict[str, Any]]
+) -> None:
+    publish.publish(recipe, build, host=server.host)
+    cut = {"done": True, "done_reason": "length", "eval_count": 1}
+    server.script(
+        "POST /api/chat", None, fake.stream(fake.chunk(" x"), cut), fake.stream(*[fake.chunk(" la")] * 31), None, None
+    )
+    result = evaluated(server, recipe, build)
+    assert result["all"]["errors"] == 1
+    assert result["all"]["stopped"]["n"] == 1
+    rows = json.loads((build / "small/eval-ollama/answers.json").read_text("utf-8"))
+    assert rows[0]["answers"]["ollama"]["finish"] == "length"
+    assert "repeated one token" in rows[1]["answers"]["ollama"]["error"]
+
+
+def test_model_deleted_during_evaluation_keeps_its_answers(
+    server: FakeOllama, recipe: Recipe, build: Path, prompts: list[dict[str, Any]]
+) -> None:
+    publish.publish(recipe, build, host=server.host)
+
+    def delete(handler: fake.Handler) -> None:
+        server.models.clear()
+        handler.error(404, "model 'tutor' not found")
+
+    there = dict(server.models)
+    server.script("POST /api/chat", None, None, delete)
+    with pytest.raises(ServiceError):
+        evaluated(server, recipe, build)
+    assert {path.name for path in (build / "small").glob("eval-ollama*")} == {
+        "eval-ollama.checkpoints",
+        "eval-ollama.log",
+    }
+    server.models.update(there)
+    server.requests.clear()
+    assert evaluated(server, recipe, build)["all"]["errors"] == 0
+    asked = [body["messages"][-1]["content"] for body in server.asked("POST /api/chat")[1:]]
+    assert asked == [row["instruction"] for row in prompts[1:]]
+    assert {path.name for path in (build / "small").glob("eval-ollama*")} == {"eval-ollama", "eval-ollama.log"}

@@ -1,0 +1,34 @@
+"""serving/models.py: names of models."""
+
+import pytest
+
+from tutor.errors import RecipeError
+from tutor.serving.models import ModelChoice, parse_model
+
+
+@pytest.mark.parametrize(
+    ("text", "engine", "choice", "label"),
+    [
+        ("tutor", "llamacpp", ModelChoice("tutor"), "tutor"),
+        ("base", "llamacpp", ModelChoice("base"), "base"),
+        ("adapter", "llamacpp", ModelChoice("adapter"), "adapter"),
+        ("Q8_0", "llamacpp", ModelChoice("tutor", "Q8_0"), "tutor-Q8_0"),
+        ("base-F16", "llamacpp", ModelChoice("base", "F16"), "base-F16"),
+        ("hf:tutor", "llamacpp", ModelChoice("tutor", None, "hf"), "hf:tutor"),
+        ("base", "hf", ModelChoice("base", None, "hf"), "hf:base"),
+        ("ollama:llama3.1:8b", "llamacpp", ModelChoice("llama3.1:8b", None, "ollama"), "ollama:llama3.1:8b"),
+        ("tutor:latest", "ollama", ModelChoice("tutor:latest", None, "ollama"), "ollama:tutor:latest"),
+        ("llamacpp:Q8_0", "ollama", ModelChoice("tutor", "Q8_0"), "tutor-Q8_0"),
+    ],
+)
+def test_model_name_is_parsed_with_or_without_an_engine(
+    text: str, engine: str, choice: ModelChoice, label: str
+) -> None:
+    assert parse_model(text, engine) == choice
+    assert choice.label == label
+
+
+@pytest.mark.parametrize("text", ["", "hf:", "nada", "q8_0", "tutor-", "hf:Q8_0", "base-q4", "../gguf"])
+def test_unknown_model_name_is_refused_with_the_known_ones(text: str) -> None:
+    with pytest.raises(RecipeError, match="known: tutor, base, adapter"):
+        parse_model(text)
