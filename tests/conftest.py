@@ -161,8 +161,9 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def real() -> None:
+    """Skip where the pinned llama.cpp is not built."""
     if not is_built(build_folder()):
         pytest.skip(f"no llama.cpp in {build_folder()}: make llamacpp")
 

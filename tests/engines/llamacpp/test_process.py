@@ -1,0 +1,23 @@
+"""engines/llamacpp/process.py: the programs of a build. write_file is tested through test_convert.py, the rest through
+test_server.py.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tutor.engines.llamacpp.process import programs
+from tutor.errors import HostError
+
+
+def test_missing_build_raises_host_error_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUTOR_LLAMACPP", str(tmp_path / "nowhere"))
+    with pytest.raises(HostError, match="make llamacpp") as raised:
+        programs()
+    assert raised.value.code == 4
+
+
+def test_program_of_wrong_size_is_refused(build: Path) -> None:
+    (build / "bin" / "llama-server").write_text("cut", "utf-8")
+    with pytest.raises(HostError, match="not whole"):
+        programs()
