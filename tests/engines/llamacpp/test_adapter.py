@@ -1,4 +1,4 @@
-"""Adapters as GGUF: checks on files made here, a fake converter, and (marked llamacpp) the real one."""
+"""engines/llamacpp/adapter.py and src/convert_lora.py, with a fake converter and (marked llamacpp) the pinned build."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -69,7 +69,7 @@ def base(tmp_path: Path) -> Path:
     return write(tmp_path / "base.gguf", BASE)
 
 
-def test_an_adapter_that_fits_its_base_is_counted(base: Path, tmp_path: Path) -> None:
+def test_matching_adapter_returns_number_of_matrices(base: Path, tmp_path: Path) -> None:
     assert check_adapter(write(tmp_path / "lora.gguf", pairs(), **FIELDS), base) == 2
 
 
@@ -84,7 +84,7 @@ def test_an_adapter_that_fits_its_base_is_counted(base: Path, tmp_path: Path) ->
         ("adapter__lora__alpha", float("nan"), "alpha is nan"),
     ],
 )
-def test_a_file_that_ollama_would_take_for_a_model_is_refused(
+def test_file_without_adapter_metadata_is_refused(
     base: Path, tmp_path: Path, field: str, value: Any, what: str
 ) -> None:
     fields = {name: kept for name, kept in {**FIELDS, field: value}.items() if kept is not None}
@@ -93,7 +93,7 @@ def test_a_file_that_ollama_would_take_for_a_model_is_refused(
     assert what in caught.value.message
 
 
-def test_an_adapter_of_another_architecture_is_refused(base: Path, tmp_path: Path) -> None:
+def test_adapter_of_other_architecture_is_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"general\.architecture is 'gemma2' instead of 'llama'"):
         check_adapter(write(tmp_path / "lora.gguf", pairs(), "gemma2", **FIELDS), base)
 
@@ -146,7 +146,7 @@ def peft(folder: Path, value: float) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
-def test_the_converter_gets_the_base_and_no_network(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_converter_gets_the_base_and_no_network(base: Path, adapter: Path, tmp_path: Path) -> None:
     target = tmp_path / "lora.gguf"
     assert lora_to_gguf(adapter, tmp_path, base, target, {"tutor.base": "ours"}) == 2
     assert json.loads((tmp_path / "build/said.json").read_text()) == {"theirs": "False", "tutor.base": "ours"}
@@ -162,7 +162,7 @@ def test_the_converter_gets_the_base_and_no_network(base: Path, adapter: Path, t
         ("", ArtifactError, "exit code 1"),
     ],
 )
-def test_a_converter_that_fails_is_quoted_and_leaves_nothing(
+def test_converter_failure_is_reported_and_leaves_no_file(
     base: Path, adapter: Path, tmp_path: Path, says: str, error: type[Exception], what: str
 ) -> None:
     (tmp_path / "build/says.txt").write_text(says)
@@ -171,7 +171,7 @@ def test_a_converter_that_fails_is_quoted_and_leaves_nothing(
     assert list(tmp_path.glob("lora.gguf*")) == []
 
 
-def test_a_file_that_does_not_fit_does_not_get_its_name(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_adapter_of_other_base_keeps_the_old_file(base: Path, adapter: Path, tmp_path: Path) -> None:
     target = tmp_path / "lora.gguf"
     target.write_bytes(b"the older one")
     write(tmp_path / "build/made.gguf", pairs({"blk.7.attn_q.weight": (16, 16)}), **FIELDS)
@@ -181,9 +181,7 @@ def test_a_file_that_does_not_fit_does_not_get_its_name(base: Path, adapter: Pat
     assert list(tmp_path.glob("*.partial")) == []
 
 
-def test_a_file_with_other_numbers_than_the_adapter_does_not_get_its_name(
-    base: Path, adapter: Path, tmp_path: Path
-) -> None:
+def test_file_with_other_numbers_than_the_adapter_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
     peft(adapter, 0.5)
     with pytest.raises(ArtifactError, match=r"is not what .* holds: blk\.0\.attn_\w\.weight\.lora_a has other numbers"):
         lora_to_gguf(adapter, tmp_path, base, tmp_path / "lora.gguf")
@@ -191,7 +189,9 @@ def test_a_file_with_other_numbers_than_the_adapter_does_not_get_its_name(
 
 
 @pytest.mark.parametrize("setting", ["use_dora", "use_rslora", "alpha_pattern", "modules_to_save"])
-def test_an_adapter_that_a_gguf_cannot_hold_is_refused(base: Path, adapter: Path, tmp_path: Path, setting: str) -> None:
+def test_unsupported_adapter_is_refused_before_conversion(
+    base: Path, adapter: Path, tmp_path: Path, setting: str
+) -> None:
     (adapter / "adapter_config.json").write_text(json.dumps({setting: {"q_proj": 32}}))
     with pytest.raises(ArtifactError, match=f"uses {setting}"):
         lora_to_gguf(adapter, tmp_path, base, tmp_path / "lora.gguf")
@@ -200,7 +200,7 @@ def test_an_adapter_that_a_gguf_cannot_hold_is_refused(base: Path, adapter: Path
 
 @pytest.mark.llamacpp
 @pytest.mark.usefixtures("real")
-def test_base_and_adapter_score_an_answer_as_the_merged_model_does(
+def test_base_with_adapter_scores_as_merged_model(
     tmp_path: Path, tiny_with_adapter: Callable[[Path], tuple[Path, Path, Path]]
 ) -> None:
     from tutor.engines.llamacpp.convert import to_gguf

@@ -1,0 +1,71 @@
+"""engines/hf/trace.py with the tiny model."""
+
+from typing import Any
+
+import pytest
+from support.talks import HELLO, TALKS
+
+from tutor.engines.trace import END
+from tutor.prompt import render
+
+
+@pytest.mark.pipeline
+def test_followed_own_answer_equals_its_trace(loaded: Any) -> None:
+    from support.tolerances import forward_error, largest_logit
+
+    from tutor.engines.hf.trace import followed, trace
+
+    ids = loaded.tokenizer(render(TALKS[1]))["input_ids"]
+    path, own = trace(loaded, ids, 12)
+    bound = forward_error(loaded.model.config, len(ids) + 12) * largest_logit(loaded.model, [(ids, path)])
+    assert min(step.lead for step in own.steps) > 2 * bound, "which token is the best is no matter of rounding"
+    found = followed(loaded, ids, path)
+    assert [step.text for step in found.steps] == [step.text for step in own.steps]
+    assert [step.logprob for step in found.steps] == pytest.approx([step.logprob for step in own.steps], abs=bound)
+    assert found.finish == own.finish
+
+
+@pytest.mark.pipeline
+def test_other_answer_is_followed_to_first_token_not_best(loaded: Any) -> None:
+    from tutor.engines.hf.trace import followed, trace
+
+    ids = loaded.tokenizer(render(HELLO))["input_ids"]
+    path, own = trace(loaded, ids, 8)
+    strange = [*path[:5], (path[5] + 1) % 900, *path[6:]]
+    found = followed(loaded, ids, strange)
+    assert [step.text for step in found.steps] == [step.text for step in own.steps][: len(found.steps)]
+    assert found.finish is None
+
+
+@pytest.mark.pipeline
+def test_followed_eos_is_a_step_and_the_finish_reason(loaded: Any) -> None:
+    from tutor.engines.hf.trace import followed
+
+    ids = loaded.tokenizer(render(HELLO))["input_ids"]
+    eos = loaded.tokenizer.eos_token_id
+    head = loaded.model.lm_head.weight
+    kept = head.data[eos].clone()
+    head.data[eos] = 100 * head.data.mean(0)  # whether it is the best or the worst is one sign
+    try:
+        ends = followed(loaded, ids, [eos])
+        if ends.steps[-1].text != END:
+            head.data[eos] = -head.data[eos]
+            ends = followed(loaded, ids, [eos])
+    finally:
+        head.data[eos] = kept
+    assert (ends.finish, ends.text, ends.steps[-1].text) == ("stop", "", END)
+
+
+@pytest.mark.pipeline
+def test_scores_equal_answer_logprobs_and_have_sorted_candidates(loaded: Any) -> None:
+    from support.tolerances import forward_error, largest_logit
+
+    from tutor.engines.hf.score import answer_logprobs
+    from tutor.engines.hf.trace import scores
+
+    rows = [(loaded.tokenizer(render(talk))["input_ids"], [5, 9, 300]) for talk in TALKS]
+    longest = max(len(prompt) + len(answer) for prompt, answer in rows)
+    bound = forward_error(loaded.model.config, longest) * largest_logit(loaded.model, rows)
+    for plain, full in zip(answer_logprobs(loaded.model, rows), scores(loaded, rows), strict=True):
+        assert full.logprobs == pytest.approx(plain, abs=bound)
+        assert all(place == tuple(sorted(place, key=lambda pair: -pair[1])) for place in full.top)

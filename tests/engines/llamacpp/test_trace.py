@@ -1,0 +1,59 @@
+"""engines/llamacpp/trace.py with the pinned build, against engines/hf/trace.py."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.talks import TALKS
+
+from tutor.engines.llamacpp.convert import to_gguf
+from tutor.engines.llamacpp.server import LlamaServer, serve
+from tutor.engines.llamacpp.trace import rendered
+from tutor.engines.llamacpp.trace import trace as llamacpp_trace
+from tutor.engines.trace import Step, divergence
+from tutor.formats.models.pre_tokenizer import pre_tokenizer_name
+from tutor.prompt import render
+
+
+@pytest.fixture(scope="module")
+def served(real: None, chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaServer]:
+    """A llama-server of the tiny model's F16 GGUF, with the chat template of the file."""
+    gguf = tmp_path_factory.mktemp("served") / "tiny-F16.gguf"
+    to_gguf(chat_model, gguf, pre_tokenizer_name(chat_model / "tokenizer.json"))
+    with serve(gguf, context=512, threads=1, log=gguf.with_name("server.log"), own_template=True) as running:
+        yield running
+
+
+def decided(steps: Sequence[Step], bound: float) -> int:
+    """Return the number of steps before the first one whose best token rounding may decide; at least four."""
+    count = next((number for number, step in enumerate(steps) if step.lead <= 2 * bound), len(steps))
+    assert count >= 4
+    return count
+
+
+@pytest.mark.llamacpp
+@pytest.mark.parametrize("talk", TALKS, ids=range(len(TALKS)))
+def test_llama_server_renders_template_of_its_file(served: LlamaServer, talk: Any) -> None:
+    assert rendered(served, talk) == render(talk)
+
+
+@pytest.mark.llamacpp
+@pytest.mark.parametrize("talk", TALKS, ids=range(len(TALKS)))
+def test_trace_of_llama_server_equals_trace_of_transformers(served: LlamaServer, loaded: Any, talk: Any) -> None:
+    from support.tolerances import half_error, largest_logit
+
+    from tutor.engines.hf.trace import trace
+
+    ids = loaded.tokenizer(render(talk))["input_ids"]
+    path, ours = trace(loaded, ids, 12)
+    bound = half_error(loaded.model.config) * largest_logit(loaded.model, [(ids, path)])
+    theirs = llamacpp_trace(served, render(talk), 12)
+    assert len(path) == 12
+    assert (theirs.prompt_tokens, theirs.finish) == (len(ids), "length")
+    same = decided(ours.steps, bound)
+    found, wanted = theirs.steps[:same], ours.steps[:same]
+    assert [step.text for step in found] == [step.text for step in wanted]
+    assert [step.logprob for step in found] == pytest.approx([step.logprob for step in wanted], abs=bound)
+    assert [step.lead for step in found] == pytest.approx([step.lead for step in wanted], abs=2 * bound)
+    assert divergence(dict(ours.steps[0].top), dict(theirs.steps[0].top)) < 1e-3
