@@ -31,7 +31,7 @@ def test_group_without_a_command_prints_help_and_exits_2(tutor, arguments):
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Any]:
-    """Run `tutor` in this process, for tables of many cases: exit code, stdout, stderr."""
+    """Run `tutor` in this process, for tests with many cases: exit code, stdout, stderr."""
     handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.chdir(ROOT)

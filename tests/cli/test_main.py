@@ -32,7 +32,7 @@ except SystemExit as end:
     assert not end.code
 print(*sorted(set(sys.modules) - before), file=sys.stderr)
 """
-"""`tutor --help`, and then the names of the modules that it imported."""
+"""Program that runs `tutor --help` and prints the names of the imported modules on stderr."""
 
 
 OURS = frozenset(
@@ -43,7 +43,7 @@ OURS = frozenset(
         "tutor.cli.options", "tutor.errors", "tutor.machine", "tutor.machine.distributed",
     )
 )  # fmt: skip
-"""What the command line is made of: each of them imports the standard library, click and the others here alone."""
+"""Modules of tutor that the help imports; each imports only the standard library, click and modules of this list."""
 
 
 HEAVY = (
@@ -60,7 +60,7 @@ HEAVY = (
 
 
 def test_help_imports_only_the_command_line_and_click():
-    """The time that it takes is measured by scripts/bench_help.py."""
+    """scripts/bench_help.py measures the time."""
     done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True, env=environment())
     assert "Exit codes" in done.stdout
     imported = done.stderr.split()

@@ -1,4 +1,4 @@
-"""What a person sees while stages run: lines in a log, a bar at a terminal, nothing on stdout."""
+"""cli/progress.py: plain lines in a log, a bar at a terminal, nothing on stdout."""
 
 import logging
 import os
@@ -24,7 +24,7 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*[349][0-8][;m]")
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The clock of the log lines: `now` in seconds, set by the test."""
+    """Clock of the log lines: `now` in seconds, set by the test."""
     fake = SimpleNamespace(now=1000.0)
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: fake.now))
     return fake
@@ -47,7 +47,7 @@ def test_log_lines_carry_the_stage_and_its_time(capsys, clock):
 
 
 def test_counted_messages_are_limited_by_time(capsys, clock):
-    """128 a second, so that every time is exact in binary; the last message is always shown."""
+    """128 messages a second, so that every time is exact in binary; the last message is always printed."""
     with log_on_stderr():
         for done in range(1, 1001):
             log.info("step %d of 1000", done, extra={"done": done, "total": 1000})
@@ -83,7 +83,7 @@ def test_logger_is_restored_after_an_error(monkeypatch):
 
 
 def at_terminal(*command: str | Path, **env: str) -> tuple[int, str]:
-    """Run a command whose stderr is a terminal; its exit status and what the terminal was sent."""
+    """Run a command whose stderr is a terminal; return its exit status and the text sent to the terminal."""
     ours, theirs = pty.openpty()
     with subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL, env=environment(**env)) as process:
         os.close(theirs)
@@ -132,7 +132,7 @@ def test_bar_escapes_markup_and_survives_a_failed_stage():
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sent)
     for text in ("[bold]x[/] [/]", "warning: a [b]name[/b] of a file", "✓ train", "behind the stages", "and failing"):
         assert text in plain
-    assert sent.rstrip().endswith("\x1b[?25h")  # the cursor is shown again
+    assert sent.rstrip().endswith("\x1b[?25h")  # the cursor is visible again
 
 
 def test_stderr_without_a_terminal_has_no_control_sequences(tutor, recipe_file, tmp_path):

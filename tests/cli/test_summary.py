@@ -1,4 +1,4 @@
-"""What a run says about itself when it is through, whatever part of it is there."""
+"""cli/summary.py: tables of the stages that have run, also when some have not."""
 
 import json
 from pathlib import Path

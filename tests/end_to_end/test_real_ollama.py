@@ -1,4 +1,4 @@
-"""Publishing to a real Ollama and asking it: what the other tests' fake server claims, and what only a real one can do.
+"""Publish to a real Ollama and query it: the behaviour that the fake server imitates, and what needs a real one.
 
 They run where TUTOR_TEST_OLLAMA names a server that may be written to (OLLAMA_BINARY: its program, for `ollama create`
 and for a server of the tests' own that is killed), and skip elsewhere:
@@ -36,8 +36,7 @@ from tutor.errors import GateError, ServiceError
 from tutor.pipeline import runner as pipeline
 from tutor.prompt import GO_TEMPLATE, Message, conversation, render
 from tutor.recipe.settings import Recipe, read_recipe
-from tutor.serving import builds, compare
-from tutor.serving import publish as publishing
+from tutor.serving import builds, compare, publish
 
 HOST = os.environ.get("TUTOR_TEST_OLLAMA", "")
 BINARY = os.environ.get("OLLAMA_BINARY", shutil.which("ollama") or "")
@@ -56,14 +55,14 @@ QUESTIONS = ("¿Qué es una interfaz?", "¿Cómo se declara una función genéri
 
 @pytest.fixture(scope="module")
 def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A build folder of our own with the tiny recipe's model in it."""
+    """A copy of the build folder of the tiny recipe."""
     ready = os.environ.get("TUTOR_TEST_BUILD")
     return copied(Path(ready) if ready else request.getfixturevalue("built"), tmp_path_factory.mktemp("published"))
 
 
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
-    """The tiny recipe under a name that no one else's model has."""
+    """The tiny recipe with a model name that only these tests use."""
     read = read_recipe(TINY)
     return read.model_copy(update={"ollama": read.ollama.model_copy(update={"model": NAME}), "system": "Eres «tutor»."})
 
@@ -76,7 +75,7 @@ def api() -> Iterator[Ollama]:
 
 @pytest.fixture(autouse=True)
 def clean(api: Ollama) -> Iterator[None]:
-    """No model of these tests before and after one."""
+    """Delete the models of these tests before and after each."""
 
     def remove() -> None:
         for tag in api.tags():
@@ -88,32 +87,34 @@ def clean(api: Ollama) -> Iterator[None]:
     remove()
 
 
-def publish(recipe: Recipe, build: Path, host: str = HOST, *, adapter: bool = False, **changes: Any) -> dict[str, Any]:
-    """Compare, render and publish, as `tutor parity`, `tutor modelfile` and `tutor publish` do."""
+def render_and_publish(
+    recipe: Recipe, build: Path, host: str = HOST, *, adapter: bool = False, **changes: Any
+) -> dict[str, Any]:
+    """Run the parity and modelfile stages and publish, as the commands do."""
     changed = recipe.model_copy(update=changes)
     for name in ("ladder", "parity", "modelfile"):
         pipeline.run_one(name, changed, build)
-    return publishing.publish(changed, build, host=host, adapter=adapter, wait=30)
+    return publish.publish(changed, build, host=host, adapter=adapter, wait=30)
 
 
-def say(model: str, question: str = QUESTIONS[0], host: str = HOST) -> str:
+def answer_of(model: str, question: str = QUESTIONS[0], host: str = HOST) -> str:
     with serve(model, host) as server:
         return server.answer(conversation(question), GREEDY).text
 
 
 def test_build_is_published_once_and_answers(recipe: Recipe, build: Path, api: Ollama) -> None:
-    first = publish(recipe, build)
+    first = render_and_publish(recipe, build)
     assert first["published"]
     assert first["prompts"] == 7
-    assert say(NAME) == say(first["tag"]) != ""
-    again = publish(recipe, build)
+    assert answer_of(NAME) == answer_of(first["tag"]) != ""
+    again = render_and_publish(recipe, build)
     assert again["published"] is False
     assert again["build"] == first["build"]
     assert [row["latest"] for row in builds.list_builds(api, NAME)] == [True]
 
 
 def test_another_system_text_is_a_build_that_rolls_back(recipe: Recipe, build: Path, api: Ollama) -> None:
-    first, second = publish(recipe, build), publish(recipe, build, system="Respondes en español.")
+    first, second = render_and_publish(recipe, build), render_and_publish(recipe, build, system="Respondes en español.")
     assert first["build"] != second["build"]
 
     def system() -> str:
@@ -133,7 +134,7 @@ def test_another_system_text_is_a_build_that_rolls_back(recipe: Recipe, build: P
 
 @pytest.mark.llamacpp
 def test_answers_equal_those_of_llama_server(recipe: Recipe, build: Path, tmp_path: Path) -> None:
-    publish(recipe, build)
+    render_and_publish(recipe, build)
     gguf = build / "tiny/gguf/tutor-Q8_0.gguf"
     with (
         serve_gguf(gguf, context=2048, threads=1, log=tmp_path / "log") as local,
@@ -147,7 +148,7 @@ def test_answers_equal_those_of_llama_server(recipe: Recipe, build: Path, tmp_pa
 
 
 def test_conversation_continues_from_unchanged_history(recipe: Recipe, build: Path, api: Ollama) -> None:
-    publish(recipe, build)
+    render_and_publish(recipe, build)
     turns: list[Message] = conversation(QUESTIONS[0])
     with serve(NAME, HOST) as server:
         first = server.answer(turns, GREEDY)
@@ -158,15 +159,15 @@ def test_conversation_continues_from_unchanged_history(recipe: Recipe, build: Pa
 
 
 def test_chat_and_generate_give_equal_answers(recipe: Recipe, build: Path) -> None:
-    publish(recipe, build)
+    render_and_publish(recipe, build)
     body = {"model": NAME, "prompt": QUESTIONS[0], "stream": False}
     options = {"num_predict": 24, "temperature": 0, "top_p": 1.0, "repeat_penalty": 1.0, "seed": 7}
     answer = httpx.post(f"{HOST}/api/generate", json={**body, "options": options}, timeout=60, trust_env=False)
-    assert answer.json()["response"] == say(NAME)
+    assert answer.json()["response"] == answer_of(NAME)
 
 
 def test_answer_has_log_probabilities(recipe: Recipe, build: Path) -> None:
-    publish(recipe, build)
+    render_and_publish(recipe, build)
     body = {"model": NAME, "messages": conversation("Hola"), "stream": False, "logprobs": True, "top_logprobs": 3}
     options = {"num_predict": 4, "temperature": 0}
     answer = httpx.post(f"{HOST}/api/chat", json={**body, "options": options}, timeout=60, trust_env=False).json()
@@ -174,7 +175,7 @@ def test_answer_has_log_probabilities(recipe: Recipe, build: Path) -> None:
 
 
 def first_tokens(model: str, question: str) -> dict[str, float]:
-    """The ten likeliest first tokens of an answer, with their log-probabilities."""
+    """Return the ten most probable first tokens of an answer, with their log-probabilities."""
     body = {"model": model, "messages": conversation(question), "stream": False, "logprobs": True, "top_logprobs": 10}
     options = {"num_predict": 1, "temperature": 0}
     answer = httpx.post(f"{HOST}/api/chat", json={**body, "options": options}, timeout=60, trust_env=False).json()
@@ -182,8 +183,8 @@ def first_tokens(model: str, question: str) -> dict[str, float]:
 
 
 def test_base_with_adapter_answers_like_the_merged_model(recipe: Recipe, build: Path, api: Ollama) -> None:
-    publish(recipe, build)
-    result = publish(recipe, build, adapter=True)
+    render_and_publish(recipe, build)
+    result = render_and_publish(recipe, build, adapter=True)
     assert result["model"] == f"{NAME}-lora"
     shown = api.show(f"{NAME}-lora") or {}
     assert shown["modelfile"].count("\nADAPTER ") == 1
@@ -194,16 +195,16 @@ def test_base_with_adapter_answers_like_the_merged_model(recipe: Recipe, build: 
         common = merged.keys() & apart.keys()
         assert len(common) >= 7
         worst = max(worst, *(abs(merged[token] - apart[token]) for token in common))
-    # The adapter stands on the 16-bit base; a merge into the NF4 one is as far as 0.22, no adapter at all 0.48.
+    # The adapter is on the 16-bit base; a merge into NF4 differs by up to 0.22, a base alone by 0.48.
     merge = require_stage(build / recipe.name / "merged", "merge").results["base"]
     assert worst < (0.35 if merge == "nf4" else 0.1)
-    assert publish(recipe, build, adapter=True)["published"] is False
+    assert render_and_publish(recipe, build, adapter=True)["published"] is False
 
 
 @needs_binary
 @pytest.mark.parametrize("adapter", [False, True])
 def test_ollama_create_makes_an_equal_model(recipe: Recipe, build: Path, api: Ollama, *, adapter: bool) -> None:
-    name = publish(recipe, build, adapter=adapter)["model"]
+    name = render_and_publish(recipe, build, adapter=adapter)["model"]
     folder = build / "tiny" / ("lora" if adapter else "model")
     command = [BINARY, "create", f"{name}-by-hand", "-f", "Modelfile"]
     subprocess.run(command, cwd=folder, env={**os.environ, "OLLAMA_HOST": HOST}, check=True, capture_output=True)
@@ -211,15 +212,15 @@ def test_ollama_create_makes_an_equal_model(recipe: Recipe, build: Path, api: Ol
     for key in ("template", "system", "details", "capabilities", "model_info"):
         assert made.get(key) == ours.get(key), key
     assert parse_parameters(made) == parse_parameters(ours)
-    assert say(f"{name}-by-hand") == say(name)
+    assert answer_of(f"{name}-by-hand") == answer_of(name)
 
 
 # Sabotage
 
 
 def published_model(recipe: Recipe, build: Path) -> tuple[builds.Model, dict[Path, str]]:
-    """What `publish` sends, to be spoiled; `latest` is published from it."""
-    publish(recipe, build)
+    """Return the model that `publish` sends, for sabotage; it is published as `latest`."""
+    render_and_publish(recipe, build)
     model = builds.read_model(build / "tiny/model", recipe.ollama.quantization)
     return model, {path: file_sha256(path) for path in model.paths}
 
@@ -229,7 +230,7 @@ def with_file(model: builds.Model, path: Path) -> tuple[builds.Model, dict[Path,
 
 
 def refused(api: Ollama, model: builds.Model, hashes: dict[Path, str], error: type[Exception], what: str) -> None:
-    """Publishing fails, its build is gone, and `latest` is what it was."""
+    """Check that publishing fails, that its build is deleted, and that `latest` is unchanged."""
     before = {tag.name: tag.digest for tag in api.tags()}
     with pytest.raises(error, match=what):
         builds.publish_build(model, hashes, api)
@@ -238,7 +239,7 @@ def refused(api: Ollama, model: builds.Model, hashes: dict[Path, str], error: ty
 
 def test_gguf_with_the_r1_template_is_refused(recipe: Recipe, build: Path, api: Ollama) -> None:
     model, _ = published_model(recipe, build)
-    base = build / "tiny/gguf/base-Q8_0.gguf"  # the tiny base carries R1's own template
+    base = build / "tiny/gguf/base-Q8_0.gguf"  # the tiny base has the template of R1
     refused(api, *with_file(model, base), GateError, r"template is .*User.*took the GGUF's own chat template")
 
 
@@ -269,7 +270,7 @@ def test_truncated_gguf_is_refused(recipe: Recipe, build: Path, api: Ollama, tmp
 def test_adapter_of_another_base_is_refused_when_it_answers(
     recipe: Recipe, build: Path, api: Ollama, tmp_path: Path
 ) -> None:
-    publish(recipe, build, adapter=True)
+    render_and_publish(recipe, build, adapter=True)
     model = builds.read_model(build / "tiny/lora", recipe.ollama.quantization)
     (adapter,) = model.adapters.values()
     data = adapter.read_bytes().replace(b"blk.1.attn_q", b"blk.7.attn_q")
@@ -281,11 +282,11 @@ def test_adapter_of_another_base_is_refused_when_it_answers(
 
 def test_missing_model_error_names_the_next_step() -> None:
     with pytest.raises(MissingError, match="publish it: tutor publish"):
-        say(f"{NAME}-nothing")
+        answer_of(f"{NAME}-nothing")
 
 
 def test_prompt_longer_than_the_context_is_an_error(recipe: Recipe, build: Path, api: Ollama) -> None:
-    publish(recipe, build)
+    render_and_publish(recipe, build)
     long: list[Message] = conversation(QUESTIONS[0])
     for _ in range(200):
         long += [{"role": "assistant", "content": " Sí, claro." * 3}, {"role": "user", "content": QUESTIONS[1]}]
@@ -293,15 +294,15 @@ def test_prompt_longer_than_the_context_is_an_error(recipe: Recipe, build: Path,
     for turns in (long, conversation("hola " * 5000)):
         with pytest.raises(ServiceError, match="exceeds the available context size"):
             server.answer(turns, GREEDY)
-    assert server.answer(conversation(QUESTIONS[0]), GREEDY).text == say(NAME)
+    assert server.answer(conversation(QUESTIONS[0]), GREEDY).text == answer_of(NAME)
 
 
-# A server of the tests' own
+# A second server
 
 
 @pytest.fixture
 def own_server(tmp_path: Path) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
-    """A second Ollama that a test may kill: its host and its process."""
+    """A second Ollama that a test can kill: its host and its process."""
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
         host = f"http://127.0.0.1:{reserved.getsockname()[1]}"
@@ -323,12 +324,12 @@ def test_server_killed_during_an_answer_is_a_service_error(
     recipe: Recipe, build: Path, own_server: tuple[str, "subprocess.Popen[bytes]"]
 ) -> None:
     host, process = own_server
-    publish(recipe, build, host)
-    heard: list[str] = []
+    render_and_publish(recipe, build, host)
+    received: list[str] = []
 
     def kill(piece: str) -> None:
-        heard.append(piece)
-        if len(heard) == 3:
+        received.append(piece)
+        if len(received) == 3:
             process.kill()
 
     with serve(NAME, host) as server:
@@ -337,7 +338,7 @@ def test_server_killed_during_an_answer_is_a_service_error(
         process.wait()  # until then its socket accepts connections, and resets them
         with pytest.raises(ServiceError, match="no Ollama at"):
             server.answer(conversation(QUESTIONS[0]), GREEDY)
-    assert len(heard) >= 3
+    assert len(received) >= 3
 
 
 @needs_binary
@@ -345,9 +346,9 @@ def test_builds_survive_a_restart_of_the_server(
     recipe: Recipe, build: Path, own_server: tuple[str, "subprocess.Popen[bytes]"], tmp_path: Path
 ) -> None:
     host, process = own_server
-    first = publish(recipe, build, host)
-    before = say(NAME, host=host)
-    publish(recipe, build, host, system="Otro.")
+    first = render_and_publish(recipe, build, host)
+    before = answer_of(NAME, host=host)
+    render_and_publish(recipe, build, host, system="Otro.")
     process.terminate()
     process.wait()
     settings = {"HOME": str(tmp_path), "OLLAMA_HOST": host, "OLLAMA_NO_CLOUD": "1"}
@@ -356,14 +357,14 @@ def test_builds_survive_a_restart_of_the_server(
         with connect(host) as server:
             server.wait_ready(30)
             assert builds.rollback(server, NAME)["build"] == first["build"], "history is on the server"
-        assert say(NAME, host=host) == before
+        assert answer_of(NAME, host=host) == before
     finally:
         second.terminate()
         second.wait()
 
 
 def test_published_model_is_evaluated(recipe: Recipe, build: Path) -> None:
-    publish(recipe, build)
+    render_and_publish(recipe, build)
     result = compare.evaluate_published(recipe, build, host=HOST)
     answers = json.loads((build / "tiny/eval-ollama/answers.json").read_text("utf-8"))
     assert result["all"]["n"] == len(answers) == 5

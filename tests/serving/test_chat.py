@@ -1,4 +1,4 @@
-"""serving/chat.py: whole transcripts with a scripted engine; what was asked of the engine is part of each."""
+"""serving/chat.py: whole transcripts with a scripted engine, and the prompts that the engine received."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ CTRL_D = EOFError()
 
 @dataclass
 class Scripted:
-    """Says one script entry an answer, in pieces of three characters; an exception in it is raised where it stands."""
+    """Engine that answers with one script entry each, in pieces of three characters; raises exceptions in an entry."""
 
     script: list[list[str | BaseException]]
     finish: Finish = "stop"
@@ -28,7 +28,7 @@ class Scripted:
     def answer(
         self, messages: Sequence[Message], generation: Generation, on_text: Callable[[str], None] | None = None
     ) -> Answer:
-        prompt = render(messages)  # what cannot be rendered must not be asked
+        prompt = render(messages)  # raises for messages that cannot be rendered
         self.asked.append(prompt)
         assert on_text is not None
         text = ""
@@ -43,7 +43,7 @@ class Scripted:
 
 @dataclass
 class Person:
-    """Types lines, or an exception that a key makes; keeps the screen and the notes."""
+    """User that types lines, or keys that raise an exception; keeps the screen and the notes."""
 
     lines: list[str | BaseException]
     screen: str = ""
@@ -145,7 +145,7 @@ def test_cut_answer_is_noted_outside_the_text() -> None:
 
 def test_oldest_turns_are_dropped_when_the_context_is_full() -> None:
     engine = Scripted([[" a"] for _ in range(4)])
-    # The scripted engine counts characters as tokens: two exchanges and the answer's room fit, three do not.
+    # The scripted engine counts characters as tokens: two exchanges and an answer fit, three do not.
     person = talk(engine, ["u", "v", "w", "x", "/salir"], context=50 + 75)
     assert engine.asked[2].startswith("Instrucción: u")
     assert engine.asked[3].startswith("Instrucción: w")

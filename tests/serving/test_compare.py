@@ -29,7 +29,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 @pytest.fixture
 def build(tmp_path: Path) -> Path:
-    """A build folder with prompts and GGUF files of which the fake programs know what to say (test_evaluate.py)."""
+    """A build folder with prompts, and GGUF files that hold the answers of the fake programs (support/answering.py)."""
     folder = tmp_path / "build" / "small"
     with writing(folder / BY_NAME["data"].folder, "data", {}) as (out, _):
         write_rows(out / "prompts.jsonl", PROMPTS)
@@ -154,7 +154,7 @@ def test_builds_without_common_prompts_are_refused(recipe: Recipe, tmp_path: Pat
 def test_folder_named_like_a_model_is_not_taken_for_a_build(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a checkout `tutor` is a folder, too."""
+    """A checkout has a folder `tutor`."""
     (tmp_path / "tutor").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ArtifactError, match="run: tutor run --until data"):

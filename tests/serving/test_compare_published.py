@@ -17,7 +17,7 @@ from tutor.serving import compare, publish
 
 @pytest.fixture
 def prompts(recipe: Recipe, build: Path) -> list[dict[str, Any]]:
-    """Three prompts, as the data stage leaves them."""
+    """Three prompts, as the data stage writes them."""
     rows = [{"instruction": f"¿Qué es {thing}?", "category": "tipos"} for thing in ("any", "never", "void")]
     with writing(build / "small/data", "data", {}) as (out, _):
         (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")

@@ -1,4 +1,4 @@
-"""Promotion against a fake server: a worse build never replaces the served one, and the reason is kept."""
+"""serving/promote.py against a fake server: a worse build never replaces the served one, and the reason is stored."""
 
 import json
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ LITTLE = [number >= 1 for number in range(24)]
 
 
 def trained(recipe: Recipe, build: Path, system: str, passed: Sequence[bool] | None) -> Recipe:
-    """Another build of the same recipe, evaluated (or None: not) with these verdicts."""
+    """Make another build of the recipe, evaluated with these verdicts (None: not evaluated)."""
     changed = recipe.model_copy(update={"system": system})
     remove(build / "small/eval")
     make_stages(changed, build)
@@ -132,7 +132,7 @@ def test_latest_of_another_origin_is_replaced_uncompared(server: FakeOllama, rec
 
 
 def test_unevaluated_build_is_evaluated_before_promotion(server: FakeOllama, recipe: Recipe, build: Path) -> None:
-    """In the stack the evaluator comes behind the publisher."""
+    """In the Compose stack the evaluator runs after the publisher."""
     put(server, recipe, build, "uno", GOOD)
     with writing(build / "small/data", "data", {}) as (out, _):
         lines = [json.dumps({"instruction": prompt, "category": "tipos"}) + "\n" for prompt in PROMPTS]

@@ -1,4 +1,4 @@
-"""serving/publish.py and serving/adapter.py's part in it, against a fake server: from a build folder to a build."""
+"""serving/publish.py against a fake server: from a build folder to a build. end_to_end covers serving/adapter.py."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""serving/verify.py, stages/convert/lineage.py and `tutor verify`: what a file says of its origin is computed again."""
+"""serving/verify.py, stages/convert/lineage.py and `tutor verify`: the recorded origin of a file is recomputed."""
 
 import json
 import shutil
@@ -142,7 +142,7 @@ def test_changed_input_is_wrong_in_its_rows_alone(
 def test_file_with_one_changed_byte_is_wrong(built: Built, tmp_path: Path) -> None:
     copy = tmp_path / "a.gguf"
     data = bytearray(built.gguf("F16").read_bytes())
-    data[-4] ^= 1  # the last bit of a number: far less than a quantization may be off
+    data[-4] ^= 1  # the last bit of a number: far below the error of a quantization
     copy.write_bytes(data)
     found = built.conditions(copy)
     assert (found["file"], found["weights"]) == ("wrong", "wrong")
@@ -177,7 +177,7 @@ def test_other_software_versions_are_not_wrong(built: Built, tmp_path: Path) -> 
 
 
 def adapter(built: Built, path: Path) -> Path:
-    """A GGUF of an adapter of the base's q, whose PEFT folder is there."""
+    """Write a GGUF of an adapter of the base's q matrix, and its PEFT folder."""
     rank = 2
     random_ = np.random.default_rng(3)
     rows = random()[f"{ATTENTION}q_proj.weight"].shape
@@ -248,7 +248,7 @@ def test_published_model_is_identified_by_its_file(built: Built, server: fake.Fa
 
 
 def test_local_copy_of_a_server_file_has_its_weights_compared(built: Built, server: fake.FakeOllama) -> None:
-    """The fake tells no key-values of a real file: they are the file's own."""
+    """The fake server returns no metadata of a real file: the test reads them from the file."""
     path = built.gguf()
     server.blobs[digest := f"sha256:{file_sha256(path)}"] = path.read_bytes()
     said = {"info": {"tutor.base": built.says["tutor.base"]}, "chat_template": "", "quantization": "Q8_0"}

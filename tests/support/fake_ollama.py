@@ -1,9 +1,9 @@
-"""A strict stand-in for an Ollama server, on a loopback socket: it answers as Ollama does (docs/facts.md, 1, 5 and 11).
+"""A strict fake of an Ollama server, on a loopback socket: it answers as Ollama does (docs/facts.md, 1, 5 and 11).
 
-It refuses what a careful client does not send (unknown fields, load-time options in a question, `num_predict` 0,
-`think` without the capability, a chunked blob), and keeps all that it was asked in `requests`. A `GGUF` here is a
-header and JSON: its quantization, its family, its own chat template.
-`script(path, reply, ...)` makes the next answers to a path bad ones.
+It refuses what a correct client does not send (unknown fields, load-time options in a request, `num_predict` 0,
+`think` without the capability, a chunked blob), and keeps all requests in `requests`. A `GGUF` here is a header and
+JSON: its quantization, its family, its own chat template. `script(path, reply, ...)` replaces the next replies to a
+path.
 """
 
 import contextlib
@@ -41,14 +41,14 @@ def gguf(
     size: int = 2000,
     info: dict[str, str] | None = None,
 ) -> bytes:
-    """A file that the fake takes for a GGUF of `size` bytes; `info` are key-values that /api/show tells of it."""
+    """Return a file that the fake reads as a GGUF of `size` bytes; /api/show returns the key-values `info` of it."""
     said = {"quantization": quantization, "chat_template": chat_template, "kind": kind, "size": size}
     said["info"] = info or {}
     return (b"GGUF" + json.dumps(said).encode() + b"\0").ljust(size, b"x")
 
 
 class Model:
-    """A model as the server keeps it."""
+    """A model on the server."""
 
     def __init__(self, body: dict[str, Any], facts: dict[str, Any], blob: str) -> None:
         self.body = body
@@ -91,7 +91,7 @@ def legacy(template: str, messages: list[dict[str, str]]) -> str:
 
 
 class FakeOllama(ThreadingHTTPServer):
-    """The server; `host` is its URL. What it holds can be looked at, and its next replies can be scripted."""
+    """The server; `host` is its URL. Tests can read its models and requests, and script its next replies."""
 
     daemon_threads = True
 
@@ -424,19 +424,19 @@ def stream(*values: Any, end: str = "whole", pause: float = 0.0) -> Reply:
 
 
 def hang(handler: Handler) -> None:
-    """Takes the request and says nothing."""
+    """Accept the request and send nothing."""
     time.sleep(5)
 
 
 def hang_up(handler: Handler) -> None:
-    """Takes the request and closes the connection."""
+    """Accept the request and close the connection."""
     handler.close_connection = True
     handler.connection.shutdown(2)
 
 
 @contextlib.contextmanager
 def running() -> Iterator[FakeOllama]:
-    """A fake server that answers until the end of the block."""
+    """Run a fake server until the end of the context."""
     with FakeOllama() as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
@@ -448,7 +448,7 @@ def running() -> Iterator[FakeOllama]:
 
 
 def write_gguf(path: Path, **facts: Any) -> str:
-    """Write a fake GGUF; its sha256."""
+    """Write a fake GGUF; return its sha256."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = gguf(**facts)
     path.write_bytes(data)

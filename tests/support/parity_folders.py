@@ -1,4 +1,4 @@
-"""The parity stage's folder as tests need it: what it would have recorded of a file that answers as the fake Ollama."""
+"""Folder of the parity stage, with the record of a file that answers like the fake Ollama."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,17 +16,17 @@ from tutor.stages.parity.conversations import conversations
 from tutor.stages.parity.record import to_record
 
 PIECES = (" Una", " interfaz", " describe", " un", " objeto", ".")
-"""What the fake says to everything."""
+"""Answer of the fake server to every question."""
 
 
 def trace(pieces: Sequence[str] = PIECES, logprob: float = -0.1, prompt_tokens: int = 1) -> Trace:
-    """An answer of these pieces that ends by itself, the second candidate three nats behind at each."""
+    """Return the trace of an answer of these pieces, with a second candidate three nats below each."""
     steps = [Step(piece, logprob, ((piece, logprob), ("", logprob - 3.0))) for piece in pieces]
     return Trace((*steps, Step(END, logprob, ((END, logprob), (" y", logprob - 3.0)))), "stop", prompt_tokens)
 
 
 def write_parity(recipe: Recipe, build: Path, refused: dict[str, str] | None = None) -> Path:
-    """The folder of a stage that found everything the same, or (`refused`) said no."""
+    """Write the folder of a parity stage that found no difference, or that refused; return its path."""
     folder = build / recipe.name
     fields: dict[str, Any] = {f"recipe.{name}": value for name, value in BY_NAME["parity"].settings(recipe).items()}
     fields["input.convert"] = require_stage(folder / "gguf", "convert").fingerprint

@@ -1,4 +1,4 @@
-"""The folders of the convert, modelfile and parity stages, as publishing finds them."""
+"""Folders of the convert, modelfile and parity stages, for tests of publishing."""
 
 from pathlib import Path
 from typing import Any

@@ -15,7 +15,7 @@ from support.waiting import wait_for
 
 @pytest.fixture
 def running(start: Any, tmp_path: Path) -> Any:
-    """A `tutor data split` that is at work for seconds, in the middle of writing."""
+    """A running `tutor data split` that writes for seconds."""
     (tmp_path / "long").mkdir()
     answer = "```ts\nlet x = 1;\n```\n" * 20
     rows = [{"instruction": f"¿Qué es {number}?", "response": answer} for number in range(20_000)]
@@ -37,7 +37,7 @@ def test_signal_during_a_stage_leaves_no_partial_folder(running, tutor, tmp_path
 
 def test_second_run_is_refused_until_the_first_is_killed(running, tutor, tmp_path):
     where = ("-r", tmp_path / "long" / "long.toml", "-b", tmp_path / "build")
-    running.send_signal(signal.SIGSTOP)  # it holds the lock for good: a second run that waits for it never ends
+    running.send_signal(signal.SIGSTOP)  # it never releases the lock: a second run that waits for it would never end
     done = tutor("run", "--json", *where)
     assert running.poll() is None
     assert done.returncode == 7
