@@ -57,7 +57,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
         gguf = inputs["convert"] / gguf_name("tutor", kind)
         if not gguf.is_file():
             raise ArtifactError(f"{gguf} is missing", "run: tutor convert")
-        log.info("asking %s", gguf.name)
+        log.info("running %s in llama.cpp", gguf.name)
         observed[kind] = collect.from_gguf(gguf, items, settings, served=kind == served)
     write_json(out / REFERENCE, _reference(talks, observed, served))
     budgets = recipe.parity.budgets
@@ -107,16 +107,16 @@ def _in_transformers(inputs: Mapping[str, Path], talks: Sequence[Conversation], 
         need = (
             f"its 16-bit weights need {(weights + OVERHEAD_BYTES) / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
         )
-        log.warning("transformers is not asked: %s", need)
+        log.warning("transformers does not run: %s", need)
         return Trained({}, None, need)
     from tutor.engines.hf import loading
 
     load = partial(loading.load, precision=precision)
-    log.info("asking %s in transformers (%s)", MERGED, precision)
+    log.info("running %s in transformers (%s)", MERGED, precision)
     engine = load(inputs["merge"], None, quantization="none")
     merged = collect.from_transformers(engine, talks, own_template=True)
     collect.free_model(engine)
-    log.info("asking %s in transformers (%s)", ADAPTER, precision)
+    log.info("running %s in transformers (%s)", ADAPTER, precision)
     engine = load(read_facts(inputs["base"])[1], inputs["train"], quantization="none")
     if nf4_precision := _nf4_precision(inputs["merge"], inputs["train"]):
         collect.quantize_base_to_nf4(engine, nf4_precision)
