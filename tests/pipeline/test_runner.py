@@ -1,17 +1,19 @@
 """What is up to date, why not, what runs: on a build folder where only the data stage has run."""
 
-import ast
 import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.files import write_rows
 
+from tutor.artifacts.hashing import json_sha256
 from tutor.artifacts.manifest import find_damage, require_stage
+from tutor.artifacts.provenance import PACKAGE, SourceTree
 from tutor.artifacts.stage_folder import writing
 from tutor.errors import ArtifactError, DataError, RecipeError
 from tutor.pipeline import runner as pipeline
@@ -113,36 +115,56 @@ def test_every_setting_is_in_the_key_of_a_stage(where):
     assert [stage.name for stage in STAGES if stage.settings(recipe) != stage.settings(other)]
 
 
-def test_every_file_that_decides_a_stage_is_there_and_the_stages_own_is_among_them():
-    for stage in STAGES:
-        assert f"stages/{stage.name}/stage.py" in stage.sources
-        assert all((pipeline.PACKAGE / source).is_file() for source in stage.sources), stage.name
+# Code
 
 
-PLUMBING = {
-    *(
-        *(f"artifacts/{name}.py" for name in ("disk", "hashing", "layout", "manifest", "stage_folder")),
-        "errors.py",
-        "formats/models/model_folder.py",
-        "machine/run_cost.py",
-        "recipe/quantizations.py",
-        "recipe/settings.py",
-    ),
-    *("formats/models/gguf.py", "engines/llamacpp/build.py"),
-}
-"""Modules that read, write and refuse: a stage that imports one may leave it out of its key."""
+def edited_manifest(build: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = build / "small" / "data" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    manifest["key"] = json_sha256(manifest["fields"])
+    path.write_text(json.dumps(manifest))
 
 
-def test_each_module_that_a_stage_imports_is_in_its_key():
-    """A change of one that is not would leave an old result in place as up to date."""
-    for stage in STAGES:
-        tree = ast.parse((pipeline.PACKAGE / "stages" / stage.name / "stage.py").read_text("utf-8"))
-        froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module is not None]
-        named = {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
-        named |= {str(node.module) for node in froms}
-        files = {f"{name.removeprefix('tutor.').replace('.', '/')}.py" for name in named if name.startswith("tutor.")}
-        there = {file for file in files if (pipeline.PACKAGE / file).is_file()}
-        assert there <= {*stage.sources, *PLUMBING}, stage.name
+def test_changed_code_is_named_by_its_file(recipe_file, build):
+    now = state_of("data", read_recipe(recipe_file), build).sources["stages/data/stage.py"]
+
+    def change(manifest):
+        manifest["fields"]["code"] = "0" * 16
+        manifest["sources"]["stages/data/stage.py"] = "1" * 16
+
+    edited_manifest(build, change)
+    state = state_of("data", read_recipe(recipe_file), build)
+    assert state.condition == "stale"
+    assert differences(state) == [f"code.stages/data/stage.py: {'1' * 16} -> {now}"]
+
+
+def test_moved_code_is_no_change(recipe_file, build):
+    def move(manifest):
+        manifest["sources"]["data.py"] = manifest["sources"].pop("stages/data/stage.py")
+
+    edited_manifest(build, move)
+    assert state_of("data", read_recipe(recipe_file), build).condition == "up to date"
+
+
+def test_code_of_a_manifest_without_files_is_named_in_whole(recipe_file, build):
+    """Manifests of older versions name their files in the key."""
+
+    def age(manifest):
+        del manifest["sources"], manifest["fields"]["code"]
+        manifest["fields"]["code.stages/data.py"] = "1" * 16
+
+    edited_manifest(build, age)
+    state = state_of("data", read_recipe(recipe_file), build)
+    assert state.condition == "stale"
+    code = state.fields["code"]
+    assert differences(state) == [f"code: (absent) -> {code}", f"code.stages/data.py: {'1' * 16} -> (absent)"]
+
+
+def test_checkpoints_have_the_code_of_the_train_stage(recipe_file, build):
+    """Both are computed from the stage's module: one is no reason without the other."""
+    by_name, by_file = "stages/train/stage.py", PACKAGE / BY_NAME["train"].source
+    assert SourceTree().provenance(by_name) == SourceTree().provenance(by_file)
 
 
 # Inputs
@@ -314,6 +336,7 @@ def test_the_manifest_tells_what_made_the_folder_and_holds_no_path(recipe_file, 
     text = (build / "small" / "data" / "manifest.json").read_text()
     assert str(recipe_file.parent) not in text
     fields = json.loads(text)["fields"]
-    assert {"recipe.seed", "recipe.held_out", "file.train", "file.eval", "code.stages/data/stage.py"} <= set(fields)
+    assert {"recipe.seed", "recipe.held_out", "file.train", "file.eval", "code"} <= set(fields)
+    assert "stages/data/stage.py" in json.loads(text)["sources"]
     build.rename(build.with_name("moved"))
     assert conditions(read_recipe(recipe_file), build.with_name("moved"))["data"] == "up to date"

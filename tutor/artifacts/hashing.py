@@ -46,7 +46,7 @@ def cached_sha256(path: Path, cache: Path) -> str:
 def known_sha256(path: Path, cache: Path) -> str | None:
     """The remembered sha256 of a file; None when size, mtime or inode changed since."""
     entry = (read_json_object(cache) or {}).get(str(path.resolve()))
-    if isinstance(entry, dict) and entry.get("seen") == _seen(path) and "sha256" in entry:
+    if isinstance(entry, dict) and entry.get("seen") == file_state(path) and "sha256" in entry:
         return str(entry["sha256"])
     return None
 
@@ -54,9 +54,12 @@ def known_sha256(path: Path, cache: Path) -> str | None:
 def remember_sha256(path: Path, cache: Path, value: str) -> None:
     """Store a file's sha256 for `known_sha256`. Raises OSError when the cache cannot be written."""
     cache.parent.mkdir(parents=True, exist_ok=True)
-    write_json(cache, {**(read_json_object(cache) or {}), str(path.resolve()): {"seen": _seen(path), "sha256": value}})
+    write_json(
+        cache, {**(read_json_object(cache) or {}), str(path.resolve()): {"seen": file_state(path), "sha256": value}}
+    )
 
 
-def _seen(path: Path) -> str:
+def file_state(path: Path) -> str:
+    """Size, mtime and inode of a file: while they are equal, its content is taken to be equal."""
     stat = path.stat()
     return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}"

@@ -5,7 +5,7 @@ the key fields that differ. Writes nothing.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Manifest:
     started: str  # UTC
     seconds: float
     host: str
+    sources: dict[str, str] = field(default_factory=dict)  # hash of each file of code; names the files, not in the key
 
     @property
     def fingerprint(self) -> str:
@@ -37,6 +38,14 @@ class Manifest:
     def has_key_of(self, fields: Mapping[str, Any]) -> bool:
         """Whether the folder was made of exactly these key fields."""
         return self.key == json_sha256(dict(fields))
+
+    def changes(self, fields: Mapping[str, Any], sources: Mapping[str, str]) -> list[str]:
+        """The key fields that differ now, one line each; for the code the files that changed."""
+        lines = changed_fields(self.fields, fields)
+        named = _changed_sources(self.sources, sources)
+        if self.fields.get("code") == fields.get("code") or not named:
+            return lines
+        return sorted([*named, *(line for line in lines if not line.startswith("code: "))])
 
     def other_fields(self, fields: Mapping[str, Any]) -> list[str]:
         """Names of the given key fields that had another value when the folder was made."""
@@ -57,7 +66,9 @@ def read_manifest(folder: Path) -> Manifest | None:
         manifest = Manifest(**(read_json_object(path) or {}))
     except TypeError:
         manifest = None
-    if manifest is None or not all(map(_is_object, (manifest.fields, manifest.outputs, manifest.results))):
+    if manifest is None or not all(
+        map(_is_object, (manifest.fields, manifest.outputs, manifest.results, manifest.sources))
+    ):
         raise ArtifactError(f"{path} is damaged", f"rm -r {folder} and run again")
     return manifest
 
@@ -106,6 +117,13 @@ def changed_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
         for name in sorted({*before, *now})
         if before.get(name) != now.get(name)
     ]
+
+
+def _changed_sources(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The files whose content is new or gone, one line each; a file that was moved is neither."""
+    old = {f"code.{name}": value for name, value in before.items() if value not in now.values()}
+    new = {f"code.{name}": value for name, value in now.items() if value not in before.values()}
+    return changed_fields(old, new) if before else []
 
 
 def _short(value: Any) -> str:

@@ -37,13 +37,19 @@ def refuse_foreign(folder: Path) -> None:
 
 @contextlib.contextmanager
 def writing(
-    folder: Path, stage: str, fields: Mapping[str, Any], *, resume: bool = False
+    folder: Path,
+    stage: str,
+    fields: Mapping[str, Any],
+    *,
+    sources: Mapping[str, str] | None = None,
+    resume: bool = False,
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yield a scratch folder and a dict for the results; on a clean exit both become `folder`, else nothing changes.
 
-    With `resume` the scratch folder of a killed or interrupted run with equal fields is used again. An error other than
-    an interrupt still removes the scratch folder. Raises HostError when the disk is full or cannot be written,
-    RecipeError when no stage made `folder`, ArtifactError when the scratch folder is removed meanwhile.
+    `sources` names the files behind the key field "code". With `resume` the scratch folder of a killed or interrupted
+    run with equal fields is used again. An error other than an interrupt still removes the scratch folder.
+    Raises HostError when the disk is full or cannot be written, RecipeError when no stage made `folder`, ArtifactError
+    when the scratch folder is removed meanwhile.
     """
     partial = folder.with_name(folder.name + PARTIAL)
     key = json_sha256(dict(fields))
@@ -71,6 +77,7 @@ def writing(
             started=started.isoformat(timespec="seconds"),
             seconds=round(clock.seconds(), 3),
             host=platform.node(),
+            sources=dict(sources or {}),
         )
         write_json(partial / MANIFEST, asdict(manifest))
         _swap(partial, folder)

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-FOLDER = Path(__file__).parent
+STYLES = Path(__file__).with_name("page.css")
 PICTURE = "[\U0001f000-\U0001faff\u2600-\u27bf\ufe0f]"
 JOINER = re.compile(f"(?<={PICTURE})\u200d(?={PICTURE})")
 """What makes one emoji of several: seen as what it joins."""
@@ -20,7 +20,7 @@ JOINER = re.compile(f"(?<={PICTURE})\u200d(?={PICTURE})")
 def render(template: Path, **values: Any) -> str:
     """The text of a page; the same values give the same bytes."""
     environment = Environment(
-        loader=FileSystemLoader([template.parent, FOLDER]),
+        loader=FileSystemLoader([template.parent, STYLES.parent]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

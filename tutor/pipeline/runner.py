@@ -7,7 +7,7 @@ recipe that it reads, the content of its inputs, and the versions of its code an
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from tutor.artifacts.disk import remove
 from tutor.artifacts.hashing import cached_sha256, file_sha256, json_sha256
 from tutor.artifacts.layout import BuildFolder
 from tutor.artifacts.lock import locked
-from tutor.artifacts.manifest import Manifest, changed_fields, find_damage, read_manifest, require_stage
-from tutor.artifacts.provenance import provenance
+from tutor.artifacts.manifest import Manifest, find_damage, read_manifest, require_stage
+from tutor.artifacts.provenance import SourceTree, installed_version
 from tutor.artifacts.stage_folder import CHECKPOINTS, LOG, OLD, PARTIAL, checkpoint_folder, refuse_foreign, writing
 from tutor.engines.llamacpp.build import build_key
 from tutor.errors import GateError, RecipeError
@@ -26,9 +26,10 @@ from tutor.recipe.settings import Recipe
 
 log = logging.getLogger(__name__)
 
-PACKAGE = Path(__file__).parents[1]
 REFUSED = "refused"
 """The key of a gate's results that says no: a `message` and a `hint`."""
+LLAMACPP = "engines/llamacpp/build.py"
+"""Module of the pinned llama.cpp: a stage that reaches it depends on the build's key."""
 MADE = ("up to date", REFUSED)
 """The conditions of a stage that has nothing to do: asked again, a gate says the same."""
 
@@ -42,6 +43,7 @@ class State:
     manifest: Manifest | None
     fields: dict[str, Any] | None  # None where an input does not exist yet
     problems: tuple[str, ...]  # damage of the folder
+    sources: Mapping[str, str] = field(default_factory=dict)  # the files behind the key field "code"
 
     @property
     def condition(self) -> str:
@@ -64,18 +66,21 @@ def inspect(
     """
     states: dict[str, State] = {}
     made = BuildFolder(build, recipe.name)
+    tree = SourceTree(made.hashes)
     for stage in (BY_NAME[name] for name in BY_NAME if name in names):
         folder = made.stage(stage.name)
         manifest = read_manifest(folder)
         problems = tuple(find_damage(folder, content=content)) if manifest else ()
         whole = all(states[need].manifest and not states[need].problems for need in stage.needs)
-        fields = key_fields(stage, recipe, made, states) if whole else None
-        states[stage.name] = State(stage, folder, manifest, fields, problems)
+        fields, sources = key_fields(stage, recipe, made, states, tree) if whole else (None, {})
+        states[stage.name] = State(stage, folder, manifest, fields, problems, sources)
     return list(states.values())
 
 
-def key_fields(stage: Stage, recipe: Recipe, made: BuildFolder, states: Mapping[str, State]) -> dict[str, Any]:
-    """What decides a stage's result, flat, so that two of them can be compared line by line."""
+def key_fields(
+    stage: Stage, recipe: Recipe, made: BuildFolder, states: Mapping[str, State], tree: SourceTree
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The fields of a stage's key, flat, so that two keys can be compared line by line; and its files of code."""
     fields = stage.recipe_fields(recipe)
     fields |= {f"file.{name}": cached_sha256(path, made.hashes) for name, path in stage.files(recipe).items()}
     for need in stage.needs:
@@ -85,13 +90,15 @@ def key_fields(stage: Stage, recipe: Recipe, made: BuildFolder, states: Mapping[
     for name in stage.reads:
         path = made.path / name
         if found := read_manifest(path):
-            fields[f"input.{name}"] = json_sha256(asdict(found))  # its times and results are read, too
+            read = {name: value for name, value in asdict(found).items() if name != "sources"}
+            fields[f"input.{name}"] = json_sha256(read)  # the report shows times and results, too
         elif path.is_file():
             fields[f"input.{name}"] = file_sha256(path)
-    fields |= provenance(stage.sources, stage.packages)
-    if stage.llamacpp:
+    code = tree.provenance(stage.source)
+    fields |= code.fields | {f"version.{name}": installed_version(name) for name in stage.recorded}
+    if LLAMACPP in code.left_out:
         fields["version.llama.cpp"] = build_key()
-    return fields
+    return fields, code.sources
 
 
 def differences(state: State) -> list[str]:
@@ -104,7 +111,7 @@ def differences(state: State) -> list[str]:
         return [str(state.manifest.results[REFUSED]["message"])]
     if state.fields is None:
         return [f"needs {', '.join(state.stage.needs)} first"]
-    return changed_fields(state.manifest.fields, state.fields)
+    return state.manifest.changes(state.fields, state.sources)
 
 
 def run_all(recipe: Recipe, build: Path, *, until: str | None = None) -> list[str]:
@@ -199,7 +206,7 @@ def _run(stage: Stage, recipe: Recipe, build: Path, state: State) -> None:
     for need in stage.needs:  # someone may have removed it since its stage ran
         require_stage(made.stage(need), need)
     assert state.fields is not None, f"{stage.name} lacks an input"
-    scratch = writing(state.folder, stage.name, state.fields, resume=stage.resumes)
+    scratch = writing(state.folder, stage.name, state.fields, sources=state.sources, resume=stage.resumes)
     with announced(stage.name, stage.about), scratch as (out, results):
         inputs = {need: made.stage(need) for need in stage.needs}
         inputs |= {name: made.path / name for name in stage.reads}
@@ -225,7 +232,7 @@ def clean(recipe: Recipe, build: Path, names: tuple[str, ...]) -> list[Path]:
     with locked(BuildFolder(build, recipe.name).path):
         for stage in (BY_NAME[name] for name in names or BY_NAME):
             made = BuildFolder(build, recipe.name).stage(stage.name)
-            found = [made, *(sorted(made.parent.glob(stage.beside)) if stage.beside else ())]
+            found = [made, *(sorted(made.parent.glob(stage.derived)) if stage.derived else ())]
             ends = (PARTIAL, OLD, CHECKPOINTS, LOG)
             for folder in found:
                 if not folder.name.endswith(ends):

@@ -9,15 +9,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tutor.artifacts import provenance
 from tutor.artifacts.disk import write_json
-from tutor.artifacts.hashing import file_sha256
 from tutor.artifacts.layout import LORA, BuildFolder
 from tutor.artifacts.manifest import is_made, read_manifest, require_stage
 from tutor.artifacts.stage_folder import writing
 from tutor.engines.llamacpp.build import build_key
 from tutor.errors import ArtifactError
 from tutor.pipeline.registry import BY_NAME
-from tutor.pipeline.runner import PACKAGE
 from tutor.prompt import GO_TEMPLATE, STOPS
 from tutor.recipe.settings import Recipe
 from tutor.serving.builds import served_name
@@ -27,22 +26,8 @@ log = logging.getLogger(__name__)
 
 PARSER = "passthrough"
 """Ollama's name of a parser that changes nothing; with any parser, TEMPLATE wins over the GGUF's own chat template."""
-LORA_CODE = (
-    "serving/adapter.py",
-    "engines/llamacpp/adapter.py",
-    "formats/models/gguf_weights.py",
-    "engines/llamacpp/src/convert.py",
-    "engines/llamacpp/src/convert_lora.py",
-    "engines/llamacpp/process.py",
-    "stages/convert/lineage.py",
-    "stages/modelfile/parse.py",
-    "stages/modelfile/render.py",
-    "stages/modelfile/spec.py",
-    "stages/modelfile/stage.py",
-    "formats/models/served_quantization.py",
-    "prompt.py",
-)
-"""Modules of tutor/ whose change makes `lora/` outdated."""
+LEFT_OUT = (*provenance.LEFT_OUT, "pipeline", "serving/builds.py", "serving/models.py")
+"""Modules that `lora/` does not depend on, beside those of every key: their values are key fields."""
 
 
 def lora_folder(recipe: Recipe, folder: BuildFolder) -> Path:
@@ -54,8 +39,8 @@ def lora_folder(recipe: Recipe, folder: BuildFolder) -> Path:
     inputs = {name: folder.stage(name) for name in ("data", "base", "train", "convert")}
     fields: dict[str, Any] = {f"input.{name}": require_stage(at, name).fingerprint for name, at in inputs.items()}
     fields |= BY_NAME["modelfile"].recipe_fields(recipe)
-    fields |= {f"code.{source}": file_sha256(PACKAGE / source)[:16] for source in LORA_CODE}
-    fields |= {"version.llama.cpp": build_key(), "recipe.lineage": recipe_hash(recipe)}
+    code = provenance.SourceTree(folder.hashes).provenance("serving/adapter.py", left_out=LEFT_OUT).code
+    fields |= {"code": code, "version.llama.cpp": build_key(), "recipe.lineage": recipe_hash(recipe)}
     target = folder.lora
     if is_made(target, fields):
         return target

@@ -13,16 +13,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tutor.artifacts import provenance
 from tutor.artifacts.disk import write_json
 from tutor.artifacts.layout import OLLAMA, STAGE_FOLDERS, BuildFolder
 from tutor.artifacts.lock import locked
 from tutor.artifacts.manifest import is_made, require_stage
-from tutor.artifacts.provenance import provenance
 from tutor.artifacts.stage_folder import checkpoint_folder, log_folder, writing
 from tutor.engines.protocol import greedy
 from tutor.errors import ArtifactError, RecipeError
 from tutor.formats.rows.split_files import read_rows
-from tutor.pipeline.registry import BY_NAME
 from tutor.pipeline.runner import announced
 from tutor.recipe.settings import Recipe
 from tutor.serving.builds import served_name
@@ -30,14 +29,8 @@ from tutor.serving.models import ModelChoice, answer_dependencies, open_engine, 
 from tutor.stages.evaluate import generalization, rates, stage
 from tutor.stages.evaluate.answers import Task, answer_prompts
 
-CODE = (
-    "serving/compare.py",
-    "serving/models.py",
-    "engines/hf/engine.py",
-    "engines/hf/loading.py",
-    "engines/ollama/engine.py",
-    *BY_NAME["evaluate"].sources,
-)
+LEFT_OUT = (*provenance.LEFT_OUT, "pipeline", "serving/builds.py")
+"""Modules that no answer depends on, beside those of every key: the order of the stages, and names on a server."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +153,9 @@ def _answers(recipe: Recipe, build: Path, choice: ModelChoice, label: str, paral
         if choice.engine == "ollama" and parallel > 1:
             served["parallel"] = parallel  # a server with several slots batches prompts (stages/evaluate/answers.py)
         sampling = {"system": recipe.system, **asdict(generation)}
-        fields = {"input.data": data, **sampling, **served, **provenance(CODE, ())}
+        tree = provenance.SourceTree(folder.hashes)
+        code = tree.provenance("serving/compare.py", left_out=LEFT_OUT).code
+        fields = {"input.data": data, **sampling, **served, "code": code}
         ran = not is_made(target, fields)
         if ran:
             announcement = announced("evaluate", f"answer the prompts with {label} and grade")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tutor.artifacts.layout import BuildFolder, gguf_name
 from tutor.artifacts.manifest import read_manifest, require_stage
-from tutor.artifacts.provenance import provenance
+from tutor.artifacts.provenance import SourceTree
 from tutor.errors import ArtifactError, RecipeError
 from tutor.formats.models.served_quantization import served_quantization
 
@@ -131,7 +131,7 @@ def answer_dependencies(recipe: "Recipe", build: Path, choice: ModelChoice) -> d
         stages = {"base": ("base",), "tutor": ("merge",), "adapter": ("base", "train")}[choice.model]
         made = {name: require_stage(folder.stage(name), name).fingerprint for name in stages}
         settings = {"quantization": _quantization(folder, choice.model), "precision": recipe.train.precision}
-        return {**made, **settings, **provenance((), ("transformers", "torch", "peft"))}
+        return {**made, **settings, **SourceTree(folder.hashes).provenance("engines/hf/loading.py").versions}
     from tutor.engines.llamacpp.build import build_key
 
     gguf = gguf_of(recipe, build, choice)

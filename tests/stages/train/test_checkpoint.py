@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from support.kills import killed_at
 
 from tutor.artifacts.disk import remove
+from tutor.artifacts.provenance import Provenance
 from tutor.errors import ArtifactError, HostError
 from tutor.prompt import Encoded
 from tutor.recipe.settings import TrainSettings
@@ -30,6 +31,7 @@ from tutor.stages.train.checkpoint import (
     training_fields,
 )
 
+CODE = Provenance({"stages/train/stage.py": "0" * 16}, {"torch": "2.13"}, frozenset(), code="1" * 16)
 FILES = sorted(checkpoint.required_files(1))
 ROWS = {"train": [Encoded([1, 5, 6, 2], [0, 0, 1, 1]), Encoded([1, 7, 2], [0, 1, 1])], "held_out": []}
 
@@ -40,7 +42,7 @@ def progress(step: int) -> Progress:
 
 def fields(**changes: Any) -> dict[str, Any]:
     return training_fields(
-        TrainSettings().model_dump() | changes, ROWS, seed=1, base="b" * 64, precision="fp32", device="cpu"
+        TrainSettings().model_dump() | changes, ROWS, CODE, seed=1, base="b" * 64, precision="fp32", device="cpu"
     )
 
 

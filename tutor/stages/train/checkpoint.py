@@ -14,14 +14,14 @@ import re
 import shutil
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutor.artifacts.disk import remove, sync, write_json
 from tutor.artifacts.hashing import json_sha256
-from tutor.artifacts.manifest import MANIFEST, Manifest, changed_fields, find_damage, read_manifest
-from tutor.artifacts.provenance import provenance
+from tutor.artifacts.manifest import MANIFEST, Manifest, find_damage, read_manifest
+from tutor.artifacts.provenance import Provenance
 from tutor.artifacts.stage_folder import checkpoint_folder, seal_outputs
 from tutor.errors import ArtifactError, HostError
 from tutor.machine import distributed
@@ -31,37 +31,6 @@ if TYPE_CHECKING:
     from tutor.prompt import Encoded
 
 log = logging.getLogger(__name__)
-
-SOURCES = (
-    "stages/train/stage.py",
-    "stages/train/audit.py",
-    "stages/train/checkpoint.py",
-    "stages/train/checkpoint_callback.py",
-    "stages/train/loop.py",
-    "stages/train/monitor.py",
-    "stages/train/metrics.py",
-    "stages/train/plot.py",
-    "stages/train/kernels/packed_attention.py",
-    "stages/train/trainer.py",
-    "stages/train/kernels/chunked_loss.py",
-    "machine/device.py",
-    "engines/hf/engine.py",
-    "engines/hf/loading.py",
-    "engines/hf/score.py",
-    "stages/train/kernels/fast_dropout.py",
-    "machine/memory/plan.py",
-    "stages/train/kernels/layer_streaming.py",
-    "machine/distributed.py",
-    "stages/train/held_out_loss.py",
-    "machine/memory/estimate.py",
-    "machine/memory/row_lengths.py",
-    "machine/memory/shapes.py",
-    "formats/models/model_folder.py",
-    "machine/memory/batching.py",
-    "prompt.py",
-)
-PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "matplotlib")
-"""The train stage's files of tutor/ and its libraries: another of them makes another adapter."""
 
 CHANGEABLE = frozenset(
     {"logging_steps", "save_steps", "save_minutes", "packing", "pass_tokens", "batch_size", "accumulation"}
@@ -97,6 +66,7 @@ class TrainingRun:
 
     out: Path
     fields: dict[str, Any]
+    sources: dict[str, str] = field(default_factory=dict)  # the files behind the field "code"
 
     @property
     def folder(self) -> Path:
@@ -122,7 +92,7 @@ Checkpoint = tuple[Path, Progress]
 
 
 def training_fields(
-    settings: Mapping[str, Any], rows: Mapping[str, Sequence["Encoded"]], **machine: str | int
+    settings: Mapping[str, Any], rows: Mapping[str, Sequence["Encoded"]], code: Provenance, **machine: str | int
 ) -> dict[str, Any]:
     """Return the fields that must be equal in a checkpoint and in the training that resumes from it."""
     kept = {f"train.{name}": value for name, value in settings.items() if name not in CHANGEABLE}
@@ -132,7 +102,7 @@ def training_fields(
         **batch,
         **{f"rows.{name}": rows_sha256(held) for name, held in rows.items()},
         **machine,
-        **provenance(SOURCES, PACKAGES),
+        **code.fields,
     }
 
 
@@ -172,7 +142,7 @@ def newest_checkpoint(training: TrainingRun) -> Checkpoint | None:
             continue
         manifest = read_manifest(path)
         assert manifest is not None
-        if changed := changed_fields(manifest.fields, training.fields):
+        if changed := manifest.changes(training.fields, training.sources):
             more = f", and {len(changed) - MAX_LISTED} more" if len(changed) > MAX_LISTED else ""
             raise ArtifactError(
                 f"{path} (of {manifest.results['steps']} steps) is of another training: "
@@ -275,6 +245,7 @@ def seal(training: TrainingRun, progress: Progress) -> Path:
         started=started,
         seconds=round(progress.seconds, 3),
         host=platform.node(),
+        sources=training.sources,
     )
     write_json(path / MANIFEST, asdict(manifest))
     for old in by_step(training.folder)[KEPT_CHECKPOINTS:]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import set_seed
 
+from tutor.artifacts.provenance import SourceTree
 from tutor.artifacts.stage_folder import log_folder
 from tutor.formats.models.model_folder import load_tokenizer, read_facts
 from tutor.machine import distributed
@@ -46,14 +47,16 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path, plan: TrainingP
         for name in ("train", "held_out")
     )
     log.info("%s", plan)
+    code = SourceTree().provenance(Path(__file__))
     training = checkpoint.TrainingRun(
         out,
         checkpoint.training_fields(
-            settings.model_dump() | {"quantization": plan.quantization}, {"train": train, "held_out": held_out},
+            settings.model_dump() | {"quantization": plan.quantization}, {"train": train, "held_out": held_out}, code,
             seed=recipe.seed, base=facts.weights,
             precision=precision, device="cuda" if torch.cuda.is_available() else "cpu",
             processes=distributed.world_size(),
         ),
+        code.sources,
     )  # fmt: skip
     saved = distributed.broadcast_result(checkpoint.resume, training)
     set_seed(recipe.seed)
