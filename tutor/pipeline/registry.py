@@ -180,7 +180,7 @@ STAGES = (
         needs=("data", "base", "convert", "ladder"),
         settings=_evaluate,
         files=_evaluate_files,
-        derived=evaluation_name("*"),
+        derived=f"{STAGE_FOLDERS['evaluate']}-*",
     ),
     Stage(
         "report",
