@@ -1,4 +1,4 @@
-"""graders/format.py and graders/language.py: what passes, what does not, and what must not be mistaken for a fault."""
+"""graders/format.py: each property, and texts that only look like a fault."""
 
 import json
 
@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tutor.graders.format import grade_format, loops
-from tutor.graders.language import is_spanish, prose
 
 GOOD = """ Una interfaz describe la forma de un objeto: qué propiedades tiene y de qué tipo es cada una.
 
@@ -23,14 +22,14 @@ interface Libro {
 **Error habitual:** confundir `interface` con una clase; no existe en ejecución."""
 
 
-def test_a_good_answer_passes_everything() -> None:
+def test_good_answer_has_good_verdicts() -> None:
     verdict = grade_format(GOOD, "stop")
     assert all(verdict.values())
     assert verdict["characters"] == len(GOOD) - 1
     json.dumps(verdict)
 
 
-def test_each_fault_is_named_and_no_other() -> None:
+def test_each_fault_fails_its_verdict_alone() -> None:
     def faults(text: str, finish: str = "stop") -> set[str]:
         return {name for name, good in grade_format(text, finish).items() if not good}
 
@@ -62,12 +61,12 @@ def test_each_fault_is_named_and_no_other() -> None:
         ("- x\n  ```ts\n  a\n\nfin", False),
     ],
 )
-def test_a_fence_is_closed_as_commonmark_says(text: str, closed: bool) -> None:  # noqa: FBT001
+def test_fence_is_closed_as_in_commonmark(text: str, closed: bool) -> None:  # noqa: FBT001
     assert grade_format(text, "stop")["fences_closed"] is closed
 
 
 @given(st.lists(st.sampled_from(["a", "", "const x = 1;", "  ```ts", "~~~"]), max_size=8))
-def test_a_closed_fence_is_closed_whatever_it_holds(lines: list[str]) -> None:
+def test_closed_fence_with_any_content_is_closed(lines: list[str]) -> None:
     content = "\n".join(lines)
     assert grade_format(f"````ts\n{content}\n````\nfin", "stop")["fences_closed"]
     assert not grade_format(f"````ts\n{content}", "stop")["fences_closed"]
@@ -99,7 +98,7 @@ def test_template_text_and_special_tokens_are_leaks(text: str) -> None:
         "**Respuesta:** depende.",
     ],
 )
-def test_code_and_prose_that_look_like_template_text_are_no_leaks(text: str) -> None:
+def test_text_similar_to_template_text_is_no_leak(text: str) -> None:
     assert grade_format(text, "stop")["no_leak"]
 
 
@@ -116,7 +115,7 @@ def test_code_and_prose_that_look_like_template_text_are_no_leaks(text: str) -> 
         "jajaja" * 40,
     ],
 )
-def test_a_stuck_answer_is_a_loop(text: str) -> None:
+def test_degenerate_answer_is_a_loop(text: str) -> None:
     assert loops(text)
 
 
@@ -135,7 +134,7 @@ def test_a_stuck_answer_is_a_loop(text: str) -> None:
         " " * 500,
     ],
 )
-def test_code_and_rules_that_repeat_for_a_reason_are_no_loop(text: str) -> None:
+def test_repetitive_code_and_rules_are_no_loop(text: str) -> None:
     assert not loops(text)
 
 
@@ -143,13 +142,13 @@ def words(count: int) -> str:
     return " ".join(f"palabra{'abcdefghij'[n // 10 % 10]}{n}" for n in range(count))
 
 
-def test_a_loop_is_three_times_the_same_and_eighteen_words() -> None:
+def test_loop_has_three_repetitions_and_eighteen_words() -> None:
     assert loops(f"Dice: {words(6)} {words(6)} {words(6)}")
     assert not loops(f"Dice: {words(6)} {words(6)} {words(5)}")
     assert not loops(f"{words(9)} {words(9)}")
 
 
-def test_a_unit_of_more_than_120_words_is_no_loop() -> None:
+def test_repeated_unit_of_more_than_120_words_is_no_loop() -> None:
     assert loops(f"{words(120)} " * 3)
     assert not loops(f"{words(121)} " * 3)
 
@@ -157,40 +156,3 @@ def test_a_unit_of_more_than_120_words_is_no_loop() -> None:
 @given(st.text(max_size=300), st.sampled_from(["stop", "length"]))
 def test_any_text_gets_every_verdict(text: str, finish: str) -> None:
     assert set(grade_format(text, finish)) == set(grade_format("", "stop"))
-
-
-def test_prose_leaves_code_and_identifiers_out() -> None:
-    words = "Usa `keyof T` o Array<number> (por ejemplo) con miVariable y fs.readFile."
-    assert prose(words + "\n\n```ts\nconst x = 1;\n```\n\n    more()") == "Usa o (por ejemplo) con y"
-
-
-def test_an_answer_in_spanish_is_spanish_however_much_english_its_code_has() -> None:
-    code = "```ts\n// the user asked for the list of all the books\nexport function getBooks(): Book[] {}\n```\n"
-    assert is_spanish(GOOD)[0]
-    assert is_spanish(code * 10 + GOOD)[0]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "An interface describes the shape of an object and the type of each property.",
-        "Uma interface descreve a forma de um objeto e diz quais propriedades ele tem.",
-        "Un'interfaccia descrive la forma di un oggetto e dice quali proprietà ha.",
-        "Une interface décrit la forme d'un objet et le type de chacune de ses propriétés.",
-        "Una interfície descriu la forma d'un objecte i diu quines propietats té.",
-    ],
-)
-def test_other_languages_are_not_spanish(text: str) -> None:
-    assert is_spanish(text) == (False, pytest.approx(0, abs=0.2))
-
-
-@pytest.mark.parametrize(
-    "text", ["", "Sí.", "¿Qué es una interfaz?", "```ts\nconst nombre = 'una interfaz en español';\n```", "`a` `b` `c`"]
-)
-def test_too_little_prose_is_no_verdict(text: str) -> None:
-    assert is_spanish(text) == (False, 0.0)
-
-
-def test_an_answer_that_thinks_aloud_in_english_first_is_not_spanish() -> None:
-    thinking = "Okay, so the user is asking about interfaces. I need to explain what they are and give an example. "
-    assert not is_spanish(thinking * 2 + "Una interfaz es un contrato.")[0]

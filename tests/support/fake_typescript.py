@@ -1,6 +1,8 @@
-"""A compiler that only pretends."""
+"""A fake TypeScript compiler."""
 
-PRETEND = """#!@PYTHON@ -SE
+from pathlib import Path
+
+COMPILER = """#!@PYTHON@ -SE
 import os, pathlib, signal, sys, time
 here = pathlib.Path("@HERE@")
 files = [name for name in sys.argv[1:] if name.endswith(".ts")]
@@ -44,4 +46,10 @@ if parsing:
     print("error TS2318: Cannot find global type 'Array'.")
 sys.exit(1 if found or parsing else 0)
 """
-"""A compiler: TS1nnn in a text is a fault of syntax, TS2nnn of types, and needs-x is one unless has-x is there too."""
+"""A script. TS1nnn in a text is a syntax error, TS2nnn a type error; needs-x is one unless has-x is in the text."""
+
+
+def runs(folder: Path) -> list[str]:
+    """The arguments of each run of the fake compiler in a folder."""
+    log = folder / "runs"
+    return log.read_text("utf-8").splitlines() if log.exists() else []

@@ -1,0 +1,55 @@
+"""graders/language.py: Spanish prose, other languages, too little prose."""
+
+import pytest
+
+from tutor.graders.language import is_spanish, prose
+
+GOOD = """ Una interfaz describe la forma de un objeto: qué propiedades tiene y de qué tipo es cada una.
+
+```ts
+interface Libro {
+  readonly titulo: string;
+  paginas?: number;
+}
+```
+
+**Cuándo usarlo:** cuando varias funciones comparten la misma estructura.
+
+**Error habitual:** confundir `interface` con una clase; no existe en ejecución."""
+
+
+def test_prose_has_no_code_and_no_identifiers() -> None:
+    words = "Usa `keyof T` o Array<number> (por ejemplo) con miVariable y fs.readFile."
+    assert prose(words + "\n\n```ts\nconst x = 1;\n```\n\n    more()") == "Usa o (por ejemplo) con y"
+
+
+def test_spanish_answer_with_english_code_is_spanish() -> None:
+    code = "```ts\n// the user asked for the list of all the books\nexport function getBooks(): Book[] {}\n```\n"
+    assert is_spanish(GOOD)[0]
+    assert is_spanish(code * 10 + GOOD)[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "An interface describes the shape of an object and the type of each property.",
+        "Uma interface descreve a forma de um objeto e diz quais propriedades ele tem.",
+        "Un'interfaccia descrive la forma di un oggetto e dice quali proprietà ha.",
+        "Une interface décrit la forme d'un objet et le type de chacune de ses propriétés.",
+        "Una interfície descriu la forma d'un objecte i diu quines propietats té.",
+    ],
+)
+def test_other_languages_are_not_spanish(text: str) -> None:
+    assert is_spanish(text) == (False, pytest.approx(0, abs=0.2))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "Sí.", "¿Qué es una interfaz?", "```ts\nconst nombre = 'una interfaz en español';\n```", "`a` `b` `c`"]
+)
+def test_too_little_prose_is_not_spanish(text: str) -> None:
+    assert is_spanish(text) == (False, 0.0)
+
+
+def test_answer_with_english_thinking_first_is_not_spanish() -> None:
+    thinking = "Okay, so the user is asking about interfaces. I need to explain what they are and give an example. "
+    assert not is_spanish(thinking * 2 + "Una interfaz es un contrato.")[0]
