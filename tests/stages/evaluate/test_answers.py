@@ -101,7 +101,7 @@ def texts(records: Sequence[dict[str, Any]]) -> list[str]:
 EXPECTED = [f" Sobre ¿Qué es {name}?" for name in "abcdef"]
 
 
-def test_every_prompt_is_asked_once_in_order_after_one_warm_up(task: Task) -> None:
+def test_prompts_are_answered_once_in_order_after_a_warm_up(task: Task) -> None:
     servers = Servers(Fake())
     records = answer_prompts(servers, PROMPTS, replace(task, system="Eres un tutor."))
     assert texts(records) == EXPECTED
@@ -113,19 +113,19 @@ def test_every_prompt_is_asked_once_in_order_after_one_warm_up(task: Task) -> No
     assert {generation for _, generation in asked[1:]} == {GREEDY}
 
 
-def test_a_prompt_that_fails_is_a_record_and_the_rest_is_asked(task: Task) -> None:
+def test_failed_prompt_gives_an_error_record(task: Task) -> None:
     records = answer_prompts(Servers(Fake(faults={"¿Qué es b?": "too long"})), PROMPTS, task)
     assert records[1] == {"error": "too long"}
     assert texts(records) == [EXPECTED[0], "too long", *EXPECTED[2:]]
 
 
-def test_a_dead_engine_is_started_again_at_the_prompt_it_died_on(task: Task) -> None:
+def test_crashed_engine_restarts_at_the_same_prompt(task: Task) -> None:
     servers = Servers(Fake(dead_from=4), Fake())
     assert texts(answer_prompts(servers, PROMPTS, task)) == EXPECTED
     assert [prompt[13:23] for prompt, _ in servers.made[1].asked[1:]][:2] == ["¿Qué es c?", "¿Qué es d?"]
 
 
-def test_a_prompt_on_which_every_engine_dies_is_given_up_and_the_rest_is_asked(task: Task) -> None:
+def test_prompt_that_crashes_every_engine_is_given_up(task: Task) -> None:
     servers = Servers(always=Fake(dies_on="c"))
     records = answer_prompts(servers, PROMPTS, task)
     assert records[2] == {"error": "the engine died on it 2 times"}
@@ -133,14 +133,14 @@ def test_a_prompt_on_which_every_engine_dies_is_given_up_and_the_rest_is_asked(t
     assert len(servers.made) == 3
 
 
-def test_an_engine_that_dies_on_everything_ends_the_run(task: Task) -> None:
+def test_consecutive_crashes_end_the_run(task: Task) -> None:
     servers = Servers(always=Fake(dies_on="¿"))
     with pytest.raises(ServiceError, match=f"died on {MAX_LOST} prompts in a row, 2 times each.*prompt 3 of 6"):
         answer_prompts(servers, PROMPTS, task)
     assert servers.running == 0
 
 
-def test_an_engine_that_never_answers_ends_the_run_at_once(task: Task) -> None:
+def test_engine_that_never_answers_ends_the_run(task: Task) -> None:
     servers = Servers(Fake(dead_from=1))
     with pytest.raises(ServiceError, match="refused"):
         answer_prompts(servers, PROMPTS, task)
@@ -150,14 +150,14 @@ def test_an_engine_that_never_answers_ends_the_run_at_once(task: Task) -> None:
 # Several at a time
 
 
-def test_answers_are_the_same_in_the_same_order_however_many_are_asked_at_a_time(task: Task) -> None:
+def test_parallel_engines_give_equal_answers_in_order(task: Task) -> None:
     servers = Servers(always=Fake(meet=threading.Barrier(3)))
     assert texts(answer_prompts(servers, PROMPTS, task, parallel=3)) == EXPECTED
     assert servers.most == 3, "each with an engine of its own"
     assert sorted(servers.questions()) == [f"¿Qué es {name}?" for name in "abcdef"]
 
 
-def test_no_more_engines_are_started_than_there_are_prompts(task: Task) -> None:
+def test_number_of_engines_is_at_most_that_of_prompts(task: Task) -> None:
     servers = Servers(always=Fake())
     answer_prompts(servers, PROMPTS[:2], task, parallel=64)
     assert len(servers.made) <= 2
@@ -185,7 +185,7 @@ class Talkative(Fake):
         return super().answer(messages, generation, on_text)
 
 
-def test_one_of_several_that_fails_ends_the_others_in_mid_answer(task: Task) -> None:
+def test_failed_worker_stops_the_answers_of_the_others(task: Task) -> None:
     meet = threading.Barrier(3)
     servers = Servers(Fake(dead_from=1, meet=meet), Talkative(meet=meet), Talkative(meet=meet))
     with pytest.raises(ServiceError, match="refused"):
@@ -194,7 +194,7 @@ def test_one_of_several_that_fails_ends_the_others_in_mid_answer(task: Task) -> 
     assert servers.running == 0
 
 
-def test_of_several_one_dies_and_the_prompt_is_asked_again(task: Task) -> None:
+def test_parallel_engine_that_crashes_is_restarted(task: Task) -> None:
     servers = Servers(Fake(dead_from=3), always=Fake(pause=0.01))
     assert texts(answer_prompts(servers, PROMPTS, task, parallel=2)) == EXPECTED
 
@@ -227,7 +227,7 @@ def ended(task: Task, answers: int = 3, **options: Any) -> None:
         answer_prompts(Servers(Ending(answers=answers, **options)), PROMPTS, task)
 
 
-def test_a_run_that_was_ended_goes_on_where_it_stopped(task: Task, caplog: pytest.LogCaptureFixture) -> None:
+def test_killed_run_resumes_from_its_journal(task: Task, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "tutor")
     ended(task)
     servers = Servers(Fake())
@@ -240,12 +240,12 @@ def test_a_run_that_was_ended_goes_on_where_it_stopped(task: Task, caplog: pytes
     ]
 
 
-def test_all_answers_there_is_no_engine_started(task: Task) -> None:
+def test_complete_journal_starts_no_engine(task: Task) -> None:
     answer_prompts(Servers(Fake()), PROMPTS, task)
     assert texts(answer_prompts(Servers(), PROMPTS, task)) == EXPECTED
 
 
-def test_an_error_is_not_kept_but_asked_again(task: Task) -> None:
+def test_failed_prompt_is_answered_again_in_the_next_run(task: Task) -> None:
     answer_prompts(Servers(Fake(faults={"¿Qué es b?": "busy"})), PROMPTS, task)
     servers = Servers(Fake())
     assert texts(answer_prompts(servers, PROMPTS, task)) == EXPECTED
@@ -261,14 +261,14 @@ def test_an_error_is_not_kept_but_asked_again(task: Task) -> None:
         {"system": "Otro."},
     ],
 )
-def test_answers_of_another_model_or_other_settings_are_not_taken(task: Task, other: dict[str, Any]) -> None:
+def test_journal_of_other_settings_is_not_used(task: Task, other: dict[str, Any]) -> None:
     ended(task)
     servers = Servers(Fake())
     answer_prompts(servers, PROMPTS, replace(task, **other))
     assert len(servers.questions()) == 6
 
 
-def test_answers_to_other_prompts_are_not_taken(task: Task) -> None:
+def test_journal_of_other_prompts_is_not_used(task: Task) -> None:
     ended(task)
     servers = Servers(Fake())
     assert texts(answer_prompts(servers, PROMPTS[1:], task)) == EXPECTED[1:]
@@ -277,9 +277,7 @@ def test_answers_to_other_prompts_are_not_taken(task: Task) -> None:
 
 @given(st.integers(0, 2000))
 @settings(max_examples=60, deadline=None)
-def test_wherever_a_journal_was_cut_what_is_whole_is_taken_and_the_rest_asked(
-    tmp_path_factory: pytest.TempPathFactory, kept: int
-) -> None:
+def test_journal_cut_anywhere_keeps_its_complete_lines(tmp_path_factory: pytest.TempPathFactory, kept: int) -> None:
     path = tmp_path_factory.mktemp("cut") / "j.jsonl"
     task = Task("tutor", GREEDY, "", path, {})
     ended(task, answers=4)
@@ -293,7 +291,7 @@ def test_wherever_a_journal_was_cut_what_is_whole_is_taken_and_the_rest_asked(
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"[]\n", b"null\n", b"\xff\xfe\n", b'{"key": 1}\n{}\n', b"{\n"])
-def test_a_file_that_is_no_journal_is_written_over(task: Task, content: bytes) -> None:
+def test_file_that_is_no_journal_is_overwritten(task: Task, content: bytes) -> None:
     task.journal.parent.mkdir()
     task.journal.write_bytes(content)
     assert texts(answer_prompts(Servers(Fake()), PROMPTS, task)) == EXPECTED

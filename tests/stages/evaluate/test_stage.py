@@ -22,7 +22,7 @@ PROMPTS = [
 ]
 
 
-def test_answers_stand_side_by_side_with_their_prompt() -> None:
+def test_side_by_side_puts_answers_below_their_prompt() -> None:
     rows = side_by_side(PROMPTS[:1], {"base": [{"error": "x"}], "tutor": [{"text": "y"}]})
     assert rows == [{**PROMPTS[0], "answers": {"base": {"error": "x"}, "tutor": {"text": "y"}}}]
 
@@ -60,7 +60,7 @@ def read(path: Path) -> Any:
 
 
 @pytest.mark.usefixtures("llamacpp")
-def test_a_run_asks_judges_and_scores_every_model(tmp_path: Path, out: Path) -> None:
+def test_run_answers_grades_and_scores_every_model(tmp_path: Path, out: Path) -> None:
     summary = run(recipe(tmp_path), write_inputs(tmp_path), out)
     assert sorted(path.name for path in out.iterdir()) == ["answers.json", "paraphrased.json"]
     answers = read(out / "answers.json")
@@ -82,7 +82,7 @@ def test_a_run_asks_judges_and_scores_every_model(tmp_path: Path, out: Path) -> 
 
 
 @pytest.mark.usefixtures("llamacpp")
-def test_a_run_is_greedy_with_the_seed(tmp_path: Path, out: Path) -> None:
+def test_run_is_greedy_with_the_seed(tmp_path: Path, out: Path) -> None:
     run(recipe(tmp_path), write_inputs(tmp_path), out)
     requests = asked(tmp_path / "tutor.asked")
     assert all((line["temperature"], line["seed"]) == (0.0, 5) for line in requests)
@@ -90,9 +90,7 @@ def test_a_run_is_greedy_with_the_seed(tmp_path: Path, out: Path) -> None:
 
 
 @pytest.mark.usefixtures("llamacpp")
-def test_prompts_in_other_words_are_asked_of_the_tutor_and_compared_with_the_same_in_their_own(
-    tmp_path: Path, out: Path
-) -> None:
+def test_paraphrases_are_compared_with_their_originals(tmp_path: Path, out: Path) -> None:
     rows = [
         {"original": "¿Qué es c? Explícamelo.", "instruction": "Explícame qué es c, por favor."},
         {"original": "¿Qué es de otro conjunto?", "instruction": "No se pregunta."},
@@ -123,7 +121,7 @@ def test_general_texts_are_scored_by_base_and_tutor(tmp_path: Path, out: Path) -
 
 
 @pytest.mark.usefixtures("llamacpp")
-def test_a_server_that_dies_once_costs_no_answer(tmp_path: Path, out: Path) -> None:
+def test_server_that_crashes_once_loses_no_answer(tmp_path: Path, out: Path) -> None:
     summary = run(recipe(tmp_path), write_inputs(tmp_path, dies_on="¿Qué es c?"), out)
     assert (tmp_path / "tutor.asked.died").exists()
     assert summary["models"]["tutor"]["all"]["errors"] == 0
@@ -131,7 +129,7 @@ def test_a_server_that_dies_once_costs_no_answer(tmp_path: Path, out: Path) -> N
 
 
 @pytest.mark.usefixtures("llamacpp")
-def test_a_prompt_that_kills_every_server_has_failed_and_the_run_goes_on(tmp_path: Path, out: Path) -> None:
+def test_prompt_that_crashes_every_server_fails_alone(tmp_path: Path, out: Path) -> None:
     summary = run(recipe(tmp_path), write_inputs(tmp_path, dies_on="¿Qué es c?", times=99), out)
     assert summary["models"]["tutor"]["all"]["errors"] == 1
     assert summary["models"]["tutor"]["all"]["passed"]["n"] == 3
@@ -140,7 +138,7 @@ def test_a_prompt_that_kills_every_server_has_failed_and_the_run_goes_on(tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("llamacpp")
-def test_a_run_that_failed_asks_nothing_twice(tmp_path: Path, out: Path) -> None:
+def test_failed_run_keeps_its_answers_for_the_next_run(tmp_path: Path, out: Path) -> None:
     inputs = write_inputs(tmp_path, dies_on="¿Qué es", times=6)
     with pytest.raises(ServiceError, match="died on 3 prompts in a row"):
         run(recipe(tmp_path), inputs, out)
@@ -152,7 +150,7 @@ def test_a_run_that_failed_asks_nothing_twice(tmp_path: Path, out: Path) -> None
 
 
 @pytest.mark.usefixtures("llamacpp")
-def test_without_a_base_gguf_only_the_tutor_is_asked(tmp_path: Path, out: Path) -> None:
+def test_recipe_without_base_evaluates_only_the_tutor(tmp_path: Path, out: Path) -> None:
     inputs = write_inputs(tmp_path)
     (inputs["convert"] / "base-Q4_K_M.gguf").unlink()
     with pytest.raises(ArtifactError, match=r"base-Q4_K_M\.gguf is missing; run: tutor convert"):
@@ -162,7 +160,7 @@ def test_without_a_base_gguf_only_the_tutor_is_asked(tmp_path: Path, out: Path) 
 
 
 @pytest.mark.usefixtures("llamacpp")
-def test_the_quantization_that_the_ladder_chose_is_the_one_that_is_asked(tmp_path: Path, out: Path) -> None:
+def test_auto_evaluates_the_quantization_of_the_ladder(tmp_path: Path, out: Path) -> None:
     inputs = write_inputs(tmp_path)
     (inputs["convert"] / "tutor-Q4_K_M.gguf").unlink()
     chosen = recipe(tmp_path, convert={"base": False}, ollama={"quantization": "auto"})
@@ -174,9 +172,7 @@ def test_the_quantization_that_the_ladder_chose_is_the_one_that_is_asked(tmp_pat
 
 
 @pytest.mark.usefixtures("llamacpp")
-def test_without_the_compiler_nothing_is_asked_that_it_would_have_to_judge(
-    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_compiler_raises_before_any_answer(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUTOR_TYPESCRIPT", str(tmp_path / "nowhere"))
     inputs = write_inputs(tmp_path)
     write_rows(inputs["data"] / "prompts.jsonl", [{**PROMPTS[0], "expect": {"code": True}}])

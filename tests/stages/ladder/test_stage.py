@@ -2,56 +2,35 @@
 
 import json
 import math
-import re
-import xml.etree.ElementTree as ET
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.files import write_rows
+from support.quantizations import DEMO, quantization
 from support.random_llama import llama3_splitter, make_tiny
 
-from tutor.artifacts.disk import write_json
-from tutor.artifacts.manifest import MANIFEST
 from tutor.engines.llamacpp.score import Score
 from tutor.errors import ArtifactError, HostError
-from tutor.formats.models.served_quantization import served_quantization, write_served
 from tutor.recipe.settings import ConvertSettings, GenerateSettings, OllamaSettings, Recipe
 from tutor.stages.ladder import stage
-from tutor.stages.ladder.plot import plot
-
-
-def quantization(size: int, more: float, kl: float) -> dict[str, Any]:
-    return {"size": size, "more": more, "kl": kl}
-
-
-F16 = {"F16": quantization(270, 0.0, 0.0)}
-DEMO = {
-    **F16,
-    "Q4_K_M": quantization(105, 0.0413, 0.0536),
-    "Q5_K_M": quantization(136, 0.0083, 0.0123),
-    "Q8_0": quantization(144, 0.0001, 0.0039),
-}
-
-
-# The choice
 
 
 @pytest.mark.parametrize(
     ("budget", "chosen"), [(0.001, "F16"), (0.01, "Q8_0"), (0.02, "Q5_K_M"), (0.05, "Q5_K_M"), (0.06, "Q4_K_M")]
 )
-def test_the_smallest_inside_the_budget_is_chosen(budget: float, chosen: str) -> None:
+def test_smallest_file_inside_the_budget_is_chosen(budget: float, chosen: str) -> None:
     assert stage.choose(DEMO, budget) == chosen
 
 
 @pytest.mark.parametrize("lucky", [quantization(50, -0.1, 0.3), quantization(50, 0.3, 0.001)])
-def test_loss_and_divergence_must_both_be_inside(lucky: dict[str, Any]) -> None:
+def test_choice_needs_loss_and_kl_inside_the_budget(lucky: dict[str, Any]) -> None:
     """A drifted model may by luck say these rows better."""
     assert stage.choose({**DEMO, "IQ4_NL": lucky}, 0.01) == "Q8_0"
 
 
-def test_a_file_that_is_larger_and_worse_than_another_is_named_and_never_chosen() -> None:
+def test_larger_and_worse_file_is_named_and_never_chosen() -> None:
     """Q5_K_M of the demo, before its Q5_1 tensors were replaced: 112 MB and perplexity 10.91, Q4_K_M's is 9.44."""
     figures = {**DEMO, "Q5_K_M": quantization(112, 0.185, 0.21)}
     assert stage.worse_and_larger(figures) == {"Q5_K_M": "Q4_K_M"}
@@ -59,14 +38,11 @@ def test_a_file_that_is_larger_and_worse_than_another_is_named_and_never_chosen(
     assert stage.worse_and_larger(DEMO) == {}
 
 
-# The figures
-
-
 def scored(logprobs: list[float], kl: list[float] | None = None, same: list[bool] | None = None) -> Score:
     return Score(tuple(logprobs), tuple(((0, -0.1),) for _ in logprobs), tuple(kl or ()), tuple(same or ()))
 
 
-def test_a_file_is_compared_token_by_token_over_all_rows() -> None:
+def test_figures_are_means_over_all_tokens_of_all_rows() -> None:
     whole = [scored([-1.0, -2.0]), scored([-3.0])]
     found = stage.against_f16(whole, [scored([-1.5, -2.0], [0.3, 0.1], [True, False]), scored([-4.0], [0.2], [True])])
     assert found["loss"] == pytest.approx(2.5)
@@ -77,77 +53,23 @@ def test_a_file_is_compared_token_by_token_over_all_rows() -> None:
     assert (found["same"], found["tokens"]) == (pytest.approx(2 / 3), 3)
 
 
-def test_f16_loses_nothing_against_itself() -> None:
+def test_f16_against_itself_has_no_loss() -> None:
     whole = [scored([-1.0, -2.0])]
     found = stage.against_f16(whole, whole)
     assert (found["more"], found["kl"], found["same"]) == (0.0, 0.0, 1.0)
 
 
 @pytest.mark.parametrize("rows", [[], [[]], [[math.nan]], [[-1e6]], [[-math.inf]]])
-def test_a_loss_that_is_no_number_is_an_artifact_error(rows: list[list[float]]) -> None:
+def test_loss_that_is_no_number_raises_artifact_error(rows: list[list[float]]) -> None:
     with pytest.raises(ArtifactError, match="held-out loss"):
         stage.perplexity(rows)
 
 
-def test_fewer_rows_are_taken_from_everywhere_and_never_none() -> None:
+def test_sampled_rows_are_equidistant_and_never_empty() -> None:
     rows = [([number], [0] * 10) for number in range(10)]
     assert stage.sample_rows(rows, 1000) == rows
     assert [prompt for prompt, _ in stage.sample_rows(rows, 50)] == [[0], [2], [4], [6], [8]]
     assert stage.sample_rows(rows, 1) == rows[:1]
-
-
-# The plot
-
-
-def figures(*names: str) -> dict[str, dict[str, Any]]:
-    return {**F16, **{name: quantization(130 + number, 0.01, 0.01 / (number + 1)) for number, name in enumerate(names)}}
-
-
-def test_the_plot_is_an_xml_of_its_own_and_says_every_quantization_and_the_budget() -> None:
-    drawn = plot(DEMO, 0.01, "Q8_0")
-    text = " ".join(ET.fromstring(drawn).itertext())
-    assert all(word in text for word in (*DEMO, "Q8_0 (served)", "F16 (reference)", "budget 0.01"))
-    assert plot(DEMO, 0.01, "Q8_0") == drawn
-
-
-def test_labels_of_files_of_one_size_do_not_cover_each_other() -> None:
-    drawn = plot(figures("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M"), 0.01, "Q6_K")
-    placed = [
-        (float(x), float(y))
-        for x, y in re.findall(r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="start"[^>]*>Q', drawn)
-    ]
-    assert len(placed) == 5
-    assert all(
-        abs(one[1] - two[1]) >= 12 or abs(one[0] - two[0]) >= 60
-        for number, one in enumerate(placed)
-        for two in placed[:number]
-    )
-
-
-@pytest.mark.parametrize("budget", [1e-9, 1.0])
-def test_everything_is_drawn_inside_the_picture(budget: float) -> None:
-    drawn = plot(DEMO, budget, "F16")
-    for attribute, end in (("cx", 720), ("x", 720), ("x1", 720), ("x2", 720), ("cy", 380), ("y", 380), ("y1", 380)):
-        assert all(0 <= float(value) <= end for value in re.findall(rf' {attribute}="(-?[\d.]+)"', drawn))
-
-
-# What is served
-
-
-def test_only_auto_asks_the_ladder(tmp_path: Path) -> None:
-    assert served_quantization("Q4_K_M", tmp_path / "missing") == "Q4_K_M"
-    with pytest.raises(ArtifactError, match="run: tutor ladder"):
-        served_quantization("auto", tmp_path)
-    write_json(tmp_path / MANIFEST, {})
-    write_served(tmp_path, "Q8_0")
-    assert served_quantization("auto", tmp_path) == "Q8_0"
-    write_json(tmp_path / "served.json", {"quantization": None})
-    with pytest.raises(ArtifactError, match=r"served\.json names no quantization") as caught:
-        served_quantization("auto", tmp_path)
-    assert caught.value.hint == "run: tutor ladder"
-
-
-# A whole run
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +107,7 @@ def recipe(*kinds: Any, budget: float = 0.01, served: str = "auto") -> Recipe:
 
 
 @pytest.mark.llamacpp
-def test_a_run_measures_every_file_and_serves_the_choice(inputs: dict[str, Path], tmp_path: Path) -> None:
+def test_run_measures_every_file_and_serves_the_choice(inputs: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "ladder"
     out.mkdir()
     results = stage.run(recipe("Q8_0", "Q4_0", budget=1.0), inputs, out)
@@ -204,23 +126,19 @@ def test_a_run_measures_every_file_and_serves_the_choice(inputs: dict[str, Path]
 
 
 @pytest.mark.llamacpp
-def test_a_quantization_that_the_recipe_names_is_served_whatever_the_budget(
-    inputs: dict[str, Path], tmp_path: Path
-) -> None:
+def test_quantization_named_by_the_recipe_is_served(inputs: dict[str, Path], tmp_path: Path) -> None:
     results = stage.run(recipe("Q8_0", "Q4_0", budget=1e-9, served="Q4_0"), inputs, tmp_path)
     assert (results["chosen"], results["served"]) == ("F16", "Q4_0")
 
 
 @pytest.mark.llamacpp
-def test_a_missing_file_is_named_and_no_distributions_are_left(inputs: dict[str, Path], tmp_path: Path) -> None:
+def test_missing_file_raises_and_leaves_no_distributions(inputs: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"tutor-Q6_K\.gguf is missing"):
         stage.run(recipe("Q6_K"), inputs, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_cannot_hold_the_distributions_is_told_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_raises_host_error_before_scoring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from support.gguf_bytes import field, whole
 
     (tmp_path / "a.gguf").write_bytes(whole((field("general.architecture", 8, b"\5\0\0\0\0\0\0\0llama"),)))

@@ -1,0 +1,23 @@
+"""formats/models/served_quantization.py: the quantization of the recipe, or the one that the ladder stage chose."""
+
+from pathlib import Path
+
+import pytest
+
+from tutor.artifacts.disk import write_json
+from tutor.artifacts.manifest import MANIFEST
+from tutor.errors import ArtifactError
+from tutor.formats.models.served_quantization import served_quantization, write_served
+
+
+def test_served_quantization_is_read_only_for_auto(tmp_path: Path) -> None:
+    assert served_quantization("Q4_K_M", tmp_path / "missing") == "Q4_K_M"
+    with pytest.raises(ArtifactError, match="run: tutor ladder"):
+        served_quantization("auto", tmp_path)
+    write_json(tmp_path / MANIFEST, {})
+    write_served(tmp_path, "Q8_0")
+    assert served_quantization("auto", tmp_path) == "Q8_0"
+    write_json(tmp_path / "served.json", {"quantization": None})
+    with pytest.raises(ArtifactError, match=r"served\.json names no quantization") as caught:
+        served_quantization("auto", tmp_path)
+    assert caught.value.hint == "run: tutor ladder"
