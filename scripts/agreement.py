@@ -18,7 +18,8 @@ from tutor.engines.llamacpp.score import score
 from tutor.engines.llamacpp.server import serve
 from tutor.engines.protocol import greedy
 from tutor.prompt import conversation, render
-from tutor.recipe.settings import Recipe, read_recipe
+from tutor.recipe.reading import read_recipe
+from tutor.recipe.settings import Recipe
 
 
 def main(recipe: Recipe, build: Path, count: int) -> None:

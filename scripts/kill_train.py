@@ -28,7 +28,8 @@ from tutor.artifacts.stage_folder import checkpoint_folder
 from tutor.cli.progress import quiet_libraries
 from tutor.pipeline import registry as chain
 from tutor.pipeline import runner as pipeline
-from tutor.recipe.settings import Recipe, read_recipe
+from tutor.recipe.reading import read_recipe
+from tutor.recipe.settings import Recipe
 from tutor.stages.train import checkpoint
 
 ROOT = Path(__file__).parent.parent

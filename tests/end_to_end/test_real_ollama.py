@@ -35,7 +35,8 @@ from tutor.engines.protocol import Generation
 from tutor.errors import GateError, ServiceError
 from tutor.pipeline import runner as pipeline
 from tutor.prompt import GO_TEMPLATE, Message, conversation, render
-from tutor.recipe.settings import Recipe, read_recipe
+from tutor.recipe.reading import read_recipe
+from tutor.recipe.settings import Recipe
 from tutor.serving import builds, compare, publish
 
 HOST = os.environ.get("TUTOR_TEST_OLLAMA", "")

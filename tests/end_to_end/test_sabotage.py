@@ -29,7 +29,8 @@ from tutor.engines.llamacpp.build import build_folder, is_built
 from tutor.errors import ArtifactError, DataError, GateError, TutorError
 from tutor.pipeline import registry as chain
 from tutor.pipeline import runner as pipeline
-from tutor.recipe.settings import OllamaSettings, Recipe, read_recipe
+from tutor.recipe.reading import read_recipe
+from tutor.recipe.settings import OllamaSettings, Recipe
 from tutor.serving import publish
 
 pytestmark = [

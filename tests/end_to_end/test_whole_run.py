@@ -59,7 +59,7 @@ def test_a_second_run_does_nothing_and_says_so(built: Path) -> None:
 
 def test_a_run_that_is_up_to_date_imports_no_torch(built: Path) -> None:
     code = (
-        "import sys; sys.modules['torch'] = None; from tutor.recipe.settings import read_recipe; "
+        "import sys; sys.modules['torch'] = None; from tutor.recipe.reading import read_recipe; "
         "from tutor.pipeline import runner; from pathlib import Path; "
         f"print(runner.run_all(read_recipe(Path({str(TINY)!r})), Path({str(built)!r})))"
     )

@@ -28,7 +28,8 @@ from tutor.machine.memory.plan import MemoryRequest
 from tutor.machine.memory.row_lengths import RowLengths, find_row_lengths, largest_batch
 from tutor.machine.memory.shapes import SHAPES
 from tutor.pipeline import runner as pipeline
-from tutor.recipe.settings import Recipe, read_recipe
+from tutor.recipe.reading import read_recipe
+from tutor.recipe.settings import Recipe
 
 DEFAULT = "hub:deepseek-ai/DeepSeek-R1-Distill-Llama-8B@6a6f4aa4197940add57724a7707d069478df56b1"
 LARGE = SHAPES["deepseek-ai/DeepSeek-R1-Distill-Llama-8B"]

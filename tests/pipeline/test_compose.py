@@ -30,7 +30,8 @@ from tutor.machine.host import Memory
 from tutor.pipeline import compose as stack
 from tutor.pipeline.compose import Stack, StackError
 from tutor.pipeline.registry import BY_NAME
-from tutor.recipe.settings import Recipe, read_recipe
+from tutor.recipe.reading import read_recipe
+from tutor.recipe.settings import Recipe
 
 FAKE = """#!{python}
 import json, os, pathlib, sys, time
@@ -494,7 +495,7 @@ def test_an_interrupted_run_stops_and_removes_the_services_container(host, recip
     host.says("--name tutor-trainer", seconds=60, stderr="training\n")
     code = (
         "import pathlib, signal, sys\nfrom tutor.pipeline import compose as stack\n"
-        "from tutor.recipe.settings import read_recipe\n"
+        "from tutor.recipe.reading import read_recipe\n"
         "signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))\n"
         "stack.run_all(read_recipe(pathlib.Path(sys.argv[1])), pathlib.Path(sys.argv[2]))"
     )

@@ -19,7 +19,8 @@ from tutor.errors import ArtifactError, DataError, RecipeError
 from tutor.pipeline import runner as pipeline
 from tutor.pipeline.registry import BY_NAME, STAGES
 from tutor.pipeline.runner import clean, differences, inspect, run_all, run_one
-from tutor.recipe.settings import Recipe, Settings, read_recipe
+from tutor.recipe.reading import read_recipe
+from tutor.recipe.settings import Recipe, Settings
 
 
 @pytest.fixture

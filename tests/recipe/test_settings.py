@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from support.command import ROOT
 
 from tutor.errors import RecipeError
-from tutor.recipe.settings import RETIRED, Recipe, read_recipe
+from tutor.recipe.reading import RETIRED, read_recipe
+from tutor.recipe.settings import Recipe
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from tutor.artifacts.hashing import file_sha256
 from tutor.artifacts.stage_folder import writing
 from tutor.errors import ArtifactError, RecipeError, ServiceError
 from tutor.formats.models.gguf import read_gguf
-from tutor.recipe.settings import Recipe, read_recipe
+from tutor.recipe.reading import read_recipe
+from tutor.recipe.settings import Recipe
 from tutor.serving import verify
 from tutor.stages.convert import lineage
 

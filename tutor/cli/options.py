@@ -70,7 +70,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 
 def load_recipe(path: Path) -> "Recipe":
     """Read the recipe of a command. Raises RecipeError."""
-    from tutor.recipe.settings import read_recipe
+    from tutor.recipe.reading import read_recipe
 
     return read_recipe(path)
 

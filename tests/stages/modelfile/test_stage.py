@@ -4,7 +4,8 @@ import json
 from dataclasses import replace
 
 from tutor.prompt import GO_TEMPLATE, STOPS
-from tutor.recipe.settings import Recipe, read_recipe
+from tutor.recipe.reading import read_recipe
+from tutor.recipe.settings import Recipe
 from tutor.stages.modelfile import stage
 from tutor.stages.modelfile.parse import parse
 from tutor.stages.modelfile.render import render

@@ -19,7 +19,8 @@ from tutor.pipeline import runner as pipeline
 from tutor.pipeline.registry import BY_NAME
 from tutor.prompt import render
 from tutor.recipe.quantizations import KINDS
-from tutor.recipe.settings import BUDGETS, OllamaSettings, ParitySettings, Recipe, read_recipe
+from tutor.recipe.reading import read_recipe
+from tutor.recipe.settings import BUDGETS, OllamaSettings, ParitySettings, Recipe
 from tutor.stages.parity.compare import SUBJECTS, Comparison, Observation, Tolerance, compare_engines
 from tutor.stages.parity.conversations import CODE, EMOJI, SPECIALS, Conversation, conversations
 from tutor.stages.parity.gate import HandOff, hand_off, parity_table, quantization_tolerance, refusal

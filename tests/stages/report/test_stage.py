@@ -23,7 +23,7 @@ from tutor.formats.chart import ticks
 from tutor.formats.html import visible
 from tutor.pipeline.registry import BY_NAME
 from tutor.pipeline.runner import State, inspect, run_one
-from tutor.recipe.settings import read_recipe
+from tutor.recipe.reading import read_recipe
 from tutor.stages.evaluate import rates
 from tutor.stages.report.charts import curves, quantizations
 from tutor.stages.report.labels import labelled, sample_rows

@@ -24,7 +24,7 @@ from tutor.errors import HostError, RecipeError
 from tutor.machine import distributed
 from tutor.machine.memory.batching import split_step
 from tutor.pipeline import runner as pipeline
-from tutor.recipe.settings import read_recipe
+from tutor.recipe.reading import read_recipe
 from tutor.stages.train import checkpoint
 
 torch = pytest.importorskip("torch")
