@@ -416,12 +416,12 @@ def test_a_row_is_never_estimated_longer_than_the_recipe_allows(based_on):
 def test_main_memory_that_others_use_is_a_warning_and_too_little_of_it_a_refusal(caplog):
     training = SimpleNamespace(gpu=False)
     machine = DeviceMemory(4 * GIB, 16 * GIB, "this machine", gpu=False)
-    short = capacity.Fit(training, ANY, {"weights": 8 * GIB}, machine, {})
+    short = capacity.MemoryForecast(training, ANY, {"weights": 8 * GIB}, machine, {})
     with caplog.at_level("WARNING"):
         capacity.refuse_memory(short)
     assert "the rest is held by other programs" in caplog.text
     container = DeviceMemory(4 * GIB, 4 * GIB, "this container", gpu=False)
-    beyond = capacity.Fit(training, ANY, {"weights": 8 * GIB}, container, {"max_length": 256})
+    beyond = capacity.MemoryForecast(training, ANY, {"weights": 8 * GIB}, container, {"max_length": 256})
     with pytest.raises(HostError, match=r"this container has 4.3 GB; set train.max_length = 256"):
         capacity.refuse_memory(beyond)
 
@@ -673,14 +673,14 @@ def test_docker_and_the_toolkit_stop_only_the_containers(machine):
     assert states(doctor.docker_checks(info, gpu=False)) == {"Docker": "ok"}
 
 
-def report(*checks: doctor.Check, refusal: HostError | None = None) -> doctor.Report:
-    return doctor.Report(checks, None, refusal)
+def report(*checks: doctor.HostCheck, refusal: HostError | None = None) -> doctor.HostReport:
+    return doctor.HostReport(checks, None, refusal)
 
 
 def test_one_way_to_train_is_enough():
-    no_docker = doctor.Check("Docker", "missing", "", needed_by=doctor.STACK)
-    no_torch = doctor.Check("train environment", "missing", "", needed_by=doctor.RUN)
-    no_ollama = doctor.Check("Ollama", "missing", "", needed_by=doctor.SERVE)
+    no_docker = doctor.HostCheck("Docker", "missing", "", needed_by=doctor.STACK)
+    no_torch = doctor.HostCheck("train environment", "missing", "", needed_by=doctor.RUN)
+    no_ollama = doctor.HostCheck("Ollama", "missing", "", needed_by=doctor.SERVE)
     assert report(no_docker, no_ollama).fault is None
     assert report(no_torch, no_ollama).fault is None
     fault = report(no_torch, no_docker).fault

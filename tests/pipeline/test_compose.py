@@ -124,7 +124,7 @@ def large(recipe_file: Path) -> Recipe:
 def problems(recipe: Recipe, build: Path, **options: Any) -> tuple[str, ...]:
     """What the host lacks for a recipe; nothing when it is fit."""
     try:
-        preflight.check(recipe, build, **options)
+        preflight.check_host(recipe, build, **options)
     except preflight.UnfitError as error:
         return error.problems
     return ()
@@ -132,7 +132,7 @@ def problems(recipe: Recipe, build: Path, **options: Any) -> tuple[str, ...]:
 
 def test_an_unfit_host_has_exit_code_4_and_is_told_the_way_without(host, large, tmp_path):
     with pytest.raises(HostError, match="make demo") as caught:
-        preflight.check(large, tmp_path)
+        preflight.check_host(large, tmp_path)
     assert caught.value.code == 4
 
 
@@ -140,7 +140,7 @@ def test_an_unfit_host_has_exit_code_4_and_is_told_the_way_without(host, large, 
 
 
 def test_a_host_with_docker_runs_a_small_recipe_without_a_gpu(host, recipe, tmp_path):
-    assert preflight.check(recipe, tmp_path) is False
+    assert preflight.check_host(recipe, tmp_path) is False
 
 
 def test_everything_that_is_missing_is_said_at_once(host, large, tmp_path, monkeypatch):
@@ -198,15 +198,15 @@ def test_a_gpu_with_its_toolkit_is_used_by_small_recipes_too_unless_told_otherwi
     host.add("nvidia-smi")
     host.says("nvidia-smi", stdout="GPU 0: NVIDIA H200 (UUID: GPU-1)\n")
     host.says("docker info", stdout=json.dumps({**INFO, **info}))
-    assert preflight.check(recipe, tmp_path) is True
-    assert preflight.check(recipe, tmp_path, gpu=False) is False
+    assert preflight.check_host(recipe, tmp_path) is True
+    assert preflight.check_host(recipe, tmp_path, gpu=False) is False
 
 
 def test_a_driver_that_fails_is_no_gpu(host, recipe, tmp_path):
     host.add("nvidia-smi")
     host.says("docker info", stdout=json.dumps({**INFO, "Runtimes": {"nvidia": {}}}))
     host.says("nvidia-smi", code=9, stderr="NVIDIA-SMI has failed because it couldn't communicate with the driver")
-    assert preflight.check(recipe, tmp_path) is False
+    assert preflight.check_host(recipe, tmp_path) is False
     assert any("no NVIDIA GPU" in line for line in problems(recipe, tmp_path, gpu=True))
 
 
@@ -291,7 +291,7 @@ def test_a_port_that_is_none_is_refused(host, recipe, tmp_path, monkeypatch, giv
 def test_rows_outside_the_recipes_folder_are_refused_because_no_container_sees_them(host, recipe_file, tmp_path):
     recipe_file.write_text('[data]\ntrain = "../elsewhere/tutor.jsonl"\n[base]\nsource = "path:../model"\n')
     with pytest.raises(RecipeError, match=r"data.train is \.\./elsewhere/tutor.jsonl, base.source is \.\./model, and"):
-        preflight.check(read_recipe(recipe_file), tmp_path, gpu=False)
+        preflight.check_host(read_recipe(recipe_file), tmp_path, gpu=False)
 
 
 def test_the_recipes_that_are_shipped_lie_with_their_rows():

@@ -1,1 +1,24 @@
-"""tutor.machine: ..."""
+"""What a run takes, and whether this machine has it: memory, disk, time, precision, processes.
+
+In: a recipe, a build folder, and the machine (/proc, nvidia-smi, docker, PyTorch). Out: plain values, a `TrainingPlan`,
+a report for `tutor doctor`, or a HostError with the next step.
+
+Modules, each using only those below it:
+
+    doctor         the report of `tutor doctor`
+    preflight      requirements of the Compose stack on this host
+    capacity       whether a recipe fits; the plan of its training
+    run_cost       disk space and time by stage; the check of free disk space
+    memory.plan    quantization, checkpointing, resident layers, tokens of a micro-batch: decided once
+    memory         estimate of a training step, row lengths, shapes of models, micro-batches
+    device         precision and available memory: decided once
+    host           GPUs, memory, processor and disks, read without torch
+    distributed    processes of one training: rank, world size, broadcast, all_gather
+
+A forecast is made before the base is fetched, from the rows' characters, and refuses what certainly cannot run. The
+plan is made once, right before the train stage: only then the rows can be counted with the base's tokenizer. The runner
+(tutor/pipeline/runner.py) hands the plan to the train stage, which decides nothing about memory.
+
+Runs no stage, loads no model, changes nothing on the machine. Only `device` and `distributed` import torch, inside the
+functions that need it.
+"""

@@ -1,8 +1,8 @@
 """Whether a recipe fits this machine, its memory and its disks, and the plan of its training.
 
-In: a recipe, a build folder, what host.py finds. Out: a forecast (`Fit`, seconds, bytes), a HostError that names a
-setting that fits, or the `TrainingPlan` that the train stage is handed. A forecast needs no torch and no fetched base;
-where the base's shape is unknown before it is fetched, nothing is refused. Runs no stage.
+In: a recipe, a build folder, what host.py finds. Out: a forecast of bytes and seconds, a HostError that names a setting
+that fits, or the `TrainingPlan` for the train stage. A forecast needs no torch and no fetched base; where the base's
+shape is unknown before it is fetched, nothing is refused. Runs no stage.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ TIMED_STAGES = (*WEIGHT_STAGES, "evaluate")
 
 
 @dataclass(frozen=True)
-class Fit:
+class MemoryForecast:
     """Forecast of a training's memory and the memory of this machine, in bytes."""
 
     step: StepWorkload
@@ -99,42 +99,42 @@ def refuse(recipe: Recipe, build: Path, stages: Collection[str]) -> bool:
 def refuse_training(recipe: Recipe, build: Path, shape: Shape, gpu: host.Gpu | None) -> None:
     """Raise HostError for a training that fails on this GPU, or without one on this CPU."""
     device.refuse_gpu(recipe.train.precision, gpu)
-    found = fit(recipe, build, shape, gpu)
-    memory_plan.refuse_limits(shape, found.request, found.step, found.memory.available)
-    refuse_memory(found)
-    expected = seconds(recipe, shape, found, gpu)["train"]
+    forecast = forecast_memory(recipe, build, shape, gpu)
+    memory_plan.refuse_limits(shape, forecast.request, forecast.step, forecast.memory.available)
+    refuse_memory(forecast)
+    expected = seconds(recipe, shape, forecast, gpu)["train"]
     if gpu is None and expected and expected > LONG:
         log.warning("no NVIDIA GPU answers: training on this CPU takes about %.0f hours", expected / 3600)
 
 
-def seconds(recipe: Recipe, shape: Shape, fit: Fit, gpu: host.Gpu | None) -> dict[str, float | None]:
+def seconds(recipe: Recipe, shape: Shape, forecast: MemoryForecast, gpu: host.Gpu | None) -> dict[str, float | None]:
     """Rough seconds by stage on this machine; None where no rate is known."""
     cores = host.processor().cores
-    rate = run_cost.gpu_rate(gpu.name) if gpu else cores * run_cost.CPU_RATES.get(fit.step.precision, 0)
-    work = run_cost.run_workload(recipe, shape, fit.rows, checkpointing=fit.step.checkpointing)
-    return run_cost.seconds(shape, work, rate if fit.rows else None, cores)
+    rate = run_cost.gpu_rate(gpu.name) if gpu else cores * run_cost.CPU_RATES.get(forecast.step.precision, 0)
+    work = run_cost.run_workload(recipe, shape, forecast.rows, checkpointing=forecast.step.checkpointing)
+    return run_cost.seconds(shape, work, rate if forecast.rows else None, cores)
 
 
-def refuse_memory(fit: Fit) -> None:
+def refuse_memory(forecast: MemoryForecast) -> None:
     """Raise HostError for a training that cannot fit; log a warning for one that may not.
 
     Main memory that other programs hold causes only a warning: they may end, and the kernel can reclaim memory.
     """
-    kind = "GPU memory" if fit.gpu else "memory"
-    takes = f"this training takes about {gb(fit.need)} of {kind} ({parts_line(fit.parts)})"
-    name, total, available = fit.memory.device, fit.memory.total, fit.memory.available
-    if fit.certain > total:
-        raise HostError(f"{takes}; {name} has {gb(total)}", fit.hint)
-    users = (", ".join(host.gpu_users()) if fit.gpu and fit.need > available else "") or "other programs"
-    if fit.certain > available and fit.gpu:
+    kind = "GPU memory" if forecast.gpu else "memory"
+    takes = f"this training takes about {gb(forecast.need)} of {kind} ({parts_line(forecast.parts)})"
+    name, total, available = forecast.memory.device, forecast.memory.total, forecast.memory.available
+    if forecast.certain > total:
+        raise HostError(f"{takes}; {name} has {gb(total)}", forecast.hint)
+    users = (", ".join(host.gpu_users()) if forecast.gpu and forecast.need > available else "") or "other programs"
+    if forecast.certain > available and forecast.gpu:
         raise HostError(f"{takes}; of {name} {gb(available)} are free, the rest is held by {users}", "end them")
-    if fit.need > total:
-        log.warning("%s; %s has %s: it may not fit; if it does not, %s", takes, name, gb(total), fit.hint)
-    elif fit.need > available:
+    if forecast.need > total:
+        log.warning("%s; %s has %s: it may not fit; if it does not, %s", takes, name, gb(total), forecast.hint)
+    elif forecast.need > available:
         log.warning("%s; %s are free, the rest is held by %s", takes, gb(available), users)
 
 
-def fit(recipe: Recipe, build: Path, shape: Shape, gpu: host.Gpu | None) -> Fit:
+def forecast_memory(recipe: Recipe, build: Path, shape: Shape, gpu: host.Gpu | None) -> MemoryForecast:
     """Forecast of a recipe's training on a GPU or, without one, on the CPU, from what is known of its rows."""
     memory = device.reported_memory(gpu)
     rows = find_row_lengths(recipe, build, BuildFolder(build, recipe.name).stage("base"))
@@ -154,7 +154,7 @@ def fit(recipe: Recipe, build: Path, shape: Shape, gpu: host.Gpu | None) -> Fit:
             return estimate.certain_bytes(parts, gpu=step.gpu)
 
         change = memory_plan.suggest_settings(shape, step, memory.total, allowed, certain)
-    return Fit(step, request, estimate.memory(shape, step), memory, change, rows)
+    return MemoryForecast(step, request, estimate.memory(shape, step), memory, change, rows)
 
 
 def request_of(
@@ -181,15 +181,15 @@ def plan_training(recipe: Recipe, inputs: Mapping[str, Path]) -> TrainingPlan:
     return memory_plan.plan_training(shape, settings, precision, rows, memory, distributed.world_size())
 
 
-def forecast(recipe: Recipe, build: Path, shape: Shape | None, gpu: host.Gpu | None) -> dict[str, Any]:
+def forecast_run(recipe: Recipe, build: Path, shape: Shape | None, gpu: host.Gpu | None) -> dict[str, Any]:
     """Memory by part, disk and seconds by stage that a recipe takes here; nulls where they cannot be estimated."""
     result: dict[str, Any] = {"path": str(recipe.path), "base": recipe.base.source, "parameters": None}
     if shape is None:
         return {**result, "memory": None, "disk": None, "seconds": None, "measured": []}
-    found = fit(recipe, build, shape, gpu)
+    forecast = forecast_memory(recipe, build, shape, gpu)
     measured = measured_seconds(recipe, build)
-    roughly = seconds(recipe, shape, found, gpu)
-    memory = found.memory
+    roughly = seconds(recipe, shape, forecast, gpu)
+    memory = forecast.memory
     return {
         **result,
         "parameters": shape.parameters,
@@ -198,12 +198,12 @@ def forecast(recipe: Recipe, build: Path, shape: Shape | None, gpu: host.Gpu | N
             "gpu": memory.gpu,
             "total": memory.total,
             "free": memory.available,
-            "need": found.need,
-            "parts": dict(found.parts),
-            "pass_tokens": found.step.tokens,
-            "fits": found.certain <= memory.total,
-            "tight": found.certain <= memory.total < found.need,
-            "settings": found.change,
+            "need": forecast.need,
+            "parts": dict(forecast.parts),
+            "pass_tokens": forecast.step.tokens,
+            "fits": forecast.certain <= memory.total,
+            "tight": forecast.certain <= memory.total < forecast.need,
+            "settings": forecast.change,
         },
         "disk": run_cost.disk_sizes(recipe, shape, [*WEIGHT_STAGES, "publish"]),
         "seconds": {

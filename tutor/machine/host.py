@@ -1,6 +1,7 @@
-"""What this machine has: GPUs, memory, processor, disks. In: /proc, /sys, nvidia-smi. Out: plain numbers.
+"""The hardware of this machine: GPUs, memory, processor, disks.
 
-Needs neither torch nor NVML: the base install asks the same questions as the trainer's image. Judges nothing.
+In: /proc, /sys, nvidia-smi. Out: plain numbers. Needs neither torch nor NVML, so that the base install gives the
+values that the trainer's image gives. Does not decide whether anything fits.
 """
 
 import contextlib
@@ -12,8 +13,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ASKING = 60  # seconds until a program has answered
+PROGRAM_TIMEOUT = 60
+"""Maximum seconds that a program may run, such as nvidia-smi or docker."""
+
 MIB = 1 << 20
+"""Bytes of a MiB."""
+
 CUDA = 0.5e9
 """Bytes of a CUDA context in GPU memory: an allowance, not measured."""
 
@@ -27,14 +32,18 @@ CGROUP_V2 = ("memory.max", "memory.current", "inactive_file")
 """Files of limit and usage in cgroup v2, and the field of the inactive page cache in memory.stat."""
 
 GPU_FIELDS = ("index", "uuid", "name", "driver_version", "compute_cap", "memory.total", "memory.free")
+"""Columns of the nvidia-smi query."""
+
 MATRIX_FEATURES = ("amx_bf16", "avx512_bf16", "bf16")
-"""Processor flags (x86, Arm) that multiply in bf16 themselves, as engines/hf/engine.py asks torch for them."""
+"""Processor flags (x86, Arm) of bf16 multiplication; without one of them bf16 is slower than fp32."""
+
 VECTOR_FEATURES = ("avx512f", "avx2", "asimd")
+"""Processor flags (x86, Arm) of fast vector instructions."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One NVIDIA GPU that a program started here would see."""
+    """One NVIDIA GPU that is visible to programs started here."""
 
     index: int
     name: str
@@ -56,30 +65,30 @@ class Memory:
 
 @dataclass(frozen=True)
 class Processor:
-    """The processor as this process may use it."""
+    """The processor, limited to the cores that this process may use."""
 
     name: str
     cores: int
-    features: tuple[str, ...]  # of those that decide how fast models run
+    features: tuple[str, ...]  # only matrix and vector features
 
     @property
     def multiplies_bf16(self) -> bool:
-        """Whether bf16 is quicker than fp32 here."""
+        """Whether bf16 is faster than fp32 on this processor."""
         return any(name in self.features for name in MATRIX_FEATURES)
 
 
 def gpus() -> list[Gpu]:
-    """The GPUs that CUDA would show, in nvidia-smi's order; none where no driver answers."""
-    code, text = said("nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits")
+    """The GPUs that CUDA would show, in nvidia-smi's order; empty without a working driver."""
+    code, text = run_program("nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits")
     found = [(uuid, gpu) for line in text.splitlines() if code == 0 for uuid, gpu in _gpu(line)]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return [gpu for _, gpu in found]
-    return list(_chosen(found, [name.strip() for name in visible.split(",")]))
+    return list(_visible(found, [name.strip() for name in visible.split(",")]))
 
 
 def _gpu(line: str) -> Iterator[tuple[str, Gpu]]:
-    """A line of nvidia-smi's, by its UUID; nothing where it is no such line, or a number is missing ([N/A])."""
+    """UUID and GPU of a line from nvidia-smi; nothing for another line, or where a number is missing ([N/A])."""
     values = [value.strip() for value in line.split(",")]
     with contextlib.suppress(ValueError):
         index, uuid, name, driver, capability, total, free = values
@@ -87,25 +96,25 @@ def _gpu(line: str) -> Iterator[tuple[str, Gpu]]:
         yield uuid, Gpu(int(index), name, driver, (major, minor), int(total) * MIB, int(free) * MIB)
 
 
-def _chosen(found: Sequence[tuple[str, Gpu]], names: Iterable[str]) -> Iterator[Gpu]:
-    """As CUDA reads CUDA_VISIBLE_DEVICES: numbers or beginnings of UUIDs, and nothing behind the first unknown one."""
+def _visible(found: Sequence[tuple[str, Gpu]], names: Iterable[str]) -> Iterator[Gpu]:
+    """The GPUs of CUDA_VISIBLE_DEVICES as CUDA reads it: numbers or UUID prefixes, up to the first unknown one."""
     for name in names:
-        fits = [gpu for uuid, gpu in found if name == str(gpu.index) or (len(name) > 4 and uuid.startswith(name))]
-        if not fits:
+        matches = [gpu for uuid, gpu in found if name == str(gpu.index) or (len(name) > 4 and uuid.startswith(name))]
+        if not matches:
             return
-        yield fits[0]
+        yield matches[0]
 
 
 def driver_cuda() -> tuple[int, ...] | None:
-    """The newest CUDA that the driver can run, as nvidia-smi's heading says; None where it does not."""
-    code, text = said("nvidia-smi")
+    """The newest CUDA version that the driver can run, from nvidia-smi's heading; None without one."""
+    code, text = run_program("nvidia-smi")
     found = re.search(r"CUDA[\w ]*Version\s*:\s*(\d+(?:\.\d+)+)", text)
     return version(found[1]) if code == 0 and found else None
 
 
 def gpu_users() -> list[str]:
-    """Who holds memory of the GPUs: "PID NAME (N.N GB)" each."""
-    code, text = said(
+    """The programs that hold GPU memory, each as "PID NAME (N.N GB)"."""
+    code, text = run_program(
         "nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader,nounits"
     )
     rows = [line.split(",") for line in text.splitlines() if code == 0 and line.count(",") >= 2]
@@ -168,7 +177,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def processor(root: Path = Path("/")) -> Processor:
-    """The processor's name, the cores that this process may use, and the features that models are fast with."""
+    """The processor's name, usable cores, and matrix and vector features."""
     fields = {
         name.strip(): value.strip()
         for name, _, value in (line.partition(":") for line in _lines(root / "proc/cpuinfo"))
@@ -179,25 +188,25 @@ def processor(root: Path = Path("/")) -> Processor:
 
 
 def free_disk(folder: Path) -> tuple[int, Path, int]:
-    """The disk that a folder lies on, or would: its number, the nearest folder that exists, free bytes."""
-    place = next((path for path in (folder.absolute(), *folder.absolute().parents) if _is_there(path)), Path("/"))
+    """The disk of a folder that may not exist yet: device number, nearest existing folder, free bytes."""
+    place = next((path for path in (folder.absolute(), *folder.absolute().parents) if _exists(path)), Path("/"))
     return place.stat().st_dev, place, shutil.disk_usage(place).free
 
 
-def _is_there(path: Path) -> bool:
-    with contextlib.suppress(OSError):  # a folder above it that this user may not enter
+def _exists(path: Path) -> bool:
+    with contextlib.suppress(OSError):  # a parent folder that this user may not enter
         return path.exists()
     return False
 
 
 def version(text: str) -> tuple[int, ...]:
-    """The first dotted number of a text; (0,) without one."""
+    """The first dotted number in a text; (0,) without one."""
     found = re.search(r"\d+(\.\d+)+", text)
     return tuple(map(int, found[0].split("."))) if found else (0,)
 
 
-def said(*command: str) -> tuple[int, str]:
-    """A program's exit code and all that it prints; 127 when it is not there."""
+def run_program(*command: str) -> tuple[int, str]:
+    """Exit code and output of a program; 127 when it is not installed, 126 when it fails to run or times out."""
     try:
         done = subprocess.run(
             command,
@@ -206,7 +215,7 @@ def said(*command: str) -> tuple[int, str]:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            timeout=ASKING,
+            timeout=PROGRAM_TIMEOUT,
             check=False,
         )
     except FileNotFoundError:

@@ -116,7 +116,7 @@ def run_all(recipe: Recipe, build: Path, *, gpu: bool | None = None) -> dict[str
 
     Raises UnfitError with all that this host lacks, StackError with the exit code of the service that failed.
     """
-    stack = Stack(recipe.path, build, preflight.check(recipe, build, gpu=gpu))
+    stack = Stack(recipe.path, build, preflight.check_host(recipe, build, gpu=gpu))
     prepare(stack)
     log.info("the log of every service: %s", stack.logs)
     _step(stack, "build", stack.command("--progress", "plain", "build", *BUILT))

@@ -260,11 +260,11 @@ def test_the_doctor_and_the_train_stage_say_the_same(changes: dict[str, Any], ti
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in part), "utf-8")
     chosen = recipe(tmp_path / "r.toml", train=changes, base={"source": "tiny"})
-    before = capacity.fit(chosen, tmp_path, shapes.SHAPES["tiny"], None)
+    before = capacity.forecast_memory(chosen, tmp_path, shapes.SHAPES["tiny"], None)
     base_stage(tiny, tmp_path / "r" / "base")
     facts = json.loads((tmp_path / "r" / "base" / "base.json").read_text())
     (tmp_path / "r" / "base" / "base.json").write_text(json.dumps({**facts, "source": "tiny"}))
-    said = capacity.forecast(chosen, tmp_path, capacity.find_shape(chosen, tmp_path), None)["memory"]
+    said = capacity.forecast_run(chosen, tmp_path, capacity.find_shape(chosen, tmp_path), None)["memory"]
     encoded = encode_rows(load_tokenizer(tiny), rows[:9], "", chosen.train.max_length)
     found = capacity.plan_training(chosen, {name: tmp_path / "r" / name for name in ("data", "base")})
     assert found.batches.tokens == split_step(chosen.train, [len(row.ids) for row in encoded]).tokens

@@ -15,7 +15,7 @@ from tutor.cli.exit import print_error
 from tutor.cli.options import build_option, json_option, load_recipe, print_result, progress_on_stderr
 
 if TYPE_CHECKING:
-    from tutor.machine.doctor import Report
+    from tutor.machine.doctor import HostReport
 
 COLOURS = {"ok": "green", "warning": "yellow", "missing": "red"}
 """Terminal colour of each state of a check."""
@@ -53,7 +53,7 @@ def doctor_command(context: click.Context, recipe_path: Path | None, build: Path
         context.exit(print_error(fault.message, fault.code, fault.hint, as_json=False))
 
 
-def report_lines(report: "Report") -> Iterator[str]:
+def report_lines(report: "HostReport") -> Iterator[str]:
     """Yield the report as plain text: one line a check, with the next step below it."""
     for check in report.checks:
         yield f"{check.state:<8} {check.what:<25} {check.found}"
@@ -65,7 +65,7 @@ def report_lines(report: "Report") -> Iterator[str]:
         yield from (f"  {name:<14} {value:>12}  {remark}".rstrip() for name, value, remark in rows)
 
 
-def print_tables(report: "Report") -> None:
+def print_tables(report: "HostReport") -> None:
     """Print the report as tables on the terminal."""
     from rich.console import Console
     from rich.markup import escape
