@@ -1,0 +1,195 @@
+"""stages/parity/compare.py: which differences of two engines count, and with what figures."""
+
+import math
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from support.observations import TIGHT, observation, scored
+from support.parity_folders import trace
+
+from tutor.engines.trace import END, Score, Step, Trace, divergence
+from tutor.stages.parity.compare import SUBJECTS, Comparison, Observation, Tolerance, compare_engines
+from tutor.stages.parity.gate import quantization_tolerance
+
+LOOSE = quantization_tolerance(0.05)
+
+
+def checked(
+    theirs: Observation, tolerance: Tolerance = TIGHT, ours: Observation | None = None
+) -> dict[str, Comparison]:
+    return {check.name: check for check in compare_engines([ours or observation()], [theirs], tolerance)}
+
+
+def failing(theirs: Observation, tolerance: Tolerance = TIGHT, ours: Observation | None = None) -> list[str]:
+    return [name for name, check in checked(theirs, tolerance, ours).items() if not check.ok]
+
+
+def test_equal_observations_have_no_difference() -> None:
+    found = checked(observation())
+    assert tuple(found) == SUBJECTS
+    assert all(check.ok and not check.what for check in found.values())
+    assert found["log-probabilities"].figures == {"tokens": 9, "change": 0, "mean": 0, "worst": 0, "kl": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "check", "what"),
+    [
+        ({"prompt": "Instrucción: x\nRespuesta: "}, "prompt", r"«code»: .*Respuesta:' and .*Respuesta: '"),
+        ({"prompt": "\n\nInstrucción: x\nRespuesta:"}, "prompt", r"'Instr.*' and '\\n\\nInstr"),
+        ({"ids": (1, 1, 5, 6)}, "tokens", r"the second has 1 more in front \(a BOS\?\)"),
+        ({"ids": (5, 6)}, "tokens", r"the second lacks the 1 in front \(a BOS\?\)"),
+        ({"ids": (1, 7, 6)}, "tokens", r"from token 2 on \[5, 6\] and \[7, 6\]"),
+        ({"ids": (1, 5)}, "tokens", r"from token 3 on \[6\] and \[\]"),
+        ({"ids": None, "tokens": 4}, "tokens", "3 tokens and 4"),
+        (
+            {"scored": scored(-0.5, -2.5)},
+            "log-probabilities",
+            "worst at «code», token 2 of the given answer: -0.30 and",
+        ),
+        ({"trace": trace(logprob=-1.1)}, "log-probabilities", r"«code», step 1 \(' Una'\): -0.10 and -1.10"),
+        ({"trace": trace((" Un", "a"))}, "greedy answer", "after 0 equal steps ' Una', preferred by 3.00, and ' Un'"),
+        ({"trace": trace((" Una", " interfaz"))}, "end", "after 2 equal steps: one goes on and one ends"),
+    ],
+)
+def test_each_difference_is_found_and_shown(change: dict[str, Any], check: str, what: str) -> None:
+    found = checked(observation(**change))
+    assert next(name for name, item in found.items() if not item.ok) == check
+    assert re.search(what, found[check].what)
+
+
+def test_other_token_at_the_end_of_a_given_answer_is_found() -> None:
+    found = checked(
+        observation(scored=scored(-0.5, -0.3, best=False)), Tolerance(kl=9, mean=None, worst=None, lead=0.2)
+    )
+    assert [name for name, check in found.items() if not check.ok] == ["end"]
+    assert "behind the given answer: one ends and one goes on" in found["end"].what
+
+
+def test_difference_below_the_tolerance_passes() -> None:
+    assert failing(observation(scored=scored(-0.501, -0.302), trace=trace(logprob=-0.105))) == []
+
+
+def test_other_greedy_token_is_tolerated_only_as_a_near_tie() -> None:
+    def near(lead: float) -> Observation:
+        step = Step(" Un", -0.7, ((" Un", -0.7), (" Una", -0.7 - lead)))
+        return observation(trace=Trace((step,), None, 3))
+
+    assert failing(near(0.1)) == []
+    assert failing(near(1.5)) == ["greedy answer"]
+    assert failing(near(1.5), LOOSE) == [], "a quantization may answer otherwise"
+
+
+def test_missing_end_is_tolerated_only_as_a_near_tie() -> None:
+    def ending(lead: float) -> Observation:
+        return observation(trace=Trace((Step(END, -0.7, ((END, -0.7), (" y", -0.7 - lead))),), "stop", 3))
+
+    other = observation(trace=Trace((Step(" y", -0.7, ((" y", -0.7), (END, -0.8))),), None, 3))
+    assert failing(other, ours=ending(0.1)) == []
+    far = replace(other, trace=Trace((Step(" y", -0.7, ((" y", -0.7), ("", -3.8))),), None, 3))
+    assert "end" in failing(far, ours=ending(1.5))
+
+
+def test_values_that_one_engine_lacks_are_in_no_figure() -> None:
+    found = checked(Observation("code", None, None, None, None, None))
+    assert all(check.ok for check in found.values())
+    assert {check.figures.get("of", check.figures.get("tokens")) for check in found.values()} == {0}
+
+
+def test_values_that_the_first_engine_lacks_are_in_no_figure() -> None:
+    found = checked(observation(), ours=Observation("code", None, None, 3))
+    assert all(check.ok for check in found.values())
+    assert found["tokens"].figures == {"equal": 1, "of": 1}
+    assert checked(observation(prompt="x"))["prompt"].figures == {"equal": 0, "of": 1}
+    assert checked(observation(), ours=Observation("code"))["tokens"].figures == {"equal": 0, "of": 0}
+    assert {found[name].figures.get("of", 0) for name in SUBJECTS if name != "tokens"} == {0}
+
+
+def test_kl_divergence_over_the_budget_is_a_difference() -> None:
+    """The answer's own tokens have the same probability: only what else could stand there differs."""
+    other = scored(-0.5, -0.3)
+    other = replace(other, top=(((0, -0.5), (98, -1.2)), other.top[1]))
+    ours, theirs = observation(trace=None), observation(trace=None, scored=other)
+    kl = divergence(dict(scored(-0.5, -0.3).top[0]), dict(other.top[0])) / 2
+    figures = checked(theirs, ours=ours)["log-probabilities"].figures
+    assert figures == {"tokens": 2, "change": 0, "mean": 0, "worst": 0, "kl": round(kl, 6)}
+    assert failing(theirs, quantization_tolerance(1.01 * kl), ours) == []
+    assert failing(theirs, quantization_tolerance(0.99 * kl), ours) == ["log-probabilities"]
+
+
+def test_change_of_log_probabilities_is_a_signed_mean() -> None:
+    found = checked(observation(trace=None, scored=scored(-0.9, -0.1)), ours=observation(trace=None))[
+        "log-probabilities"
+    ]
+    assert [found.figures[name] for name in ("change", "mean", "worst")] == [-0.1, 0.3, 0.4]
+
+
+def test_greedy_figures_count_equal_steps_and_answers() -> None:
+    whole = trace((" a", " b", " c"))
+    for theirs, wanted in (
+        (whole, {"agreed": 4, "steps": 4, "equal": 1, "of": 1}),
+        (trace((" a", " x", " c")), {"agreed": 1, "steps": 4, "equal": 0, "of": 1}),
+        (Trace(whole.steps[:2], None, 3), {"agreed": 2, "steps": 4, "equal": 0, "of": 1}),
+    ):
+        assert checked(observation(trace=theirs), ours=observation(trace=whole))["greedy answer"].figures == wanted
+    shorter = checked(observation(trace=whole), ours=observation(trace=Trace(whole.steps[:2], None, 3)))
+    assert shorter["greedy answer"].figures == {"agreed": 2, "steps": 2, "equal": 0, "of": 1}
+
+
+def test_steps_after_the_first_difference_are_not_compared() -> None:
+    theirs = observation(scored=None, trace=trace((" a", " x", " c"), logprob=-0.1))
+    ours = observation(scored=None, trace=trace((" a", " b", " c"), logprob=-0.1))
+    assert checked(theirs, ours=ours)["log-probabilities"].figures["tokens"] == 1
+
+
+def test_step_without_probability_is_compared_as_text() -> None:
+    silent = observation(scored=None, trace=Trace((*trace().steps[:-1], Step(END, None)), "stop", 3))
+    for ours, theirs in ((silent, observation(scored=None)), (observation(scored=None), silent)):
+        found = checked(theirs, ours=ours)
+        assert all(check.ok for check in found.values())
+        assert found["log-probabilities"].figures["tokens"] == 6
+
+
+def test_end_of_a_given_answer_is_tolerated_only_as_near_tie() -> None:
+    def ending(lead: float) -> Observation:
+        places = scored(-0.9, -0.8, -0.7).top[:2]
+        return observation(trace=None, scored=Score((-0.9, -0.8, -0.7), (*places, ((99, lead - 0.7), (2, -0.7)))))
+
+    ours, wide = (
+        observation(trace=None, scored=scored(-0.9, -0.8, -0.7)),
+        Tolerance(kl=9, mean=None, worst=None, lead=0.2),
+    )
+    assert failing(ending(0.1), wide, ours) == []
+    assert failing(ending(0.3), wide, ours) == ["end"]
+    assert failing(ending(0.3), quantization_tolerance(9), ours) == [], "a quantization may end elsewhere"
+    for other in (trace((" Una", " interfaz")), Trace(trace().steps[:-1], None, 3)):
+        assert failing(observation(trace=other), quantization_tolerance(9)) == []
+
+
+def test_ends_of_given_and_greedy_answers_are_counted() -> None:
+    assert checked(observation())["end"].figures == {"equal": 2, "of": 2}
+    assert checked(observation(scored=scored(-0.5, -0.3, best=False)))["end"].figures == {"equal": 1, "of": 2}
+    assert checked(observation(trace=trace((" Una", " interfaz"))))["end"].figures == {"equal": 1, "of": 2}
+
+
+def test_step_of_unknown_lead_is_judged_by_the_other_lead() -> None:
+    silent = observation(trace=Trace((Step(" Un", None),), None, 3))
+    for lead, wanted in ((0.1, []), (1.5, ["greedy answer"])):
+        step = Step(" Una", -0.7, ((" Una", -0.7), (" Un", -0.7 - lead)))
+        known = observation(trace=Trace((step,), None, 3))
+        assert failing(silent, ours=known) == failing(known, ours=silent) == wanted
+
+
+def test_nan_log_probability_is_a_difference() -> None:
+    assert "log-probabilities" in failing(observation(scored=scored(math.nan, -0.3)))
+
+
+def test_answer_of_other_length_is_a_difference_of_tokens() -> None:
+    assert failing(observation(ids=(1, 5), scored=scored(-0.5, -0.3, -0.1)))[0] == "tokens"
+
+
+def test_step_of_several_tokens_is_compared_as_text() -> None:
+    ours = observation(trace=Trace((Step("👩", -9.0, tokens=3), Step(" a", -0.1)), "length", 3))
+    theirs = observation(trace=Trace((Step("👩", -0.2), Step(" a", -0.1)), "length", 3))
+    assert failing(theirs, ours=ours) == []

@@ -1,0 +1,39 @@
+"""stages/parity/conversations.py: the set of conversations, and the reach of each."""
+
+from tutor.prompt import render
+from tutor.stages.parity.conversations import CODE, EMOJI, SPECIALS, Conversation, conversations
+
+
+def fits(prompt: str) -> bool:
+    return len(prompt) <= 2000
+
+
+def test_conversations_include_texts_that_often_break() -> None:
+    found = {item.name: item for item in conversations([("¿Qué?", "Eso.")], "Eres «tutor».", fits)}
+    assert {"held-out 1", "accents", "code", "emoji", "special tokens", "several turns", "empty system"} <= set(found)
+    assert ("\t" in CODE, "`" in CODE, "\u200d" in EMOJI, "<｜User｜>" in SPECIALS) == (True,) * 4
+    assert found["empty system"].messages[0] == {"role": "system", "content": ""}
+    assert "Eres" not in found["empty system"].prompt
+    assert sum(message["role"] == "user" for message in found["several turns"].messages) == 3
+    assert found["answered"].prompt == render(found["held-out 1"].messages) + " Eso."
+    assert found["held-out 1"].answer == "Eso."
+
+
+def test_longest_conversation_fits_and_is_for_ollama_only() -> None:
+    long = conversations([], "", fits)[-1]
+    assert (long.name, long.reach) == ("long", "published")
+    assert 1850 < len(long.prompt) <= 2000
+
+
+def test_conversation_beyond_the_context_has_reach_nowhere() -> None:
+    found = {item.name: item.reach for item in conversations([], "", lambda prompt: len(prompt) < 90)}
+    assert found["special tokens"] == "nowhere"
+    assert found["empty system"] == "served"
+    assert "long" not in found
+
+
+def test_conversations_are_deterministic() -> None:
+    rows = [("¿a?", "b"), ("¿c?", "d")]
+    one, two = (conversations(rows, "s", fits) for _ in range(2))
+    assert one == two
+    assert isinstance(one[0], Conversation)

@@ -1,0 +1,31 @@
+"""The outputs of all stages of a small build."""
+
+import pytest
+from support.report import LADDER, METRICS, TRAINED, asked, evaluated, handed, manifest
+from support.small_tokenizer import make_tokenizer
+
+from tutor.stages.report.labels import labelled
+from tutor.stages.report.view import StageOutputs
+
+
+@pytest.fixture
+def outputs() -> StageOutputs:
+    answers = asked()
+    parity = {"conversations": 9, "precision": "fp32", "served": "Q8_0", "hand_offs": [handed()]}
+    files = {"files": {"tutor-Q8_0.gguf": {"size": 144_000_000, "replaced": {"Q5_1": 3}}}}
+    fields = {"recipe.rank": 8, "recipe.alpha": 16, "recipe.target_modules": ["q_proj"], "recipe.epochs": 6,
+              "recipe.learning_rate": 2e-4, "recipe.system": "Eres un tutor.", "version.torch": "2.14.0"}  # fmt: skip
+    manifests = {
+        "data": manifest("data", {"rows": 278, "train": 35, "held_out": 5, "prompts": 9, "notes": []}),
+        "base": manifest("base", {"source": TRAINED["base_source"]}),
+        "adapter": manifest("train", TRAINED, fields),
+        "merged": manifest("merge", {"base": "nf4", "dtype": "float16"}),
+        "gguf": manifest("convert", files, None, tutor__Q8_0=144_000_000, tutor__F16=270_000_000),
+        "ladder": manifest("ladder", LADDER),
+        "parity": manifest("parity", parity),
+        "eval": manifest("evaluate", evaluated(answers)),
+    }
+    row = {"instruction": "¿Qué es una interfaz?", "response": "Una forma.", "line": 7}
+    labels = [labelled(make_tokenizer(add_bos=True), row, "")]
+    more = {"paraphrased": answers[:1], "labels": labels, "language": "es", "machine": [("processor", "a CPU")]}
+    return StageOutputs(name="demo", model="tutor", manifests=manifests, metrics=METRICS, answers=answers, **more)

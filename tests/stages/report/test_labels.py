@@ -1,0 +1,24 @@
+"""stages/report/labels.py: the tokens of a row and those that carry loss."""
+
+from typing import Any
+
+from tutor.stages.report.labels import labelled, sample_rows
+
+
+def test_only_completion_and_eos_carry_loss(tokenizer: Any) -> None:
+    row = {"instruction": "¿Qué es 👩‍💻?", "response": "Una forma.\nY ñ.", "line": 3}
+    found = labelled(tokenizer, row, "Eres un tutor.")
+    assert [run["learnt"] for run in found["runs"]] == [False, True]
+    prompt, answer = ("".join(token["text"] for token in run["tokens"]) for run in found["runs"])
+    assert prompt.endswith("Eres un tutor.↵\n↵\nInstrucción: ¿Qué es 👩‍💻?↵\nRespuesta:")
+    assert answer == " Una forma.↵\nY ñ.<｜end▁of▁sentence｜>"
+    assert found["runs"][1]["tokens"][-1]["special"]
+    assert found["runs"][0]["tokens"][0]["special"] == (tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id)
+    assert 0 < found["supervised"] < found["tokens"]
+
+
+def test_shortest_middle_and_longest_rows_are_sampled() -> None:
+    rows = [{"instruction": "x" * size, "response": ""} for size in (5, 1, 9, 3, 7)]
+    assert [len(row["instruction"]) for row in sample_rows(rows)] == [1, 5, 9]
+    assert sample_rows(rows[:1]) == rows[:1]
+    assert sample_rows([]) == []

@@ -1,0 +1,38 @@
+"""stages/report/model_card.py: the head, the figures, and that no text breaks out of the card."""
+
+import json
+from dataclasses import replace
+
+from support.report import (
+    TRAINED,
+    manifest,
+)
+
+from tutor.stages.report.model_card import card, escaped, hub_name
+from tutor.stages.report.view import StageOutputs
+
+
+def test_card_has_head_and_figures(outputs: StageOutputs) -> None:
+    text = card(outputs)
+    head = dict(line.split(": ", 1) for line in text.split("---")[1].strip().split("\n"))
+    assert json.loads(head["language"]) == ["es"]
+    assert json.loads(head["base_model"]) == "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"
+    assert json.loads(head["library_name"]) == "gguf"
+    assert json.loads(head["pipeline_tag"]) == "text-generation"
+    assert "| tutor-Q8\\_0.gguf | 144.0 MB | 7.40 | 0.0060 |" in text
+    assert "67 % (" in text
+    assert "**Worse:** general texts" in text
+
+
+def test_card_of_a_local_base_has_no_path_and_no_licence(outputs: StageOutputs) -> None:
+    trained = {**TRAINED, "base_source": "path:/home/ana/secret"}
+    text = card(replace(outputs, manifests={**outputs.manifests, "adapter": manifest("train", trained)}))
+    assert "/home/ana" not in text
+    assert "license" not in text
+    assert "base_model" not in text
+
+
+def test_name_with_markup_is_escaped_in_the_card() -> None:
+    assert escaped("a|b\n---\n<b>[x](y)") == "a\\|b --- &lt;b&gt;\\[x\\](y)"
+    assert hub_name("hub:a/b@" + "0" * 40) == "a/b"
+    assert hub_name("hub:a/b\n---\n@" + "0" * 40) == ""

@@ -1,0 +1,60 @@
+"""stages/report/prompts.py: filters, answers, and the parts of an answer."""
+
+from dataclasses import replace
+
+import pytest
+from support.report import Page, asked, record
+
+from tutor.stages.report.prompts import parts, prompts
+from tutor.stages.report.stage import page
+from tutor.stages.report.view import StageOutputs
+
+
+def test_every_kind_and_verdict_has_a_filter(outputs: StageOutputs) -> None:
+    html = page(outputs)
+    shown = Page(html)
+    listed = prompts(outputs.answers)
+    assert [(each["label"], each["count"]) for each in listed["kinds"]] == [
+        ("(no kind)", 3), ("aplicacion", 3), ("correccion", 3)
+    ]  # fmt: skip
+    assert {each["class"]: each["count"] for each in listed["verdicts"]} == {
+        "pass": 6, "fail": 3, "won": 3, "lost": 3, "f-compiles": 3
+    }  # fmt: skip
+    inputs = {each["id"] for each in shown.all("input")}
+    classes = [set(str(each["class"]).split()) for each in shown.all("details") if "prompt" in str(each["class"])]
+    assert len(classes) == 10  # one in other words
+    for each in (*listed["kinds"], *listed["verdicts"]):
+        assert f"show-{each['class']}" in inputs
+        assert f"#prompts:has(#show-{each['class']}:checked) .prompt:not(.{each['class']})" in html
+        assert sum(each["class"] in found for found in classes[:9]) == each["count"]
+
+
+def test_failed_and_empty_answers_are_shown(outputs: StageOutputs) -> None:
+    item = {**asked()[0], "answers": {"base": {"error": "timed out", "passed": False, "reasons": ["no answer"]},
+                                      "tutor": record(passed=False, text="")}}  # fmt: skip
+    text = Page(page(replace(outputs, answers=[item]))).text
+    assert "No answer: timed out" in text
+    assert "(empty)" in text
+
+
+def test_copied_answer_shows_the_training_row(outputs: StageOutputs) -> None:
+    copied = {"run": 40, "share": 0.8, "line": 12, "text": "…"}
+    item = {**asked()[0], "answers": {"tutor": {**record(passed=True), "copied": copied}}}
+    assert "80 % of it, 40 words and signs in a row, also stands in the training row of line 12" in " ".join(
+        Page(page(replace(outputs, answers=[item]))).text.split()
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", []),
+        ("hola", [(False, "hola")]),
+        ("a\n\n```ts\nx\n```\n\nb", [(False, "a"), (True, "```ts\nx\n```"), (False, "b")]),
+        ("```\nnever closed\n\n  x", [(True, "```\nnever closed\n\n  x")]),
+        ("- a\n  ```\n  x\n  ```\nb", [(False, "- a"), (True, "  ```\n  x\n  ```"), (False, "b")]),
+        ("~~~\n```\n~~~\nb", [(True, "~~~\n```\n~~~"), (False, "b")]),
+    ],
+)
+def test_answer_is_split_at_its_fences_without_loss(text: str, expected: list[tuple[bool, str]]) -> None:
+    assert [(part["code"], part["text"]) for part in parts(text)] == expected
