@@ -5,9 +5,6 @@ nvidia-smi and docker are small programs on PATH; /proc and /sys are folders of 
 
 import json
 import os
-import pty
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -16,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.command import ROOT, environment
+from support.fake_machine import HEADING
 from support.files import write_rows
 
 from tutor.errors import HostError
@@ -28,10 +25,8 @@ from tutor.machine.memory.plan import MemoryRequest
 from tutor.machine.memory.row_lengths import RowLengths, find_row_lengths, largest_batch
 from tutor.machine.memory.shapes import SHAPES
 from tutor.pipeline import runner as pipeline
-from tutor.recipe.reading import read_recipe
 from tutor.recipe.settings import Recipe
 
-DEFAULT = "hub:deepseek-ai/DeepSeek-R1-Distill-Llama-8B@6a6f4aa4197940add57724a7707d069478df56b1"
 LARGE = SHAPES["deepseek-ai/DeepSeek-R1-Distill-Llama-8B"]
 CONFIG = {
     "model_type": "llama",
@@ -44,67 +39,6 @@ CONFIG = {
 }
 CPU = Processor("a processor", 2, ("avx2",))
 ANY = MemoryRequest("nf4", "auto", "bf16", tokens=1024, rank=8, targets=("q_proj",))
-HEADING = "| NVIDIA-SMI 580.95.05   Driver Version: 580.95.05   CUDA Version: 13.0     |\n"
-NVIDIA_SMI = """#!/bin/sh
-case "$*" in
-  *--query-gpu*) cat "{folder}/gpus"; exit "$(cat "{folder}/code")";;
-  *--query-compute-apps*) cat "{folder}/apps";;
-  *--list-gpus*) echo "GPU 0: a card (UUID: GPU-1)";;
-  *) cat "{folder}/heading";;
-esac
-"""
-
-
-class Machine:
-    """nvidia-smi on PATH, with GPUs that a test adds; nothing else."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.rows: list[str] = []
-        for name, text in (("gpus", ""), ("apps", ""), ("heading", HEADING), ("code", "0")):
-            (folder / name).write_text(text)
-
-    def program(self, name: str, text: str) -> None:
-        path = self.folder / name
-        path.write_text(text)
-        path.chmod(0o755)
-
-    def gpu(
-        self, gigabytes: float = 24, free: float | None = None, capability: str = "8.9", name: str = "a card"
-    ) -> None:
-        """Add a GPU; the first one brings nvidia-smi."""
-        number = len(self.rows)
-        total, left = (round(size * 1e9 / MIB) for size in (gigabytes, gigabytes if free is None else free))
-        self.rows.append(f"{number}, GPU-{number}aaaa-0, {name}, 580.95.05, {capability}, {total}, {left}")
-        (self.folder / "gpus").write_text("\n".join(self.rows) + "\n")
-        self.program("nvidia-smi", NVIDIA_SMI.format(folder=self.folder))
-
-
-@pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    for name in ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_CACHE", "TUTOR_GPU", "TUTOR_RECIPE", "TUTOR_BUILD"):
-        monkeypatch.delenv(name, raising=False)
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
-    made = Machine(folder)
-    made.program("docker", "#!/bin/sh\nexit 1\n")  # whatever this machine has
-    return made
-
-
-@pytest.fixture
-def based_on(recipe_file: Path) -> Callable[..., Recipe]:
-    """The small recipe, on another base and with other settings."""
-
-    def make(source: str = DEFAULT, **train: Any) -> Recipe:
-        settings = "".join(f"{name} = {json.dumps(value)}\n" for name, value in train.items())
-        text = recipe_file.read_text().replace('source = "tiny"', f'source = "{source}"')
-        recipe_file.write_text(text.partition("[train]")[0] + f"[train]\n{settings}")
-        return read_recipe(recipe_file)
-
-    return make
 
 
 def model_folder(path: Path, **changes: Any) -> Path:
@@ -686,120 +620,3 @@ def test_one_way_to_train_is_enough():
     fault = report(no_torch, no_docker).fault
     assert "tutor run lacks train environment; make all lacks Docker" in fault.message
     assert report(refusal=HostError("too large")).fault.message == "too large"
-
-
-# The command
-
-
-def run(*arguments: str | Path, machine: Machine, **env: str) -> "subprocess.CompletedProcess[str]":
-    code = "from tutor.cli.main import main; main()"
-    variables = {name: os.environ[name] for name in ("PATH", "HF_HOME", "OLLAMA_HOST")}
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env=environment(**{"PYTHONPATH": str(ROOT), **variables, **env}),
-        capture_output=True,
-        encoding="utf-8",
-        timeout=60,
-        check=False,
-    )
-
-
-def test_the_command_needs_no_torch_and_prints_plain_lines_where_there_is_no_terminal(machine, tmp_path):
-    code = (
-        "import sys\nfor name in ('torch', 'transformers', 'numpy', 'gguf'): sys.modules[name] = None\n"
-        "from tutor.cli.main import main; main()"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "doctor", "-b", tmp_path],
-        env=environment(PYTHONPATH=str(ROOT)),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode in (0, 4), done.stderr
-    assert {line.split()[0] for line in done.stdout.splitlines() if not line.startswith(" ")} <= {
-        "ok",
-        "warning",
-        "missing",
-    }
-    assert "\x1b" not in done.stdout
-
-
-def test_a_recipe_that_fits_is_estimated_by_part_and_stage(machine, recipe_file, tmp_path):
-    machine.gpu(24, name="NVIDIA A100")
-    done = run("doctor", "-r", recipe_file, "-b", tmp_path, "--json", machine=machine)
-    value = json.loads(done.stdout)
-    memory = value["recipe"]["memory"]
-    assert set(memory["parts"]) == {
-        "weights",
-        "adapters",
-        "optimizer",
-        "gradients",
-        "activations",
-        "workspace",
-        "process",
-    }
-    assert memory["need"] == sum(memory["parts"].values())
-    assert (memory["device"], memory["fits"], memory["settings"]) == ("NVIDIA A100", True, {})
-    assert set(value["recipe"]["disk"]) == {"base", "train", "merge", "convert", "publish"}
-    assert {"train", "merge", "convert", "evaluate"} <= value["recipe"]["seconds"].keys()
-
-
-def test_a_recipe_that_does_not_fit_is_exit_4_in_one_line_and_still_one_json_document(machine, based_on, tmp_path):
-    machine.gpu(8)
-    recipe = based_on(quantization="none")
-    done = run("doctor", "-r", recipe.path, "-b", tmp_path, "--json", machine=machine)
-    assert done.returncode == 4
-    value = json.loads(done.stdout)
-    assert (value["ok"], value["recipe"]["memory"]["fits"]) == (False, False)
-    assert value["recipe"]["memory"]["settings"] == {"quantization": "nf4"}
-    assert done.stderr == f"Error: {value['error']}; {value['hint']}\n"
-    assert done.stderr.endswith('; set train.quantization = "nf4"\n')
-    lines = run("doctor", "-r", recipe.path, "-b", tmp_path, machine=machine).stdout.splitlines()
-    assert any(line.split() == ["total", *line.split()[1:3], "does", "not", "fit"] for line in lines)
-
-
-def test_a_base_that_is_not_known_yet_is_said(machine, based_on, tmp_path):
-    recipe = based_on("hub:owner/name@" + "0" * 40)
-    done = run("doctor", "-r", recipe.path, "-b", tmp_path, machine=machine)
-    assert "unknown before it is fetched, so its memory cannot be estimated" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("-r", "none.toml"), "cannot read recipe none.toml"),
-        (("-b", "/"), "/ is the root of the file system"),
-        (("--nonsense",), "No such option"),
-    ],
-)
-def test_bad_input_is_one_clear_line(machine, arguments, said):
-    done = run("doctor", *arguments, machine=machine)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert done.stderr.count("\n") == 1
-
-
-def test_a_terminal_gets_a_table(machine, recipe_file, tmp_path):
-    outer, inner = pty.openpty()
-    code = "from tutor.cli.main import main; main()"
-    variables = {name: os.environ[name] for name in ("PATH", "HF_HOME", "OLLAMA_HOST")}
-    with subprocess.Popen(
-        [sys.executable, "-c", code, "doctor", "-r", recipe_file, "-b", tmp_path],
-        env=environment(PYTHONPATH=str(ROOT), TERM="xterm", COLUMNS="100", **variables),
-        stdout=inner,
-        stderr=subprocess.DEVNULL,
-    ) as process:
-        os.close(inner)
-        text = b""
-        try:
-            while piece := os.read(outer, 1 << 16):
-                text += piece
-        except OSError:  # the other end is closed
-            pass
-        assert process.wait(60) in (0, 4)
-    os.close(outer)
-    shown = text.decode()
-    assert "\x1b[" in shown
-    for part in ("warning", "weights", "total", "Disk", "Time, approximate"):
-        assert part in shown

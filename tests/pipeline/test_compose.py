@@ -20,10 +20,9 @@ from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner
 from support.command import ROOT
+from support.fake_docker import INFO, Host
 
-from tutor.cli.commands.stack import stack_run
 from tutor.errors import HostError, RecipeError, ServiceError
 from tutor.machine import preflight
 from tutor.machine.host import Memory
@@ -32,80 +31,6 @@ from tutor.pipeline.compose import Stack, StackError
 from tutor.pipeline.registry import BY_NAME
 from tutor.recipe.reading import read_recipe
 from tutor.recipe.settings import Recipe
-
-FAKE = """#!{python}
-import json, os, pathlib, sys, time
-here = pathlib.Path({folder!r})
-line = " ".join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])
-kept = {{name: value for name, value in os.environ.items() if name.startswith(("TUTOR_", "HF_"))}}
-token = kept.get("HF_TOKEN_FILE")
-if token:
-    kept["mode"] = oct(os.stat(token).st_mode)
-    kept["token"] = pathlib.Path(token).read_text()
-with open(here / "calls.jsonl", "a") as calls:
-    calls.write(json.dumps([line, kept]) + "\\n")
-for part, answer in json.loads((here / "answers.json").read_text()):
-    if part in line:
-        sys.stderr.write(answer.get("stderr", ""))
-        sys.stderr.flush()
-        sys.stdout.write(answer.get("stdout", ""))
-        time.sleep(answer.get("seconds", 0))
-        sys.exit(answer.get("code", 0))
-"""
-INFO = {"ServerVersion": "26.1.5", "Runtimes": {"runc": {}}, "DockerRootDir": "/"}
-FIT: list[tuple[str, dict[str, Any]]] = [
-    ("docker info", {"stdout": json.dumps(INFO)}),
-    ("compose version", {"stdout": "2.26.1-4\n"}),
-    ("port ollama", {"stdout": "127.0.0.1:11434\n"}),
-    ("run --rm", {"stdout": '{"ran": true}'}),
-]
-"""What a host without a GPU answers; anything else: exit code 0, no output."""
-
-
-class Host:
-    """Programs on PATH and what they answer."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.answers = list(FIT)
-
-    def add(self, *names: str) -> None:
-        for name in names:
-            path = self.folder / name
-            path.write_text(FAKE.format(python=sys.executable, folder=str(self.folder)))
-            path.chmod(0o755)
-
-    def says(self, part: str, **answer: Any) -> None:
-        """From now on, `part` in a command line gets this answer."""
-        self.answers.insert(0, (part, answer))
-        (self.folder / "answers.json").write_text(json.dumps(self.answers))
-
-    @property
-    def calls(self) -> list[str]:
-        return [line for line, _ in self.calls_with_environment]
-
-    @property
-    def calls_with_environment(self) -> list[tuple[str, dict[str, str]]]:
-        path = self.folder / "calls.jsonl"
-        return [tuple(json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-@pytest.fixture
-def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
-    """A host with Docker and Compose, without a GPU, with room on its disks."""
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=500 * 10**9))
-    for name in [name for name in os.environ if name.startswith(("TUTOR_", "HF_"))]:
-        monkeypatch.delenv(name)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("TUTOR_OLLAMA_PORT", str(probe.getsockname()[1]))
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", str(folder))
-    made = Host(folder)
-    made.add("docker")
-    made.says("no such command")
-    return made
 
 
 @pytest.fixture
@@ -297,14 +222,6 @@ def test_rows_outside_the_recipes_folder_are_refused_because_no_container_sees_t
 def test_the_recipes_that_are_shipped_lie_with_their_rows():
     for path in sorted((ROOT / "data").glob("*.toml")):
         preflight.refuse_outside(read_recipe(path))
-
-
-def test_stack_run_passes_on_that_the_gpu_is_required(host, recipe_file, tmp_path):
-    options = ["--recipe", str(recipe_file), "--build", str(tmp_path / "build"), "--gpu"]
-    done = CliRunner().invoke(stack_run, options, obj={"quiet": True})
-    assert isinstance(done.exception, preflight.UnfitError)
-    assert "no NVIDIA GPU answers" in done.exception.problems[0]
-    assert not any("compose" in line and " build " in line for line in host.calls)
 
 
 # The services

@@ -1,0 +1,5 @@
+"""Fixtures of the tests of pipeline: a fake host with Docker and Compose."""
+
+from support.fake_docker import host
+
+__all__ = ["host"]
