@@ -1,9 +1,10 @@
-"""Greedy answers of transformers (merged, fp32 arithmetic on the FP16 weights) against llama-server on the F16 GGUF.
+"""Compare greedy answers of transformers (merged model, FP16 weights in fp32) with those of llama-server (F16 GGUF).
 
     .venv/bin/python scripts/agreement.py data/demo.toml [PROMPTS]
 
-Prints, for each held-out prompt, how many tokens agree, and where they part: both tokens, and by how much each engine
-preferred its own (natural-log probability). A small preference on both sides is floating-point noise at a near-tie.
+Prints, for each held-out prompt, the number of equal tokens, and at the first difference both tokens and each engine's
+preference for its own (difference of natural-log probabilities). A small preference on both sides is rounding noise.
+Does not decide whether the models agree (the parity stage does).
 """
 
 import json
@@ -23,7 +24,7 @@ from tutor.recipe.settings import Recipe
 
 
 def main(recipe: Recipe, build: Path, count: int) -> None:
-    """Compare on at most `count` prompts and print."""
+    """Compare the engines on at most `count` prompts and print."""
     folder = BuildFolder(build, recipe.name)
     prompts = [
         json.loads(line) for line in (folder.stage("data") / "prompts.jsonl").read_text("utf-8").split("\n") if line

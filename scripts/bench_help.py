@@ -1,8 +1,9 @@
-"""Time of `tutor --help` beside `python -c pass`: the median of several runs of each, one after the other by turns.
+"""Compare the time of `tutor --help` with that of `python -c pass`: medians of several alternating runs.
 
     .venv/bin/python scripts/bench_help.py [--runs N]
 
-Prints both in milliseconds of wall time, and their ratio. tests/cli/test_main.py tests which modules are imported.
+Prints both in milliseconds of wall time, and their ratio. Does not check which modules are imported
+(tests/cli/test_main.py does).
 """
 
 import argparse
@@ -19,13 +20,13 @@ COMMANDS: dict[str, list[str]] = {
 
 
 def main() -> None:
-    """Run the commands by turns and print a table."""
-    parser = argparse.ArgumentParser(description="Time of `tutor --help` beside that of Python alone.")
+    """Run the commands alternately and print a table."""
+    parser = argparse.ArgumentParser(description="Compare the time of `tutor --help` with that of Python alone.")
     parser.add_argument("--runs", type=int, default=20, help="number of runs of each command (default: 20)")
     runs = parser.parse_args().runs
     times: dict[str, list[float]] = {name: [] for name in COMMANDS}
     for command in COMMANDS.values():
-        seconds(command)  # not counted: it reads the files from the disk
+        seconds(command)  # warm-up, not counted: it reads the files from the disk
     for _ in range(runs):
         for name, command in COMMANDS.items():
             times[name].append(seconds(command))
@@ -33,14 +34,14 @@ def main() -> None:
 
 
 def seconds(command: list[str]) -> float:
-    """Wall time of a command that succeeds."""
+    """Return the wall time of a command in seconds. Raises CalledProcessError when it fails."""
     began = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - began
 
 
 def table(times: dict[str, list[float]]) -> str:
-    """Medians as Markdown, each with its ratio to the first."""
+    """Return the medians as Markdown, each with its ratio to the first."""
     medians = {name: statistics.median(values) for name, values in times.items()}
     first = next(iter(medians.values()))
     lines = ["| command | median, ms | ratio |", "| --- | ---: | ---: |"]

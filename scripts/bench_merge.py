@@ -1,11 +1,11 @@
-"""Merging and converting beside the plain way and beside `cp` of the same bytes, on random weights of a Llama's shapes.
+"""Compare merging and converting with the plain way and with `cp`, on random weights in a Llama's shapes.
 
     .venv/bin/python scripts/bench_merge.py [--size 8b|1b|small] [--parts merge convert] [--ways cp plain ours]
 
-`plain` merges as PEFT's documentation does, and converts with llama.cpp's own script. `ours` is what the two stages do,
-checks, hashes and manifest included. Each runs in a process of its own, its input not in memory, and its output goes
-before the next begins: the disk holds the model twice, in a scratch folder that is removed however this ends (but for
-SIGKILL). Prints a table; 8b needs 33 GB of disk and, for the plain merge, 22 GB of memory.
+`plain` merges as PEFT's documentation does, and converts with llama.cpp's own script. `ours` is the work of the two
+stages, checks, hashes and manifest included. Each runs in a process of its own, with its input out of the page cache,
+and its output is removed before the next one starts: the disk holds the model twice, in a scratch folder that is always
+removed, except after SIGKILL. Prints a table. 8b needs 33 GB of disk and, for the plain merge, 22 GB of memory.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from typing import Any
 from random_llama import SIZES, Size, make_adapter, make_base, make_model, take_tokenizer
 
 PARTS = {"merge": "BF16", "convert": "F16"}
-"""What is measured -> the type of the weights that it begins with."""
+"""The measured parts, and the dtype of their input weights."""
 WAYS = ("cp", "plain", "ours")
 POLL = 0.02
-"""Seconds between two looks at the memory of a process and its children."""
+"""Interval in seconds at which the memory of a process and its children is read."""
 SPARE = 1.2e9
-"""Bytes of the disk beside the two models: the adapter, and the demo's base, whose tokenizer is taken."""
+"""Disk space in bytes besides the two models: the adapter, and the demo's base, whose tokenizer is used."""
 
 
 def main() -> None:
@@ -40,12 +40,12 @@ def main() -> None:
     if options.work:
         work(*options.work)
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the scratch folder goes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the scratch folder is removed
     size = SIZES[options.size]
     size = replace(size, layers=options.layers or size.layers)
     options.folder.mkdir(parents=True, exist_ok=True)
     refuse_small_disk(options.folder, size)
-    found = {"size": options.size, "layers": size.layers, "gigabytes": round(2 * size.numbers / 1e9, 2)}
+    found = {"size": options.size, "layers": size.layers, "gigabytes": round(2 * size.weights / 1e9, 2)}
     found |= {"cores": len(os.sched_getaffinity(0)), "parts": {}}
     with tempfile.TemporaryDirectory(prefix="bench-merge-", dir=options.folder) as scratch:
         for part in options.parts:
@@ -60,26 +60,28 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="1b")
-    parser.add_argument("--layers", type=int, help="fewer than the size has: time and disk shrink, our memory does not")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="`cp ours` leaves the plain way out")
-    parser.add_argument("--folder", type=Path, default=Path("build"), help="where the scratch folder is made")
     parser.add_argument(
-        "--base", type=Path, help="a base stage's folder with a tokenizer; without it the demo's is made"
+        "--layers", type=int, help="fewer layers than the size has, for less time and disk; the memory of `ours` stays"
     )
-    parser.add_argument("--json", type=Path, help="write all that was measured to this file")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="`cp ours` omits the plain way")
+    parser.add_argument("--folder", type=Path, default=Path("build"), help="parent of the scratch folder")
+    parser.add_argument(
+        "--base", type=Path, help="a base stage's folder with a tokenizer (default: the demo's is made)"
+    )
+    parser.add_argument("--json", type=Path, help="write all measurements to this file")
     parser.add_argument("--work", nargs="+", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def refuse_small_disk(folder: Path, size: Size) -> None:
-    """End with what is needed where the disk cannot hold the model twice; name what a killed run left."""
-    for left in folder.glob("bench-merge-*"):
-        print(f"{left} is of a run that was killed, or of one that still runs", file=sys.stderr)
-    need, free = 4 * size.numbers + SPARE, shutil.disk_usage(folder).free
+    """Exit with the needed space when the disk cannot hold the model twice; list scratch folders of killed runs."""
+    for other in folder.glob("bench-merge-*"):
+        print(f"{other} is of a run that was killed, or of one that still runs", file=sys.stderr)
+    need, free = 4 * size.weights + SPARE, shutil.disk_usage(folder).free
     if need > free:
         sys.exit(f"{folder} has {free / 1e9:.1f} GB free, this needs {need / 1e9:.1f}: make room, or give --layers")
 
@@ -87,30 +89,30 @@ def refuse_small_disk(folder: Path, size: Size) -> None:
 def bench(
     part: str, ways: Sequence[str], size: Size, scratch: Path, base: Path | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The figures of each way as they are measured; what was made for them is removed."""
-    model, beside, out = scratch / "model", scratch / "beside", scratch / "out"
+    """Yield the figures of each way when they are measured, and remove the input afterwards."""
+    model, extra, out = scratch / "model", scratch / "extra", scratch / "out"
     make_model(model, size, PARTS[part])
     if part == "merge":
-        make_adapter(beside, size)
+        make_adapter(extra, size)
     else:
-        beside.mkdir()
+        extra.mkdir()
         if base is None:
-            # In another process: this one stays small, for its memory is counted where it starts another.
+            # In another process, so that this one stays small: a child's memory includes its parent's at the start.
             base = scratch / "base"
-            made: list[str | Path] = [sys.executable, __file__, "--work", "base", model, beside, base]
+            made: list[str | Path] = [sys.executable, __file__, "--work", "base", model, extra, base]
             subprocess.run(made, check=True, stdout=subprocess.DEVNULL)
-        take_tokenizer(base, model, beside / "facts.json")
+        take_tokenizer(base, model, extra / "facts.json")
     for way in ways:
-        command: list[str | Path] = [sys.executable, __file__, "--work", f"{part}-{way}", model, beside, out]
+        command: list[str | Path] = [sys.executable, __file__, "--work", f"{part}-{way}", model, extra, out]
         if way == "cp":
             command = ["cp", "-r", "--reflink=never", model, out]
         yield way, measure(command, model, out)
     shutil.rmtree(model)
-    shutil.rmtree(beside)
+    shutil.rmtree(extra)
 
 
 def measure(command: Sequence[str | Path], model: Path, out: Path) -> dict[str, float]:
-    """Seconds of the work alone, with its checks, until all is on the disk, of the process; peaks of memory in MB."""
+    """Run a command; return its times in seconds (work, checks, until synced, process) and memory peaks in MB."""
     os.sync()
     for path in model.iterdir():
         with path.open("rb") as file:
@@ -127,13 +129,13 @@ def measure(command: Sequence[str | Path], model: Path, out: Path) -> dict[str, 
         seconds = time.monotonic() - started
         os.sync()
         synced = time.monotonic() - started
-        said, _ = process.communicate()
+        output, _ = process.communicate()
     finally:
         process.kill()
     if process.returncode:
         sys.exit(f"{' '.join(map(str, command))} ended with {process.returncode}")
     shutil.rmtree(out)
-    inside = json.loads(said.splitlines()[-1]) if said else {"work_s": seconds}
+    inside = json.loads(output.splitlines()[-1]) if output else {"work_s": seconds}
     checked = inside.get("checked_s", inside["work_s"])
     return {
         "work_s": inside["work_s"],
@@ -147,7 +149,7 @@ def measure(command: Sequence[str | Path], model: Path, out: Path) -> dict[str, 
 
 
 def family(pid: int) -> list[int]:
-    """A process and its descendants, as far as they are there."""
+    """Return a process and its running descendants."""
     found = [pid]
     for parent in found:
         with contextlib.suppress(OSError):
@@ -157,7 +159,7 @@ def family(pid: int) -> list[int]:
 
 
 def status(pid: int) -> dict[str, int]:
-    """The lines of /proc/PID/status that are sizes, in KB."""
+    """Return the sizes in /proc/PID/status, in KB."""
     with contextlib.suppress(OSError):
         lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
         return {words[0][:-1]: int(words[1]) for words in lines if words[-1] == "kB"}
@@ -165,7 +167,7 @@ def status(pid: int) -> dict[str, int]:
 
 
 def merge_plain(base: Path, adapter: Path, out: Path) -> dict[str, float]:
-    """As PEFT's documentation has it."""
+    """Merge as PEFT's documentation does."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -177,7 +179,7 @@ def merge_plain(base: Path, adapter: Path, out: Path) -> dict[str, float]:
 
 
 def merge_ours(base: Path, adapter: Path, out: Path) -> dict[str, float]:
-    """As the merge stage does it, hashes and manifest included; the folder is synced as every stage's is."""
+    """Merge as the merge stage does, hashes, manifest and sync included."""
     from tutor.artifacts.stage_folder import writing
     from tutor.formats.models.safetensors import read_folder
     from tutor.stages.merge.peft_adapter import read_adapter
@@ -194,7 +196,7 @@ def merge_ours(base: Path, adapter: Path, out: Path) -> dict[str, float]:
 
 
 def convert_plain(model: Path, _: Path, out: Path) -> dict[str, float]:
-    """With the script that llama.cpp brings, as its README has it."""
+    """Convert with llama.cpp's script, as its README does."""
     from tutor.engines.llamacpp.process import OFFLINE, programs
 
     out.mkdir()
@@ -210,8 +212,8 @@ def convert_plain(model: Path, _: Path, out: Path) -> dict[str, float]:
     return {"work_s": time.monotonic() - started}
 
 
-def convert_ours(model: Path, beside: Path, out: Path) -> dict[str, float]:
-    """As the convert stage makes its F16 file; then read back and compared number for number, hashed and synced."""
+def convert_ours(model: Path, extra: Path, out: Path) -> dict[str, float]:
+    """Convert to F16 as the convert stage does, with its comparison of all values, hashes and sync."""
     from tutor.artifacts.stage_folder import writing
     from tutor.engines.llamacpp.convert import to_gguf
     from tutor.formats.models.gguf_metadata import check_gguf, implied_metadata
@@ -219,7 +221,7 @@ def convert_ours(model: Path, beside: Path, out: Path) -> dict[str, float]:
     from tutor.formats.models.model_folder import Facts, read_json
     from tutor.stages.convert.quantization_error import refuse_inexact
 
-    facts = Facts(**read_json(beside / "facts.json"))
+    facts = Facts(**read_json(extra / "facts.json"))
     config = read_json(model / "config.json")
     imported, started = peak(), time.monotonic()
     with writing(out, "convert", {}) as (scratch, _):
@@ -234,7 +236,7 @@ def convert_ours(model: Path, beside: Path, out: Path) -> dict[str, float]:
 
 
 def base_of_the_demo(_: Path, __: Path, out: Path) -> dict[str, float]:
-    """What converting needs; not measured."""
+    """Make the base that converting needs; not measured."""
     out.mkdir()
     make_base(out)
     return {}
@@ -250,22 +252,22 @@ WORK: dict[str, Callable[[Path, Path, Path], dict[str, float]]] = {
 
 
 def work(name: str, *folders: str) -> None:
-    """Do one of them in this process; its figures as JSON on stdout."""
+    """Run one of WORK in this process, and print its figures as JSON."""
     from tutor.cli.progress import quiet_libraries
 
     quiet_libraries()
-    model, beside, out = map(Path, folders)
-    figures = WORK[name](model, beside, out)
-    print(json.dumps({**figures, "peak_rss_mb": peak()}))  # what was allocated between two looks from outside counts
+    model, extra, out = map(Path, folders)
+    figures = WORK[name](model, extra, out)
+    print(json.dumps({**figures, "peak_rss_mb": peak()}))  # the parent's polling misses short peaks
 
 
 def peak() -> float:
-    """Of this process, in MB."""
+    """Return the peak memory of this process in MB."""
     return status(os.getpid()).get("VmHWM", 0) / 1024
 
 
 def compare(ways: dict[str, dict[str, float]]) -> None:
-    """Add to the last way how often it takes the time of those before it."""
+    """Add the ratios of the last way's times to those of the ways before."""
     *before, last = ways.values()
     for name, figures in zip(ways, before, strict=False):
         for time_ in ("work", "synced"):
@@ -273,12 +275,12 @@ def compare(ways: dict[str, dict[str, float]]) -> None:
 
 
 def shown(name: str, figures: dict[str, float]) -> str:
-    """A figure as it is printed: whole MB, seconds and ratios with two decimals; nothing where it was not measured."""
+    """Return a figure as text: MB without decimals, seconds and ratios with two; "" when it was not measured."""
     return "" if name not in figures else f"{figures[name]:.{0 if name.endswith('_mb') else 2}f}"
 
 
 def table(found: dict[str, Any]) -> str:
-    """The figures as Markdown."""
+    """Return the figures as Markdown."""
     columns = {
         "work_s": "work, s", "work_times_cp": "x cp", "work_times_plain": "x plain", "checked_s": "with checks, s",
         "synced_s": "on the disk, s", "synced_times_cp": "x cp", "process_s": "process, s", "peak_rss_mb": "RSS, MB",

@@ -1,10 +1,10 @@
-"""Training speed and memory beside the specification's own loop: same base, rows, seed and steps, a process each.
+"""Compare training speed and memory with the specification's own loop: equal base, rows, seed and steps.
 
     .venv/bin/python scripts/bench_train.py [--model demo|26m|8b|FOLDER] [--quantization nf4|int8|none] [--json FILE]
 
-`plain` is section 5 of the specification with today's libraries: Hugging Face's Trainer, a row a pass, ten passes a
-step. `ours` is the train stage as the pipeline runs it, without evaluations on the way. The first step, which warms
-caches and kernels, is left out of the speeds. Prints a table; 8b has random weights in the real shape, and wants a GPU.
+`plain` is section 5 of the specification with current libraries: Hugging Face's Trainer, micro-batches of one row, ten
+per step. `ours` is the train stage without evaluations. Each runs in a process of its own. The first step, which warms
+caches and kernels up, is not measured. Prints a table. 8b has random weights in the real shapes and needs a GPU.
 """
 
 import argparse
@@ -33,7 +33,7 @@ MEASURED = ("samples_per_second", "tokens_per_second", "rss_gb", "gpu_gb", "seco
 
 
 def main() -> None:
-    """Run both and print the table, or one of them as a child process."""
+    """Run both and print the table; or, as a child process, run one of them."""
     options = arguments()
     if options.only:
         print(json.dumps({"plain": plain, "ours": ours}[options.only](options, Path(options.work))))
@@ -48,24 +48,24 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Training speed beside the specification's own loop.")
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description="Compare training speed with the specification's own loop.")
     parser.add_argument("--model", default="demo", help="demo (135M), 26m, 8b, or a model folder")
     parser.add_argument("--quantization", default="nf4", choices=("nf4", "int8", "none"))
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
-    parser.add_argument("--rows", type=int, default=50, help="rows of data/tutor.jsonl; ten make a step")
+    parser.add_argument("--rows", type=int, default=50, help="number of rows of data/tutor.jsonl, ten per step")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="more [train] settings for ours")
-    parser.add_argument("--repeat", type=int, default=1, help="run both so often; the last one counts")
-    parser.add_argument("--json", help="write all that was measured to this file")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="other [train] settings for `ours`")
+    parser.add_argument("--repeat", type=int, default=1, help="number of runs of both; the last one is reported")
+    parser.add_argument("--json", help="write all measurements to this file")
     parser.add_argument("--work", help="keep base and data in this folder")
     parser.add_argument("--only", choices=("plain", "ours"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def child(name: str, work: Path) -> dict[str, Any]:
-    """One of the two in a process of its own: what it measured."""
+    """Run one of the two in a process of its own; return its measurements."""
     command = [sys.executable, __file__, *sys.argv[1:], "--only", name, "--work", str(work)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
@@ -74,7 +74,7 @@ def child(name: str, work: Path) -> dict[str, Any]:
 
 
 def prepare(options: argparse.Namespace, work: Path) -> None:
-    """The base and data stages' folders, once for both."""
+    """Make the folders of the base and data stages, once for both."""
     quiet()
     from tutor.stages.base import stage as base
 
@@ -94,7 +94,7 @@ def prepare(options: argparse.Namespace, work: Path) -> None:
 
 
 def random_llama(shape: dict[str, Any], tokenizer: Path, folder: Path, seed: int) -> Path:
-    """A Llama of that shape with random weights and another one's tokenizer."""
+    """Write a Llama of that shape with random weights and the tokenizer of another model; return its folder."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -112,7 +112,7 @@ def random_llama(shape: dict[str, Any], tokenizer: Path, folder: Path, seed: int
 
 
 def recipe(options: argparse.Namespace, work: Path, source: str = "tiny") -> Any:
-    """The specification's numbers on this base."""
+    """Return a recipe with the specification's numbers on this base."""
     from tutor.recipe.settings import Recipe
 
     changes = {name: json.loads(value) for name, _, value in (item.partition("=") for item in options.set)}
@@ -123,7 +123,7 @@ def recipe(options: argparse.Namespace, work: Path, source: str = "tiny") -> Any
 
 
 def ours(options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """The train stage."""
+    """Measure the train stage."""
     quiet()
     from tutor.artifacts.stage_folder import log_folder
     from tutor.cli.progress import log_on_stderr
@@ -141,7 +141,7 @@ def ours(options: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 def plain(options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """The specification's training, written as its reader would."""
+    """Measure the specification's training, implemented literally."""
     quiet()
     from transformers import AutoTokenizer, Trainer, TrainerCallback, set_seed
 
@@ -153,7 +153,7 @@ def plain(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     _, folder = read_facts(work / "base")
     settings = recipe(options, work).train
     precision = choose_precision(options.precision)
-    # Ids and labels as ours are, so that the two losses can be compared; the specification's text but for one blank.
+    # The ids and labels of `ours`, for comparable losses; they are the specification's but for one space.
     rows = encode_rows(AutoTokenizer.from_pretrained(folder), read_rows(work / "data" / "train.jsonl"), "", 4096)
     dataset = [
         {
@@ -168,7 +168,7 @@ def plain(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     times: list[float] = []
     losses: list[float] = []
 
-    class Watch(TrainerCallback):  # type: ignore[misc]
+    class Recorder(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             self.began = time.monotonic()
 
@@ -179,12 +179,12 @@ def plain(options: argparse.Namespace, work: Path) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory(dir=work) as scratch:
         chosen = plain_arguments(options, settings, precision, scratch)
-        Trainer(model=model, args=chosen, train_dataset=dataset, callbacks=[Watch()]).train()
+        Trainer(model=model, args=chosen, train_dataset=dataset, callbacks=[Recorder()]).train()
     return measured(times, losses, len(rows), sum(len(row.ids) for row in rows), options)
 
 
 def plain_model(folder: Path, quantization: str, precision: str, settings: Any) -> Any:
-    """The base, in 4 bits or 8 where asked, with a LoRA on it."""
+    """Load the base, quantized to 4 or 8 bits or not, with a LoRA on it."""
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -216,7 +216,7 @@ def plain_model(folder: Path, quantization: str, precision: str, settings: Any) 
 
 
 def plain_arguments(options: argparse.Namespace, settings: Any, precision: str, folder: str) -> Any:
-    """Section 5.1's hyper-parameters, with the learning rate and schedule that ours has, for it names none."""
+    """Return the hyper-parameters of section 5.1, and the learning rate and schedule of `ours`: it names none."""
     import torch
     from transformers import TrainingArguments
 
@@ -245,7 +245,7 @@ def plain_arguments(options: argparse.Namespace, settings: Any, precision: str, 
 def measured(
     times: list[float], losses: list[float], rows: int, tokens: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """The figures of one run, of rows and tokens an epoch and the seconds at which steps ended."""
+    """Return the measurements of a run from the times of its steps and its rows and tokens per epoch."""
     import torch
 
     seconds = times[-1] - times[0]
@@ -266,10 +266,10 @@ def measured(
 
 
 def table(options: argparse.Namespace, results: dict[str, dict[str, Any]]) -> str:
-    """Both runs side by side, as Markdown."""
+    """Return both runs side by side, as Markdown."""
     one, two = results["plain"], results["ours"]
     steps = len(one["losses"])
-    apart = max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True))
+    difference = max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True))
     lines = [
         f"{options.model}, {options.quantization}, {options.precision}, {one['device']}: {steps} steps of 10 rows, "
         f"{one['tokens_per_row']:.0f} tokens a row",
@@ -286,11 +286,11 @@ def table(options: argparse.Namespace, results: dict[str, dict[str, Any]]) -> st
         f"| loss at step {step} | {one['losses'][step - 1]:.4f} | {two['losses'][step - 1]:.4f} | |"
         for step in sorted({1, (steps + 1) // 2, steps})
     ]
-    return "\n".join([*lines, "", f"Losses of a step differ by at most {apart:.4f}."])
+    return "\n".join([*lines, "", f"Losses of a step differ by at most {difference:.4f}."])
 
 
 def quiet() -> None:
-    """The libraries' bars and warnings stay out; before torch is imported."""
+    """Turn the libraries' progress bars and warnings off; must run before torch is imported."""
     from tutor.cli.progress import quiet_libraries
 
     quiet_libraries()

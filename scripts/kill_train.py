@@ -1,12 +1,11 @@
-"""Kill a training at random moments until it has been killed often enough, and compare what comes out.
+"""Kill a training at random moments, resume it, and compare the adapter with that of an uninterrupted run.
 
     .venv/bin/python scripts/kill_train.py --kills 100
 
-The whole train stage on the tiny model, with a checkpoint every other step; nothing can catch SIGKILL. Every second
-kill waits, after its random time, for a checkpoint that is being saved. Each cycle is a fork after the imports: seconds
-instead of ten more. Prints what happened and exits 1 when a checkpoint was lost, a run failed, or an adapter is not
-the uninterrupted run's, byte for byte.
-A kill is not a power cut: what the disk had not written by then is not tried here.
+Runs the train stage on the tiny model, with a checkpoint every other step, and sends SIGKILL, which no program can
+catch. Half of the kills wait, after their random time, for a checkpoint that is being saved. Each cycle is a fork after
+the imports, which saves ten seconds. Prints counts, and exits 1 when a checkpoint was lost, a run failed, or an adapter
+differs from the uninterrupted run's in any byte. Does not test a power cut, in which unsynced writes are lost.
 """
 
 import argparse
@@ -52,11 +51,11 @@ save_steps = 2
 
 
 SAVING = 0.05
-"""Seconds that one of these checkpoints takes, about."""
+"""Approximate time of saving one checkpoint, in seconds."""
 
 
 def forked(work: Callable[[], object], log: Path) -> int:
-    """Start `work` in a child whose log is a file; its process id."""
+    """Start `work` in a child process that logs into a file; return its process id."""
     child = os.fork()
     if child:
         return child
@@ -73,7 +72,7 @@ def forked(work: Callable[[], object], log: Path) -> int:
 
 
 def ended(child: int, seconds: float) -> int | None:
-    """The child's exit status when it ends within `seconds`, else None."""
+    """Return the child's exit status when it ends within `seconds`, else None."""
     deadline = time.monotonic() + seconds
     while True:
         found, status = os.waitpid(child, os.WNOHANG)
@@ -85,7 +84,7 @@ def ended(child: int, seconds: float) -> int | None:
 
 
 def unsealed(build: Path) -> bool:
-    """Whether a checkpoint is there that does not count."""
+    """Return whether there is a checkpoint without a manifest."""
     paths = checkpoint.by_step(checkpoint_folder(build / "killed" / "adapter"))
     return any(not (path / MANIFEST).exists() for path in paths)
 
@@ -99,13 +98,13 @@ def aim(build: Path, dice: random.Random) -> None:
 
 
 def kill(child: int) -> int:
-    """Kill it; its exit status."""
+    """Kill the child; return its exit status."""
     os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def whole_steps(build: Path) -> list[int]:
-    """Of the checkpoints that count, the newest first."""
+def intact_steps(build: Path) -> list[int]:
+    """Return the steps of the intact checkpoints, the newest first."""
     folder = checkpoint_folder(build / "killed" / "adapter")
     return [
         int(path.name.partition("-")[2]) for path in checkpoint.by_step(folder) if checkpoint.first_damage(path) is None
@@ -113,18 +112,18 @@ def whole_steps(build: Path) -> list[int]:
 
 
 def adapter(build: Path) -> str:
-    """The hash of what was trained, where it was."""
+    """Return the sha256 of the adapter, or "" when there is none."""
     file = build / "killed" / "adapter" / "adapter_model.safetensors"
     return file_sha256(file) if file.exists() else ""
 
 
 def train(recipe: Recipe, build: Path) -> Callable[[], object]:
-    """The train stage, as `tutor train` runs it."""
+    """Return a function that runs the train stage as `tutor train` does."""
     return lambda: pipeline.run_one("train", recipe, build)
 
 
 def prepare(root: Path, epochs: int) -> tuple[Recipe, str, float]:
-    """A recipe with data and base made, the uninterrupted run's adapter, and that run's seconds."""
+    """Make data and base; return the recipe, and the adapter's hash and the seconds of an uninterrupted run."""
     path = root / "killed.toml"
     path.write_text(RECIPE.format(root=ROOT, epochs=epochs), "utf-8")
     recipe = read_recipe(path)
@@ -139,7 +138,7 @@ def prepare(root: Path, epochs: int) -> tuple[Recipe, str, float]:
 
 
 def campaign(root: Path, kills: int, epochs: int, span: float, dice: random.Random) -> Counter[str]:
-    """Kill until `kills` times, and let the last training finish; what happened, counted."""
+    """Kill trainings `kills` times and let the last one finish; return counts of the events."""
     recipe, wanted, seconds = prepare(root, epochs)
     print(f"uninterrupted: {seconds:.1f} s, adapter {wanted[:16]}", flush=True)
     counts: Counter[str] = Counter()
@@ -149,7 +148,7 @@ def campaign(root: Path, kills: int, epochs: int, span: float, dice: random.Rand
             shutil.rmtree(root / "run", ignore_errors=True)
             build = Path(shutil.copytree(root / "start", root / "run"))
             counts["trainings"] += 1
-        before = whole_steps(build)
+        before = intact_steps(build)
         log.unlink(missing_ok=True)
         child = forked(train(recipe, build), log)
         last = counts["kills"] >= kills
@@ -158,36 +157,36 @@ def campaign(root: Path, kills: int, epochs: int, span: float, dice: random.Rand
             if dice.random() < 0.5:
                 aim(build, dice)
             status = kill(child)
-        said = log.read_text() if log.exists() else ""
-        tally(counts, build, status, said, before)
+        logged = log.read_text() if log.exists() else ""
+        tally(counts, build, status, logged, before)
         if status == 0:
             counts["equal adapters" if adapter(build) == wanted else "OTHER ADAPTERS"] += 1
             print(f"finished: {dict(counts)}", flush=True)
     return counts
 
 
-def tally(counts: Counter[str], build: Path, status: int, said: str, before: list[int]) -> None:
-    """Count what one cycle did."""
+def tally(counts: Counter[str], build: Path, status: int, logged: str, before: list[int]) -> None:
+    """Count the events of one cycle."""
     if status not in (0, -signal.SIGKILL):
         counts["FAILED RUNS"] += 1
-        print(said, flush=True)
+        print(logged, flush=True)
     if status == -signal.SIGKILL:
         counts["kills"] += 1
         counts["kills while saving"] += unsealed(build)
-        counts["kills before the first step"] += "held-out loss before" not in said
-    counts["quarantined"] += said.count("; kept as ")
-    resumed = [int(line.split()[3]) for line in said.splitlines() if line.startswith("resuming after step ")]
+        counts["kills before the first step"] += "held-out loss before" not in logged
+    counts["quarantined"] += logged.count("; kept as ")
+    resumed = [int(line.split()[3]) for line in logged.splitlines() if line.startswith("resuming after step ")]
     counts["resumed"] += bool(resumed)
-    if before and (resumed or "rows audited" in said):
+    if before and (resumed or "rows audited" in logged):
         counts["LOST CHECKPOINTS"] += resumed[:1] != before[:1]
 
 
 def main() -> None:
-    """The command."""
+    """Parse the command line, run the campaign and print the counts."""
     options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     options.add_argument("--kills", type=int, default=100)
-    options.add_argument("--epochs", type=int, default=30, help="the training's length: 5 steps an epoch")
-    options.add_argument("--span", type=float, default=4.0, help="seconds a run lives at most before it is killed")
+    options.add_argument("--epochs", type=int, default=30, help="number of epochs, 5 steps each")
+    options.add_argument("--span", type=float, default=4.0, help="maximum seconds before a run is killed")
     options.add_argument("--seed", type=int, default=0)
     chosen = options.parse_args()
     quiet_libraries()

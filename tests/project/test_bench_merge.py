@@ -108,4 +108,4 @@ def test_random_bits_are_weights_as_trained_ones_are(dtype: str, shift: int) -> 
 
 
 def test_the_largest_size_has_the_weights_of_an_8b() -> None:
-    assert SIZES["8b"].numbers == 8_030_261_248
+    assert SIZES["8b"].weights == 8_030_261_248

@@ -188,7 +188,7 @@ def test_where_none_is_whole_training_starts_anew_and_says_so(
         flip(save(training, step) / "optimizer.pt")
     assert resume(training) is None
     assert len(quarantined(training)) == left
-    assert "training starts anew" in caplog.text
+    assert "training starts from the beginning" in caplog.text
     assert resume(training) is None  # and it is said once
 
 

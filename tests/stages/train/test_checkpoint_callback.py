@@ -515,8 +515,8 @@ def test_the_same_command_goes_on_after_a_signal(number: signal.Signals, code: i
     assert done.stdout == ""
     assert "Error" not in done.stderr
     if number != signal.SIGKILL:
-        assert f"{number.name}: ending this step and saving a checkpoint; once more ends at once" in done.stderr
-        assert "the same command goes on there" in done.stderr
+        assert f"{number.name}: ending this step and saving a checkpoint; a second one ends at once" in done.stderr
+        assert "run the same command again to resume" in done.stderr
         assert not (build / "adapter.partial").exists()
     assert not (build / "adapter").exists()
     again = command("train", folder, tmp_path / "again").finish()

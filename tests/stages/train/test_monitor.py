@@ -250,7 +250,7 @@ def test_a_best_adapter_that_is_gone_is_said_and_the_last_one_stays(
     before = adapter(trainer.model)
     assert monitor.restore_best(trainer.model, tmp_path / "checkpoints", trainer.state.log_history) == 12
     assert same(adapter(trainer.model), before)
-    assert "is gone" in caplog.text
+    assert "is missing" in caplog.text
 
 
 @pytest.mark.pipeline

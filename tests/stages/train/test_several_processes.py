@@ -262,7 +262,7 @@ def test_two_processes_train_what_one_does_whatever_ends_them_on_the_way(
     assert "resuming after step 3 of 10" in ended.stderr
     assert ours(ended.stderr)[-2:] == [
         "train: checkpoint of step 7 saved",
-        "train: warning: ended after step 7 of 10: the same command goes on there",
+        "train: warning: ended after step 7 of 10: run the same command again to resume",
     ]
     assert checkpoints(build) == ["checkpoint-7", "checkpoint-6"]
 

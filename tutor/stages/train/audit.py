@@ -42,8 +42,8 @@ def audit_labels(trainer: "Trainer", rows: Sequence[Encoded], tokenizer: Any) ->
     if len(dataset) != len(rows):
         raise DataError(f"the trainer kept {len(dataset)} of {len(rows)} rows", "this is a library's doing: report it")
     size = trainer.args.per_device_train_batch_size
-    passes = (list(dataset.select(range(at, min(at + size, len(rows))))) for at in range(0, len(rows), size))
-    read = [row for items in passes for row in split_rows(trainer.data_collator(items))]
+    batches = (list(dataset.select(range(at, min(at + size, len(rows))))) for at in range(0, len(rows), size))
+    read = [row for items in batches for row in split_rows(trainer.data_collator(items))]
     problems = []
     for number, ((ids, marks), row) in enumerate(zip(read, rows, strict=True), 1):
         mask = [int(label != IGNORE_INDEX) for label in marks]

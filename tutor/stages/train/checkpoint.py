@@ -147,11 +147,11 @@ def newest_checkpoint(training: TrainingRun) -> Checkpoint | None:
             raise ArtifactError(
                 f"{path} (of {manifest.results['steps']} steps) is of another training: "
                 + "; ".join(changed[:MAX_LISTED]) + more,
-                "undo that to go on from it, or drop it and start anew: tutor clean train",
+                "undo that to resume from it, or remove it and start from the beginning: tutor clean train",
             )  # fmt: skip
         return path, Progress(**manifest.results)
     if damaged:
-        log.warning("no whole checkpoint is left: training starts anew")
+        log.warning("no intact checkpoint is left: training starts from the beginning")
     return None
 
 
@@ -272,5 +272,5 @@ def require_disk_space(training: TrainingRun, needed: int) -> None:
         raise HostError(
             f"no room for a checkpoint: {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free "
             f"in {training.folder.parent}",
-            "free some and run again: it goes on from the last checkpoint",
+            "free some and run again: it resumes from the last checkpoint",
         )

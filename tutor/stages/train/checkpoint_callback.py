@@ -64,7 +64,7 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
         del frame
         self.signal = signal.Signals(number)
         with contextlib.suppress(RuntimeError):  # raised when the signal interrupted a write to stderr
-            log.warning("%s: ending this step and saving a checkpoint; once more ends at once", self.signal.name)
+            log.warning("%s: ending this step and saving a checkpoint; a second one ends at once", self.signal.name)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Check the disk, and restore the trainer's sum of losses, which it does not save itself."""
@@ -173,7 +173,7 @@ def saving(
     finally:
         restore()
     if number := callback.ending or callback.signal:
-        log.warning("ended after step %d of %d: the same command goes on there", *_steps(trainer))
+        log.warning("ended after step %d of %d: run the same command again to resume", *_steps(trainer))
         signal.raise_signal(number)
 
 
@@ -199,7 +199,7 @@ def memory_hint(batches: MicroBatches) -> str:
         if batches.packed
         else f"train.batch_size = {smaller} and train.accumulation = {batches.step_rows // smaller}"
     )
-    return f"set {change}: the same rows a step, and it goes on from the last checkpoint"
+    return f"set {change}: the same rows a step, and it resumes from the last checkpoint"
 
 
 def _steps(trainer: Any) -> tuple[int, int]:

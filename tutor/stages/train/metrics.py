@@ -117,7 +117,7 @@ def open_tensorboard(folder: Path, step: int) -> Any:
     except ImportError:
         log.info("no TensorBoard files: the package tensorboard is not installed")
         return None
-    log.info("curves while it runs: tensorboard --logdir %s", folder)
+    log.info("to view the curves during training: tensorboard --logdir %s", folder)
     return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
 

@@ -249,7 +249,7 @@ def restore_best(model: Any, checkpoints: Path, history: History) -> int | None:
         return None
     last, step = scored[-1]["held_out_loss"], int(scored[-1]["step"])
     if not (checkpoints / BEST).is_file():
-        log.warning("the best adapter so far is gone from %s: the last one is kept", checkpoints)
+        log.warning("the best adapter so far is missing from %s: the last one is kept", checkpoints)
         return step
     with open_weights(checkpoints / BEST) as file:
         best = file.metadata()

@@ -1,7 +1,7 @@
 """The train stage: QLoRA on the train split. In: data/ and base/. Out: adapter/ (LoRA, metrics.jsonl, training.svg).
 
-TRL's SFTTrainer trains on ids and labels that the prompt contract made; before the first step every row is read back
-as the trainer will feed it, and a row that breaks the contract stops the run. Does not merge and does not answer.
+TRL's SFTTrainer trains on ids and labels that the prompt contract made. Before the first step, every row is collated as
+the trainer does it, and a row that breaks the contract stops the run. Does not merge and does not generate.
 """
 
 import json
@@ -34,10 +34,10 @@ log = logging.getLogger(__name__)
 
 
 def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path, plan: TrainingPlan) -> dict[str, Any]:
-    """Train an adapter into `out` as planned; held-out loss before and after, counts, the base's identity.
+    """Train an adapter into `out` as planned; return the held-out losses, counts, and the base's identity.
 
-    Goes on from the newest whole checkpoint of the same training beside `out`, where a run before was ended. Several
-    processes train together; the main process decides, and writes.
+    Resumes from the newest intact checkpoint of this training when an earlier run ended early. With several processes,
+    all train, and the main process decides and writes.
     """
     settings, precision, batches = recipe.train, plan.precision, plan.batches
     facts, model_folder = read_facts(inputs["base"])
@@ -85,7 +85,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path, plan: TrainingP
         "quantization": plan.quantization,
         "gradient_checkpointing": plan.checkpointing,
         "rows": len(train),
-        "rows_per_pass": batches.rows,
+        "rows_per_micro_batch": batches.rows,
         "steps": trainer.state.global_step,
         "kept_step": fitted.step,
         "tokens_per_epoch": monitoring.tokens,
@@ -100,7 +100,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path, plan: TrainingP
 def _monitoring(
     settings: "TrainSettings", rows: Sequence[Encoded], loss_before: float, precision: str
 ) -> MonitorSettings:
-    """What the monitor has to know of this training."""
+    """Return the monitor's settings for this training."""
     return MonitorSettings(
         rows=len(rows),
         tokens=sum(len(row.ids) for row in rows),
@@ -113,7 +113,7 @@ def _monitoring(
 
 
 def _held_out(rows: Sequence[Encoded], before: float, after: float) -> dict[str, Any]:
-    """The held-out rows' part of the results; losses in nats a token."""
+    """Return the results on the held-out rows; losses in nats per token."""
     return {
         "rows": len(rows),
         "tokens": sum(sum(row.mask) for row in rows),
@@ -125,5 +125,5 @@ def _held_out(rows: Sequence[Encoded], before: float, after: float) -> dict[str,
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a split, as the data stage wrote them."""
+    """Read the rows of a split that the data stage wrote."""
     return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]

@@ -93,8 +93,8 @@ def packed_mask(
     A batch without padding whose mask must not be skipped has positions that restart, so it is packed. The empty mask
     marks it for `packed_attention`, where packed rows without LENGTHS are an error.
     """
-    whole = attention_mask is None and kwargs.get("local_size") is None
-    if whole and not allow_is_causal_skip and q_length == kv_length > 1:
+    unmasked = attention_mask is None and kwargs.get("local_size") is None
+    if unmasked and not allow_is_causal_skip and q_length == kv_length > 1:
         return torch.empty((1, 1, 0, 0), dtype=torch.bool, device=kwargs.get("device", "cpu"))
     return sdpa_mask(  # type: ignore[no-any-return]
         q_length=q_length,
