@@ -32,7 +32,8 @@ from tutor.engines.protocol import Generation
 from tutor.errors import HostError, ServiceError
 from tutor.machine import preflight
 from tutor.pipeline import compose as stack
-from tutor.pipeline.compose import Stack, StackError
+from tutor.pipeline.compose import Stack
+from tutor.pipeline.logged_command import StackError
 from tutor.prompt import conversation
 from tutor.recipe.reading import read_recipe
 from tutor.recipe.settings import Recipe

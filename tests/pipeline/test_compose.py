@@ -27,7 +27,8 @@ from tutor.errors import HostError, RecipeError, ServiceError
 from tutor.machine import preflight
 from tutor.machine.host import Memory
 from tutor.pipeline import compose as stack
-from tutor.pipeline.compose import Stack, StackError
+from tutor.pipeline.compose import Stack
+from tutor.pipeline.logged_command import StackError
 from tutor.pipeline.registry import BY_NAME
 from tutor.recipe.reading import read_recipe
 from tutor.recipe.settings import Recipe
@@ -250,7 +251,7 @@ def test_the_end_names_the_page_where_this_host_sees_it(host, recipe, tmp_path):
     host.says("--name tutor-publisher", stdout='{"model": "tutor", "build": "0123456789ab", "version": "0.33.3"}')
     result = stack.run_all(recipe, tmp_path / "elsewhere")
     seen = tmp_path / "elsewhere" / "small" / "report" / "report.html"
-    assert f"All that was found out: {seen}" in stack.lines(result)
+    assert f"All that was found out: {seen}" in stack.result_lines(result)
 
 
 def test_the_stack_passes_every_stage_that_a_run_without_containers_passes():
@@ -451,7 +452,7 @@ def test_the_end_says_where_the_model_is_and_what_to_do_next(ran, opening):
     }
     services = {"publisher": published, "evaluator": evaluated}
     result = {"ran": ran, "gpu": False, "host": "127.0.0.1:11434", "services": services}
-    assert stack.lines(result) == [
+    assert stack.result_lines(result) == [
         *opening,
         "tutor is build 0123456789ab, at http://127.0.0.1:11434 in Ollama 0.33.3, without a GPU.",
         "Of 15 held-out prompts: 93 % answered in Spanish, 60 % ended by themselves.",
@@ -462,7 +463,7 @@ def test_the_end_says_where_the_model_is_and_what_to_do_next(ran, opening):
 @pytest.mark.parametrize("name", list(stack.COMMANDS))
 def test_commands_beside_it_have_the_same_files_and_variables_and_pass_on_the_exit_code(host, recipe, tmp_path, name):
     host.says(stack.COMMANDS[name][-1], code=3)
-    assert stack.call(recipe, tmp_path / "build", name) == 3
+    assert stack.run_command(recipe, tmp_path / "build", name) == 3
     line, seen = host.calls_with_environment[-1]
     assert line.endswith(" ".join(stack.COMMANDS[name]))
     assert "compose.yaml" in line
@@ -473,7 +474,7 @@ def test_commands_beside_it_have_the_same_files_and_variables_and_pass_on_the_ex
 def test_commands_without_docker_are_this_machines_fault(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(HostError, match="make demo"):
-        stack.call(recipe, tmp_path / "build", "down")
+        stack.run_command(recipe, tmp_path / "build", "down")
 
 
 def test_outside_a_checkout_there_is_no_stack(monkeypatch, tmp_path):

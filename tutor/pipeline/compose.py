@@ -1,7 +1,7 @@
-"""The Compose stack: its services one by one, each with its exit code and its log.
+"""Run the Compose stack: its services one by one, each with its exit code and its log.
 
-In: a recipe, `docker` on PATH. Out: images, what the services write under `build/<recipe>/`, a log a service in
-`logs/` there, and an Ollama that serves the model. Does no stage's work: every service is a `tutor` command.
+In: a recipe, `docker` on PATH. Out: images, the services' files below `build/<recipe>/`, one log a service in `logs/`
+there, and an Ollama that serves the model. Runs no stage itself: every service is a `tutor` command.
 """
 
 import contextlib
@@ -11,32 +11,35 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tutor.artifacts.layout import BuildFolder
-from tutor.errors import HostError, ServiceError, TutorError
+from tutor.errors import HostError, ServiceError
 from tutor.machine import preflight
+from tutor.pipeline.logged_command import StackError, run_logged
+from tutor.pipeline.runner import announced
 from tutor.recipe.settings import Recipe
 
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]
 UID = 10001
-"""The images' own user. The services have it where the caller is root, which no container may be."""
-BUILT = ("trainer", "converter", "publisher", "ollama")  # merger, reporter: the trainer's image; evaluator: publisher's
+"""Uid and gid of the images. Services use them when the caller is root, which no container may be."""
+BUILT = ("trainer", "converter", "publisher", "ollama")
+"""Services whose images are built; merger and reporter use the trainer's, evaluator the publisher's."""
 BEFORE, SERVER, AFTER = ("trainer", "merger", "converter"), "ollama", ("publisher", "evaluator", "reporter")
+"""Services in the order in which they run, before and after the server of Ollama."""
 ABOUT = {
     "build": "build the images, some minutes the first time",
     "trainer": "check the rows, fetch the base, train the adapter",
     "merger": "merge the adapter into the base",
     "converter": "convert to GGUF, quantize, compare the engines (the parity gate), render the Modelfile",
     "ollama": "start Ollama",
-    "publisher": "publish the model, prove it, and serve it where it is no worse",
-    "evaluator": "ask the published model the held-out prompts",
+    "publisher": "publish the model, check it, and serve it unless it is worse",
+    "evaluator": "evaluate the published model on the held-out prompts",
     "reporter": "write the page and the model card",
 }
 COMMANDS = {
@@ -45,31 +48,24 @@ COMMANDS = {
     "logs": ("logs", "--follow", "--tail", "100", SERVER),
     "shell": ("run", "--rm", "--no-deps", "trainer", "bash"),
 }
-"""What people do with the containers beside running the whole stack: `docker compose` with our files and variables."""
+"""Arguments of `docker compose` for the other commands of `tutor stack`."""
 SHARES = {
     "passed": "with all that was asked",
     "spanish": "answered in Spanish",
     "stopped": "ended by themselves",
     "code_block": "with a code block",
 }
-"""Of the evaluator's verdicts, what the end says; its JSON and eval-ollama/ have the rest."""
+"""The evaluator's verdicts that the last lines print, each with its words; eval-ollama/ has all of them."""
 RUN = "docker compose exec ollama ollama run"
-STARTING = "180"  # seconds until Ollama must be healthy
-STOPPING = "180"  # seconds for a service that is told to end: training saves a checkpoint
-LAST = 40  # lines of a failed service that are looked through for its error
-
-
-class StackError(TutorError):
-    """A service that failed, with its own exit code."""
-
-    def __init__(self, message: str, hint: str, code: int) -> None:
-        super().__init__(message, hint)
-        self.code = code
+STARTING = "180"
+"""Seconds until Ollama must be healthy."""
+STOPPING = "180"
+"""Seconds that a stopped service has to end: training saves a checkpoint."""
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A recipe's containers: which of the host's files they see, and whether they have its GPU."""
+    """The containers of a recipe: the host folders that they see, and whether they use its GPU."""
 
     recipe: Path
     build: Path
@@ -77,23 +73,23 @@ class Stack:
 
     @property
     def folder(self) -> Path:
-        """Where the services write."""
+        """The folder that the services write."""
         return BuildFolder(self.build, self.recipe.stem).path
 
     @property
     def logs(self) -> Path:
-        """Where their logs are."""
+        """The folder of the services' logs."""
         return BuildFolder(self.build, self.recipe.stem).service_logs
 
     def command(self, *arguments: str) -> list[str]:
-        """A command line of `docker compose`. Raises HostError outside a checkout."""
+        """Return a command line of `docker compose`. Raises HostError outside a checkout."""
         if not (ROOT / "compose.yaml").is_file():
             raise HostError(f"{ROOT} has no compose.yaml", "the stack needs a checkout: git clone, then make all")
         overlay = ["--file", str(ROOT / "docker" / "compose.gpu.yaml")] if self.gpu else []
         return ["docker", "compose", "--file", str(ROOT / "compose.yaml"), *overlay, *arguments]
 
     def environment(self, token: Path | None = None) -> dict[str, str]:
-        """What compose.yaml asks the environment for. The hub's token is in a file, never in a container's variable."""
+        """Return the variables that compose.yaml reads; the hub's token is in a file, never in a variable."""
         uid, gid = owner()
         values = {
             "TUTOR_UID": str(uid),
@@ -107,14 +103,14 @@ class Stack:
 
 
 def owner() -> tuple[int, int]:
-    """The uid and gid that the services have: the caller's, and the images' own where the caller is root."""
+    """Return the uid and gid of the services: the caller's, or for root those of the images."""
     return (os.getuid(), os.getgid()) if os.getuid() else (UID, UID)
 
 
 def run_all(recipe: Recipe, build: Path, *, gpu: bool | None = None) -> dict[str, Any]:
-    """Do what is not done yet, from the images to the report; what each service says, and where Ollama is.
+    """Run every service that has work, from the images to the report; return their results and Ollama's address.
 
-    Raises UnfitError with all that this host lacks, StackError with the exit code of the service that failed.
+    Raises UnfitError with everything that this host lacks, StackError with the exit code of the service that failed.
     """
     stack = Stack(recipe.path, build, preflight.check_host(recipe, build, gpu=gpu))
     prepare(stack)
@@ -125,18 +121,18 @@ def run_all(recipe: Recipe, build: Path, *, gpu: bool | None = None) -> dict[str
     start_server(stack)
     results |= {name: run_service(stack, name) for name in AFTER}
     ran = [name for name, result in results.items() if did_something(result)]
-    page = Path(results[AFTER[2]].get("page", "")).parts[-2:]  # as the container sees it
+    page = Path(results[AFTER[2]].get("page", "")).parts[-2:]  # the container sees another path
     report = {"report": str(stack.folder.joinpath(*page))} if page else {}
     return {"ran": ran, "gpu": stack.gpu, "host": address(stack), **report, "services": results}
 
 
 def did_something(result: dict[str, Any]) -> bool:
-    """Whether a service worked, by its own result; one that does not say so did."""
+    """Whether a service had work, by its result; true where the result does not tell."""
     return bool(result.get("ran", result.get("published", True)))
 
 
 def prepare(stack: Stack) -> None:
-    """Make the folders, for the uid that the services have. Raises HostError when they cannot be made."""
+    """Make the folders for the uid of the services. Raises HostError when they cannot be made."""
     try:
         stack.logs.mkdir(parents=True, exist_ok=True)
         if os.getuid() == 0:
@@ -148,7 +144,7 @@ def prepare(stack: Stack) -> None:
 
 @contextlib.contextmanager
 def hub_token() -> Iterator[Path | None]:
-    """HF_TOKEN as a file that only the services' user can read, while they may need it; None where it is not set."""
+    """HF_TOKEN as a file that only the services' user can read, removed at the end; None when it is not set."""
     token = os.environ.get("HF_TOKEN", "").strip()
     if not token:
         yield None
@@ -163,8 +159,8 @@ def hub_token() -> Iterator[Path | None]:
 
 
 def run_service(stack: Stack, name: str, token: Path | None = None) -> dict[str, Any]:
-    """Run a service to its end; the JSON that it prints. Raises StackError with its exit code and its last error."""
-    # Not `up`, whose exit code is 0 when a service that should end well does not.
+    """Run a service to its end; return the JSON that it prints. Raises StackError with its exit code and last error."""
+    # Not `up`: its exit code is 0 when a service fails.
     container = f"tutor-{name}-{os.getpid()}"
     command = stack.command("--progress", "quiet", "run", "--rm", "--no-deps", "-T", "--name", container, name)
     with _stopped(container):
@@ -180,7 +176,7 @@ def run_service(stack: Stack, name: str, token: Path | None = None) -> dict[str,
 
 @contextlib.contextmanager
 def _stopped(container: str) -> Iterator[None]:
-    """Leaving by Ctrl-C or SIGTERM ends the container too, in its own way: Compose would leave it running."""
+    """Stop the container when Ctrl-C or SIGTERM ends the block; Compose would leave it running."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
@@ -191,14 +187,14 @@ def _stopped(container: str) -> Iterator[None]:
 
 
 def start_server(stack: Stack) -> None:
-    """Have Ollama running and healthy. Raises ServiceError when it is not, HostError when its port is taken."""
+    """Start Ollama, wait until it is healthy. Raises ServiceError when it is not, HostError when its port is taken."""
     wait = ("--detach", "--wait", "--wait-timeout", STARTING, "--no-deps")
     try:
         _step(stack, SERVER, stack.command("--progress", "plain", "up", *wait, SERVER))
     except StackError as error:
         path = stack.logs / f"{SERVER}.log"
-        said = path.read_text("utf-8", "replace")
-        if "port is already allocated" in said or "address already in use" in said:
+        output = path.read_text("utf-8", "replace")
+        if "port is already allocated" in output or "address already in use" in output:
             raise HostError("the port of Ollama is taken", "set TUTOR_OLLAMA_PORT to another") from error
         with path.open("ab") as kept:
             logs = stack.command("logs", "--no-color", "--tail", "200", SERVER)
@@ -207,15 +203,15 @@ def start_server(stack: Stack) -> None:
 
 
 def address(stack: Stack) -> str:
-    """Where Ollama answers on this host: its address and port."""
+    """Return the address and port of Ollama on this host."""
     done = subprocess.run(
         stack.command("port", SERVER, "11434"), env=stack.environment(), capture_output=True, text=True, check=False
     )
     return done.stdout.strip()
 
 
-def lines(result: Mapping[str, Any]) -> list[str]:
-    """What the whole run came to, for a terminal: what it did, where the model is, what to do next."""
+def result_lines(result: Mapping[str, Any]) -> list[str]:
+    """Return the result of a run as lines for a terminal: the model, its rates, the report, the next step."""
     published = result["services"][AFTER[0]]
     model = published["model"]
     where = f"{model} is build {published['build']}, at http://{result['host']} in Ollama {published['version']}"
@@ -227,8 +223,8 @@ def lines(result: Mapping[str, Any]) -> list[str]:
     return [*opening, f"{where}{'' if result['gpu'] else ', without a GPU'}.", *answers, *found, f"Next: {RUN} {model}"]
 
 
-def call(recipe: Recipe, build: Path, name: str) -> int:
-    """Run one of COMMANDS with the terminal as its own; its exit code. Raises HostError without Docker."""
+def run_command(recipe: Recipe, build: Path, name: str) -> int:
+    """Run one of COMMANDS on this terminal; return its exit code. Raises HostError without Docker."""
     if shutil.which("docker") is None:
         raise HostError("Docker is not installed (no `docker` on PATH)", "without it: make demo")
     stack = Stack(recipe.path, build, gpu=not preflight.gpu_faults(preflight.daemon()))
@@ -237,62 +233,6 @@ def call(recipe: Recipe, build: Path, name: str) -> int:
 
 
 def _step(stack: Stack, name: str, command: Sequence[str], token: Path | None = None) -> str:
-    """Run one command, its lines to the log and to its file; its stdout. Raises StackError when it fails."""
-    log.info("%s: %s", name, ABOUT[name], extra={"stage": name})
-    path = stack.logs / f"{name}.log"
-    with path.open("w", encoding="utf-8") as kept, tempfile.TemporaryFile("w+", encoding="utf-8") as out:
-        code, last = _followed(command, stack.environment(token), kept, out)
-        out.seek(0)
-        text = out.read()
-        kept.write(text)
-    if code:
-        raise _failure(name, code, last, path)
-    log.info("%s: done", name, extra={"stage_done": name})
-    return text
-
-
-def _followed(
-    command: Sequence[str], environment: dict[str, str], kept: IO[str], out: IO[str]
-) -> tuple[int, list[str]]:
-    """Run a command, its stderr line by line to the log and to `kept`, its stdout to `out`: code and last lines."""
-    last: deque[str] = deque(maxlen=LAST)
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=out,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        errors="replace",
-        start_new_session=True,  # Ctrl-C at the terminal is ours to pass on
-    )
-    assert process.stderr is not None
-    try:
-        for line in process.stderr:
-            kept.write(line)
-            kept.flush()
-            last.append(line.rstrip())
-            log.info("%s", line.rstrip())
-        return process.wait(), list(last)
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
-            process.kill()
-        process.stderr.close()
-
-
-def _failure(name: str, code: int, last: Sequence[str], path: Path) -> TutorError:
-    """What a service's exit code and last lines mean."""
-    hint = f"its log: {path}"
-    lines = [line for line in last if line.strip()]
-    said = next((line for line in reversed(lines) if line.lower().startswith("error")), lines[-1] if lines else "")
-    if "could not select device driver" in said:
-        return HostError(f"{name}: Docker cannot hand over the GPU", "install the NVIDIA Container Toolkit")
-    if code == 125 or name == "build":
-        return HostError(f"{name}: {said or 'Docker failed'}", hint)
-    if code == 137:
-        said = said or "killed: out of memory?"
-    said = said.removeprefix("Error: ")
-    return StackError(f"{name} ended with exit code {code}{f': {said}' if said else ''}", hint, code)
+    """Run one command of the stack, announced and logged; return its stdout. Raises StackError when it fails."""
+    with announced(name, ABOUT[name]):
+        return run_logged(name, command, stack.environment(token), stack.logs / f"{name}.log")

@@ -176,7 +176,7 @@ STAGES = (
     ),
     Stage(
         "evaluate",
-        "answer the held-out prompts and judge",
+        "answer the held-out prompts and grade the answers",
         needs=("data", "base", "convert", "ladder"),
         settings=_evaluate,
         files=_evaluate_files,

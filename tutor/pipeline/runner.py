@@ -1,7 +1,8 @@
-"""The stages run in order: what is up to date, what runs, what a gate stops.
+"""Run the stages in order: find what is up to date, run the rest, stop at a gate that refuses.
 
 In: a recipe and a build folder. Out: stage folders (tutor.artifacts). A stage's key is a hash over the part of the
-recipe that it reads, the content of its inputs, and the versions of its code and tools; same key, nothing to do.
+recipe that it reads, the content of its inputs, its code and the versions of its tools; with an equal key there is
+nothing to do. Does no stage's work.
 """
 
 import logging
@@ -27,27 +28,27 @@ from tutor.recipe.settings import Recipe
 log = logging.getLogger(__name__)
 
 REFUSED = "refused"
-"""The key of a gate's results that says no: a `message` and a `hint`."""
+"""Key of a gate's results when it refuses: a `message` and a `hint`."""
 LLAMACPP = "engines/llamacpp/build.py"
 """Module of the pinned llama.cpp: a stage that reaches it depends on the build's key."""
 MADE = ("up to date", REFUSED)
-"""The conditions of a stage that has nothing to do: asked again, a gate says the same."""
+"""Conditions of a stage that has nothing to do; a gate that refused would refuse again."""
 
 
 @dataclass(frozen=True)
 class State:
-    """One stage now: what it would be made of, and whether its folder is exactly that."""
+    """One stage at this moment: the fields of its key, and whether its folder was made of them."""
 
     stage: Stage
     folder: Path
     manifest: Manifest | None
-    fields: dict[str, Any] | None  # None where an input does not exist yet
+    fields: dict[str, Any] | None  # None while an input is missing
     problems: tuple[str, ...]  # damage of the folder
     sources: Mapping[str, str] = field(default_factory=dict)  # the files behind the key field "code"
 
     @property
     def condition(self) -> str:
-        """missing, damaged, stale, refused (made, and its own results say no) or up to date."""
+        """missing, damaged, stale, refused (made, and its gate refused) or up to date."""
         if self.manifest is None:
             return "missing"
         if self.problems:
@@ -60,7 +61,7 @@ class State:
 def inspect(
     recipe: Recipe, build: Path, *, content: bool = False, names: Collection[str] = tuple(BY_NAME)
 ) -> list[State]:
-    """The state of the named stages, in order, with `names` holding all that they need.
+    """Return the state of the named stages, in order; `names` must include the stages that they need.
 
     `content` hashes every output instead of trusting its size.
     """
@@ -80,7 +81,7 @@ def inspect(
 def key_fields(
     stage: Stage, recipe: Recipe, made: BuildFolder, states: Mapping[str, State], tree: SourceTree
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The fields of a stage's key, flat, so that two keys can be compared line by line; and its files of code."""
+    """Return the fields of a stage's key, flat, so that two keys compare line by line; and the hashes of its code."""
     fields = stage.recipe_fields(recipe)
     fields |= {f"file.{name}": cached_sha256(path, made.hashes) for name, path in stage.files(recipe).items()}
     for need in stage.needs:
@@ -102,7 +103,7 @@ def key_fields(
 
 
 def differences(state: State) -> list[str]:
-    """Why a stage is not up to date, a line a reason; empty when it is."""
+    """Return why a stage is not up to date, one line a reason; empty when it is."""
     if state.manifest is None:
         return [f"{state.folder} is not there"]
     if state.problems:
@@ -115,14 +116,14 @@ def differences(state: State) -> list[str]:
 
 
 def run_all(recipe: Recipe, build: Path, *, until: str | None = None) -> list[str]:
-    """Run what is not up to date, in order, at most to the stage `until`; the names of the stages that ran.
+    """Run the stages that are not up to date, in order, up to the stage `until`; return the names of those that ran.
 
-    Raises GateError, and runs no stage behind it, where a gate says no.
+    Raises GateError, and runs no later stage, where a gate refuses.
     """
     _refuse_early(recipe)
     names = list(BY_NAME)[: list(BY_NAME).index(until) + 1] if until else list(BY_NAME)
     ran: list[str] = []
-    weighed = False
+    fits = False
     with locked(BuildFolder(build, recipe.name).path):
         for name in names:
             states = {found.stage.name: found for found in inspect(recipe, build, names=names)}
@@ -130,9 +131,9 @@ def run_all(recipe: Recipe, build: Path, *, until: str | None = None) -> list[st
             if state.condition in MADE:
                 remove(checkpoint_folder(state.folder))  # the last run was killed before it could
             else:
-                if not weighed and name != "data":  # its rows tell how long a training's are
+                if not fits and name != "data":  # the lengths of its rows decide the memory of a training
                     to_do = [other for other in names if states[other].condition not in MADE]
-                    weighed = capacity.refuse(recipe, build, to_do)
+                    fits = capacity.refuse(recipe, build, to_do)
                 _run(state.stage, recipe, build, state)
                 ran.append(name)
             pass_gate(state.folder)
@@ -140,22 +141,22 @@ def run_all(recipe: Recipe, build: Path, *, until: str | None = None) -> list[st
 
 
 def run_one(name: str, recipe: Recipe, build: Path) -> bool:
-    """Run one stage where it is not up to date; whether it ran. Raises ArtifactError when an input is missing.
+    """Run one stage if it is not up to date; return whether it ran. Raises ArtifactError when an input is missing.
 
-    In several processes the first does all this, and the others only what the stage itself gives them to do.
+    In several processes rank 0 decides and writes; the other ranks only run the stage's own work.
     """
     _refuse_early(recipe)
     stage = BY_NAME[name]
     with distributed.process_group():
         if distributed.is_main_process():
-            return _run_first(stage, recipe, build)
+            return _run_on_main_process(stage, recipe, build)
         if ready := distributed.broadcast():
             inputs, out, extra = ready
             stage.module.run(recipe, inputs, out, **extra)
         return bool(ready)
 
 
-def _run_first(stage: Stage, recipe: Recipe, build: Path) -> bool:
+def _run_on_main_process(stage: Stage, recipe: Recipe, build: Path) -> bool:
     name = stage.name
     with locked(BuildFolder(build, recipe.name).path):
         states = {found.stage.name: found for found in inspect(recipe, build, names=_with_needs(name))}
@@ -168,7 +169,7 @@ def _run_first(stage: Stage, recipe: Recipe, build: Path) -> bool:
             remove(checkpoint_folder(states[name].folder))  # the last run was killed before it could
             distributed.broadcast(None)
         else:
-            if name != "data" and not distributed.is_sharded():  # it knows one GPU
+            if name != "data" and not distributed.is_sharded():  # the estimate is for one GPU
                 capacity.refuse(recipe, build, [name])
             _run(stage, recipe, build, states[name])
         pass_gate(states[name].folder)
@@ -176,19 +177,19 @@ def _run_first(stage: Stage, recipe: Recipe, build: Path) -> bool:
 
 
 def pass_gate(folder: Path) -> None:
-    """Raise GateError where a stage's own results say no; its folder stays, for those who ask why."""
+    """Raise GateError where a stage's gate refused. Its folder stays, with the figures of the refusal."""
     manifest = read_manifest(folder)
     if manifest and (refused := manifest.results.get(REFUSED)):
         raise GateError(refused["message"], refused["hint"])
 
 
 def _with_needs(name: str) -> set[str]:
-    """A stage and all before it that it depends on: another stage's fault must not stop this one."""
+    """A stage and the stages that it depends on; the fault of any other must not stop it."""
     return {name}.union(*(_with_needs(need) for need in BY_NAME[name].needs))
 
 
 def _refuse_early(recipe: Recipe) -> None:
-    """Raise RecipeError or DataError for what only the last stages would refuse, after hours of training."""
+    """Raise RecipeError or DataError for what the last stages would refuse after hours of training."""
     from tutor.stages.evaluate.generalization import check_files
     from tutor.stages.modelfile.spec import representable
 
@@ -203,14 +204,14 @@ def _refuse_early(recipe: Recipe) -> None:
 
 def _run(stage: Stage, recipe: Recipe, build: Path, state: State) -> None:
     made = BuildFolder(build, recipe.name)
-    for need in stage.needs:  # someone may have removed it since its stage ran
+    for need in stage.needs:  # a folder may have been removed since its stage ran
         require_stage(made.stage(need), need)
     assert state.fields is not None, f"{stage.name} lacks an input"
     scratch = writing(state.folder, stage.name, state.fields, sources=state.sources, resume=stage.resumes)
     with announced(stage.name, stage.about), scratch as (out, results):
         inputs = {need: made.stage(need) for need in stage.needs}
         inputs |= {name: made.path / name for name in stage.reads}
-        # Exact only now: the rows are counted with the base's tokenizer. The stage decides nothing about memory.
+        # Made only now: the rows are counted with the base's tokenizer. The stage decides nothing about memory.
         extra = {"plan": capacity.plan_training(recipe, inputs)} if stage.takes_plan else {}
         distributed.broadcast((inputs, out, extra))
         results.update(stage.module.run(recipe, inputs, out, **extra))
@@ -218,14 +219,14 @@ def _run(stage: Stage, recipe: Recipe, build: Path, state: State) -> None:
 
 @contextmanager
 def announced(name: str, about: str) -> Iterator[None]:
-    """Progress as a stage's, for what runs inside."""
+    """Log the start and the end of the block as a stage's, for the progress display."""
     log.info("%s: %s", name, about, extra={"stage": name})
     yield
     log.info("%s: done", name, extra={"stage_done": name})
 
 
 def clean(recipe: Recipe, build: Path, names: tuple[str, ...]) -> list[Path]:
-    """Remove the folders of the named stages, or of all; what was removed."""
+    """Remove the folders of the named stages, or of all stages; return the removed paths."""
     if unknown := [name for name in names if name not in BY_NAME]:
         raise RecipeError(f"no stage {unknown[0]!r}; known: {', '.join(BY_NAME)}")
     removed = []

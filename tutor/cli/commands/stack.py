@@ -26,7 +26,7 @@ def stack_run(flags: dict[str, bool], recipe_path: Path, build: Path, *, gpu: bo
 
     with progress_on_stderr(flags):
         result = compose.run_all(load_recipe(recipe_path), build, gpu=gpu)
-    print_result(result, compose.lines(result), as_json=as_json)
+    print_result(result, compose.result_lines(result), as_json=as_json)
 
 
 @stack_group.command("call")
@@ -37,4 +37,4 @@ def stack_call(context: click.Context, name: str, recipe_path: Path, build: Path
     """Start or stop Ollama's container, follow its log, or open a shell in the trainer's image."""
     from tutor.pipeline import compose
 
-    context.exit(compose.call(load_recipe(recipe_path), build, name))
+    context.exit(compose.run_command(load_recipe(recipe_path), build, name))
