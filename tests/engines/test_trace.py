@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tutor.engines.trace import Step, candidates, divergence, grouped
 
 distributions = st.lists(st.floats(0.01, 1.0), min_size=4, max_size=9).map(
-    lambda weights: {place: math.log(weight / (sum(weights) * 1.1)) for place, weight in enumerate(weights)}
+    lambda weights: {token: math.log(weight / (sum(weights) * 1.1)) for token, weight in enumerate(weights)}
 )
 
 

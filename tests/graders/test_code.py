@@ -36,7 +36,7 @@ def test_blocks_that_meet_their_specification_are_counted(fake_compiler: Path) -
 
 
 @pytest.mark.parametrize(
-    ("code", "text", "says"),
+    ("code", "text", "message"),
     [
         ("ok", block("a;", "TS2322"), "must compile, but: TS2322 in line 2: said"),
         ("TS2322", block("a;"), "must fail with TS2322, but: it compiles"),
@@ -47,10 +47,12 @@ def test_blocks_that_meet_their_specification_are_counted(fake_compiler: Path) -
         ("ok", block("// nada"), "but: no_code"),
     ],
 )
-def test_block_that_misses_its_specification_is_a_problem(fake_compiler: Path, code: str, text: str, says: str) -> None:
+def test_block_that_misses_its_specification_is_a_problem(
+    fake_compiler: Path, code: str, text: str, message: str
+) -> None:
     (problem,) = problems(code, answer=text)
     assert problem.startswith("block 1 (answer, line 2)")
-    assert says in problem
+    assert message in problem
 
 
 def test_block_is_compiled_after_the_blocks_that_it_needs(fake_compiler: Path) -> None:

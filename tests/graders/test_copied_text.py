@@ -21,9 +21,9 @@ def longest(answer: str, training: list[str]) -> int:
     for text in training:
         known = re.findall(r"\w+|[^\w\s]", text)
         for at in range(len(words)):
-            for place in range(len(known)):
+            for start in range(len(known)):
                 run = 0
-                while words[at + run : at + run + 1] == known[place + run : place + run + 1] != []:
+                while words[at + run : at + run + 1] == known[start + run : start + run + 1] != []:
                     run += 1
                 best = max(best, run)
     return best if best >= SHORTEST else 0
@@ -78,18 +78,18 @@ class Counted:
     def __len__(self) -> int:
         return len(self.words)
 
-    def __getitem__(self, place: int) -> str:
+    def __getitem__(self, start: int) -> str:
         self.accesses[0] += 1
-        return self.words[place]
+        return self.words[start]
 
 
 def test_work_for_degenerate_answers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """One word 500 times: without limits on positions and runs every word would be compared with every other."""
     calls, accesses, run = [0], [0], copied_text._run
 
-    def counting(known: Sequence[str], place: int, words: Sequence[str], at: int, *, longer_than: int) -> int:
+    def counting(known: Sequence[str], start: int, words: Sequence[str], at: int, *, longer_than: int) -> int:
         calls[0] += 1
-        return run(Counted(known, accesses), place, Counted(words, accesses), at, longer_than=longer_than)
+        return run(Counted(known, accesses), start, Counted(words, accesses), at, longer_than=longer_than)
 
     monkeypatch.setattr(copied_text, "_run", counting)
     answers, words, training = 6, 500, 2

@@ -11,7 +11,7 @@ from tutor.graders.identifiers import dropped_names
 
 
 @pytest.mark.parametrize(
-    ("given", "said", "gone"),
+    ("given", "answered", "dropped"),
     [
         ("function a() {}", "const a = () => 1;", []),
         ("function a() {}", "function b() {}", ["a"]),
@@ -29,8 +29,8 @@ from tutor.graders.identifiers import dropped_names
         ("f(", "", []),
     ],
 )
-def test_dropped_names_of_given_and_answered_code(given: str, said: str, gone: list[str]) -> None:
-    assert dropped_names([given], [said]) == gone
+def test_dropped_names_of_given_and_answered_code(given: str, answered: str, dropped: list[str]) -> None:
+    assert dropped_names([given], [answered]) == dropped
 
 
 def corrections() -> list[dict[str, Any]]:
@@ -46,6 +46,6 @@ def test_data_set_corrections_drop_no_names_and_others_do() -> None:
         )
         for row in corrections()
     ]
-    assert [given for given, said in texts if dropped_names(given, said)] == []
+    assert [given for given, answered in texts if dropped_names(given, answered)] == []
     foreign = [dropped_names(given, texts[number - 1][1]) for number, (given, _) in enumerate(texts)]
     assert sum(map(bool, foreign)) >= 0.95 * len(texts)

@@ -26,8 +26,8 @@ def answer(text: str = GOOD, finish: str = "stop") -> dict[str, Any]:
     return {"text": text, "finish": finish, "tokens": 515}
 
 
-def reasons(asked: dict[str, Any], text: str = GOOD, finish: str = "stop") -> list[str]:
-    record = grade([asked], [answer(text, finish)])[0]
+def reasons(prompt: dict[str, Any], text: str = GOOD, finish: str = "stop") -> list[str]:
+    record = grade([prompt], [answer(text, finish)])[0]
     assert record["passed"] is not bool(record["reasons"])
     json.dumps(record, allow_nan=False)
     found: list[str] = record["reasons"]
@@ -54,7 +54,9 @@ def test_prompts_in_other_language_do_not_demand_spanish() -> None:
 
 def test_short_questions_are_spanish_taken_together() -> None:
     assert in_spanish([prompt(question="¿`any`?"), prompt(), prompt(question="¿Y `never`?")])
-    assert in_spanish([prompt(question="¿Qué es el tipo void?")] * 8), "as a whole the detector hears Catalan"
+    assert in_spanish([prompt(question="¿Qué es el tipo void?")] * 8), (
+        "the detector takes the texts together for Catalan"
+    )
     assert not in_spanish([])
 
 

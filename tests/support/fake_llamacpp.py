@@ -13,14 +13,14 @@ from pathlib import Path
 home = Path(__file__).parent.parent
 plan = json.loads((home / "plan.json").read_text("utf-8"))
 (home / "started.json").write_text(json.dumps({"pid": os.getpid(), "argv": sys.argv[1:], "env": dict(os.environ)}))
-print(plan.get("says", "hello"), flush=True)
+print(plan.get("output", "hello"), flush=True)
 if "signal" in plan:
     os.kill(os.getpid(), plan["signal"])
 if "exit" in plan:
     sys.exit(plan["exit"])
 if plan.get("stubborn"):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-asked = []
+paths = []
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -28,8 +28,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        asked.append(self.path)
-        self.send_response(200 if len(asked) > plan.get("loading", 0) else 503)
+        paths.append(self.path)
+        self.send_response(200 if len(paths) > plan.get("loading", 0) else 503)
         self.end_headers()
 
     def do_POST(self):

@@ -42,9 +42,9 @@ def gguf(
     info: dict[str, str] | None = None,
 ) -> bytes:
     """Return a file that the fake reads as a GGUF of `size` bytes; /api/show returns the key-values `info` of it."""
-    said = {"quantization": quantization, "chat_template": chat_template, "kind": kind, "size": size}
-    said["info"] = info or {}
-    return (b"GGUF" + json.dumps(said).encode() + b"\0").ljust(size, b"x")
+    header = {"quantization": quantization, "chat_template": chat_template, "kind": kind, "size": size}
+    header["info"] = info or {}
+    return (b"GGUF" + json.dumps(header).encode() + b"\0").ljust(size, b"x")
 
 
 class Model:
@@ -195,8 +195,8 @@ class Handler(BaseHTTPRequestHandler):
     def error(self, status: int, what: Any) -> None:
         self.json({"error": what}, status)
 
-    def lines(self, values: list[Any], *, end: str = "whole", pause: float = 0.0) -> None:
-        """A stream of JSON lines; `end` is whole, drop (the connection breaks) or hang."""
+    def lines(self, values: list[Any], *, end: str = "complete", pause: float = 0.0) -> None:
+        """A stream of JSON lines; `end` is complete, drop (the connection breaks) or hang."""
         self.send_response(200)
         self.send_header("Content-Type", "application/x-ndjson")
         self.send_header("Transfer-Encoding", "chunked")
@@ -286,8 +286,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def existing(self, name: str) -> str | None:
         """A model's name as it is kept: without a tag it is `latest`, and case does not matter."""
-        whole = name if ":" in name else f"{name}:latest"
-        return next((known for known in self.server.models if known.lower() == whole.lower()), None)
+        full = name if ":" in name else f"{name}:latest"
+        return next((known for known in self.server.models if known.lower() == full.lower()), None)
 
     def find(self, name: str) -> Model | None:
         known = self.existing(name)
@@ -298,21 +298,21 @@ class Handler(BaseHTTPRequestHandler):
 
     def show(self, body: dict[str, Any]) -> None:
         if model := self.find(body["model"]):
-            said = model.body
+            made = model.body
             parameters = [
                 (name, entry)
-                for name, value in said.get("parameters", {}).items()
+                for name, value in made.get("parameters", {}).items()
                 for entry in (value if isinstance(value, list) else [value])
             ]
             answer = {
-                "template": model.facts["chat_template"] if model.native else said.get("template", ""),
+                "template": model.facts["chat_template"] if model.native else made.get("template", ""),
                 "parameters": "\n".join(f"{name:<30} {json.dumps(v, ensure_ascii=False)}" for name, v in parameters),
                 "details": {"family": "llama", "quantization_level": model.facts["quantization"]},
                 "capabilities": ["tools", "thinking", "completion"] if model.native else self.server.capabilities,
                 "model_info": model.facts.get("info", {}),
                 "modelfile": f"# by the fake\nFROM /models/blobs/{model.blob.replace(':', '-')}\n",
             }
-            self.json(answer | ({"system": said["system"]} if "system" in said else {}))
+            self.json(answer | ({"system": made["system"]} if "system" in made else {}))
 
     def tags(self) -> list[dict[str, Any]]:
         return [
@@ -385,12 +385,12 @@ class Handler(BaseHTTPRequestHandler):
         if body.get("_debug_render_only") and self.server.shows_prompts:
             return self.json({**empty, "done": False, "_debug_info": {"rendered_template": prompt}})
         limit = body["options"]["num_predict"]
-        said = self.server.says(prompt) if self.server.says else [(piece, -0.1) for piece in self.server.pieces]
-        pieces, words = said[:limit], self.server.counts(prompt)
+        answer = self.server.says(prompt) if self.server.says else [(piece, -0.1) for piece in self.server.pieces]
+        pieces, words = answer[:limit], self.server.counts(prompt)
         if words > model.body.get("parameters", {}).get("num_ctx", 4096):
             what = {"code": 400, "message": f"request ({words} tokens) exceeds the available context size", "n_ctx": 64}
             return self.error(400, json.dumps({"error": what}))
-        last = {**empty, "done": True, "done_reason": "length" if limit < len(said) else "stop"}
+        last = {**empty, "done": True, "done_reason": "length" if limit < len(answer) else "stop"}
         last |= {"prompt_eval_count": words, "eval_count": len(pieces) + 1, "eval_duration": 500_000_000}
         if not body["stream"]:
             return self.json(
@@ -419,7 +419,7 @@ def status(code: int, text: str, kind: str = "application/json") -> Reply:
     return lambda handler: handler.send(code, text.encode(), kind)
 
 
-def stream(*values: Any, end: str = "whole", pause: float = 0.0) -> Reply:
+def stream(*values: Any, end: str = "complete", pause: float = 0.0) -> Reply:
     return lambda handler: handler.lines(list(values), end=end, pause=pause)
 
 

@@ -83,8 +83,8 @@ def check_rows(rows: Iterable[CodeRow], *, seconds: float = SECONDS) -> CodeRepo
 
 def _expectations(row: CodeRow) -> tuple[list[_Expected], int]:
     """The row's blocks to compile, and the number of others. Raises ValueError when `code` is wrong."""
-    asked = [replace(block, quoted=True) for block in fenced_blocks(row.question)]
-    blocks = [*asked, *fenced_blocks(row.answer)]
+    given = [replace(block, quoted=True) for block in fenced_blocks(row.question)]
+    blocks = [*given, *fenced_blocks(row.answer)]
     specs = row.code or ["ok" if block.language in TYPESCRIPT else UNCHECKED for block in blocks]
     if len(specs) > len(blocks):
         raise ValueError(f"code has {len(specs)} entries for {len(blocks)} fenced blocks")
@@ -175,10 +175,9 @@ def wants_code(prompt: Mapping[str, Any]) -> bool:
 
 def _given(prompt: Mapping[str, Any]) -> list[_Expected]:
     """The blocks of a prompt's question that have a specification."""
-    asked = len(fenced_blocks(prompt["instruction"]))
-    return _expectations(
-        CodeRow(prompt["instruction"], code=list(prompt.get("code") or ())[:asked] or [UNCHECKED] * asked)
-    )[0]
+    number = len(fenced_blocks(prompt["instruction"]))
+    code = list(prompt.get("code") or ())[:number] or [UNCHECKED] * number
+    return _expectations(CodeRow(prompt["instruction"], code=code))[0]
 
 
 def _own_blocks(text: str, given: Sequence[Block]) -> list[Block]:

@@ -60,7 +60,7 @@ def grade_format(text: str, finish: str) -> FormatVerdict:
 
 def loops(text: str) -> bool:
     """Whether a text has LOOP_REPEATS consecutive repetitions over LOOP_WORDS words, or one short string many times."""
-    if any(not _RULE.fullmatch(stuck.group()) for stuck in _STUCK.finditer(text)):
+    if any(not _RULE.fullmatch(found.group()) for found in _STUCK.finditer(text)):
         return True
     # The numbers of a list differ in every repetition. Braces and dashes are no words.
     words = [word for word in _NUMBERED.sub(" ", text).split() if re.search(r"\w", word)]

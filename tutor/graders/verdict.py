@@ -75,10 +75,10 @@ def in_spanish(prompts: Sequence[Mapping[str, Any]]) -> bool:
 
     Single short questions are too little for the detector: it takes ten of the 120 in data/eval.jsonl for others.
     """
-    asked = [prose(prompt["instruction"]) for prompt in prompts]
-    if 2 * sum("¿" in text or "¡" in text for text in asked) >= max(1, len(asked)):
+    questions = [prose(prompt["instruction"]) for prompt in prompts]
+    if 2 * sum("¿" in text or "¡" in text for text in questions) >= max(1, len(questions)):
         return True
-    return is_spanish("\n\n".join(asked)[:MAX_TEXT])[0]
+    return is_spanish("\n\n".join(questions)[:MAX_TEXT])[0]
 
 
 def any_expectation(prompts: Sequence[Mapping[str, Any]]) -> bool:

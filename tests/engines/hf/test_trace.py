@@ -18,7 +18,7 @@ def test_followed_own_answer_equals_its_trace(loaded: Any) -> None:
     ids = loaded.tokenizer(render(TALKS[1]))["input_ids"]
     path, own = trace(loaded, ids, 12)
     bound = forward_error(loaded.model.config, len(ids) + 12) * largest_logit(loaded.model, [(ids, path)])
-    assert min(step.lead for step in own.steps) > 2 * bound, "which token is the best is no matter of rounding"
+    assert min(step.lead for step in own.steps) > 2 * bound, "rounding must not decide which token is the best"
     found = followed(loaded, ids, path)
     assert [step.text for step in found.steps] == [step.text for step in own.steps]
     assert [step.logprob for step in found.steps] == pytest.approx([step.logprob for step in own.steps], abs=bound)
@@ -45,7 +45,7 @@ def test_followed_eos_is_a_step_and_the_finish_reason(loaded: Any) -> None:
     eos = loaded.tokenizer.eos_token_id
     head = loaded.model.lm_head.weight
     kept = head.data[eos].clone()
-    head.data[eos] = 100 * head.data.mean(0)  # whether it is the best or the worst is one sign
+    head.data[eos] = 100 * head.data.mean(0)  # the sign decides whether EOS is the best token or the worst
     try:
         ends = followed(loaded, ids, [eos])
         if ends.steps[-1].text != END:
@@ -68,4 +68,4 @@ def test_scores_equal_answer_logprobs_and_have_sorted_candidates(loaded: Any) ->
     bound = forward_error(loaded.model.config, longest) * largest_logit(loaded.model, rows)
     for plain, full in zip(answer_logprobs(loaded.model, rows), scores(loaded, rows), strict=True):
         assert full.logprobs == pytest.approx(plain, abs=bound)
-        assert all(place == tuple(sorted(place, key=lambda pair: -pair[1])) for place in full.top)
+        assert all(top == tuple(sorted(top, key=lambda pair: -pair[1])) for top in full.top)

@@ -16,14 +16,14 @@ from tutor.errors import ArtifactError, HostError
 
 RANK, ALPHA = 4, 8
 BASE = {"blk.0.attn_q.weight": (16, 16), "blk.0.attn_k.weight": (8, 16)}
-"""Rows and columns, as numpy has them; a GGUF names the row's length first."""
+"""Shapes of the base's matrices, rows first as in numpy; a GGUF has the columns first."""
 CONVERTER = """
 import argparse, json, os, shutil, sys
 from pathlib import Path
 
 here = Path(__file__).parent
-if (here / "says.txt").exists():
-    print((here / "says.txt").read_text())
+if (here / "error.txt").exists():
+    print((here / "error.txt").read_text())
     sys.exit(1)
 parser = argparse.ArgumentParser()
 for name in ("--base", "--outfile", "--outtype"):
@@ -33,14 +33,14 @@ given = parser.parse_args()
 from conversion.base import TextModel
 model = TextModel()
 model.prepare_metadata(vocab_only=False)
-(here / "said.json").write_text(json.dumps(model.gguf_writer.said))
+(here / "metadata.json").write_text(json.dumps(model.gguf_writer.said))
 (here / "given.txt").write_text(f"{given.base} {given.outtype} {os.environ['HF_HUB_OFFLINE']}")
 shutil.copy(here / "made.gguf", given.outfile)
 """
 
 
 def write(path: Path, tensors: Mapping[str, tuple[int, ...]], architecture: str = "llama", **fields: Any) -> Path:
-    """A GGUF with tensors of zeros and some fields; __ in a field's name is a dot."""
+    """Write a GGUF with tensors of zeros and some fields; __ in a field's name stands for a dot."""
     writer = gguf.GGUFWriter(path, architecture)
     for name, value in fields.items():
         add = writer.add_string if isinstance(value, str) else writer.add_float32
@@ -121,7 +121,7 @@ def test_matrices_that_do_not_fit_the_base_are_named(
 
 @pytest.fixture
 def adapter(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """An adapter's folder, and in `build` a converter that makes a fitting file of any."""
+    """An adapter's folder, and in `build` a converter that makes a matching file of any adapter."""
     made: Path = request.getfixturevalue("build")
     (made / "convert_lora_to_gguf.py").write_text(CONVERTER)
     (made / "conversion").mkdir()
@@ -137,7 +137,7 @@ def adapter(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def peft(folder: Path, value: float) -> None:
-    """The numbers of an adapter of BASE's matrices as PEFT keeps them."""
+    """Write the weights of an adapter of BASE's matrices in PEFT's form."""
     tensors = {}
     for name, (rows, columns) in BASE.items():
         module = f"base_model.model.model.layers.0.self_attn.{name.split('_')[1][0]}_proj"
@@ -149,13 +149,13 @@ def peft(folder: Path, value: float) -> None:
 def test_converter_gets_the_base_and_no_network(base: Path, adapter: Path, tmp_path: Path) -> None:
     target = tmp_path / "lora.gguf"
     assert lora_to_gguf(adapter, tmp_path, base, target, {"tutor.base": "ours"}) == 2
-    assert json.loads((tmp_path / "build/said.json").read_text()) == {"theirs": "False", "tutor.base": "ours"}
+    assert json.loads((tmp_path / "build/metadata.json").read_text()) == {"theirs": "False", "tutor.base": "ours"}
     assert (tmp_path / "build/given.txt").read_text() == f"{tmp_path} f16 1"
     assert target.read_bytes() == (tmp_path / "build/made.gguf").read_bytes()
 
 
 @pytest.mark.parametrize(
-    ("says", "error", "what"),
+    ("output", "error", "what"),
     [
         ("Traceback\nERROR: Unexpected name 'lm_head.weight'", ArtifactError, "Unexpected name 'lm_head.weight'"),
         ("ModuleNotFoundError: No module named 'torch'", HostError, "'torch'; make install"),
@@ -163,9 +163,9 @@ def test_converter_gets_the_base_and_no_network(base: Path, adapter: Path, tmp_p
     ],
 )
 def test_converter_failure_is_reported_and_leaves_no_file(
-    base: Path, adapter: Path, tmp_path: Path, says: str, error: type[Exception], what: str
+    base: Path, adapter: Path, tmp_path: Path, output: str, error: type[Exception], what: str
 ) -> None:
-    (tmp_path / "build/says.txt").write_text(says)
+    (tmp_path / "build/error.txt").write_text(output)
     with pytest.raises(error, match=what):
         lora_to_gguf(adapter, tmp_path, base, tmp_path / "lora.gguf")
     assert list(tmp_path.glob("lora.gguf*")) == []
@@ -231,7 +231,7 @@ def test_base_with_adapter_scores_as_merged_model(
 
 @pytest.fixture
 def tiny_with_adapter() -> Callable[[Path], tuple[Path, Path, Path]]:
-    """Makes a random Llama, an adapter of its q, k, v and o, and both merged by PEFT: their folders."""
+    """Make a random Llama, an adapter of its q, k, v and o, and PEFT's merge of both; return their folders."""
     torch = pytest.importorskip("torch")
     from peft import PeftModel
     from support.random_llama import llama3_splitter, make_tiny
@@ -241,8 +241,8 @@ def tiny_with_adapter() -> Callable[[Path], tuple[Path, Path, Path]]:
     def make(folder: Path) -> tuple[Path, Path, Path]:
         model = make_tiny(folder / "model", llama3_splitter())
         adapter = adapter_stage(model, folder / "adapter", "")
-        whole = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(model, dtype=torch.float32), adapter)
-        whole.merge_and_unload().half().save_pretrained(folder / "merged")
+        merged = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(model, dtype=torch.float32), adapter)
+        merged.merge_and_unload().half().save_pretrained(folder / "merged")
         AutoTokenizer.from_pretrained(model).save_pretrained(folder / "merged")
         return model, adapter, folder / "merged"
 

@@ -37,7 +37,7 @@ def main():
     model = TextModel()
     given["pre"] = model.get_vocab_base_pre("a tokenizer")
     model.prepare_metadata(vocab_only=False)
-    given["says"] = model.gguf_writer.said
+    given["metadata"] = model.gguf_writer.said
     given["gguf"] = gguf.__file__
     Path(given["outfile"]).write_text(json.dumps(given))
 """
@@ -88,8 +88,8 @@ def test_full_disk_raises_host_error(build: Path, tmp_path: Path) -> None:
 
 
 def test_quantizer_error_is_in_the_message(build: Path, tmp_path: Path) -> None:
-    said = "quantizing 'a' to 'b'\\nfailed to quantize: tensor 'x' is odd\\nllama_quantize: failed to quantize model"
-    script(build, "llama-quantize", f"import sys; print({said!r}.replace('\\\\n', chr(10))); sys.exit(1)")
+    output = "quantizing 'a' to 'b'\\nfailed to quantize: tensor 'x' is odd\\nllama_quantize: failed to quantize model"
+    script(build, "llama-quantize", f"import sys; print({output!r}.replace('\\\\n', chr(10))); sys.exit(1)")
     with pytest.raises(ArtifactError, match="to Q8_0: failed to quantize: tensor 'x' is odd"):
         quantize(write_gguf(tmp_path / "a.gguf", 1), tmp_path / "q.gguf", "Q8_0", 1)
 
@@ -169,7 +169,7 @@ def test_failed_imatrix_leaves_no_file(build: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def converter(build: Path) -> Callable[[str], Path]:
-    """A converter that recognises what it is told, or nothing; the build's folder."""
+    """Make a converter that identifies every tokenizer by a given name, or none; return the build's folder."""
 
     def knows(name: str) -> Path:
         for folder in ("conversion", "gguf-py"):
@@ -183,9 +183,9 @@ def converter(build: Path) -> Callable[[str], Path]:
     return knows
 
 
-def converted(tmp_path: Path, pre: str, says: dict[str, str] | None = None) -> dict[str, Any]:
+def converted(tmp_path: Path, pre: str, metadata: dict[str, str] | None = None) -> dict[str, Any]:
     target = tmp_path / "tutor-F16.gguf"
-    to_gguf(tmp_path, target, pre, says)
+    to_gguf(tmp_path, target, pre, metadata)
     return json.loads(target.read_text("utf-8"))
 
 
@@ -200,8 +200,8 @@ def test_unknown_tokenizer_gets_our_name(converter: Callable[[str], Path], tmp_p
 def test_metadata_is_written_after_that_of_the_converter(converter: Callable[[str], Path], tmp_path: Path) -> None:
     converter("")
     given = converted(tmp_path, "llama-bpe", {"tutor.base": "año «'\"", "tutor.version": "1"})
-    assert list(given["says"].items()) == [("theirs", "False"), ("tutor.base", "año «'\""), ("tutor.version", "1")]
-    assert converted(tmp_path, "llama-bpe")["says"] == {"theirs": "False"}
+    assert list(given["metadata"].items()) == [("theirs", "False"), ("tutor.base", "año «'\""), ("tutor.version", "1")]
+    assert converted(tmp_path, "llama-bpe")["metadata"] == {"theirs": "False"}
 
 
 @pytest.mark.parametrize(("known", "pre"), [("smollm", "smollm"), ("starcoder", "smollm"), ("falcon3", "llama-bpe")])

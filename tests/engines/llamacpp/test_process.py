@@ -19,5 +19,5 @@ def test_missing_build_raises_host_error_with_the_command(tmp_path: Path, monkey
 
 def test_program_of_wrong_size_is_refused(build: Path) -> None:
     (build / "bin" / "llama-server").write_text("cut", "utf-8")
-    with pytest.raises(HostError, match="not whole"):
+    with pytest.raises(HostError, match="incomplete"):
         programs()

@@ -18,7 +18,7 @@ for line in sys.stdin:
     n, *ids = map(int, line.split())
     answer = ids[n:]
     print(json.dumps({"logprobs": [-i / 8 for i in answer], "top": [[[i, -0.5]] for i in answer]}), flush=True)
-    print("a complaint " * 20, file=sys.stderr)
+    print("a warning " * 20, file=sys.stderr)
 """
 
 COMPARER = """
@@ -97,11 +97,11 @@ def test_scores_equal_log_softmax_of_transformers(random_llama: Path, model: Any
         with torch.no_grad():
             logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
         expected = logits.log_softmax(-1)
-        best, chosen = expected.max(-1).values, [place[0][0] for place in scored.top]
+        best, chosen = expected.max(-1).values, [top[0][0] for top in scored.top]
         assert scored.logprobs == pytest.approx(expected[range(len(answer)), answer].tolist(), abs=bound)
-        # The best token, or one that is no further below it than rounding moves two of them.
+        # The best token, or one whose distance from it is within the rounding of two tokens.
         assert (best - expected[range(len(answer)), chosen]).max() <= 2 * bound
-        assert [place[0][1] for place in scored.top] == pytest.approx(best.tolist(), abs=bound)
+        assert [top[0][1] for top in scored.top] == pytest.approx(best.tolist(), abs=bound)
 
 
 @pytest.mark.llamacpp
@@ -110,19 +110,19 @@ def test_divergence_equals_formula_on_full_distributions(random_llama: Path, tmp
 
     quantize(random_llama / "tiny-F16.gguf", tmp_path / "q.gguf", "Q4_0", 1)
     rows, files = [([5, 6, 7], [8, 9, 10]), ([7], [12])], (random_llama / "tiny-F16.gguf", tmp_path / "q.gguf")
-    whole = []
+    full = []
     for path in files:
         vocabulary = len(read_gguf(path).fields["tokenizer.ggml.tokens"])
-        places = [place for item in score(path, rows, threads=1, top=vocabulary) for place in item.top]
-        whole.append(np.array([[logprob for _, logprob in sorted(place)] for place in places]))
-    expected = (np.exp(whole[0]) * (whole[0] - whole[1])).sum(-1)
+        positions = [top for item in score(path, rows, threads=1, top=vocabulary) for top in item.top]
+        full.append(np.array([[logprob for _, logprob in sorted(top)] for top in positions]))
+    expected = (np.exp(full[0]) * (full[0] - full[1])).sum(-1)
     reference = tmp_path / "reference.bin"
     score(files[0], rows, threads=1, reference=reference)
     assert reference.stat().st_size == 16 + reference_bytes(rows, vocabulary)
     itself, other = (score(path, rows, threads=1, reference=reference) for path in files)
     assert [value for item in other for value in item.kl] == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-6)
     assert min(value for item in other for value in item.kl) > 1e-4
-    same = (whole[0].argmax(-1) == whole[1].argmax(-1)).tolist()
+    same = (full[0].argmax(-1) == full[1].argmax(-1)).tolist()
     assert [value for item in other for value in item.same] == same
     assert max(abs(value) for item in itself for value in item.kl) < 1e-5
     assert all(value for item in itself for value in item.same)

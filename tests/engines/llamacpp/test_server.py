@@ -31,7 +31,7 @@ QUESTION = conversation("¿Qué es un tipo?")
 
 @pytest.fixture
 def fake_server(build: Path) -> Callable[..., dict[str, Any]]:
-    """Make a llama-server that follows a plan; the arguments to serve it with."""
+    """Make a llama-server that follows a plan; return the arguments of `serve`."""
 
     def plan(**steps: Any) -> dict[str, Any]:
         script(build, "llama-server", SERVER)
@@ -46,7 +46,7 @@ def started(build: Path) -> dict[str, Any]:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; a dead one that nobody has collected does not."""
+    """Whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
@@ -134,12 +134,12 @@ def test_terminal_ctrl_c_does_not_reach_server(build: Path, fake_server: Callabl
 def test_server_ending_early_raises_with_its_first_error(
     build: Path, fake_server: Callable[..., dict[str, Any]]
 ) -> None:
-    says = (
+    output = (
         "0.00.003 I srv load_model: loading model 'a.gguf'\n"
         "0.00.075.432 E llama_model_load: error loading model: tensor 'x' is not within the file bounds\n"
         "0.00.122.034 E srv  llama_server: exiting due to model loading error\n"
     )
-    with pytest.raises(ServiceError) as raised, serve(**fake_server(says=says, exit=1)):
+    with pytest.raises(ServiceError) as raised, serve(**fake_server(output=output, exit=1)):
         pass
     assert "a.gguf: llama_model_load: error loading model: tensor 'x' is not within" in raised.value.message
     assert str(build / "server.log") in str(raised.value)
@@ -163,7 +163,7 @@ def test_server_never_ready_is_stopped_after_timeout(
 
 
 def kill_the_parent(arguments: dict[str, Any], pid_of_server: Callable[[], int]) -> int:
-    """SIGKILL for a process inside `serve`; the id of the server that it had."""
+    """Kill a process inside `serve`; return the id of its server."""
     code = (
         "import sys, time; from pathlib import Path; from tutor.engines.llamacpp.server import serve\n"
         "with serve(Path(sys.argv[1]), context=128, threads=1, log=Path(sys.argv[2])):\n"
@@ -208,7 +208,7 @@ def test_sampled_request_has_all_settings_of_the_recipe(
     request = json.loads((build / "request.json").read_text("utf-8"))
     assert (request["temperature"], request["top_p"], request["top_k"]) == (0.003, 0.85, 40)
     assert request["samplers"] == ["penalties", "top_k", "top_p", "temperature"]
-    # The whole sequence, as transformers' penalty sees it: the context is the longest that it can be.
+    # The full sequence, as for the penalty of transformers: at most the context.
     assert (request["repeat_penalty"], request["repeat_last_n"]) == (1.15, 128)
     assert request["cache_prompt"] is True
 
@@ -296,7 +296,7 @@ def test_server_tokenizes_as_transformers(server: LlamaServer, tokenizer: Any, t
 
 
 def argmax_answer(model: Any, ids: list[int], tokens: int) -> list[int]:
-    """Greedy ids by plain forward passes, so that no generation setting of any library has a say."""
+    """Greedy ids by plain forward passes, so that no generation setting of a library applies."""
     import torch
     from support.tolerances import half_error
 
@@ -307,7 +307,7 @@ def argmax_answer(model: Any, ids: list[int], tokens: int) -> list[int]:
             logits = model(torch.tensor([ids])).logits[0, -1]
             best, second = logits.topk(2).values.tolist()
             bound = half_error(model.config) * logits.abs().max().item()
-            assert best - second > bound, "which token is the best is no matter of rounding"
+            assert best - second > bound, "rounding must not decide which token is the best"
             ids.append(int(logits.argmax()))
     return ids[start:]
 
@@ -355,7 +355,7 @@ def test_stop_text_ends_answer_and_is_removed(server: LlamaServer, model: Any, t
     text = tokenizer.decode(argmax_answer(model, tokenizer(render(QUESTION))["input_ids"], 12))
     stop = text[8:11]
     assert len(stop) == 3
-    answer = server.answer(QUESTION, replace(GREEDY, stops=("never said", stop)))
+    answer = server.answer(QUESTION, replace(GREEDY, stops=("never there", stop)))
     assert answer.finish == "stop"
     assert answer.text == text.partition(stop)[0]
 

@@ -33,17 +33,17 @@ def test_missing_compiler_raises_host_error_with_command(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"typescript": "5.9.3"}, "holds the TypeScript compiler 5.9.3; 7.0.2"),
         ({"size": 1}, "damaged"),
         ({"program": "x"}, "not installed"),
     ],
 )
-def test_other_version_or_damaged_program_is_refused(fake_compiler: Path, change: dict[str, Any], says: str) -> None:
+def test_other_version_or_damaged_program_is_refused(fake_compiler: Path, change: dict[str, Any], message: str) -> None:
     marker = fake_compiler / installer.MARKER
     marker.write_text(json.dumps(json.loads(marker.read_text()) | change), "utf-8")
-    with pytest.raises(HostError, match=says):
+    with pytest.raises(HostError, match=message):
         installer.find_compiler()
 
 
@@ -59,7 +59,7 @@ exit {code}
 
 @pytest.fixture
 def npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Put an npm that only pretends on PATH; its log."""
+    """Put a fake npm on PATH; return its log."""
 
     def make(version: str = installer.VERSION, code: int = 0) -> Path:
         bin_folder = tmp_path / "bin"
@@ -84,10 +84,12 @@ def test_install_runs_once_and_leaves_a_complete_folder(npm: Any, capfd: pytest.
     assert [path.name for path in installer.install_folder().parent.iterdir() if path.is_dir()] == ["compiler"]
 
 
-@pytest.mark.parametrize(("options", "says"), [({"code": 3}, "npm exited with 3"), ({"version": "7.1.0"}, "not 7.0.2")])
-def test_failed_installation_leaves_no_folder(npm: Any, options: dict[str, Any], says: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"), [({"code": 3}, "npm exited with 3"), ({"version": "7.1.0"}, "not 7.0.2")]
+)
+def test_failed_installation_leaves_no_folder(npm: Any, options: dict[str, Any], message: str) -> None:
     npm(**options)
-    with pytest.raises(ArtifactError, match=says):
+    with pytest.raises(ArtifactError, match=message):
         installer.install(installer.install_folder())
     assert not installer.install_folder().exists()
 

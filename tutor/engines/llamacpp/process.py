@@ -49,7 +49,7 @@ def programs() -> Programs:
     folder = build_folder()
     if not is_built(folder):
         raise HostError(
-            f"llama.cpp is not built: {folder} is missing or not whole",
+            f"llama.cpp is not built: {folder} is missing or incomplete",
             "run: make llamacpp (or: python scripts/build_llamacpp.py), once, some minutes",
         )
     names = ("llama-quantize", "llama-server", "tutor-score", "llama-imatrix")

@@ -68,7 +68,7 @@ class OllamaServer:
                     end = event
         finish = FINISHES.get(end.get("done_reason", ""))
         if finish is None:
-            raise ServiceError(f"Ollama: {_why_unfinished(pieces, end)}", "what came is not a whole answer; ask again")
+            raise ServiceError(f"Ollama: {_why_unfinished(pieces, end)}", "the answer is incomplete; ask again")
         prompt, tokens = end.get("prompt_eval_count", 0), end.get("eval_count", 0)
         if self.context and prompt + tokens > self.context:
             logger.warning(

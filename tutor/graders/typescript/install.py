@@ -144,7 +144,7 @@ def _check(work: Path) -> Path:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ArtifactError(f"the TypeScript compiler does not run here: {error}") from None
     if done.stdout.split()[-1:] != [VERSION]:
-        raise ArtifactError(f"npm brought {done.stdout.strip() or 'a compiler that says nothing'}, not {VERSION}")
+        raise ArtifactError(f"npm brought {done.stdout.strip() or 'a compiler without a version'}, not {VERSION}")
     return programs[0]
 
 
