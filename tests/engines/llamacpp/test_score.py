@@ -24,13 +24,13 @@ for line in sys.stdin:
 COMPARER = """
 import json, sys
 options = dict(zip(sys.argv[4::2], sys.argv[5::2]))
-if "--keep" in options:
-    open(options["--keep"], "w").write("distributions")
+if "--write-reference" in options:
+    open(options["--write-reference"], "w").write("distributions")
 for line in sys.stdin:
     n, *ids = map(int, line.split())
     count = len(ids) - n
     score = {"logprobs": [-1.0] * count, "top": [[[1, -0.5]]] * count}
-    if "--against" in options:
+    if "--reference" in options:
         score |= {"kl": [0.25] * count, "same": [0, 1, 1, 1][:count]}
     print(json.dumps(score))
 """
@@ -76,7 +76,7 @@ def test_reference_is_written_first_and_compared_next(build: Path, tmp_path: Pat
 
 
 def test_missing_comparison_raises_artifact_error(build: Path, tmp_path: Path) -> None:
-    script(build, "tutor-score", COMPARER.replace('if "--against"', 'if "--never"'))
+    script(build, "tutor-score", COMPARER.replace('if "--reference"', 'if "--never"'))
     (tmp_path / "reference.bin").touch()
     with pytest.raises(ArtifactError, match="other scores"):
         score(build / "a.gguf", [([1], [2])], threads=1, reference=tmp_path / "reference.bin")

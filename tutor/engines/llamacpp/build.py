@@ -1,12 +1,11 @@
-"""The pinned llama.cpp: where it lies, and how it is built from source. Standard library and platformdirs only.
+"""Build the pinned llama.cpp from source and find the build. Standard library, filelock and platformdirs only.
 
-In: the source distribution of `llama_cpp_python` (PyPI), which carries a complete llama.cpp.
+In: the source distribution of `llama_cpp_python` (PyPI), which contains a complete llama.cpp.
 Out: a folder with `bin/` (programs), the converters with `conversion/` and `gguf-py/`, licences, and BUILD.json last.
-The folder's name is the hash of all that the build depends on, so `make demo` and the image share one recipe.
-Never called at run time: `scripts/build_llamacpp.py` builds, the stages only look the folder up.
+The folder's name is a hash of the build's inputs, so that `make demo` and the image share one build.
+Does not build at run time: `scripts/build_llamacpp.py` builds, the stages only look the folder up.
 """
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -17,19 +16,19 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import platformdirs
+from filelock import FileLock
 
 from tutor.errors import ArtifactError, HostError
 
 VERSION = "0.3.36"
-"""Of `llama_cpp_python` on PyPI; its vendor/llama.cpp is what is built."""
+"""Version of `llama_cpp_python` on PyPI whose vendor/llama.cpp is built."""
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
-"""Of that source distribution, as pip checks it."""
-PROGRAMS = ("llama-quantize", "llama-server", "llama-imatrix", "llama-perplexity", "tutor-score")
+"""SHA-256 of that source distribution; pip checks it."""
+PROGRAMS = ("llama-quantize", "llama-server", "llama-imatrix", "tutor-score")
+"""Names of the programs that are built, as CMake targets."""
 CMAKE_OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DBUILD_SHARED_LIBS=OFF",
@@ -47,28 +46,34 @@ CMAKE_OPTIONS = (
     "-DLLAMA_TOOLS_INSTALL=OFF",
     "-DGGML_CCACHE=OFF",
 )
-CONVERTERS = (
-    "convert_hf_to_gguf.py",
-    "convert_lora_to_gguf.py",
-    "conversion",
-    "gguf-py",
-    "LICENSE",
-    "licenses",
-)
+CONVERTERS = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion", "gguf-py", "LICENSE", "licenses")
+"""Files and folders of llama.cpp that are copied as they are: the converters in Python, and the licences."""
 MARKER = "BUILD.json"
+"""Name of the file that is written last into a complete build."""
 SOURCE = Path(__file__).parent / "src"
+"""Folder of the sources that are ours: the scorer, its CMakeLists.txt, and the starters of the converters."""
 BUILD_PACKAGES = ("cmake", "ninja", "scikit-build-core")
-"""scikit-build-core only lets pip hand over the checked source distribution without preparing an environment."""
+"""Packages that a build needs. scikit-build-core lets pip download the source without an isolated environment."""
 
 
 def build_key() -> str:
-    """Sixteen hex digits over everything that the build depends on: pin, options, our scorer, processor kind."""
+    """Sixteen hex digits that identify a build: pin, options, programs, our scorer's code, processor and system.
+
+    Lines that are only a comment are not hashed: better words compile nothing again.
+    """
     digest = hashlib.sha256()
     for text in (VERSION, SHA256, *CMAKE_OPTIONS, *PROGRAMS, platform.machine(), platform.system()):
         digest.update(text.encode() + b"\0")
     for name in ("CMakeLists.txt", "score.cpp"):
-        digest.update((SOURCE / name).read_bytes())
+        code = (line for line in (SOURCE / name).read_text("utf-8").splitlines() if not _is_comment(line))
+        digest.update("\n".join(code).encode() + b"\0")
     return digest.hexdigest()[:16]
+
+
+def _is_comment(line: str) -> bool:
+    """Whether a line of C++ or CMake has a comment and nothing else."""
+    words = line.split(maxsplit=1)
+    return bool(words) and words[0] in ("//", "#")
 
 
 def build_folder() -> Path:
@@ -78,7 +83,7 @@ def build_folder() -> Path:
 
 
 def is_built(folder: Path) -> bool:
-    """Whether `folder` holds a whole build: its marker is there and names the programs' sizes as they are."""
+    """Whether `folder` holds a complete build: its marker has the sizes of the programs in it."""
     try:
         sizes = json.loads((folder / MARKER).read_text("utf-8"))["sizes"]
         return all((folder / "bin" / name).stat().st_size == sizes[name] for name in PROGRAMS)
@@ -87,38 +92,35 @@ def is_built(folder: Path) -> bool:
 
 
 def build(folder: Path, jobs: int) -> None:
-    """Build llama.cpp into `folder`, whole or absent. Raises HostError without a compiler, ArtifactError on failure."""
+    """Build llama.cpp into `folder`, complete or absent.
+
+    Raises HostError without a compiler, ArtifactError when the build fails.
+    """
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         raise HostError("no C++ compiler (c++) on this machine", "install one, on Debian: apt-get install g++")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time(folder.with_suffix(".lock")):
-        if is_built(folder):
+    with FileLock(folder.with_suffix(".lock")):
+        if is_built(folder):  # by another process, while this one waited
             return
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="building-") as scratch:
             work = Path(scratch)
             source = _fetch_source(work)
             _compile(source, work / "build", jobs)
-            _install(source, work / "build", work / "whole", compiler)
+            _install(source, work / "build", work / "complete", compiler)
             shutil.rmtree(folder, ignore_errors=True)
-            (work / "whole").rename(folder)
+            (work / "complete").rename(folder)
 
 
 def _fetch_source(work: Path) -> Path:
-    """Unpack the hash-checked source distribution; its vendor/llama.cpp."""
+    """Download and unpack the source distribution, checked by its hash; return its vendor/llama.cpp."""
     pin = work / "pin.txt"
     pin.write_text(f"llama-cpp-python=={VERSION} --hash=sha256:{SHA256}\n", "utf-8")
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--require-hashes",
-    ]
-    _run([*pip, "--no-binary", "llama-cpp-python", "-r", str(pin), "-d", str(work)], "fetch the source")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
+    _run(
+        [*pip, "--require-hashes", "--no-binary", "llama-cpp-python", "-r", str(pin), "-d", str(work)],
+        "fetch the source",
+    )
     archive = next(work.glob("llama_cpp_python-*.tar.gz"))
     with tarfile.open(archive) as tar:
         tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.2, Debian 12's, has none
@@ -127,40 +129,30 @@ def _fetch_source(work: Path) -> Path:
 
 
 def _compile(source: Path, out: Path, jobs: int) -> None:
-    cmake = [
-        "cmake",
-        "-S",
-        str(SOURCE),
-        "-B",
-        str(out),
-        "-G",
-        "Ninja",
-        f"-DLLAMA_CPP_DIR={source}",
-        *CMAKE_OPTIONS,
-    ]
-    _run(cmake, "configure llama.cpp")
+    cmake = ["cmake", "-S", str(SOURCE), "-B", str(out), "-G", "Ninja"]
+    _run([*cmake, f"-DLLAMA_CPP_DIR={source}", *CMAKE_OPTIONS], "configure llama.cpp")
     _run(["cmake", "--build", str(out), "--parallel", str(jobs), "--target", *PROGRAMS], "compile llama.cpp")
 
 
-def _install(source: Path, built: Path, whole: Path, compiler: str) -> None:
-    (whole / "bin").mkdir(parents=True)
+def _install(source: Path, built: Path, target: Path, compiler: str) -> None:
+    (target / "bin").mkdir(parents=True)
     for name in PROGRAMS:
         found = next((path for path in built.rglob(name) if path.is_file()), None)
         if found is None:
             raise ArtifactError(f"the llama.cpp build made no {name}")
-        shutil.copy2(found, whole / "bin" / name)
+        shutil.copy2(found, target / "bin" / name)
     for name in CONVERTERS:
         copy = shutil.copytree if (source / name).is_dir() else shutil.copy2
-        copy(source / name, whole / name)
+        copy(source / name, target / name)
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     record = {
         "llama_cpp_python": VERSION,
         "sha256": SHA256,
         "options": CMAKE_OPTIONS,
         "compiler": version.partition("\n")[0],
-        "sizes": {name: (whole / "bin" / name).stat().st_size for name in PROGRAMS},
+        "sizes": {name: (target / "bin" / name).stat().st_size for name in PROGRAMS},
     }
-    (whole / MARKER).write_text(json.dumps(record, indent=1), "utf-8")
+    (target / MARKER).write_text(json.dumps(record, indent=1), "utf-8")
 
 
 def _run(command: list[str], what: str) -> None:
@@ -182,16 +174,8 @@ def _installed(package: str) -> bool:
     return True
 
 
-@contextmanager
-def _one_at_a_time(lock: Path) -> Iterator[None]:
-    """Wait for another build of the same folder: the kernel frees the lock when its holder ends."""
-    with lock.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
 def main() -> int:
-    """Build unless built; print the folder. For scripts/build_llamacpp.py."""
+    """Build llama.cpp unless it is built, and print its folder; return the exit code. For scripts/build_llamacpp.py."""
     folder = build_folder()
     if not is_built(folder):
         sys.stderr.write(f"building llama.cpp into {folder}: once, some minutes\n")

@@ -33,7 +33,7 @@ def score(
         return []
     command: list[str | Path | int] = [programs().score, gguf, threads, top]
     compare = reference is not None and reference.exists()
-    for option, path in (("--lora", lora), ("--against" if compare else "--keep", reference)):
+    for option, path in (("--lora", lora), ("--reference" if compare else "--write-reference", reference)):
         command += [option, path] if path else []
     # Rows and errors go through files: a full pipe would block both sides.
     with tempfile.TemporaryFile("w+") as lines, tempfile.TemporaryFile("w+", errors="replace") as errors:

@@ -1,15 +1,15 @@
-// Teacher-forced log-probabilities of given token ids under a GGUF model: llama-server scores only what it
-// generates, and llama-perplexity scores whole texts, so neither can say what a held-out answer costs.
+// Teacher-forced log-probabilities of given token ids under a GGUF model. llama-server returns log-probabilities of
+// generated tokens only, and llama-perplexity scores whole texts: neither gives the loss of a held-out answer.
 //
-//   tutor-score MODEL THREADS TOP [--lora FILE] [--keep FILE | --against FILE] < rows > scores
+//   tutor-score MODEL THREADS TOP [--lora FILE] [--write-reference FILE | --reference FILE] < rows > scores
 //
 // A row is one line of integers: the number of prompt ids, then all ids (prompt and answer).
-// A score is one JSON line: natural-log probabilities of the answer's ids, and for every one of them the
-// TOP most probable ids at that place as [id, logprob] pairs, best first (ties: the lower id).
-// --keep writes the whole distribution at every place to FILE, --against reads one back, made of the same rows
-// by another model (the reference), and adds at every place
-//   kl    KL(reference || model) over the whole vocabulary, in nats
-//   same  1 where both prefer the same id, else 0.
+// A score is one JSON line: the natural-log probabilities of the answer's ids ("logprobs"), and at each position of the
+// answer the TOP most probable ids as [id, logprob] pairs, best first, equal ones by id ("top").
+// --write-reference writes the full distribution at each position to FILE. --reference reads such a file, written for
+// the same rows by another model (the reference), and adds two values at each position:
+//   kl    KL(reference || model) over the full vocabulary, in nats
+//   same  1 where both models have the same most probable id, else 0.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -24,7 +24,7 @@
 
 #include "llama.h"
 
-static void quiet(ggml_log_level level, const char * text, void *) {
+static void log_errors_only(ggml_log_level level, const char * text, void *) {
     if (level == GGML_LOG_LEVEL_ERROR) {
         std::fputs(text, stderr);
     }
@@ -65,40 +65,41 @@ static bool read_rows(std::vector<Row> & rows, int n_vocab, std::string & proble
     return true;
 }
 
-// The distributions of a run, place after place: 32-bit log-probabilities behind their number and the vocabulary.
-struct Distributions {
-    std::FILE *        file = nullptr;
-    bool               keep = false;
-    std::vector<float> place;
+// A file of full distributions: the sizes of vocabulary and run as 64-bit integers, then for each position the
+// log-probabilities of the vocabulary as 32-bit floats. `logprobs` is the distribution at the current position.
+struct DistributionFile {
+    std::FILE *        file    = nullptr;
+    bool               writing = false;
+    std::vector<float> logprobs;
 
-    bool open(const char * path, bool to_keep, int n_vocab, size_t places) {
-        const uint64_t wanted[2] = {static_cast<uint64_t>(n_vocab), places};
+    bool open(const char * path, bool to_write, int n_vocab, size_t positions) {
+        const uint64_t wanted[2] = {static_cast<uint64_t>(n_vocab), positions};
         uint64_t       found[2]  = {0, 0};
-        keep                     = to_keep;
-        file                     = std::fopen(path, keep ? "wb" : "rb");
-        place.resize(n_vocab);
+        writing                  = to_write;
+        file                     = std::fopen(path, writing ? "wb" : "rb");
+        logprobs.resize(n_vocab);
         if (file == nullptr) {
             return false;
         }
-        if (keep) {
+        if (writing) {
             return std::fwrite(wanted, sizeof wanted, 1, file) == 1;
         }
         return std::fread(found, sizeof found, 1, file) == 1 && std::memcmp(found, wanted, sizeof found) == 0;
     }
 
     bool write(const float * logits, double norm) {
-        for (size_t i = 0; i < place.size(); i++) {
-            place[i] = static_cast<float>(logits[i] - norm);
+        for (size_t i = 0; i < logprobs.size(); i++) {
+            logprobs[i] = static_cast<float>(logits[i] - norm);
         }
-        return std::fwrite(place.data(), sizeof(float), place.size(), file) == place.size();
+        return std::fwrite(logprobs.data(), sizeof(float), logprobs.size(), file) == logprobs.size();
     }
 
-    bool read() { return std::fread(place.data(), sizeof(float), place.size(), file) == place.size(); }
+    bool read() { return std::fread(logprobs.data(), sizeof(float), logprobs.size(), file) == logprobs.size(); }
 
     bool close() { return file == nullptr || std::fclose(file) == 0; }
 };
 
-// log(sum(exp(logits))), in double and against the maximum, so that it neither overflows nor drifts.
+// log(sum(exp(logits))) in double precision, relative to the maximum: no overflow, no drift.
 static double log_sum_exp(const float * logits, int n_vocab) {
     const float highest = *std::max_element(logits, logits + n_vocab);
     double      sum     = 0.0;
@@ -108,6 +109,7 @@ static double log_sum_exp(const float * logits, int n_vocab) {
     return highest + std::log(sum);
 }
 
+// KL(reference || model) in nats, from the reference's log-probabilities and the model's logits.
 static double divergence(const std::vector<float> & reference, const float * logits, double norm) {
     double sum = 0.0;
     for (size_t i = 0; i < reference.size(); i++) {
@@ -116,9 +118,11 @@ static double divergence(const std::vector<float> & reference, const float * log
     return sum;
 }
 
-// Appends the row's JSON line to `line`; false when the distributions cannot be written or read.
-static bool score_row(llama_context * ctx, const Row & row, int top, Distributions & held, std::string & line) {
-    const int          n_vocab = static_cast<int>(held.place.size());
+// Sets `line` to the row's JSON line. Returns false when a distribution cannot be written or read.
+static bool score_row(llama_context * ctx, const Row & row, int top, DistributionFile & reference,
+                      std::string & line) {
+    const int          n_vocab = static_cast<int>(reference.logprobs.size());
+    const bool         compare = reference.file != nullptr && !reference.writing;
     std::ostringstream logprobs, tops, kl, same;
     std::vector<int>   order(n_vocab);
     for (auto * out : {&logprobs, &tops, &kl}) {
@@ -138,107 +142,142 @@ static bool score_row(llama_context * ctx, const Row & row, int top, Distributio
             tops << (k ? "," : "") << '[' << order[k] << ',' << logits[order[k]] - norm << ']';
         }
         tops << ']';
-        if (held.file != nullptr && held.keep && !held.write(logits, norm)) {
+        if (reference.file != nullptr && reference.writing && !reference.write(logits, norm)) {
             return false;
         }
-        if (held.file != nullptr && !held.keep) {
-            if (!held.read()) {
+        if (compare) {
+            if (!reference.read()) {
                 return false;
             }
-            const auto best = std::max_element(held.place.begin(), held.place.end()) - held.place.begin();
-            kl << comma << divergence(held.place, logits, norm);
+            const auto & expected = reference.logprobs;
+            const auto   best     = std::max_element(expected.begin(), expected.end()) - expected.begin();
+            kl << comma << divergence(expected, logits, norm);
             same << comma << (best == order[0] ? 1 : 0);
         }
     }
     line = "{\"logprobs\":[" + logprobs.str() + "],\"top\":[" + tops.str() + "]";
-    line += held.file != nullptr && !held.keep ? ",\"kl\":[" + kl.str() + "],\"same\":[" + same.str() + "]}" : "}";
+    line += compare ? ",\"kl\":[" + kl.str() + "],\"same\":[" + same.str() + "]}" : "}";
     return true;
 }
 
-int main(int argc, char ** argv) {
-    const char * usage = "usage: tutor-score MODEL THREADS TOP [--lora FILE] [--keep FILE | --against FILE] < rows";
-    const char * lora_path = nullptr;
-    const char * held_path = nullptr;
-    bool         keep      = false;
+// The command line. `reference_path` is written if `write`, else read.
+struct Options {
+    const char * model          = nullptr;
+    const char * lora           = nullptr;
+    const char * reference_path = nullptr;
+    bool         write          = false;
+    int          threads        = 0;
+    int          top            = 0;
+};
+
+static bool parse_options(int argc, char ** argv, Options & options) {
     if (argc < 4 || argc % 2 != 0) {
-        return fail(usage);
+        return false;
     }
     for (int i = 4; i < argc; i += 2) {
-        const std::string option = argv[i];
-        if (option == "--lora" && lora_path == nullptr) {
-            lora_path = argv[i + 1];
-        } else if ((option == "--keep" || option == "--against") && held_path == nullptr) {
-            held_path = argv[i + 1];
-            keep      = option == "--keep";
+        const std::string name = argv[i];
+        if (name == "--lora" && options.lora == nullptr) {
+            options.lora = argv[i + 1];
+        } else if ((name == "--write-reference" || name == "--reference") && options.reference_path == nullptr) {
+            options.reference_path = argv[i + 1];
+            options.write          = name == "--write-reference";
         } else {
-            return fail(usage);
+            return false;
         }
     }
-    const int threads = std::atoi(argv[2]);
-    const int top     = std::atoi(argv[3]);
-    llama_log_set(quiet, nullptr);
+    options.model   = argv[1];
+    options.threads = std::atoi(argv[2]);
+    options.top     = std::atoi(argv[3]);
+    return true;
+}
+
+// A context for rows of up to `longest` tokens, with the adapter applied; sets `problem` where there is none.
+static llama_context * make_context(llama_model * model, const Options & options, size_t longest,
+                                    std::string & problem) {
+    llama_context_params params = llama_context_default_params();
+    params.n_ctx                = static_cast<uint32_t>(longest);
+    params.n_batch              = static_cast<uint32_t>(longest);
+    params.n_threads            = options.threads;
+    params.n_threads_batch      = options.threads;
+    llama_context * ctx         = llama_init_from_model(model, params);
+    if (ctx == nullptr) {
+        problem = "no context for " + std::to_string(longest) + " tokens";
+        return nullptr;
+    }
+    if (options.lora != nullptr) {
+        llama_adapter_lora * lora  = llama_adapter_lora_init(model, options.lora);
+        float                scale = 1.0f;
+        if (lora == nullptr || llama_set_adapters_lora(ctx, &lora, 1, &scale) != 0) {
+            problem = std::string("cannot apply ") + options.lora;
+            return nullptr;
+        }
+    }
+    return ctx;
+}
+
+// Makes `batch` a row's tokens as one sequence, with logits at the positions that predict the answer.
+static void fill_batch(llama_batch & batch, const Row & row) {
+    batch.n_tokens = static_cast<int32_t>(row.ids.size());
+    for (size_t i = 0; i < row.ids.size(); i++) {
+        batch.token[i]     = row.ids[i];
+        batch.pos[i]       = static_cast<llama_pos>(i);
+        batch.n_seq_id[i]  = 1;
+        batch.seq_id[i][0] = 0;
+        batch.logits[i]    = i + 1 >= row.n_prompt && i + 1 < row.ids.size();
+    }
+}
+
+int main(int argc, char ** argv) {
+    Options options;
+    if (!parse_options(argc, argv, options)) {
+        return fail("usage: tutor-score MODEL THREADS TOP [--lora FILE] "
+                    "[--write-reference FILE | --reference FILE] < rows");
+    }
+    llama_log_set(log_errors_only, nullptr);
     llama_backend_init();
-    llama_model * model = llama_model_load_from_file(argv[1], llama_model_default_params());
+    llama_model * model = llama_model_load_from_file(options.model, llama_model_default_params());
     if (model == nullptr) {
-        return fail(std::string("cannot load ") + argv[1]);
+        return fail(std::string("cannot load ") + options.model);
     }
     const int        n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(model));
     std::vector<Row> rows;
     std::string      problem;
-    if (threads < 1 || top < 1 || top > n_vocab) {
+    if (options.threads < 1 || options.top < 1 || options.top > n_vocab) {
         return fail("THREADS and TOP are positive numbers, TOP at most the vocabulary");
     }
     if (!read_rows(rows, n_vocab, problem)) {
         return fail(problem);
     }
-    size_t longest = 1, places = 0;
+    size_t longest = 1, positions = 0;
     for (const Row & row : rows) {
         longest = std::max(longest, row.ids.size());
-        places += row.ids.size() - row.n_prompt;
+        positions += row.ids.size() - row.n_prompt;
     }
-    Distributions held;
-    held.place.resize(n_vocab);
-    if (held_path != nullptr && !held.open(held_path, keep, n_vocab, places)) {
-        return fail(std::string(held_path) + (keep ? " cannot be written" : " is not of these rows and this vocabulary"));
+    const std::string path = options.reference_path != nullptr ? options.reference_path : "";
+    DistributionFile  reference;
+    reference.logprobs.resize(n_vocab);
+    if (!path.empty() && !reference.open(path.c_str(), options.write, n_vocab, positions)) {
+        return fail(path + (options.write ? " cannot be written" : " is not of these rows and this vocabulary"));
     }
-    llama_context_params params = llama_context_default_params();
-    params.n_ctx                = static_cast<uint32_t>(longest);
-    params.n_batch              = static_cast<uint32_t>(longest);
-    params.n_threads            = threads;
-    params.n_threads_batch      = threads;
-    llama_context * ctx         = llama_init_from_model(model, params);
+    llama_context * ctx = make_context(model, options, longest, problem);
     if (ctx == nullptr) {
-        return fail("no context for " + std::to_string(longest) + " tokens");
-    }
-    if (lora_path != nullptr) {
-        llama_adapter_lora * lora  = llama_adapter_lora_init(model, lora_path);
-        float                scale = 1.0f;
-        if (lora == nullptr || llama_set_adapters_lora(ctx, &lora, 1, &scale) != 0) {
-            return fail(std::string("cannot apply ") + lora_path);
-        }
+        return fail(problem);
     }
     llama_batch batch = llama_batch_init(static_cast<int32_t>(longest), 0, 1);
     for (const Row & row : rows) {
         llama_memory_clear(llama_get_memory(ctx), true);
-        batch.n_tokens = static_cast<int32_t>(row.ids.size());
-        for (size_t i = 0; i < row.ids.size(); i++) {
-            batch.token[i]     = row.ids[i];
-            batch.pos[i]       = static_cast<llama_pos>(i);
-            batch.n_seq_id[i]  = 1;
-            batch.seq_id[i][0] = 0;
-            batch.logits[i]    = i + 1 >= row.n_prompt && i + 1 < row.ids.size();
-        }
+        fill_batch(batch, row);
         if (llama_decode(ctx, batch) != 0) {
             return fail("llama_decode failed");
         }
         std::string line;
-        if (!score_row(ctx, row, top, held, line)) {
-            return fail(std::string(held_path) + (keep ? ": No space left on device" : " is cut short"));
+        if (!score_row(ctx, row, options.top, reference, line)) {
+            return fail(path + (options.write ? ": No space left on device" : " is cut short"));
         }
         std::cout << line << std::endl;
     }
-    if (!held.close()) {
-        return fail(std::string(held_path) + ": No space left on device");
+    if (!reference.close()) {
+        return fail(path + ": No space left on device");
     }
     llama_batch_free(batch);
     llama_free(ctx);

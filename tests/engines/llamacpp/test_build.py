@@ -1,0 +1,52 @@
+"""engines/llamacpp/build.py: what the key of a build depends on. The build itself is made by `make llamacpp`."""
+
+from pathlib import Path
+
+import pytest
+
+from tutor.engines.llamacpp.build import SOURCE, build_folder, build_key, is_built
+
+
+def append(path: Path, *lines: str) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of our sources, which the key is made of."""
+    for name in ("CMakeLists.txt", "score.cpp"):
+        (tmp_path / name).write_bytes((SOURCE / name).read_bytes())
+    monkeypatch.setattr("tutor.engines.llamacpp.build.SOURCE", tmp_path)
+    return tmp_path
+
+
+def test_comments_do_not_change_the_key(source: Path) -> None:
+    before = build_key()
+    append(source / "CMakeLists.txt", "# a comment", "#")
+    append(source / "score.cpp", "  // a comment", "//")
+    assert build_key() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "code"), [("CMakeLists.txt", "set(A 1)"), ("score.cpp", "#include <map>"), ("score.cpp", "int a; // b")]
+)
+def test_code_changes_the_key(source: Path, name: str, code: str) -> None:
+    before = build_key()
+    append(source / name, code)
+    assert build_key() != before
+
+
+@pytest.mark.parametrize(("constant", "value"), [("VERSION", "0.0.1"), ("CMAKE_OPTIONS", ()), ("PROGRAMS", ("a",))])
+def test_pin_options_and_programs_change_the_key(monkeypatch: pytest.MonkeyPatch, constant: str, value: object) -> None:
+    before = build_key()
+    monkeypatch.setattr(f"tutor.engines.llamacpp.build.{constant}", value)
+    assert build_key() != before
+
+
+def test_folder_is_the_variable_or_named_by_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUTOR_LLAMACPP", str(tmp_path))
+    assert build_folder() == tmp_path
+    assert not is_built(tmp_path)
+    monkeypatch.delenv("TUTOR_LLAMACPP")
+    assert build_folder().name == build_key()
