@@ -1,4 +1,4 @@
-"""machine/device.py: the memory for models, in a container and outside."""
+"""The device's precision and available memory, in a container and outside."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import pytest
 def test_available_memory_is_limited_by_the_container(tmp_path: Path, limit: str | None, expected: int) -> None:
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
-        pytest.skip("a GPU's memory is asked of its driver")
+        pytest.skip("GPU memory is read from its driver")
     from tutor.machine.device import loading_memory
 
     (tmp_path / "proc/self").mkdir(parents=True)
@@ -23,3 +23,11 @@ def test_available_memory_is_limited_by_the_container(tmp_path: Path, limit: str
         (tmp_path / "sys/fs/cgroup/memory.max").write_text(limit)
         (tmp_path / "sys/fs/cgroup/memory.current").write_text("96000\n")
     assert loading_memory(tmp_path).available == expected
+
+
+def test_training_memory_of_this_process_is_plausible() -> None:
+    pytest.importorskip("torch")
+    from tutor.machine.device import training_memory
+
+    memory = training_memory()
+    assert 10**8 < memory.available <= memory.total < 10**14

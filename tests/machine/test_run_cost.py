@@ -1,0 +1,89 @@
+"""Disk space and time of a run, compared with measured values; the check of free disk space."""
+
+from dataclasses import replace
+
+import pytest
+from support.workloads import ATTENTION, DEMO, LARGE
+
+from tutor.machine import run_cost
+from tutor.machine.memory.estimate import trainable_parameters
+from tutor.machine.run_cost import RunWorkload, disk_bytes, gguf_bytes, seconds
+from tutor.recipe.quantizations import F16, KINDS
+
+WORK = RunWorkload(
+    fetched=True,
+    made=False,
+    adapters=trainable_parameters(LARGE, 8, ATTENTION),
+    tokens=570_000,
+    scored=0,
+    checkpointing=True,
+    quantizations=["Q4_K_M", "Q5_K_M", "Q8_0"],
+    served="Q4_K_M",
+    with_base=False,
+    prompts=120,
+    answer=515,
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        ("F16", 270_885_696),
+        ("Q8_0", 144_810_816),
+        ("Q5_K_M", 112_103_232),
+        ("Q5_K_S", 109_974_336),
+        ("Q5_0", 104_997_696),
+        ("Q4_K_M", 105_453_888),
+        ("Q4_K_S", 102_039_360),
+        ("Q4_0", 91_726_656),
+    ],
+)
+def test_gguf_bytes_bound_real_files_closely(kind, size):
+    """The demo's 135M, whose rows do not fill the K-quants' blocks."""
+    assert size <= gguf_bytes(DEMO, kind) < 1.06 * size
+
+
+def test_gguf_bytes_exist_for_every_quantization():
+    assert {F16, *KINDS} == set(run_cost.GGUF_BITS)
+    sizes = [gguf_bytes(LARGE, kind) for kind in ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "F16")]
+    assert sizes == sorted(sizes)
+
+
+def test_disk_bytes_of_the_8b_match_reported_values():
+    """85 to 90 GB, Ollama's copies included (docs/facts.md, 9)."""
+    assert sum(disk_bytes(LARGE, WORK).values()) == pytest.approx(85e9, rel=0.05)
+
+
+def test_disk_bytes_count_only_written_files():
+    local = replace(WORK, fetched=False)
+    assert disk_bytes(LARGE, WORK)["hub"] == pytest.approx(16.06e9, rel=1e-3)
+    assert (disk_bytes(LARGE, local)["hub"], disk_bytes(LARGE, local)["base"]) == (0, 0)
+    compared = disk_bytes(LARGE, replace(WORK, with_base=True))["convert"] - disk_bytes(LARGE, WORK)["convert"]
+    assert compared == pytest.approx(16.2e9 + 5e9, rel=0.02)
+
+
+def test_seconds_fall_with_cores_and_need_a_rate():
+    assert seconds(LARGE, WORK, None, 2)["train"] is None
+    few, many = seconds(LARGE, WORK, 1e14, 2), seconds(LARGE, WORK, 1e14, 16)
+    assert few["convert"] > many["convert"]
+    assert few["evaluate"] > many["evaluate"]
+    assert few["train"] == many["train"]
+
+
+def test_seconds_of_the_8b_match_measurements():
+    """On two cores 78 s to merge the plain way, 15 minutes a K-quant (docs/facts.md, 9)."""
+    took = seconds(LARGE, replace(WORK, quantizations=["Q4_K_M"]), None, 2)
+    assert took["merge"] == pytest.approx(78, rel=0.3)
+    assert took["convert"] == pytest.approx(33 + 15 * 60, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [("NVIDIA H200", "H200"), ("NVIDIA A100-SXM4-80GB", "A100"), ("Tesla T4", "T4"), ("NVIDIA L40S", "L40S")],
+)
+def test_gpu_rate_of_known_gpus_is_found_by_name(name, card):
+    assert run_cost.gpu_rate(name) == run_cost.GPU_SHARE * run_cost.PEAKS[card]
+
+
+def test_gpu_rate_of_unknown_gpu_is_none():
+    assert run_cost.gpu_rate("NVIDIA T400") is None
