@@ -48,14 +48,14 @@ def check(ways: Any) -> None:
 
 
 @pytest.mark.pipeline
-def test_merging_is_measured_beside_peft_and_cp(tmp_path: Path) -> None:
+def test_merge_is_measured_with_peft_and_cp(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     ways = measured(tmp_path, "merge")
     check(ways)
     assert 0 < ways["plain"]["imported_rss_mb"] <= ways["plain"]["peak_rss_mb"]
 
 
-def test_a_process_is_measured_with_its_children_from_start_to_end(tmp_path: Path) -> None:
+def test_measure_includes_child_processes(tmp_path: Path) -> None:
     """The child holds 64 MiB, and says that its work took a quarter of a second of its time."""
     (tmp_path / "model").mkdir()
     child = "held = b'x' * (64 << 20); import time; time.sleep(0.5)"
@@ -71,7 +71,7 @@ def test_a_process_is_measured_with_its_children_from_start_to_end(tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_ratios_are_of_the_last_way_to_those_before_it() -> None:
+def test_compare_adds_ratios_to_the_ways_before() -> None:
     ways = {
         name: {"work_s": work, "synced_s": 2 * work} for name, work in (("cp", 0.003), ("plain", 4.0), ("ours", 1.5))
     }
@@ -87,11 +87,11 @@ def test_ratios_are_of_the_last_way_to_those_before_it() -> None:
 @pytest.mark.pipeline
 @pytest.mark.llamacpp
 @pytest.mark.skipif(not is_built(build_folder()), reason="the pinned llama.cpp is not built")
-def test_converting_is_measured_beside_llamacpps_script_and_cp(demo_base: Path, tmp_path: Path) -> None:
+def test_convert_is_measured_with_llamacpps_script_and_cp(demo_base: Path, tmp_path: Path) -> None:
     check(measured(tmp_path, "convert", "--base", demo_base))
 
 
-def test_a_disk_too_small_for_the_model_twice_is_told_before_anything_is_written(tmp_path: Path) -> None:
+def test_disk_too_small_for_two_models_exits_before_writing(tmp_path: Path) -> None:
     done = bench(tmp_path, "--layers", "200000")
     assert done.returncode == 1
     assert "make room, or give --layers" in done.stderr
@@ -99,7 +99,7 @@ def test_a_disk_too_small_for_the_model_twice_is_told_before_anything_is_written
 
 
 @pytest.mark.parametrize(("dtype", "shift"), [("F16", 0), ("BF16", 16)])
-def test_random_bits_are_weights_as_trained_ones_are(dtype: str, shift: int) -> None:
+def test_random_bits_have_magnitudes_of_trained_weights(dtype: str, shift: int) -> None:
     random, fixed = PATTERNS[dtype]
     bits = (np.arange(1 << 16, dtype=np.uint32) & random | fixed) << shift
     values = np.abs(bits.view(np.float32) if shift else bits.astype(np.uint16).view(np.float16).astype(np.float32))
@@ -107,5 +107,5 @@ def test_random_bits_are_weights_as_trained_ones_are(dtype: str, shift: int) -> 
     assert 0.12 < values.max() < 0.125
 
 
-def test_the_largest_size_has_the_weights_of_an_8b() -> None:
+def test_size_8b_has_the_weight_count_of_an_8b() -> None:
     assert SIZES["8b"].weights == 8_030_261_248

@@ -12,7 +12,7 @@ SCRIPT = ROOT / "scripts" / "bench_train.py"
 
 
 @pytest.mark.pipeline
-def test_both_loops_have_the_same_losses_and_the_table_says_how_fast(tiny: Path, tmp_path: Path) -> None:
+def test_both_loops_have_equal_losses_and_table_has_speeds(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     command = [sys.executable, SCRIPT, "--model", tiny, "--quantization", "none", "--precision", "fp32"]
     done = subprocess.run(

@@ -113,7 +113,7 @@ def ask(engine: hf.TransformersEngine, question: str, generation: Generation = G
     return engine.answer(conversation(question), generation, pieces.append), pieces
 
 
-def test_an_answer_ends_at_eos_which_is_neither_shown_nor_counted(engine: hf.TransformersEngine) -> None:
+def test_answer_ends_at_eos_without_sending_or_counting_it(engine: hf.TransformersEngine) -> None:
     answer, pieces = ask(engine, ENDS[0])
     assert (answer.text, answer.finish) == (ENDS[1], "stop")
     assert answer.tokens == len(ENDS[1].encode())
@@ -123,7 +123,7 @@ def test_an_answer_ends_at_eos_which_is_neither_shown_nor_counted(engine: hf.Tra
     assert answer.tokens_per_second > 0
 
 
-def test_a_stop_text_ends_the_answer_and_is_never_shown_not_even_its_beginning(engine: hf.TransformersEngine) -> None:
+def test_stop_text_ends_answer_and_no_part_of_it_is_sent(engine: hf.TransformersEngine) -> None:
     answer, pieces = ask(engine, RUNS_ON[0])
     assert (answer.text, answer.finish) == (" Año 👩‍💻\nInsisto.", "stop")
     assert "".join(pieces) == answer.text
@@ -133,17 +133,17 @@ def test_a_stop_text_ends_the_answer_and_is_never_shown_not_even_its_beginning(e
         assert answer.text.startswith(heard)
 
 
-def test_what_only_looks_like_a_stop_text_is_shown_once_it_is_not(engine: hf.TransformersEngine) -> None:
+def test_prefix_of_a_stop_text_is_sent_when_it_ends_otherwise(engine: hf.TransformersEngine) -> None:
     _, pieces = ask(engine, RUNS_ON[0])
     assert "\nInsi" in pieces, pieces
 
 
-def test_without_stop_texts_the_answer_runs_on(engine: hf.TransformersEngine) -> None:
+def test_answer_without_stop_texts_continues(engine: hf.TransformersEngine) -> None:
     answer, _ = ask(engine, RUNS_ON[0], replace(GREEDY, stops=()))
     assert answer.text == RUNS_ON[1]
 
 
-def test_characters_of_several_tokens_come_whole(engine: hf.TransformersEngine) -> None:
+def test_characters_of_several_tokens_are_sent_complete(engine: hf.TransformersEngine) -> None:
     for question in ("a", "b"):
         _, pieces = ask(engine, question)
         assert all(hf.INCOMPLETE not in piece for piece in pieces)
@@ -151,21 +151,21 @@ def test_characters_of_several_tokens_come_whole(engine: hf.TransformersEngine) 
 
 
 @pytest.mark.parametrize("tokens", range(1, 19))
-def test_a_cut_answer_says_so_and_never_ends_in_half_a_character(engine: hf.TransformersEngine, tokens: int) -> None:
+def test_cut_answer_has_finish_length_and_complete_characters(engine: hf.TransformersEngine, tokens: int) -> None:
     answer, pieces = ask(engine, ENDS[0], replace(GREEDY, max_new_tokens=tokens))
     assert (answer.finish, answer.tokens) == ("length", tokens)
     assert answer.text == ENDS[1].encode()[:tokens].decode("utf-8", "ignore")
     assert "".join(pieces) == answer.text
 
 
-def test_a_seed_gives_the_same_sample_again_and_another_seed_another(engine: hf.TransformersEngine) -> None:
+def test_equal_seeds_give_equal_samples_others_differ(engine: hf.TransformersEngine) -> None:
     wild = replace(GREEDY, temperature=2.0, max_new_tokens=40)
     first, again, other = (ask(engine, "z", replace(wild, seed=seed))[0].text for seed in (5, 5, 6))
     assert first == again
     assert first != other
 
 
-def test_top_p_narrows_and_no_hidden_top_k_does(engine: hf.TransformersEngine) -> None:
+def test_sampling_applies_top_p_and_no_default_top_k(engine: hf.TransformersEngine) -> None:
     narrow = replace(GREEDY, temperature=1.0, top_p=1e-6)
     assert ask(engine, ENDS[0], narrow)[0].text == ENDS[1]
     config = hf._generation_config(replace(GREEDY, temperature=2.0), 10, engine.tokenizer)
@@ -173,7 +173,7 @@ def test_top_p_narrows_and_no_hidden_top_k_does(engine: hf.TransformersEngine) -
     assert engine.model.generation_config.to_diff_dict() == GenerationConfig().to_diff_dict()
 
 
-def test_a_full_context_ends_the_answer_and_a_longer_prompt_is_an_error(engine: hf.TransformersEngine) -> None:
+def test_full_context_ends_answer_and_longer_prompt_is_error(engine: hf.TransformersEngine) -> None:
     room = 160 - len("Instrucción: \nRespuesta:".encode())
     answer, _ = ask(engine, "x" * (room - 1), replace(GREEDY, stops=()))
     assert answer.tokens <= 1
@@ -181,7 +181,7 @@ def test_a_full_context_ends_the_answer_and_a_longer_prompt_is_an_error(engine: 
         ask(engine, "x" * room)
 
 
-def test_an_interrupted_answer_leaves_the_engine_as_it_was(engine: hf.TransformersEngine) -> None:
+def test_interrupted_answer_does_not_change_the_engine(engine: hf.TransformersEngine) -> None:
     def interrupt(_: str) -> None:
         raise KeyboardInterrupt
 
@@ -190,7 +190,7 @@ def test_an_interrupted_answer_leaves_the_engine_as_it_was(engine: hf.Transforme
     assert ask(engine, ENDS[0])[0].text == ENDS[1]
 
 
-def test_an_adapter_changes_what_the_model_says(engine: hf.TransformersEngine, folder: Path, adapter: Path) -> None:
+def test_loaded_adapter_changes_the_answer(engine: hf.TransformersEngine, folder: Path, adapter: Path) -> None:
     tuned = load(folder, adapter, quantization="none", precision="fp32")
     row = encode(engine.tokenizer, *ENDS)
     rows = [(row.ids[: row.n_prompt], row.ids[row.n_prompt :])]
@@ -200,7 +200,7 @@ def test_an_adapter_changes_what_the_model_says(engine: hf.TransformersEngine, f
 
 
 @pytest.mark.parametrize(("quantization", "kind"), [("nf4", "Linear4bit"), ("int8", "Linear8bitLt")])
-def test_a_quantized_model_still_answers_and_says_so_in_its_name(folder: Path, quantization: str, kind: str) -> None:
+def test_quantized_model_answers_and_is_named_as_quantized(folder: Path, quantization: str, kind: str) -> None:
     pytest.importorskip("bitsandbytes")
     engine = load(folder, None, quantization=quantization, precision="fp32")
     assert quantization.upper() in engine.name
@@ -208,7 +208,7 @@ def test_a_quantized_model_still_answers_and_says_so_in_its_name(folder: Path, q
     assert ask(engine, ENDS[0])[0].tokens > 0
 
 
-def test_scores_are_the_log_probabilities_of_a_plain_pass(engine: hf.TransformersEngine) -> None:
+def test_answer_logprobs_equal_those_of_a_plain_forward_pass(engine: hf.TransformersEngine) -> None:
     rows = [([5, 6, 7], [8, 9]), ([1], [2, 3, 4, 256])]
     bound = forward_error(engine.model.config, 5) * largest_logit(engine.model, rows)
     for (prompt, answer), scores in zip(rows, answer_logprobs(engine.model, rows), strict=True):
@@ -218,14 +218,14 @@ def test_scores_are_the_log_probabilities_of_a_plain_pass(engine: hf.Transformer
         assert scores == pytest.approx(expected, abs=bound)
 
 
-def test_a_learnt_row_with_its_eos_scores_near_certainty(engine: hf.TransformersEngine) -> None:
+def test_answer_logprobs_of_a_learnt_row_are_near_zero(engine: hf.TransformersEngine) -> None:
     row = encode(engine.tokenizer, *ENDS)
     [scores] = answer_logprobs(engine.model, [(row.ids[: row.n_prompt], row.ids[row.n_prompt :])])
     assert len(scores) == len(ENDS[1].encode()) + 1
     assert math.exp(-sum(scores) / len(scores)) < 1.1
 
 
-def test_faulty_folders_are_named(folder: Path, adapter: Path, tmp_path: Path) -> None:
+def test_load_of_faulty_folder_raises_error_with_its_path(folder: Path, adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"adapter_config\.json is missing"):
         load(folder, tmp_path, quantization="none", precision="fp32")
     with pytest.raises(ArtifactError, match=str(tmp_path)):
@@ -238,7 +238,7 @@ def test_faulty_folders_are_named(folder: Path, adapter: Path, tmp_path: Path) -
         load(folder, tmp_path, quantization="none", precision="fp32")
 
 
-def test_an_answer_of_many_parts_is_scored_as_all_its_logits_say(tiny: Path) -> None:
+def test_answer_logprobs_in_parts_equal_those_of_all_logits(tiny: Path) -> None:
     model = load_base(tiny, "none", "fp32")
     draw = torch.Generator().manual_seed(3)
     ids = torch.randint(3, 250, (2 * SCORE_ROWS + 90,), generator=draw).tolist()

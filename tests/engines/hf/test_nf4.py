@@ -17,7 +17,7 @@ def by_library(weight: Any) -> Any:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", [(64, 64), (192, 576), (1000, 24), (3, 2), (4096, 130)])
 @pytest.mark.parametrize("rows", [64, 128, 1 << 20])
-def test_pieces_give_what_the_whole_gives(dtype: Any, shape: tuple[int, int], rows: int) -> None:
+def test_round_trip_in_pieces_equals_whole_tensor(dtype: Any, shape: tuple[int, int], rows: int) -> None:
     torch.manual_seed(0)
     weight = (torch.randn(shape) * 0.05).to(dtype)
     weight[1] = 0  # a block whose scale is zero
@@ -29,7 +29,7 @@ def test_pieces_give_what_the_whole_gives(dtype: Any, shape: tuple[int, int], ro
     assert not torch.equal(wanted, weight)
 
 
-def test_the_scales_mean_is_the_whole_tensors() -> None:
+def test_round_trip_uses_mean_scale_of_whole_tensor() -> None:
     """Pieces of very different size: quantized one by one they would come back as other numbers."""
     torch.manual_seed(0)
     pieces = (torch.randn(64, 512) * 0.01, torch.randn(64, 512) * 10)

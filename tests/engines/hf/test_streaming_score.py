@@ -68,7 +68,7 @@ def compare(model: Path, rows: Any) -> None:
     ],
     ids=str,
 )
-def test_any_llama_is_scored_as_transformers_scores_it(tmp_path: Path, settings: Any) -> None:
+def test_streamed_logprobs_equal_those_of_transformers(tmp_path: Path, settings: Any) -> None:
     torch.manual_seed(1)
     model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, **settings}))
     for parameter in model.parameters():
@@ -77,7 +77,7 @@ def test_any_llama_is_scored_as_transformers_scores_it(tmp_path: Path, settings:
     compare(tmp_path, ROWS)
 
 
-def test_real_text_on_the_tiny_model_with_its_scaled_rope(tiny: Path, tmp_path: Path) -> None:
+def test_streamed_logprobs_with_scaled_rope_equal_transformers(tiny: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tiny)
     rows = [encode(tokenizer, f"¿Qué es {word}?", f"Un {word}.") for word in ("número", "objeto")]
     model = in_two_shards(copied(tiny, tmp_path / "model"))
@@ -85,7 +85,7 @@ def test_real_text_on_the_tiny_model_with_its_scaled_rope(tiny: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_the_softmax_over_many_pieces_is_summed_in_64_bits() -> None:
+def test_softmax_over_many_pieces_is_summed_in_64_bits() -> None:
     """Logits of zero, which nothing rounds: what is left of 50,000 pieces is the sum over them."""
     vocabulary = 50_000
     pieces = torch.zeros(vocabulary, 4).split(1)
@@ -94,21 +94,21 @@ def test_the_softmax_over_many_pieces_is_summed_in_64_bits() -> None:
     assert found == pytest.approx(wanted, rel=sum_error(vocabulary, torch.float64, exact=True))
 
 
-def test_16_bit_pieces_are_computed_with_in_fp32(tiny: Path) -> None:
+def test_16_bit_pieces_are_computed_in_fp32(tiny: Path) -> None:
     held = {name: weight.half() for name, weight in tensors(tiny).items()}
     whole = layerwise.streamed_logprobs(tiny, lambda name: iter([held[name]]), ROWS[:1])
     widened = layerwise.streamed_logprobs(tiny, lambda name: iter([held[name].float()]), ROWS[:1])
     assert whole == widened
 
 
-def test_each_layer_is_told(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_each_layer_is_logged(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         layerwise.streamed_logprobs(tiny, weights_of(tiny), ROWS[:1])
     assert [(record.done, record.total) for record in caplog.records if hasattr(record, "done")] == [(1, 2), (2, 2)]
 
 
 @pytest.mark.pipeline
-def test_the_135m_model_of_the_demo_is_scored_as_transformers_scores_it(demo_base: Path) -> None:
+def test_streamed_logprobs_of_demo_model_equal_transformers(demo_base: Path) -> None:
     """A real model of 30 layers with tied embeddings."""
     _, model = read_facts(demo_base)
     tokenizer = load_tokenizer(model)

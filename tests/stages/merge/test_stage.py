@@ -192,7 +192,7 @@ def as_if_trained(adapter: Path) -> Path:
 # --- the weights -----------------------------------------------------------------------------------------------------
 
 
-def test_every_tensor_is_pefts_bit_for_bit(merged: Stages) -> None:
+def test_merge_is_bitwise_equal_to_peft_in_fp32(merged: Stages) -> None:
     found = tensors(merged.out)
     assert differing(found, by_peft(merged.model, merged.adapter)) == []
     assert {str(weight.dtype) for weight in found.values()} == {"torch.float16"}
@@ -201,7 +201,7 @@ def test_every_tensor_is_pefts_bit_for_bit(merged: Stages) -> None:
     assert set(differing(found, before)) == changed
 
 
-def test_pefts_merge_in_fp16_which_rounds_twice_is_at_most_one_unit_away(merged: Stages) -> None:
+def test_merge_is_within_one_ulp_of_peft_in_fp16(merged: Stages) -> None:
     """Of the last place of the largest of weight, change and sum: where they cancel, the sum's own is finer."""
     found, base = tensors(merged.out), tensors(merged.model)
     apart = 0
@@ -236,7 +236,7 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("lora", VARIANTS, ids=str)
-def test_variants_are_merged_as_peft_merges_them(lora: Any, merged: Stages, tmp_path: Path) -> None:
+def test_lora_variants_are_merged_as_by_peft(lora: Any, merged: Stages, tmp_path: Path) -> None:
     adapter = as_if_trained(adapter_stage(merged.model, tmp_path / "adapter", "", **lora))
     found = written(merged.model, adapter, tmp_path / "out")
     assert differing(found, by_peft(merged.model, adapter)) == []
@@ -250,7 +250,7 @@ def test_variants_are_merged_as_peft_merges_them(lora: Any, merged: Stages, tmp_
     [{"bias": "all"}, {"bias": "lora_only"}, {"lora_bias": True}, {"lora_bias": True, "use_rslora": True}],
     ids=str,
 )
-def test_biases_are_merged_as_peft_merges_them(lora: Any, merged: Stages, tmp_path: Path) -> None:
+def test_biases_are_merged_as_by_peft(lora: Any, merged: Stages, tmp_path: Path) -> None:
     model = with_biases(merged.model, tmp_path / "model")
     adapter = as_if_trained(adapter_stage(model, tmp_path / "adapter", "", **lora))
     found = written(model, adapter, tmp_path / "out")
@@ -259,7 +259,7 @@ def test_biases_are_merged_as_peft_merges_them(lora: Any, merged: Stages, tmp_pa
     assert len(biases) == (14 if lora.get("bias") == "all" else 8)
 
 
-def test_a_shift_of_a_bias_that_the_base_lacks_is_refused_as_peft_refuses_it(merged: Stages, tmp_path: Path) -> None:
+def test_bias_delta_without_base_bias_raises_error(merged: Stages, tmp_path: Path) -> None:
     adapter = as_if_trained(adapter_stage(merged.model, tmp_path / "adapter", "", lora_bias=True))
     with pytest.raises(ArtifactError, match=r"the base has no .*_proj\.bias \(8 of 16 adapted tensors missing\)"):
         written(merged.model, adapter, tmp_path / "out")
@@ -267,7 +267,7 @@ def test_a_shift_of_a_bias_that_the_base_lacks_is_refused_as_peft_refuses_it(mer
         by_peft(merged.model, adapter)
 
 
-def test_an_adapted_head_is_merged_where_the_adapter_brings_no_head_of_its_own(stages: Stages, tmp_path: Path) -> None:
+def test_lora_on_the_head_is_merged_into_the_base_head(stages: Stages, tmp_path: Path) -> None:
     """As the train stage saves: without the copy of the base's that PEFT puts beside an adapted head by itself."""
     adapter = adapter_stage(stages.model, tmp_path / "other", "", target_modules=["lm_head"])
     shutil.rmtree(stages.adapter)
@@ -277,7 +277,7 @@ def test_an_adapted_head_is_merged_where_the_adapter_brings_no_head_of_its_own(s
     assert differing(found, by_peft(stages.model, stages.adapter)) == []
 
 
-def test_bf16_is_kept_where_the_recipe_asks_for_it(stages: Stages) -> None:
+def test_dtype_bf16_writes_bf16_weights(stages: Stages) -> None:
     assert stages.merge(dtype="bf16")["dtype"] == "bfloat16"
     found = tensors(stages.out)
     assert {str(weight.dtype) for weight in found.values()} == {"torch.bfloat16"}
@@ -286,7 +286,7 @@ def test_bf16_is_kept_where_the_recipe_asks_for_it(stages: Stages) -> None:
     assert read_json(stages.out / "config.json")["torch_dtype"] == "bfloat16"
 
 
-def test_what_bf16_holds_and_fp16_does_not_is_merged_in_bf16(stages: Stages) -> None:
+def test_values_beyond_fp16_are_merged_in_bf16(stages: Stages) -> None:
     stages.edit_base("model.norm.weight", lambda weight: torch.full_like(weight, 1e5))
     assert "merge.dtype" in stages.refused()
     stages.merge(dtype="bf16")
@@ -294,7 +294,7 @@ def test_what_bf16_holds_and_fp16_does_not_is_merged_in_bf16(stages: Stages) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_base_of_another_type_is_rounded_once(stages: Stages, dtype: Any) -> None:
+def test_base_of_another_dtype_is_rounded_once(stages: Stages, dtype: Any) -> None:
     sizes = 0
     for path in stages.model.glob("*.safetensors"):
         held = {name: (weight.float() * 1.0009).to(dtype) for name, weight in load_file(path).items()}
@@ -311,13 +311,13 @@ def test_a_base_of_another_type_is_rounded_once(stages: Stages, dtype: Any) -> N
     assert said == sum(weight.nbytes for weight in found.values())
 
 
-def test_a_base_in_one_file_gives_one_file(tiny: Path, merged: Stages, tmp_path: Path) -> None:
+def test_base_in_one_file_gives_one_file(tiny: Path, merged: Stages, tmp_path: Path) -> None:
     written(tiny, merged.adapter, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.safetensors", RESUME}
     assert differing(tensors(tmp_path / "out"), tensors(merged.out)) == []
 
 
-def test_a_tensor_of_many_pieces_is_the_same_as_in_one(merged: Stages, tmp_path: Path) -> None:
+def test_tensor_in_many_pieces_equals_tensor_in_one(merged: Stages, tmp_path: Path) -> None:
     """3000 x 1000: a piece holds a million numbers, and the last is cut."""
     torch.manual_seed(5)
     weight, a, b = torch.randn(3000, 1000).bfloat16(), torch.randn(4, 1000), torch.randn(3000, 4)
@@ -336,7 +336,7 @@ def test_a_tensor_of_many_pieces_is_the_same_as_in_one(merged: Stages, tmp_path:
     assert torch.equal(found, ((magnitude / torch.linalg.norm(plain, dim=1))[:, None] * plain).half())
 
 
-def test_shards_names_and_index_are_the_bases(merged: Stages) -> None:
+def test_shards_names_and_index_equal_those_of_the_base(merged: Stages) -> None:
     shards = sorted(path.name for path in merged.model.glob("*.safetensors"))
     assert sorted(path.name for path in merged.out.glob("*.safetensors")) == shards
     for name in shards:
@@ -345,7 +345,7 @@ def test_shards_names_and_index_are_the_bases(merged: Stages) -> None:
     assert (merged.out / index).read_bytes() == (merged.model / index).read_bytes()
 
 
-def test_the_results_say_how_much_changed(merged: Stages) -> None:
+def test_results_have_layers_and_largest_change(merged: Stages) -> None:
     deltas = read_adapter(merged.adapter).deltas.values()
     largest = max((delta.scale * (delta.b @ delta.a)).abs().max().item() for delta in deltas)
     results = merged.results  # type: ignore[attr-defined]
@@ -356,7 +356,7 @@ def test_the_results_say_how_much_changed(merged: Stages) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 1])
-def test_progress_is_told_in_bytes_up_to_the_last(stages: Stages, caplog: pytest.LogCaptureFixture, kept: int) -> None:
+def test_progress_is_logged_up_to_the_total_bytes(stages: Stages, caplog: pytest.LogCaptureFixture, kept: int) -> None:
     """Of the weights alone; a file that is kept counts as done."""
     if kept:  # the first file of two, that is
         stages.merge()
@@ -391,7 +391,7 @@ def in_four_bits(model: Path, precision: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_the_nf4_base_is_what_a_loaded_4_bit_model_holds(stages: Stages, precision: str) -> None:
+def test_nf4_base_equals_the_weights_of_a_4_bit_model(stages: Stages, precision: str) -> None:
     stages.edit_adapter(lambda held: [value.zero_() for name, value in held.items() if "lora_B" in name])
     stages.trained_in_nf4(precision)
     assert stages.merge(base="nf4")["base"] == "nf4"
@@ -401,7 +401,7 @@ def test_the_nf4_base_is_what_a_loaded_4_bit_model_holds(stages: Stages, precisi
     assert differing(tensors(stages.out), {name: weight.half() for name, weight in wanted.items()}) == []
 
 
-def test_the_adapter_is_added_to_the_nf4_base_in_fp32(stages: Stages) -> None:
+def test_adapter_is_added_to_nf4_base_in_fp32(stages: Stages) -> None:
     stages.trained_in_nf4()
     stages.merge(base="nf4")
     delta = read_adapter(stages.adapter).deltas[Q0]
@@ -409,7 +409,7 @@ def test_the_adapter_is_added_to_the_nf4_base_in_fp32(stages: Stages) -> None:
     assert torch.equal(tensors(stages.out)[Q0], (held.float() + delta.b @ delta.a * delta.scale).half())
 
 
-def test_after_nf4_training_both_bases_are_scored_and_the_better_is_kept(stages: Stages, tmp_path: Path) -> None:
+def test_nf4_training_scores_both_bases_and_uses_the_better(stages: Stages, tmp_path: Path) -> None:
     stages.trained_in_nf4()
     found = stages.merge()
     rows = [encode(load_tokenizer(stages.model), f"¿Qué es {word}?", f"Un {word}.") for word in WORDS]
@@ -433,7 +433,7 @@ def test_after_nf4_training_both_bases_are_scored_and_the_better_is_kept(stages:
     assert differing(tensors(stages.out), tensors(tmp_path / found["base"])) == []
 
 
-def test_an_adapter_of_the_16_bit_base_is_merged_into_that_unscored(stages: Stages) -> None:
+def test_16_bit_training_uses_original_base_without_scoring(stages: Stages) -> None:
     stages.trained_on(read_facts(stages.base)[0].weights, quantization="none", precision="fp32")
     (stages.data / "held_out.jsonl").unlink()
     found = stages.merge()
@@ -444,7 +444,7 @@ def test_an_adapter_of_the_16_bit_base_is_merged_into_that_unscored(stages: Stag
 
 
 @pytest.mark.parametrize("base", ["original", "nf4"])
-def test_a_base_that_the_recipe_names_is_not_scored(stages: Stages, base: str) -> None:
+def test_base_named_in_recipe_is_used_without_scoring(stages: Stages, base: str) -> None:
     stages.trained_in_nf4()
     (stages.data / "held_out.jsonl").unlink()
     found = stages.merge(base=base)
@@ -490,7 +490,7 @@ IN_THE_SECOND = 2 + 2 + 8 + 3
 
 @pytest.mark.pipeline
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_merge_that_was_killed_goes_on_at_the_file_it_was_at(stages: Stages, number: int) -> None:
+def test_killed_merge_resumes_at_the_unfinished_file(stages: Stages, number: int) -> None:
     folder = stages.out.parent
     assert run_stage(folder, opens=IN_THE_SECOND, number=number) != 0
     assert not stages.out.exists()
@@ -510,7 +510,7 @@ def test_a_merge_that_was_killed_goes_on_at_the_file_it_was_at(stages: Stages, n
 
 
 @pytest.mark.pipeline
-def test_a_finished_file_that_changed_since_is_made_again(stages: Stages) -> None:
+def test_finished_file_changed_since_is_written_again(stages: Stages) -> None:
     folder = stages.out.parent
     run_stage(folder, opens=IN_THE_SECOND)
     path = shard(folder, 1, ".partial")
@@ -523,7 +523,7 @@ def test_a_finished_file_that_changed_since_is_made_again(stages: Stages) -> Non
 
 
 @pytest.mark.pipeline
-def test_what_another_key_left_is_not_gone_on_with(stages: Stages) -> None:
+def test_files_of_another_key_are_not_reused(stages: Stages) -> None:
     folder = stages.out.parent
     run_stage(folder, opens=IN_THE_SECOND)
     first = shard(folder, 1, ".partial").stat()
@@ -532,7 +532,7 @@ def test_what_another_key_left_is_not_gone_on_with(stages: Stages) -> None:
 
 
 @pytest.mark.pipeline
-def test_a_choice_that_was_made_stands_when_the_merge_goes_on(stages: Stages) -> None:
+def test_resumed_merge_reads_the_recorded_choice(stages: Stages) -> None:
     stages.trained_in_nf4()
     stages.merge()
     chosen = read_json(stages.out / RESUME / "choice.json")
@@ -542,7 +542,7 @@ def test_a_choice_that_was_made_stands_when_the_merge_goes_on(stages: Stages) ->
 
 
 @pytest.mark.pipeline
-def test_a_disk_that_cannot_hold_the_result_is_refused_before_the_work(stages: Stages) -> None:
+def test_small_disk_raises_error_before_the_merge(stages: Stages) -> None:
     full = stages.out.parent / "disk"
     full.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(full)]
@@ -576,7 +576,7 @@ print(peak() - before)
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+def test_peak_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """160 MB of weights, 64 of them adapted, in less than half of that beyond what importing torch takes."""
     adapted, plain = torch.zeros(8192, 4096).bfloat16(), torch.zeros(48 << 20).bfloat16()
     for name in ("model", "adapter", "out"):
@@ -596,7 +596,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
 # --- what lies beside them -------------------------------------------------------------------------------------------
 
 
-def test_the_configuration_says_float16_and_keeps_the_rest(merged: Stages) -> None:
+def test_config_has_dtype_float16_and_is_otherwise_unchanged(merged: Stages) -> None:
     before, after = (read_json(folder / "config.json") for folder in (merged.model, merged.out))
     assert (after.pop("dtype"), after.pop("torch_dtype")) == ("float16", "float16")
     assert before.pop("dtype") == "bfloat16"
@@ -604,7 +604,7 @@ def test_the_configuration_says_float16_and_keeps_the_rest(merged: Stages) -> No
     assert after["rope_parameters"]["rope_type"] == "llama3"
 
 
-def test_the_tokenizer_is_the_bases_byte_for_byte_and_its_labels_but_for_the_template(merged: Stages) -> None:
+def test_tokenizer_files_differ_only_in_the_chat_template(merged: Stages) -> None:
     assert (merged.out / "tokenizer.json").read_bytes() == (merged.model / "tokenizer.json").read_bytes()
     before, after = (read_json(folder / "tokenizer_config.json") for folder in (merged.model, merged.out))
     assert {name for name in before if before[name] != after[name]} == {"chat_template"}
@@ -614,7 +614,7 @@ def test_the_tokenizer_is_the_bases_byte_for_byte_and_its_labels_but_for_the_tem
     assert (merged.out / "chat_template.jinja").read_text("utf-8") == ours
 
 
-def test_the_merged_tokenizer_renders_the_served_prompt_with_one_bos(merged: Stages) -> None:
+def test_merged_tokenizer_renders_served_prompt_with_one_bos(merged: Stages) -> None:
     tokenizer = load_tokenizer(merged.out)
     messages = conversation("¿Qué es un genérico?", "Eres un tutor.")
     text = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -624,14 +624,14 @@ def test_the_merged_tokenizer_renders_the_served_prompt_with_one_bos(merged: Sta
     assert ids.count(tokenizer.bos_token_id) == 1
 
 
-def test_a_template_file_of_the_bases_own_gives_way_to_ours(stages: Stages) -> None:
+def test_base_chat_template_file_is_replaced_by_ours(stages: Stages) -> None:
     (stages.model / "chat_template.jinja").write_text("{{ '<think>' }}", "utf-8")
     stages.merge()
     assert (stages.out / "chat_template.jinja").read_text("utf-8") == chat_template(add_bos=True)
     assert load_tokenizer(stages.out).chat_template == chat_template(add_bos=True)
 
 
-def test_what_belongs_to_the_base_comes_along_and_nothing_else(stages: Stages) -> None:
+def test_licenses_and_settings_are_copied_other_files_not(stages: Stages) -> None:
     for name in ("LICENSE", "NOTICE.txt", "special_tokens_map.json", "pytorch_model.bin", "modeling.py"):
         (stages.model / name).write_text("{}", "utf-8")
     stages.merge()
@@ -643,7 +643,7 @@ def test_what_belongs_to_the_base_comes_along_and_nothing_else(stages: Stages) -
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-def test_an_adapter_of_other_weights_of_the_same_shapes_is_refused_with_both_hashes(stages: Stages) -> None:
+def test_adapter_of_other_base_is_refused_with_both_hashes(stages: Stages) -> None:
     trained_on = read_facts(stages.base)[0].weights
     stages.edit_base(Q0, lambda weight: weight * 2)
     now = read_facts(stages.base)[0].weights
@@ -654,7 +654,7 @@ def test_an_adapter_of_other_weights_of_the_same_shapes_is_refused_with_both_has
 
 
 @pytest.mark.parametrize("damage", ["no manifest", "names no base"])
-def test_an_adapter_that_does_not_say_what_it_was_trained_on_is_refused(stages: Stages, damage: str) -> None:
+def test_adapter_without_base_hash_is_refused(stages: Stages, damage: str) -> None:
     if damage == "no manifest":
         (stages.adapter / "manifest.json").unlink()
     else:
@@ -662,7 +662,7 @@ def test_an_adapter_that_does_not_say_what_it_was_trained_on_is_refused(stages: 
     assert "was trained on other weights" in stages.refused()
 
 
-def test_a_base_with_fewer_layers_is_refused_naming_the_first_that_is_missing(stages: Stages) -> None:
+def test_base_with_fewer_layers_is_refused_with_missing_tensor(stages: Stages) -> None:
     for path in stages.model.glob("*.safetensors"):
         held = {name: weight for name, weight in load_file(path).items() if ".layers.1." not in name}
         save_file(held, path, metadata={"format": "pt"})
@@ -670,29 +670,29 @@ def test_a_base_with_fewer_layers_is_refused_naming_the_first_that_is_missing(st
     assert "the base has no model.layers.1.self_attn.k_proj.weight (4 of 8 adapted tensors missing)" in said
 
 
-def test_a_layer_of_another_shape_is_refused_with_both_shapes(stages: Stages) -> None:
+def test_layer_of_another_shape_is_refused_with_both_shapes(stages: Stages) -> None:
     stages.edit_base(Q0, lambda weight: weight[:32].clone())
     assert f"{Q0} is (32, 64) in the base, (64, 64) in the adapter" in stages.refused()
 
 
-def test_half_of_a_pair_is_refused(stages: Stages) -> None:
+def test_adapter_without_lora_b_is_refused(stages: Stages) -> None:
     stages.edit_adapter(lambda held: held.pop(B0))
     assert "model.layers.0.self_attn.q_proj has no fitting lora_B" in stages.refused()
 
 
-def test_the_other_half_of_a_pair_is_refused(stages: Stages) -> None:
+def test_adapter_without_lora_a_is_refused(stages: Stages) -> None:
     stages.edit_adapter(lambda held: held.pop(A0))
     assert f"holds {B0}, which cannot be merged here" in stages.refused()
 
 
-def test_an_adapter_without_lora_layers_is_refused(stages: Stages) -> None:
+def test_adapter_without_lora_layers_is_refused(stages: Stages) -> None:
     stages.edit_adapter(lambda held: held.clear())
     assert "holds 0 tensors for 0 LoRA layers" in stages.refused()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", [A0, B0])
-def test_a_value_that_is_no_number_is_refused(stages: Stages, name: str, value: float) -> None:
+def test_adapter_with_nan_or_infinity_is_refused(stages: Stages, name: str, value: float) -> None:
     stages.edit_adapter(lambda held: held[name].view(-1)[3].fill_(value))
     assert f"{name} holds NaN or infinity; train again" in stages.refused()
 
@@ -706,7 +706,7 @@ def test_a_value_that_is_no_number_is_refused(stages: Stages, name: str, value: 
         (Q0, 70000.0, "70144"),
     ],
 )
-def test_what_fp16_cannot_hold_is_refused_by_name(stages: Stages, name: str, value: float, said: str) -> None:
+def test_base_value_beyond_fp16_is_refused_with_tensor_name(stages: Stages, name: str, value: float, said: str) -> None:
     def put(weight: Any) -> Any:
         weight.view(-1)[0] = value
         return weight
@@ -715,7 +715,7 @@ def test_what_fp16_cannot_hold_is_refused_by_name(stages: Stages, name: str, val
     assert f"{name} holds {said}"[:60] in stages.refused()
 
 
-def test_a_sum_that_fp16_cannot_hold_is_refused(stages: Stages) -> None:
+def test_merged_value_beyond_fp16_is_refused(stages: Stages) -> None:
     stages.edit_adapter(lambda held: held[B0].mul_(1e7))
     assert f"{Q0} holds " in stages.refused()
 
@@ -744,7 +744,7 @@ def test_a_sum_that_fp16_cannot_hold_is_refused(stages: Stages) -> None:
         ("peft_type", None),
     ],
 )
-def test_what_cannot_be_merged_is_refused_by_name(stages: Stages, name: str, value: Any) -> None:
+def test_unsupported_setting_is_refused_with_its_name(stages: Stages, name: str, value: Any) -> None:
     edit(stages.adapter / "adapter_config.json", **{name: value})
     assert f"{name} = {value!r} cannot be merged here" in stages.refused()
 
@@ -761,7 +761,7 @@ def test_what_cannot_be_merged_is_refused_by_name(stages: Stages, name: str, val
     ],
     ids=str,
 )
-def test_tensors_that_no_setting_explains_are_refused(
+def test_tensor_without_a_setting_for_it_is_refused(
     merged: Stages, tmp_path: Path, lora: Any, edits: Any, said: str
 ) -> None:
     adapter = adapter_stage(merged.model, tmp_path / "adapter", "", **lora)
@@ -771,7 +771,7 @@ def test_tensors_that_no_setting_explains_are_refused(
 
 
 @pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
-def test_half_of_a_tied_pair_is_not_changed_alone(merged: Stages, tmp_path: Path, module: str) -> None:
+def test_adapter_on_a_tied_tensor_is_refused(merged: Stages, tmp_path: Path, module: str) -> None:
     adapter = adapter_stage(merged.model, tmp_path / "adapter", "", modules_to_save=[module])
     model = copied(merged.model, tmp_path / "model")
     edit(model / "config.json", tie_word_embeddings=True)
@@ -780,7 +780,7 @@ def test_half_of_a_tied_pair_is_not_changed_alone(merged: Stages, tmp_path: Path
 
 
 @pytest.mark.parametrize("value", [None, "16", []])
-def test_a_scale_that_is_no_number_is_refused(stages: Stages, value: Any) -> None:
+def test_rank_or_alpha_that_is_no_number_is_refused(stages: Stages, value: Any) -> None:
     edit(stages.adapter / "adapter_config.json", lora_alpha=value)
     assert "lora_alpha" in stages.refused()
 
@@ -789,7 +789,7 @@ def test_a_scale_that_is_no_number_is_refused(stages: Stages, value: Any) -> Non
     "name", ["adapter/adapter_model.safetensors", "adapter/adapter_config.json", "model/tokenizer_config.json"]
 )
 @pytest.mark.parametrize("damage", ["missing", "cut"])
-def test_a_damaged_file_is_one_line_that_names_it(stages: Stages, name: str, damage: str) -> None:
+def test_damaged_adapter_file_is_named_in_one_line(stages: Stages, name: str, damage: str) -> None:
     path = stages.out.parent / name
     content = path.read_bytes()
     path.unlink()
@@ -798,13 +798,13 @@ def test_a_damaged_file_is_one_line_that_names_it(stages: Stages, name: str, dam
     assert str(path) in stages.refused()
 
 
-def test_a_damaged_shard_of_the_base_is_named(stages: Stages) -> None:
+def test_damaged_base_shard_is_named(stages: Stages) -> None:
     path = sorted(stages.model.glob("*.safetensors"))[1]
     path.write_bytes(path.read_bytes()[:-1])
     assert f"{path} is damaged" in stages.refused()
 
 
-def test_a_shard_that_is_missing_is_not_merged_around(stages: Stages) -> None:
+def test_missing_base_shard_raises_error(stages: Stages) -> None:
     path = sorted(stages.model.glob("*.safetensors"))[0]  # lm_head and the first layer's start
     names = load_file(path).keys()
     path.unlink()

@@ -82,7 +82,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 # What is whole
 
 
-def test_a_saved_checkpoint_comes_back_with_what_the_stage_had_written(training: TrainingRun) -> None:
+def test_resume_restores_the_stage_files_of_the_checkpoint(training: TrainingRun) -> None:
     assert resume(training) is None
     saved = save(training, 4)
     (training.out / "metrics.jsonl").unlink()
@@ -96,26 +96,26 @@ def test_a_saved_checkpoint_comes_back_with_what_the_stage_had_written(training:
     )
 
 
-def test_the_newest_is_that_of_the_highest_step_whatever_the_clock_said(training: TrainingRun) -> None:
+def test_newest_checkpoint_has_highest_step_not_latest_time(training: TrainingRun) -> None:
     for step, day in ((9, 5), (10, 1)):
         for path in (*save(training, step).rglob("*"), training.folder / f"checkpoint-{step}"):
             os.utime(path, (86_400 * day, 86_400 * day))
     assert newest_checkpoint(training) == (training.folder / "checkpoint-10", progress(10))
 
 
-def test_two_stay_and_the_older_go(training: TrainingRun) -> None:
+def test_seal_keeps_two_checkpoints_and_removes_older_ones(training: TrainingRun) -> None:
     for step in (8, 9, 10, 11):
         save(training, step)
     assert sorted(path.name for path in training.folder.iterdir()) == ["checkpoint-10", "checkpoint-11"]
 
 
-def test_what_a_trainer_did_not_save_is_said_when_it_is_saved_and_not_when_it_is_missed(training: TrainingRun) -> None:
+def test_seal_with_missing_trainer_file_raises_error(training: TrainingRun) -> None:
     (write(training, 4) / "optimizer.pt").unlink()
     with pytest.raises(ArtifactError, match=r"checkpoint-4 without optimizer\.pt"):
         seal(training, progress(4))
 
 
-def test_the_trainer_finds_no_second_adapter_in_what_the_stage_wrote(training: TrainingRun) -> None:
+def test_stage_files_are_no_second_adapter_for_the_trainer(training: TrainingRun) -> None:
     (training.out / "adapter_model.safetensors").write_bytes(b"the best so far")
     saved = save(training, 4)
     # transformers loads every adapter in a folder directly below a checkpoint.
@@ -166,7 +166,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(
+def test_damaged_checkpoint_is_quarantined_and_older_one_used(
     kind: str, training: TrainingRun, caplog: pytest.LogCaptureFixture
 ) -> None:
     older, newer = save(training, 4), save(training, 8)
@@ -181,7 +181,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(
 
 
 @pytest.mark.parametrize("left", [1, 2])
-def test_where_none_is_whole_training_starts_anew_and_says_so(
+def test_no_intact_checkpoint_starts_from_beginning_and_logs(
     left: int, training: TrainingRun, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (4, 8)[:left]:
@@ -192,14 +192,14 @@ def test_where_none_is_whole_training_starts_anew_and_says_so(
     assert resume(training) is None  # and it is said once
 
 
-def test_a_step_that_is_set_aside_twice_is_kept_twice(training: TrainingRun) -> None:
+def test_quarantine_of_the_same_step_twice_keeps_both(training: TrainingRun) -> None:
     for _ in range(3):
         flip(save(training, 4) / "optimizer.pt")
         assert newest_checkpoint(training) is None
     assert quarantined(training) == ["checkpoint-4", "checkpoint-4.2", "checkpoint-4.3"]
 
 
-def test_what_others_leave_beside_and_in_checkpoints_harms_nothing(training: TrainingRun) -> None:
+def test_foreign_files_in_checkpoint_folders_are_ignored(training: TrainingRun) -> None:
     saved = save(training, 4)
     (saved / ".nfs0001").touch()
     for name in ("checkpoint-", "checkpoint-x", "checkpoint-0", "checkpoint-04", "README.md"):
@@ -210,7 +210,9 @@ def test_what_others_leave_beside_and_in_checkpoints_harms_nothing(training: Tra
 
 @hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_no_flipped_bit_gives_another_training(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_flipped_manifest_bit_never_changes_the_training(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     out = tmp_path_factory.mktemp("flipped") / "adapter.partial"
     out.mkdir()
     (out / "metrics.jsonl").write_text("{}\n")
@@ -228,7 +230,7 @@ def test_no_flipped_bit_gives_another_training(data: st.DataObject, tmp_path_fac
 
 
 @pytest.mark.slow
-def test_a_kill_at_any_step_of_saving_loses_no_checkpoint(tmp_path: Path) -> None:
+def test_kill_at_any_step_of_seal_loses_no_checkpoint(tmp_path: Path) -> None:
     steps = 0
     while True:
         out = tmp_path / str(steps) / "adapter.partial"
@@ -257,7 +259,7 @@ def test_a_kill_at_any_step_of_saving_loses_no_checkpoint(tmp_path: Path) -> Non
     assert steps > 20
 
 
-def test_a_kill_while_one_is_set_aside_loses_nothing(tmp_path: Path) -> None:
+def test_kill_during_quarantine_loses_no_checkpoint(tmp_path: Path) -> None:
     for steps in range(6):
         out = tmp_path / str(steps) / "adapter.partial"
         out.mkdir(parents=True)
@@ -269,7 +271,7 @@ def test_a_kill_while_one_is_set_aside_loses_nothing(tmp_path: Path) -> None:
         assert quarantined(training) == ["checkpoint-8"]
 
 
-def test_only_what_was_begun_is_discarded(training: TrainingRun) -> None:
+def test_discard_unfinished_removes_only_unsealed_checkpoints(training: TrainingRun) -> None:
     saved = save(training, 4)
     write(training, 8)
     checkpoint.discard_unfinished(training)
@@ -293,9 +295,7 @@ def test_only_what_was_begun_is_discarded(training: TrainingRun) -> None:
         ({"epochs": 7, "alpha": 8}, "train.alpha: 16 -> 8; train.epochs: 6 -> 7"),
     ],
 )
-def test_a_recipe_that_trains_something_else_is_refused_by_name(
-    changed: dict[str, Any], said: str, training: TrainingRun
-) -> None:
+def test_changed_setting_is_refused_with_its_name(changed: dict[str, Any], said: str, training: TrainingRun) -> None:
     save(replace(training, fields=fields()), 4)
     with pytest.raises(ArtifactError, match=rf"checkpoint-4 \(of 12 steps\) is of another training: {said}") as caught:
         newest_checkpoint(replace(training, fields=fields(**changed)))
@@ -308,14 +308,14 @@ def test_a_recipe_that_trains_something_else_is_refused_by_name(
 @pytest.mark.parametrize(
     "name", ["rows.train", "rows.held_out", "seed", "base", "precision", "device", "version.torch"]
 )
-def test_other_rows_base_machine_or_versions_are_refused(name: str, training: TrainingRun) -> None:
+def test_changed_rows_base_machine_or_version_is_refused(name: str, training: TrainingRun) -> None:
     save(replace(training, fields=fields()), 4)
     assert name in fields()
     with pytest.raises(ArtifactError, match=f"is of another training: {name}: "):
         newest_checkpoint(replace(training, fields=fields() | {name: "other"}))
 
 
-def test_many_differences_make_one_line_that_can_be_read(training: TrainingRun) -> None:
+def test_many_differences_are_cut_to_one_short_line(training: TrainingRun) -> None:
     save(replace(training, fields=fields()), 4)
     with pytest.raises(ArtifactError, match=r"and \d+ more; undo that") as caught:
         newest_checkpoint(training)
@@ -333,19 +333,17 @@ def test_many_differences_make_one_line_that_can_be_read(training: TrainingRun) 
         {"pass_tokens": 99},
     ],
 )
-def test_what_does_not_change_the_adapter_may_change_before_it_is_resumed(
-    changed: dict[str, Any], training: TrainingRun
-) -> None:
+def test_changeable_settings_may_change_before_a_resume(changed: dict[str, Any], training: TrainingRun) -> None:
     assert fields(**changed) == fields()
 
 
-def test_every_other_setting_of_training_counts() -> None:
+def test_every_setting_but_changeable_ones_is_a_field() -> None:
     for name, value in TrainSettings().model_dump().items():
         if name not in checkpoint.CHANGEABLE:
             assert fields(**{name: "other"})[f"train.{name}"] != value
 
 
-def test_rows_count_with_their_ids_masks_and_order() -> None:
+def test_rows_sha256_depends_on_ids_masks_and_order() -> None:
     one, two = ROWS["train"]
     other_mask, other_ids = Encoded(one.ids, [0, 1, 1, 1]), Encoded([1, 5, 9, 2], one.mask)
     cases = ([], [one], [one, two], [two, one], [other_mask], [other_ids])
@@ -356,7 +354,7 @@ def test_rows_count_with_their_ids_masks_and_order() -> None:
 # The disk
 
 
-def test_a_disk_without_room_is_said_with_its_numbers(training: TrainingRun) -> None:
+def test_full_disk_error_has_needed_and_free_megabytes(training: TrainingRun) -> None:
     checkpoint.require_disk_space(training, 1000)
     with pytest.raises(HostError, match=r"1,000,000,000,000\.0 MB are needed, [0-9,.]+ MB are free in") as caught:
         checkpoint.require_disk_space(training, 10**18)

@@ -159,7 +159,7 @@ def whole(unbroken: tuple[dict[str, Any], dict[int, list[Any]]]) -> dict[str, An
     return unbroken[0]
 
 
-def test_a_run_that_nothing_ends_logs_every_step_once(whole: dict[str, Any]) -> None:
+def test_uninterrupted_run_logs_every_step_once(whole: dict[str, Any]) -> None:
     assert [line["step"] for line in whole["metrics"]] == sorted({1, *range(2, 19, 2), *range(3, 19, 3)})
     assert set(whole["files"]) == {
         "adapter_model.safetensors",
@@ -174,7 +174,7 @@ def test_a_run_that_nothing_ends_logs_every_step_once(whole: dict[str, Any]) -> 
     [(4, []), (6, [5]), (12, [10, 5]), (18, [15, 10])],
     ids=["before any checkpoint", "in the first epoch", "where an epoch ends", "before the last is saved"],
 )
-def test_a_run_that_is_broken_off_makes_what_an_unbroken_one_does(
+def test_interrupted_run_makes_the_uninterrupted_files(
     step: int, kept: list[int], inputs: Folders, tmp_path: Path, whole: dict[str, Any]
 ) -> None:
     folder = tmp_path / "adapter"
@@ -192,7 +192,9 @@ def test_a_run_that_is_broken_off_makes_what_an_unbroken_one_does(
 
 
 @pytest.mark.parametrize("changes", [{"quantization": "none"}, {"precision": "bf16"}, {"batch_size": 1, "epochs": 1}])
-def test_it_is_so_for_every_base_and_precision(changes: dict[str, Any], inputs: Folders, tmp_path: Path) -> None:
+def test_resume_with_each_base_and_precision_makes_equal_files(
+    changes: dict[str, Any], inputs: Folders, tmp_path: Path
+) -> None:
     stage(inputs, tmp_path / "whole" / "adapter", **changes)
     folder = tmp_path / "adapter"
     with pytest.raises(ZeroDivisionError):
@@ -201,7 +203,7 @@ def test_it_is_so_for_every_base_and_precision(changes: dict[str, Any], inputs: 
     assert made(folder) == made(tmp_path / "whole" / "adapter")
 
 
-def test_a_training_that_ended_and_was_not_sealed_is_not_trained_again(
+def test_finished_unsealed_training_is_not_trained_again(
     inputs: Folders, tmp_path: Path, whole: dict[str, Any]
 ) -> None:
     folder = tmp_path / "adapter"
@@ -213,7 +215,7 @@ def test_a_training_that_ended_and_was_not_sealed_is_not_trained_again(
     assert made(folder) == whole
 
 
-def test_resuming_again_and_again_makes_the_same(inputs: Folders, tmp_path: Path, whole: dict[str, Any]) -> None:
+def test_repeated_resumes_make_the_uninterrupted_files(inputs: Folders, tmp_path: Path, whole: dict[str, Any]) -> None:
     folder = tmp_path / "adapter"
     for step in (6, 12, 16):
         with pytest.raises(ZeroDivisionError):
@@ -222,7 +224,7 @@ def test_resuming_again_and_again_makes_the_same(inputs: Folders, tmp_path: Path
     assert made(folder) == whole
 
 
-def test_saving_by_the_clock_changes_nothing_in_what_is_made(
+def test_saving_every_few_minutes_does_not_change_the_files(
     inputs: Folders, tmp_path: Path, whole: dict[str, Any]
 ) -> None:
     folder = tmp_path / "adapter"
@@ -239,7 +241,7 @@ def test_saving_by_the_clock_changes_nothing_in_what_is_made(
 
 
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
-def test_a_signal_ends_the_step_saves_it_and_goes_on_from_there(
+def test_signal_ends_step_saves_and_run_resumes_there(
     number: signal.Signals, raised: type[BaseException], inputs: Folders, tmp_path: Path, whole: dict[str, Any]
 ) -> None:
     folder = tmp_path / "adapter"
@@ -251,7 +253,7 @@ def test_a_signal_ends_the_step_saves_it_and_goes_on_from_there(
     assert made(folder) == whole
 
 
-def test_a_signal_while_a_checkpoint_is_saved_ends_with_that_one(inputs: Folders, tmp_path: Path) -> None:
+def test_signal_during_a_save_ends_with_that_checkpoint(inputs: Folders, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     with pytest.raises(Terminated):
         stage(inputs, folder, {"checkpoint of step 10 saved": send(signal.SIGTERM)})
@@ -259,7 +261,7 @@ def test_a_signal_while_a_checkpoint_is_saved_ends_with_that_one(inputs: Folders
 
 
 @pytest.mark.parametrize("step", [6, 18])
-def test_a_second_signal_ends_at_once(step: int, inputs: Folders, tmp_path: Path, whole: dict[str, Any]) -> None:
+def test_second_signal_ends_training_at_once(step: int, inputs: Folders, tmp_path: Path, whole: dict[str, Any]) -> None:
     def twice() -> None:
         send(signal.SIGTERM)()
         send(signal.SIGINT)()
@@ -272,7 +274,7 @@ def test_a_second_signal_ends_at_once(step: int, inputs: Folders, tmp_path: Path
     assert made(folder) == whole
 
 
-def test_a_signal_in_the_last_step_is_obeyed_and_nothing_is_trained_twice(
+def test_signal_in_last_step_ends_and_trains_nothing_twice(
     inputs: Folders, tmp_path: Path, whole: dict[str, Any]
 ) -> None:
     folder = tmp_path / "adapter"
@@ -283,7 +285,7 @@ def test_a_signal_in_the_last_step_is_obeyed_and_nothing_is_trained_twice(
     assert made(folder) == whole
 
 
-def test_a_signal_that_is_ignored_stays_ignored(inputs: Folders, tmp_path: Path, whole: dict[str, Any]) -> None:
+def test_ignored_signal_stays_ignored(inputs: Folders, tmp_path: Path, whole: dict[str, Any]) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         stage(inputs, tmp_path / "adapter", {6: send(signal.SIGINT)})
@@ -305,7 +307,7 @@ def exhaust_memory() -> None:
     [exhaust_memory, fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")), fail(MemoryError())],
     ids=["PyTorch's CPU allocator", "CUDA", "Python"],
 )
-def test_out_of_memory_keeps_the_checkpoint_and_says_what_to_change_and_that_goes_on(
+def test_out_of_memory_keeps_checkpoint_and_its_hint_resumes(
     happens: Callable[[], object],
     inputs: Folders,
     tmp_path: Path,
@@ -330,7 +332,7 @@ def test_out_of_memory_keeps_the_checkpoint_and_says_what_to_change_and_that_goe
     assert ours["loss_after"] == pytest.approx(theirs["loss_after"], rel=0.05)
 
 
-def test_out_of_memory_with_one_row_at_a_time_does_not_ask_for_less(inputs: Folders, tmp_path: Path) -> None:
+def test_out_of_memory_with_one_row_does_not_suggest_less(inputs: Folders, tmp_path: Path) -> None:
     with pytest.raises(HostError, match=r"out of memory in step \d+ of 18; free what other programs"):
         stage(inputs, tmp_path / "adapter", {6: exhaust_memory}, batch_size=1, accumulation=2, packing=False)
 
@@ -350,7 +352,7 @@ def test_out_of_memory_with_one_row_at_a_time_does_not_ask_for_less(inputs: Fold
         (MicroBatches(1, 10, 522, packed=False), "free what other programs hold of it"),
     ],
 )
-def test_less_memory_is_the_same_batch_in_smaller_passes(passes: MicroBatches, said: str) -> None:
+def test_memory_hint_keeps_batch_in_smaller_micro_batches(passes: MicroBatches, said: str) -> None:
     assert memory_hint(passes).startswith(said)
 
 
@@ -383,7 +385,7 @@ def fill(disk: Path, left: Callable[[], int]) -> Callable[[], None]:
     [(-50_000, r"no room for a checkpoint: 0\.\d MB are needed, 0\.\d MB are free"), (4096, "No space left on device")],
     ids=["seen before it saves", "while it saves"],
 )
-def test_a_full_disk_is_the_machines_fault_and_keeps_the_checkpoint_before(
+def test_full_disk_is_host_error_and_keeps_last_checkpoint(
     more: int, said: str, inputs: Folders, eight_mib: Path, whole: dict[str, Any]
 ) -> None:
     """Files fill whole blocks: room for the bytes of a checkpoint and a block more is not enough for its files."""
@@ -399,7 +401,7 @@ def test_a_full_disk_is_the_machines_fault_and_keeps_the_checkpoint_before(
     assert made(folder) == whole
 
 
-def test_a_disk_without_room_for_one_is_refused_before_the_first_step(inputs: Folders, eight_mib: Path) -> None:
+def test_disk_too_small_for_checkpoint_fails_before_step_one(inputs: Folders, eight_mib: Path) -> None:
     fill(eight_mib, lambda: 1_500_000)()
     with pytest.raises(HostError, match="no room for a checkpoint") as caught:
         stage(inputs, eight_mib / "adapter")
@@ -421,7 +423,7 @@ class Evil:
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 @pytest.mark.parametrize("how", ["without our manifest", "with a forged manifest"])
-def test_a_pickle_that_was_planted_is_not_run(
+def test_planted_pickle_is_not_executed(
     name: str, how: str, inputs: Folders, tmp_path: Path, whole: dict[str, Any]
 ) -> None:
     folder, trace = tmp_path / "adapter", tmp_path / "trace"
@@ -445,7 +447,7 @@ def test_a_pickle_that_was_planted_is_not_run(
     assert not trace.exists()
 
 
-def test_other_rows_are_refused_before_the_model_is_loaded(inputs: Folders, tmp_path: Path) -> None:
+def test_changed_rows_are_refused_before_model_is_loaded(inputs: Folders, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     with pytest.raises(ZeroDivisionError):
         stage(inputs, folder, {6: fail(ZeroDivisionError())})
@@ -497,7 +499,7 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_the_same_command_goes_on_after_a_signal(number: signal.Signals, code: int, user: Path, tmp_path: Path) -> None:
+def test_command_resumes_after_a_signal(number: signal.Signals, code: int, user: Path, tmp_path: Path) -> None:
     folder = copied(user, tmp_path / "user")
     build = folder / "build" / "r"
     wanted = (build / "adapter" / "adapter_model.safetensors").read_bytes()

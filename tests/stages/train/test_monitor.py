@@ -59,7 +59,7 @@ def history(losses: Sequence[float | None], **held_out: float) -> list[dict[str,
 
 
 @given(st.integers(1, 500), st.integers(1, 40))
-def test_evaluations_are_evenly_spread_and_the_last_step_is_one(steps: int, evaluations: int) -> None:
+def test_evaluation_steps_are_even_and_include_the_last_step(steps: int, evaluations: int) -> None:
     found = sorted(monitor.evaluation_steps(steps, evaluations))
     assert found[-1] == steps
     assert found[0] >= 1
@@ -68,13 +68,13 @@ def test_evaluations_are_evenly_spread_and_the_last_step_is_one(steps: int, eval
     assert max(gaps) - min(gaps) <= 1
 
 
-def test_no_evaluations_are_none() -> None:
+def test_evaluation_steps_of_zero_evaluations_are_empty() -> None:
     assert monitor.evaluation_steps(10, 0) == frozenset()
     assert monitor.best_evaluation(history([1.0])) is None
     assert monitor.evaluations_since_best(history([1.0])) == 0
 
 
-def test_the_first_of_equally_good_adapters_is_the_best_and_evaluations_after_it_count() -> None:
+def test_best_evaluation_of_equal_losses_is_the_first() -> None:
     found = history([9.0] * 8, at2=3.0, at4=2.0, at6=2.0, at8=2.5)
     assert monitor.best_evaluation(found) == (4, 2.0)
     assert monitor.evaluations_since_best(found) == 2
@@ -82,13 +82,13 @@ def test_the_first_of_equally_good_adapters_is_the_best_and_evaluations_after_it
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_is_an_error(loss: float) -> None:
+def test_nan_or_infinite_loss_raises_error(loss: float) -> None:
     with pytest.raises(ArtifactError, match=rf"the loss is {loss} at step 3; lower train.learning_rate") as caught:
         monitor.raise_on_failure(history([2.0, 2.0, loss]), 2.0)
     assert caught.value.code == 5
 
 
-def test_a_loss_far_above_its_start_for_long_is_a_divergence_and_a_hard_row_is_none() -> None:
+def test_high_loss_for_20_steps_is_divergence_a_shorter_is_not() -> None:
     monitor.raise_on_failure(history([2.0, *[9.0] * (DIVERGENCE_STEPS - 1)]), 2.0)
     monitor.raise_on_failure(history([*[9.0] * (DIVERGENCE_STEPS - 1), 2.9, *[9.0] * (DIVERGENCE_STEPS - 1)]), 2.0)
     monitor.raise_on_failure(history([2.9] * 500), 2.0)
@@ -100,7 +100,7 @@ def test_a_loss_far_above_its_start_for_long_is_a_divergence_and_a_hard_row_is_n
     assert caught.value.code == 5
 
 
-def test_steps_that_fp16_leaves_out_are_no_fault_unless_all_are() -> None:
+def test_skipped_fp16_steps_raise_error_only_if_30_in_a_row() -> None:
     monitor.raise_on_failure(history([2.0, *[None] * (MAX_SKIPPED_STEPS - 1)]), 2.0)
     monitor.raise_on_failure(history([*[9.0] * (DIVERGENCE_STEPS - 1), None, *[9.0] * (DIVERGENCE_STEPS - 1)]), 2.0)
     with pytest.raises(ArtifactError, match="no gradient was a number in the 30 steps to step 31"):
@@ -110,7 +110,7 @@ def test_steps_that_fp16_leaves_out_are_no_fault_unless_all_are() -> None:
 # --- reports ---------------------------------------------------------------------------------------------------------
 
 
-def test_reports_come_first_last_every_so_many_steps_and_with_each_evaluation() -> None:
+def test_report_lines_have_first_last_nth_and_evaluated_steps() -> None:
     found = history([8.0, 6.0, 4.0, 2.0, 1.0, None, 3.0, 5.0], at3=1.5, at6=1.0, at8=1.2)
     lines = monitor.report_lines(found, 8, course(evaluations=3, report_every=4))
     assert [line["step"] for line in lines] == [1, 3, 4, 6, 8]
@@ -121,7 +121,7 @@ def test_reports_come_first_last_every_so_many_steps_and_with_each_evaluation() 
     json.dumps(monitor.report_lines(history([None, 900.0]), 2, course()), allow_nan=False)
 
 
-def test_a_pace_leaves_evaluations_out_and_foresees_them() -> None:
+def test_pace_excludes_evaluations_and_predicts_them() -> None:
     now = 100.0
     pace = gauges.Pace(lambda: now)
     pace.begin(10, 1.0)  # resumed after ten steps, one epoch
@@ -137,12 +137,12 @@ def test_a_pace_leaves_evaluations_out_and_foresees_them() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(0.2, "0:00"), (65, "1:05"), (3599.7, "1:00:00"), (90061, "25:01:01")])
-def test_a_clock_reads_as_people_read_it(seconds: float, said: str) -> None:
+def test_duration_is_formatted_as_minutes_or_hours(seconds: float, said: str) -> None:
     assert gauges.format_duration(seconds) == said
 
 
 @pytest.mark.slow
-def test_the_picture_has_the_same_bytes_in_another_process(tmp_path: Path) -> None:
+def test_plot_has_equal_bytes_in_another_process(tmp_path: Path) -> None:
     found = history([5.0, None, 3.0], at3=2.0)
     found[1]["grad_norm"] = None
     draw(found, 6.0, 3, tmp_path / "one.svg")
@@ -221,7 +221,7 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.pipeline
-def test_the_best_adapter_comes_back_when_the_last_one_is_worse(trainer_of: Any, tmp_path: Path) -> None:
+def test_best_adapter_is_restored_when_last_is_worse(trainer_of: Any, tmp_path: Path) -> None:
     trainer = trainer_of()
     watching, copies = watched(trainer, tmp_path / "log", [3.0, 1.0, 1.0, 2.0])
     assert not watching.stopped
@@ -233,7 +233,7 @@ def test_the_best_adapter_comes_back_when_the_last_one_is_worse(trainer_of: Any,
 
 
 @pytest.mark.pipeline
-def test_the_last_adapter_stays_when_it_is_the_best(trainer_of: Any, tmp_path: Path) -> None:
+def test_last_adapter_is_kept_when_it_is_the_best(trainer_of: Any, tmp_path: Path) -> None:
     trainer = trainer_of()
     _, copies = watched(trainer, tmp_path / "log", [3.0, 1.0])
     assert monitor.restore_best(trainer.model, tmp_path / "checkpoints", trainer.state.log_history) == 12
@@ -241,7 +241,7 @@ def test_the_last_adapter_stays_when_it_is_the_best(trainer_of: Any, tmp_path: P
 
 
 @pytest.mark.pipeline
-def test_a_best_adapter_that_is_gone_is_said_and_the_last_one_stays(
+def test_missing_best_adapter_is_logged_and_last_is_kept(
     trainer_of: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = trainer_of()
@@ -254,7 +254,7 @@ def test_a_best_adapter_that_is_gone_is_said_and_the_last_one_stays(
 
 
 @pytest.mark.pipeline
-def test_patience_ends_a_training_that_gets_no_better(trainer_of: Any, tmp_path: Path) -> None:
+def test_patience_stops_training_without_improvement(trainer_of: Any, tmp_path: Path) -> None:
     trainer = trainer_of()
     watching, _ = watched(trainer, tmp_path / "log", [3.0, 1.0, 1.5, 1.2, 0.1, 0.0], patience=2)
     assert watching.stopped
@@ -263,14 +263,14 @@ def test_patience_ends_a_training_that_gets_no_better(trainer_of: Any, tmp_path:
 
 
 @pytest.mark.pipeline
-def test_without_patience_all_epochs_are_trained(trainer_of: Any, tmp_path: Path) -> None:
+def test_zero_patience_trains_all_epochs(trainer_of: Any, tmp_path: Path) -> None:
     trainer = trainer_of()
     watching, _ = watched(trainer, tmp_path / "log", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     assert (watching.stopped, trainer.state.global_step) == (False, 12)
 
 
 @pytest.mark.pipeline
-def test_evaluations_leave_the_training_as_it_is(trainer_of: Any, tmp_path: Path, tokenizer: Any) -> None:
+def test_evaluations_do_not_change_the_training(trainer_of: Any, tmp_path: Path, tokenizer: Any) -> None:
     from tutor.stages.train.held_out_loss import mean_loss
 
     rows = encode_rows(tokenizer, ROWS[:2], "", 1024)
@@ -290,7 +290,7 @@ def test_evaluations_leave_the_training_as_it_is(trainer_of: Any, tmp_path: Path
 
 @pytest.mark.pipeline
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_training_whose_loss_is_no_number_stops_at_once(loss: float, trainer_of: Any, tmp_path: Path) -> None:
+def test_training_with_nan_or_infinite_loss_stops_at_once(loss: float, trainer_of: Any, tmp_path: Path) -> None:
     trainer = trainer_of()
     with torch.no_grad():
         trainer.model.get_output_embeddings().weight[0].fill_(loss)
@@ -300,7 +300,7 @@ def test_a_training_whose_loss_is_no_number_stops_at_once(loss: float, trainer_o
 
 
 @pytest.mark.pipeline
-def test_a_training_that_diverges_stops_and_its_log_stays(trainer_of: Any, tmp_path: Path) -> None:
+def test_diverging_training_stops_and_keeps_its_log(trainer_of: Any, tmp_path: Path) -> None:
     trainer = trainer_of()
     trainer.args.num_train_epochs = 10
     with pytest.raises(ArtifactError, match=r"training diverged: .* to step 20, and began at 1\.00") as caught:
@@ -310,7 +310,7 @@ def test_a_training_that_diverges_stops_and_its_log_stays(trainer_of: Any, tmp_p
 
 
 @pytest.mark.pipeline
-def test_every_report_says_how_fast_and_how_much_memory(trainer_of: Any, tmp_path: Path) -> None:
+def test_every_report_has_speed_and_memory(trainer_of: Any, tmp_path: Path) -> None:
     watched(trainer_of(), tmp_path / "log", [2.0, 1.0], report_every=5)
     lines = lines_of(tmp_path / "log")
     assert [line["step"] for line in lines] == [1, 5, 6, 10, 12]
@@ -322,7 +322,7 @@ def test_every_report_says_how_fast_and_how_much_memory(trainer_of: Any, tmp_pat
 
 
 @pytest.mark.pipeline
-def test_tensorboard_gets_the_same_numbers(trainer_of: Any, tmp_path: Path) -> None:
+def test_tensorboard_receives_the_numbers_of_the_log(trainer_of: Any, tmp_path: Path) -> None:
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     watched(trainer_of(), tmp_path / "log", [2.0, 1.0])
     events = reader.EventAccumulator(str(tmp_path / "log" / "tensorboard"))
@@ -334,7 +334,7 @@ def test_tensorboard_gets_the_same_numbers(trainer_of: Any, tmp_path: Path) -> N
 
 
 @pytest.mark.pipeline
-def test_without_tensorboard_training_runs_and_one_line_says_so(
+def test_missing_tensorboard_is_one_log_line(
     trainer_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
@@ -345,9 +345,7 @@ def test_without_tensorboard_training_runs_and_one_line_says_so(
 
 
 @pytest.mark.pipeline
-def test_the_log_of_another_training_is_replaced_and_that_of_a_resumed_one_goes_on(
-    trainer_of: Any, tmp_path: Path
-) -> None:
+def test_log_of_other_training_is_replaced_of_resumed_continued(trainer_of: Any, tmp_path: Path) -> None:
     for _ in range(2):
         trainer = trainer_of(save_steps=4)
         watched(trainer, tmp_path / "log")
@@ -366,7 +364,7 @@ def test_the_log_of_another_training_is_replaced_and_that_of_a_resumed_one_goes_
 
 
 @pytest.mark.pipeline
-def test_a_resumed_training_knows_the_best_adapter_of_before(trainer_of: Any, tmp_path: Path) -> None:
+def test_resumed_training_restores_earlier_best_adapter(trainer_of: Any, tmp_path: Path) -> None:
     trainer = trainer_of(save_steps=4)
     _, copies = watched(trainer, tmp_path / "log", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     resumed = trainer_of(save_steps=4)
@@ -380,9 +378,7 @@ def test_a_resumed_training_knows_the_best_adapter_of_before(trainer_of: Any, tm
 
 
 @pytest.mark.pipeline
-def test_steps_that_fp16_skips_are_written_as_none_and_training_goes_on(
-    tiny: Path, tokenizer: Any, tmp_path: Path
-) -> None:
+def test_skipped_fp16_steps_are_none_and_training_continues(tiny: Path, tokenizer: Any, tmp_path: Path) -> None:
     chosen = settings(epochs=2, batch_size=2, accumulation=1)
     rows = encode_rows(tokenizer, ROWS, "", 1024)
     passes = split_step(chosen, [len(row.ids) for row in rows])
@@ -409,7 +405,7 @@ def test_steps_that_fp16_skips_are_written_as_none_and_training_goes_on(
 
 
 @pytest.mark.pipeline
-def test_an_adapter_is_rounded_to_what_its_file_holds_and_never_to_infinity(trainer_of: Any) -> None:
+def test_adapter_is_rounded_to_fp16_and_overflow_raises_error(trainer_of: Any) -> None:
     model = trainer_of().model
     weight = next(weight for weight in model.parameters() if weight.requires_grad)
     with torch.no_grad():
@@ -423,11 +419,11 @@ def test_an_adapter_is_rounded_to_what_its_file_holds_and_never_to_infinity(trai
         round_adapter(model)
 
 
-def test_the_log_lies_beside_the_stage_whatever_it_is_called_now(tmp_path: Path) -> None:
+def test_log_folder_is_equal_for_partial_and_final_stage_folder(tmp_path: Path) -> None:
     assert log_folder(tmp_path / "adapter.partial") == log_folder(tmp_path / "adapter") == tmp_path / "adapter.log"
 
 
-def test_a_gpu_without_its_library_has_no_utilization(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_utilization_without_its_library_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         assert gauges.gpu_utilization() in range(101)
     monkeypatch.setitem(sys.modules, "pynvml", None)

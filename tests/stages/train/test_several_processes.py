@@ -55,7 +55,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, number: int = 1, count: int = 2, *
         monkeypatch.setenv(name, value)
 
 
-def test_without_a_launcher_there_is_one_process_that_needs_no_torch() -> None:
+def test_one_process_without_launcher_does_not_import_torch() -> None:
     code = "from tutor.machine import distributed as p; import sys; sys.modules['torch'] = None\n"
     code += "with p.process_group():\n"
     code += "    assert p.broadcast(3) == 3 == p.broadcast_result(int, '3') and p.all_gather(3) == [3]; p.barrier()\n"
@@ -66,7 +66,7 @@ def test_without_a_launcher_there_is_one_process_that_needs_no_torch() -> None:
 
 
 @given(st.integers(0, 40), st.integers(1, 5), st.integers(1, 4))
-def test_processes_take_equally_many_rows_and_together_those_of_one(count: int, part: int, world: int) -> None:
+def test_ranks_share_the_rows_of_one_process_equally(count: int, part: int, world: int) -> None:
     order = list(reversed(range(count)))
     shares = [distributed.rank_rows(order, part * world, number, world) for number in range(world)]
     assert len({len(share) for share in shares}) == 1
@@ -76,7 +76,7 @@ def test_processes_take_equally_many_rows_and_together_those_of_one(count: int, 
         assert step.count(count) < world
 
 
-def test_a_share_is_as_long_as_it_says_and_follows_the_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampler_has_its_length_and_follows_the_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     launched(monkeypatch)
     for count in range(1, 14):
         order = cpu_head.SeedableRandomSampler(range(count), data_seed=3)
@@ -88,7 +88,7 @@ def test_a_share_is_as_long_as_it_says_and_follows_the_epoch(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_a_step_has_as_many_rows_in_any_number_of_processes(*, packing: bool, rows: list[Any]) -> None:
+def test_step_rows_are_equal_for_any_number_of_processes(*, packing: bool, rows: list[Any]) -> None:
     wanted = settings(batch_size=2, accumulation=6, packing=packing, pass_tokens=200)
     lengths = [len(row.ids) for row in rows]
     for count in (1, 2, 3, 4, 6, 12):
@@ -102,13 +102,13 @@ def test_a_step_has_as_many_rows_in_any_number_of_processes(*, packing: bool, ro
     assert memory_hint(two).startswith("set train.batch_size = 1 and train.accumulation = 12:")
 
 
-def test_a_checkpoint_needs_every_process_s_random_state() -> None:
+def test_required_files_include_each_rank_s_random_state() -> None:
     assert {"rng_state.pth", "optimizer.pt"} < checkpoint.required_files(1)
     assert {"rng_state_0.pth", "rng_state_1.pth"} < checkpoint.required_files(2)
     assert "optimizer.bin" in checkpoint.required_files(2, sharded=True)
 
 
-def test_only_train_runs_in_several_processes() -> None:
+def test_other_commands_refuse_several_processes() -> None:
     env = environment(PYTHONPATH=str(ROOT), RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost")
     command = [sys.executable, "-c", "from tutor.cli.main import main; main()", "run"]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=30, check=False)
@@ -238,7 +238,7 @@ def ours(stderr: str) -> list[str]:
 
 
 @pytest.mark.pipeline
-def test_two_processes_train_what_one_does_whatever_ends_them_on_the_way(
+def test_two_processes_interrupted_make_one_process_adapter(
     build: Path, alone: tuple[Path, Steps], together: Callable[..., Any], launched_by_accelerate: Callable[..., Ran]
 ) -> None:
     adapter, steps = alone
@@ -307,7 +307,7 @@ def assert_one_wrote(build: Path, first: list[dict[str, Any]], second: list[dict
 # --- FSDP, as far as it goes without GPUs ----------------------------------------------------------------------------
 
 
-def test_the_shipped_configuration_is_one_that_tutor_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shipped_fsdp_configuration_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 
@@ -325,7 +325,7 @@ def test_the_shipped_configuration_is_one_that_tutor_takes(monkeypatch: pytest.M
         distributed.is_sharded()
 
 
-def test_4_bit_weights_are_stored_in_the_type_that_is_computed_in_where_they_are_sharded(tiny: Path) -> None:
+def test_sharded_4_bit_weights_are_stored_in_compute_dtype(tiny: Path) -> None:
     stored = {torch.uint8: load_base(tiny, "nf4", "bf16")}
     stored[torch.bfloat16] = load_base(tiny, "nf4", "bf16", sharded=True)
     for dtype, model in stored.items():
@@ -342,7 +342,7 @@ def mesh() -> Iterator[Any]:
     torch.distributed.destroy_process_group()
 
 
-def test_an_adapter_whose_weights_are_parts_is_saved_and_restored_whole(tiny: Path, mesh: Any, tmp_path: Path) -> None:
+def test_sharded_adapter_is_saved_and_restored_in_full(tiny: Path, mesh: Any, tmp_path: Path) -> None:
     from peft import get_peft_model
     from torch.distributed.fsdp import fully_shard
 

@@ -71,7 +71,7 @@ def gradients(model: Any, rows: Sequence[Encoded]) -> dict[str, Any]:
 # --- the rows --------------------------------------------------------------------------------------------------------
 
 
-def test_rows_that_are_too_long_are_refused_by_name_and_none_is_cut(tokenizer: Any, rows: list[Encoded]) -> None:
+def test_too_long_rows_are_refused_by_name_and_not_cut(tokenizer: Any, rows: list[Encoded]) -> None:
     longest = max(range(len(rows)), key=lambda number: len(rows[number].ids))
     limit = len(rows[longest].ids)
     assert encode_rows(tokenizer, ROWS, "", limit) == rows
@@ -85,7 +85,7 @@ def test_rows_that_are_too_long_are_refused_by_name_and_none_is_cut(tokenizer: A
     assert all("ñ" * 61 not in problem for problem in many.value.problems)
 
 
-def test_a_row_is_the_served_prompt_and_the_answer_with_its_end(tokenizer: Any, rows: list[Encoded]) -> None:
+def test_encoded_row_is_served_prompt_answer_and_eos(tokenizer: Any, rows: list[Encoded]) -> None:
     for row, source in zip(rows, ROWS, strict=True):
         assert row.ids[: row.n_prompt] == tokenizer(render(conversation(source["instruction"])))["input_ids"]
         answer = tokenizer(completion(source["response"]), add_special_tokens=False)["input_ids"]
@@ -94,7 +94,7 @@ def test_a_row_is_the_served_prompt_and_the_answer_with_its_end(tokenizer: Any, 
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_the_trainer_feeds_what_the_contract_made(
+def test_collated_rows_equal_the_encoded_rows(
     *, packing: bool, trainer_of: Any, rows: list[Encoded], tokenizer: Any
 ) -> None:
     trainer = trainer_of(rows, packing=packing, accumulation=4)
@@ -130,7 +130,7 @@ def without(row: Encoded, n: int) -> Encoded:
     ],
     ids=["EOS masked", "EOS cut", "no loss", "two BOS", "no BOS", "another prompt", "two ends", "loss on the prompt"],
 )
-def test_a_row_that_reaches_the_trainer_changed_stops_the_run(
+def test_changed_row_fails_the_audit(
     sabotage: Any, said: str, trainer_of: Any, rows: list[Encoded], tokenizer: Any
 ) -> None:
     trainer = trainer_of([*rows[:3], sabotage(rows[3], tokenizer)])
@@ -141,12 +141,12 @@ def test_a_row_that_reaches_the_trainer_changed_stops_the_run(
     assert not any("row 3" in problem for problem in caught.value.problems)
 
 
-def test_a_row_that_a_library_drops_stops_the_run(trainer_of: Any, rows: list[Encoded], tokenizer: Any) -> None:
+def test_dropped_row_fails_the_audit(trainer_of: Any, rows: list[Encoded], tokenizer: Any) -> None:
     with pytest.raises(DataError, match="the trainer kept 11 of 12 rows"):
         audit_labels(trainer_of(rows[1:]), rows, tokenizer)
 
 
-def test_rows_that_change_places_stop_the_run(trainer_of: Any, rows: list[Encoded], tokenizer: Any) -> None:
+def test_reordered_rows_fail_the_audit(trainer_of: Any, rows: list[Encoded], tokenizer: Any) -> None:
     trainer = trainer_of(rows)
     collate = trainer.data_collator
     trainer.data_collator = lambda items: collate([items[1], items[0], *items[2:]])
@@ -157,7 +157,7 @@ def test_rows_that_change_places_stop_the_run(trainer_of: Any, rows: list[Encode
     ]
 
 
-def test_lengths_that_cut_rows_elsewhere_stop_the_run(trainer_of: Any, rows: list[Encoded], tokenizer: Any) -> None:
+def test_wrong_row_lengths_fail_the_audit(trainer_of: Any, rows: list[Encoded], tokenizer: Any) -> None:
     trainer = trainer_of(rows)
     collate = trainer.data_collator
 
@@ -171,7 +171,7 @@ def test_lengths_that_cut_rows_elsewhere_stop_the_run(trainer_of: Any, rows: lis
         audit_labels(trainer, rows, tokenizer)
 
 
-def test_a_length_that_a_library_cuts_at_stops_the_run(
+def test_row_cut_by_the_library_fails_the_audit(
     trainer_of: Any, rows: list[Encoded], tokenizer: Any, tiny: Path, tmp_path: Path
 ) -> None:
     plain = settings(packing=False)  # TRL packs nothing that it also cuts
@@ -184,7 +184,7 @@ def test_a_length_that_a_library_cuts_at_stops_the_run(
     assert "train row 1: EOS is not supervised at the end" in caught.value.problems
 
 
-def test_a_collator_that_masks_pad_and_so_the_end_stops_the_run(
+def test_collator_that_masks_eos_as_padding_fails_the_audit(
     trainer_of: Any, rows: list[Encoded], tokenizer: Any
 ) -> None:
     trainer = trainer_of(rows, packing=False, batch_size=1)
@@ -200,7 +200,7 @@ def test_a_collator_that_masks_pad_and_so_the_end_stops_the_run(
 @pytest.mark.parametrize(
     ("quantization", "precision"), [("nf4", "bf16"), ("nf4", "fp32"), ("int8", "bf16"), ("none", "bf16")]
 )
-def test_adapters_are_fp32_and_alone_train(
+def test_only_adapters_are_trainable_and_they_are_fp32(
     quantization: str, precision: str, trainer_of: Any, rows: list[Encoded]
 ) -> None:
     model = trainer_of(rows, quantization, precision).model
@@ -216,7 +216,7 @@ def test_adapters_are_fp32_and_alone_train(
         assert {(state.quant_type, state.nested) for state in states} == {("nf4", True)}
 
 
-def test_a_4_bit_weight_counts_as_the_numbers_it_stands_for(trainer_of: Any, rows: list[Encoded], tiny: Path) -> None:
+def test_count_parameters_unpacks_4_bit_weights(trainer_of: Any, rows: list[Encoded], tiny: Path) -> None:
     plain = sum(weight.numel() for weight in tensors(tiny).values())
     adapter = 8 * 2 * (64 + 64 + 64 + 32 + 64 + 32 + 64 + 64)
     for quantization in ("nf4", "int8", "none"):
@@ -225,7 +225,7 @@ def test_a_4_bit_weight_counts_as_the_numbers_it_stands_for(trainer_of: Any, row
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_scoring_leaves_gradients_and_the_mode_as_they_were(
+def test_scoring_keeps_gradients_and_module_modes(
     quantization: str, precision: str, trainer_of: Any, rows: list[Encoded]
 ) -> None:
     model = moved(trainer_of(rows, quantization, precision, dropout=0.0).model)
@@ -241,7 +241,7 @@ def test_scoring_leaves_gradients_and_the_mode_as_they_were(
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_scoring_has_no_dropout_and_gives_the_mode_back_after_an_error(trainer_of: Any, rows: list[Encoded]) -> None:
+def test_scoring_has_no_dropout_and_restores_mode_after_error(trainer_of: Any, rows: list[Encoded]) -> None:
     model = moved(trainer_of(rows, "nf4", dropout=0.5).model)
     assert scoring.mean_loss(model, rows) == scoring.mean_loss(model, rows)
 
@@ -265,7 +265,7 @@ def dequantized(layer: Any) -> Any:
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_gradients_and_scores_are_those_of_the_dequantized_weights(
+def test_gradients_and_scores_equal_those_of_dequantized_base(
     quantization: str, trainer_of: Any, rows: list[Encoded]
 ) -> None:
     model = moved(trainer_of(rows, quantization, dropout=0.0).model)
@@ -286,9 +286,7 @@ def test_gradients_and_scores_are_those_of_the_dequantized_weights(
 
 
 @pytest.mark.skipif(not has_avx512bf16(), reason="bitsandbytes packs for inference on CPUs with AVX512-BF16 only")
-def test_a_layer_that_eval_mode_packed_is_refused_before_it_trains_wrongly(
-    trainer_of: Any, rows: list[Encoded]
-) -> None:
+def test_layer_packed_by_eval_mode_is_refused(trainer_of: Any, rows: list[Encoded]) -> None:
     model = moved(trainer_of(rows, "nf4", dropout=0.0).model)
     right = gradients(model, rows[:4])
     model.eval()
@@ -302,9 +300,7 @@ def test_a_layer_that_eval_mode_packed_is_refused_before_it_trains_wrongly(
 
 
 @pytest.mark.slow
-def test_accumulated_rows_weigh_by_their_tokens_as_one_batch_does(
-    trainer_of: Any, tokenizer: Any, rows: list[Encoded]
-) -> None:
+def test_accumulated_gradient_equals_that_of_one_batch(trainer_of: Any, tokenizer: Any, rows: list[Encoded]) -> None:
     long = {"instruction": "¿Y todo junto?", "response": " ".join(row["response"] for row in ROWS[:6])}
     mixed = [*rows[:3], *encode_rows(tokenizer, [long], "", 1024)]
     first = []
@@ -328,7 +324,7 @@ def test_accumulated_rows_weigh_by_their_tokens_as_one_batch_does(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_mean_loss_weighs_every_supervised_token_the_same(precision: str, trainer_of: Any, rows: list[Encoded]) -> None:
+def test_mean_loss_weights_supervised_tokens_equally(precision: str, trainer_of: Any, rows: list[Encoded]) -> None:
     model = trainer_of(rows, "none", precision).model
     ids = [torch.tensor([row.ids]) for row in rows]
     with torch.no_grad(), scoring.evaluating(model):
@@ -353,7 +349,7 @@ def test_mean_loss_weighs_every_supervised_token_the_same(precision: str, traine
     assert scoring.mean_loss(model, rows) == -math.fsum(each) / len(each)  # every token alike, whatever the rounding
 
 
-def test_a_loss_that_is_no_number_is_an_error_and_not_a_result(trainer_of: Any, rows: list[Encoded]) -> None:
+def test_mean_loss_of_nan_raises_error(trainer_of: Any, rows: list[Encoded]) -> None:
     model = moved(trainer_of(rows).model)
     with torch.no_grad():
         next(weight for weight in model.parameters() if weight.requires_grad).fill_(math.nan)
@@ -375,13 +371,13 @@ def test_a_loss_that_is_no_number_is_an_error_and_not_a_result(trainer_of: Any, 
         ((12, 0), False, "bf16"),
     ],
 )
-def test_auto_takes_what_the_machine_computes_itself(capability: Any, cpu_bf16: Any, chosen: str) -> None:
+def test_auto_precision_is_native_to_the_machine(capability: Any, cpu_bf16: Any, chosen: str) -> None:
     assert decide_precision("auto", capability, cpu_bf16=cpu_bf16) == chosen
     for wanted in ("fp32", "bf16" if chosen == "bf16" else "fp32"):
         assert decide_precision(wanted, capability, cpu_bf16=cpu_bf16) == wanted
 
 
-def test_what_the_machine_cannot_compute_is_refused() -> None:
+def test_precision_unknown_to_the_machine_raises_error() -> None:
     with pytest.raises(HostError, match="fp16 needs a GPU") as caught:
         refuse_precision("fp16", None)
     assert caught.value.code == 4
@@ -392,7 +388,7 @@ def test_what_the_machine_cannot_compute_is_refused() -> None:
     assert decide_precision("fp16", (9, 0), cpu_bf16=True) == "fp16"
 
 
-def test_this_cpu_computes_in_bf16_only_where_it_has_it() -> None:
+def test_auto_precision_on_this_cpu_is_bf16_only_if_native() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     flags = Path("/proc/cpuinfo").read_text()
@@ -413,9 +409,7 @@ def test_this_cpu_computes_in_bf16_only_where_it_has_it() -> None:
         ("a tensor of another shape", "none"),
     ],
 )
-def test_a_base_that_is_not_whole_is_refused_and_not_filled_with_random_numbers(
-    damage: str, quantization: str, tiny: Path, tmp_path: Path
-) -> None:
+def test_base_with_missing_tensors_raises_error(damage: str, quantization: str, tiny: Path, tmp_path: Path) -> None:
     model = copied(tiny, tmp_path / "model")
     path, name = model / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
     held = load_file(path)
@@ -431,7 +425,7 @@ def test_a_base_that_is_not_whole_is_refused_and_not_filled_with_random_numbers(
         load_base(model, quantization, "fp32")
 
 
-def test_saving_an_adapter_asks_no_hub(
+def test_save_adapter_opens_no_network_connection(
     trainer_of: Any, rows: list[Encoded], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, asked = trainer_of(rows).model, []
@@ -479,7 +473,7 @@ def test_training_lowers_the_held_out_loss(trained: Trained) -> None:
 
 
 @pytest.mark.pipeline
-def test_metrics_have_one_line_a_step(trained: Trained) -> None:
+def test_metrics_have_one_line_per_step(trained: Trained) -> None:
     lines = [json.loads(line) for line in (trained[0] / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 19))
     assert all(isinstance(line[name], float) for line in lines for name in ("loss", "learning_rate", "grad_norm"))
@@ -489,7 +483,7 @@ def test_metrics_have_one_line_a_step(trained: Trained) -> None:
 
 
 @pytest.mark.pipeline
-def test_the_held_out_rows_are_scored_on_the_way_and_the_best_adapter_is_kept(trained: Trained) -> None:
+def test_evaluations_keep_the_best_adapter(trained: Trained) -> None:
     out, results = trained
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     scored = {line["step"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
@@ -515,7 +509,7 @@ def test_the_held_out_rows_are_scored_on_the_way_and_the_best_adapter_is_kept(tr
     ],
     ids=["int8", "auto", "checkpointing"],
 )
-def test_each_way_to_fit_a_machine_learns(
+def test_each_quantization_and_precision_lowers_the_loss(
     wanted: dict[str, Any], quantization: str, checkpointing: Any, inputs: dict[str, Path], tmp_path: Path
 ) -> None:
     results = run(inputs, tmp_path / "out", **wanted)
@@ -524,13 +518,15 @@ def test_each_way_to_fit_a_machine_learns(
 
 
 @pytest.mark.pipeline
-def test_checkpointing_changes_no_adapter(trained: Trained, inputs: dict[str, Path], tmp_path: Path) -> None:
+def test_gradient_checkpointing_does_not_change_the_adapter(
+    trained: Trained, inputs: dict[str, Path], tmp_path: Path
+) -> None:
     results = run(inputs, tmp_path / "out", gradient_checkpointing=True)
     assert results["held_out"] == trained[1]["held_out"]
 
 
 @pytest.mark.pipeline
-def test_patience_ends_a_training_early_and_says_at_which_step(
+def test_patience_stops_early_and_logs_the_step(
     inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An evaluation every three of 48 steps; the held-out losses on the way are given, the last one is measured."""
@@ -555,7 +551,7 @@ def test_patience_ends_a_training_early_and_says_at_which_step(
 
 
 @pytest.mark.pipeline
-def test_the_adapter_names_its_source_and_no_path_of_this_machine(trained: Trained, tiny: Path) -> None:
+def test_adapter_config_names_source_and_no_local_path(trained: Trained, tiny: Path) -> None:
     out, results = trained
     config = json.loads((out / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], results["base_source"]) == (SOURCE, SOURCE)
@@ -570,9 +566,7 @@ def test_the_adapter_names_its_source_and_no_path_of_this_machine(trained: Train
 
 
 @pytest.mark.pipeline
-def test_the_same_recipe_gives_the_same_adapter_byte_for_byte(
-    trained: Trained, inputs: dict[str, Path], tmp_path: Path
-) -> None:
+def test_equal_recipes_make_equal_adapter_bytes(trained: Trained, inputs: dict[str, Path], tmp_path: Path) -> None:
     again = run(inputs, tmp_path / "again")
     for path in trained[0].iterdir():  # all that the next stage's key looks at
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
@@ -580,9 +574,7 @@ def test_the_same_recipe_gives_the_same_adapter_byte_for_byte(
 
 
 @pytest.mark.pipeline
-def test_a_base_that_gives_no_number_stops_before_anything_is_trained(
-    tiny: Path, inputs: dict[str, Path], tmp_path: Path
-) -> None:
+def test_base_with_nan_loss_fails_before_training(tiny: Path, inputs: dict[str, Path], tmp_path: Path) -> None:
     model = copied(tiny, tmp_path / "model")
     held = load_file(model / "model.safetensors")
     held["lm_head.weight"][:] = math.inf
@@ -593,7 +585,7 @@ def test_a_base_that_gives_no_number_stops_before_anything_is_trained(
 
 
 @pytest.mark.pipeline
-def test_an_adapter_made_for_these_tests_is_like_a_trained_one(trained: Trained, tiny: Path, tmp_path: Path) -> None:
+def test_support_adapter_has_the_form_of_a_trained_one(trained: Trained, tiny: Path, tmp_path: Path) -> None:
     # test_merge.py leans on it.
     made = adapter_stage(tiny, tmp_path / "adapter", "")
     assert tensors(made).keys() == tensors(trained[0]).keys()

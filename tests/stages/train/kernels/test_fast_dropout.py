@@ -16,14 +16,14 @@ def dropped(p: float, seed: int = 1) -> "torch.Tensor":
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
-def test_so_many_numbers_are_zeroed_and_the_mean_stays(p: float) -> None:
+def test_dropout_zeroes_its_share_and_keeps_the_mean(p: float) -> None:
     out = dropped(p)
     count = out.numel()
     assert float((out == 0).sum()) == pytest.approx(p * count, abs=5 * (p * (1 - p) * count) ** 0.5)
     assert torch.unique(out[out != 0]).tolist() == [pytest.approx(1 / (1 - p), rel=1e-3)]
 
 
-def test_rows_columns_and_calls_are_drawn_apart() -> None:
+def test_dropout_is_independent_across_rows_columns_and_calls() -> None:
     torch.manual_seed(3)
     layer = FastDropout(0.5).train()
     first, second = ((layer(torch.ones(SHAPE)) > 0).float() for _ in range(2))
@@ -36,7 +36,7 @@ def test_rows_columns_and_calls_are_drawn_apart() -> None:
         assert abs(float(((one - 0.5) * (other - 0.5)).mean())) < 5 * 0.25 / one.numel() ** 0.5
 
 
-def test_the_gradient_goes_where_the_number_went() -> None:
+def test_dropout_gradient_uses_the_forward_mask() -> None:
     torch.manual_seed(5)
     x = torch.randn(7, 33, requires_grad=True)
     out = FastDropout(0.3).train()(x)
@@ -45,7 +45,7 @@ def test_the_gradient_goes_where_the_number_went() -> None:
     torch.testing.assert_close(x.grad * x.detach(), out.detach())
 
 
-def test_the_state_of_pytorchs_generator_repeats_it() -> None:
+def test_dropout_repeats_with_pytorchs_generator_state() -> None:
     layer = FastDropout(0.1).train()
     state = torch.get_rng_state()
     first, second = layer(torch.ones(SHAPE)), layer(torch.ones(SHAPE))
@@ -55,12 +55,12 @@ def test_the_state_of_pytorchs_generator_repeats_it() -> None:
     assert torch.equal(layer(torch.ones(SHAPE)), second)
 
 
-def test_without_training_nothing_is_dropped() -> None:
+def test_dropout_in_eval_mode_is_the_identity() -> None:
     x = torch.randn(3, 5)
     assert FastDropout(0.9).eval()(x) is x
 
 
-def test_a_models_dropouts_are_replaced_and_no_other_layer() -> None:
+def test_replace_dropout_changes_only_active_dropout_layers() -> None:
     model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1)), "off": nn.Dropout(0.0)}).eval()
     assert replace_dropout(model) == 1
     assert isinstance(model["a"][1], FastDropout)

@@ -60,9 +60,7 @@ lengths_of = st.lists(st.integers(1, 600), min_size=1, max_size=40)
 
 
 @given(step_rows=st.integers(1, 60), lengths=lengths_of, budget=st.integers(1, 5000))
-def test_a_plan_makes_the_asked_batch_in_the_fewest_passes_within_the_budget(
-    step_rows: int, lengths: list[int], budget: int
-) -> None:
+def test_split_makes_fewest_micro_batches_within_token_limit(step_rows: int, lengths: list[int], budget: int) -> None:
     plan = packed_batches(step_rows, lengths, budget)
     assert plan.rows * plan.count == step_rows
     assert plan.packed == (plan.rows > 1)
@@ -73,7 +71,7 @@ def test_a_plan_makes_the_asked_batch_in_the_fewest_passes_within_the_budget(
 
 
 @given(rows=st.integers(1, 20), count=st.integers(1, 20), lengths=lengths_of)
-def test_without_packing_the_passes_are_the_recipes(rows: int, count: int, lengths: list[int]) -> None:
+def test_split_without_packing_uses_recipe_batch_size(rows: int, count: int, lengths: list[int]) -> None:
     plan = padded_batches(rows, count, lengths)
     assert (plan.rows, plan.count, plan.packed) == (rows, count, False)
     assert plan.tokens == min(rows, len(lengths)) * max(lengths)
@@ -83,7 +81,7 @@ def test_without_packing_the_passes_are_the_recipes(rows: int, count: int, lengt
     lengths=lengths_of, budget=st.integers(1, 5000), batch=st.tuples(st.integers(1, 8), st.integers(1, 8)),
     packing=st.booleans(), room=st.integers(0, 300),
 )  # fmt: skip
-def test_no_pass_of_rows_that_are_not_longer_has_more_tokens_than_the_most(
+def test_max_tokens_bounds_every_micro_batch_of_shorter_rows(
     lengths: list[int], budget: int, batch: tuple[int, int], room: int, *, packing: bool
 ) -> None:
     chosen = {"batch_size": batch[0], "accumulation": batch[1], "packing": packing, "pass_tokens": budget}
@@ -91,7 +89,7 @@ def test_no_pass_of_rows_that_are_not_longer_has_more_tokens_than_the_most(
     assert split_step(settings, lengths).tokens <= max_tokens(settings, [length + room for length in lengths])
 
 
-def test_the_specifications_ten_rows_go_in_one_pass_or_two() -> None:
+def test_ten_rows_of_the_specification_fit_one_or_two_batches() -> None:
     assert packed_batches(10, [300] * 278, 4096) == MicroBatches(10, 1, 3000, packed=True)
     assert packed_batches(10, [480] * 278, 4096) == MicroBatches(5, 2, 2400, packed=True)
     assert packed_batches(10, [4097] * 278, 4096) == MicroBatches(1, 10, 4097, packed=False)
@@ -100,7 +98,7 @@ def test_the_specifications_ten_rows_go_in_one_pass_or_two() -> None:
 # --- the batch -------------------------------------------------------------------------------------------------------
 
 
-def test_a_batch_is_all_rows_in_order_with_positions_from_zero_and_no_first_label() -> None:
+def test_packed_batch_has_rows_in_order_and_restarted_positions() -> None:
     batch = collate([{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [8, 9], "labels": [8, 9]}])
     assert {name: values if name == LENGTHS else values.tolist() for name, values in batch.items()} == {
         "input_ids": [[5, 6, 7, 8, 9]],
@@ -115,12 +113,12 @@ def test_a_batch_is_all_rows_in_order_with_positions_from_zero_and_no_first_labe
 @pytest.mark.parametrize(
     "batch_of", [collate, DataCollatorForLanguageModeling(pad_token_id=0)], ids=["packed", "padded"]
 )
-def test_every_row_is_read_back_whole(batch_of: Any) -> None:
+def test_split_rows_returns_every_row_in_full(batch_of: Any) -> None:
     assert packed.split_rows(batch_of(items(ROWS))) == [(row.ids, label_ids(row)) for row in ROWS]
 
 
 @pytest.mark.parametrize("lengths", [(9, 31), (31, 9, 14, 2, 57, 23, 11), (40, 14, 2, 57, 23, 11), ()])
-def test_lengths_that_are_not_the_rows_are_found(lengths: tuple[int, ...]) -> None:
+def test_split_rows_with_wrong_lengths_raises_error(lengths: tuple[int, ...]) -> None:
     with pytest.raises(DataError, match="positions do not start again"):
         packed.split_rows({**collate(items(ROWS)), LENGTHS: lengths})
 
@@ -148,7 +146,7 @@ def packed_logits(model: Any, rows: Sequence[Encoded]) -> list[Any]:
         return list(model(**batch, use_cache=False).logits[0].split([len(row.ids) for row in rows]))
 
 
-def test_packed_rows_answer_as_each_alone_does(model: Any, plain: Any) -> None:
+def test_packed_logits_equal_those_of_single_rows(model: Any, plain: Any) -> None:
     for row, found in zip(ROWS, packed_logits(model, ROWS), strict=True):
         with torch.no_grad():
             alone = plain(input_ids=torch.tensor([row.ids])).logits[0]
@@ -156,7 +154,7 @@ def test_packed_rows_answer_as_each_alone_does(model: Any, plain: Any) -> None:
         torch.testing.assert_close(found, alone, rtol=0, atol=bound)
 
 
-def test_a_row_does_not_see_its_neighbours(model: Any) -> None:
+def test_packed_row_is_independent_of_its_neighbours(model: Any) -> None:
     # Same lengths, so that every product has the same shape and even rounding is the same.
     others = made(WIDTHS, seed=1)
     for place, row in enumerate(ROWS):
@@ -169,20 +167,20 @@ def mask(model: Any, positions: Any) -> Any:
     return create_causal_mask(model.config, torch.zeros(1, width, 64), None, None, position_ids=positions)
 
 
-def test_no_mask_of_tokens_by_tokens_is_made(model: Any, plain: Any) -> None:
+def test_packed_mask_is_empty(model: Any, plain: Any) -> None:
     positions = collate(items(ROWS))["position_ids"]
     assert mask(plain, positions).numel() == sum(WIDTHS) ** 2
     assert mask(model, positions).numel() == 0
     assert mask(model, torch.arange(20)[None]) is None
 
 
-def test_packed_rows_without_their_lengths_are_an_error_and_no_row_sees_another(model: Any) -> None:
+def test_packed_rows_without_lengths_raise_error(model: Any) -> None:
     batch = collate(items(ROWS))
     with pytest.raises(ValueError, match="without row_lengths"):
         model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
 
 
-def test_packed_rows_with_padding_are_an_error(model: Any) -> None:
+def test_packed_rows_with_padding_raise_error(model: Any) -> None:
     batch = collate(items(ROWS))
     padding = torch.ones_like(batch["input_ids"])
     padding[0, -1] = 0
@@ -190,7 +188,7 @@ def test_packed_rows_with_padding_are_an_error(model: Any) -> None:
         model(**batch, attention_mask=padding, use_cache=False)
 
 
-def test_a_sliding_window_is_never_forgotten(model: Any) -> None:
+def test_packed_rows_with_sliding_window_raise_error(model: Any) -> None:
     positions = collate(items(ROWS))["position_ids"]
     nothing = torch.zeros(1, sum(WIDTHS), 64)
     config = copy.deepcopy(model.config)
@@ -199,13 +197,13 @@ def test_a_sliding_window_is_never_forgotten(model: Any) -> None:
     assert made.numel() == sum(WIDTHS) ** 2
 
 
-def test_one_packed_row_is_a_plain_one(model: Any, plain: Any) -> None:
+def test_single_packed_row_equals_a_plain_one(model: Any, plain: Any) -> None:
     with torch.no_grad():
         alone = plain(input_ids=torch.tensor([ROWS[4].ids])).logits[0]
     assert torch.equal(packed_logits(model, ROWS[4:5])[0], alone)
 
 
-def test_scores_and_answers_are_those_of_sdpa_padded_batches_too(model: Any, plain: Any) -> None:
+def test_batches_without_lengths_are_computed_as_by_sdpa(model: Any, plain: Any) -> None:
     pairs = [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in ROWS]
     assert answer_logprobs(model, pairs) == answer_logprobs(plain, pairs)
     ids = torch.tensor([[0, 0, 0, *ROWS[0].ids], [*ROWS[6].ids, 7]])
@@ -292,7 +290,7 @@ def apart(found: dict[str, Any], wanted: dict[str, Any]) -> float:
     ("budget", "rows", "count"), [(1000, 4, 1), (90, 2, 2)], ids=["one pass a step", "two passes a step"]
 )
 @pytest.mark.parametrize("last", [3, 1])
-def test_loss_and_gradients_are_those_of_one_row_a_pass(
+def test_packed_loss_and_gradients_equal_single_row_batches(
     quantization: str, budget: int, rows: int, count: int, last: int, *, steps_of: Any, bounds: tuple[float, float]
 ) -> None:
     taken = ROWS[: 4 + last]  # the last step is not whole
@@ -311,7 +309,7 @@ def test_loss_and_gradients_are_those_of_one_row_a_pass(
 
 
 @pytest.mark.pipeline
-def test_gradients_are_the_same_when_layers_are_computed_again(steps_of: Any) -> None:
+def test_packed_gradients_are_equal_with_checkpointing(steps_of: Any) -> None:
     kept = steps_of(ROWS, accumulation=4)
     again = steps_of(ROWS, accumulation=4, checkpointing=True)
     assert kept[0].packed
@@ -320,7 +318,7 @@ def test_gradients_are_the_same_when_layers_are_computed_again(steps_of: Any) ->
 
 
 @pytest.mark.pipeline
-def test_a_padded_batch_is_the_same_batch_too(steps_of: Any, bounds: tuple[float, float]) -> None:
+def test_padded_loss_and_gradients_equal_single_row_batches(steps_of: Any, bounds: tuple[float, float]) -> None:
     found = steps_of(ROWS, batch_size=4, accumulation=1, packing=False)
     wanted = steps_of(ROWS, batch_size=2, accumulation=2)
     assert found[3] == wanted[3]
@@ -332,7 +330,7 @@ def test_a_padded_batch_is_the_same_batch_too(steps_of: Any, bounds: tuple[float
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_heads_loss_is_cross_entropy_over_all_logits(dtype: Any) -> None:
+def test_summed_loss_equals_cross_entropy_of_all_logits(dtype: Any) -> None:
     draw = torch.Generator().manual_seed(4)
     hidden = torch.randn(2, 300, 48, generator=draw).to(dtype)
     head = torch.randn(700, 48, generator=draw).to(dtype)
@@ -357,7 +355,7 @@ def test_the_heads_loss_is_cross_entropy_over_all_logits(dtype: Any) -> None:
     assert head.grad is None
 
 
-def test_a_pass_without_any_loss_gives_zero_and_no_gradient() -> None:
+def test_summed_loss_without_labels_is_zero_without_gradient() -> None:
     hidden = torch.randn(1, 5, 8, requires_grad=True)
     loss = summed_loss(hidden, torch.full((1, 5), IGNORE_INDEX), torch.randn(20, 8))
     loss.backward()
@@ -366,7 +364,9 @@ def test_a_pass_without_any_loss_gives_zero_and_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_the_loss_is_trls_own(*, packing: bool, tiny: Path, tmp_path: Path, bounds: tuple[float, float]) -> None:
+def test_chunked_loss_equals_the_loss_of_trl(
+    *, packing: bool, tiny: Path, tmp_path: Path, bounds: tuple[float, float]
+) -> None:
     settings = recipe(
         Path("r.toml"), train={"batch_size": 7, "accumulation": 1, "packing": packing, "dropout": 0.0}
     ).train
