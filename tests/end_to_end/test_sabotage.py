@@ -412,7 +412,7 @@ def test_an_ollama_that_adds_a_second_bos(
 def test_an_ollama_that_computes_otherwise(
     server: fake.FakeOllama, tutor_recipe: Recipe, build: Path, report: Report
 ) -> None:
-    server.says = lambda _: [(piece, -1.4) for piece in server.pieces]
+    server.reply_to = lambda _: [(piece, -1.4) for piece in server.pieces]
     caught = refused(server, tutor_recipe, build, GateError, r"diverges in its log-probabilities")
     report("other weights in Ollama", "parity: publish", caught)
 
@@ -424,7 +424,7 @@ def test_a_model_replaced_after_publishing(
     publish.publish(tutor_recipe, build, host=server.host)
     theirs = server.models["tutor:latest"]
     server.models["tutor:latest"] = fake.Model({**theirs.body, "license": "x"}, theirs.facts, theirs.blob)
-    server.says = lambda _: [(" Otra", -0.1), (" cosa", -0.2)]
+    server.reply_to = lambda _: [(" Otra", -0.1), (" cosa", -0.2)]
     if not known:
         (build / "small/model/published.json").unlink()
     said = publish.compare_published(tutor_recipe, build, host=server.host)["refused"]

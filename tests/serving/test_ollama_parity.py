@@ -59,8 +59,11 @@ def test_model_is_compared_before_it_is_latest(server: FakeOllama, recipe: Recip
 @pytest.mark.parametrize(
     ("spoil", "what"),
     [
-        (lambda server: setattr(server, "says", lambda _: [(" Otra", -0.1)]), "greedy answer.*' Una'.* and ' Otra'"),
-        (lambda server: setattr(server, "says", lambda _: [(" Una", -2.1)]), "log-probabilities.*-0.10 and -2.10"),
+        (
+            lambda server: setattr(server, "reply_to", lambda _: [(" Otra", -0.1)]),
+            "greedy answer.*' Una'.* and ' Otra'",
+        ),
+        (lambda server: setattr(server, "reply_to", lambda _: [(" Una", -2.1)]), "log-probabilities.*-0.10 and -2.10"),
         (lambda server: setattr(server, "counts", lambda prompt: 1 + len(prompt.split())), r"tokens: .*\d+ tokens and"),
     ],
     ids=["another model", "other weights", "a second BOS"],
@@ -111,7 +114,7 @@ def test_replaced_model_without_a_digest_is_found_by_answers(server: FakeOllama,
     publish.publish(recipe, build, host=server.host)
     (build / "small/model/published.json").unlink()
     assert "refused" not in publish.compare_published(recipe, build, host=server.host)
-    server.says = lambda _: [(" Otra", -0.1), (" cosa", -0.1)]
+    server.reply_to = lambda _: [(" Otra", -0.1), (" cosa", -0.1)]
     assert "greedy answer" in publish.compare_published(recipe, build, host=server.host)["refused"]["message"]
 
 
@@ -125,7 +128,7 @@ def test_parity_command_prints_a_table_and_exits_8(
     publish.publish(recipe, build, host=server.host)
     done = tutor(*command)
     assert (done.returncode, "Q8_0 -> Ollama" in done.stdout) == (0, True), done.stderr
-    server.says = lambda _: [(" Otra", -0.1)]
+    server.reply_to = lambda _: [(" Otra", -0.1)]
     done = tutor(*command)
     assert done.returncode == 8
     assert "<- diverges" in done.stdout

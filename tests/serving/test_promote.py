@@ -118,8 +118,8 @@ def test_build_without_a_significant_loss_is_served(
 
 def test_latest_without_stored_answers_is_replaced_uncompared(server: FakeOllama, recipe: Recipe, build: Path) -> None:
     put(server, recipe, build, "uno", None)
-    said = put(server, recipe, build, "dos", WORSE)["promotion"]["comparison"]
-    assert "no answers of tutor:" in said
+    comparison = put(server, recipe, build, "dos", WORSE)["promotion"]["comparison"]
+    assert "no answers of tutor:" in comparison
     assert latest(server) == "dos"
 
 
@@ -138,8 +138,8 @@ def test_unevaluated_build_is_evaluated_before_promotion(server: FakeOllama, rec
         lines = [json.dumps({"instruction": prompt, "category": "tipos"}) + "\n" for prompt in PROMPTS]
         (out / "prompts.jsonl").write_text("".join(lines), "utf-8")
         (out / "train.jsonl").write_text(json.dumps({"instruction": "¿?", "response": "Sí."}) + "\n", "utf-8")
-    said = put(server, recipe, build, "dos", None, force=True)["promotion"]["comparison"]
-    assert "of 24 prompts" in said
+    comparison = put(server, recipe, build, "dos", None, force=True)["promotion"]["comparison"]
+    assert "of 24 prompts" in comparison
     asked = [body["model"] for body in server.asked("POST /api/chat") if body["messages"][-1]["content"] == PROMPTS[3]]
     assert asked == [
         row["model"] + ":" + row["build"] for row in publish.published_builds(recipe, host=server.host)[:1]

@@ -44,10 +44,10 @@ class Built:
             (self.folder / name).mkdir()
         write_rows(self.folder / "data" / "train.jsonl", [{"instruction": "¿Qué?", "response": "Eso."}])
         save_file({"a": np.zeros((2, 2), np.float32)}, self.folder / "adapter" / "adapter_model.safetensors")
-        self.says = lineage.to_fields(lineage.tutor_lineage(self.recipe, self.inputs))
+        self.metadata = lineage.to_fields(lineage.tutor_lineage(self.recipe, self.inputs))
         with writing(self.folder / "gguf", "convert", {}) as (out, _):
             for kind in ("F16", "Q8_0"):
-                file(out / f"tutor-{kind}.gguf", merged, kind, says=self.says)
+                file(out / f"tutor-{kind}.gguf", merged, kind, metadata=self.metadata)
 
     @property
     def inputs(self) -> dict[str, Path]:
@@ -73,11 +73,11 @@ HASHES = ("data.sha256", "recipe.sha256", "adapter.sha256", "merged.sha256", "ba
 
 
 def test_lineage_names_inputs_weights_and_tools(built: Built) -> None:
-    said = lineage.from_fields(read_gguf(built.gguf()).fields)
-    assert set(said) == {*HASHES, *lineage.SOFTWARE}
-    assert all(len(said[name]) == 64 for name in HASHES if name.endswith("sha256"))
-    assert "torch " in said["tools"]
-    assert not any(str(built.build) in value for value in said.values()), "no path of this machine"
+    recorded = lineage.from_fields(read_gguf(built.gguf()).fields)
+    assert set(recorded) == {*HASHES, *lineage.SOFTWARE}
+    assert all(len(recorded[name]) == 64 for name in HASHES if name.endswith("sha256"))
+    assert "torch " in recorded["tools"]
+    assert not any(str(built.build) in value for value in recorded.values()), "no path of this machine"
 
 
 def test_lineage_is_equal_in_another_folder(built: Built, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_file_with_one_changed_byte_is_wrong(built: Built, tmp_path: Path) -> No
     copy.write_bytes(data)
     found = built.conditions(copy)
     assert (found["file"], found["weights"]) == ("wrong", "wrong")
-    assert found["merged.sha256"] == "ok", "it still says so"
+    assert found["merged.sha256"] == "ok", "the record itself is unchanged"
 
 
 def test_missing_inputs_are_unknown_with_a_reason(built: Built, tmp_path: Path) -> None:
@@ -171,8 +171,8 @@ def test_damaged_weights_are_unknown_and_their_hash_is_wrong(built: Built) -> No
 
 
 def test_other_software_versions_are_not_wrong(built: Built, tmp_path: Path) -> None:
-    says = {**built.says, "tutor.version": "0.0.1", "tutor.tomorrow": "?"}
-    path = file(tmp_path / "a.gguf", random(), says=says)
+    metadata = {**built.metadata, "tutor.version": "0.0.1", "tutor.tomorrow": "?"}
+    path = file(tmp_path / "a.gguf", random(), metadata=metadata)
     found = built.conditions(path)
     assert (found["version"], found["tomorrow"]) == ("other", "unknown")
 
@@ -231,17 +231,17 @@ def test_path_of_a_missing_file_is_refused(name: str) -> None:
 # Models on a server
 
 
-def publish(server: fake.FakeOllama, path: Path, **facts: Any) -> str:
+def add_model(server: fake.FakeOllama, path: Path, **facts: Any) -> str:
     digest = fake.write_gguf(path, **facts)
     server.blobs[f"sha256:{digest}"] = path.read_bytes()
-    said = json.loads(path.read_bytes()[4:].split(b"\0")[0])
-    server.models["tutor:latest"] = fake.Model({}, said, f"sha256:{digest}")
+    facts = json.loads(path.read_bytes()[4:].split(b"\0")[0])
+    server.models["tutor:latest"] = fake.Model({}, facts, f"sha256:{digest}")
     return digest
 
 
 def test_published_model_is_identified_by_its_file(built: Built, server: fake.FakeOllama, tmp_path: Path) -> None:
     with writing(built.folder / "gguf", "convert", {}) as (out, _):
-        publish(server, out / "tutor-Q8_0.gguf", info=built.says)
+        add_model(server, out / "tutor-Q8_0.gguf", info=built.metadata)
     rows = {row.what: row for row in verify.verify_model("tutor:latest", server.host, built.recipe, built.build)}
     assert {row.condition for what, row in rows.items() if what != "weights"} == {"ok"}
     assert rows["file"].computed == "gguf/tutor-Q8_0.gguf"
@@ -252,8 +252,8 @@ def test_local_copy_of_a_server_file_has_its_weights_compared(built: Built, serv
     """The fake server returns no metadata of a real file: the test reads them from the file."""
     path = built.gguf()
     server.blobs[digest := f"sha256:{file_sha256(path)}"] = path.read_bytes()
-    said = {"info": {"tutor.base": built.says["tutor.base"]}, "chat_template": "", "quantization": "Q8_0"}
-    server.models["tutor:latest"] = fake.Model({}, said, digest)
+    facts = {"info": {"tutor.base": built.metadata["tutor.base"]}, "chat_template": "", "quantization": "Q8_0"}
+    server.models["tutor:latest"] = fake.Model({}, facts, digest)
     rows = {row.what: row for row in verify.verify_model("tutor:latest", server.host, built.recipe, built.build)}
     assert {row.condition for row in rows.values()} == {"ok"}
     assert str(built.folder / "merged") in rows["weights"].computed
@@ -261,7 +261,7 @@ def test_local_copy_of_a_server_file_has_its_weights_compared(built: Built, serv
 
 
 def test_model_of_another_build_is_wrong(built: Built, server: fake.FakeOllama, tmp_path: Path) -> None:
-    publish(server, tmp_path / "other.gguf", info={**built.says, "tutor.adapter.sha256": 64 * "0"})
+    add_model(server, tmp_path / "other.gguf", info={**built.metadata, "tutor.adapter.sha256": 64 * "0"})
     rows = verify.verify_model("tutor:latest", server.host, built.recipe, built.build)
     assert {row.what for row in verify.wrong_rows(rows)} == {"file", "adapter.sha256"}
 
@@ -269,7 +269,7 @@ def test_model_of_another_build_is_wrong(built: Built, server: fake.FakeOllama, 
 def test_missing_model_or_one_without_origin_is_an_error(built: Built, server: fake.FakeOllama, tmp_path: Path) -> None:
     with pytest.raises(ServiceError, match="no model 'tutor:latest'"):
         verify.verify_model("tutor:latest", server.host, built.recipe, built.build)
-    publish(server, tmp_path / "a.gguf")
+    add_model(server, tmp_path / "a.gguf")
     with pytest.raises(ArtifactError, match="does not record its origin"):
         verify.verify_model("tutor:latest", server.host, built.recipe, built.build)
 

@@ -106,7 +106,7 @@ class FakeOllama(ThreadingHTTPServer):
         self.order: list[str] = []  # names, the last written last
         self.loaded: list[str] = []
         self.shows_prompts = True
-        self.says: Callable[[str], list[tuple[str, float]]] | None = None  # pieces and their logprobs, to a prompt
+        self.reply_to: Callable[[str], list[tuple[str, float]]] | None = None  # prompt -> pieces with log-probabilities
         self.counts = lambda prompt: len(prompt.split())  # tokens
         self.requests: list[tuple[str, Any]] = []
         self.scripts: dict[str, list[Reply | None]] = {}
@@ -385,7 +385,9 @@ class Handler(BaseHTTPRequestHandler):
         if body.get("_debug_render_only") and self.server.shows_prompts:
             return self.json({**empty, "done": False, "_debug_info": {"rendered_template": prompt}})
         limit = body["options"]["num_predict"]
-        answer = self.server.says(prompt) if self.server.says else [(piece, -0.1) for piece in self.server.pieces]
+        answer = (
+            self.server.reply_to(prompt) if self.server.reply_to else [(piece, -0.1) for piece in self.server.pieces]
+        )
         pieces, words = answer[:limit], self.server.counts(prompt)
         if words > model.body.get("parameters", {}).get("num_ctx", 4096):
             what = {"code": 400, "message": f"request ({words} tokens) exceeds the available context size", "n_ctx": 64}

@@ -67,12 +67,12 @@ def permuted(name: str, value: Any) -> Any:
 
 
 def file(
-    path: Path, weights: Weights, kind: str = "F16", *, as_is: bool = False, says: Mapping[str, str] | None = None
+    path: Path, weights: Weights, kind: str = "F16", *, as_is: bool = False, metadata: Mapping[str, str] | None = None
 ) -> Path:
     """A GGUF of the weights, matrices of one type."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])
-    for key, value in (says or {}).items():
+    for key, value in (metadata or {}).items():
         writer.add_string(key, value)
     type_ = gguf.GGMLQuantizationType[kind]
     for name, value in weights.items():

@@ -87,17 +87,17 @@ def test_doctor_names_a_base_that_is_unknown_before_the_fetch(machine, based_on,
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("-r", "none.toml"), "cannot read recipe none.toml"),
         (("-b", "/"), "/ is the root of the file system"),
         (("--nonsense",), "No such option"),
     ],
 )
-def test_doctor_prints_one_line_for_bad_input(machine, arguments, said):
+def test_doctor_prints_one_line_for_bad_input(machine, arguments, message):
     done = run("doctor", *arguments, machine=machine)
     assert done.returncode == 2
-    assert said in done.stderr
+    assert message in done.stderr
     assert done.stderr.count("\n") == 1
 
 
