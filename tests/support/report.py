@@ -19,7 +19,7 @@ VOID = {"meta", "input", "br"}
 
 
 class Page(HTMLParser):
-    """A page's tags that stay open or close wrongly, its names, ids, links, headings and text."""
+    """Parses a page: unclosed and misplaced tags, names, ids, links, headings and text."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ FIGURES = {
 CHECKS = [{"name": name, "ok": True, "figures": figures, "what": ""} for name, figures in FIGURES.items()]
 
 
-def handed(**changes: Any) -> dict[str, Any]:
+def hand_off_record(**changes: Any) -> dict[str, Any]:
     limit = {"kl": 0.2, "mean": None, "worst": None, "lead": None}
     item = {"kind": "quantize", "ours": "F16", "theirs": "Q8_0", "checks": CHECKS, "tolerance": limit}
     return {**item, "missing": "", "state": "same", **changes}
@@ -122,7 +122,7 @@ def record(*, passed: bool, text: str = " Hola.\n\n```ts\nlet a = 1;\n```\n\nFin
     return {"text": text, **speed, "verdicts": verdicts, "passed": passed, "reasons": reasons}
 
 
-def asked(text: str = "¿Qué es una interfaz?") -> list[dict[str, Any]]:
+def prompts_with_answers(text: str = "¿Qué es una interfaz?") -> list[dict[str, Any]]:
     """Nine prompts: each kind has one that both pass, one that only the tutor passes, one that only the base passes."""
     return [
         {
@@ -135,9 +135,9 @@ def asked(text: str = "¿Qué es una interfaz?") -> list[dict[str, Any]]:
 
 
 def evaluated(answers: list[dict[str, Any]]) -> dict[str, Any]:
-    told = {name: [item["answers"][name] for item in answers] for name in ("base", "tutor")}
-    models = {name: {"file": f"{name}-Q8_0", **rates.summarise(answers, found)} for name, found in told.items()}
-    change = {"before": "base", "after": "tutor", **rates.changes(answers, told["base"], told["tutor"], 1)}
+    records = {name: [item["answers"][name] for item in answers] for name in ("base", "tutor")}
+    models = {name: {"file": f"{name}-Q8_0", **rates.summarise(answers, found)} for name, found in records.items()}
+    change = {"before": "base", "after": "tutor", **rates.changes(answers, records["base"], records["tutor"], 1)}
     general = {"n": 2, "perplexity": {"base": 4.0, "tutor": 5.0}, "conclusion": "worse", "difference": 0.2, "low": 0.1,
                "high": 0.3, "languages": {"es": {"n": 2, "perplexity": {"base": 4.0, "tutor": 5.0}}}}  # fmt: skip
     copied = {"tutor": {"n": 9, "median": 2.0, "longest": 30, "half_copied": 1}}

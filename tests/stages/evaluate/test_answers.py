@@ -24,7 +24,7 @@ PROMPTS = [{"instruction": f"¿Qué es {name}?"} for name in "abcdef"]
 
 @dataclass
 class Fake:
-    """Echoes its question; `faults` are of single ones, `dies_on` is fatal, as is the request number `dead_from`.
+    """Echoes its question. `faults`: errors by question; `dies_on`, `dead_from`: question, request of a crash.
 
     Engines that share `meet` wait for each other in their first answers.
     """
@@ -58,7 +58,7 @@ class Fake:
 
 
 class Servers:
-    """Starts engines, one after the other or side by side; `made` are those that were started."""
+    """Starts engines, in sequence or in parallel; `made`: the started engines."""
 
     def __init__(self, *engines: Fake, always: Fake | None = None) -> None:
         self.left = list(engines)
@@ -84,7 +84,7 @@ class Servers:
                 self.running -= 1
 
     def questions(self) -> list[str]:
-        """All that was asked but for the warm-ups."""
+        """Return all questions except the warm-ups."""
         asked = [entry for engine in self.made for entry in engine.asked]
         return [prompt[13:23] for prompt, generation in asked if generation.max_new_tokens > 1]
 
@@ -165,7 +165,7 @@ def test_number_of_engines_is_at_most_that_of_prompts(task: Task) -> None:
 
 @dataclass
 class Talkative(Fake):
-    """Answers piece after piece for a minute, unless it is stopped between two of them."""
+    """Answers in pieces for a minute, unless it is stopped."""
 
     stopped: bool = False
 
@@ -203,7 +203,7 @@ def test_parallel_engine_that_crashes_is_restarted(task: Task) -> None:
 
 
 class Killed(BaseException):
-    """The end of a run that nothing foresees."""
+    """An end of the process that no code handles."""
 
 
 @dataclass

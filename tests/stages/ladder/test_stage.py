@@ -26,7 +26,7 @@ def test_smallest_file_inside_the_budget_is_chosen(budget: float, chosen: str) -
 
 @pytest.mark.parametrize("lucky", [quantization(50, -0.1, 0.3), quantization(50, 0.3, 0.001)])
 def test_choice_needs_loss_and_kl_inside_the_budget(lucky: dict[str, Any]) -> None:
-    """A drifted model may by luck say these rows better."""
+    """A drifted model may predict these rows better by chance."""
     assert stage.choose({**DEMO, "IQ4_NL": lucky}, 0.01) == "Q8_0"
 
 

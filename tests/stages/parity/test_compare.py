@@ -107,7 +107,7 @@ def test_values_that_the_first_engine_lacks_are_in_no_figure() -> None:
 
 
 def test_kl_divergence_over_the_budget_is_a_difference() -> None:
-    """The answer's own tokens have the same probability: only what else could stand there differs."""
+    """The probabilities of the answer's own tokens are equal: only those of other candidates differ."""
     other = scored(-0.5, -0.3)
     other = replace(other, top=(((0, -0.5), (98, -1.2)), other.top[1]))
     ours, theirs = observation(trace=None), observation(trace=None, scored=other)

@@ -21,21 +21,21 @@ from tutor.stages.parity.compare import SUBJECTS, Comparison, Observation
 from tutor.stages.parity.gate import HandOff, hand_off, parity_table, refusal
 
 
-def over(kind: Any, other: Observation | None = None, **names: str) -> HandOff:
+def compared(kind: Any, other: Observation | None = None, **names: str) -> HandOff:
     sides = ([observation()], [other or observation()])
     return hand_off(kind, (names.get("ours", "a"), names.get("theirs", "b")), sides, TIGHT)
 
 
 def test_refusal_names_the_first_hand_off_and_its_cause() -> None:
     bad = observation(ids=(5, 6), scored=scored(-3.0, -4.0))
-    chain = [over("merge"), over("convert", bad, ours="merged", theirs="F16"), over("quantize", bad)]
+    chain = [compared("merge"), compared("convert", bad, ours="merged", theirs="F16"), compared("quantize", bad)]
     refused = refusal(chain)
     assert refused is not None
     assert refused["message"].startswith(
         "merged -> F16 (convert) diverges in its tokens: «code»: the second lacks the 1"
     )
     assert "add_bos_token" in refused["hint"]
-    assert refusal([over("merge"), over("convert")]) is None
+    assert refusal([compared("merge"), compared("convert")]) is None
 
 
 @pytest.mark.parametrize("kind", ["merge", "convert", "quantize", "publish"])
@@ -50,7 +50,9 @@ def test_table_lists_a_hand_off_that_was_not_checked() -> None:
     missing = HandOff("merge", "base + adapter", "merged", missing="16 GB are needed, 3 GB are free")
     assert missing.state == "not checked"
     text = "\n".join(
-        parity_table([missing.record(), over("convert").record(), over("quantize", observation(prompt="x")).record()])
+        parity_table(
+            [missing.record(), compared("convert").record(), compared("quantize", observation(prompt="x")).record()]
+        )
     )
     assert "base + adapter -> merged    not checked: 16 GB are needed" in text
     assert text.count("<- diverges") == 1
@@ -80,7 +82,7 @@ def test_invalid_budget_is_refused(tmp_path: Path, text: str) -> None:
         read_recipe(path)
 
 
-NO = {"message": "F16 -> Q8_0 (quantize) diverges in its tokens: «code»", "hint": "most likely: x"}
+REFUSAL = {"message": "F16 -> Q8_0 (quantize) diverges in its tokens: «code»", "hint": "most likely: x"}
 
 
 @pytest.fixture
@@ -97,7 +99,7 @@ def build(recipe: Recipe, tmp_path: Path) -> Path:
 
 
 def test_refused_gate_refuses_again_and_keeps_its_folder(recipe: Recipe, build: Path) -> None:
-    made = write_parity(recipe, build, refused=NO)
+    made = write_parity(recipe, build, refused=REFUSAL)
     for _ in range(2):
         with pytest.raises(GateError, match=r"F16 -> Q8_0 .* diverges in its tokens.*most likely") as caught:
             pipeline.pass_gate(made)
@@ -106,16 +108,16 @@ def test_refused_gate_refuses_again_and_keeps_its_folder(recipe: Recipe, build: 
 
 
 def test_refused_stage_is_refused_until_its_inputs_change(recipe: Recipe, build: Path) -> None:
-    manifest = read_manifest(write_parity(recipe, build, refused=NO))
+    manifest = read_manifest(write_parity(recipe, build, refused=REFUSAL))
     assert manifest is not None
     state = pipeline.State(BY_NAME["parity"], build / "small/parity", manifest, manifest.fields, ())
     assert state.condition == "refused"
     assert state.condition in pipeline.MADE
-    assert pipeline.differences(state) == [NO["message"]]
+    assert pipeline.differences(state) == [REFUSAL["message"]]
     assert replace(state, fields={}).condition == "stale", "another input is another question"
 
 
 def test_summary_shows_the_hand_offs(recipe: Recipe) -> None:
-    stages = {"parity": {"hand_offs": [over("merge").record()]}}
+    stages = {"parity": {"hand_offs": [compared("merge").record()]}}
     found = summary.summary_lines({"stages": stages, "examples": []}, "x.toml")
     assert any("a -> b" in line and "6/7" not in line for line in found)

@@ -1,7 +1,7 @@
 """The outputs of all stages of a small build."""
 
 import pytest
-from support.report import LADDER, METRICS, TRAINED, asked, evaluated, handed, manifest
+from support.report import LADDER, METRICS, TRAINED, evaluated, hand_off_record, manifest, prompts_with_answers
 from support.small_tokenizer import make_tokenizer
 
 from tutor.stages.report.labels import labelled
@@ -10,8 +10,8 @@ from tutor.stages.report.view import StageOutputs
 
 @pytest.fixture
 def outputs() -> StageOutputs:
-    answers = asked()
-    parity = {"conversations": 9, "precision": "fp32", "served": "Q8_0", "hand_offs": [handed()]}
+    answers = prompts_with_answers()
+    parity = {"conversations": 9, "precision": "fp32", "served": "Q8_0", "hand_offs": [hand_off_record()]}
     files = {"files": {"tutor-Q8_0.gguf": {"size": 144_000_000, "replaced": {"Q5_1": 3}}}}
     fields = {"recipe.rank": 8, "recipe.alpha": 16, "recipe.target_modules": ["q_proj"], "recipe.epochs": 6,
               "recipe.learning_rate": 2e-4, "recipe.system": "Eres un tutor.", "version.torch": "2.14.0"}  # fmt: skip

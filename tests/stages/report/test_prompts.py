@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from support.report import Page, asked, record
+from support.report import Page, prompts_with_answers, record
 
 from tutor.stages.report.prompts import parts, prompts
 from tutor.stages.report.stage import page
@@ -30,8 +30,8 @@ def test_every_kind_and_verdict_has_a_filter(outputs: StageOutputs) -> None:
 
 
 def test_failed_and_empty_answers_are_shown(outputs: StageOutputs) -> None:
-    item = {**asked()[0], "answers": {"base": {"error": "timed out", "passed": False, "reasons": ["no answer"]},
-                                      "tutor": record(passed=False, text="")}}  # fmt: skip
+    failed = {"error": "timed out", "passed": False, "reasons": ["no answer"]}
+    item = {**prompts_with_answers()[0], "answers": {"base": failed, "tutor": record(passed=False, text="")}}
     text = Page(page(replace(outputs, answers=[item]))).text
     assert "No answer: timed out" in text
     assert "(empty)" in text
@@ -39,7 +39,7 @@ def test_failed_and_empty_answers_are_shown(outputs: StageOutputs) -> None:
 
 def test_copied_answer_shows_the_training_row(outputs: StageOutputs) -> None:
     copied = {"run": 40, "share": 0.8, "line": 12, "text": "…"}
-    item = {**asked()[0], "answers": {"tutor": {**record(passed=True), "copied": copied}}}
+    item = {**prompts_with_answers()[0], "answers": {"tutor": {**record(passed=True), "copied": copied}}}
     assert "80 % of it, 40 words and signs in a row, also stands in the training row of line 12" in " ".join(
         Page(page(replace(outputs, answers=[item]))).text.split()
     )

@@ -23,7 +23,7 @@ from tutor.stages.report.view import StageOutputs
 
 @pytest.fixture
 def build(recipe_file: Path, tmp_path: Path, outputs: StageOutputs) -> Path:
-    """A build folder where the data stage has run, and the evaluation as far as the report reads it."""
+    """A build folder where the data stage has run, with an evaluation for the report."""
     recipe, folder = read_recipe(recipe_file), tmp_path / "build"
     run_one("data", recipe, folder)
     with writing(folder / "small" / "eval", "evaluate", {}) as (out, results):
@@ -119,7 +119,7 @@ def browse(tmp_path: Path, page_file: Path, *options: str) -> "subprocess.Comple
 
 
 def probed(tmp_path: Path, *options: str) -> dict[str, Any]:
-    """What a script of the test's own sees of the page in a frame of 390 pixels."""
+    """The values that a script reads from the page in a frame of 390 pixels."""
     (tmp_path / "probe.html").write_text(PHONE + PROBE)
     done = browse(
         tmp_path, tmp_path / "probe.html", "--dump-dom", "--hide-scrollbars", "--window-size=800,1000", *options

@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from support.report import EVIL, Page, asked, evaluated, handed, manifest, record, without
+from support.report import EVIL, Page, evaluated, hand_off_record, manifest, prompts_with_answers, record, without
 from support.small_tokenizer import make_tokenizer
 
 from tutor.stages.report.labels import labelled
@@ -55,12 +55,12 @@ def test_equal_outputs_give_equal_bytes(outputs: StageOutputs) -> None:
 
 
 def test_texts_of_rows_are_never_markup(outputs: StageOutputs) -> None:
-    answers = asked(EVIL)
+    answers = prompts_with_answers(EVIL)
     for item in answers:
         item["category"] = f"kind {EVIL}"
         item["topic"] = EVIL
         item["answers"] = {EVIL: {**record(passed=False, text=f"{EVIL}\n```{EVIL}\n\u202e\x1b\x07"), "reasons": [EVIL]}}
-    evil = evaluated(asked())
+    evil = evaluated(prompts_with_answers())
     evil["findings"] = [{"conclusion": "worse", "text": EVIL}]
     row = {"instruction": EVIL, "response": EVIL}
     changed = replace(
@@ -96,14 +96,14 @@ def test_page_without_any_stage_is_well_formed(outputs: StageOutputs) -> None:
 
 def test_refused_gate_is_shown_before_the_sections(outputs: StageOutputs) -> None:
     refused = {"message": "F16 -> Q8_0 (quantize) diverges", "hint": "most likely: the file is damaged"}
-    gate = {**outputs.manifests["parity"].results, "hand_offs": [handed(state="diverges")], "refused": refused}
+    gate = {**outputs.manifests["parity"].results, "hand_offs": [hand_off_record(state="diverges")], "refused": refused}
     text = Page(page(replace(outputs, manifests={**outputs.manifests, "parity": manifest("parity", gate)}))).text
     assert text.index("The parity gate refuses this model.") < text.index("which tokens carry loss")
     assert "✗ diverges" in text
 
 
 def test_unchecked_hand_off_shows_the_reason(outputs: StageOutputs) -> None:
-    lone = handed(checks=[], tolerance=None, missing="too little memory", state="not checked")
+    lone = hand_off_record(checks=[], tolerance=None, missing="too little memory", state="not checked")
     gate = {**outputs.manifests["parity"].results, "precision": None, "hand_offs": [lone]}
     changed = replace(outputs, manifests={**outputs.manifests, "parity": manifest("parity", gate)})
     assert "too little memory" in Page(page(changed)).text
@@ -111,18 +111,18 @@ def test_unchecked_hand_off_shows_the_reason(outputs: StageOutputs) -> None:
 
 
 def test_hand_off_to_ollama_is_shown_once_compared(outputs: StageOutputs) -> None:
-    ollama = manifest("parity-ollama", {"hand_offs": [handed(kind="publish", ours="Q8_0", theirs="Ollama")]})
+    ollama = manifest("parity-ollama", {"hand_offs": [hand_off_record(kind="publish", ours="Q8_0", theirs="Ollama")]})
     assert "tutor parity --host" in Page(page(outputs)).text
     text = Page(page(replace(outputs, manifests={**outputs.manifests, "parity-ollama": ollama}))).text
     assert "Q8_0 → Ollama" in text
     assert "tutor parity --host" not in text
-    once = {"hand_offs": [handed(kind="publish", ours="Q8_0", theirs="Ollama, as published")]}
+    once = {"hand_offs": [hand_off_record(kind="publish", ours="Q8_0", theirs="Ollama, as published")]}
     assert "Ollama, as published" in Page(page(replace(outputs, published=once))).text
 
 
 def test_page_without_base_shows_only_the_tutor(outputs: StageOutputs) -> None:
-    answers = [{**item, "answers": {"tutor": item["answers"]["tutor"]}} for item in asked()]
-    results = evaluated(asked())
+    answers = [{**item, "answers": {"tutor": item["answers"]["tutor"]}} for item in prompts_with_answers()]
+    results = evaluated(prompts_with_answers())
     lone = {"models": {"tutor": results["models"]["tutor"]}, "differences": [], "findings": []}
     changed = replace(outputs, answers=answers, manifests={**outputs.manifests, "eval": manifest("evaluate", lone)})
     shown = Page(page(changed))
@@ -132,9 +132,11 @@ def test_page_without_base_shows_only_the_tutor(outputs: StageOutputs) -> None:
 
 
 def test_page_shows_verdicts_of_the_published_model_alone(outputs: StageOutputs) -> None:
-    """As `make all` leaves it: no GGUF's name, and one model."""
-    answers = [{**item, "answers": {"ollama": item["answers"]["tutor"]}} for item in asked()]
-    rated = {name: value for name, value in evaluated(asked())["models"]["tutor"].items() if name != "file"}
+    """The state after `make all`: no name of a GGUF, and one model."""
+    answers = [{**item, "answers": {"ollama": item["answers"]["tutor"]}} for item in prompts_with_answers()]
+    rated = {
+        name: value for name, value in evaluated(prompts_with_answers())["models"]["tutor"].items() if name != "file"
+    }
     copied = {"ollama": {"n": 9, "median": 2.0, "longest": 31, "half_copied": 1}}
     left = {name: each for name, each in outputs.manifests.items() if name != "eval"}
     found = {"eval-ollama": manifest("evaluate", {"models": {"ollama": rated}, "copied": copied})}

@@ -22,6 +22,7 @@ from tutor.formats.models.safetensors import WEIGHTS
 from tutor.formats.models.served_quantization import served_quantization
 from tutor.formats.rows.split_files import read_rows
 from tutor.machine.device import loading_memory
+from tutor.recipe.quantizations import F16
 from tutor.stages.parity import collect
 from tutor.stages.parity.compare import Observation
 from tutor.stages.parity.conversations import Conversation, conversations
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PARITY = "parity.json"
-ADAPTER, MERGED, F16 = "base + adapter", "merged", "F16"
+"""File name of the hand-offs and the refusal."""
+ADAPTER, MERGED = "base + adapter", "merged"
+"""Names of the engines in transformers."""
 OVERHEAD_BYTES = 1 << 30
 """Memory beside a model's weights, in bytes: logits over the vocabulary, and the process itself."""
 
