@@ -7,7 +7,6 @@ preference for its own (difference of natural-log probabilities). A small prefer
 Does not decide whether the models agree (the parity stage does).
 """
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from tutor.engines.hf.score import answer_logprobs
 from tutor.engines.llamacpp.score import score
 from tutor.engines.llamacpp.server import serve
 from tutor.engines.protocol import greedy
+from tutor.formats.rows.split_files import PROMPTS, read_split
 from tutor.prompt import conversation, render
 from tutor.recipe.reading import read_recipe
 from tutor.recipe.settings import Recipe
@@ -26,9 +26,7 @@ from tutor.recipe.settings import Recipe
 def main(recipe: Recipe, build: Path, count: int) -> None:
     """Compare the engines on at most `count` prompts and print."""
     folder = BuildFolder(build, recipe.name)
-    prompts = [
-        json.loads(line) for line in (folder.stage("data") / "prompts.jsonl").read_text("utf-8").split("\n") if line
-    ]
+    prompts = read_split(folder.stage("data"), PROMPTS)
     f16 = folder.gguf("tutor", "F16")
     engine = load(folder.stage("merge"), None, quantization="none", precision="fp32")
     tokenizer = engine.tokenizer

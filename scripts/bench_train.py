@@ -146,15 +146,15 @@ def plain(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     from transformers import AutoTokenizer, Trainer, TrainerCallback, set_seed
 
     from tutor.formats.models.model_folder import read_facts
+    from tutor.formats.rows.split_files import TRAIN, read_split
     from tutor.machine.device import choose_precision
     from tutor.stages.train.audit import encode_rows
-    from tutor.stages.train.stage import read_rows
 
     _, folder = read_facts(work / "base")
     settings = recipe(options, work).train
     precision = choose_precision(options.precision)
     # The ids and labels of `ours`, for comparable losses; they are the specification's but for one space.
-    rows = encode_rows(AutoTokenizer.from_pretrained(folder), read_rows(work / "data" / "train.jsonl"), "", 4096)
+    rows = encode_rows(AutoTokenizer.from_pretrained(folder), read_split(work / "data", TRAIN), "", 4096)
     dataset = [
         {
             "input_ids": row.ids,

@@ -121,12 +121,12 @@ def test_an_end_that_is_not_learnt(recipe: Recipe, made: Path, report: Report) -
     from datasets import Dataset
 
     from tutor.formats.models.model_folder import load_tokenizer, read_facts
+    from tutor.formats.rows.split_files import TRAIN, read_split
     from tutor.stages.train.audit import audit_labels, encode_rows
     from tutor.stages.train.kernels.chunked_loss import IGNORE_INDEX
-    from tutor.stages.train.stage import read_rows
 
     tokenizer = load_tokenizer(read_facts(made / "tiny/base")[1])
-    rows = encode_rows(tokenizer, read_rows(made / "tiny/data/train.jsonl"), "", 2048)
+    rows = encode_rows(tokenizer, read_split(made / "tiny/data", TRAIN), "", 2048)
 
     def collate(items: list[dict[str, list[int]]]) -> dict[str, Any]:
         import torch

@@ -16,7 +16,7 @@ from typing import Any
 from tutor.artifacts.layout import BuildFolder
 from tutor.artifacts.manifest import read_manifest
 from tutor.errors import ArtifactError, HostError, TutorError
-from tutor.formats.models.base_source import HUB, PACKAGE, hub_snapshot, input_files
+from tutor.formats.models.base_source import HUB, PACKAGE, hub_snapshot, source_files
 from tutor.formats.models.gguf import read_gguf
 from tutor.formats.models.model_folder import read_facts, read_json
 from tutor.machine import device, distributed, host, run_cost
@@ -233,7 +233,7 @@ def find_shape(recipe: Recipe, build: Path) -> Shape | None:
         if source.startswith("path:"):
             return shape_of(read_json(recipe.resolve(source.removeprefix("path:")) / "config.json"))
         if PACKAGE.fullmatch(source):
-            return shape_of_gguf(read_gguf(input_files(recipe)["gguf"]))
+            return shape_of_gguf(read_gguf(source_files(recipe)["gguf"]))
         snapshot = hub_snapshot(source)
         if snapshot is not None and (snapshot / "config.json").exists():
             return shape_of(read_json(snapshot / "config.json"))

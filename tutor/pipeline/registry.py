@@ -101,15 +101,15 @@ def _report(recipe: Recipe) -> dict[str, Any]:
 
 
 def _data_files(recipe: Recipe) -> Mapping[str, Path]:
-    from tutor.stages.data.stage import input_files
+    from tutor.stages.data.stage import data_files
 
-    return input_files(recipe)
+    return data_files(recipe)
 
 
 def _base_files(recipe: Recipe) -> Mapping[str, Path]:
-    from tutor.formats.models.base_source import input_files
+    from tutor.formats.models.base_source import source_files
 
-    return input_files(recipe)
+    return source_files(recipe)
 
 
 def _evaluate_files(recipe: Recipe) -> Mapping[str, Path]:

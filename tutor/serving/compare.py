@@ -21,7 +21,7 @@ from tutor.artifacts.manifest import is_made, require_stage
 from tutor.artifacts.stage_folder import checkpoint_folder, log_folder, writing
 from tutor.engines.protocol import greedy
 from tutor.errors import ArtifactError, RecipeError
-from tutor.formats.rows.split_files import read_rows
+from tutor.formats.rows.split_files import PROMPTS, TRAIN, read_split
 from tutor.pipeline.runner import announced
 from tutor.recipe.settings import Recipe
 from tutor.serving.builds import served_name
@@ -173,7 +173,7 @@ def _answer_and_grade(
 ) -> dict[str, Any]:
     """Run a model on the prompts of the recipe and write its graded answers to `out`; return the results."""
     data = BuildFolder(build, recipe.name).stage("data")
-    prompts, training = read_rows(data / "prompts.jsonl"), read_rows(data / "train.jsonl")
+    prompts, training = read_split(data, PROMPTS), read_split(data, TRAIN)
     at_once = 1 if choice.engine == "hf" or choice.model == "adapter" else parallel
     number = itertools.count(1)  # of the started servers, one log file each
     logs = log_folder(out)

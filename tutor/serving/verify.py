@@ -20,6 +20,7 @@ from tutor.engines.ollama.client import connect
 from tutor.errors import ArtifactError, RecipeError, ServiceError
 from tutor.formats.models.gguf import Gguf, read_gguf
 from tutor.formats.models.model_folder import read_facts
+from tutor.formats.rows.split_files import TRAIN
 from tutor.recipe.settings import Recipe
 from tutor.stages.convert import lineage
 
@@ -162,7 +163,7 @@ def _source_weights(gguf: Gguf, folder: BuildFolder) -> "tuple[Path, dict[str, W
 def _lineage_rows(recorded: Mapping[str, str], recipe: Recipe, folder: BuildFolder) -> list[Row]:
     """Return one row for each recorded value of the origin."""
     places: dict[str, Callable[[], str]] = {
-        "data.sha256": lambda: file_sha256(folder.stage("data") / "train.jsonl"),
+        "data.sha256": lambda: file_sha256(folder.stage("data") / TRAIN),
         "recipe.sha256": lambda: lineage.recipe_hash(recipe),
         "adapter.sha256": lambda: lineage.weights_hash(folder.stage("train")),
         "merged.sha256": lambda: lineage.weights_hash(folder.stage("merge")),

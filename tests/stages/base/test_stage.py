@@ -188,7 +188,7 @@ def test_a_tokenizer_that_drops_blanks_is_refused_showing_what_came_back(model: 
 def test_an_unknown_source_is_a_recipe_error_that_lists_the_known_ones(source: str, tmp_path: Path) -> None:
     wanted = recipe(tmp_path / "r.toml", base={"source": source})
     with pytest.raises(RecipeError) as caught:
-        base.run(wanted, base_source.input_files(wanted), tmp_path)
+        base.run(wanted, base_source.source_files(wanted), tmp_path)
     assert caught.value.code == 2
     assert repr(source) in caught.value.message
     assert "hub:OWNER/NAME@40-HEX-REVISION, path:FOLDER, package:MODULE/FILE.gguf, tiny" in str(caught.value.hint)
@@ -196,13 +196,13 @@ def test_an_unknown_source_is_a_recipe_error_that_lists_the_known_ones(source: s
 
 def test_a_folder_that_is_not_there_is_a_recipe_error(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"names .*/gone, which is not a folder") as caught:
-        base_source.input_files(recipe(tmp_path / "r.toml", base={"source": "path:gone"}))
+        base_source.source_files(recipe(tmp_path / "r.toml", base={"source": "path:gone"}))
     assert caught.value.code == 2
 
 
 def test_a_package_that_is_not_installed_is_the_hosts_fault(tmp_path: Path) -> None:
     with pytest.raises(HostError, match="the package not_there is not installed") as caught:
-        base_source.input_files(recipe(tmp_path / "r.toml", base={"source": "package:not_there/a.gguf"}))
+        base_source.source_files(recipe(tmp_path / "r.toml", base={"source": "package:not_there/a.gguf"}))
     assert caught.value.code == 4
 
 
@@ -235,7 +235,7 @@ def test_a_folder_is_taken_where_it_lies_and_not_copied(model: Path, tmp_path: P
     assert folder == model
     assert [path.name for path in out.iterdir()] == ["base.json"]
     assert {path: path.read_bytes() for path in model.iterdir()} == before
-    assert base_source.input_files(wanted).keys() == {path.name for path in model.iterdir()}
+    assert base_source.source_files(wanted).keys() == {path.name for path in model.iterdir()}
     edit(out / "base.json", drop="eos")
     with pytest.raises(ArtifactError, match="of another version"):
         read_facts(out)

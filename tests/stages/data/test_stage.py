@@ -6,6 +6,7 @@ import os
 import random
 import tracemalloc
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from markdown_it import MarkdownIt
 
 from tutor.errors import ArtifactError, DataError, RecipeError, TutorError
 from tutor.formats.markdown import fence_languages
-from tutor.formats.rows.jsonl import unchanged
+from tutor.formats.rows.jsonl import Limits, unchanged
+from tutor.formats.rows.rows import Example
+from tutor.formats.rows.split_files import HELD_OUT, PROMPTS, TRAIN, read_split
 from tutor.recipe.settings import DataSettings, Recipe
+from tutor.stages.data import reading, splitting
 from tutor.stages.data import stage as data
-from tutor.stages.data.stage import Example, Limits, normalise
+from tutor.stages.data.splitting import normalise
 
 BOM = b"\xef\xbb\xbf"
 GOOD: dict[str, Any] = {"instruction": "¿Qué es un tipo?", "response": "Un conjunto de valores."}
@@ -47,7 +51,7 @@ def file(tmp_path: Path) -> Any:
 def refused(path: Path, **options: Any) -> DataError:
     """The error that reading gives; every one says what to do next."""
     with pytest.raises(DataError) as caught:
-        data.read_examples(path, **options)
+        reading.read_examples(path, **options)
     assert caught.value.code == 3
     assert str(path) in caught.value.message
     return caught.value
@@ -75,7 +79,7 @@ def refused(path: Path, **options: Any) -> DataError:
     ],
 )
 def test_a_tolerated_form_gives_the_same_rows(file: Any, content: bytes, name: str) -> None:
-    examples, notes = data.read_examples(file(content, name))
+    examples, notes = reading.read_examples(file(content, name))
     assert [(each.instruction, each.response) for each in examples] == [
         (row["instruction"], row["response"]) for row in (GOOD, OTHER)
     ]
@@ -85,7 +89,7 @@ def test_a_tolerated_form_gives_the_same_rows(file: Any, content: bytes, name: s
 def test_what_was_tolerated_is_noted_once_and_a_plain_file_has_no_notes(file: Any) -> None:
     odd = {**GOOD, "source": "web", "autor": "x"}
     path = file(gzip.compress(BOM + lines(odd, OTHER, odd) + b"\n\n" + lines({**GOOD, "response": "Otra cosa."})))
-    _, notes = data.read_examples(path)
+    _, notes = reading.read_examples(path)
     assert (notes.byte_order_marks, notes.blank_lines, notes.gzip_unnamed) == (1, 2, True)
     assert notes.dropped_keys == {"source": 2, "autor": 2}
     assert notes.duplicates == ((3, 1),)
@@ -93,27 +97,27 @@ def test_what_was_tolerated_is_noted_once_and_a_plain_file_has_no_notes(file: An
     assert len(notes.warnings()) == 6
     assert all(text.startswith("rows.jsonl: ") for text in notes.warnings())
     assert json.loads(json.dumps(notes.as_dict())) == notes.as_dict()
-    assert data.read_examples(file(lines(GOOD, OTHER), "plain.jsonl"))[1].warnings() == []
+    assert reading.read_examples(file(lines(GOOD, OTHER), "plain.jsonl"))[1].warnings() == []
 
 
 def test_lines_are_those_of_the_file_in_jsonl_and_in_an_array(file: Any) -> None:
-    examples, _ = data.read_examples(file(b"\n" + lines(GOOD) + b"\n" + lines(OTHER)))
+    examples, _ = reading.read_examples(file(b"\n" + lines(GOOD) + b"\n" + lines(OTHER)))
     assert [each.line for each in examples] == [2, 4]
     array = json.dumps([GOOD, OTHER], indent=1).encode()
-    examples, _ = data.read_examples(file(b"\n" + array, "rows.json"))
+    examples, _ = reading.read_examples(file(b"\n" + array, "rows.json"))
     assert [each.line for each in examples] == [3, 7]
 
 
 def test_texts_are_stripped_at_their_ends_and_only_there(file: Any) -> None:
     text = "\n a\r\n\tb \u2028 c\u0085d\x0b\x1ce  \n"
-    examples, _ = data.read_examples(file(with_response(text)))
+    examples, _ = reading.read_examples(file(with_response(text)))
     assert examples[1].response == "a\r\n\tb \u2028 c\u0085d\x0b\x1ce"
 
 
 def test_absent_labels_are_empty_and_given_ones_are_kept(file: Any) -> None:
     block = "```ts\nlet x = 1;\n```"
     row = {"id": 7, **GOOD, "response": block, "category": "ejemplo", "topic": "tipos", "code": ["ok"]}
-    examples, notes = data.read_examples(file(lines(row, OTHER)))
+    examples, notes = reading.read_examples(file(lines(row, OTHER)))
     assert examples[0] == Example(GOOD["instruction"], block, "ejemplo", "tipos", ("ok",), 1)
     assert examples[1] == Example(**OTHER, line=2)
     assert notes.dropped_keys == {}
@@ -269,7 +273,7 @@ def test_d07_all_problems_are_counted_and_the_first_twenty_listed(file: Any) -> 
 
 def test_d08_unknown_keys_are_dropped_with_a_note_and_refused_if_strict(file: Any) -> None:
     path = file(lines(GOOD, {**OTHER, "fuente": 1, "expect": {}}))
-    examples, notes = data.read_examples(path)
+    examples, notes = reading.read_examples(path)
     assert len(examples) == 2
     assert notes.dropped_keys == {"fuente": 1, "expect": 1}
     assert "unknown key expect, fuente; known: id, instruction" in refused(path, strict=True).problems[0]
@@ -277,7 +281,7 @@ def test_d08_unknown_keys_are_dropped_with_a_note_and_refused_if_strict(file: An
 
 def test_d08_a_hostile_key_cannot_break_a_terminal_or_a_file(file: Any) -> None:
     path = file(rb'{"instruction": "a", "response": "b", "\u001b[2J\ud800": 1}')
-    _, notes = data.read_examples(path)
+    _, notes = reading.read_examples(path)
     assert list(notes.dropped_keys) == [r"\x1b[2J\ud800"]
     json.dumps(notes.as_dict(), ensure_ascii=False).encode()
 
@@ -295,7 +299,7 @@ def test_d12_says_that_multi_turn_rows_are_not_supported(file: Any) -> None:
 def test_d17_exact_duplicates_are_kept_once_and_contradictions_are_listed(file: Any) -> None:
     again = {**GOOD, "response": GOOD["response"] + "\n"}
     shouted = {"instruction": "QUE ES UN TIPO", "response": "Otra respuesta."}
-    examples, notes = data.read_examples(file(lines(GOOD, OTHER, again, shouted)))
+    examples, notes = reading.read_examples(file(lines(GOOD, OTHER, again, shouted)))
     assert [each.line for each in examples] == [1, 2, 4]
     assert notes.duplicates == ((3, 1),)
     assert notes.conflicts == ((1, 4),)
@@ -303,7 +307,7 @@ def test_d17_exact_duplicates_are_kept_once_and_contradictions_are_listed(file: 
 
 def test_d20_a_line_of_one_mebibyte_is_read_and_d21_one_over_the_limit_is_not(file: Any) -> None:
     long = "x" * 2**20
-    examples, _ = data.read_examples(file(with_response(long)))
+    examples, _ = reading.read_examples(file(with_response(long)))
     assert examples[1].response == long
     path = file(lines(GOOD, {**OTHER, "response": "x" * 12_000_000}, OTHER))
     tracemalloc.start()
@@ -320,7 +324,7 @@ def test_d20_a_line_of_one_mebibyte_is_read_and_d21_one_over_the_limit_is_not(fi
 def test_d21_the_limit_counts_the_row_without_its_line_end(file: Any, end: bytes) -> None:
     row = lines(GOOD).strip()
     path = file(row + end)
-    assert len(data.read_examples(path, limits=Limits(max_line_bytes=len(row)))[0]) == 1
+    assert len(reading.read_examples(path, limits=Limits(max_line_bytes=len(row)))[0]) == 1
     refused(path, limits=Limits(max_line_bytes=len(row) - 1))
 
 
@@ -360,7 +364,7 @@ def test_d39_a_name_that_is_no_file_is_a_usage_error_and_a_fifo_does_not_block(t
         "n" * 5000: "too long",
     }.items():
         with pytest.raises(RecipeError, match=says) as caught:
-            data.read_examples(tmp_path / name)
+            reading.read_examples(tmp_path / name)
         assert caught.value.code == 2
         assert str(tmp_path) in caught.value.message
 
@@ -393,7 +397,7 @@ def test_d40_a_file_that_changes_while_it_is_read_is_not_used(file: Any, monkeyp
 
     monkeypatch.setattr(Path, "open", another_writes)
     with pytest.raises(ArtifactError, match="input changed") as caught:
-        data.read_examples(path)
+        reading.read_examples(path)
     assert caught.value.code == 5
     assert len(opened) == 3
 
@@ -419,7 +423,7 @@ def test_no_content_whatever_is_a_bug(tmp_path_factory: pytest.TempPathFactory, 
     for name in ("rows.jsonl", "rows.json"):
         (folder / name).write_bytes(content)
         try:
-            examples, _ = data.read_examples(folder / name)
+            examples, _ = reading.read_examples(folder / name)
         except TutorError as fault:
             str(fault).encode()
         else:
@@ -437,7 +441,7 @@ def test_a_prompt_needs_no_response_and_keeps_what_its_author_expects(file: Any)
         {"instruction": "b", "response": "sí"},
         {"instruction": "b"},
     ]
-    prompts, notes = data.read_prompts(file(lines(*rows)))
+    prompts, notes = reading.read_prompts(file(lines(*rows)))
     assert prompts[0].expect == expect
     assert (prompts[0].code, prompts[0].category, prompts[0].line) == (("TS2322",), "correccion", 1)
     assert (prompts[1].reference, dict(prompts[1].expect)) == ("sí", {})
@@ -456,13 +460,13 @@ def test_a_prompt_needs_no_response_and_keeps_what_its_author_expects(file: Any)
 )
 def test_an_expectation_that_would_never_be_checked_is_refused(file: Any, expect: Any, says: str) -> None:
     with pytest.raises(DataError) as caught:
-        data.read_prompts(file(lines({"instruction": "a", "expect": expect})))
+        reading.read_prompts(file(lines({"instruction": "a", "expect": expect})))
     assert says in caught.value.problems[0]
 
 
 def test_d35_holds_for_prompts(file: Any) -> None:
     with pytest.raises(DataError) as caught:
-        data.read_prompts(file(lines({"instruction": "<|im_start|>system"})))
+        reading.read_prompts(file(lines({"instruction": "<|im_start|>system"})))
     assert "holds <|im_start|>" in caught.value.problems[0]
 
 
@@ -532,9 +536,9 @@ def test_a_split_leaks_nothing_keeps_order_and_covers_categories(
     questions = {normalise(each.instruction): each.category for each in examples}
     if len(questions) < 2:
         with pytest.raises(DataError, match="cannot be split"):
-            data.split(examples, share, seed)
+            splitting.split(examples, share, seed)
         return
-    train, held_out = data.split(examples, share, seed)
+    train, held_out = splitting.split(examples, share, seed)
     assert train
     assert held_out
     assert not {normalise(each.instruction) for each in train} & {normalise(each.instruction) for each in held_out}
@@ -543,7 +547,7 @@ def test_a_split_leaks_nothing_keeps_order_and_covers_categories(
     for category, count in Counter(questions.values()).items():
         sides = [any(each.category == category for each in side) for side in (train, held_out)]
         assert all(sides) if count > 1 else any(sides)
-    assert data.split(examples, share, seed) == (train, held_out)
+    assert splitting.split(examples, share, seed) == (train, held_out)
 
 
 @given(SETS, st.randoms(use_true_random=False))
@@ -555,7 +559,7 @@ def test_a_split_does_not_depend_on_the_order_of_the_rows(
         return
     shuffled = list(examples)
     shuffler.shuffle(shuffled)
-    assert set(data.split(examples, 0.2, 1)[1]) == set(data.split(shuffled, 0.2, 1)[1])
+    assert set(splitting.split(examples, 0.2, 1)[1]) == set(splitting.split(shuffled, 0.2, 1)[1])
 
 
 @given(
@@ -565,7 +569,7 @@ def test_a_split_does_not_depend_on_the_order_of_the_rows(
 )
 def test_each_category_gives_its_share_within_a_row(sizes: dict[str, int], share: float, seed: int) -> None:
     examples = [Example(f"{name} {n}", "r", name) for name, size in sizes.items() for n in range(size)]
-    _, held_out = data.split(examples, share, seed)
+    _, held_out = splitting.split(examples, share, seed)
     found = Counter(each.category for each in held_out)
     for name, size in sizes.items():
         assert abs(found[name] - share * size) <= 1 + 0.5 * size / len(examples)
@@ -574,9 +578,9 @@ def test_each_category_gives_its_share_within_a_row(sizes: dict[str, int], share
 
 def test_seeds_give_different_splits_and_the_split_of_a_seed_never_changes() -> None:
     examples = [Example(f"pregunta {n}", "r", "ab"[n % 2]) for n in range(20)]
-    held_out = [each.instruction for each in data.split(examples, 0.2, 42)[1]]
+    held_out = [each.instruction for each in splitting.split(examples, 0.2, 42)[1]]
     assert held_out == ["pregunta 5", "pregunta 6", "pregunta 10", "pregunta 13"]
-    assert len({tuple(data.split(examples, 0.2, seed)[1]) for seed in range(10)}) > 5
+    assert len({tuple(splitting.split(examples, 0.2, seed)[1]) for seed in range(10)}) > 5
 
 
 @pytest.mark.parametrize("share", [0.001, 0.99])
@@ -586,12 +590,12 @@ def test_neither_side_is_ever_empty(share: float) -> None:
         [Example(f"pregunta {n}", "r", str(n)) for n in range(5)],
         [Example("pregunta", str(n)) for n in range(5)] + [Example("otra", "r", "b")],
     ):
-        assert all(data.split(examples, share, 1))
+        assert all(splitting.split(examples, share, 1))
 
 
 def test_a_split_needs_two_questions() -> None:
     with pytest.raises(DataError, match="2 rows with 1 different questions cannot be split") as caught:
-        data.split([Example("a", "b"), Example("¿A?", "c")], 0.1, 1)
+        splitting.split([Example("a", "b"), Example("¿A?", "c")], 0.1, 1)
     assert caught.value.code == 3
 
 
@@ -601,10 +605,10 @@ def test_a_sample_has_so_many_rows_in_proportion_and_in_order(
     rows: list[tuple[int, str, int]], count: int, seed: int
 ) -> None:
     examples = examples_of(rows)
-    chosen = data.sample(examples, count, seed)
+    chosen = splitting.sample(examples, count, seed)
     assert len(chosen) == min(count, len(examples))
     assert [each.line for each in chosen] == sorted({each.line for each in chosen})
-    assert chosen == data.sample(examples, count, seed)
+    assert chosen == splitting.sample(examples, count, seed)
     whole, part = (Counter((each.category, each.topic) for each in side) for side in (examples, chosen))
     for group, size in whole.items():
         assert abs(part[group] - size * len(chosen) / len(examples)) < 1
@@ -615,14 +619,14 @@ def test_a_sample_has_so_many_rows_in_proportion_and_in_order(
 
 def test_a_small_sample_of_a_balanced_set_has_every_category_and_topic() -> None:
     examples = [Example(f"{c}{t}{n}", "r", c, t) for c in "abcde" for t in "uvwxyz" for n in range(4)]
-    chosen = data.sample(examples, 10, 42)
+    chosen = splitting.sample(examples, 10, 42)
     assert Counter(each.category for each in chosen) == dict.fromkeys("abcde", 2)
     assert {each.topic for each in chosen} == set("uvwxyz")
 
 
 def test_a_sample_of_zero_rows_is_all_of_them() -> None:
     examples = [Example(str(n), "r") for n in range(5)]
-    assert data.sample(examples, 0, 1) == examples
+    assert splitting.sample(examples, 0, 1) == examples
 
 
 # Statistics
@@ -635,7 +639,7 @@ def test_statistics_count_what_is_there() -> None:
         Example("¿Uno?", block, "definicion", "genericos"),
         Example("dos", "1", "ejemplo", "tipos"),
     ]
-    found = data.statistics(examples)
+    found = data.row_statistics(examples)
     assert found["rows"] == 3
     assert (found["questions"], found["repeated_questions"]) == (2, 1)
     assert found["categories"] == {"definicion": 2, "ejemplo": 1}
@@ -645,7 +649,7 @@ def test_statistics_count_what_is_there() -> None:
     assert found["fenced_blocks"] == {"": 1, "ts": 1}
     assert found["rows_without_block"] == 2
     assert json.loads(json.dumps(found)) == found
-    assert data.statistics([])["rows"] == 0
+    assert data.row_statistics([])["rows"] == 0
 
 
 MARKDOWN = ["```", "```ts", "~~~", "````", " ```", "- ```js", "> x", "<div>", "a", "", "\r", "\t```", "- b", "`c`"]
@@ -679,10 +683,10 @@ def test_the_stage_writes_what_load_split_reads_back(tmp_path: Path) -> None:
     recipe = recipe_in(tmp_path, TRAINING, [{"instruction": "¿Y esto?", "expect": {"include": [["año"]]}}])
     summary = data.run(recipe, {}, tmp_path / "out")
     assert (summary["rows"], summary["train"], summary["held_out"], summary["prompts"]) == (20, 18, 2, 1)
-    train, held_out, prompts = data.load_split(tmp_path / "out")
-    examples, _ = data.read_examples(tmp_path / "tutor.jsonl")
-    assert (train, held_out) == data.split(examples, 0.1, recipe.seed)
-    assert prompts == data.read_prompts(tmp_path / "eval.jsonl")[0]
+    examples, _ = reading.read_examples(tmp_path / "tutor.jsonl")
+    expected = (*splitting.split(examples, 0.1, recipe.seed), reading.read_prompts(tmp_path / "eval.jsonl")[0])
+    for name, rows in zip((TRAIN, HELD_OUT, PROMPTS), expected, strict=True):
+        assert read_split(tmp_path / "out", name) == [{**asdict(row), "code": list(row.code)} for row in rows]
     text = (tmp_path / "out" / "train.jsonl").read_bytes()
     assert text.startswith('{"instruction": "¿Qué es '.encode())
     assert text.count(b"\n") == 18
@@ -694,9 +698,9 @@ def test_a_part_of_the_rows_and_of_the_prompts_is_taken_where_the_recipe_says_so
     prompts = [{"instruction": f"p{n}", "category": "ab"[n % 2]} for n in range(8)]
     summary = data.run(recipe_in(tmp_path, TRAINING, prompts, rows=10, prompts=4), {}, tmp_path / "out")
     assert (summary["rows"], summary["train"] + summary["held_out"], summary["prompts"]) == (20, 10, 4)
-    train, held_out, asked = data.load_split(tmp_path / "out")
-    assert Counter(each.category for each in [*train, *held_out]) == {"a": 5, "b": 5}
-    assert Counter(each.category for each in asked) == {"a": 2, "b": 2}
+    train, held_out, asked = (read_split(tmp_path / "out", name) for name in (TRAIN, HELD_OUT, PROMPTS))
+    assert Counter(each["category"] for each in [*train, *held_out]) == {"a": 5, "b": 5}
+    assert Counter(each["category"] for each in asked) == {"a": 2, "b": 2}
 
 
 def test_the_same_rows_give_the_same_bytes_wherever_they_lie(tmp_path: Path) -> None:
@@ -714,8 +718,8 @@ def test_d18_what_evaluation_asks_is_taken_from_training_and_reported(tmp_path: 
     assert summary["notes"] == ["tutor.jsonl: 1 rows removed, for eval.jsonl asks them too"]
     report = json.loads((tmp_path / "out" / "statistics.json").read_text("utf-8"))
     assert report["removed_from_train"] == [{"line": 8, "eval_line": 2}]
-    train, held_out, _ = data.load_split(tmp_path / "out")
-    assert "¿Qué es 7?" not in {each.instruction for each in [*train, *held_out]}
+    rows = [row for name in (TRAIN, HELD_OUT) for row in read_split(tmp_path / "out", name)]
+    assert "¿Qué es 7?" not in {row["instruction"] for row in rows}
 
 
 def test_d18_is_an_error_if_strict_and_when_nothing_is_left(tmp_path: Path) -> None:
@@ -731,7 +735,7 @@ def test_d18_is_an_error_if_strict_and_when_nothing_is_left(tmp_path: Path) -> N
 @pytest.mark.parametrize("key", ["train", "eval"])
 def test_a_file_that_the_recipe_names_must_exist(tmp_path: Path, key: str) -> None:
     recipe = recipe_in(tmp_path, TRAINING, [{"instruction": "x"}], **{key: "absent.jsonl"})
-    for call in (lambda: data.run(recipe, {}, tmp_path / "out"), lambda: data.input_files(recipe)):
+    for call in (lambda: data.run(recipe, {}, tmp_path / "out"), lambda: data.data_files(recipe)):
         with pytest.raises(RecipeError, match=r"absent\.jsonl"):
             call()
 
@@ -740,12 +744,12 @@ def test_a_file_that_the_recipe_names_must_exist(tmp_path: Path, key: str) -> No
 def test_d39_a_path_that_cannot_be_resolved_is_a_usage_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(RecipeError):
-        data.input_files(recipe_in(tmp_path, TRAINING, [{"instruction": "x"}], train=name))
+        data.data_files(recipe_in(tmp_path, TRAINING, [{"instruction": "x"}], train=name))
 
 
 def test_input_files_are_those_of_the_recipe(tmp_path: Path) -> None:
     recipe = recipe_in(tmp_path, TRAINING, [{"instruction": "x"}])
-    assert data.input_files(recipe) == {"train": tmp_path / "tutor.jsonl", "eval": tmp_path / "eval.jsonl"}
+    assert data.data_files(recipe) == {"train": tmp_path / "tutor.jsonl", "eval": tmp_path / "eval.jsonl"}
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b'{"line": 1}\n', b"[]\n", b'{"code": 1}\n', b"\xff\n"])
@@ -757,5 +761,5 @@ def test_a_damaged_split_is_an_artifact_error(tmp_path: Path, damage: bytes) -> 
     else:
         path.unlink()
     with pytest.raises(ArtifactError, match=r"held_out\.jsonl") as caught:
-        data.load_split(tmp_path / "out")
+        read_split(tmp_path / "out", HELD_OUT)
     assert caught.value.code == 5

@@ -56,22 +56,22 @@ def check_command(
 
 
 def _read_files(files: tuple[Path, ...], *, strict: bool) -> list[tuple[Path, Any, list[str]]]:
-    from tutor.stages.data import stage
+    from tutor.stages.data import reading
 
     found = []
     for path in files:
-        examples, notes = stage.read_examples(path, strict=strict)
+        examples, notes = reading.read_examples(path, strict=strict)
         found.append((path, examples, notes.warnings()))
     return found
 
 
 def _read_recipe_files(recipe_path: Path, *, strict: bool) -> list[tuple[Path, Any, list[str]]]:
-    from tutor.stages.data import stage
+    from tutor.stages.data import reading, splitting, stage
 
-    inputs = stage.input_files(load_recipe(recipe_path))
-    examples, notes = stage.read_examples(inputs["train"], strict=strict)
-    prompts, prompt_notes = stage.read_prompts(inputs["eval"], strict=strict)
-    _, leaks = stage.without_leaks(examples, prompts)
+    inputs = stage.data_files(load_recipe(recipe_path))
+    examples, notes = reading.read_examples(inputs["train"], strict=strict)
+    prompts, prompt_notes = reading.read_prompts(inputs["eval"], strict=strict)
+    _, leaks = splitting.without_leaks(examples, prompts)
     if leaks and strict:
         raise DataError(f"{inputs['train']}: {len(leaks)} rows ask what {inputs['eval']} asks")
     shared = [f"{len(leaks)} rows are also prompts, and are left out of training"] if leaks else []
@@ -122,7 +122,7 @@ def lint_command(  # noqa: PLR0913 - a command's options
     from tutor.stages.data.lint.page import page
 
     recipe = load_recipe(recipe_path) if not files or recipe_path.exists() else None
-    inputs = stage.input_files(recipe) if recipe and not files else {}
+    inputs = stage.data_files(recipe) if recipe and not files else {}
     report = lint(
         files or (inputs["train"],),
         against or inputs.get("eval"),
@@ -180,10 +180,10 @@ def _lint_lines(report: "Report") -> list[str]:
 def stats_command(file: Path | None, recipe_path: Path, build: Path, *, as_json: bool) -> None:
     """Count FILE (or the recipe's training rows) by category and topic, with lengths."""
     del build
-    from tutor.stages.data import stage
+    from tutor.stages.data import reading, stage
 
-    path = file or stage.input_files(load_recipe(recipe_path))["train"]
-    counts = stage.statistics(stage.read_examples(path)[0])
+    path = file or stage.data_files(load_recipe(recipe_path))["train"]
+    counts = stage.row_statistics(reading.read_examples(path)[0])
     print_result(counts, indented(counts), as_json=as_json)
 
 

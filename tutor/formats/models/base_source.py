@@ -1,6 +1,6 @@
-"""Where a base comes from: the kinds of `base.source`, the files that each names, the hub's cache.
+"""Sources of a base model: the kinds of `base.source`, the files that each names, the hub's cache.
 
-In: a recipe. Out: paths. Fetches nothing, and imports no package that carries a model.
+In: a recipe. Out: paths. Fetches nothing, and does not import a package that carries a model.
 """
 
 import importlib.util
@@ -20,8 +20,8 @@ PACKAGE = re.compile(r"package:(?P<module>\w+)/(?P<file>[\w.-]+\.gguf)")
 KNOWN = "known: hub:OWNER/NAME@40-HEX-REVISION, path:FOLDER, package:MODULE/FILE.gguf, tiny"
 
 
-def input_files(recipe: "Recipe") -> dict[str, Path]:
-    """The files outside `build/` whose content decides what this stage makes."""
+def source_files(recipe: "Recipe") -> dict[str, Path]:
+    """Return the files outside `build/` whose content decides what the base stage makes."""
     source = recipe.base.source
     if source == "tiny":
         return {"text": recipe.resolve(recipe.data.train)}
@@ -34,7 +34,7 @@ def input_files(recipe: "Recipe") -> dict[str, Path]:
 
 
 def local_folder(recipe: "Recipe", source: str) -> Path:
-    """The folder of a `path:` source. Raises RecipeError for a source of no known kind, or where it is no folder."""
+    """Return the folder of a `path:` source. Raises RecipeError for a source of an unknown kind, and for no folder."""
     kind, _, rest = source.partition(":")
     if kind != "path" or not rest:
         raise RecipeError(f"{recipe.path}: base.source is {source!r}", KNOWN)
@@ -45,7 +45,7 @@ def local_folder(recipe: "Recipe", source: str) -> Path:
 
 
 def package_file(module: str, name: str) -> Path:
-    """A file inside an installed package, found without importing the package."""
+    """Return the path of a file in an installed package, found without importing the package."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise HostError(f"the package {module} is not installed", "make install (requirements/demo.txt brings it)")
@@ -56,14 +56,14 @@ def package_file(module: str, name: str) -> Path:
 
 
 def hub_snapshot(source: str) -> Path | None:
-    """Where the hub's cache keeps this revision, there or not; None for another source."""
+    """Return the folder of this revision in the hub's cache, existing or not; None for a source of another kind."""
     found = HUB.fullmatch(source)
-    return (
-        hub_cache() / f"models--{found['repo'].replace('/', '--')}" / "snapshots" / found["revision"] if found else None
-    )
+    if found is None:
+        return None
+    return hub_cache() / f"models--{found['repo'].replace('/', '--')}" / "snapshots" / found["revision"]
 
 
 def hub_cache() -> Path:
-    """The hub's cache, by the variables that huggingface_hub reads."""
+    """Return the hub's cache folder, by the environment variables that huggingface_hub reads."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()

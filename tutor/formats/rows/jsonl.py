@@ -1,13 +1,13 @@
-"""Strict JSON Lines. In: a path, plain or gzip, or a .json array. Out: each line's JSON value, or its fault.
+"""Read a user's JSON Lines strictly: the file, its lines, or the elements of an array.
 
-Helper of the data stage: knows bytes and JSON, not what a row means. Never repairs; what it tolerates it counts.
+In: a path, plain or gzip, or a .json array. Out: each line's JSON value, or its error. Does not interpret a row
+(rows.py) and repairs nothing; what it tolerates it counts.
 """
 
 import errno
 import gzip
 import hashlib
 import io
-import json
 import re
 import stat
 import zlib
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tutor.errors import ArtifactError, DataError, RecipeError
+from tutor.formats.rows.json_values import ONE_LINE, RowError, decode_value, not_utf8, parse_line, skip_blanks, too_long
 
 BOM = b"\xef\xbb\xbf"
 WIDE_BOMS = {
@@ -27,33 +28,20 @@ WIDE_BOMS = {
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
-BLANKS = (" ", "\t", "\n", "\r")
-TOO_DEEP = "is nested too deeply"
-ONE_LINE = "write one object a line: jq -c . FILE > rows.jsonl (jq -c '.[]' for an array, or name it .json)"
-ICONV = "save it as UTF-8, from Windows for example: iconv -f WINDOWS-1252 -t UTF-8 FILE > rows.jsonl"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is read before it is an error: bytes of one line, bytes once unpacked, problems that are listed."""
+    """Limits of reading a file: bytes of one line, bytes once unpacked, number of listed problems."""
 
     max_line_bytes: int = 2 * 2**20
     max_total_bytes: int = 2**30
     max_problems: int = 20
 
 
-class RowError(ValueError):
-    """One row that is not usable. `unfinished`: its JSON ends before it is complete."""
-
-    def __init__(self, message: str, hint: str | None = None, *, unfinished: bool = False) -> None:
-        super().__init__(message)
-        self.hint = hint
-        self.unfinished = unfinished
-
-
 Stream = BinaryIO | gzip.GzipFile
-Found = tuple[int, Any]
-"""A line, and the JSON value in it or the RowError that says why there is none."""
+LineValue = tuple[int, Any]
+"""Line number, and the JSON value of the line or the RowError that explains why there is none."""
 
 
 def check_file(path: Path, max_bytes: int = Limits.max_total_bytes) -> None:
@@ -90,7 +78,7 @@ def _unreadable(path: Path, error: OSError) -> DataError:
 
 @contextmanager
 def unchanged(path: Path) -> Iterator[str]:
-    """The file's SHA-256. On the way out ArtifactError if it is no longer the same, whatever else was wrong with it."""
+    """Give the file's SHA-256; at the end raise ArtifactError if the file changed, before any other error."""
     try:
         before = _sha256(path)
     except OSError as error:
@@ -115,38 +103,38 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_values(path: Path, limits: Limits, seen: Counter[str]) -> Iterator[Found]:
-    """Each row's line and value; counts "blank" lines, "bom" and "gzip" in `seen`.
+def read_values(path: Path, limits: Limits, tolerated: Counter[str]) -> Iterator[LineValue]:
+    """Yield each row's line and value; count "blank" lines, "bom" and "gzip" in `tolerated`.
 
-    Raises DataError where not one row but the file as a whole is wrong.
+    Raises DataError where the file as a whole is wrong, not one row.
     """
     names = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
     reader = _array if names[-1:] == [".json"] else _lines
     try:
         with path.open("rb") as file:
             packed = file.peek(2).startswith(b"\x1f\x8b")
-            seen["gzip"] += packed
-            yield from reader(gzip.GzipFile(fileobj=file) if packed else file, path, limits, seen)
+            tolerated["gzip"] += packed
+            yield from reader(gzip.GzipFile(fileobj=file) if packed else file, path, limits, tolerated)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: gz damaged ({error})", "compress or copy it again") from None
     except OSError as error:
         raise _unreadable(path, error) from None
 
 
-def _lines(stream: Stream, path: Path, limits: Limits, seen: Counter[str]) -> Iterator[Found]:
+def _lines(stream: Stream, path: Path, limits: Limits, tolerated: Counter[str]) -> Iterator[LineValue]:
     first = True
     for line, raw in enumerate(_raw_lines(stream, path, limits), 1):
         if line == 1:
             _refuse_wide(raw, path)
-        seen["bom"] += raw.startswith(BOM)
+        tolerated["bom"] += raw.startswith(BOM)
         content = raw.removeprefix(BOM)
         ended = content.endswith(b"\n")
         content = content.removesuffix(b"\n").removesuffix(b"\r") if ended else content
         if not content.strip():
-            seen["blank"] += 1
+            tolerated["blank"] += 1
             continue
         try:
-            yield line, _parse(content, limits.max_line_bytes, ended=ended)
+            yield line, parse_line(content, limits.max_line_bytes, ended=ended)
         except RowError as fault:
             if first:
                 _refuse_layout(content, fault, f"{path}:{line}", ended=ended)
@@ -155,14 +143,14 @@ def _lines(stream: Stream, path: Path, limits: Limits, seen: Counter[str]) -> It
 
 
 def _raw_lines(stream: Stream, path: Path, limits: Limits) -> Iterator[bytes]:
-    """Lines with their ends; of one that is too long only the beginning, so that memory stays flat."""
-    most = limits.max_line_bytes + len(b"\r\n")
+    """Lines with their ends; only the beginning of a line that is too long, so that memory stays flat."""
+    max_bytes = limits.max_line_bytes + len(b"\r\n")
     total = 0
-    while raw := stream.readline(most):
+    while raw := stream.readline(max_bytes):
         rest = raw
         total += len(raw)
-        while len(rest) == most and not rest.endswith(b"\n") and total <= limits.max_total_bytes:
-            rest = stream.readline(most)
+        while len(rest) == max_bytes and not rest.endswith(b"\n") and total <= limits.max_total_bytes:
+            rest = stream.readline(max_bytes)
             total += len(rest)
         if total > limits.max_total_bytes:
             raise _too_large(path, limits)
@@ -182,27 +170,27 @@ def _refuse_wide(raw: bytes, path: Path) -> None:
 
 
 def _refuse_layout(content: bytes, fault: RowError, where: str, *, ended: bool) -> None:
-    """Raise DataError when the first row says that the whole file is laid out in another way."""
+    """Raise DataError where the first row shows that the whole file has another layout."""
     if not ended and b"\r" in content.rstrip():
         raise DataError(f"{where}: no LF found, old-Mac line ends (CR)", "tr '\\r' '\\n' < FILE > rows.jsonl")
     if ended and fault.unfinished and content.rstrip()[-1:] in (b"{", b"[", b",", b":"):
         raise DataError(f"{where}: the JSON goes on in the next line: pretty-printed?", ONE_LINE)
 
 
-def _array(stream: Stream, path: Path, limits: Limits, seen: Counter[str]) -> Iterator[Found]:
-    """A .json file: one array of objects, read whole; anything else in it is taken as JSON Lines."""
+def _array(stream: Stream, path: Path, limits: Limits, tolerated: Counter[str]) -> Iterator[LineValue]:
+    """Elements of a .json file: one array of objects, read whole; anything else in it is read as JSON Lines."""
     data = stream.read(limits.max_total_bytes + 1)
     if len(data) > limits.max_total_bytes:
         raise _too_large(path, limits)
     if not data.removeprefix(BOM).lstrip().startswith(b"["):
-        yield from _lines(io.BytesIO(data), path, limits, seen)
+        yield from _lines(io.BytesIO(data), path, limits, tolerated)
         return
-    seen["bom"] += data.startswith(BOM)
+    tolerated["bom"] += data.startswith(BOM)
     data = data.removeprefix(BOM)
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        yield data.count(b"\n", 0, error.start) + 1, _not_utf8(error)
+        yield data.count(b"\n", 0, error.start) + 1, not_utf8(error)
         return
     line, counted = 1, 0
     for start, found in _elements(text, limits.max_line_bytes):
@@ -210,91 +198,19 @@ def _array(stream: Stream, path: Path, limits: Limits, seen: Counter[str]) -> It
         yield line, found
 
 
-def _elements(text: str, most: int) -> Iterator[Found]:
-    """Each element of an array with its position. A syntax error ends it: nothing says where the next one begins."""
-    at = _skip(text, text.index("[") + 1)
+def _elements(text: str, max_bytes: int) -> Iterator[LineValue]:
+    """Each element of an array with its position. Ends at a syntax error: the start of the next element is unknown."""
+    at = skip_blanks(text, text.index("[") + 1)
     mark = "]" if text.startswith("]", at) else ","
     end = at
     while mark == ",":
         try:
-            value, end = _decode(text, at)
+            value, end = decode_value(text, at)
         except RowError as fault:
             yield at, fault
             return
-        yield at, value if end - at <= most else RowError(f"is longer than {most} bytes", "is a line end missing?")
-        end = _skip(text, end)
-        mark, at = text[end : end + 1], _skip(text, end + 1)
-    if mark != "]" or _skip(text, end + 1) < len(text):
+        yield at, value if end - at <= max_bytes else too_long(max_bytes)
+        end = skip_blanks(text, end)
+        mark, at = text[end : end + 1], skip_blanks(text, end + 1)
+    if mark != "]" or skip_blanks(text, end + 1) < len(text):
         yield end, RowError("the array goes wrong here: no comma, no ] or more text behind it")
-
-
-def _parse(content: bytes, most: int, *, ended: bool) -> Any:
-    """The JSON value of one line. Raises RowError."""
-    if len(content) > most:
-        raise RowError(f"is longer than {most} bytes", "is a line end missing?")
-    if b"\0" in content:
-        raise RowError("holds a raw NUL byte")
-    try:
-        text = content.decode()
-        value, end = _decode(text, _skip(text, 0))
-    except UnicodeDecodeError as error:
-        fault = _not_utf8(error)
-    except RowError as error:
-        fault = error
-    else:
-        if _skip(text, end) < len(text):
-            raise RowError(f"more than one JSON value in the line, at column {end + 1}", ONE_LINE)
-        return value
-    if not ended and fault.unfinished and content.lstrip().startswith(b"{"):
-        raise RowError("is unfinished: file cut?", "copy the file again, or delete its last line")
-    raise fault
-
-
-def _not_utf8(error: UnicodeDecodeError) -> RowError:
-    byte = error.object[error.start]
-    cut = error.end == len(error.object) and error.reason == "unexpected end of data"
-    return RowError(f"is not UTF-8 at byte {error.start + 1} (0x{byte:02x})", ICONV, unfinished=cut)
-
-
-def _skip(text: str, at: int) -> int:
-    """The first position from `at` on that is no JSON blank."""
-    while text[at : at + 1] in BLANKS:
-        at += 1
-    return at
-
-
-def _decode(text: str, at: int) -> tuple[Any, int]:
-    """The JSON value that begins at `at`, and where it ends. Raises RowError."""
-    try:
-        value, end = DECODER.raw_decode(text, at)
-    except json.JSONDecodeError as error:
-        rest = text[at : at + 2]
-        if rest in ("//", "/*") or rest.startswith("#"):
-            raise RowError("is a comment, which JSON does not have") from None
-        unfinished = not text[error.pos :].strip() or error.msg.startswith("Unterminated")
-        raise RowError(f"is not JSON: {error.msg} at column {error.colno}", unfinished=unfinished) from None
-    except RecursionError:
-        raise RowError(TOO_DEEP) from None
-    except ValueError as error:
-        raise error if isinstance(error, RowError) else RowError("holds a number of too many digits") from None
-    return value, end
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise RowError(f"has the key {shown(repeated)} twice", "keep one: which is meant is not ours to guess")
-    return found
-
-
-def _constant(name: str) -> Any:
-    raise RowError(f"holds {name}, which is not JSON")
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
-
-
-def shown(text: str) -> str:
-    """A user's text in a message: printable, on one line, short."""
-    return repr(text[:40])[1:-1] + ("…" if len(text) > 40 else "")

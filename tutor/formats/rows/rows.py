@@ -1,6 +1,7 @@
-"""What a row is. In: a file of JSON objects. Out: rows to train on or to ask, and notes on all that was tolerated.
+"""The rows of a user's file: their keys and types, and the checks that each row passes.
 
-Helper of the data stage. Strict: a row that is not usable is an error with its line, never a guess. Knows no tokenizer.
+In: a file of JSON objects. Out: rows to train on or to ask, and notes on all that was tolerated. A row that is not
+usable is an error with its line; nothing is guessed. Does not tokenize, and does not compile code.
 """
 
 import json
@@ -16,35 +17,36 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from tutor.errors import DataError
 from tutor.formats.markdown import fence_languages
-from tutor.formats.rows.jsonl import ONE_LINE, TOO_DEEP, Limits, RowError, check_file, read_values, shown, unchanged
+from tutor.formats.rows.json_values import ONE_LINE, TOO_DEEP, RowError, printable
+from tutor.formats.rows.jsonl import Limits, check_file, read_values, unchanged
 from tutor.prompt import CUE, STOPS
 
 SPECIAL = re.compile(r"<[|｜][\w▁.:/-]{1,64}[|｜]>|</?think>")
-"""Texts that the tokenizers of the Llama, Qwen, DeepSeek and SmolLM kin read as one id: a role, an end, a thought."""
+"""Texts that tokenizers of the Llama, Qwen, DeepSeek and SmolLM families read as one id: a role, an end, a thought."""
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")
-"""What JSON can escape and neither UTF-8 nor a C string can hold; pydantic lets both pass."""
+"""Characters that JSON can escape and that UTF-8 or a C string cannot hold; pydantic accepts both."""
 MAX_DEPTH = 16
-"""Lists and objects inside each other; a row needs four."""
+"""Maximum depth of lists and objects inside each other; a row needs four."""
 ONE_TURN = "a row is one question and one answer, both text: multi-turn not supported"
 WANTED = {"string_type": "a text", "list_type": "a list", "bool_type": "true or false", "model_type": "an object"}
-"""pydantic's error types in a row's own words."""
+"""Expected type in words, by pydantic's name of the error."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A question with its answer. `code`: what each fenced block must do, the question's blocks first."""
+    """A question with its answer. `code`: expected compiler result of each fenced block, the question's first."""
 
     instruction: str
     response: str
     category: str = ""
     topic: str = ""
     code: tuple[str, ...] = ()
-    line: int = 0  # in the file it came from
+    line: int = 0  # in its file
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A question for evaluation. `expect`: what a right answer has; `reference`: an answer of its author, if any."""
+    """A question for evaluation. `expect`: conditions on a correct answer; `reference`: the author's answer, if any."""
 
     instruction: str
     category: str = ""
@@ -57,25 +59,25 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Notes:
-    """What was tolerated in one file; lines count from 1."""
+    """Counts of what was tolerated in one file; lines count from 1."""
 
-    file: str  # its name without folders: what is written does not depend on where it lay
-    sha256: str  # of the file as it lies on disk
+    file: str  # name without folders, so that outputs do not depend on its place
+    sha256: str  # of the file on disk
     rows: int  # blank lines not counted
     blank_lines: int = 0
     byte_order_marks: int = 0
     gzip_unnamed: bool = False  # gzip by its content, not by its name
     dropped_keys: Mapping[str, int] = field(default_factory=dict)  # unknown key -> rows
-    duplicates: tuple[tuple[int, int], ...] = ()  # line that was dropped, equal line that was kept
-    conflicts: tuple[tuple[int, ...], ...] = ()  # lines that ask the same and answer differently
+    duplicates: tuple[tuple[int, int], ...] = ()  # dropped line, equal line that was kept
+    conflicts: tuple[tuple[int, ...], ...] = ()  # lines of one question with different answers
 
     def as_dict(self) -> dict[str, Any]:
-        """The notes as JSON holds them."""
+        """Return the notes as JSON values."""
         pairs = {"duplicates": list(map(list, self.duplicates)), "conflicts": list(map(list, self.conflicts))}
         return {**asdict(self), **pairs}
 
     def warnings(self) -> list[str]:
-        """One line each for a person; empty when there was nothing to tolerate."""
+        """Return a line for each kind of note; empty when nothing was tolerated."""
         texts = []
         if self.blank_lines:
             texts.append(f"{self.blank_lines} blank lines skipped")
@@ -97,7 +99,7 @@ class Notes:
 
 def _text(value: str) -> str:
     if found := UNWRITABLE.search(value):
-        raise ValueError(f"holds {shown(found[0])}: a NUL, or half of a surrogate pair")
+        raise ValueError(f"holds {printable(found[0])}: a NUL, or half of a surrogate pair")
     if found := SPECIAL.search(value):
         raise ValueError(f"holds {found[0]}, which a tokenizer reads as a token of its own")
     return value.strip()
@@ -123,7 +125,7 @@ _NO_TURN = AfterValidator(partial(_without, marks=(CUE, *STOPS)))
 
 
 class _Expect(BaseModel):
-    """A misspelt expectation would be one that is never checked: here an unknown key is an error."""
+    """Conditions on an answer. An unknown key is an error here: a misspelt condition would never be checked."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -133,11 +135,11 @@ class _Expect(BaseModel):
 
 
 class PromptRow(BaseModel):
-    """One line to be asked; a response there is its author's reference."""
+    """One row to ask; its response is the author's reference."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
-    id: Any = None  # whatever the user keeps there
+    id: Any = None  # for the user's own purposes
     instruction: Annotated[_Some, _NO_TURN]
     response: Annotated[_Text, _NO_STOP] = ""
     category: _Text = ""
@@ -147,7 +149,7 @@ class PromptRow(BaseModel):
 
 
 class ExampleRow(BaseModel):
-    """One line to train on."""
+    """One row to train on."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -159,22 +161,24 @@ class ExampleRow(BaseModel):
     code: list[_Some] = []
 
 
-Row = TypeVar("Row", ExampleRow, PromptRow)
+RowModel = TypeVar("RowModel", ExampleRow, PromptRow)
 
 
-def read_rows(path: Path, model: type[Row], *, strict: bool, limits: Limits) -> tuple[list[tuple[int, Row]], Notes]:
-    """Every row with its line, checked against `model`. A key that it does not know is dropped, or refused if strict.
+def read_rows(
+    path: Path, model: type[RowModel], *, strict: bool, limits: Limits
+) -> tuple[list[tuple[int, RowModel]], Notes]:
+    """Return every row with its line, checked against `model`. `strict`: an unknown key is an error, not dropped.
 
-    Raises DataError with every problem of the file, RecipeError when there is no such file, ArtifactError when it
+    Raises DataError with the problems of the file, RecipeError when there is no such file, ArtifactError when it
     changes meanwhile.
     """
     check_file(path, limits.max_total_bytes)
-    seen, dropped = Counter[str](), Counter[str]()
-    rows: list[tuple[int, Row]] = []
+    tolerated, dropped = Counter[str](), Counter[str]()
+    rows: list[tuple[int, RowModel]] = []
     faults: list[tuple[int, RowError]] = []
     bad = 0
     with unchanged(path) as sha256:
-        for line, found in read_values(path, limits, seen):
+        for line, found in read_values(path, limits, tolerated):
             try:
                 rows.append((line, parse_row(found, model, dropped, strict=strict)))
             except RowError as fault:
@@ -184,14 +188,14 @@ def read_rows(path: Path, model: type[Row], *, strict: bool, limits: Limits) -> 
         if bad:
             raise _all_problems(path, faults, bad, bad + len(rows))
         if not rows:
-            raise DataError(f"{path}: 0 rows" + (f", {seen['blank']} blank lines" if seen["blank"] else ""))
+            raise DataError(f"{path}: 0 rows" + (f", {tolerated['blank']} blank lines" if tolerated["blank"] else ""))
     return rows, Notes(
         file=path.name,
         sha256=sha256,
         rows=len(rows),
-        blank_lines=seen["blank"],
-        byte_order_marks=seen["bom"],
-        gzip_unnamed=bool(seen["gzip"]) and path.suffix.lower() != ".gz",
+        blank_lines=tolerated["blank"],
+        byte_order_marks=tolerated["bom"],
+        gzip_unnamed=bool(tolerated["gzip"]) and path.suffix.lower() != ".gz",
         dropped_keys=dict(dropped.most_common(20)),
     )
 
@@ -205,17 +209,17 @@ def _all_problems(path: Path, faults: list[tuple[int, RowError]], bad: int, coun
     )
 
 
-def parse_row(found: Any, model: type[Row], dropped: Counter[str], *, strict: bool) -> Row:
-    """One JSON value as `model`, its unknown keys counted in `dropped`. Raises RowError, or the RowError that it is."""
+def parse_row(found: Any, model: type[RowModel], dropped: Counter[str], *, strict: bool) -> RowModel:
+    """Return a JSON value as `model`; count its unknown keys in `dropped`. Raises RowError, also one given as value."""
     if isinstance(found, RowError):
         raise found
     if not isinstance(found, dict):
         raise RowError(f"is {_kind(found)}, not an object", ONE_LINE if isinstance(found, list) else None)
     if not found.keys() & {"instruction", "response"}:
-        keys = ", ".join(shown(key) for key in list(found)[:5])
+        keys = ", ".join(printable(key) for key in list(found)[:5])
         required = ",".join(name for name, item in model.model_fields.items() if item.is_required())
         raise RowError(f"found key {keys or '(none)'}; expected {required}", ONE_TURN)
-    unknown = sorted(shown(key) for key in found.keys() - model.model_fields.keys())
+    unknown = sorted(printable(key) for key in found.keys() - model.model_fields.keys())
     if unknown and strict:
         raise RowError(f"unknown key {', '.join(unknown)}; known: {', '.join(model.model_fields)}")
     if _depth_exceeds(found, MAX_DEPTH):
@@ -232,7 +236,7 @@ def parse_row(found: Any, model: type[Row], dropped: Counter[str], *, strict: bo
 
 
 def _depth_exceeds(value: Any, most: int) -> bool:
-    """Whether lists and objects lie deeper inside each other than a row needs: what reads them later may recurse."""
+    """Whether lists and objects are nested deeper than `most` levels; later readers may recurse."""
     level = [value]
     while level and most:
         groups = [node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list)]
@@ -251,12 +255,12 @@ def _check_code(row: ExampleRow | PromptRow) -> None:
 
 
 def _explain(item: Any) -> str:
-    """One of pydantic's problems, in a row's own words."""
+    """One of pydantic's errors as a problem of a row."""
     name = ".".join(str(part) for part in item["loc"])
     if item["type"] == "missing":
         return f"lacks {name}"
     if item["type"] == "extra_forbidden":
-        return f"unknown key {shown(name)}"
+        return f"unknown key {printable(name)}"
     if item["type"] == "too_short":
         return f"{name} is empty"
     if item["type"] in WANTED:
@@ -265,7 +269,7 @@ def _explain(item: Any) -> str:
 
 
 def _kind(value: Any) -> str:
-    """What a JSON value is, in words."""
+    """Type of a JSON value, in words."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, int | float):  # after bool, which is an int too

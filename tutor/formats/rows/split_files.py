@@ -1,4 +1,8 @@
-"""What the data stage wrote, as later stages read it. Writes nothing."""
+"""Files of the data stage's folder: their names, and how later stages read them.
+
+In: the folder that the data stage wrote. Out: its rows, or the token ids of its held-out rows. Writes nothing, and
+does not read a user's own files (rows.py).
+"""
 
 import json
 from pathlib import Path
@@ -8,21 +12,38 @@ from tutor.errors import ArtifactError
 from tutor.formats.models.model_folder import load_tokenizer, read_facts
 from tutor.prompt import encode
 
-Rows = list[tuple[list[int], list[int]]]
-"""(prompt ids, answer ids with EOS), row by row."""
+TRAIN, HELD_OUT, PROMPTS, STATISTICS = "train.jsonl", "held_out.jsonl", "prompts.jsonl", "statistics.json"
+FIELDS = {TRAIN: ("instruction", "response"), HELD_OUT: ("instruction", "response"), PROMPTS: ("instruction",)}
+"""Keys that each row of a file has, with a text."""
+
+TokenRows = list[tuple[list[int], list[int]]]
+"""Prompt ids and answer ids (EOS included), row by row."""
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file that the data stage wrote. Raises ArtifactError when it is missing or damaged."""
+def read_split(data: Path, name: str) -> list[dict[str, Any]]:
+    """Return the rows of one file of the split. Raises ArtifactError when it is missing or damaged."""
+    rows = read_json_lines(data / name)
+    for number, row in enumerate(rows, 1):
+        if lacking := [key for key in FIELDS[name] if not isinstance(row.get(key), str)]:
+            raise ArtifactError(f"{data / name} is damaged: row {number} lacks {lacking[0]}", "run: tutor data")
+    return rows
+
+
+def read_json_lines(path: Path, command: str = "tutor data") -> list[dict[str, Any]]:
+    """Return the objects of a JSON Lines file that a stage wrote. Raises ArtifactError naming the command to run."""
     try:
-        return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"cannot read {path}: {error}", "run: tutor data") from None
+        rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"cannot read {path}: {error}", f"run: {command}") from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise ArtifactError(f"{path} is damaged: a line is no object", f"run: {command}")
+    return rows
 
 
-def held_out_rows(held_out: Path, base: Path, system: str) -> Rows:
-    """The ids of the held-out rows, by the base's own tokenizer and the prompt contract."""
+def held_out_ids(data: Path, base: Path, system: str) -> TokenRows:
+    """Return the ids of the held-out rows, by the base's own tokenizer and the prompt contract."""
     _, model = read_facts(base)
     tokenizer = load_tokenizer(model)
-    encoded = [encode(tokenizer, row["instruction"], row["response"], system) for row in read_rows(held_out)]
+    rows = read_split(data, HELD_OUT)
+    encoded = [encode(tokenizer, row["instruction"], row["response"], system) for row in rows]
     return [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in encoded]

@@ -5,7 +5,6 @@ count tokens it needs transformers.
 """
 
 import contextlib
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from tutor.artifacts.layout import BuildFolder
 from tutor.errors import TutorError
 from tutor.formats.models.model_folder import load_tokenizer, read_facts, read_json
+from tutor.formats.rows.split_files import HELD_OUT, TRAIN, read_json_lines, read_split
 from tutor.machine.memory.batching import max_tokens, split_step
 from tutor.prompt import encode
 from tutor.recipe.settings import Recipe, TrainSettings
@@ -49,12 +49,12 @@ class RowLengths:
 def count_rows(recipe: Recipe, data: Path, base: Path) -> RowLengths:
     """Counted lengths of the rows of a data stage, with the tokenizer of a base stage.
 
-    Raises ArtifactError where the base cannot be read, OSError, ValueError or KeyError where the rows cannot.
+    Raises ArtifactError where the base or the rows cannot be read.
     """
     tokenizer = load_tokenizer(read_facts(base)[1])
     train, held_out = (
-        [len(encode(tokenizer, *row, recipe.system).ids) for row in _read(data / f"{name}.jsonl")]
-        for name in ("train", "held_out")
+        [len(encode(tokenizer, row["instruction"], row["response"], recipe.system).ids) for row in rows]
+        for rows in (read_split(data, TRAIN), read_split(data, HELD_OUT))
     )
     return RowLengths(train, sum(train), sum(held_out), exact=True)
 
@@ -65,7 +65,7 @@ def find_row_lengths(recipe: Recipe, build: Path, base: Path) -> RowLengths | No
     `base` is the folder of the base stage, whose tokenizer counts where it is the recipe's base.
     """
     data = BuildFolder(build, recipe.name).stage("data")
-    train, held_out = (_texts(data / f"{name}.jsonl") for name in ("train", "held_out"))
+    train, held_out = (_texts(data / name) for name in (TRAIN, HELD_OUT))
     if train and held_out:
         with contextlib.suppress(TutorError, OSError, ImportError, KeyError, ValueError):
             if read_json(base / "base.json")["source"] == recipe.base.source:
@@ -94,14 +94,10 @@ def largest_batch(settings: TrainSettings, rows: RowLengths | None, world_size: 
 
 def _texts(path: Path) -> Texts:
     """The rows of a file; empty where it is no regular file, or any of its rows is malformed."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        return _read(path) if path.is_file() else []
+    with contextlib.suppress(TutorError, OSError, ValueError, KeyError, TypeError):
+        rows = read_json_lines(path) if path.is_file() else []
+        return [(row["instruction"] + "", row["response"] + "") for row in rows]
     return []
-
-
-def _read(path: Path) -> Texts:
-    rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
-    return [(row["instruction"] + "", row["response"] + "") for row in rows]
 
 
 def _characters(row: tuple[str, str], system: str) -> int:

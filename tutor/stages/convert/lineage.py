@@ -15,6 +15,7 @@ from tutor.engines.llamacpp.build import VERSION, build_key
 from tutor.errors import ArtifactError
 from tutor.formats.models.model_folder import read_facts
 from tutor.formats.models.safetensors import WEIGHTS
+from tutor.formats.rows.split_files import TRAIN
 
 if TYPE_CHECKING:
     from tutor.recipe.settings import Recipe
@@ -68,7 +69,7 @@ def base_lineage(base: Path) -> dict[str, str]:
 def adapter_lineage(recipe: "Recipe", inputs: Mapping[str, Path]) -> dict[str, str]:
     """Return the lineage of the adapter's GGUF; `inputs`: the folders of data, base and train."""
     return {
-        "data.sha256": file_sha256(inputs["data"] / "train.jsonl"),
+        "data.sha256": file_sha256(inputs["data"] / TRAIN),
         "recipe.sha256": recipe_hash(recipe),
         "adapter.sha256": _recorded_weights_hash(inputs["train"]),
         **base_lineage(inputs["base"]),

@@ -26,7 +26,7 @@ from tutor.formats.models.gguf_metadata import (
 )
 from tutor.formats.models.gguf_weights import Weight, weights_of
 from tutor.formats.models.model_folder import read_facts
-from tutor.formats.rows.split_files import read_rows
+from tutor.formats.rows.split_files import TRAIN, read_split
 from tutor.machine.memory.shapes import read_shape
 from tutor.machine.run_cost import gguf_bytes, require_disk
 from tutor.prompt import chat_template, completion, conversation, render
@@ -74,7 +74,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     if lines := metadata_differences(expected["base"], expected["tutor"]):
         raise ArtifactError(f"{inputs['merge']} is not like its base {base}:\n  " + "\n  ".join(lines))
     expected["tutor"] = replace(expected["tutor"], chat_template=chat_template(add_bos=facts.add_bos))
-    rows = read_rows(inputs["data"] / "train.jsonl") if recipe.convert.imatrix else []
+    rows = read_split(inputs["data"], TRAIN) if recipe.convert.imatrix else []
     served = recipe.ollama.quantization
     quantizations = recipe.convert.quantizations
     wanted: dict[str, list[str]] = {"tutor": [*quantizations]}

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutor.errors import DataError
-from tutor.formats.rows.jsonl import Limits, RowError, check_file, read_values
+from tutor.formats.rows.json_values import RowError
+from tutor.formats.rows.jsonl import Limits, check_file, read_values
 from tutor.formats.rows.rows import PromptRow, parse_row
 from tutor.graders.copied_text import longest_copies
 from tutor.graders.verdict import LABELS

@@ -40,7 +40,7 @@ from tutor.engines.protocol import greedy
 from tutor.errors import ArtifactError
 from tutor.formats.models.model_folder import load_tokenizer, read_facts
 from tutor.formats.models.served_quantization import served_quantization
-from tutor.formats.rows.split_files import read_rows
+from tutor.formats.rows.split_files import HELD_OUT, PROMPTS, TRAIN, read_split
 from tutor.graders.code import wants_code
 from tutor.graders.typescript.install import find_compiler
 from tutor.graders.verdict import Record, grade
@@ -62,7 +62,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     so far are kept beside `out` for the next run), HostError when prompts expect code and the compiler is not
     installed, DataError for a file of [evaluate].
     """
-    prompts = read_rows(inputs["data"] / "prompts.jsonl")
+    prompts = read_split(inputs["data"], PROMPTS)
     if any(map(wants_code, prompts)):
         find_compiler()  # before the answers, which take long
     named = generalization.named_files(recipe)
@@ -73,7 +73,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
         )
     served = served_quantization(recipe.ollama.quantization, inputs["ladder"])
     files = served_files(inputs["convert"], served, base=recipe.convert.base)
-    training = read_rows(inputs["data"] / "train.jsonl")
+    training = read_split(inputs["data"], TRAIN)
     answered = {name: [*prompts, *reworded] if name == "tutor" else prompts for name in files}
     records = {name: _answers(recipe, name, gguf, out, answered[name]) for name, gguf in files.items()}
     records = {name: graded(answered[name], found, training) for name, found in records.items()}
@@ -86,7 +86,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
         "differences": changes_from_first(prompts, plain, recipe.seed),
         "paraphrases": _reworded(prompts, reworded, records["tutor"], recipe.seed),
         "general": _general(recipe, named, files, inputs["base"]),
-        "copied": _copied(plain, read_rows(inputs["data"] / "held_out.jsonl"), training),
+        "copied": _copied(plain, read_split(inputs["data"], HELD_OUT), training),
     }
     return {**results, "findings": generalization.findings(results)}
 

@@ -21,7 +21,7 @@ from tutor.engines.trace import Score
 from tutor.errors import ArtifactError
 from tutor.formats.models.gguf import read_gguf
 from tutor.formats.models.served_quantization import write_served
-from tutor.formats.rows.split_files import Rows, held_out_rows
+from tutor.formats.rows.split_files import TokenRows, held_out_ids
 from tutor.machine.run_cost import require_disk
 from tutor.recipe.quantizations import AUTO, F16
 from tutor.stages.ladder.plot import plot
@@ -45,7 +45,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     Raises ArtifactError when a file is missing or its loss is no number, HostError when the disk cannot hold F16's
     distributions, ServiceError when llama-server cannot serve a file.
     """
-    rows = sample_rows(held_out_rows(inputs["data"] / "held_out.jsonl", inputs["base"], recipe.system), MAX_TOKENS)
+    rows = sample_rows(held_out_ids(inputs["data"], inputs["base"], recipe.system), MAX_TOKENS)
     kinds = [F16, *recipe.convert.quantizations]
     files = {kind: inputs["convert"] / gguf_name("tutor", kind) for kind in kinds}
     threads = len(os.sched_getaffinity(0))
@@ -78,7 +78,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     }
 
 
-def sample_rows(rows: Rows, tokens: int) -> Rows:
+def sample_rows(rows: TokenRows, tokens: int) -> TokenRows:
     """Return equidistant rows whose answers have at most `tokens` tokens together; at least one row."""
     for count in range(len(rows), 1, -1):
         sample = [rows[index * len(rows) // count] for index in range(count)]
@@ -87,7 +87,7 @@ def sample_rows(rows: Rows, tokens: int) -> Rows:
     return rows[:1]
 
 
-def benchmark(files: Mapping[str, Path], rows: Rows, threads: int, out: Path) -> dict[str, dict[str, Any]]:
+def benchmark(files: Mapping[str, Path], rows: TokenRows, threads: int, out: Path) -> dict[str, dict[str, Any]]:
     """Return each file's size, held-out loss and KL divergence from F16 over the whole vocabulary, F16 first."""
     vocabulary = len(read_gguf(_existing(files[F16])).fields.get("tokenizer.ggml.tokens", ()))
     require_disk(out, reference_bytes(rows, vocabulary), "scoring")
@@ -167,7 +167,7 @@ def worse_and_larger(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, str]
     return found
 
 
-def speed_and_memory(path: Path, rows: Rows, context: int, threads: int, server_log: Path) -> dict[str, Any]:
+def speed_and_memory(path: Path, rows: TokenRows, context: int, threads: int, server_log: Path) -> dict[str, Any]:
     """Return prompt and generation speed (tokens/s) and peak memory (bytes) of llama-server at the recipe's context."""
     tokens = min(TIMED_PROMPT_TOKENS, context - TIMED_NEW_TOKENS - 1)
     ids = [id_ for prompt, answer in rows for id_ in (*prompt, *answer)]

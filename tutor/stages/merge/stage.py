@@ -26,6 +26,7 @@ from tutor.errors import ArtifactError
 from tutor.formats.models.model_folder import check_model_folder, load_tokenizer, read_facts, read_json
 from tutor.formats.models.safetensors import WEIGHTS, WIDTHS, Stored, make_header, read_folder
 from tutor.formats.models.tensor_streams import open_writer
+from tutor.formats.rows.split_files import HELD_OUT, read_split
 from tutor.machine.run_cost import require_disk
 from tutor.prompt import Encoded, chat_template, encode
 from tutor.stages.merge.peft_adapter import read_adapter
@@ -88,14 +89,12 @@ def _held_out(data: Path, base: Path, system: str) -> list[Encoded]:
     """Return the first held-out rows as ids, at most MAX_SCORED_TOKENS tokens and at least one row."""
     rows: list[Encoded] = []
     tokenizer, tokens = load_tokenizer(base), 0
-    for line in (data / "held_out.jsonl").read_text("utf-8").split("\n"):
-        if line:
-            row = json.loads(line)
-            encoded = encode(tokenizer, row["instruction"], row["response"], system)
-            tokens += len(encoded.ids)
-            if rows and tokens > MAX_SCORED_TOKENS:
-                break
-            rows.append(encoded)
+    for row in read_split(data, HELD_OUT):
+        encoded = encode(tokenizer, row["instruction"], row["response"], system)
+        tokens += len(encoded.ids)
+        if rows and tokens > MAX_SCORED_TOKENS:
+            break
+        rows.append(encoded)
     return rows
 
 

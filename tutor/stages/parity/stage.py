@@ -20,7 +20,7 @@ from tutor.errors import ArtifactError
 from tutor.formats.models.model_folder import load_tokenizer, read_facts, read_json
 from tutor.formats.models.safetensors import WEIGHTS
 from tutor.formats.models.served_quantization import served_quantization
-from tutor.formats.rows.split_files import read_rows
+from tutor.formats.rows.split_files import HELD_OUT, read_split
 from tutor.machine.device import loading_memory
 from tutor.recipe.quantizations import F16
 from tutor.stages.parity import collect
@@ -77,7 +77,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
 
 def _conversations(tokenizer: Any, recipe: "Recipe", data: Path) -> tuple[Conversation, ...]:
     """The shortest held-out rows, so that the gate costs little, and the fixed conversations."""
-    rows = read_rows(data / "held_out.jsonl")
+    rows = read_split(data, HELD_OUT)
     pairs = sorted(
         ((row["instruction"], row["response"]) for row in rows), key=lambda pair: (sum(map(len, pair)), pair)
     )

@@ -16,7 +16,7 @@ from tutor.artifacts.manifest import read_manifest
 from tutor.errors import ArtifactError
 from tutor.formats.html import render
 from tutor.formats.models.model_folder import load_tokenizer, read_facts
-from tutor.formats.rows.split_files import read_rows
+from tutor.formats.rows.split_files import TRAIN, read_json_lines, read_split
 from tutor.graders.verdict import in_spanish
 from tutor.machine import host
 from tutor.stages.report.labels import labelled, sample_rows
@@ -64,7 +64,7 @@ def gather(name: str, model: str, system: str, inputs: Mapping[str, Path]) -> St
         name=name,
         model=model,
         manifests=manifests,
-        metrics=read_rows(inputs["adapter"] / "metrics.jsonl") if "adapter" in manifests else [],
+        metrics=read_json_lines(inputs["adapter"] / "metrics.jsonl", "tutor train") if "adapter" in manifests else [],
         answers=answers,
         published=_published(inputs["model/published.json"]),
         paraphrased=_json(evaluated / "paraphrased.json", "tutor eval"),
@@ -106,7 +106,7 @@ def _labels(
         return [], "No row can be shown as tokens before the base is there: tutor base."
     if find_spec("transformers") is None:
         return [], "No row is shown as tokens: transformers, whose tokenizer training uses, is not installed here."
-    rows = sample_rows(read_rows(inputs["data"] / "train.jsonl"))
+    rows = sample_rows(read_split(inputs["data"], TRAIN))
     try:
         tokenizer = load_tokenizer(read_facts(inputs["base"])[1])
     except ArtifactError as error:  # the hub's cache may have been emptied

@@ -4,7 +4,6 @@ TRL's SFTTrainer trains on ids and labels that the prompt contract made. Before 
 the trainer does it, and a row that breaks the contract stops the run. Does not merge and does not generate.
 """
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import set_seed
 from tutor.artifacts.provenance import SourceTree
 from tutor.artifacts.stage_folder import log_folder
 from tutor.formats.models.model_folder import load_tokenizer, read_facts
+from tutor.formats.rows.split_files import HELD_OUT, TRAIN, read_split
 from tutor.machine import distributed
 from tutor.machine.memory.plan import TrainingPlan
 from tutor.prompt import Encoded
@@ -43,8 +43,8 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path, plan: TrainingP
     facts, model_folder = read_facts(inputs["base"])
     tokenizer = load_tokenizer(model_folder)
     train, held_out = (
-        encode_rows(tokenizer, read_rows(inputs["data"] / f"{name}.jsonl"), recipe.system, settings.max_length)
-        for name in ("train", "held_out")
+        encode_rows(tokenizer, read_split(inputs["data"], name), recipe.system, settings.max_length)
+        for name in (TRAIN, HELD_OUT)
     )
     log.info("%s", plan)
     code = SourceTree().provenance(Path(__file__))
@@ -122,8 +122,3 @@ def _held_out(rows: Sequence[Encoded], before: float, after: float) -> dict[str,
         "perplexity_before": perplexity(before),
         "perplexity_after": perplexity(after),
     }
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a split that the data stage wrote."""
-    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]

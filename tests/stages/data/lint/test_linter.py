@@ -23,7 +23,7 @@ from tutor.stages.data.lint.linter import KINDS, NEAR, Report, lint
 from tutor.stages.data.lint.near_duplicates import Questions, near_pairs, nearest, same
 from tutor.stages.data.lint.page import page
 from tutor.stages.data.lint.rows import LISTED, SAMPLE
-from tutor.stages.data.stage import normalise
+from tutor.stages.data.splitting import normalise
 
 ANSWER = "Es un valor que el compilador comprueba antes de ejecutar el programa, y nada más."
 WORDS = re.findall(

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tutor.errors import RecipeError
-from tutor.formats.rows.jsonl import Limits, shown
+from tutor.formats.rows.json_values import printable
+from tutor.formats.rows.jsonl import Limits
 from tutor.graders.language import MIN_WORDS, is_spanish, prose
 from tutor.stages.data.lint import figures
 from tutor.stages.data.lint.near_duplicates import near_pairs, nearest, same
@@ -192,7 +193,7 @@ def _balance(seen: Seen) -> None:
         total, kinds = sum(sizes.values()), len(sizes)
         for value, count in sorted(sizes.items()):
             if value and count * kinds < SPARSE * total:
-                message = f"{name} {shown(value)!r}: {count} of {total} rows, an equal share is {total // kinds}"
+                message = f"{name} {printable(value)!r}: {count} of {total} rows, an equal share is {total // kinds}"
                 seen.note("balance", seen.files[0], 0, message)
         if name == "category" and kinds > 1 and sizes.get("", 0):
             for row in seen.unlabelled:

@@ -13,10 +13,11 @@ from hashlib import blake2b
 from pathlib import Path
 
 from tutor.formats.markdown import fences_are_closed
-from tutor.formats.rows.jsonl import Limits, RowError, check_file, read_values
+from tutor.formats.rows.json_values import RowError
+from tutor.formats.rows.jsonl import Limits, check_file, read_values
 from tutor.formats.rows.rows import SPECIAL, ExampleRow, PromptRow, parse_row
 from tutor.stages.data.lint.near_duplicates import Questions
-from tutor.stages.data.stage import normalise
+from tutor.stages.data.splitting import normalise
 
 LISTED = 200
 """Findings of a kind that are kept; all are counted."""
