@@ -36,7 +36,10 @@ files_argument = click.argument("files", nargs=-1, type=click.Path(path_type=Pat
 def check_command(
     files: tuple[Path, ...], recipe_path: Path, build: Path, *, strict: bool, code: bool | None, as_json: bool
 ) -> None:
-    """Check FILES (or the recipe's) row by row, and their code; print every fault with its file and line."""
+    """Check every row of FILES (or the recipe's), and its code.
+
+    Every fault is printed with its file and line.
+    """
     del build
     from tutor.graders.typescript.install import INSTALL, is_installed
     from tutor.stages.data.code_check import check_code
@@ -111,10 +114,11 @@ def lint_command(  # noqa: PLR0913 - a command's options
     strict: bool,
     as_json: bool,
 ) -> None:
-    """Lint FILES (or the recipe's rows): report wrong or doubtful rows, without compiling code.
+    """Report doubtful rows of FILES (or the recipe's).
 
     Duplicates and near-duplicates, contradictions, leaks into the prompts, balance, language, length, special tokens,
-    unclosed fences; every finding with its line. After the base stage has run, lengths are in its tokens.
+    unclosed fences; every finding with its line. After the base stage has run, lengths are in its tokens. Compiles no
+    code.
     """
     from tutor.recipe.settings import TrainSettings
     from tutor.stages.data import stage
