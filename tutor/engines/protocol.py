@@ -10,6 +10,8 @@ from typing import Literal, Protocol
 from tutor.prompt import STOPS, Message
 from tutor.recipe.settings import GenerateSettings
 
+TOP_K = 40
+"""Number of candidates for sampling: the default of Ollama. The specification has none; transformers would use 50."""
 SCORE_ROWS = 256
 """Number of tokens whose logits are computed at a time when an answer is scored."""
 Finish = Literal["stop", "length"]

@@ -139,7 +139,8 @@ def grade_answers(
     is one if `expect` wants code or the question's code must fail. Code quoted unchanged from the question is left out.
     `given_fails`: the question's code fails as the prompt states (None: nothing is stated). `dropped`: names of the
     failing code that the answer's code lacks (identifiers.py). `missing`, `forbidden`: concepts of `expect.include`
-    that the answer lacks, texts of `expect.exclude` that it has. `expected`: it compiles and none of the four is wrong.
+    that the answer lacks, texts of `expect.exclude` that it has. `expected`: it compiles, `given_fails` is not False,
+    and the three lists are empty.
     Compiles nothing when no prompt wants code. Raises HostError when one does and the compiler is not installed.
     """
     given = [_given(prompt) for prompt in prompts]

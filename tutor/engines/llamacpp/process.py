@@ -95,11 +95,9 @@ def write_file(
 def killed_with_parent(command: Command) -> list[str]:
     """The command with a start that makes the kernel kill it when the starting thread ends in any way (Linux)."""
     words = [str(word) for word in command]
-    return (
-        [sys.executable, "-I", "-S", "-c", DIE_WITH_PARENT, str(os.getpid()), *words]
-        if sys.platform == "linux"
-        else words
-    )
+    if sys.platform != "linux":
+        return words
+    return [sys.executable, "-I", "-S", "-c", DIE_WITH_PARENT, str(os.getpid()), *words]
 
 
 def clean_environment() -> dict[str, str]:

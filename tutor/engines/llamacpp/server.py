@@ -19,7 +19,7 @@ from typing import Any
 import httpx2
 
 from tutor.engines.llamacpp.process import Command, clean_environment, killed_with_parent, program_error, programs, stop
-from tutor.engines.protocol import Answer, Finish, Generation
+from tutor.engines.protocol import TOP_K, Answer, Finish, Generation
 from tutor.errors import HostError, ServiceError
 from tutor.prompt import Message, render
 
@@ -31,8 +31,6 @@ POLL_SECONDS = 0.05
 """Seconds between two health checks."""
 TIMEOUT = httpx2.Timeout(connect=5, read=900, write=60, pool=5)
 """Seconds of a request; `read` allows a long prompt on a slow processor."""
-TOP_K = 40
-"""Number of candidates for sampling, Ollama's default."""
 FINISHES: dict[str, Finish] = {"eos": "stop", "word": "stop", "limit": "length"}
 """Finish reasons by llama-server's `stop_type`."""
 
@@ -78,7 +76,8 @@ def serve(
 def _socket_folder() -> Iterator[Path]:
     """A folder for this user alone, with a path short enough for a Unix socket (108 bytes)."""
     default = tempfile.gettempdir()
-    short = default if len(os.fsencode(default)) < 70 else "/tmp"  # noqa: S108 (the folder's name is random, its mode 0700)
+    # /tmp is safe: the folder's name is random and its mode 0700.
+    short = default if len(os.fsencode(default)) < 70 else "/tmp"  # noqa: S108
     with tempfile.TemporaryDirectory(prefix="tutor-", dir=short) as folder:
         yield Path(folder)
 

@@ -13,14 +13,12 @@ from typing import Any
 
 from tutor.engines.ollama.client import Ollama, connect
 from tutor.engines.ollama.protocol import REPEATED, MissingError, parse_parameters
-from tutor.engines.protocol import Answer, Finish, Generation
+from tutor.engines.protocol import TOP_K, Answer, Finish, Generation
 from tutor.errors import ServiceError
 from tutor.prompt import Message, render
 
 logger = logging.getLogger(__name__)
 
-TOP_K = 40
-"""Number of candidates for sampling, Ollama's default."""
 REPEATS = 30
 """Number of equal pieces after which Ollama ends an answer without its last event (llm/llama_server.go)."""
 FINISHES: dict[str, Finish] = {"stop": "stop", "length": "length"}
@@ -40,14 +38,14 @@ class OllamaServer:
     name = "ollama"
 
     def __init__(self, server: Ollama, model: str) -> None:
-        shown = server.show(model)
-        if shown is None:
+        description = server.show(model)
+        if description is None:
             hint = "publish it: tutor publish; what is there: tutor models"
             raise MissingError(f"Ollama at {server.host} has no model {model}", hint)
         self._server = server
         self._model = model
-        self._thinks = "thinking" in shown.get("capabilities", ())
-        self.context: int | None = parse_parameters(shown).get("num_ctx")
+        self._thinks = "thinking" in description.get("capabilities", ())
+        self.context: int | None = parse_parameters(description).get("num_ctx")
 
     def answer(
         self, messages: Sequence[Message], generation: Generation, on_text: Callable[[str], None] | None = None

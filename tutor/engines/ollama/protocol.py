@@ -79,10 +79,10 @@ def check_version(version: str) -> None:
         raise ServiceError(f"Ollama {version} is too old: {wanted} or newer is needed", "update the server")
 
 
-def parse_parameters(shown: Mapping[str, Any]) -> dict[str, Any]:
+def parse_parameters(description: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters in a response of /api/show, which has them as Go text; `stop` is a list."""
     found: dict[str, Any] = {}
-    for line in str(shown.get("parameters") or "").split("\n"):
+    for line in str(description.get("parameters") or "").split("\n"):
         name, _, text = line.strip().partition(" ")
         try:
             value = json.loads(text)

@@ -116,9 +116,9 @@ def npm_command() -> list[str]:
 
 
 def _fetch(npm: list[str], work: Path) -> None:
-    """What the lockfile names, checked against its hashes; no package's own scripts are run."""
+    """Download what the lockfile names, checked by its hashes; run no scripts of packages."""
     command = [*npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--no-update-notifier"]
-    # Node.js has certificates of its own: behind a TLS-inspecting proxy those of the system are the right ones
+    # Behind a TLS-inspecting proxy the system's certificates are needed; Node.js has its own.
     trust = {"NODE_USE_SYSTEM_CA": "1", **os.environ}
     try:
         done = subprocess.run(command, cwd=work, env=trust, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False)
@@ -144,7 +144,7 @@ def _check(work: Path) -> Path:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ArtifactError(f"the TypeScript compiler does not run here: {error}") from None
     if done.stdout.split()[-1:] != [VERSION]:
-        raise ArtifactError(f"npm brought {done.stdout.strip() or 'a compiler without a version'}, not {VERSION}")
+        raise ArtifactError(f"npm installed {done.stdout.strip() or 'a compiler without a version'}, not {VERSION}")
     return programs[0]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tutor.artifacts.layout import gguf_name
+from tutor.engines.protocol import TOP_K
 from tutor.formats.models.served_quantization import served_quantization
 from tutor.prompt import GO_TEMPLATE, STOPS
 from tutor.recipe.settings import Recipe
@@ -52,7 +53,7 @@ def ollama_parameters(generate: Mapping[str, int | float], seed: int, stops: Seq
         "num_predict": generate["max_new_tokens"],
         "temperature": generate["temperature"],
         "top_p": generate["top_p"],
-        "top_k": 40,  # Ollama's default, made explicit: the specification names none, transformers would use 50
+        "top_k": TOP_K,
         "repeat_penalty": generate["repetition_penalty"],
         # transformers penalises the whole sequence, Ollama 64 tokens by default. Not -1 (documented as all):
         # llama-server gets it unchanged and answers 400 to a negative number.
