@@ -1,4 +1,4 @@
-"""The prompt contract: every engine is given the same bytes, training the same ids, and a breach has a name."""
+"""The prompt format: equal bytes for every engine, equal ids for training, and a name for each fault of a row."""
 
 import json
 import random
@@ -30,9 +30,9 @@ from tutor.prompt import (
     chat_template,
     completion,
     conversation,
+    display_text,
     encode,
     render,
-    shown,
 )
 
 PIECES = (
@@ -58,7 +58,7 @@ texts = st.lists(st.sampled_from(PIECES) | st.text(), min_size=1).map("".join).f
 
 
 def talk(system: str, turns: Sequence[str]) -> list[Message]:
-    """User and assistant in turn, behind a system text where there is one."""
+    """Alternating user and assistant turns, after a system text where one is given."""
     roles = ("user", "assistant")
     opening: list[Message] = [{"role": "system", "content": system}] if system else []
     return opening + [{"role": roles[place % 2], "content": text} for place, text in enumerate(turns)]
@@ -68,17 +68,17 @@ conversations = st.builds(talk, st.just("") | texts, st.lists(texts, min_size=1,
 
 
 JINJA = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-"""As transformers and llama.cpp set it up."""
+"""Jinja with the options of transformers and llama.cpp."""
 
 
 def jinja(messages: Sequence[Message], *, add_bos: bool = False) -> str:
-    """The text that the tokenizer's template makes."""
+    """The text that the tokenizer's template renders."""
     template = JINJA.from_string(chat_template(add_bos=add_bos))
     return template.render(messages=messages, bos_token="<BOS>", add_generation_prompt=True)
 
 
 def ollama_turns(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """The values of Ollama's legacy loop: a turn ends where the next text has no free place any more."""
+    """The values of Ollama's legacy loop: a turn ends where its place for the next text is taken."""
     turns = [{"System": "", "Prompt": "", "Response": ""}]
     for message in messages:
         last = turns[-1]
@@ -92,25 +92,25 @@ def ollama_turns(messages: Sequence[Message]) -> list[dict[str, str]]:
 
 
 def go(template: str, values: Mapping[str, str]) -> str:
-    """What Go's text/template makes of fields and plain ifs, which is all that GO_TEMPLATE may use."""
+    """Render fields and plain ifs as Go's text/template does; GO_TEMPLATE may use nothing else."""
     parts = re.split(r"\{\{ (.*?) \}\}", template)
-    out, shown_ = [], [True]
+    out, visible = [], [True]
     for place, part in enumerate(parts):
         if place % 2 == 0:
-            out.append(part if all(shown_) else "")
+            out.append(part if all(visible) else "")
         elif part == "end":
-            shown_.pop()
+            visible.pop()
         elif part.startswith("if ."):
-            shown_.append(bool(values[part.removeprefix("if .")]))
+            visible.append(bool(values[part.removeprefix("if .")]))
         else:
             assert re.fullmatch(r"\.[A-Z][a-z]+", part), f"this evaluator does not know {part!r}"
-            out.append(values[part[1:]] if all(shown_) else "")
-    assert shown_ == [True]
+            out.append(values[part[1:]] if all(visible) else "")
+    assert visible == [True]
     return "".join(out)
 
 
 def ollama(messages: Sequence[Message]) -> str:
-    """The prompt that Ollama's legacy form makes: the template once a turn, the last one cut behind .Response."""
+    """The prompt of Ollama's legacy form: the template once a turn, the last one cut after .Response."""
     *before, last = ollama_turns(messages)
     head, response, _ = GO_TEMPLATE.partition("{{ .Response }}")
     return "".join(go(GO_TEMPLATE, turn) for turn in before) + go(head + response, last)
@@ -119,11 +119,11 @@ def ollama(messages: Sequence[Message]) -> str:
 # The text
 
 
-def test_a_question_looks_as_the_specification_says():
+def test_prompt_of_a_question_is_as_specified():
     assert render(conversation("¿Qué es any?")) == "Instrucción: ¿Qué es any?\nRespuesta:"
     assert render(conversation("¿Y?", "Sé breve.")) == "Sé breve.\n\nInstrucción: ¿Y?\nRespuesta:"
     assert completion("Un tipo.\n") == " Un tipo."
-    assert shown(" Un tipo.\n") == "Un tipo."
+    assert display_text(" Un tipo.\n") == "Un tipo."
     several = talk("", ["a", " b", "c"])
     assert render(several) == "Instrucción: a\nRespuesta: b\n\nInstrucción: c\nRespuesta:"
 
@@ -131,7 +131,7 @@ def test_a_question_looks_as_the_specification_says():
 @given(conversations)
 @example(talk("", ["{{ .System }}", "{{ end }}", "x"]))
 @example(talk("\n", ["\n", "\n", "\n"]))
-def test_all_engines_are_given_the_same_bytes(messages):
+def test_templates_of_all_engines_render_equal_bytes(messages):
     expected = render(messages)
     assert jinja(messages) == expected
     assert ollama(messages) == expected
@@ -149,7 +149,7 @@ def go_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return program
 
 
-def test_gos_own_template_engine_gives_the_same_bytes(go_program):
+def test_go_template_engine_renders_equal_bytes(go_program):
     dice = random.Random(7)
     batch = []
     for _ in range(1000):
@@ -160,18 +160,18 @@ def test_gos_own_template_engine_gives_the_same_bytes(go_program):
     assert json.loads(done.stdout) == [render(messages) for messages in batch]
 
 
-def test_no_template_names_what_makes_ollama_prefer_another():
+def test_templates_hold_no_capability_word_of_ollama():
     for template in (chat_template(add_bos=True), chat_template(add_bos=False), GO_TEMPLATE):
         assert not [word for word in CAPABILITY_WORDS if word in template]
 
 
-def test_the_bos_of_the_chat_template_stands_where_llamacpp_strips_it():
+def test_chat_template_has_bos_at_its_start():
     assert chat_template(add_bos=True) == BOS_PREFIX + chat_template(add_bos=False)
     assert "bos_token" not in chat_template(add_bos=False)
 
 
 @given(texts)
-def test_a_model_that_asks_itself_is_stopped_before_its_own_question(question):
+def test_stop_string_ends_an_answer_before_a_next_question(question):
     assert STOPS[0] in render(talk("", ["a", "b", question]))
     assert all(stop not in completion("Una respuesta.") + CUE for stop in STOPS)
 
@@ -190,7 +190,7 @@ def test_a_model_that_asks_itself_is_stopped_before_its_own_question(question):
         (talk("", ["a", "", "b"]), r"turn 2 \(assistant\) is empty"),
     ],
 )
-def test_what_ollama_would_drop_or_join_is_refused(messages, expected):
+def test_render_of_turns_that_ollama_drops_or_joins_raises(messages, expected):
     with pytest.raises(ValueError, match=expected):
         render(messages)
 
@@ -199,13 +199,13 @@ def test_what_ollama_would_drop_or_join_is_refused(messages, expected):
 
 
 def served(tokenizer: Any, question: str, system: str = "") -> list[int]:
-    """The ids that an engine sends: the rendered text through the tokenizer as it is."""
+    """The ids that an engine sends: the tokenized rendered text."""
     return list(tokenizer(render(conversation(question, system)))["input_ids"])
 
 
 @given(system=st.sampled_from(["", "Eres un tutor."]), question=texts, answer=texts.filter(str.strip))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
-def test_a_row_is_the_served_prompt_then_the_answer_then_eos(tokenizer, system, question, answer):
+def test_encoded_row_is_served_prompt_then_answer_then_eos(tokenizer, system, question, answer):
     row = encode(tokenizer, question, answer, system)
     prompt = served(tokenizer, question, system)
     assert row.ids[: row.n_prompt] == prompt
@@ -214,14 +214,14 @@ def test_a_row_is_the_served_prompt_then_the_answer_then_eos(tokenizer, system, 
     assert tokenizer.decode(row.ids[row.n_prompt : -1]) == f" {answer.strip()}"
 
 
-def test_there_is_exactly_one_bos_where_the_tokenizer_adds_one_and_none_elsewhere(tokenizer):
+def test_encoded_row_has_one_bos_if_the_tokenizer_adds_bos(tokenizer):
     row = encode(tokenizer, "¿Qué es any?", "Un tipo.", "Eres un tutor.")
     assert row.ids.count(tokenizer.bos_token_id) == int(adds_bos(tokenizer))
     assert row.ids.count(tokenizer.eos_token_id) == 1
 
 
 @pytest.mark.parametrize("system", ["", "Eres un tutor."])
-def test_apply_chat_template_gives_exactly_the_ids_that_were_trained(tokenizer, system):
+def test_apply_chat_template_returns_the_trained_ids(tokenizer, system):
     tokenizer.chat_template = chat_template(add_bos=adds_bos(tokenizer))
     for question in (*SENTENCES, "{{ bos_token }} 👩‍💻"):
         messages = conversation(question, system)
@@ -237,20 +237,20 @@ words = st.lists(st.sampled_from(" ".join(SENTENCES).split()), min_size=1).map("
 
 @given(question=words, answer=words | words.map(lambda text: f"```ts\n{text}\n```"))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
-def test_the_seam_of_prompt_and_answer_is_where_the_whole_text_splits_too(tokenizer, question, answer):
-    """The model meets at serving time the tokens that it would have met had the text been tokenized in one piece."""
+def test_encoded_row_has_the_tokens_of_the_whole_text(tokenizer, question, answer):
+    """A served prompt and its answer have the tokens of the text tokenized in one piece."""
     whole = tokenizer(render(conversation(question)) + completion(answer))["input_ids"]
     assert encode(tokenizer, question, answer).ids[:-1] == whole
 
 
-def test_a_tokenizer_without_eos_is_refused():
+def test_encode_without_an_eos_token_raises():
     made = make_tokenizer(add_bos=True)
     made.eos_token = None
     with pytest.raises(DataError, match="has no EOS token"):
         encode(made, "a", "b")
 
 
-def test_whether_a_bos_is_added_is_what_the_tokenizer_does_not_what_it_says():
+def test_adds_bos_measures_the_tokenizer_not_its_config():
     made = make_tokenizer(add_bos=False)
     made.init_kwargs["add_bos_token"] = True
     assert not adds_bos(made)
@@ -259,7 +259,7 @@ def test_whether_a_bos_is_added_is_what_the_tokenizer_does_not_what_it_says():
 # The audit
 
 
-def test_a_row_as_it_was_made_passes(tokenizer):
+def test_audit_of_an_encoded_row_finds_no_fault(tokenizer):
     for question in SENTENCES:
         assert audit(encode(tokenizer, question, "Sí."), served(tokenizer, question), tokenizer) == []
 
@@ -289,7 +289,7 @@ OTHER = "the served prompt is not a prefix of the row"
         *("a hole", "all masked", "no ids", "loss on the prompt", "a token more", "a token less"),
     ],
 )
-def test_a_breach_has_a_name(tokenizer, breach, expected):
+def test_audit_names_each_fault_of_a_row(tokenizer, breach, expected):
     row = encode(tokenizer, "¿Qué es any?", "Un tipo que lo es todo.")
     assert 5 not in row.ids[:4]
     found = audit(
@@ -298,13 +298,13 @@ def test_a_breach_has_a_name(tokenizer, breach, expected):
     assert found == expected
 
 
-def test_a_wrong_number_of_bos_has_a_name(tokenizer):
+def test_audit_names_a_wrong_number_of_bos(tokenizer):
     row = encode(tokenizer, "a", "b")
     prompt = served(tokenizer, "a")
     expected = int(adds_bos(tokenizer))
     doubled = Encoded([tokenizer.bos_token_id, *row.ids], [0, *row.mask])
     assert audit(doubled, prompt, tokenizer) == [f"{expected + 1} BOS tokens instead of {expected}", OTHER]
-    # A trainer and an engine that both add one too many agree with each other.
+    # A trainer and an engine that both add one BOS too many agree with each other.
     assert audit(doubled, [tokenizer.bos_token_id, *prompt], tokenizer) == [
         f"{expected + 1} BOS tokens instead of {expected}"
     ]
@@ -318,8 +318,8 @@ def test_a_wrong_number_of_bos_has_a_name(tokenizer):
 
 
 @pytest.mark.parametrize("add_bos", [True, False])
-def test_a_collator_that_masks_padding_by_its_id_is_caught_where_pad_is_eos(add_bos):
-    """SmolLM2 and the tiny model pad with EOS: transformers' own language-model collator hides every EOS then."""
+def test_audit_finds_eos_masked_as_padding(add_bos):
+    """SmolLM2 and the tiny model pad with EOS: the language-model collator of transformers then masks every EOS."""
     made = make_tokenizer(add_bos=add_bos, pad=EOS)
     row = encode(made, "a", "b")
     assert audit(row, served(made, "a"), made) == []
@@ -328,7 +328,7 @@ def test_a_collator_that_masks_padding_by_its_id_is_caught_where_pad_is_eos(add_
 
 
 class Fixed:
-    """A tokenizer whose BOS and EOS are one token, with the id 0, as GPT-NeoX has it."""
+    """A tokenizer whose BOS and EOS are one token with the id 0, as in GPT-NeoX."""
 
     bos_token_id = eos_token_id = 0
 
@@ -336,7 +336,7 @@ class Fixed:
         return {"input_ids": [0] * add_special_tokens + [ord(sign) for sign in text]}
 
 
-def test_an_eos_with_the_id_zero_that_is_bos_too_is_counted_as_both():
+def test_audit_counts_a_token_that_is_bos_and_eos_as_both():
     row = encode(Fixed(), "a", "b")
     prompt = served(Fixed(), "a")
     assert audit(row, prompt, Fixed()) == []

@@ -1,8 +1,8 @@
-"""What a user can cause, each kind with its exit code. Anything else that is raised is a bug (exit 1)."""
+"""Errors that a user can cause, each kind with its exit code. Any other exception is a bug (exit 1)."""
 
 
 class TutorError(Exception):
-    """A fault with one clear line: what, which value or file:line; `hint` says what to do next."""
+    """An error in one line: what, with the value or file:line; `hint` is the next step."""
 
     code = 1
 
@@ -16,13 +16,13 @@ class TutorError(Exception):
 
 
 class RecipeError(TutorError):
-    """Usage or recipe: an unknown key, a wrong type, a value out of range."""
+    """A wrong command or recipe: an unknown key, a wrong type, a value out of range."""
 
     code = 2
 
 
 class DataError(TutorError):
-    """The user's rows; `problems` holds one "file:line: what" each, as many as are worth showing."""
+    """Wrong rows of the user; `problems` holds one "file:line: what" a problem, up to a readable number."""
 
     code = 3
 
@@ -32,19 +32,19 @@ class DataError(TutorError):
 
 
 class HostError(TutorError):
-    """This machine: a program, GPU, memory or disk that is missing."""
+    """A program, GPU, memory or disk space that this machine lacks."""
 
     code = 4
 
 
 class ArtifactError(TutorError):
-    """A file that is damaged, or does not belong to the others."""
+    """A file that is damaged, missing, or does not belong to the others."""
 
     code = 5
 
 
 class ServiceError(TutorError):
-    """A service (llama-server, Ollama, the hub) that does not answer as it must."""
+    """A service (llama-server, Ollama, the hub) that does not answer as expected."""
 
     code = 6
 
@@ -56,6 +56,6 @@ class LockError(TutorError):
 
 
 class GateError(TutorError):
-    """A gate said no: the artifact exists and is not good enough."""
+    """A gate refused: the artifact exists and is not good enough."""
 
     code = 8

@@ -1,11 +1,13 @@
-"""The prompt contract, once: training ids and mask, Jinja for the tokenizer, Go for Ollama, stops, the plain text.
+"""The prompt format, defined once for training and for every engine.
 
     [system\\n\\n]Instrucción: {question}\\nRespuesta:     the prompt; loss on nothing of it
      {answer}<EOS>                                       the completion; loss on all of it
 
-A later turn follows its predecessor after one blank line. The prompt ends without a blank: the model itself
-produces ` {answer}`, so history is sent as it came, blank included. No template here writes BOS text for
-llama.cpp or Ollama: their tokenizers add it exactly where training had it.
+In: questions, answers, messages. Out: the prompt text, the ids and loss mask of a training row, the Jinja template of
+the tokenizer, the Go template and stop strings of Ollama, and an audit of rows against all of them. A later turn
+follows its predecessor after one blank line. The prompt ends without a blank: the model itself produces ` {answer}`, so
+history is sent unchanged, blank included. No template here writes BOS text for llama.cpp or Ollama: their tokenizers
+add BOS exactly where training had it. Loads no tokenizer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +20,7 @@ QUESTION = "Instrucción: "
 CUE = "\nRespuesta:"
 TURN_END = "\n\n"
 STOPS = ("\nInstrucción:",)
-"""Textual guard beside EOS: a model that opens the next question itself is stopped there."""
+"""Stop strings in addition to EOS: they end an answer that goes on with the next question."""
 
 GO_TEMPLATE = (
     "{{ if .System }}{{ .System }}"
@@ -30,7 +32,7 @@ GO_TEMPLATE = (
     + "{{ .Response }}"
     + TURN_END
 )
-"""Ollama's legacy form: executed once a turn, and cut after `.Response` in the last one (its template.go)."""
+"""Template of Ollama's legacy form: executed once a turn, and cut after `.Response` in the last turn (template.go)."""
 
 JINJA_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -41,17 +43,17 @@ JINJA_TEMPLATE = (
     "{%- endif -%}{%- endfor -%}"
 )
 BOS_PREFIX = "{{- bos_token -}}"
-"""apply_chat_template adds no BOS by itself; llama.cpp strips this one again before its tokenizer adds its own."""
+"""Start of the Jinja template: apply_chat_template adds no BOS; llama.cpp strips it, and its tokenizer adds BOS."""
 
 CAPABILITY_WORDS = ("tools", "tool_call", "<think>", "</think>")
-"""What makes Ollama >= 0.30 prefer a GGUF's template to the Modelfile's (docs/facts.md, 1)."""
+"""Words in a GGUF's template that make Ollama >= 0.30 prefer it to the Modelfile's (docs/facts.md, 1)."""
 
 Message = Mapping[str, str]
-"""`role` (system, user or assistant) and `content`."""
+"""A message: `role` (system, user or assistant) and `content`."""
 
 
 class Tokenizer(Protocol):
-    """What the contract needs of a transformers tokenizer."""
+    """The part of a transformers tokenizer that this module uses."""
 
     bos_token_id: int | None
     eos_token_id: int | None
@@ -63,32 +65,32 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Encoded:
-    """One training row: token ids, and 1 where an id carries loss."""
+    """One training row: token ids, and a mask that is 1 where an id carries loss."""
 
     ids: list[int]
     mask: list[int]
 
     @property
     def n_prompt(self) -> int:
-        """How many ids come before the completion."""
+        """Number of ids before the completion."""
         return self.mask.index(1)
 
 
 def chat_template(*, add_bos: bool) -> str:
-    """The Jinja template for a tokenizer that adds a BOS to plain text, or one that does not."""
+    """Return the Jinja template, with BOS for a tokenizer that adds BOS to plain text."""
     return (BOS_PREFIX if add_bos else "") + JINJA_TEMPLATE
 
 
 def conversation(question: str, system: str = "") -> list[Message]:
-    """One question as messages; an empty system text is no message."""
+    """Return one question as messages; an empty system text adds none."""
     opening: list[Message] = [{"role": "system", "content": system}] if system else []
     return [*opening, {"role": "user", "content": question}]
 
 
 def render(messages: Sequence[Message]) -> str:
-    """The exact prompt text, without BOS, of a conversation: `system` at most first, then users and assistants in turn.
+    """Return the exact prompt text, without BOS, of at most one system text and alternating user and assistant turns.
 
-    A last assistant message is a prefill: the answer goes on from it.
+    A last assistant message is a prefill: the answer continues it.
     Raises ValueError where roles do not alternate or a text is empty (Ollama would silently drop a turn).
     """
     _check(messages)
@@ -121,17 +123,17 @@ def _check(messages: Sequence[Message]) -> None:
 
 
 def completion(answer: str) -> str:
-    """What training asks for after the cue: the answer behind one blank. EOS follows as an id, never as text."""
+    """Return the training target after the cue: one blank and the answer. EOS follows as an id, never as text."""
     return " " + answer.strip()
 
 
-def shown(answer: str) -> str:
-    """An answer as a person reads it: without the blank that belongs to the contract."""
+def display_text(answer: str) -> str:
+    """Return an answer for display, without the blank of the prompt format."""
     return answer.strip()
 
 
 def encode(tokenizer: Tokenizer, question: str, answer: str, system: str = "") -> Encoded:
-    """Ids and loss mask of one row, from one walk: prompt ids as served, then the completion's ids and EOS.
+    """Return ids and loss mask of one row: prompt ids as served, then the completion's ids and EOS.
 
     Raises DataError when the tokenizer has no EOS.
     """
@@ -144,16 +146,16 @@ def encode(tokenizer: Tokenizer, question: str, answer: str, system: str = "") -
 
 
 def adds_bos(tokenizer: Tokenizer) -> bool:
-    """Whether the tokenizer puts a BOS before plain text: what it does, not what its configuration says."""
+    """Return whether the tokenizer puts BOS before plain text; measured, its configuration may be wrong."""
     ids = list(tokenizer("a")["input_ids"])
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 
 
 def audit(row: Encoded, prompt_ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
-    """What is wrong with a row as the trainer will see it; empty when the contract holds.
+    """Return the faults of an encoded row; empty when there is none.
 
-    `prompt_ids` is what an engine sends for the same question. The checks are those that ruin a model without a
-    sound (docs/facts.md, 10): EOS not learnt, no or doubled BOS, another prompt than the served one.
+    `prompt_ids` are the ids that an engine sends for the same question. The faults are those that spoil a model without
+    an error (docs/facts.md, 10): EOS not learnt, BOS missing or doubled, another prompt than the served one.
     """
     problems = []
     supervised = [token for token, on in zip(row.ids, row.mask, strict=True) if on]

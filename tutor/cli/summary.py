@@ -14,7 +14,7 @@ from typing import Any
 from tutor.artifacts.layout import STAGE_FOLDERS, BuildFolder
 from tutor.artifacts.manifest import read_manifest
 from tutor.graders.verdict import LABELS
-from tutor.prompt import shown
+from tutor.prompt import display_text
 from tutor.recipe.settings import Recipe
 from tutor.stages.parity.gate import parity_table
 
@@ -204,7 +204,7 @@ def _change(label: str, entry: Mapping[str, Any]) -> str:
 def _example(example: Mapping[str, Any]) -> list[str]:
     parts = ["", f"» {example['instruction']}"]
     for name, answer in example["answers"].items():
-        text = shown(answer.get("text", f"({answer.get('error')})")).partition("\n\n")[0]
+        text = display_text(answer.get("text", f"({answer.get('error')})")).partition("\n\n")[0]
         end = "" if answer.get("finish") == "stop" else f" […cut at {answer.get('tokens', 0)} tokens]"
         parts += textwrap.wrap(f"{name}: {text[:300]}{end}", 100, initial_indent="  ", subsequent_indent="    ")
     return parts

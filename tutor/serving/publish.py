@@ -22,7 +22,7 @@ from tutor.engines.ollama.client import Ollama, connect
 from tutor.errors import ArtifactError, GateError
 from tutor.pipeline.registry import BY_NAME
 from tutor.pipeline.runner import announced, pass_gate
-from tutor.prompt import shown
+from tutor.prompt import display_text
 from tutor.recipe.settings import Recipe
 from tutor.serving import builds, ollama_parity
 from tutor.serving.adapter import lora_folder
@@ -155,7 +155,7 @@ def published_lines(result: Mapping[str, Any]) -> list[str]:
     where = f"{result['tag']} at {result['host']} (Ollama {result['version']})"
     if not result["published"]:
         return [f"Nothing to do: {where} is already served as {result['model']}."]
-    checked = f"{result['prompts']} prompts as in training; answer: {shown(result['answer'])!r}"
+    checked = f"{result['prompts']} prompts as in training; answer: {display_text(result['answer'])!r}"
     compared = parity_table([result["parity"]]) if "parity" in result else []
     compared += promotion_lines(result["promotion"]) if "promotion" in result else []
     return [f"Published {where}: {checked}", *compared, f"Next: ollama run {result['model']}"]

@@ -87,7 +87,7 @@ def ask_command(
 ) -> None:
     """Ask one QUESTION (or the text on stdin) and print the answer."""
     from tutor.engines.protocol import sampling
-    from tutor.prompt import conversation, shown
+    from tutor.prompt import conversation, display_text
 
     recipe = load_recipe(recipe_path)
     try:
@@ -111,7 +111,7 @@ def ask_command(
             None if as_json else write,
         )
     if as_json:
-        click.echo(json.dumps({**asdict(answer), "text": shown(answer.text)}, ensure_ascii=False))
+        click.echo(json.dumps({**asdict(answer), "text": display_text(answer.text)}, ensure_ascii=False))
         return
     click.echo()
     if answer.finish == "length":
