@@ -1,4 +1,4 @@
-"""Recipes that are right, wrong or hostile."""
+"""Valid, wrong and hostile recipes. Covers tutor/recipe/settings.py and quantizations.py too: both act when read."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from tutor.recipe.settings import Recipe
 
 @pytest.fixture
 def refused(tmp_path: Path) -> Any:
-    """Read a recipe that must be refused: its message, without the path that stands before it."""
+    """Read a recipe that must be refused; return the message without the path before it."""
 
     def read(text: str | bytes, name: str = "r.toml") -> str:
         path = tmp_path / name
@@ -53,12 +53,12 @@ def test_an_empty_recipe_has_the_specifications_numbers(tmp_path):
 
 
 def test_the_big_recipe_says_nothing_else_than_the_defaults_but_the_base():
-    """data/tutor.toml is read as the documentation of the defaults: a changed default must change it too."""
-    said = read_recipe(ROOT / "data" / "tutor.toml").model_dump()
+    """data/tutor.toml documents the defaults: a changed default must change the file too."""
+    written = read_recipe(ROOT / "data" / "tutor.toml").model_dump()
     default = Recipe().model_dump()
-    said["convert"].pop("base"), default["convert"].pop("base")
-    said.pop("evaluate"), default.pop("evaluate")  # names files of the checkout
-    assert said == default
+    written["convert"].pop("base"), default["convert"].pop("base")
+    written.pop("evaluate"), default.pop("evaluate")  # names files of the checkout
+    assert written == default
 
 
 # K01, K08: names
