@@ -1,4 +1,7 @@
-"""What is up to date, why not, what runs: on a build folder where only the data stage has run."""
+"""Which stages are up to date, why not, and which run, on a build folder where only the data stage has run.
+
+Covers tutor/pipeline/registry.py too.
+"""
 
 import json
 import logging
@@ -45,14 +48,14 @@ def conditions(recipe: Recipe, build: Path) -> dict[str, str]:
     return {state.stage.name: state.condition for state in inspect(recipe, build)}
 
 
-def test_only_the_stage_that_ran_is_up_to_date(recipe_file, build):
+def test_inspect_reports_only_the_stage_that_ran_as_up_to_date(recipe_file, build):
     found = conditions(read_recipe(recipe_file), build)
     assert found.pop("data") == "up to date"
     assert set(found.values()) == {"missing"}
     assert list(conditions(read_recipe(recipe_file), build)) == [stage.name for stage in STAGES]
 
 
-def test_nothing_runs_twice(recipe_file, tmp_path):
+def test_run_all_again_runs_nothing(recipe_file, tmp_path):
     recipe = read_recipe(recipe_file)
     assert run_all(recipe, tmp_path / "build", until="data") == ["data"]
     made = (tmp_path / "build" / "small" / "data" / "manifest.json").stat()
@@ -61,7 +64,7 @@ def test_nothing_runs_twice(recipe_file, tmp_path):
     assert (tmp_path / "build" / "small" / "data" / "manifest.json").stat() == made
 
 
-def test_the_same_recipe_and_rows_give_the_same_bytes(recipe_file, tmp_path):
+def test_run_all_of_equal_recipe_and_rows_writes_equal_bytes(recipe_file, tmp_path):
     recipe = read_recipe(recipe_file)
     for name in ("one", "two"):
         run_one("data", recipe, tmp_path / name)
@@ -77,7 +80,7 @@ def test_the_same_recipe_and_rows_give_the_same_bytes(recipe_file, tmp_path):
         ("[data]", "[data]\nrows = 9", "recipe.rows: 0 -> 9"),
     ],
 )
-def test_a_changed_setting_is_named_and_nothing_else(recipe_file, build, before, after, reason):
+def test_differences_name_a_changed_setting_alone(recipe_file, build, before, after, reason):
     recipe = edited(recipe_file, before, after)
     state = state_of("data", recipe, build)
     assert state.condition == "stale"
@@ -89,7 +92,7 @@ def test_a_changed_setting_is_named_and_nothing_else(recipe_file, build, before,
 @pytest.mark.parametrize(
     "after", ["[train]\nrank = 4\n[data]", "system = 'x'\n[data]", "[ollama]\nmodel = 'b'\n[data]"]
 )
-def test_a_setting_of_another_stage_does_not_make_this_one_stale(recipe_file, build, after):
+def test_stage_stays_up_to_date_when_other_settings_change(recipe_file, build, after):
     assert conditions(edited(recipe_file, "[data]", after), build)["data"] == "up to date"
 
 
@@ -106,8 +109,8 @@ SETTINGS = [("seed",), ("system",)] + [
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer")
 @pytest.mark.parametrize("where", SETTINGS, ids=".".join)
-def test_every_setting_is_in_the_key_of_a_stage(where):
-    """One that is in none could be changed without anything being made again."""
+def test_settings_are_each_in_the_key_of_a_stage(where):
+    """A setting in no key could change without any stage running again."""
     recipe = Recipe()
     changed: Any = "another value"
     if len(where) == 2:
@@ -127,7 +130,7 @@ def edited_manifest(build: Path, change: Callable[[dict[str, Any]], object]) -> 
     path.write_text(json.dumps(manifest))
 
 
-def test_changed_code_is_named_by_its_file(recipe_file, build):
+def test_differences_name_changed_code_by_its_file(recipe_file, build):
     now = state_of("data", read_recipe(recipe_file), build).sources["stages/data/stage.py"]
 
     def change(manifest):
@@ -140,7 +143,7 @@ def test_changed_code_is_named_by_its_file(recipe_file, build):
     assert differences(state) == [f"code.stages/data/stage.py: {'1' * 16} -> {now}"]
 
 
-def test_moved_code_is_no_change(recipe_file, build):
+def test_stage_stays_up_to_date_when_its_code_moves(recipe_file, build):
     def move(manifest):
         manifest["sources"]["data.py"] = manifest["sources"].pop("stages/data/stage.py")
 
@@ -148,7 +151,7 @@ def test_moved_code_is_no_change(recipe_file, build):
     assert state_of("data", read_recipe(recipe_file), build).condition == "up to date"
 
 
-def test_code_of_a_manifest_without_files_is_named_in_whole(recipe_file, build):
+def test_differences_name_the_code_of_an_old_manifest(recipe_file, build):
     """Manifests of older versions name their files in the key."""
 
     def age(manifest):
@@ -162,8 +165,8 @@ def test_code_of_a_manifest_without_files_is_named_in_whole(recipe_file, build):
     assert differences(state) == [f"code: (absent) -> {code}", f"code.stages/data.py: {'1' * 16} -> (absent)"]
 
 
-def test_checkpoints_have_the_code_of_the_train_stage(recipe_file, build):
-    """Both are computed from the stage's module: one is no reason without the other."""
+def test_checkpoints_have_the_code_fields_of_the_train_stage(recipe_file, build):
+    """Both keys are computed from the stage's module, so that they change together."""
     by_name, by_file = "stages/train/stage.py", PACKAGE / BY_NAME["train"].source
     assert SourceTree().provenance(by_name) == SourceTree().provenance(by_file)
 
@@ -171,7 +174,7 @@ def test_checkpoints_have_the_code_of_the_train_stage(recipe_file, build):
 # Inputs
 
 
-def test_a_touched_file_changes_nothing_whatever_the_clock_says(recipe_file, build):
+def test_stage_stays_up_to_date_when_a_file_is_touched(recipe_file, build):
     recipe = read_recipe(recipe_file)
     for when in (0, 2_000_000_000):
         for path in (*recipe_file.parent.glob("*.jsonl"), *(build / "small" / "data").iterdir()):
@@ -179,7 +182,7 @@ def test_a_touched_file_changes_nothing_whatever_the_clock_says(recipe_file, bui
         assert run_all(recipe, build, until="data") == []
 
 
-def test_an_edited_row_makes_the_stage_stale(recipe_file, build):
+def test_stage_is_stale_when_a_row_is_edited(recipe_file, build):
     rows = recipe_file.with_name("tutor.jsonl")
     rows.write_text(rows.read_text().replace("El número 3.", "El número tres."))
     state = state_of("data", read_recipe(recipe_file), build)
@@ -189,14 +192,14 @@ def test_an_edited_row_makes_the_stage_stale(recipe_file, build):
     assert len(reason) < 60
 
 
-def test_the_same_rows_in_another_place_are_the_same(recipe_file, build, tmp_path):
+def test_stage_stays_up_to_date_when_its_rows_move(recipe_file, build, tmp_path):
     recipe_file.with_name("tutor.jsonl").rename(tmp_path / "filas españolas.jsonl")
     recipe = edited(recipe_file, "[data]", "[data]\ntrain = 'filas españolas.jsonl'")
     assert conditions(recipe, build)["data"] == "up to date"
 
 
-def test_an_input_that_is_made_again_with_the_same_content_changes_nothing_behind_it(recipe_file, build):
-    """Keys are over content: another version of the data stage does not train for hours again."""
+def test_stage_stays_up_to_date_when_an_input_is_made_equal(recipe_file, build):
+    """Keys hash content: another version of the data stage with equal output does not train for hours again."""
 
     def fields_of_train() -> Any:
         return state_of("train", read_recipe(recipe_file), build).fields
@@ -216,7 +219,7 @@ def test_an_input_that_is_made_again_with_the_same_content_changes_nothing_behin
 # Damage
 
 
-def test_damage_is_seen_and_made_good(recipe_file, build):
+def test_run_all_makes_a_damaged_stage_again(recipe_file, build):
     recipe = read_recipe(recipe_file)
     file = build / "small" / "data" / "train.jsonl"
     whole = file.read_bytes()
@@ -231,7 +234,7 @@ def test_damage_is_seen_and_made_good(recipe_file, build):
     assert file.read_bytes() == whole
 
 
-def test_a_stage_behind_a_damaged_one_needs_it_first(recipe_file, build):
+def test_differences_after_a_damaged_stage_name_that_stage(recipe_file, build):
     recipe = read_recipe(recipe_file)
     shutil.copytree(build / "small" / "data", build / "small" / "adapter")
     (build / "small" / "data" / "train.jsonl").unlink()
@@ -241,7 +244,7 @@ def test_a_stage_behind_a_damaged_one_needs_it_first(recipe_file, build):
 
 
 @pytest.mark.parametrize("name", [stage.name for stage in STAGES if stage.needs])
-def test_a_stage_without_its_input_names_the_command_that_makes_it(recipe_file, tmp_path, name):
+def test_run_one_without_input_names_the_command_to_run(recipe_file, tmp_path, name):
     with pytest.raises(ArtifactError) as caught:
         run_one(name, read_recipe(recipe_file), tmp_path / "build")
     need = BY_NAME[name].needs[0]
@@ -249,7 +252,7 @@ def test_a_stage_without_its_input_names_the_command_that_makes_it(recipe_file, 
     assert not list((tmp_path / "build" / "small").glob("*.partial"))
 
 
-def test_a_stale_input_is_used_with_a_warning(recipe_file, build, caplog):
+def test_run_one_with_a_stale_input_warns(recipe_file, build, caplog):
     for name in ("base", "gguf", "ladder"):
         shutil.copytree(build / "small" / "data", build / "small" / name)
     with caplog.at_level(logging.WARNING), pytest.raises(ArtifactError, match=r"\.gguf is not there"):
@@ -257,13 +260,13 @@ def test_a_stale_input_is_used_with_a_warning(recipe_file, build, caplog):
     assert "base is out of date with the recipe or its inputs; tutor why base says why" in caplog.text
 
 
-def test_a_fault_of_another_stage_does_not_stop_one_that_does_not_need_it(recipe_file, tmp_path):
+def test_run_one_ignores_damage_of_a_stage_it_does_not_need(recipe_file, tmp_path):
     recipe = edited(recipe_file, '"tiny"', '"package:no_such_package_of_ours/model.gguf"')
     assert run_one("data", recipe, tmp_path / "build")
     assert run_all(recipe, tmp_path / "build", until="data") == []
 
 
-def test_a_row_that_is_wrong_leaves_the_last_split_as_it_was(recipe_file, build):
+def test_run_one_with_a_wrong_row_leaves_the_last_split(recipe_file, build):
     before = require_stage(build / "small" / "data", "data")
     write_rows(recipe_file.with_name("tutor.jsonl"), [{"instruction": "sin respuesta"}])
     with pytest.raises(DataError) as caught:
@@ -275,7 +278,7 @@ def test_a_row_that_is_wrong_leaves_the_last_split_as_it_was(recipe_file, build)
 
 
 @pytest.mark.parametrize("system", ["con \\u00a0 dentro", "nulo \\u0000", '\\"\\"\\"\\nfin'])
-def test_a_system_text_that_ollama_cannot_keep_is_refused_before_any_work(recipe_file, tmp_path, system):
+def test_run_all_refuses_a_system_text_that_ollama_cannot_keep(recipe_file, tmp_path, system):
     recipe = edited(recipe_file, "[data]", f'system = "{system}"\n[data]')
     with pytest.raises(RecipeError, match=r"small\.toml: system has"):
         run_all(recipe, tmp_path / "build", until="data")
@@ -285,7 +288,7 @@ def test_a_system_text_that_ollama_cannot_keep_is_refused_before_any_work(recipe
 # Clean
 
 
-def test_clean_removes_what_is_named_with_all_that_a_kill_can_leave(recipe_file, build):
+def test_clean_removes_a_stage_and_what_a_kill_leaves(recipe_file, build):
     recipe = read_recipe(recipe_file)
     folder = build / "small"
     for name in ("data.partial", "data.old", "data.log", "base.partial"):
@@ -296,7 +299,7 @@ def test_clean_removes_what_is_named_with_all_that_a_kill_can_leave(recipe_file,
     assert clean(recipe, build, ()) == []
 
 
-def test_clean_removes_what_commands_made_of_a_stage_and_an_unfinished_training(recipe_file, build):
+def test_clean_removes_folders_that_commands_derived(recipe_file, build):
     recipe = read_recipe(recipe_file)
     folder = build / "small"
     for name in ("lora", "eval-ollama"):
@@ -311,8 +314,8 @@ def test_clean_removes_what_commands_made_of_a_stage_and_an_unfinished_training(
     assert clean(recipe, build, ()) == [folder / "data", folder / "eval-ollama"]
 
 
-def test_checkpoints_that_a_kill_left_behind_a_complete_stage_are_removed(recipe_file, build):
-    """The last thing a stage does, after its folder has its name."""
+def test_run_all_removes_checkpoints_left_by_a_kill(recipe_file, build):
+    """A stage removes them last, after its folder has its name."""
     recipe = read_recipe(recipe_file)
     left = build / "small" / "data.checkpoints"
     for run in (lambda: run_one("data", recipe, build), lambda: run_all(recipe, build, until="data")):
@@ -321,7 +324,7 @@ def test_checkpoints_that_a_kill_left_behind_a_complete_stage_are_removed(recipe
         assert not left.exists()
 
 
-def test_clean_refuses_what_it_does_not_know(recipe_file, build):
+def test_clean_refuses_unknown_stages_and_foreign_folders(recipe_file, build):
     recipe = read_recipe(recipe_file)
     with pytest.raises(RecipeError, match="no stage 'dta'; known: data, base"):
         clean(recipe, build, ("dta",))
@@ -332,8 +335,8 @@ def test_clean_refuses_what_it_does_not_know(recipe_file, build):
     assert (build / "small" / "gguf" / "mine.gguf").exists()
 
 
-def test_the_manifest_tells_what_made_the_folder_and_holds_no_path(recipe_file, build):
-    """A build folder can be moved, and says nothing of whose machine it was but its name."""
+def test_manifest_names_fields_and_code_and_holds_no_path(recipe_file, build):
+    """A build folder can be moved, and holds nothing about the machine but its name."""
     text = (build / "small" / "data" / "manifest.json").read_text()
     assert str(recipe_file.parent) not in text
     fields = json.loads(text)["fields"]

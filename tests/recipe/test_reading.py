@@ -33,14 +33,14 @@ def refused(tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize("name", ["data/tutor.toml", "data/demo.toml", "tests/support/tiny.toml"])
-def test_every_recipe_of_the_checkout_is_valid_and_its_files_exist(name):
+def test_recipe_of_the_checkout_is_valid_and_its_files_exist(name):
     recipe = read_recipe(ROOT / name)
     assert recipe.resolve(recipe.data.train).is_file()
     assert recipe.resolve(recipe.data.eval).is_file()
     assert recipe.name == Path(name).stem
 
 
-def test_an_empty_recipe_has_the_specifications_numbers(tmp_path):
+def test_recipe_without_settings_has_the_specified_numbers(tmp_path):
     (tmp_path / "r.toml").touch()
     recipe = read_recipe(tmp_path / "r.toml")
     train, generate = recipe.train, recipe.generate
@@ -52,7 +52,7 @@ def test_an_empty_recipe_has_the_specifications_numbers(tmp_path):
     assert (generate.top_p, generate.repetition_penalty) == (0.85, 1.15)
 
 
-def test_the_big_recipe_says_nothing_else_than_the_defaults_but_the_base():
+def test_recipe_of_the_8b_equals_the_defaults_but_for_base():
     """data/tutor.toml documents the defaults: a changed default must change the file too."""
     written = read_recipe(ROOT / "data" / "tutor.toml").model_dump()
     default = Recipe().model_dump()
@@ -77,18 +77,18 @@ def test_the_big_recipe_says_nothing_else_than_the_defaults_but_the_base():
         ),
     ],
 )
-def test_an_unknown_setting_is_named_with_its_neighbours(refused, text, expected):
+def test_read_recipe_with_unknown_setting_names_its_neighbours(refused, text, expected):
     assert expected in refused(text)
 
 
 @pytest.mark.parametrize("name", RETIRED)
-def test_a_retired_name_says_what_became_of_it(refused, name):
+def test_read_recipe_with_retired_name_names_the_replacement(refused, name):
     message = refused(f"[train]\n{name} = 1")
     assert message == f"unknown setting train.{name}; {RETIRED[name]}"
     assert refused(f"{name} = 1") == f"unknown setting {name}; {RETIRED[name]}"
 
 
-def test_every_successor_of_a_retired_name_exists():
+def test_retired_names_have_replacements_that_exist():
     for text in RETIRED.values():
         if text.startswith("it is called"):
             section, _, name = text.split()[3].partition(".")
@@ -141,17 +141,17 @@ def test_every_successor_of_a_retired_name_exists():
         ("[data]\nheld_out = 1.0", "data.held_out is 1.0"),
     ],
 )
-def test_a_wrong_value_is_named_with_its_setting(refused, text, expected):
+def test_read_recipe_with_wrong_value_names_the_setting(refused, text, expected):
     assert expected in refused(text)
 
 
-def test_whole_numbers_are_taken_for_fractions(tmp_path):
+def test_read_recipe_takes_whole_numbers_for_fractions(tmp_path):
     path = tmp_path / "r.toml"
     path.write_text("[train]\ndropout = 0\n[generate]\ntop_p = 1\ntemperature = 0\n")
     assert read_recipe(path).train.dropout == 0
 
 
-def test_all_problems_are_told_at_once_but_not_thousands(refused):
+def test_read_recipe_reports_all_problems_up_to_a_limit(refused):
     message = refused("seed = -1\nsystem = 5\n[train]\nrank = 0")
     assert all(name in message for name in ("seed", "system", "train.rank"))
     many = refused("".join(f"a{number} = 1\n" for number in range(999)))
@@ -180,7 +180,7 @@ def test_all_problems_are_told_at_once_but_not_thousands(refused):
         ("x" * 70_000, "more than 65536 bytes"),
     ],
 )
-def test_hostile_toml_is_refused_in_one_short_line(refused, text, expected):
+def test_read_recipe_of_hostile_toml_raises_one_short_line(refused, text, expected):
     message = refused(text)
     assert expected in message
     assert len(message) < 400
@@ -188,14 +188,14 @@ def test_hostile_toml_is_refused_in_one_short_line(refused, text, expected):
 
 
 @given(st.text() | st.binary())
-def test_no_content_does_anything_but_parse_or_be_refused(tmp_path_factory, content):
+def test_read_recipe_of_any_bytes_parses_or_raises_recipe_error(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "fuzz.toml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode(errors="surrogatepass"))
     with contextlib.suppress(RecipeError):
         assert read_recipe(path).train.rank == 8
 
 
-def test_a_mark_and_line_ends_of_windows_are_read(tmp_path):
+def test_read_recipe_takes_windows_byte_order_mark_and_line_ends(tmp_path):
     path = tmp_path / "r.toml"
     path.write_bytes(b"\xef\xbb\xbfseed = 7\r\n[train]\r\nrank = 4\r\n")
     recipe = read_recipe(path)
@@ -205,7 +205,7 @@ def test_a_mark_and_line_ends_of_windows_are_read(tmp_path):
 # K06: paths
 
 
-def test_paths_are_seen_from_the_recipes_own_folder(tmp_path, monkeypatch):
+def test_resolve_is_relative_to_the_recipe_folder(tmp_path, monkeypatch):
     home = tmp_path / "casa de ñandú"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
@@ -218,7 +218,7 @@ def test_paths_are_seen_from_the_recipes_own_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("value", ["~nobody-has-this-name/rows.jsonl", "a\0b", "loop/rows.jsonl"])
-def test_a_path_that_cannot_be_one_is_a_recipe_error(tmp_path, value):
+def test_resolve_of_an_impossible_path_raises_recipe_error(tmp_path, value):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     path = tmp_path / "r.toml"
     path.write_text(f"[data]\ntrain = {json.dumps(value)}\n")
@@ -227,11 +227,11 @@ def test_a_path_that_cannot_be_one_is_a_recipe_error(tmp_path, value):
         recipe.resolve(recipe.data.train)
 
 
-def test_a_path_longer_than_any_is_refused(refused):
+def test_read_recipe_with_a_path_too_long_raises(refused):
     assert "has 5000 characters; a path has at most 4096" in refused(f"[data]\ntrain = '{'a' * 5000}'")
 
 
-def test_what_is_no_file_is_refused_without_being_opened(tmp_path):
+def test_read_recipe_of_a_pipe_or_folder_raises_without_opening(tmp_path):
     os.mkfifo(tmp_path / "pipe.toml")  # opening it would wait for ever
     (tmp_path / "dangling.toml").symlink_to(tmp_path / "gone")
     for path, expected in (
@@ -247,16 +247,16 @@ def test_what_is_no_file_is_refused_without_being_opened(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["..toml", "...toml"])
-def test_a_recipe_without_a_name_would_build_outside_its_folder(refused, name):
+def test_read_recipe_of_a_file_without_a_stem_raises(refused, name):
     assert "has no name" in refused("", name)
 
 
-def test_a_recipe_cannot_be_changed_once_it_is_read():
+def test_recipe_is_frozen():
     with pytest.raises(ValueError, match="frozen"):
         Recipe().train.rank = 9
 
 
-def test_quantizations_are_taken_by_every_name_that_llama_quantize_knows_them_by(tmp_path):
+def test_read_recipe_takes_every_name_of_a_quantization(tmp_path):
     path = tmp_path / "r.toml"
     path.write_text("[convert]\nquantizations = ['q4_k', 'IQ4_nl']\n[ollama]\nquantization = 'Q4_K'")
     recipe = read_recipe(path)
