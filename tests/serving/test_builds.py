@@ -70,7 +70,7 @@ def test_model_is_published_under_its_build_and_latest(server: FakeOllama, api: 
     assert result["gpu_share"] == 0.75
     assert sorted(server.models) == sorted([result["tag"], "tutor:latest"])
     assert server.models["tutor:latest"].digest == server.models[result["tag"]].digest
-    body = server.asked("POST /api/create")[0]
+    body = server.bodies("POST /api/create")[0]
     assert body["files"] == {"tutor-Q8_0.gguf": f"sha256:{next(iter(hashes(model).values()))}"}
     assert {key: body[key] for key in model.settings} == model.settings
 
@@ -80,7 +80,7 @@ def test_file_is_looked_up_before_it_is_uploaded(server: FakeOllama, api: Ollama
     order = [where for where, _ in server.requests]
     assert order.index("HEAD /api/blobs") < order.index("POST /api/blobs") < order.index("POST /api/create")
     put(model, api, system="otro")
-    assert len(server.asked("POST /api/blobs")) == 1, "another system text needs no second upload"
+    assert len(server.bodies("POST /api/blobs")) == 1, "another system text needs no second upload"
 
 
 def test_latest_is_set_after_show_prompts_and_an_answer(server: FakeOllama, api: Ollama, model: Model) -> None:
@@ -89,7 +89,7 @@ def test_latest_is_set_after_show_prompts_and_an_answer(server: FakeOllama, api:
     create, copy = order.index("POST /api/create"), order.index("POST /api/copy")
     between = order[create:copy]
     assert {"POST /api/show", "POST /api/chat", "POST /api/generate"} <= set(between)
-    asked = [body for body in server.asked("POST /api/chat") if "_debug_render_only" not in body]
+    asked = [body for body in server.bodies("POST /api/chat") if "_debug_render_only" not in body]
     assert len(asked) == 1
     assert asked[0]["options"]["temperature"] == 0.0
 
@@ -134,7 +134,7 @@ def test_build_with_interrupted_checks_is_checked_again(server: FakeOllama, api:
     result = put(model, api)
     assert result["published"]
     assert not result["created"]
-    assert server.asked("POST /api/generate"), "its prompts were compared"
+    assert server.bodies("POST /api/generate"), "its prompts were compared"
     assert server.models["tutor:latest"].digest == server.models[tag].digest
 
 

@@ -40,12 +40,12 @@ def test_published_model_is_evaluated_greedily_and_once(
     assert result["all"]["stopped"]["n"] == 3
     assert result["as_llama_server"] is None
     assert any("100 %" in line for line in summary.verdict_lines(result)), "shown as the evaluate stage's result is"
-    asked = server.asked("POST /api/chat")[1:]
+    asked = server.bodies("POST /api/chat")[1:]
     assert [body["messages"][-1]["content"] for body in asked] == [row["instruction"] for row in prompts]
     assert {body["options"]["temperature"] for body in asked} == {0.0}
     server.requests.clear()
     assert evaluated(server, recipe, build) == {**result, "ran": False}
-    assert not server.asked("POST /api/chat")
+    assert not server.bodies("POST /api/chat")
 
 
 def test_another_build_of_the_same_name_is_evaluated_again(
@@ -104,6 +104,6 @@ def test_model_deleted_during_evaluation_keeps_its_answers(
     server.models.update(there)
     server.requests.clear()
     assert evaluated(server, recipe, build)["all"]["errors"] == 0
-    asked = [body["messages"][-1]["content"] for body in server.asked("POST /api/chat")[1:]]
+    asked = [body["messages"][-1]["content"] for body in server.bodies("POST /api/chat")[1:]]
     assert asked == [row["instruction"] for row in prompts[1:]]
     assert {path.name for path in (build / "small").glob("eval-ollama*")} == {"eval-ollama", "eval-ollama.log"}

@@ -140,7 +140,7 @@ def test_unevaluated_build_is_evaluated_before_promotion(server: FakeOllama, rec
         (out / "train.jsonl").write_text(json.dumps({"instruction": "¿?", "response": "Sí."}) + "\n", "utf-8")
     comparison = put(server, recipe, build, "dos", None, force=True)["promotion"]["comparison"]
     assert "of 24 prompts" in comparison
-    asked = [body["model"] for body in server.asked("POST /api/chat") if body["messages"][-1]["content"] == PROMPTS[3]]
+    asked = [body["model"] for body in server.bodies("POST /api/chat") if body["messages"][-1]["content"] == PROMPTS[3]]
     assert asked == [
         row["model"] + ":" + row["build"] for row in publish.published_builds(recipe, host=server.host)[:1]
     ]

@@ -113,15 +113,15 @@ class FakeOllama(ThreadingHTTPServer):
         self.cancelled = threading.Event()
 
     def script(self, path: str, *replies: Reply | None) -> None:
-        """The next answers to "METHOD /path"; None stands for the right one."""
+        """Set the next replies to "METHOD /path"; None stands for the normal one."""
         self.scripts[path] = list(replies)
 
-    def asked(self, path: str) -> list[Any]:
+    def bodies(self, path: str) -> list[Any]:
         """The bodies of the requests to "METHOD /path", in order."""
         return [body for where, body in self.requests if where == path]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away is no news."""
+        """Ignore clients that disconnect."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -176,7 +176,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.send(404, b"404 page not found", "text/plain")
 
-    # What goes out
+    # Responses
 
     def send(self, status: int, data: bytes, kind: str = "application/json; charset=utf-8") -> None:
         self.send_response(status)

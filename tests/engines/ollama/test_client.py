@@ -176,21 +176,21 @@ def test_busy_server_gets_request_again_until_it_answers(server: FakeOllama, eng
     busy = fake.status(code, '{"error": "server busy, please try again.  maximum pending requests exceeded"}')
     server.script("POST /api/chat", busy, busy, busy, None)
     assert engine.answer(HOLA, GREEDY).finish == "stop"
-    assert len(server.asked("POST /api/chat")) == 4
+    assert len(server.bodies("POST /api/chat")) == 4
 
 
 def test_server_staying_busy_raises_after_five_tries(server: FakeOllama, engine: OllamaServer) -> None:
     server.script("POST /api/chat", *[fake.status(503, '{"error": "server busy, please try again."}')] * 9)
     with pytest.raises(ServiceError, match=r"\(503\): server busy.*try again later"):
         engine.answer(HOLA, GREEDY)
-    assert len(server.asked("POST /api/chat")) == 5
+    assert len(server.bodies("POST /api/chat")) == 5
 
 
 def test_other_errors_are_not_retried(server: FakeOllama, engine: OllamaServer) -> None:
     server.script("POST /api/chat", fake.status(500, '{"error": "boom"}'))
     with pytest.raises(ServiceError, match=r"\(500\): boom"):
         engine.answer(HOLA, GREEDY)
-    assert len(server.asked("POST /api/chat")) == 1
+    assert len(server.bodies("POST /api/chat")) == 1
 
 
 # Models and files
@@ -208,7 +208,7 @@ def test_file_is_uploaded_once_with_progress(
     counts = [(r.done, r.total) for r in caplog.records if hasattr(r, "done")]  # type: ignore[attr-defined]
     assert counts == [(1, 3), (2, 3), (3, 3)]
     assert api.upload_blob(path, digest) is False
-    assert len(server.asked("POST /api/blobs")) == 1
+    assert len(server.bodies("POST /api/blobs")) == 1
 
 
 def test_file_with_wrong_digest_is_refused(api: Ollama, tmp_path: Path) -> None:

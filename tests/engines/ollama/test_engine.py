@@ -35,7 +35,7 @@ def test_cut_answer_has_finish_reason_length(engine: OllamaServer) -> None:
 def test_request_has_unchanged_history_and_every_sampler(server: FakeOllama, engine: OllamaServer) -> None:
     history: list[Message] = [*HOLA, {"role": "assistant", "content": " Hola.\n"}, {"role": "user", "content": " ¿Y? "}]
     engine.answer(history, Generation(9, 0.003, 0.85, 1.15, 42))
-    body = server.asked("POST /api/chat")[0]
+    body = server.bodies("POST /api/chat")[0]
     assert body["messages"] == history
     assert body["options"] == {
         "num_predict": 9,
@@ -54,20 +54,20 @@ def test_request_has_unchanged_history_and_every_sampler(server: FakeOllama, eng
 
 def test_evaluation_request_has_temperature_zero_and_seed(server: FakeOllama, engine: OllamaServer) -> None:
     engine.answer(HOLA, greedy(GenerateSettings(), 7))
-    options = server.asked("POST /api/chat")[0]["options"]
+    options = server.bodies("POST /api/chat")[0]["options"]
     assert (options["temperature"], options["seed"], options["repeat_penalty"]) == (0.0, 7, 1.15)
 
 
 def test_thinking_model_gets_think_false(server: FakeOllama, api: Ollama) -> None:
     server.capabilities = ["completion", "thinking"]
     OllamaServer(api, "tutor").answer(HOLA, GREEDY)
-    assert server.asked("POST /api/chat")[0]["think"] is False
+    assert server.bodies("POST /api/chat")[0]["think"] is False
 
 
 def test_turns_that_ollama_would_drop_are_not_sent(server: FakeOllama, engine: OllamaServer) -> None:
     with pytest.raises(ValueError, match="empty"):
         engine.answer([{"role": "user", "content": ""}], GREEDY)
-    assert not server.asked("POST /api/chat")
+    assert not server.bodies("POST /api/chat")
 
 
 def test_missing_model_raises_with_publish_command(server: FakeOllama) -> None:

@@ -33,7 +33,7 @@ def test_trace_has_a_step_for_each_piece_and_the_end(server: fake.FakeOllama) ->
     assert found.steps[0].logprob == -0.1
     assert found.steps[0].lead == pytest.approx(3)
     assert (found.finish, found.steps[-1].logprob) == ("stop", None)
-    (body,) = server.asked("POST /api/chat")
+    (body,) = server.bodies("POST /api/chat")
     assert (body["options"]["temperature"], body["options"]["stop"]) == (0.0, [])
     assert body["truncate"] is False
 
