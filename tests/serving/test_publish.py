@@ -1,4 +1,4 @@
-"""serving/publish.py against a fake server: from a build folder to a build. end_to_end covers serving/adapter.py."""
+"""serving/publish.py against a fake server: from a build folder to a build."""
 
 import json
 from pathlib import Path
