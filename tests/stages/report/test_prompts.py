@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support.report import Page, prompts_with_answers, record
 
 from tutor.stages.report.prompts import parts, prompts
@@ -54,7 +56,19 @@ def test_copied_answer_shows_the_training_row(outputs: StageOutputs) -> None:
         ("```\nnever closed\n\n  x", [(True, "```\nnever closed\n\n  x")]),
         ("- a\n  ```\n  x\n  ```\nb", [(False, "- a"), (True, "  ```\n  x\n  ```"), (False, "b")]),
         ("~~~\n```\n~~~\nb", [(True, "~~~\n```\n~~~"), (False, "b")]),
+        ("````md\n```\n````\nb", [(True, "````md\n```\n````"), (False, "b")]),
+        ("a\rb\r\n```\r\nx\r\n\r\n```", [(False, "a\nb"), (True, "```\nx\n\n```")]),
+        ("```\n```\nb\n```", [(True, "```\n```"), (False, "b"), (True, "```")]),
     ],
 )
 def test_answer_is_split_at_its_fences_without_loss(text: str, expected: list[tuple[bool, str]]) -> None:
     assert [(part["code"], part["text"]) for part in parts(text)] == expected
+
+
+@given(
+    st.lists(st.sampled_from(["```", "~~~", "````ts", "\n", "\r\n", "  ", "> ", "- ", "x", "<div>", "\u2028"])).map(
+        "".join
+    )
+)
+def test_parts_of_any_answer_lose_only_line_ends(text: str) -> None:
+    assert "".join(part["text"] for part in parts(text)).replace("\n", "") == text.replace("\r", "").replace("\n", "")

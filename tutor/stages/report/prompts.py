@@ -3,13 +3,18 @@
 In: the entries of answers.json. Out: values for the template.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tutor.formats.markdown import fenced_blocks
 from tutor.graders.verdict import LABELS
 
 Json = Mapping[str, Any]
+
+LINE_END = re.compile(r"\r\n?|\n")
+"""Line ends of Markdown."""
 
 
 def prompts(answers: Sequence[Json]) -> dict[str, Any]:
@@ -77,25 +82,15 @@ def _answer(name: str, record: Json) -> dict[str, Any]:
 
 def parts(text: str) -> list[dict[str, Any]]:
     """Split a text at its code fences, without loss; `code`: whether the part is a block with its fences."""
+    lines = LINE_END.split(text)
     found: list[dict[str, Any]] = []
-    lines: list[str] = []
-    fence = ""
-
-    def close(*, code: bool) -> None:
-        if lines:
-            found.append({"code": code, "text": "\n".join(lines).strip("\n") if not code else "\n".join(lines)})
-            lines.clear()
-
-    for line in text.split("\n"):
-        mark = line.lstrip()[:3]
-        if not fence and mark in ("```", "~~~"):
-            close(code=False)
-            fence = mark
-            lines.append(line)
-        else:
-            lines.append(line)
-            if fence and line.strip() == fence:
-                close(code=True)
-                fence = ""
-    close(code=bool(fence))
+    start = 0
+    for block in fenced_blocks(text):
+        first = block.line - 2
+        code_lines = block.code.removesuffix("\n").count("\n") + 1 if block.code else 0
+        end = first + 1 + code_lines + block.closed
+        found.append({"code": False, "text": "\n".join(lines[start:first]).strip("\n")})
+        found.append({"code": True, "text": "\n".join(lines[first:end])})
+        start = end
+    found.append({"code": False, "text": "\n".join(lines[start:]).strip("\n")})
     return [part for part in found if part["text"]]
