@@ -83,7 +83,7 @@ def recipe(project: str, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     for rows in (ROOT / "data").glob("*.jsonl"):
         shutil.copy(rows, folder)
     path = folder / RECIPE.name
-    path.write_text(RECIPE.read_text().replace("../data/", ""))
+    path.write_text(RECIPE.read_text().replace("../../data/", ""))
     return read_recipe(path)
 
 

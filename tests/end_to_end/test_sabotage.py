@@ -60,7 +60,7 @@ def report() -> Iterator[Report]:
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """The tiny recipe with budgets for a tiny model."""
     budgets = ", ".join(f"{kind} = {value}" for kind, value in BUDGETS.items())
-    text = TINY.read_text("utf-8").replace("../data", str(ROOT / "data"))
+    text = TINY.read_text("utf-8").replace("../../data", str(ROOT / "data"))
     path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
     path.write_text(f"{text}\n[parity]\nbudgets = {{{budgets}}}\n", "utf-8")
     return read_recipe(path)
