@@ -266,23 +266,3 @@ def test_shipped_files_are_those_that_the_wheel_holds() -> None:
     build = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["hatch"]["build"]
     shipped = build["targets"]["wheel"]["force-include"]
     assert shipped == {name: f"tutor/{name}" for name in provenance.SHIPPED}
-
-
-# The images
-
-
-@pytest.mark.parametrize(
-    ("image", "script"), [("llamacpp", "build_llamacpp.py"), ("typescript", "install_typescript.py")]
-)
-def test_image_copies_exactly_what_its_script_imports(image: str, script: str) -> None:
-    """One file less and the image does not build; one more and it is built again for nothing."""
-    text = (ROOT / "docker" / "Dockerfile").read_text("utf-8")
-    stages = dict(re.findall(r"^FROM \S+ AS (\w+)\n(.*?)(?=^FROM |\Z)", text, re.M | re.S))
-    lines = re.findall(r"^COPY ((?:tutor|scripts)/.*) \S+$", stages["tools"] + stages[image], re.M)
-    copied = {path for line in lines for name in line.split() for path in files_below(ROOT / name)}
-    needed, _ = SourceTree().reach(ROOT / "scripts" / script, left_out=())
-    assert copied == needed
-
-
-def files_below(path: Path) -> set[Path]:
-    return {file for file in path.rglob("*") if file.is_file()} if path.is_dir() else {path}

@@ -1,25 +1,22 @@
-"""The stack on hosts that lack something, its services' exit codes and logs, and what compose.yaml promises.
+"""The services of the stack: their order, exit codes, logs and interrupts. Covers pipeline/logged_command.py too.
 
 `docker` and `nvidia-smi` are small programs on PATH that answer as they are told (docs/facts.md, 12).
 """
 
 import json
 import os
-import re
 import signal
 import socket
 import stat
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import yaml
 from support.command import ROOT
 from support.fake_docker import INFO, Host
 
@@ -29,7 +26,6 @@ from tutor.machine.host import Memory
 from tutor.pipeline import compose as stack
 from tutor.pipeline.compose import Stack
 from tutor.pipeline.logged_command import StackError
-from tutor.pipeline.registry import BY_NAME
 from tutor.recipe.reading import read_recipe
 from tutor.recipe.settings import Recipe
 
@@ -232,7 +228,7 @@ def services_run(host: Host) -> list[str]:
     return [line.split()[-1] for line in host.calls if " run --rm " in line or " up " in line]
 
 
-def test_services_run_in_order_each_with_a_log_and_a_result(host, recipe, tmp_path):
+def test_run_all_runs_services_in_order_with_log_and_result(host, recipe, tmp_path):
     host.says("run --rm", stdout='{"ran": true}', stderr="working on it\n")
     result = stack.run_all(recipe, tmp_path / "build")
     assert services_run(host) == ["trainer", "merger", "converter", "ollama", "publisher", "evaluator", "reporter"]
@@ -245,7 +241,7 @@ def test_services_run_in_order_each_with_a_log_and_a_result(host, recipe, tmp_pa
     assert "working on it" in (logs / "merger.log").read_text()
 
 
-def test_the_end_names_the_page_where_this_host_sees_it(host, recipe, tmp_path):
+def test_result_lines_name_the_report_by_its_path_on_this_host(host, recipe, tmp_path):
     page = '{"ran": true, "page": "build/small/report/report.html"}'
     host.says("--name tutor-reporter", stdout=page)
     host.says("--name tutor-publisher", stdout='{"model": "tutor", "build": "0123456789ab", "version": "0.33.3"}')
@@ -254,22 +250,8 @@ def test_the_end_names_the_page_where_this_host_sees_it(host, recipe, tmp_path):
     assert f"All that was found out: {seen}" in stack.result_lines(result)
 
 
-def test_the_stack_passes_every_stage_that_a_run_without_containers_passes():
-    """The gates above all: parity before the publisher, which compares Ollama, and weighs, before it serves."""
-    reached = {" ".join(service["command"]) for service in SERVICES.values()}
-    assert "tutor run --until modelfile --json" in reached
-    names = list(BY_NAME)
-    until = names[: names.index("modelfile") + 1]
-    assert {"ladder", "parity"} <= set(until)
-    by_services = {"evaluate": "tutor eval --engine ollama --json", "report": "tutor report --json"}
-    assert {name: by_services.get(name) in reached for name in names if name not in until} == {
-        "evaluate": True,
-        "report": True,
-    }
-
-
 @pytest.mark.parametrize("name", ["converter", "publisher"])
-def test_a_gate_that_says_no_ends_the_stack_before_anything_behind_it(host, recipe, tmp_path, name):
+def test_run_all_stops_at_a_service_whose_gate_refuses(host, recipe, tmp_path, name):
     host.says(f"--name tutor-{name}", code=8, stderr="Error: F16 -> Q8_0 (quantize) diverges in its prompt: x\n")
     with pytest.raises(StackError, match="diverges in its prompt") as caught:
         stack.run_all(recipe, tmp_path / "build")
@@ -277,14 +259,14 @@ def test_a_gate_that_says_no_ends_the_stack_before_anything_behind_it(host, reci
     assert services_run(host)[-1] == name
 
 
-def test_a_second_time_nothing_ran(host, recipe, tmp_path):
+def test_run_all_again_reports_that_nothing_ran(host, recipe, tmp_path):
     host.says("run --rm", stdout='{"ran": false}')
     host.says("run --rm --no-deps -T --name tutor-trainer", stdout='{"ran": []}')
     host.says("run --rm --no-deps -T --name tutor-publisher", stdout='{"published": false}')
     assert stack.run_all(recipe, tmp_path / "build")["ran"] == []
 
 
-def test_one_shots_are_never_brought_up_which_would_hide_their_exit_codes(host, recipe, tmp_path):
+def test_run_all_uses_up_for_the_ollama_server_alone(host, recipe, tmp_path):
     stack.run_all(recipe, tmp_path / "build")
     up = [line for line in host.calls if " up " in line]
     assert len(up) == 1
@@ -295,7 +277,7 @@ def test_one_shots_are_never_brought_up_which_would_hide_their_exit_codes(host, 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*stack.BEFORE, *stack.AFTER])
 @pytest.mark.parametrize("code", [1, 3, 8, 137, 143])
-def test_a_service_that_fails_ends_the_run_with_its_own_exit_code(host, recipe, tmp_path, name, code):
+def test_run_all_ends_with_the_exit_code_of_a_failed_service(host, recipe, tmp_path, name, code):
     host.says(f"--name tutor-{name}", code=code, stderr="train: step 1\nError: tutor.jsonl:3: what is wrong; do this\n")
     with pytest.raises(StackError) as caught:
         stack.run_all(recipe, tmp_path / "build")
@@ -305,7 +287,7 @@ def test_a_service_that_fails_ends_the_run_with_its_own_exit_code(host, recipe, 
     assert services_run(host)[-1] == name
 
 
-def test_a_killed_service_that_said_nothing_may_have_lacked_memory(host, recipe, tmp_path):
+def test_run_all_of_a_killed_silent_service_suggests_memory(host, recipe, tmp_path):
     host.says("--name tutor-trainer", code=137)
     with pytest.raises(StackError, match="memory"):
         stack.run_all(recipe, tmp_path / "build")
@@ -335,13 +317,13 @@ def test_a_killed_service_that_said_nothing_may_have_lacked_memory(host, recipe,
         ),
     ],
 )
-def test_what_docker_itself_cannot_do_is_this_machines_fault(host, recipe, tmp_path, part, answer, said):
+def test_run_all_with_a_docker_fault_raises_host_error(host, recipe, tmp_path, part, answer, said):
     host.says(part, **answer)
     with pytest.raises(HostError, match=said):
         stack.run_all(recipe, tmp_path / "build")
 
 
-def test_an_ollama_that_does_not_get_healthy_is_a_services_fault_and_its_log_is_kept(host, recipe, tmp_path):
+def test_run_all_with_unhealthy_ollama_keeps_its_log(host, recipe, tmp_path):
     host.says("up --detach", code=1, stderr="container tutor-ollama-1 is unhealthy\n")
     host.says("logs --no-color", stdout="Error: could not create directory\n")
     with pytest.raises(ServiceError, match=r"ollama\.log"):
@@ -349,13 +331,13 @@ def test_an_ollama_that_does_not_get_healthy_is_a_services_fault_and_its_log_is_
     assert "could not create directory" in (tmp_path / "build" / "small" / "logs" / "ollama.log").read_text()
 
 
-def test_a_service_without_a_result_is_no_success(host, recipe, tmp_path):
+def test_run_all_of_a_service_without_result_raises(host, recipe, tmp_path):
     host.says("--name tutor-merger", stdout="")
     with pytest.raises(StackError, match="no result"):
         stack.run_all(recipe, tmp_path / "build")
 
 
-def test_the_gpu_file_is_used_only_with_a_gpu(host, recipe, tmp_path):
+def test_run_all_uses_the_gpu_overlay_only_with_a_gpu(host, recipe, tmp_path):
     stack.run_all(recipe, tmp_path / "build")
     assert not any("compose.gpu.yaml" in line for line in host.calls)
     host.add("nvidia-smi")
@@ -367,7 +349,7 @@ def test_the_gpu_file_is_used_only_with_a_gpu(host, recipe, tmp_path):
     assert all("docker/compose.gpu.yaml" in line for line in composed)
 
 
-def test_services_see_the_recipes_folder_and_have_an_unprivileged_users_ids(host, recipe, tmp_path):
+def test_environment_has_recipe_folder_and_unprivileged_ids(host, recipe, tmp_path):
     stack.run_all(recipe, tmp_path / "build")
     seen = next(environment for line, environment in host.calls_with_environment if " run --rm " in line)
     assert seen["TUTOR_DATA"] == str(recipe.path.parent)
@@ -379,7 +361,7 @@ def test_services_see_the_recipes_folder_and_have_an_unprivileged_users_ids(host
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can hand a folder over")
-def test_root_hands_over_what_an_earlier_run_left_but_follows_no_link(host, recipe, tmp_path):
+def test_prepare_as_root_changes_owners_and_follows_no_link(host, recipe, tmp_path):
     build = tmp_path / "build"
     (build / "small" / "data").mkdir(parents=True)
     (build / "small" / ".lock").touch()
@@ -391,9 +373,7 @@ def test_root_hands_over_what_an_earlier_run_left_but_follows_no_link(host, reci
     assert outside.stat().st_uid == 0
 
 
-def test_the_hubs_token_is_a_file_of_the_users_own_for_the_stages_and_in_no_variable(
-    host, recipe, tmp_path, monkeypatch
-):
+def test_hub_token_is_a_private_file_and_in_no_variable(host, recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_canary")
     stack.run_all(recipe, tmp_path / "build")
     for line, environment in host.calls_with_environment:
@@ -409,7 +389,7 @@ def test_the_hubs_token_is_a_file_of_the_users_own_for_the_stages_and_in_no_vari
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_stops_and_removes_the_services_container(host, recipe, tmp_path, number):
+def test_run_all_interrupted_stops_and_removes_the_container(host, recipe, tmp_path, number):
     host.says("--name tutor-trainer", seconds=60, stderr="training\n")
     code = (
         "import pathlib, signal, sys\nfrom tutor.pipeline import compose as stack\n"
@@ -445,7 +425,7 @@ def running(program: Path) -> bool:
 
 
 @pytest.mark.parametrize(("ran", "opening"), [(["merger"], []), ([], ["Nothing to do: every service is up to date."])])
-def test_the_end_says_where_the_model_is_and_what_to_do_next(ran, opening):
+def test_result_lines_name_the_model_and_the_next_step(ran, opening):
     published = {"model": "tutor", "build": "0123456789ab", "version": "0.33.3"}
     evaluated = {
         "all": {"n": 15, "errors": 0, "spanish": {"n": 14, "share": 0.9333}, "stopped": {"n": 9, "share": 0.6}}
@@ -461,7 +441,7 @@ def test_the_end_says_where_the_model_is_and_what_to_do_next(ran, opening):
 
 
 @pytest.mark.parametrize("name", list(stack.COMMANDS))
-def test_commands_beside_it_have_the_same_files_and_variables_and_pass_on_the_exit_code(host, recipe, tmp_path, name):
+def test_run_command_uses_the_stacks_files_and_exit_code(host, recipe, tmp_path, name):
     host.says(stack.COMMANDS[name][-1], code=3)
     assert stack.run_command(recipe, tmp_path / "build", name) == 3
     line, seen = host.calls_with_environment[-1]
@@ -471,203 +451,13 @@ def test_commands_beside_it_have_the_same_files_and_variables_and_pass_on_the_ex
     assert seen["TUTOR_UID"] != "0"
 
 
-def test_commands_without_docker_are_this_machines_fault(recipe, tmp_path, monkeypatch):
+def test_run_command_without_docker_raises_host_error(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(HostError, match="make demo"):
         stack.run_command(recipe, tmp_path / "build", "down")
 
 
-def test_outside_a_checkout_there_is_no_stack(monkeypatch, tmp_path):
+def test_command_outside_a_checkout_raises_host_error(monkeypatch, tmp_path):
     monkeypatch.setattr(stack, "ROOT", tmp_path)
     with pytest.raises(HostError, match="checkout"):
         Stack(tmp_path / "a.toml", tmp_path).command("ps")
-
-
-# What the files promise
-
-
-COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
-SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-each_service = pytest.mark.parametrize("name", SERVICES)
-
-
-def test_the_services_are_in_pipeline_order():
-    assert list(SERVICES) == [*stack.BEFORE, stack.SERVER, *stack.AFTER]
-    assert [name for name, service in SERVICES.items() if "build" in service] == sorted(
-        stack.BUILT, key=list(SERVICES).index
-    )
-
-
-@each_service
-def test_no_service_is_root_or_has_a_right_too_many(name):
-    service = SERVICES[name]
-    assert service["user"] in ("${TUTOR_UID:-10001}:${TUTOR_GID:-10001}", "10001:10001")
-    assert service["read_only"] is True
-    assert service["cap_drop"] == ["ALL"]
-    assert service["security_opt"] == ["no-new-privileges:true"]
-    assert service["init"] is True
-    assert 0 < service["pids_limit"] <= 4096
-    assert not {"privileged", "cap_add", "devices", "pid", "ipc", "group_add"} & set(service)
-    assert all(mount.startswith("/tmp:size=") for mount in service["tmpfs"])
-    assert "docker.sock" not in json.dumps(service)
-
-
-@each_service
-def test_ports_are_published_on_this_host_alone(name):
-    for port in SERVICES[name].get("ports", ()):
-        assert str(port).startswith("127.0.0.1:")
-    assert bool(SERVICES[name].get("ports")) == (name == "ollama")
-    assert SERVICES[name].get("network_mode", "none") == "none"
-
-
-@each_service
-def test_every_service_but_ollama_is_a_tutor_command(name):
-    command = SERVICES[name]["command"]
-    assert command[0] == ("serve" if name == "ollama" else "tutor")
-    assert ("--json" in command) == (name != "ollama")
-
-
-@each_service
-def test_services_write_the_build_folder_and_only_read_the_rest(name):
-    for volume in SERVICES[name].get("volumes", ()):
-        writable = {"/work/build"} | ({"/cache"} if name == "trainer" else set()) | {"/models"}
-        assert volume.get("read_only", False) == (volume["target"] not in writable)
-        if volume["type"] == "bind":
-            assert volume["bind"] == {"create_host_path": False}
-
-
-@each_service
-def test_no_secret_is_in_a_variable(name):
-    service = SERVICES[name]
-    text = json.dumps({key: service.get(key) for key in ("environment", "command", "build", "labels")})
-    assert not re.search(r"\$\{?\w*(TOKEN|SECRET|PASSWORD|KEY)", text)
-    assert service.get("secrets", []) == (["hf_token"] if name == "trainer" else [])
-
-
-def test_the_hubs_token_is_optional():
-    assert COMPOSE["secrets"] == {"hf_token": {"file": "${HF_TOKEN_FILE:-/dev/null}"}}
-
-
-@each_service
-def test_images_are_pinned_or_made_here(name):
-    service = SERVICES[name]
-    assert service["image"].startswith("tutor-")
-    assert service["pull_policy"] == "never"
-    for value in service.get("build", {}).get("args", {}).values():
-        tag = re.fullmatch(r"\$\{\w+:-[\w./-]+:([\w.-]+)\}", value)
-        assert tag, value
-        assert tag[1] != "latest"
-
-
-def test_ollama_is_new_enough_by_default():
-    """0.30 is the oldest that publishing takes."""
-    pinned = SERVICES["ollama"]["build"]["args"]["OLLAMA_IMAGE"]
-    assert preflight.version(pinned.rpartition(":")[2]) >= (0, 30)
-
-
-def test_the_gpu_file_adds_nothing_but_gpus():
-    overlay = yaml.safe_load((ROOT / "docker" / "compose.gpu.yaml").read_text())
-    assert set(overlay) == {"services"}
-    assert set(overlay["services"]) == {"trainer", "ollama"}
-    for service in overlay["services"].values():
-        assert set(service) == {"deploy"}
-        (device,) = service["deploy"]["resources"]["reservations"]["devices"]
-        assert device["driver"] == "nvidia"
-        assert "gpu" in device["capabilities"]
-
-
-DOCKERFILES = sorted((ROOT / "docker").glob("Dockerfile*"))
-
-
-@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
-def test_dockerfiles_need_no_frontend_image_and_end_unprivileged(path):
-    text = path.read_text()
-    assert not re.search(r"^#\s*(syntax|escape|check)\s*=", text, re.MULTILINE | re.IGNORECASE)
-    stages = re.split(r"^FROM ", text, flags=re.MULTILINE)[1:]
-    named = {stage.split()[2] for stage in stages if " AS " in stage.splitlines()[0]}
-    for stage in stages:
-        # From an argument or another stage, never from an image that nobody pinned.
-        source = stage.split()[0]
-        assert source in named or re.fullmatch(r"\$\{\w+\}", source)
-    targets = [stage for stage in stages if re.search(r"\bAS (trainer|converter|client)\b", stage)] or stages
-    assert all(re.search(r"^USER 10001:10001$", stage, re.MULTILINE) for stage in targets)
-
-
-def test_every_target_of_compose_is_in_the_dockerfile():
-    text = (ROOT / "docker" / "Dockerfile").read_text()
-    for service in SERVICES.values():
-        if target := service.get("build", {}).get("target"):
-            assert re.search(rf"^FROM \S+ AS {target}$", text, re.MULTILINE)
-
-
-@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
-def test_images_install_only_what_is_pinned_by_hash_and_carry_no_secret(path):
-    for line in re.sub(r"\\\n", " ", path.read_text()).splitlines():
-        for part in line.split("&&"):
-            if "pip install" in part:
-                assert "--require-hashes" in part or "--no-index" in part
-        assert not re.match(r"(ARG|ENV) .*(TOKEN|SECRET|PASSWORD)", line)
-        assert not re.match(r"ADD ", line)
-
-
-def test_the_pins_of_the_build_backend_are_the_development_environments():
-    pins = [re.findall(r"^\S+==\S+", (ROOT / "requirements" / name).read_text(), re.MULTILINE) for name in
-            ("wheel.txt", "dev.txt")]  # fmt: skip
-    assert set(pins[0]) <= set(pins[1])
-    backend = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
-    assert all(any(pin.startswith(f"{name}==") for pin in pins[0]) for name in backend)
-
-
-def test_a_build_sees_no_data_no_artifact_and_no_secret():
-    """Everything is ignored but a list of what an image is made of."""
-    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
-    assert lines[0] == "*"
-    allowed = {line[1:] for line in lines if line.startswith("!")}
-    assert allowed == {
-        "LICENSE",
-        "Modelfile.j2",
-        "README.md",
-        "pyproject.toml",
-        "requirements/*.txt",
-        "scripts/build_llamacpp.py",
-        "scripts/install_typescript.py",
-        "tutor",
-    }
-
-
-WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-
-
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
-def test_workflows_are_pinned_bounded_and_may_only_read(path):
-    text = path.read_text()
-    workflow = yaml.safe_load(text)
-    assert workflow["permissions"] == {"contents": "read"}
-    for job in workflow["jobs"].values():
-        assert job["timeout-minutes"] <= 180
-        assert "permissions" not in job
-    used = re.findall(r"uses: (\S+)(.*)", text)
-    assert used
-    for action, comment in used:
-        assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", action)
-        assert re.fullmatch(r"  # v\d+\.\d+\.\d+", comment)
-    assert "secrets." not in text
-    assert "pull_request_target" not in text
-
-
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
-def test_workflows_only_call_make(path):
-    for job in yaml.safe_load(path.read_text())["jobs"].values():
-        for step in job["steps"]:
-            for line in step.get("run", "").splitlines():
-                assert line.startswith(("make ", "docker version"))
-
-
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
-def test_workflow_cache_keys_name_files_that_exist(path):
-    """A pattern without a file hashes to nothing, and the key would never change."""
-    for named in re.findall(r"hashFiles\((.*?)\)", path.read_text()):
-        patterns = re.findall(r"'(.+?)'", named)
-        assert patterns
-        for pattern in patterns:
-            assert list(ROOT.glob(pattern)), pattern
