@@ -46,6 +46,7 @@ CMAKE_OPTIONS = (
     "-DLLAMA_TOOLS_INSTALL=OFF",
     "-DGGML_CCACHE=OFF",
 )
+"""Options of CMake: static programs for any processor of this kind, without tests, examples and web interface."""
 CONVERTERS = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion", "gguf-py", "LICENSE", "licenses")
 """Files and folders of llama.cpp that are copied as they are: the converters in Python, and the licences."""
 MARKER = "BUILD.json"

@@ -21,6 +21,7 @@ from tutor.errors import ArtifactError, HostError, TutorError
 STOP_SECONDS = 5.0
 """Seconds between SIGTERM and SIGKILL."""
 Command = Sequence[str | Path | int]
+"""A program and its arguments."""
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 """Environment variables that keep the converters from contacting the model hub."""
 DIE_WITH_PARENT = """
