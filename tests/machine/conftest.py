@@ -1,5 +1,16 @@
-"""Fixtures of the tests of machine: a fake machine, and recipes on other bases."""
+"""Fixtures of the tests of machine: a fake machine, a fake Docker host, recipes on other bases."""
 
+from types import SimpleNamespace
+
+import pytest
+from support.fake_docker import host
 from support.fake_machine import based_on, machine
 
-__all__ = ["based_on", "machine"]
+__all__ = ["based_on", "host", "machine"]
+
+
+@pytest.fixture
+def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Disks with room for anything."""
+    free = SimpleNamespace(free=10**15, total=10**15, used=0)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: free)

@@ -2,15 +2,22 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.files import write_rows
 from support.tiny_models import base_stage, recipe
+from support.workloads import LARGE
 
+from tutor.errors import HostError
 from tutor.formats.models.model_folder import load_tokenizer
-from tutor.machine import capacity
+from tutor.machine import capacity, host
+from tutor.machine.device import DeviceMemory
 from tutor.machine.memory.batching import split_step
+from tutor.machine.memory.plan import MemoryRequest
 from tutor.machine.memory.shapes import SHAPES
+from tutor.pipeline import runner as pipeline
 
 
 @pytest.mark.parametrize(
@@ -41,3 +48,203 @@ def test_forecast_and_training_plan_agree(changes: dict[str, Any], tiny: Path, t
     assert found.parts == forecast["parts"]
     assert f"about {forecast['need'] / 1e9:.2f} GB" in str(found)
     assert before.need == pytest.approx(forecast["need"], rel=0.01)
+
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+
+GIB = 1 << 30
+ANY = MemoryRequest("nf4", "auto", "bf16", tokens=1024, rank=8, targets=("q_proj",))
+
+
+def model_folder(path: Path, **changes: Any) -> Path:
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps({**CONFIG, **changes}))
+    return path
+
+
+def test_shape_of_default_base_is_known_before_download(machine, based_on, tmp_path):
+    assert capacity.find_shape(based_on(), tmp_path) == LARGE
+
+
+def test_shape_of_the_tiny_model_is_known(machine, based_on, tmp_path):
+    assert capacity.find_shape(based_on("tiny"), tmp_path) == SHAPES["tiny"]
+
+
+def test_unknown_hub_base_has_no_shape_and_refuses_nothing(machine, based_on, tmp_path, caplog):
+    recipe = based_on("hub:owner/name@" + "0" * 40)
+    assert capacity.find_shape(recipe, tmp_path) is None
+    with caplog.at_level("INFO"):
+        capacity.refuse(recipe, tmp_path, ["base", "train"])
+    assert "not known before it is fetched" in caplog.text
+
+
+def test_shape_is_read_from_the_nearest_copy_of_the_base(machine, based_on, recipe_file, tmp_path):
+    """The hub's cache, a folder, and what the base stage wrote, whichever the recipe names."""
+    revision = "0" * 40
+    source = f"hub:owner/name@{revision}"
+    cached = model_folder(tmp_path / "hub/hub/models--owner--name/snapshots" / revision, num_hidden_layers=3)
+    recipe = based_on(source)
+    assert capacity.find_shape(recipe, tmp_path).layers == 3
+    made = model_folder(tmp_path / "small/base/model", num_hidden_layers=4)
+    (made.parent / "base.json").write_text(json.dumps({"source": source, "model": "model"}))
+    assert capacity.find_shape(recipe, tmp_path).layers == 4
+    (made.parent / "base.json").write_text(json.dumps({"source": "tiny", "model": "model"}))
+    assert capacity.find_shape(recipe, tmp_path).layers == 3  # of another recipe's base
+    (cached / "config.json").write_text("{")
+    assert capacity.find_shape(recipe, tmp_path) is None
+    local = model_folder(recipe_file.parent / "local", num_hidden_layers=5)
+    path = recipe.model_copy(update={"base": recipe.base.model_copy(update={"source": "path:local"})})
+    assert capacity.find_shape(path, tmp_path).layers == 5
+    (local / "config.json").write_text('{"hidden_size": "wide"}')
+    assert capacity.find_shape(path, tmp_path) is None
+
+
+def test_shape_of_a_packages_gguf_is_read(machine, based_on, tmp_path, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    numpy = pytest.importorskip("numpy")
+    package = tmp_path / "site" / "some_model"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    writer = gguf.GGUFWriter(package / "model.gguf", "llama")
+    writer.add_block_count(2)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    for name, rows in (("token_embd.weight", 40), ("blk.0.attn_q.weight", 64)):
+        writer.add_tensor(name, numpy.zeros((rows, 64), dtype=numpy.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    found = capacity.find_shape(based_on("package:some_model/model.gguf"), tmp_path)
+    assert (found.hidden, found.layers, found.intermediate, found.kv_heads, found.head_dim) == (64, 2, 96, 2, 16)
+    assert (found.vocabulary, found.tied) == (40, True)
+
+
+def test_training_that_fits_is_not_refused(machine, roomy, based_on, tmp_path):
+    machine.gpu(24)
+    capacity.refuse(based_on(), tmp_path, ["base", "train", "merge", "convert"])
+
+
+def test_training_beyond_the_gpu_names_parts_and_a_setting(machine, roomy, based_on, tmp_path):
+    machine.gpu(8, name="NVIDIA RTX 4060")
+    with pytest.raises(HostError) as caught:
+        capacity.refuse(based_on(quantization="none"), tmp_path, ["base", "train"])
+    assert caught.value.code == 4
+    assert "(weights 16.1, " in caught.value.message
+    assert caught.value.message.endswith("; NVIDIA RTX 4060 has 8.0 GB")
+    assert caught.value.hint == 'set train.quantization = "nf4"'
+    assert "\n" not in str(caught.value)
+
+
+def test_training_that_no_setting_fits_names_smaller_base(machine, roomy, based_on, tmp_path):
+    machine.gpu(2)
+    with pytest.raises(HostError, match="no setting makes it fit: take a smaller base"):
+        capacity.refuse(based_on(), tmp_path, ["train"])
+
+
+def test_training_over_by_assumptions_only_is_a_warning(machine, roomy, based_on, tmp_path, caplog):
+    """The tensors of an 8B and short rows take about 6 GB; CUDA's own share and the allocator's were never measured."""
+    machine.gpu(6.4)
+    with caplog.at_level("WARNING"):
+        capacity.refuse(based_on(max_length=128), tmp_path, ["train"])
+    assert "a card has 6.4 GB: it may not fit; if it does not, " in caplog.text
+
+
+def test_warning_without_helping_setting_names_smaller_base(machine, roomy, based_on, tmp_path, caplog):
+    """CUDA's own share alone is more than this card has, and no setting of the recipe makes it less."""
+    machine.gpu(0.4)
+    with caplog.at_level("WARNING"):
+        capacity.refuse(based_on("tiny", quantization="nf4", gradient_checkpointing=True), tmp_path, ["train"])
+    assert "if it does not, no setting makes it fit: take a smaller base" in caplog.text
+
+
+def test_gpu_memory_held_by_others_names_the_programs(machine, roomy, based_on, tmp_path):
+    machine.gpu(24, 2)
+    (machine.folder / "apps").write_text("4242, /usr/bin/python3, 20480\n7, [Not Found], [N/A]\n")
+    with pytest.raises(HostError, match=r"of a card 2\.0 GB are free, the rest is held by 4242 python3 \(21\.5 GB\)"):
+        capacity.refuse(based_on(), tmp_path, ["train"])
+
+
+def test_stages_without_training_need_no_gpu_memory(machine, roomy, based_on, tmp_path):
+    machine.gpu(2)
+    capacity.refuse(based_on(), tmp_path, ["merge", "convert"])
+
+
+@pytest.mark.parametrize(
+    ("capability", "settings", "expected_text"),
+    [
+        ("6.1", {}, "compute capability 6.1; the pinned CUDA needs 7.5"),
+        ("7.5", {"precision": "bf16"}, "no native bf16; set train.precision to auto"),
+        (None, {"precision": "fp16"}, "fp16 needs a GPU"),
+    ],
+)
+@pytest.mark.usefixtures("roomy")
+def test_unsupported_precision_or_gpu_is_refused_early(
+    machine, based_on, tmp_path, capability, settings, expected_text
+):
+    if capability:
+        machine.gpu(capability=capability)
+    with pytest.raises(HostError, match=expected_text):
+        capacity.refuse(based_on(**settings), tmp_path, ["train"])
+
+
+def test_main_memory_in_use_warns_and_too_little_refuses(caplog):
+    training = SimpleNamespace(gpu=False)
+    machine = DeviceMemory(4 * GIB, 16 * GIB, "this machine", gpu=False)
+    short = capacity.MemoryForecast(training, ANY, {"weights": 8 * GIB}, machine, {})
+    with caplog.at_level("WARNING"):
+        capacity.refuse_memory(short)
+    assert "the rest is held by other programs" in caplog.text
+    container = DeviceMemory(4 * GIB, 4 * GIB, "this container", gpu=False)
+    beyond = capacity.MemoryForecast(training, ANY, {"weights": 8 * GIB}, container, {"max_length": 256})
+    with pytest.raises(HostError, match=r"this container has 4.3 GB; set train.max_length = 256"):
+        capacity.refuse_memory(beyond)
+
+
+def test_long_training_on_a_cpu_is_a_warning(machine, roomy, based_on, recipe_file, tmp_path, caplog):
+    rows = [{"instruction": f"¿{number}?", "response": "a" * 1000} for number in range(3000)]
+    write_rows(recipe_file.with_name("tutor.jsonl"), rows)
+    recipe = based_on()
+    with caplog.at_level("WARNING"):
+        capacity.refuse_training(recipe, tmp_path, SHAPES["tiny"], None)
+        assert caplog.text == ""
+        if host.memory().total > 20e9:
+            capacity.refuse_training(recipe, tmp_path, LARGE, None)
+            assert "training on this CPU takes about" in caplog.text
+
+
+def test_full_disk_is_refused_with_the_stages_sizes(machine, based_on, tmp_path, monkeypatch):
+    free = SimpleNamespace(free=50 * 10**9)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: free)
+    stages = ["base", "train", "merge", "convert"]
+    with pytest.raises(
+        HostError, match=r"will write 74\.5 GB \(hub 16\.1, merge 16\.1, convert 42\.4\).* has 50\.0 GB free"
+    ):
+        capacity.refuse(based_on(max_length=64), tmp_path / "not" / "made", stages[:1] + stages[2:])
+    capacity.refuse(based_on(max_length=64), tmp_path, ["convert"])
+
+
+def test_run_that_cannot_fit_stops_before_the_download(machine, roomy, based_on, tmp_path):
+    """The rows come first: they tell how long a training's are."""
+    machine.gpu(4)
+    recipe = based_on()
+    for _ in range(2):
+        with pytest.raises(HostError, match=r"a card has 4\.0 GB"):
+            pipeline.run_all(recipe, tmp_path / "build")
+    assert sorted(path.name for path in (tmp_path / "build" / "small").iterdir() if path.is_dir()) == ["data"]
+
+
+def test_run_until_data_checks_no_training_memory(machine, roomy, based_on, tmp_path):
+    machine.gpu(4)
+    assert pipeline.run_all(based_on(), tmp_path / "build", until="data") == ["data"]

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 from support.workloads import ATTENTION, DEMO, LARGE
 
-from tutor.machine import run_cost
+from tutor.formats.models import base_source
+from tutor.machine import host, run_cost
 from tutor.machine.memory.estimate import trainable_parameters
 from tutor.machine.run_cost import RunWorkload, disk_bytes, gguf_bytes, seconds
 from tutor.recipe.quantizations import F16, KINDS
@@ -87,3 +88,28 @@ def test_gpu_rate_of_known_gpus_is_found_by_name(name, card):
 
 def test_gpu_rate_of_unknown_gpu_is_none():
     assert run_cost.gpu_rate("NVIDIA T400") is None
+
+
+def test_downloaded_files_need_no_more_disk(machine, based_on, tmp_path):
+    recipe = based_on()
+    before = run_cost.disk_sizes(recipe, LARGE, ["base"])
+    assert before == {"hub": 2 * LARGE.parameters}
+    snapshot = base_source.hub_snapshot(recipe.base.source)
+    snapshot.mkdir(parents=True)
+    with (snapshot / "model-00001-of-00002.safetensors").open("wb") as file:
+        file.truncate(9 * 10**9)
+    assert run_cost.disk_sizes(recipe, LARGE, ["base"])["hub"] == before["hub"] - 9 * 10**9
+    (snapshot / "model-00002-of-00002.safetensors").symlink_to("gone")
+    assert run_cost.disk_sizes(recipe, LARGE, ["base"])["hub"] == before["hub"] - 9 * 10**9
+    with (snapshot / "model-00003-of-00003.safetensors").open("wb") as file:
+        file.truncate(9 * 10**9)
+    assert run_cost.disk_sizes(recipe, LARGE, ["base"]) == {}
+
+
+def test_folders_on_one_disk_are_added_up(tmp_path):
+    _, _, free = host.free_disk(tmp_path)
+    half = free * 2 // 3
+    assert run_cost.short_disks([(tmp_path / "a", half)]) == []
+    ((place, left, need),) = run_cost.short_disks([(tmp_path / "a" / "b", half), (tmp_path, half)])
+    assert (place, need) == (tmp_path, 2 * half)
+    assert left < need

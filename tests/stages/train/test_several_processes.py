@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from support import observed
 from support.command import ROOT, Done, environment, forked
 from support.observed import noting
@@ -20,9 +18,7 @@ from support.training import settings
 
 from tutor.artifacts.manifest import require_stage
 from tutor.artifacts.stage_folder import checkpoint_folder
-from tutor.errors import HostError, RecipeError
-from tutor.machine import distributed
-from tutor.machine.memory.batching import split_step
+from tutor.errors import HostError
 from tutor.pipeline import runner as pipeline
 from tutor.recipe.reading import read_recipe
 from tutor.stages.train import checkpoint
@@ -35,7 +31,6 @@ from tutor.engines.hf.loading import load_base, quant_storage
 from tutor.stages.train import loop as fit
 from tutor.stages.train import monitor
 from tutor.stages.train import trainer as cpu_head
-from tutor.stages.train.checkpoint_callback import memory_hint
 from tutor.stages.train.kernels.chunked_loss import IGNORE_INDEX
 from tutor.stages.train.trainer import lora_config
 
@@ -44,62 +39,6 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(
 Steps = dict[int, Any]
 LAUNCH = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0")
 QUIET = ("--mixed_precision", "no", "--dynamo_backend", "no")  # it says what it chose for each one that is not given
-
-
-# --- who is who ------------------------------------------------------------------------------------------------------
-
-
-def launched(monkeypatch: pytest.MonkeyPatch, number: int = 1, count: int = 2, **more: str) -> None:
-    given = {"RANK": str(number), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "x"}
-    for name, value in {**given, **more}.items():
-        monkeypatch.setenv(name, value)
-
-
-def test_one_process_without_launcher_does_not_import_torch() -> None:
-    code = "from tutor.machine import distributed as p; import sys; sys.modules['torch'] = None\n"
-    code += "with p.process_group():\n"
-    code += "    assert p.broadcast(3) == 3 == p.broadcast_result(int, '3') and p.all_gather(3) == [3]; p.barrier()\n"
-    code += "found = p.world_size(), p.rank(), p.is_main_process(), p.local_world_size(), p.is_sharded()\n"
-    code += "assert found == (1, 0, True, 1, False)"
-    env = environment(PYTHONPATH=str(ROOT), WORLD_SIZE="4")  # some batch systems set this one alone
-    subprocess.run([sys.executable, "-c", code], check=True, env=env, timeout=30)
-
-
-@given(st.integers(0, 40), st.integers(1, 5), st.integers(1, 4))
-def test_ranks_share_the_rows_of_one_process_equally(count: int, part: int, world: int) -> None:
-    order = list(reversed(range(count)))
-    shares = [distributed.rank_rows(order, part * world, number, world) for number in range(world)]
-    assert len({len(share) for share in shares}) == 1
-    for start in range(0, count, part * world):
-        step = [row for share in shares for row in share[start // world : start // world + part]]
-        assert sorted(row for row in step if row != count) == sorted(order[start : start + part * world])
-        assert step.count(count) < world
-
-
-def test_sampler_has_its_length_and_follows_the_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched(monkeypatch)
-    for count in range(1, 14):
-        order = cpu_head.SeedableRandomSampler(range(count), data_seed=3)
-        share = distributed.DistributedStepSampler(order, 4)
-        first = list(share)
-        assert len(share) == len(first)
-        share.set_epoch(5)
-        assert list(share) != first or count < 5
-
-
-@pytest.mark.parametrize("packing", [True, False])
-def test_step_rows_are_equal_for_any_number_of_processes(*, packing: bool, rows: list[Any]) -> None:
-    wanted = settings(batch_size=2, accumulation=6, packing=packing, pass_tokens=200)
-    lengths = [len(row.ids) for row in rows]
-    for count in (1, 2, 3, 4, 6, 12):
-        passes = split_step(wanted, lengths, count)
-        assert passes.step_rows == 12
-        assert passes.rows <= 2 or packing
-    with pytest.raises(RecipeError, match=r"5 processes cannot share the 12 rows of a step .* equally; start as many"):
-        split_step(wanted, lengths, 5)
-    two = split_step(settings(batch_size=2, accumulation=6, packing=False), lengths, 2)
-    assert "12 rows a step in 2 processes, 2 a micro-batch" in str(two)
-    assert memory_hint(two).startswith("set train.batch_size = 1 and train.accumulation = 12:")
 
 
 def test_required_files_include_each_rank_s_random_state() -> None:
@@ -305,24 +244,6 @@ def assert_one_wrote(build: Path, first: list[dict[str, Any]], second: list[dict
 
 
 # --- FSDP, as far as it goes without GPUs ----------------------------------------------------------------------------
-
-
-def test_shipped_fsdp_configuration_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_multi_gpu_env
-
-    arguments = ["--config_file", str(ROOT / "data" / "fsdp.yaml"), "tutor", "train"]
-    given = prepare_multi_gpu_env(_validate_launch_command(launch_command_parser().parse_args(arguments))[0])
-    kept = {name: value for name, value in given.items() if name.startswith(("FSDP_", "ACCELERATE_"))}
-    assert kept["FSDP_VERSION"] == "2"
-    launched(monkeypatch, **kept)
-    assert distributed.is_sharded()
-    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
-    with pytest.raises(RecipeError, match="set fsdp_cpu_ram_efficient_loading: false"):
-        distributed.is_sharded()
-    monkeypatch.setenv("FSDP_VERSION", "1")
-    with pytest.raises(RecipeError, match="set fsdp_version: 2"):
-        distributed.is_sharded()
 
 
 def test_sharded_4_bit_weights_are_stored_in_compute_dtype(tiny: Path) -> None:

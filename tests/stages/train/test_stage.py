@@ -23,9 +23,8 @@ from transformers import DataCollatorForLanguageModeling
 from tutor.artifacts.stage_folder import log_folder
 from tutor.engines.hf.loading import load_base
 from tutor.engines.hf.score import answer_logprobs
-from tutor.errors import ArtifactError, DataError, HostError
+from tutor.errors import ArtifactError, DataError
 from tutor.machine.capacity import plan_training
-from tutor.machine.device import choose_precision, decide_precision, refuse_precision
 from tutor.machine.memory.batching import split_step
 from tutor.prompt import Encoded, audit, completion, conversation, render
 from tutor.stages.train import held_out_loss as scoring
@@ -356,44 +355,6 @@ def test_mean_loss_of_nan_raises_error(trainer_of: Any, rows: list[Encoded]) -> 
     with pytest.raises(ArtifactError, match="held-out loss is nan") as caught:
         scoring.mean_loss(model, rows)
     assert caught.value.code == 5
-
-
-@pytest.mark.parametrize(
-    ("capability", "cpu_bf16", "chosen"),
-    [
-        (None, True, "bf16"),
-        (None, False, "fp32"),
-        ((7, 0), True, "fp16"),
-        ((7, 5), True, "fp16"),
-        ((8, 0), False, "bf16"),
-        ((8, 9), False, "bf16"),
-        ((9, 0), False, "bf16"),
-        ((12, 0), False, "bf16"),
-    ],
-)
-def test_auto_precision_is_native_to_the_machine(capability: Any, cpu_bf16: Any, chosen: str) -> None:
-    assert decide_precision("auto", capability, cpu_bf16=cpu_bf16) == chosen
-    for wanted in ("fp32", "bf16" if chosen == "bf16" else "fp32"):
-        assert decide_precision(wanted, capability, cpu_bf16=cpu_bf16) == wanted
-
-
-def test_precision_unknown_to_the_machine_raises_error() -> None:
-    with pytest.raises(HostError, match="fp16 needs a GPU") as caught:
-        refuse_precision("fp16", None)
-    assert caught.value.code == 4
-    with pytest.raises(HostError, match=r"this GPU has compute capability 7\.5, which has no native bf16"):
-        refuse_precision("bf16", (7, 5))
-    for setting, capability in (("fp16", (9, 0)), ("bf16", (8, 0)), ("bf16", None), ("auto", (7, 0)), ("fp32", None)):
-        refuse_precision(setting, capability)
-    assert decide_precision("fp16", (9, 0), cpu_bf16=True) == "fp16"
-
-
-def test_auto_precision_on_this_cpu_is_bf16_only_if_native() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    flags = Path("/proc/cpuinfo").read_text()
-    native = any(name in flags.split() for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    assert choose_precision("auto") == ("bf16" if native else "fp32")
 
 
 # --- the base it loads -----------------------------------------------------------------------------------------------

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from support.tiny_models import recipe
 from support.tolerances import backward_error, forward_error, roundoff, sum_error
 
@@ -21,7 +19,7 @@ from tutor.engines.hf.loading import load_base
 from tutor.engines.hf.score import answer_logprobs
 from tutor.errors import DataError
 from tutor.formats.models.model_folder import load_tokenizer
-from tutor.machine.memory.batching import MicroBatches, max_tokens, packed_batches, padded_batches, split_step
+from tutor.machine.memory.batching import split_step
 from tutor.prompt import Encoded
 from tutor.stages.train.audit import label_ids
 from tutor.stages.train.kernels import packed_attention as packed
@@ -52,47 +50,6 @@ def items(rows: Sequence[Encoded]) -> list[dict[str, list[int]]]:
 
 
 collate = packed.add_lengths(DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True))
-
-
-# --- the plan --------------------------------------------------------------------------------------------------------
-
-lengths_of = st.lists(st.integers(1, 600), min_size=1, max_size=40)
-
-
-@given(step_rows=st.integers(1, 60), lengths=lengths_of, budget=st.integers(1, 5000))
-def test_split_makes_fewest_micro_batches_within_token_limit(step_rows: int, lengths: list[int], budget: int) -> None:
-    plan = packed_batches(step_rows, lengths, budget)
-    assert plan.rows * plan.count == step_rows
-    assert plan.packed == (plan.rows > 1)
-    assert plan.tokens == sum(sorted(lengths)[-plan.rows :])  # no rows can meet that are more
-    assert plan.tokens <= budget or plan.rows == 1
-    larger = [rows for rows in range(plan.rows + 1, step_rows + 1) if step_rows % rows == 0]
-    assert all(sum(sorted(lengths)[-rows:]) > budget for rows in larger)
-
-
-@given(rows=st.integers(1, 20), count=st.integers(1, 20), lengths=lengths_of)
-def test_split_without_packing_uses_recipe_batch_size(rows: int, count: int, lengths: list[int]) -> None:
-    plan = padded_batches(rows, count, lengths)
-    assert (plan.rows, plan.count, plan.packed) == (rows, count, False)
-    assert plan.tokens == min(rows, len(lengths)) * max(lengths)
-
-
-@given(
-    lengths=lengths_of, budget=st.integers(1, 5000), batch=st.tuples(st.integers(1, 8), st.integers(1, 8)),
-    packing=st.booleans(), room=st.integers(0, 300),
-)  # fmt: skip
-def test_max_tokens_bounds_every_micro_batch_of_shorter_rows(
-    lengths: list[int], budget: int, batch: tuple[int, int], room: int, *, packing: bool
-) -> None:
-    chosen = {"batch_size": batch[0], "accumulation": batch[1], "packing": packing, "pass_tokens": budget}
-    settings = recipe(Path("r.toml"), train=chosen).train
-    assert split_step(settings, lengths).tokens <= max_tokens(settings, [length + room for length in lengths])
-
-
-def test_ten_rows_of_the_specification_fit_one_or_two_batches() -> None:
-    assert packed_batches(10, [300] * 278, 4096) == MicroBatches(10, 1, 3000, packed=True)
-    assert packed_batches(10, [480] * 278, 4096) == MicroBatches(5, 2, 2400, packed=True)
-    assert packed_batches(10, [4097] * 278, 4096) == MicroBatches(1, 10, 4097, packed=False)
 
 
 # --- the batch -------------------------------------------------------------------------------------------------------

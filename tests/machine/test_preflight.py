@@ -1,0 +1,228 @@
+"""Requirements of the Compose stack; `docker` and `nvidia-smi` are small programs on PATH (docs/facts.md, 12)."""
+
+import json
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from support.command import ROOT
+from support.fake_docker import INFO
+from support.workloads import LARGE
+
+from tutor.errors import HostError, RecipeError
+from tutor.machine import preflight
+from tutor.machine.host import Memory
+from tutor.recipe.reading import read_recipe
+from tutor.recipe.settings import Recipe
+
+
+def test_memory_fault_is_found_until_training_is_done(machine, roomy, based_on, tmp_path):
+    machine.gpu(4)
+    recipe = based_on()
+    assert preflight.memory_faults(recipe, tmp_path, LARGE, gpu=True)[0].what.endswith("; a card has 4.0 GB")
+    (tmp_path / "small" / "adapter").mkdir(parents=True)
+    (tmp_path / "small" / "adapter" / "manifest.json").touch()
+    assert preflight.memory_faults(recipe, tmp_path, LARGE, gpu=True) == []
+
+
+def test_gpu_without_values_has_no_memory_fault(machine, roomy, based_on, tmp_path):
+    assert preflight.memory_faults(based_on(), tmp_path, LARGE, gpu=True) == []
+
+
+def test_memory_fault_concerns_the_gpu_of_the_stack(machine, roomy, based_on, tmp_path, monkeypatch):
+    machine.gpu(24)
+    machine.gpu(4)
+    assert preflight.memory_faults(based_on(), tmp_path, LARGE, gpu=True) == []
+    monkeypatch.setenv("TUTOR_GPU", "1")
+    assert preflight.memory_faults(based_on(), tmp_path, LARGE, gpu=True)
+
+
+@pytest.fixture
+def recipe(recipe_file: Path) -> Recipe:
+    """The small recipe."""
+    return read_recipe(recipe_file)
+
+
+@pytest.fixture
+def large(recipe_file: Path) -> Recipe:
+    """A recipe of a hub model, which wants a GPU."""
+    source = "hub:owner/name@" + "0" * 40
+    recipe_file.write_text(recipe_file.read_text().replace('source = "tiny"', f'source = "{source}"'))
+    return read_recipe(recipe_file)
+
+
+def problems(recipe: Recipe, build: Path, **options: Any) -> tuple[str, ...]:
+    """What the host lacks for a recipe; nothing when it is fit."""
+    try:
+        preflight.check_host(recipe, build, **options)
+    except preflight.UnfitError as error:
+        return error.problems
+    return ()
+
+
+def test_unfit_host_exits_4_and_names_the_demo(host, large, tmp_path):
+    with pytest.raises(HostError, match="make demo") as caught:
+        preflight.check_host(large, tmp_path)
+    assert caught.value.code == 4
+
+
+def test_small_recipe_needs_no_gpu(host, recipe, tmp_path):
+    assert preflight.check_host(recipe, tmp_path) is False
+
+
+def test_all_faults_are_reported_together(host, large, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    found = problems(large, tmp_path)
+    assert [line.split(" (")[0].split(";")[0] for line in found[:3]] == [
+        "Docker is not installed",
+        "no NVIDIA GPU answers",
+        "Docker has no NVIDIA Container Toolkit",
+    ]
+    assert all("; " in line and "\n" not in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("part", "answer", "said"),
+    [
+        ("docker info", {"code": 1, "stderr": "Cannot connect to the Docker daemon"}, "daemon does not answer"),
+        ("docker info", {"code": 1, "stderr": "permission denied while trying to connect"}, "may not use Docker"),
+        ("docker info", {"stdout": '{"ServerErrors": ["no daemon"]}'}, "daemon does not answer"),
+        ("docker info", {"stdout": "not JSON"}, "daemon does not answer"),
+        ("compose version", {"code": 1, "stderr": "docker: 'compose' is not a docker command."}, "no Compose plugin"),
+        ("compose version", {"stdout": "v2.23.3\n"}, "Docker Compose is v2.23.3"),
+        ("compose version", {"stdout": "1.29.2\n"}, "Docker Compose is 1.29.2"),
+    ],
+)
+def test_unusable_docker_is_one_fault(host, recipe, tmp_path, part, answer, said):
+    host.says(part, **answer)
+    found = problems(recipe, tmp_path)
+    assert len(found) == 1
+    assert said in found[0]
+
+
+@pytest.mark.parametrize("shown", ["2.24.0", "v2.40.3", "5.0.1", "2.26.1-4"])
+def test_newer_compose_versions_are_accepted(host, recipe, tmp_path, shown):
+    host.says("compose version", stdout=shown)
+    assert problems(recipe, tmp_path) == ()
+
+
+def test_large_recipe_without_gpu_is_refused(host, large, tmp_path):
+    found = problems(large, tmp_path)
+    assert any("no NVIDIA GPU" in line and "data/demo.toml" in line for line in found)
+
+
+def test_driver_without_toolkit_is_refused(host, large, tmp_path):
+    host.add("nvidia-smi")
+    host.says("nvidia-smi", stdout="GPU 0: NVIDIA H200 (UUID: GPU-1)\n")
+    found = [line for line in problems(large, tmp_path) if "disk" not in line]
+    assert [line.partition(";")[0] for line in found] == ["Docker has no NVIDIA Container Toolkit"]
+
+
+@pytest.mark.parametrize(
+    "info", [{"Runtimes": {"nvidia": {}}}, {"DiscoveredDevices": [{"Source": "cdi", "ID": "nvidia.com/gpu=0"}]}]
+)
+def test_available_gpu_is_used_unless_disabled(host, recipe, tmp_path, info):
+    host.add("nvidia-smi")
+    host.says("nvidia-smi", stdout="GPU 0: NVIDIA H200 (UUID: GPU-1)\n")
+    host.says("docker info", stdout=json.dumps({**INFO, **info}))
+    assert preflight.check_host(recipe, tmp_path) is True
+    assert preflight.check_host(recipe, tmp_path, gpu=False) is False
+
+
+def test_failing_driver_counts_as_no_gpu(host, recipe, tmp_path):
+    host.add("nvidia-smi")
+    host.says("docker info", stdout=json.dumps({**INFO, "Runtimes": {"nvidia": {}}}))
+    host.says("nvidia-smi", code=9, stderr="NVIDIA-SMI has failed because it couldn't communicate with the driver")
+    assert preflight.check_host(recipe, tmp_path) is False
+    assert any("no NVIDIA GPU" in line for line in problems(recipe, tmp_path, gpu=True))
+
+
+def test_toolkit_with_known_escapes_is_refused(host, recipe, tmp_path):
+    host.add("nvidia-smi", "nvidia-ctk")
+    host.says("nvidia-smi", stdout="GPU 0: NVIDIA H200 (UUID: GPU-1)\n")
+    host.says("docker info", stdout=json.dumps({**INFO, "Runtimes": {"nvidia": {}}}))
+    host.says("nvidia-ctk", stdout="NVIDIA Container Toolkit CLI version 1.17.7\n")
+    assert any("1.17.8" in line for line in problems(recipe, tmp_path, gpu=True))
+    host.says("nvidia-ctk", stdout="NVIDIA Container Toolkit CLI version 1.18.0\n")
+    assert problems(recipe, tmp_path, gpu=True) == ()
+
+
+@pytest.fixture
+def vast(recipe_file: Path) -> Recipe:
+    """A recipe whose base would fill any disk, though not the memory that training takes."""
+    shape = {"hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 64, "num_attention_heads": 1}
+    (recipe_file.parent / "vast").mkdir()
+    config = {**shape, "vocab_size": 1 << 30, "tie_word_embeddings": True, "head_dim": 1}
+    (recipe_file.parent / "vast" / "config.json").write_text(json.dumps(config))
+    recipe_file.write_text(recipe_file.read_text().replace('"tiny"', '"path:vast"'))
+    return read_recipe(recipe_file)
+
+
+def test_full_disk_names_free_and_needed_space(host, vast, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=300 * 10**9))
+    found = [line for line in problems(vast, tmp_path / "not" / "made", gpu=False) if "disk" in line]
+    # The build folder and Docker's lie on one disk: their needs add up, 782 and 357 GB.
+    assert found == [f"the disk of {tmp_path} has 300 GB free of 1139 GB; make room"]
+
+
+def test_finished_stages_need_no_disk(host, vast, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=300 * 10**9))
+    for name in ("base/manifest.json", "adapter/manifest.json", "merged/manifest.json", "gguf/manifest.json"):
+        (tmp_path / "small" / name).parent.mkdir(parents=True)
+        (tmp_path / "small" / name).touch()
+    assert "has 300 GB free of 357 GB" in problems(vast, tmp_path, gpu=False)[0]  # in Ollama it is not
+    (tmp_path / "small" / "model").mkdir()
+    (tmp_path / "small" / "model" / "published.json").touch()
+    assert problems(vast, tmp_path, gpu=False) == ()
+
+
+def test_images_still_to_build_need_disk(host, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**9))
+    assert not any("disk" in line for line in problems(recipe, tmp_path))
+    host.says("docker image inspect", code=1)
+    assert any("1 GB free of 14 GB" in line for line in problems(recipe, tmp_path))
+
+
+def test_training_beyond_the_gpu_is_a_fault(host, large, tmp_path, monkeypatch):
+    """With the setting that fits, and among all else that is missing."""
+    monkeypatch.setattr("tutor.machine.host.memory", lambda: Memory(32 << 30, 30 << 30, None))  # layers may wait in it
+    large = large.model_copy(update={"base": type(large.base)()})
+    host.add("nvidia-smi")
+    host.says("nvidia-smi --query-gpu", stdout="0, GPU-1, NVIDIA T1000, 580.95.05, 7.5, 4096, 4000\n")
+    host.says("nvidia-smi --list-gpus", stdout="GPU 0: NVIDIA T1000 (UUID: GPU-1)\n")
+    host.says("docker info", stdout=json.dumps({**INFO, "Runtimes": {"nvidia": {}}}))
+    (found,) = [line for line in problems(large, tmp_path) if "disk" not in line]
+    assert 'NVIDIA T1000 has 4.3 GB; set train.max_memory.gpu = "4096MiB"' in found
+
+
+def test_port_in_use_is_a_fault(host, recipe, tmp_path, monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        monkeypatch.setenv("TUTOR_OLLAMA_PORT", str(port))
+        found = problems(recipe, tmp_path)
+        assert len(found) == 1
+        assert str(port) in found[0]
+        assert "TUTOR_OLLAMA_PORT" in found[0]
+        host.says("docker ps", stdout="0123456789ab\n")  # our own Ollama has it
+        assert problems(recipe, tmp_path) == ()
+
+
+@pytest.mark.parametrize("given", ["a", "70000", "-1"])
+def test_invalid_port_is_a_fault(host, recipe, tmp_path, monkeypatch, given):
+    monkeypatch.setenv("TUTOR_OLLAMA_PORT", given)
+    assert any(repr(given) in line for line in problems(recipe, tmp_path))
+
+
+def test_rows_outside_the_recipe_folder_are_refused(host, recipe_file, tmp_path):
+    recipe_file.write_text('[data]\ntrain = "../elsewhere/tutor.jsonl"\n[base]\nsource = "path:../model"\n')
+    with pytest.raises(RecipeError, match=r"data.train is \.\./elsewhere/tutor.jsonl, base.source is \.\./model, and"):
+        preflight.check_host(read_recipe(recipe_file), tmp_path, gpu=False)
+
+
+def test_shipped_recipes_are_beside_their_rows():
+    for path in sorted((ROOT / "data").glob("*.toml")):
+        preflight.refuse_outside(read_recipe(path))
