@@ -11,7 +11,7 @@ from support.fake_typescript import runs
 
 from tutor.formats.markdown import Block
 from tutor.graders.typescript.compiler import (
-    MAX_BYTES,
+    MAX_CHARACTERS,
     MAX_DEPTH,
     SECONDS_A_BLOCK,
     Verdict,
@@ -64,7 +64,7 @@ def test_broken_compiler_is_grader_error_for_its_block_alone(fake_compiler: Path
 
 def test_too_deep_or_too_long_block_is_not_compiled(fake_compiler: Path) -> None:
     deep = MAX_DEPTH + 1
-    assert outcomes("[" * deep + "]" * deep, "a" * (MAX_BYTES + 1)) == ["timeout", "grader_error"]
+    assert outcomes("[" * deep + "]" * deep, "a" * (MAX_CHARACTERS + 1)) == ["timeout", "grader_error"]
     assert runs(fake_compiler) == []
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tutor.graders.typescript.compiler import (
-    MAX_BYTES,
+    MAX_CHARACTERS,
 )
 from tutor.graders.typescript.scanner import scan
 
@@ -85,5 +85,5 @@ def test_any_text_can_be_scanned(pieces: list[str]) -> None:
 )
 def test_scan_of_hostile_text_takes_linear_time(piece: str, nested: int) -> None:
     """A scan whose time grows with the square of the length takes minutes here; a linear one less than two seconds."""
-    count = 4 * MAX_BYTES // len(piece)
+    count = 4 * MAX_CHARACTERS // len(piece)
     assert scan(piece * count).depth == nested * count

@@ -31,13 +31,12 @@ SECONDS_A_BLOCK = 0.02
 """Additional seconds of a batch for each of its blocks."""
 MEMORY_MB = 4096
 """Address space of the compiler in MiB. Go's runtime reserves much more than it uses: about 250 MB are resident."""
-MAX_BYTES = 64 * 1024
+MAX_CHARACTERS = 64 * 1024
 """Maximum length of a block in characters, with the code before it."""
 MAX_DEPTH = 100
-"""Maximum depth of nested brackets; the compiler takes more than minutes for arrays 200 deep."""
-ALONE_BYTES = 8 * 1024
-"""Length in characters from which a block is compiled alone, so that it delays no other. Answers of 515 tokens are
-shorter."""
+"""Maximum depth of nested brackets; the compiler takes minutes and more for arrays 200 deep."""
+ALONE_CHARACTERS = 8 * 1024
+"""Length in characters from which a block is compiled alone; answers of 515 tokens are shorter."""
 BATCH = 500
 """Maximum number of blocks in one run of the compiler."""
 FAN = 8
@@ -114,10 +113,10 @@ def grade_blocks(blocks: Sequence[Block], *, seconds: float = SECONDS, memory_mb
     groups: list[list[int]] = []
     for index, block in enumerate(blocks):
         size = len(block.before) + len(block.code)
-        found = scan(block.before + block.code) if size <= MAX_BYTES else None
+        found = scan(block.before + block.code) if size <= MAX_CHARACTERS else None
         if refused := _refuse(block, found):
             verdicts[index] = refused
-        elif size > ALONE_BYTES or (found and found.is_global):
+        elif size > ALONE_CHARACTERS or (found and found.is_global):
             groups.append([index])
         else:
             together.append(index)
@@ -130,7 +129,7 @@ def grade_blocks(blocks: Sequence[Block], *, seconds: float = SECONDS, memory_mb
 def _refuse(block: Block, found: Scan | None) -> Verdict | None:
     """The verdict on a block that is not compiled; None for one that is."""
     if found is None:
-        return Verdict("grader_error", (Diagnostic("", 0, f"longer than {MAX_BYTES} bytes: not compiled"),))
+        return Verdict("grader_error", (Diagnostic("", 0, f"longer than {MAX_CHARACTERS} characters: not compiled"),))
     if found.empty:
         return Verdict("no_code")
     if found.depth > MAX_DEPTH:
