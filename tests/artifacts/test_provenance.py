@@ -1,4 +1,4 @@
-"""The code that a stage depends on is found by its imports, and its hash changes with what the code does alone."""
+"""The code of a stage is found by its imports; its hash changes with what the code does, not with words or paths."""
 
 import ast
 import contextlib
@@ -93,8 +93,8 @@ def every(package: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_provenance_holds_the_stage_and_every_module_it_imports(stage: str) -> None:
-    """Counted another way: by the module names that Python's own compiler sees, in the stage's files."""
+def test_provenance_holds_a_stage_and_the_modules_it_imports(stage: str) -> None:
+    """The modules that the files of the stage's package import, found apart from the walker."""
     sources = found(PACKAGE, stage).sources
     assert f"stages/{stage}/stage.py" in sources
     for name in [name for name in sources if name.startswith(f"stages/{stage}/") and name.endswith(".py")]:
@@ -108,8 +108,8 @@ def test_provenance_holds_the_stage_and_every_module_it_imports(stage: str) -> N
                     assert f"{path}.py" in sources
 
 
-def test_provenance_of_every_file_is_in_a_stage_or_known_to_be_outside() -> None:
-    """A new asset or script that no module names in a string would be missed."""
+def test_assets_are_each_found_by_a_module_that_names_them() -> None:
+    """An asset or script that no module names in a string would make nothing stale."""
     trees = [found(PACKAGE, stage).sources for stage in STAGES]
     trees.append(SourceTree().provenance("stages/data/lint/page.py", left_out=()).sources)
     trees.append(SourceTree().provenance("engines/llamacpp/adapter.py", left_out=()).sources)
@@ -122,15 +122,15 @@ def test_provenance_of_every_file_is_in_a_stage_or_known_to_be_outside() -> None
     assert {name for name in assets if not name.endswith("__init__.py")} <= known
 
 
-def test_provenance_follows_assets_of_other_programs_to_the_stages_that_use_them() -> None:
+def test_provenance_holds_assets_of_the_stages_that_use_them() -> None:
     for stage, asset in ASSETS.items():
         assert asset in found(PACKAGE, stage).sources
     assert "stages/report/page.html.j2" in found(PACKAGE, "report").sources
     assert "formats/page.css" not in found(PACKAGE, "data").sources
 
 
-def test_provenance_names_what_the_key_holds_otherwise() -> None:
-    """The build of llama.cpp is a field of its own, of the stages that start its programs."""
+def test_provenance_leaves_out_what_other_key_fields_hold() -> None:
+    """The llama.cpp build is a key field of its own, in the stages that start its programs."""
     reached = {stage for stage in STAGES if LLAMACPP in found(PACKAGE, stage).left_out}
     assert reached == {"convert", "ladder", "parity", "evaluate"}
     assert not any(name.startswith(("recipe/", "artifacts/")) for name in found(PACKAGE, "train").sources)
@@ -156,8 +156,8 @@ def test_provenance_holds_the_version_of_each_imported_package(stage: str, packa
     assert not provenance.NO_EFFECT & set(versions)
 
 
-def test_distributions_are_those_that_hold_the_imported_packages() -> None:
-    """Without the slow list of all installed packages the names must be right: a wrong one is never installed."""
+def test_distributions_hold_the_packages_that_are_imported() -> None:
+    """A wrong name would count as not installed for ever."""
     by_import = importlib.metadata.packages_distributions()
     for path in PACKAGE.rglob("*.py"):
         for name in read_source(path).imports:
@@ -255,7 +255,7 @@ def test_fields_of_a_stage_change_with_the_version_of_a_package(monkeypatch: pyt
         assert other["code"] == before["code"]
 
 
-def test_code_of_a_stage_is_equal_in_a_checkout_and_in_a_wheel(package: Path) -> None:
+def test_code_of_a_stage_is_equal_in_checkout_and_wheel(package: Path) -> None:
     checkout = every(package)
     for name in provenance.SHIPPED:
         (package.parent / name).rename(package / name)

@@ -1,0 +1,38 @@
+"""JSON is written whole or not at all; a removed link leaves its target. Faults of a disk: test_stage_folder.py."""
+
+import json
+import os
+
+import pytest
+from hypothesis import given
+from support.json_values import json_values
+from support.stage_folders import content, make
+
+from tutor.artifacts.disk import remove, write_json
+
+
+@given(value=json_values)
+def test_write_json_keeps_any_value(tmp_path_factory, value):
+    path = tmp_path_factory.getbasetemp() / "value.json"
+    write_json(path, value)
+    assert json.loads(path.read_text("utf-8")) == value
+
+
+def test_write_json_writes_all_or_nothing(tmp_path):
+    path = tmp_path / "value.json"
+    write_json(path, {"name": os.fsdecode(b"ma\xf1ana")})  # a file's name need not be UTF-8
+    assert json.loads(path.read_text("utf-8"))["name"] == os.fsdecode(b"ma\xf1ana")
+    with pytest.raises(ValueError, match="nan"):
+        write_json(path, float("nan"))
+    assert "ma" in path.read_text()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_remove_of_a_link_leaves_its_target(tmp_path):
+    make(tmp_path / "target")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    remove(tmp_path / "link")
+    assert content(tmp_path / "target") == "new"
+    remove(tmp_path / "target")
+    remove(tmp_path / "target")
+    assert list(tmp_path.iterdir()) == []
