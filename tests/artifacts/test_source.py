@@ -86,7 +86,7 @@ def test_read_source_finds_imports_and_file_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["def run(:\n", "x = '''\n", "\0"])
-def test_read_source_of_no_python_is_an_error_that_names_the_file(tmp_path: Path, text: str) -> None:
+def test_read_source_of_no_python_raises_with_the_file(tmp_path: Path, text: str) -> None:
     path = written(tmp_path, text)
     with pytest.raises(ArtifactError, match=f"cannot read {path}"):
         read_source(path)
