@@ -1,10 +1,12 @@
 """Disk space and time of a run, compared with measured values; the check of free disk space."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from support.workloads import ATTENTION, DEMO, LARGE
 
+from tutor.errors import HostError
 from tutor.formats.models import base_source
 from tutor.machine import host, run_cost
 from tutor.machine.memory.estimate import trainable_parameters
@@ -113,3 +115,15 @@ def test_folders_on_one_disk_are_added_up(tmp_path):
     ((place, left, need),) = run_cost.short_disks([(tmp_path / "a" / "b", half), (tmp_path, half)])
     assert (place, need) == (tmp_path, 2 * half)
     assert left < need
+
+
+def test_require_disk_names_work_and_both_sizes(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=3 * 10**9))
+    run_cost.require_disk(tmp_path, 3e9, "merging")
+    with pytest.raises(HostError, match=r"has 3\.0 GB free, merging needs 4\.5 GB; make room") as caught:
+        run_cost.require_disk(tmp_path, 4.5e9, "merging")
+    assert caught.value.code == 4
+
+
+def test_checkpoint_bytes_hold_adapter_and_two_moments():
+    assert run_cost.checkpoint_bytes(1000) == 3 * 4 * 1000 + (2 << 20)

@@ -16,9 +16,9 @@ from tutor.artifacts.source import SourceReader
 
 PACKAGE = Path(__file__).parents[1]
 
-LEFT_OUT = ("errors.py", "recipe", "artifacts", "machine/host.py", "engines/llamacpp/build.py")
+LEFT_OUT = ("errors.py", "recipe", "artifacts", "machine/host.py", "machine/run_cost.py", "engines/llamacpp/build.py")
 """Files and folders that are not followed. Settings, inputs and the llama.cpp build are key fields themselves; errors,
-disk access and the description of the host change no result."""
+disk access, the description of the host and the estimate of disk space change no result."""
 
 NO_EFFECT = frozenset({"filelock", "platformdirs"})
 """Packages that find and lock folders: no result depends on their version."""

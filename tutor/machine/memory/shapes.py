@@ -6,11 +6,13 @@ In: a config.json, a GGUF's metadata, or a known model name. Out: a `Shape`. Rea
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tutor.errors import ArtifactError
-from tutor.formats.models.gguf import Gguf
 from tutor.formats.models.model_folder import read_json
+
+if TYPE_CHECKING:
+    from tutor.formats.models.gguf import Gguf
 
 MATRIX_INPUTS = {
     "q_proj": "attention",
@@ -98,7 +100,7 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
     )
 
 
-def shape_of_gguf(gguf: Gguf) -> Shape:
+def shape_of_gguf(gguf: "Gguf") -> Shape:
     """The shape in a GGUF's metadata. Raises ValueError with the name of a missing value."""
     names = {
         "hidden_size": "embedding_length",
