@@ -1,1 +1,11 @@
-"""tutor.formats: ..."""
+"""File formats: what other programs and users write, read and checked; and the few files that stages share.
+
+In: files of users (rows, Markdown in their texts), of model repositories (Hugging Face folders, safetensors) and of
+llama.cpp (GGUF). Out: plain Python values, or one error that names the file and the next step.
+
+`rows/` has the JSON Lines of users and of the data stage, `models/` the formats of weights and their metadata.
+`markdown` finds fenced code blocks, `html` renders pages, `chart` computes the geometry of charts.
+
+Does not run a model, start a program or know a stage. The import order within the package is free; of the rest of
+tutor it uses artifacts, recipe, prompt and errors alone.
+"""

@@ -1,7 +1,7 @@
-"""Pages that need nothing else: one file, no script, no network, light and dark (page.css is what they share).
+"""Render HTML pages that need no other file: no script, no network, light and dark by page.css.
 
-In: a template file and its values; it may include page.css. Out: the page's text. Every value is escaped: rows and
-answers are texts of strangers.
+In: a template file, which may include page.css, and its values. Out: the text of the page. Escapes every value, because
+rows and answers are texts of strangers. Writes no file.
 """
 
 import re
@@ -14,11 +14,11 @@ from markupsafe import Markup
 STYLES = Path(__file__).with_name("page.css")
 PICTURE = "[\U0001f000-\U0001faff\u2600-\u27bf\ufe0f]"
 JOINER = re.compile(f"(?<={PICTURE})\u200d(?={PICTURE})")
-"""What makes one emoji of several: seen as what it joins."""
+"""Zero-width joiner between two pictures, which makes one emoji of them; no other joiner is shown."""
 
 
-def render(template: Path, **values: Any) -> str:
-    """The text of a page; the same values give the same bytes."""
+def render_page(template: Path, **values: Any) -> str:
+    """Return the text of a page; equal values give equal bytes."""
     environment = Environment(
         loader=FileSystemLoader([template.parent, STYLES.parent]),
         autoescape=True,
@@ -30,7 +30,7 @@ def render(template: Path, **values: Any) -> str:
 
 
 def visible(value: Any) -> Any:
-    """What is shown: in a text, a replacement character for each sign that has no shape of its own."""
+    """Return a value for display: in a text, a replacement character for each character without a visible shape."""
     if not isinstance(value, str) or isinstance(value, Markup) or value.isprintable():
         return value
     return "\u200d".join(

@@ -18,7 +18,7 @@ from tutor.errors import ArtifactError, DataError, RecipeError
 
 if TYPE_CHECKING:
     from tutor.recipe.settings import Recipe
-    from tutor.stages.data.lint.linter import Report
+    from tutor.stages.data.lint.linter import LintReport
 
 files_argument = click.argument("files", nargs=-1, type=click.Path(path_type=Path))
 
@@ -123,7 +123,7 @@ def lint_command(  # noqa: PLR0913 - a command's options
     from tutor.recipe.settings import TrainSettings
     from tutor.stages.data import stage
     from tutor.stages.data.lint.linter import lint
-    from tutor.stages.data.lint.page import page
+    from tutor.stages.data.lint.page import lint_page
 
     recipe = load_recipe(recipe_path) if not files or recipe_path.exists() else None
     inputs = stage.data_files(recipe) if recipe and not files else {}
@@ -136,7 +136,7 @@ def lint_command(  # noqa: PLR0913 - a command's options
     )
     if html:
         try:
-            html.write_text(page(report), "utf-8")
+            html.write_text(lint_page(report), "utf-8")
         except OSError as error:
             raise RecipeError(f"{html} cannot be written: {error.strerror}") from None
     print_result(report.as_dict(), _lint_lines(report), as_json=as_json)
@@ -157,7 +157,7 @@ def _tokenizer(recipe: "Recipe", build: Path) -> Path | None:
     return None
 
 
-def _lint_lines(report: "Report") -> list[str]:
+def _lint_lines(report: "LintReport") -> list[str]:
     lines = [
         f"{each.file}{f':{each.line}' if each.line else ''}: {each.kind}: {each.message}" for each in report.findings
     ]

@@ -16,32 +16,36 @@ from typing import Any
 from tutor.errors import ArtifactError
 
 VERSION = 3
+"""Version of the format that is read."""
 ALIGNMENT = 32
+"""Alignment of tensor data in bytes, where the file names none."""
 MAX_DIMENSIONS = 4
+"""Maximum number of dimensions of a tensor."""
 FORMS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-"""struct's letters for the format's scalar types."""
+"""struct's letter by the number of a scalar type."""
 UINT32, STRING, ARRAY = 4, 8, 9
+"""Numbers of other types of a value."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """What a GGUF says of one tensor."""
+    """Type, shape and position of one tensor."""
 
     kind: str  # F16, Q4_K, ...
-    shape: tuple[int, ...]  # the row's length first
-    start: int = field(default=0, compare=False)  # the file's byte at which its data begins
+    shape: tuple[int, ...]  # length of a row first
+    start: int = field(default=0, compare=False)  # of its data in the file, in bytes
 
 
 @dataclass(frozen=True)
 class Gguf:
-    """A GGUF file without its tensors' data."""
+    """Content of a GGUF file without the data of its tensors."""
 
-    fields: Mapping[str, Any]  # numbers, bools, strings, and lists of them
+    fields: Mapping[str, Any]  # metadata: numbers, bools, strings, and lists of them
     tensors: Mapping[str, Tensor]
 
 
 def read_gguf(path: Path) -> Gguf:
-    """What a GGUF file says, every length checked against the file. Raises ArtifactError when it is not whole."""
+    """Read a GGUF file, every length checked against the file. Raises ArtifactError when it is not whole."""
     try:
         with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _read(_Cursor(data))
@@ -50,7 +54,7 @@ def read_gguf(path: Path) -> Gguf:
 
 
 class _Cursor:
-    """Reads on from where it is, and never behind the end."""
+    """Position in the file. Reads from it onwards, and raises ValueError where the end is nearer than the value's."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data = data
@@ -139,7 +143,7 @@ def _tensor(cursor: _Cursor) -> tuple[str, Tensor, int, int]:
 
 
 def _check_places(places: list[tuple[int, int, str]], cursor: _Cursor, alignment: int) -> None:
-    """Tensors lie one behind the other, each aligned, and the last one ends the file."""
+    """Raise ValueError unless the tensors follow one another, each aligned, and the last one ends the file."""
     if not places:
         raise ValueError("it holds no tensor")
     start = end = _aligned(cursor.at, alignment)

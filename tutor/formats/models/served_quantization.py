@@ -1,20 +1,35 @@
-"""Which quantization is served: what the recipe says, or with "auto" what the ladder stage chose."""
+"""The one rule for which quantization is served: the recipe's, or for "auto" the choice of the ladder stage.
 
+In: `ollama.quantization` and the ladder stage's folder. Out: the quantization. Does not choose: the ladder stage does.
+"""
+
+from collections.abc import Iterable
 from pathlib import Path
 
 from tutor.artifacts.disk import write_json
 from tutor.artifacts.manifest import MANIFEST
 from tutor.errors import ArtifactError
 from tutor.formats.models.model_folder import read_json
-from tutor.recipe.quantizations import AUTO
+from tutor.recipe.quantizations import AUTO, F16
 
 SERVED = "served.json"
+"""Name of the file in the ladder stage's folder that holds its choice."""
+
+
+def resolve(setting: str, chosen: str) -> str:
+    """Return the served quantization for a setting, where the ladder stage has chosen `chosen`."""
+    return chosen if setting == AUTO else setting
+
+
+def candidates(setting: str, quantizations: Iterable[str]) -> list[str]:
+    """Return the quantizations that may be served for a setting, before the ladder stage has run."""
+    return [F16, *quantizations] if setting == AUTO else [setting]
 
 
 def served_quantization(setting: str, ladder: Path) -> str:
-    """The quantization that `ollama.quantization` comes to; `ladder` is that stage's folder.
+    """Return the served quantization for a setting; `ladder` is that stage's folder.
 
-    Raises ArtifactError where the ladder has to say and has not run.
+    Raises ArtifactError where the setting is "auto" and the stage has not run.
     """
     if setting != AUTO:
         return setting
@@ -27,5 +42,5 @@ def served_quantization(setting: str, ladder: Path) -> str:
 
 
 def write_served(out: Path, quantization: str) -> None:
-    """Write what `served_quantization` reads."""
+    """Write the file that `served_quantization` reads."""
     write_json(out / SERVED, {"quantization": quantization})

@@ -1,8 +1,9 @@
-"""The tiny Llama of the tests: everything that makes the real base difficult, in a megabyte, made on the spot.
+"""Make the tiny Llama of the tests: one megabyte with all properties that make the real base difficult.
 
-A byte-level BPE with Llama 3's split pattern, R1's special tokens, the real repository's misleading
-`tokenizer_class`, a chat template that names tools and `<think>`, grouped-query attention and llama3 RoPE scaling.
-Warmed up on a text, so that an adapter has something to adapt and greedy answers are not one token repeated.
+In: a text and a seed. Out: a model folder: a byte-level BPE with Llama 3's split pattern, R1's special tokens, the real
+repository's misleading `tokenizer_class`, a chat template that names tools and `<think>`, grouped-query attention and
+llama3 RoPE scaling. Trained on the text for seconds, so that an adapter can improve it and greedy answers are not one
+repeated token. Does not answer questions.
 """
 
 import contextlib
@@ -16,15 +17,13 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-"""Llama 3's pre-tokenizer pattern, as its tokenizer.json has it."""
+from tutor.formats.models.pre_tokenizer import LLAMA3
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 SPECIALS = (BOS, EOS, "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>", "<｜▁pad▁｜>")
+"""R1's special tokens."""
 VOCABULARY = 1024
+"""Number of tokens of the tokenizer, special tokens included."""
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}"
@@ -33,14 +32,16 @@ CHAT_TEMPLATE = (
     "{{ '<｜Assistant｜>' + message['content'].split('</think>')[-1] + eos_token }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"
 )
-"""Disagrees with itself as R1's does: it opens `<think>` to serve, and cuts it away to train."""
+"""Contradicts itself as R1's template does: it opens `<think>` for serving, and removes it for training."""
 
 WARM_UP_STEPS = 160
+"""Number of optimizer steps on the text."""
 BATCH, LENGTH = 16, 64
+"""Windows a step, and tokens a window."""
 
 
 def make_tiny(folder: Path, text: str, seed: int) -> None:
-    """Write the tiny model and its tokenizer into `folder` as a hub repository would have them."""
+    """Write the tiny model and its tokenizer into `folder`, in the form of a hub repository."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(text)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -69,7 +70,7 @@ def _tokenizer(text: str) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(LLAMA3), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -116,7 +117,7 @@ def _model(vocabulary: int, seed: int) -> LlamaForCausalLM:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """More would wait for each other on a model this small, and add in an order that depends on their number."""
+    """Use one thread: on so small a model more are slower, and the order of additions would depend on their number."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -127,7 +128,7 @@ def _one_thread() -> Iterator[None]:
 
 @_one_thread()
 def _warm_up(model: LlamaForCausalLM, ids: list[int], seed: int) -> LlamaForCausalLM:
-    """Next-token training on windows of the text; seconds. Pieces of one text: no row, no question, no EOS."""
+    """Train on random windows of the text, without rows, questions or EOS; return the model in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.tensor(ids * (1 + (LENGTH + 1) // len(ids)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)

@@ -26,11 +26,12 @@ from tutor.formats.models.gguf_metadata import (
 )
 from tutor.formats.models.gguf_weights import Weight, weights_of
 from tutor.formats.models.model_folder import read_facts
+from tutor.formats.models.served_quantization import candidates
 from tutor.formats.rows.split_files import TRAIN, read_split
 from tutor.machine.memory.shapes import read_shape
 from tutor.machine.run_cost import gguf_bytes, require_disk
 from tutor.prompt import chat_template, completion, conversation, render
-from tutor.recipe.quantizations import AUTO, F16
+from tutor.recipe.quantizations import F16
 from tutor.stages.convert.lineage import base_lineage, to_fields, tutor_lineage
 from tutor.stages.convert.quantization_error import (
     QuantizationError,
@@ -75,12 +76,12 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
         raise ArtifactError(f"{inputs['merge']} is not like its base {base}:\n  " + "\n  ".join(lines))
     expected["tutor"] = replace(expected["tutor"], chat_template=chat_template(add_bos=facts.add_bos))
     rows = read_split(inputs["data"], TRAIN) if recipe.convert.imatrix else []
-    served = recipe.ollama.quantization
     quantizations = recipe.convert.quantizations
+    may_be_served = candidates(recipe.ollama.quantization, quantizations)
     wanted: dict[str, list[str]] = {"tutor": [*quantizations]}
     if recipe.convert.base:
         # The evaluate stage compares both in the served quantization, which the ladder stage chooses only later.
-        wanted["base"] = [*quantizations] if served == AUTO else [served] if served != F16 else []
+        wanted["base"] = [kind for kind in may_be_served if kind != F16]
     folders = {"tutor": inputs["merge"], "base": base}
     _require_disk([(folders[name], kinds) for name, kinds in wanted.items()], out)
     lineage = {"tutor": to_fields(tutor_lineage(recipe, inputs)), "base": to_fields(base_lineage(inputs["base"]))}
@@ -89,7 +90,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
         untuned = weights_of(base) if name == "tutor" else None
         source = ConversionSource(name, folders[name], expected[name], lineage[name], rows, recipe.system, untuned)
         files |= convert_model(source, kinds, out)
-    if recipe.convert.base and served not in (F16, AUTO):
+    if recipe.convert.base and F16 not in may_be_served:
         # The base's F16 file was needed for quantization only.
         (out / gguf_name("base", F16)).unlink()
         del files[gguf_name("base", F16)]

@@ -1,6 +1,6 @@
-"""Check the code in rows with the TypeScript compiler. In: rows of a file. Out: counts, or every problem with its line.
+"""Compile the code in the rows of a file with the TypeScript compiler.
 
-Helper of the data stage; the compiler and what is judged are the judges' (graders/code.py).
+In: rows. Out: counts, or every problem with its line. Does not run code; graders/code.py decides what is a problem.
 """
 
 import time
@@ -14,9 +14,9 @@ from tutor.graders.code import CodeRow, check_rows
 
 
 def check_code(path: Path, rows: Sequence[Example] | Sequence[Prompt]) -> dict[str, Any]:
-    """How many blocks compiled and failed as their rows say, and the seconds that it took.
+    """Return how many blocks compiled or failed as their rows state, and the duration in seconds.
 
-    Raises DataError where one did otherwise, HostError without a compiler.
+    Raises DataError where a block does not, HostError without a compiler.
     """
     started = time.monotonic()
     checked = check_rows(

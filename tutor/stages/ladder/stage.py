@@ -20,7 +20,7 @@ from tutor.engines.llamacpp.server import serve
 from tutor.engines.trace import Score
 from tutor.errors import ArtifactError
 from tutor.formats.models.gguf import read_gguf
-from tutor.formats.models.served_quantization import write_served
+from tutor.formats.models.served_quantization import resolve, write_served
 from tutor.formats.rows.split_files import TokenRows, held_out_ids
 from tutor.machine.run_cost import require_disk
 from tutor.recipe.quantizations import AUTO, F16
@@ -51,7 +51,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     threads = len(os.sched_getaffinity(0))
     figures = benchmark(files, rows, threads, out)
     chosen = choose(figures, recipe.convert.budget)
-    served = chosen if recipe.ollama.quantization == AUTO else recipe.ollama.quantization
+    served = resolve(recipe.ollama.quantization, chosen)
     if recipe.ollama.quantization == AUTO and chosen == F16:
         log.warning("no quantization loses less than convert.budget (%g): F16 is served", recipe.convert.budget)
     worse = worse_and_larger(figures)

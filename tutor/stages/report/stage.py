@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tutor.artifacts.manifest import read_manifest
 from tutor.errors import ArtifactError
-from tutor.formats.html import render
+from tutor.formats.html import render_page
 from tutor.formats.models.model_folder import load_tokenizer, read_facts
 from tutor.formats.rows.split_files import TRAIN, read_json_lines, read_split
 from tutor.graders.verdict import in_spanish
@@ -51,7 +51,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
 def page(outputs: StageOutputs, values: Mapping[str, Any] | None = None) -> str:
     """Return the page's text; equal values give equal bytes."""
     listed = {"prompts": prompts(outputs.answers), "reworded": prompts(outputs.paraphrased)}
-    return render(TEMPLATE, **(values or view(outputs)), **listed).lstrip()
+    return render_page(TEMPLATE, **(values or view(outputs)), **listed).lstrip()
 
 
 def gather(name: str, model: str, system: str, inputs: Mapping[str, Path]) -> StageOutputs:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tutor.artifacts.layout import gguf_name
 from tutor.artifacts.manifest import Manifest
+from tutor.formats.models.served_quantization import resolve
 from tutor.stages.report import charts
 from tutor.stages.report.tables import Json, ladder, megabytes, parity, percent, verdicts
 
@@ -129,7 +130,7 @@ def served_kind(outputs: StageOutputs) -> str:
         return str(benchmark["served"])
     convert = outputs.manifests.get("gguf")
     named = str(convert.fields.get("recipe.served", "")) if convert else ""
-    return "" if named == "auto" else named
+    return resolve(named, chosen="")
 
 
 def training(outputs: StageOutputs) -> dict[str, Any] | None:

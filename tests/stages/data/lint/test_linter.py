@@ -19,9 +19,9 @@ from support.small_tokenizer import SENTENCES
 from tutor.cli.commands.data import lint_command
 from tutor.errors import ArtifactError, DataError, RecipeError
 from tutor.stages.data.lint.figures import histogram
-from tutor.stages.data.lint.linter import KINDS, NEAR, Report, lint
-from tutor.stages.data.lint.near_duplicates import Questions, near_pairs, nearest, same
-from tutor.stages.data.lint.page import page
+from tutor.stages.data.lint.linter import KINDS, NEAR, LintReport, lint
+from tutor.stages.data.lint.near_duplicates import Questions, groups_by_key, near_pairs, nearest
+from tutor.stages.data.lint.page import lint_page
 from tutor.stages.data.lint.rows import LISTED, SAMPLE
 from tutor.stages.data.splitting import normalise
 
@@ -37,7 +37,7 @@ def row(instruction: str, response: str = "", **other: Any) -> dict[str, Any]:
     return {"instruction": instruction, "response": response or f"{ANSWER} ({instruction})", **other}
 
 
-def look(folder: Path, rows: list[Any], against: list[Any] | None = None, **options: Any) -> Report:
+def look(folder: Path, rows: list[Any], against: list[Any] | None = None, **options: Any) -> LintReport:
     write_rows(folder / "rows.jsonl", rows)
     if against is not None:
         write_rows(folder / "prompts.jsonl", against)
@@ -45,7 +45,7 @@ def look(folder: Path, rows: list[Any], against: list[Any] | None = None, **opti
     return lint([folder / "rows.jsonl"], held_out, **{"max_length": 1024, **options})
 
 
-def found(report: Report) -> list[tuple[str, int]]:
+def found(report: LintReport) -> list[tuple[str, int]]:
     return [(each.kind, each.line) for each in report.findings]
 
 
@@ -305,8 +305,8 @@ def test_groups_are_of_equal_keys_in_order() -> None:
     from array import array
 
     keys = array("Q", [5, 1, 5, 2, 1, 5])
-    assert list(same(keys, range(6))) == [[0, 2, 5], [1, 4]]
-    assert list(same(keys, [4, 5, 0])) == [[5, 0]]
+    assert list(groups_by_key(keys, range(6))) == [[0, 2, 5], [1, 4]]
+    assert list(groups_by_key(keys, [4, 5, 0])) == [[5, 0]]
 
 
 # --- figures and page
@@ -351,7 +351,7 @@ class Page(HTMLParser):
 
 def test_the_page_shows_findings_and_figures_and_is_well_formed(tmp_path: Path) -> None:
     report = look(tmp_path, [*GOOD, GOOD[0]], [{"instruction": "¿Qué es una tupla frente a una función?"}])
-    shown = Page(page(report))
+    shown = Page(lint_page(report))
     assert shown.open == []
     assert f"repeats line {1}" in shown.text
     assert GOOD[0]["instruction"] in shown.text
@@ -365,11 +365,11 @@ def test_the_page_marks_the_bars_of_rows_over_the_limit(tmp_path: Path) -> None:
     last = lengths["bars"][-1]["start"]
     for limit, marked in ((None, 0), (last, 0), (last - 1, 1)):
         lengths["limit"] = limit
-        assert page(report).count('fill="var(--over)"') == marked
+        assert lint_page(report).count('fill="var(--over)"') == marked
 
 
 def test_the_page_needs_nothing_else_and_runs_nothing(tmp_path: Path) -> None:
-    html = page(look(tmp_path, GOOD))
+    html = lint_page(look(tmp_path, GOOD))
     shown = Page(html)
     assert not shown.names & {"script", "link", "img", "iframe", "object"}
     assert not {name for name in shown.attributes if name.startswith("on")} | shown.attributes & {"src", "href"}
@@ -380,7 +380,7 @@ def test_the_page_needs_nothing_else_and_runs_nothing(tmp_path: Path) -> None:
 def test_whatever_a_row_holds_is_shown_as_text(tmp_path: Path) -> None:
     evil = '</script><script>alert(1)</script><img src=x onerror="x"> {{ 7*7 }} \u202e\u0007\x1b[31m'
     rows = [row(evil, ANSWER, category=evil, topic="x"), row(evil, f"{ANSWER} Y más.", category=evil, topic="x")]
-    html = page(look(tmp_path, [*rows, *GOOD], [{"instruction": evil}]))
+    html = lint_page(look(tmp_path, [*rows, *GOOD], [{"instruction": evil}]))
     assert "<script" not in html
     assert "<img" not in html
     assert "{{ 7*7 }}" in html
@@ -389,7 +389,7 @@ def test_whatever_a_row_holds_is_shown_as_text(tmp_path: Path) -> None:
 
 def test_a_page_of_nothing_is_a_page(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
-    assert Page(page(lint([tmp_path / "empty.jsonl"], max_length=1024))).open == []
+    assert Page(lint_page(lint([tmp_path / "empty.jsonl"], max_length=1024))).open == []
 
 
 # --- the command

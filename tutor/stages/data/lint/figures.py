@@ -1,4 +1,8 @@
-"""The linter's figures: lengths with a histogram, rows by category and topic. Pure, but for reading a tokenizer."""
+"""The linter's figures: lengths with a histogram, rows by category and topic.
+
+In: texts, lengths or counts. Out: figures as JSON values, and the check of a row's length. Reads no file but a
+tokenizer's.
+"""
 
 import json
 import statistics
@@ -10,23 +14,24 @@ from typing import Any
 from tutor.errors import ArtifactError
 from tutor.prompt import conversation, render
 
-Counts = Callable[[str, str], int]
-"""Tokens of a question with its answer, as training has them."""
+TokenCounter = Callable[[str, str], int]
+"""Returns the tokens of a question with its answer in training."""
 
-CHARACTERS_A_TOKEN = 4
-"""More than any tokenizer gets into a token of Spanish or code: without one, a row that is too long even so, is."""
-SURE_CHARACTERS = 2
-"""A row of fewer characters for each token of the limit is only counted where it is in the sample."""
+MAX_CHARACTERS_PER_TOKEN = 4
+"""Upper bound of characters per token. Without a tokenizer, a row above limit x this bound is certainly too long."""
+MIN_CHARACTERS_PER_TOKEN = 2
+"""Lower bound of characters per token. A row below limit x this bound is counted only if it is in the sample."""
 BARS = 12
+"""Number of bars that a histogram has at most; one more where the last one holds the maximum alone."""
 
 
-def token_counter(tokenizer: Path, system: str = "") -> Counts:
-    """How many tokens a row has by this tokenizer.json, BOS and EOS included. Raises ArtifactError if it is damaged."""
+def token_counter(tokenizer: Path, system: str = "") -> TokenCounter:
+    """Return a counter of a row's tokens, BOS and EOS included. Raises ArtifactError for a damaged tokenizer.json."""
     from tokenizers import Tokenizer
 
     try:
         text = tokenizer.read_text("utf-8")
-        json.loads(text)  # of a file that was cut short the package says nothing narrower than Exception
+        json.loads(text)  # for a truncated file the package raises a bare Exception
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{tokenizer} is damaged: {error}", "run: tutor base") from None
     made = Tokenizer.from_str(text)
@@ -37,34 +42,34 @@ def token_counter(tokenizer: Path, system: str = "") -> Counts:
     return count
 
 
-def too_long(max_length: int, counter: Counts | None) -> Callable[[str, str], str | None]:
-    """A function that says why a row is too long; it counts tokens only where a row is long enough for that."""
+def length_check(max_length: int, counter: TokenCounter | None) -> Callable[[str, str], str | None]:
+    """Return a function that explains why a row is too long; it counts tokens only of rows that may be too long."""
 
     def why(question: str, answer: str) -> str | None:
         characters = len(question) + len(answer)
         if counter is None:
-            surely = characters > CHARACTERS_A_TOKEN * max_length
-            return f"{characters} characters; train.max_length is {max_length} tokens" if surely else None
-        if not is_surely_counted(characters, max_length):
+            certain = characters > MAX_CHARACTERS_PER_TOKEN * max_length
+            return f"{characters} characters; train.max_length is {max_length} tokens" if certain else None
+        if not is_always_counted(characters, max_length):
             return None
         tokens = counter(question, answer)
-        return too_many(tokens, max_length) if tokens > max_length else None
+        return too_many_tokens(tokens, max_length) if tokens > max_length else None
 
     return why
 
 
-def is_surely_counted(characters: int, max_length: int) -> bool:
-    """Whether a row's tokens are counted even when it is not in the sample."""
-    return characters > SURE_CHARACTERS * max_length
+def is_always_counted(characters: int, max_length: int) -> bool:
+    """Whether the tokens of a row of this length are counted even outside the sample."""
+    return characters > MIN_CHARACTERS_PER_TOKEN * max_length
 
 
-def too_many(tokens: int, max_length: int) -> str:
-    """The words for it."""
+def too_many_tokens(tokens: int, max_length: int) -> str:
+    """Return the message of a row that has too many tokens."""
     return f"{tokens} tokens; train.max_length is {max_length}"
 
 
-def lengths(values: Sequence[int], unit: str, limit: int | None) -> dict[str, Any]:
-    """Smallest, middle and largest of some lengths, how many are over the limit, and their histogram."""
+def length_figures(values: Sequence[int], unit: str, limit: int | None) -> dict[str, Any]:
+    """Return minimum, median and maximum of some lengths, the number over the limit, and their histogram."""
     ordered = sorted(values) or [0]
     return {
         "unit": unit,
@@ -80,7 +85,7 @@ def lengths(values: Sequence[int], unit: str, limit: int | None) -> dict[str, An
 
 
 def histogram(values: Iterable[int]) -> list[dict[str, int]]:
-    """At most BARS bars of equal, round width from 0: `start`, `end` (the first value beyond) and `rows`."""
+    """Return bars of equal, round width from 0: `start`, `end` (the first value beyond) and `rows`."""
     counted = list(values)
     if not counted:
         return []
@@ -91,7 +96,7 @@ def histogram(values: Iterable[int]) -> list[dict[str, int]]:
 
 
 def cross_table(groups: Mapping[tuple[str, str], int]) -> dict[str, Any]:
-    """Rows by category and topic: the names of both, and the counts, a list a category."""
+    """Return the names of categories and topics, and the counts of rows, a list a category."""
     categories = sorted({category for category, _ in groups})
     topics = sorted({topic for _, topic in groups})
     return {

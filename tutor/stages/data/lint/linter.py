@@ -1,7 +1,7 @@
-"""The linter for anybody's pairs. In: files of rows. Out: findings, each with its line, and figures to look at.
+"""The linter for question and answer pairs: repeats, contradictions, leaks, lengths, language, balance.
 
-Rows stream through once: what is kept of one are hashes, some hundred bytes, and the texts of a sample. Changes
-nothing, and refuses nothing: which findings are faults is for whoever reads them, or --strict.
+In: files of rows, and the held-out prompts. Out: findings, each with its line, and figures. Reads each file once and
+keeps some hundred bytes a row, and the texts of a sample. Changes no file and raises no error for a finding.
 """
 
 from collections import defaultdict
@@ -15,8 +15,8 @@ from tutor.formats.rows.json_values import printable
 from tutor.formats.rows.jsonl import Limits
 from tutor.graders.language import MIN_WORDS, is_spanish, prose
 from tutor.stages.data.lint import figures
-from tutor.stages.data.lint.near_duplicates import near_pairs, nearest, same
-from tutor.stages.data.lint.rows import Finding, Seen, take_file
+from tutor.stages.data.lint.near_duplicates import groups_by_key, near_pairs, nearest
+from tutor.stages.data.lint.rows import LintFinding, RowIndex, index_file
 
 KINDS = {
     "schema": "rows that the data stage refuses",
@@ -34,32 +34,33 @@ KINDS = {
     "balance": "categories and topics with few rows, and rows without",
 }
 NEAR = 0.6
-"""The share of their words and word pairs from which two questions are reported as nearly the same.
+"""Minimum similarity of two questions that are reported as near duplicates.
 
-A question of six words with another word for one of them keeps 0.57, and is mostly about another thing.
+Two questions of six words that differ in one have 0.57, and mostly another subject.
 """
 FIGURE_NEAR = 0.2
+"""Minimum similarity of the pairs of row and prompt in the figures."""
 FIGURE_PAIRS = 500_000
-"""Up to so many pairs of row and prompt, the nearest row of every prompt is looked for down to FIGURE_NEAR."""
+"""Maximum number of pairs of row and prompt for figures down to FIGURE_NEAR; above, down to NEAR."""
 MAJORITY = 0.8
-"""With less than this share in Spanish a set is not a Spanish one, and its rows are not reported for it."""
-LOOKED_AT = 20_000
-"""Characters of a row that its language is judged by."""
+"""Minimum share of Spanish rows of a Spanish set; in other sets, no row is reported for its language."""
+MAX_CHARACTERS = 20_000
+"""Maximum number of characters of a row that decide its language."""
 SPARSE = 0.25
-"""Of an equal share: a category with less is reported."""
+"""Minimum rows of a category or topic, as a part of an equal share; one with fewer is reported."""
 
 
 @dataclass(frozen=True)
-class Report:
-    """Findings (at most LISTED of a kind), their counts, and figures as JSON holds them."""
+class LintReport:
+    """Findings (at most LISTED of a kind), their counts, and figures as JSON values."""
 
     files: dict[str, dict[str, int]]
-    findings: tuple[Finding, ...]
+    findings: tuple[LintFinding, ...]
     counts: dict[str, int]
     figures: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as JSON holds it."""
+        """Return the report as JSON values."""
         return {**asdict(self), "findings": [asdict(each) for each in self.findings]}
 
 
@@ -71,36 +72,36 @@ def lint(
     tokenizer: Path | None = None,
     system: str = "",
     limits: Limits | None = None,
-) -> Report:
-    """Look through pairs in `files` and, for what leaks into it, the held-out prompts in `against`.
+) -> LintReport:
+    """Lint the rows in `files`, and compare them with the held-out prompts in `against`.
 
     `max_length` is in tokens, `system` included; without `tokenizer`, a tokenizer.json, lengths are in characters.
     Raises RecipeError or DataError where a file as a whole cannot be read, ArtifactError for a damaged tokenizer.
     """
     if against and against in files:
         raise RecipeError(f"{against} is both looked through and held out", "name another file for one of them")
-    seen = Seen()
+    index = RowIndex()
     sizes = {}
     counter = figures.token_counter(tokenizer, system) if tokenizer else None
     for path in [*files, *([against] if against else [])]:
         if path is against:
-            seen.held_out = str(path)
-        sizes[str(path)] = take_file(path, seen, limits or Limits(), figures.too_long(max_length, counter))
-    train, prompts = seen.side(held_out=False), seen.side(held_out=True)
+            index.held_out = str(path)
+        sizes[str(path)] = index_file(path, index, limits or Limits(), figures.length_check(max_length, counter))
+    train, prompts = index.side(held_out=False), index.side(held_out=True)
     for rows in (train, prompts):
-        _repeats(seen, rows)
-    leaks = _leaks(seen, train, prompts)
-    languages = _languages(seen)
-    lengths = _lengths(seen, train, max_length, counter)
-    _balance(seen)
+        _repeats(index, rows)
+    leaks = _leaks(index, train, prompts)
+    languages = _languages(index)
+    lengths = _lengths(index, train, max_length, counter)
+    _balance(index)
     order = {name: number for number, name in enumerate(KINDS)}
-    return Report(
+    return LintReport(
         files=sizes,
-        findings=tuple(sorted(seen.findings, key=lambda each: (order[each.kind], each.file, each.line))),
-        counts={kind: seen.counts[kind] for kind in KINDS if seen.counts[kind]},
+        findings=tuple(sorted(index.findings, key=lambda each: (order[each.kind], each.file, each.line))),
+        counts={kind: index.counts[kind] for kind in KINDS if index.counts[kind]},
         figures={
             "rows": len(train),
-            "groups": figures.cross_table(seen.groups),
+            "groups": figures.cross_table(index.groups),
             "lengths": lengths,
             "language": languages,
             "nearest": leaks,
@@ -108,38 +109,38 @@ def lint(
     )
 
 
-def _repeats(seen: Seen, rows: Sequence[int]) -> None:
-    """Find rows of one side that say again, or say otherwise, what another one says."""
-    for group in same(seen.asks, rows):
+def _repeats(index: RowIndex, rows: Sequence[int]) -> None:
+    """Find rows of one side that repeat or contradict another one."""
+    for group in groups_by_key(index.asks, rows):
         first: dict[int, int] = {}
         for row in group:
-            earlier = first.setdefault(seen.answers[row], row)
+            earlier = first.setdefault(index.answers[row], row)
             if earlier != row:
-                seen.note_row("duplicate", row, f"repeats {seen.place(earlier, row)}")
+                index.add_row("duplicate", row, f"repeats {index.where(earlier, row)}")
             elif len(first) > 1:
-                seen.note_row("contradiction", row, f"asks what {seen.place(group[0], row)} asks, answers otherwise")
-    for group in same(seen.answers, [row for row in rows if seen.answers[row]]):
+                index.add_row("contradiction", row, f"asks what {index.where(group[0], row)} asks, answers otherwise")
+    for group in groups_by_key(index.answers, [row for row in rows if index.answers[row]]):
         for row in group[1:]:
-            if seen.asks[row] != seen.asks[group[0]]:
-                seen.note_row("same-answer", row, f"has the answer of {seen.place(group[0], row)}")
-    for row, (other, similarity) in sorted(near_pairs(seen.questions, rows, NEAR).items()):
-        if seen.asks[row] != seen.asks[other]:
-            seen.note_row("near-duplicate", row, f"is nearly {seen.place(other, row)} (similarity {similarity:.2f})")
+            if index.asks[row] != index.asks[group[0]]:
+                index.add_row("same-answer", row, f"has the answer of {index.where(group[0], row)}")
+    for row, (other, similarity) in sorted(near_pairs(index.questions, rows, NEAR).items()):
+        if index.asks[row] != index.asks[other]:
+            index.add_row("near-duplicate", row, f"is nearly {index.where(other, row)} (similarity {similarity:.2f})")
 
 
-def _leaks(seen: Seen, train: Sequence[int], prompts: Sequence[int]) -> dict[str, Any] | None:
-    """Find rows that ask what a prompt asks; how near the nearest rows are, None without prompts."""
+def _leaks(index: RowIndex, train: Sequence[int], prompts: Sequence[int]) -> dict[str, Any] | None:
+    """Find rows that ask what a prompt asks; return figures of the nearest rows, None without prompts."""
     if not prompts:
         return None
-    asked = {seen.asks[prompt]: prompt for prompt in reversed(prompts)}
+    asked = {index.asks[prompt]: prompt for prompt in reversed(prompts)}
     for row in train:
-        if (prompt := asked.get(seen.asks[row])) is not None:
-            seen.note_row("leak", row, f"is also {seen.place(prompt, row)}")
+        if (prompt := asked.get(index.asks[row])) is not None:
+            index.add_row("leak", row, f"is also {index.where(prompt, row)}")
     few = len(train) * len(prompts) <= FIGURE_PAIRS
-    found = nearest(seen.questions, prompts, train, FIGURE_NEAR if few else NEAR)
+    found = nearest(index.questions, prompts, train, FIGURE_NEAR if few else NEAR)
     for prompt, (row, similarity) in sorted(found.items()):
-        if similarity >= NEAR and seen.asks[row] != seen.asks[prompt]:
-            seen.note_row("near-leak", row, f"is nearly {seen.place(prompt, row)} (similarity {similarity:.2f})")
+        if similarity >= NEAR and index.asks[row] != index.asks[prompt]:
+            index.add_row("near-leak", row, f"is nearly {index.where(prompt, row)} (similarity {similarity:.2f})")
     closest = sorted(found.items(), key=lambda item: -item[1][1])[:5]
     return {
         "prompts": len(prompts),
@@ -147,10 +148,10 @@ def _leaks(seen: Seen, train: Sequence[int], prompts: Sequence[int]) -> dict[str
         "looked_for_from": FIGURE_NEAR if few else NEAR,
         "closest": [
             {
-                "file": seen.files[seen.file[row]],
-                "line": seen.line[row],
-                "prompt_file": seen.files[seen.file[prompt]],
-                "prompt": seen.line[prompt],
+                "file": index.files[index.file[row]],
+                "line": index.line[row],
+                "prompt_file": index.files[index.file[prompt]],
+                "prompt": index.line[prompt],
                 "similarity": round(similarity, 3),
             }
             for prompt, (row, similarity) in closest
@@ -158,43 +159,45 @@ def _leaks(seen: Seen, train: Sequence[int], prompts: Sequence[int]) -> dict[str
     }
 
 
-def _lengths(seen: Seen, train: Sequence[int], max_length: int, counter: figures.Counts | None) -> dict[str, Any]:
-    """Lengths in tokens of the sample, or of all rows in characters; finds too long rows that were not counted yet."""
+def _lengths(
+    index: RowIndex, train: Sequence[int], max_length: int, counter: figures.TokenCounter | None
+) -> dict[str, Any]:
+    """Figures of the sample in tokens, or of all rows in characters; find too long rows that were not counted yet."""
     if counter is None:
-        return figures.lengths([seen.characters[row] for row in train], "characters", None)
-    counts = {row: counter(question, answer) for row, question, answer in seen.sample}
+        return figures.length_figures([index.characters[row] for row in train], "characters", None)
+    counts = {row: counter(question, answer) for row, question, answer in index.sample}
     for row, tokens in sorted(counts.items()):
-        if tokens > max_length and not figures.is_surely_counted(seen.characters[row], max_length):
-            seen.note_row("length", row, figures.too_many(tokens, max_length))
-    return figures.lengths(list(counts.values()), "tokens", max_length)
+        if tokens > max_length and not figures.is_always_counted(index.characters[row], max_length):
+            index.add_row("length", row, figures.too_many_tokens(tokens, max_length))
+    return figures.length_figures(list(counts.values()), "tokens", max_length)
 
 
-def _languages(seen: Seen) -> dict[str, Any]:
-    """Find rows of the sample that are not Spanish, where most are; how many were judged."""
+def _languages(index: RowIndex) -> dict[str, Any]:
+    """Find rows of the sample that are not Spanish, where most are; return the numbers of rows."""
     judged = []
-    for row, question, answer in seen.sample:
-        text = f"{question}\n\n{answer}"[:LOOKED_AT]
+    for row, question, answer in index.sample:
+        text = f"{question}\n\n{answer}"[:MAX_CHARACTERS]
         if len(prose(text).split()) >= MIN_WORDS:
             judged.append((row, *is_spanish(text)))
     spanish = sum(yes for _, yes, _ in judged)
     if judged and spanish / len(judged) >= MAJORITY:
         for row, yes, confidence in sorted(judged):
             if not yes:
-                seen.note_row("language", row, f"its prose is not Spanish (confidence in Spanish {confidence:.2f})")
-    return {"rows": len(seen.sample), "judged": len(judged), "spanish": spanish}
+                index.add_row("language", row, f"its prose is not Spanish (confidence in Spanish {confidence:.2f})")
+    return {"rows": len(index.sample), "judged": len(judged), "spanish": spanish}
 
 
-def _balance(seen: Seen) -> None:
+def _balance(index: RowIndex) -> None:
     """Find categories and topics with few rows, and rows that have no category where others have one."""
     for name, place in (("category", 0), ("topic", 1)):
         sizes: defaultdict[str, int] = defaultdict(int)
-        for group, count in seen.groups.items():
+        for group, count in index.groups.items():
             sizes[group[place]] += count
         total, kinds = sum(sizes.values()), len(sizes)
         for value, count in sorted(sizes.items()):
             if value and count * kinds < SPARSE * total:
                 message = f"{name} {printable(value)!r}: {count} of {total} rows, an equal share is {total // kinds}"
-                seen.note("balance", seen.files[0], 0, message)
+                index.add("balance", index.files[0], 0, message)
         if name == "category" and kinds > 1 and sizes.get("", 0):
-            for row in seen.unlabelled:
-                seen.note_row("balance", row, "has no category, as others have")
+            for row in index.unlabelled:
+                index.add_row("balance", row, "has no category, as others have")

@@ -1,8 +1,8 @@
-"""Which questions are nearly the same: sets of words and word pairs, compared by the share that they have in common.
+"""Find similar questions: sets of words and word pairs, compared by Jaccard similarity.
 
-Helper of lint.py. Texts go in one by one and are not kept: a row costs some hundred bytes. MinHash by one permutation
-in bins (Li, Owen, Zhang 2012) with locality-sensitive bands finds the pairs that are worth comparing; what is reported
-is always the true similarity (Jaccard) of the two sets. No library: the light ones are young, the kept ones need scipy.
+In: normalised texts, one by one, none of which is kept. Out: pairs of numbers with their exact similarity. One
+permutation MinHash in bins (Li, Owen, Zhang 2012) with locality-sensitive bands selects the pairs to compare. No
+library: the small ones are young, the maintained ones need scipy. Some hundred bytes a row.
 """
 
 from array import array
@@ -14,22 +14,23 @@ from math import ceil
 from zlib import crc32
 
 BINS = 24
+"""Number of bins of a MinHash."""
 BAND = 3
-"""Bins a band. Of pairs of similarity 0.6 these 8 bands meet 86 %, of 0.7 97 %, of 0.8 99.7 %."""
+"""Bins a band. The 8 bands find 86 % of the pairs of similarity 0.6, 97 % of 0.7, 99.7 % of 0.8."""
 WINDOW = 4
-"""How many rows of the same band a row is compared with: what many rows share says little about any two of them."""
+"""Maximum number of earlier rows of one band that a row is compared with: a band of many rows means little."""
 
 
 @dataclass
 class Questions:
-    """Questions by number, from 0 in the order in which they are added."""
+    """Hashed questions by number, from 0 in the order in which they are added."""
 
     hashes: "array[int]" = field(default_factory=lambda: array("I"))  # of every question, sorted, one after the other
     ends: "array[int]" = field(default_factory=lambda: array("Q"))
     bands: "list[array[int]]" = field(default_factory=lambda: [array("Q") for _ in range(BINS // BAND)])
 
     def add(self, normalised: str) -> None:
-        """Add a text whose words stand apart by one blank, as data.normalise leaves them."""
+        """Add a text in normal form (splitting.normalise): words with one blank between them."""
         words = normalised.encode().split()
         pairs = [crc32(second, crc32(first + b" ")) for first, second in pairwise(words)]
         hashes = sorted({*map(crc32, words), *pairs})
@@ -43,12 +44,12 @@ class Questions:
         return len(self.ends)
 
     def tokens(self, number: int) -> "array[int]":
-        """The hashes of a question's words and word pairs."""
+        """Return the hashes of a question's words and word pairs, sorted."""
         return self.hashes[self.ends[number - 1] if number else 0 : self.ends[number]]
 
 
 def _bins(hashes: Sequence[int]) -> list[int]:
-    """The least hash of each residue class; an empty one takes that of the next class, marked by how far it came."""
+    """Minimum hash of each residue class; an empty class takes the next one's, marked with the distance."""
     found = [-1] * BINS
     for value in reversed(hashes):
         found[value % BINS] = value
@@ -61,8 +62,8 @@ def _bins(hashes: Sequence[int]) -> list[int]:
     return found
 
 
-def same(keys: "array[int]", chosen: Iterable[int]) -> Iterator[list[int]]:
-    """Of the chosen numbers, those whose keys are equal: groups of two or more, each in the order of `chosen`."""
+def groups_by_key(keys: "array[int]", chosen: Iterable[int]) -> Iterator[list[int]]:
+    """Yield groups of two or more chosen numbers with equal keys, each in the order of `chosen`."""
     first: dict[int, int] = {}
     groups: dict[int, list[int]] = {}
     for number in chosen:
@@ -73,10 +74,10 @@ def same(keys: "array[int]", chosen: Iterable[int]) -> Iterator[list[int]]:
 
 
 def near_pairs(questions: Questions, chosen: Sequence[int], least: float) -> dict[int, tuple[int, float]]:
-    """Of the chosen questions those that are like an earlier one: its number and the similarity, `least` or more."""
+    """Return the chosen questions similar to an earlier one: its number, and the similarity of at least `least`."""
     found: dict[int, tuple[int, float]] = {}
     for band in questions.bands:
-        for group in same(band, chosen):
+        for group in groups_by_key(band, chosen):
             for place, number in enumerate(group[1:], 1):
                 if number not in found:
                     others = ((other, questions.tokens(other)) for other in group[max(0, place - WINDOW) : place])
@@ -87,10 +88,10 @@ def near_pairs(questions: Questions, chosen: Sequence[int], least: float) -> dic
 def nearest(
     questions: Questions, asked: Sequence[int], others: Iterable[int], least: float
 ) -> dict[int, tuple[int, float]]:
-    """For each question of `asked` the one of `others` that is most like it, and how much; none below `least`.
+    """Return for each question of `asked` the most similar one of `others`, and the similarity of at least `least`.
 
-    Exact: two sets that share a part of `least` share one of the rarest tokens of either, so many that the rest is
-    smaller than that part.
+    Exact by prefix filtering: of two sets that share at least the part `least` of their tokens, the rarest tokens of
+    either contain a shared one, if they are so many that the remaining ones are fewer than that part.
     """
     sets = {number: set(questions.tokens(number)) for number in asked}
     frequency = Counter(token for tokens in sets.values() for token in tokens)
@@ -114,7 +115,7 @@ def _keep_best(
     others: Iterable[tuple[int, "array[int]"]],
     least: float,
 ) -> None:
-    """Note the one of `others` that is most like a question, where that is `least` or more."""
+    """Record the most similar one of `others`, where the similarity is at least `least`."""
     for other, row in others:
         if least * len(tokens) <= len(row) and least * len(row) <= len(tokens):
             shared = len(tokens.intersection(row))

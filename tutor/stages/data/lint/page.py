@@ -1,7 +1,7 @@
-"""The linter's report as one HTML page that needs nothing else: no script, no network, light and dark.
+"""The linter's report as one HTML page without script or network.
 
-In: a report, and the files again for the questions that it points at. Out: the page's text. Whatever stands in a row
-is shown as text: everything is escaped, and what cannot be seen is made visible.
+In: a report, and the linted files for the questions that it points at. Out: the text of the page. Row content is shown
+as escaped text, with visible replacements for invisible characters. Writes no file.
 """
 
 from collections import Counter, defaultdict
@@ -9,22 +9,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tutor.formats.html import render
+from tutor.formats.html import render_page
 from tutor.formats.rows.jsonl import Limits, read_values
-from tutor.stages.data.lint.linter import KINDS, NEAR, Report
+from tutor.stages.data.lint.linter import KINDS, NEAR, LintReport
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
-SHOWN = 300
-"""Characters of a question."""
+MAX_CHARACTERS = 300
+"""Maximum number of characters that are shown of a question."""
 WIDTH, HEIGHT, FLOOR, CEILING = 720, 220, 196, 24
-"""The chart, in its own units: where its bars stand, and how high they reach."""
+"""Size of the chart, and the vertical positions of the foot and the top of its bars, in the chart's units."""
 
 Place = tuple[str, int]
-"""A file and a line in it."""
+"""File and line."""
 
 
-def page(report: Report, limits: Limits | None = None) -> str:
-    """The HTML of a report."""
+def lint_page(report: LintReport, limits: Limits | None = None) -> str:
+    """Return the HTML of a report."""
     closest = _closest(report)
     places = {(each.file, each.line) for each in report.findings}
     places |= {pair[side] for pair in closest for side in ("row_place", "prompt_place")}
@@ -47,7 +47,7 @@ def page(report: Report, limits: Limits | None = None) -> str:
         }
         for kind, count in report.counts.items()
     ]
-    return render(
+    return render_page(
         TEMPLATE,
         title=f"Lint of {', '.join(Path(name).name for name in report.files)}",
         files=report.files,
@@ -69,7 +69,7 @@ def page(report: Report, limits: Limits | None = None) -> str:
     )
 
 
-def _closest(report: Report) -> list[dict[str, Any]]:
+def _closest(report: LintReport) -> list[dict[str, Any]]:
     nearest = report.figures["nearest"] or {"closest": []}
     return [
         {
@@ -82,7 +82,7 @@ def _closest(report: Report) -> list[dict[str, Any]]:
 
 
 def _questions(places: Iterable[Place], limits: Limits) -> dict[Place, str]:
-    """The questions on these lines: read again, for the linter keeps no texts."""
+    """Questions on these lines; read from the files, because the linter keeps no texts."""
     wanted: defaultdict[str, set[int]] = defaultdict(set)
     for name, line in places:
         wanted[name] |= {line} - {0}
@@ -91,19 +91,19 @@ def _questions(places: Iterable[Place], limits: Limits) -> dict[Place, str]:
         for line, found in read_values(Path(name), limits, Counter()) if lines else ():
             if line in lines and isinstance(found, dict):
                 text = str(found.get("instruction", ""))
-                texts[name, line] = text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+                texts[name, line] = text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}…"
     return texts
 
 
 def _chart(lengths: dict[str, Any]) -> dict[str, Any]:
-    """The histogram's bars in the chart's own units."""
+    """Bars of the histogram in the chart's units."""
     bars = lengths["bars"]
     most = max((bar["rows"] for bar in bars), default=1)
     step = WIDTH / max(1, len(bars))
-    shown = []
+    drawn = []
     for number, bar in enumerate(bars):
         height = round((FLOOR - CEILING) * bar["rows"] / most, 1)
         over = lengths["limit"] is not None and bar["start"] > lengths["limit"]
         place = {"x": round(number * step + 2, 1), "y": FLOOR - height, "width": round(step - 4, 1), "height": height}
-        shown.append({**bar, **place, "over": over})
-    return {"width": WIDTH, "height": HEIGHT, "floor": FLOOR, "bars": shown}
+        drawn.append({**bar, **place, "over": over})
+    return {"width": WIDTH, "height": HEIGHT, "floor": FLOOR, "bars": drawn}
