@@ -1,25 +1,24 @@
-"""The merge stage against PEFT's own merge, tensor by tensor; which base; kills; what lies beside; what is refused."""
+"""stages/merge/stage.py: the choice of the base, files of the output, killed and resumed merges, refused inputs."""
 
 import json
 import logging
-import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.command import forked
-from support.shared import copied
-from support.tiny_models import adapter_stage, base_stage, edit, in_two_shards, recipe, tensors
+from support.tiny_models import edit, recipe, tensors
 from support.tolerances import forward_error, largest_logit
 
 torch = pytest.importorskip("torch")
-from safetensors.torch import load_file, save_file
+
+from safetensors.torch import load_file
+from support.merging import Q0, WORDS, MergeStages, by_peft, differing, written
 
 from tutor.artifacts.manifest import find_damage
 from tutor.artifacts.stage_folder import RESUME, writing
@@ -31,7 +30,6 @@ from tutor.formats.models.safetensors import read_folder
 from tutor.prompt import chat_template, conversation, encode, render
 from tutor.recipe.settings import Recipe
 from tutor.stages.merge import stage as merge
-from tutor.stages.merge import weights as merging
 from tutor.stages.merge.peft_adapter import read_adapter
 
 pytestmark = [
@@ -45,298 +43,14 @@ pytestmark = [
     ),
 ]
 
-Q0 = "model.layers.0.self_attn.q_proj.weight"
-WORDS = ("tipo", "objeto", "módulo")
-A0, B0 = (f"base_model.model.model.layers.0.self_attn.q_proj.lora_{side}.weight" for side in "AB")
 
-
-class Stages:
-    """A base in two shards and an adapter of it, as their stages leave them."""
-
-    def __init__(self, tiny: Path, folder: Path, **lora: Any) -> None:
-        self.model = in_two_shards(copied(tiny, folder / "model"))
-        self.base = base_stage(self.model, folder / "base")
-        self.adapter = adapter_stage(self.model, folder / "adapter", read_facts(self.base)[0].weights, **lora)
-        self.data = folder / "data"
-        self.data.mkdir()
-        lines = (json.dumps({"instruction": f"¿Qué es {word}?", "response": f"Un {word}."}) for word in WORDS)
-        (self.data / "held_out.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
-        self.out = folder / "merged"
-
-    @property
-    def inputs(self) -> dict[str, Path]:
-        """The folders of the stages that merging needs."""
-        return {"data": self.data, "base": self.base, "train": self.adapter}
-
-    def merge(self, **settings: Any) -> dict[str, Any]:
-        """What the stage finds out; a new folder each time."""
-        shutil.rmtree(self.out, ignore_errors=True)
-        self.out.mkdir()
-        return merge.run(recipe(self.out / "r.toml", merge=settings), self.inputs, self.out)
-
-    def merged(self, nf4: Any = None) -> merging.MergedWeights:
-        """The weights that the stage would write."""
-        files = read_folder(self.model)
-        return merging.MergedWeights(
-            {tensor.name: tensor for stored in files.values() for tensor in stored},
-            read_adapter(self.adapter),
-            "F16",
-            nf4,
-        )
-
-    def refused(self) -> str:
-        """What the stage says instead of merging."""
-        with pytest.raises(ArtifactError) as caught:
-            self.merge()
-        assert "\n" not in str(caught.value)
-        return str(caught.value)
-
-    def edit_adapter(self, change: Callable[[dict[str, Any]], Any]) -> None:
-        """Write the adapter's tensors again, changed, as if it had been trained so."""
-        path = self.adapter / "adapter_model.safetensors"
-        held = load_file(path)
-        change(held)
-        save_file(held, path, metadata={"format": "pt"})
-
-    def edit_base(self, name: str, change: Callable[[Any], Any]) -> None:
-        """Change one tensor of the base, its facts and the adapter's manifest with it."""
-        for path in self.model.glob("*.safetensors"):
-            held = load_file(path)
-            if name in held:
-                save_file({**held, name: change(held[name])}, path, metadata={"format": "pt"})
-        shutil.rmtree(self.base)
-        base_stage(self.model, self.base)
-        self.trained_on(read_facts(self.base)[0].weights)
-
-    def trained_on(self, weights: str, **more: str) -> None:
-        """What the adapter's manifest names as its base, and how it was trained."""
-        edit(self.adapter / "manifest.json", results={"base_weights": weights, **more})
-
-    def trained_in_nf4(self, precision: str = "bf16") -> None:
-        """As an adapter of the 4-bit base says."""
-        self.trained_on(read_facts(self.base)[0].weights, quantization="nf4", precision=precision)
-
-
-@pytest.fixture(scope="module")
-def merged(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Stages:
-    """A plain merge to look at; a test that changes something makes its own."""
-    made = Stages(tiny, tmp_path_factory.mktemp("plain"))
-    made.results = made.merge()  # type: ignore[attr-defined]
-    return made
-
-
-@pytest.fixture
-def stages(merged: Stages, tmp_path: Path) -> Stages:
-    """The same to change."""
-    made = object.__new__(Stages)
-    for name in ("model", "base", "adapter", "data"):
-        setattr(made, name, copied(getattr(merged, name), tmp_path / name))
-    edit(made.base / "base.json", model=str(made.model))
-    made.out = tmp_path / "merged"
-    return made
-
-
-def by_peft(model: Path, adapter: Path, dtype: Any = torch.float32) -> dict[str, Any]:
-    """PEFT's merge in a type, rounded to FP16 at the end."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-    plain = PeftModel.from_pretrained(loaded, adapter).merge_and_unload(safe_merge=True)
-    return {name: weight.to(torch.float16) for name, weight in plain.state_dict().items()}
-
-
-def written(model: Path, adapter: Path, out: Path, dtype: str = "F16") -> dict[str, Any]:
-    """What is written for an adapter, whatever stage made it."""
-    files, read = read_folder(model), read_adapter(adapter)
-    base = {tensor.name: tensor for stored in files.values() for tensor in stored}
-    merging.require_fit(base, read, read_json(model / "config.json"))
-    out.mkdir()
-    merge.write_shards(merging.MergedWeights(base, read, dtype), files, out)
-    return tensors(out)
-
-
-def differing(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    assert found.keys() == wanted.keys()
-    return [name for name in found if not torch.equal(found[name], wanted[name])]
-
-
-def with_biases(model: Path, to: Path) -> Path:
-    """The model with a bias in every linear layer of its blocks."""
-    copied(model, to)
-    edit(to / "config.json", attention_bias=True, mlp_bias=True)
-    torch.manual_seed(4)
-    for path in to.glob("*.safetensors"):
-        held = load_file(path)
-        biases = {
-            name.replace(".weight", ".bias"): torch.randn(len(weight)).to(weight.dtype)
-            for name, weight in held.items()
-            if "_proj" in name
-        }
-        save_file({**held, **biases}, path, metadata={"format": "pt"})
-    return to
-
-
-def as_if_trained(adapter: Path) -> Path:
-    """Move what PEFT begins with a fixed value: magnitudes, biases, whole modules, MiCA's A."""
-    path = adapter / "adapter_model.safetensors"
-    held = load_file(path)
-    torch.manual_seed(3)
-    for name, value in held.items():
-        if not value.any() or ("lora_A" not in name and "lora_B.weight" not in name):
-            value.add_(torch.randn(value.shape) * 0.1)
-    save_file(held, path, metadata={"format": "pt"})
-    return adapter
-
-
-# --- the weights -----------------------------------------------------------------------------------------------------
-
-
-def test_merge_is_bitwise_equal_to_peft_in_fp32(merged: Stages) -> None:
-    found = tensors(merged.out)
-    assert differing(found, by_peft(merged.model, merged.adapter)) == []
-    assert {str(weight.dtype) for weight in found.values()} == {"torch.float16"}
-    before = {name: weight.to(torch.float16) for name, weight in tensors(merged.model).items()}
-    changed = {f"model.layers.{layer}.self_attn.{name}_proj.weight" for layer in (0, 1) for name in "qkvo"}
-    assert set(differing(found, before)) == changed
-
-
-def test_merge_is_within_one_ulp_of_peft_in_fp16(merged: Stages) -> None:
-    """Of the last place of the largest of weight, change and sum: where they cancel, the sum's own is finer."""
-    found, base = tensors(merged.out), tensors(merged.model)
-    apart = 0
-    for name, theirs in by_peft(merged.model, merged.adapter, torch.float16).items():
-        ours, weight = found[name].float(), base[name].float()
-        largest = torch.stack([ours.abs(), weight.abs(), (ours - weight).abs()]).amax(dim=0)
-        unit = torch.exp2(torch.floor(torch.log2(largest.clamp(min=2.0**-14))) - 10)
-        assert ((ours - theirs.float()).abs() <= unit).all(), name
-        apart += int((ours != theirs.float()).sum())
-    assert apart > 0
-
-
-VARIANTS = [
-    {"use_rslora": True},
-    {"rank_pattern": {"q_proj": 2, r"layers\.1\.self_attn\.o_proj": 8}, "alpha_pattern": {"k_proj": 32}},
-    {"alpha_pattern": {"layers.0.self_attn.o_proj": 64}},
-    {"alpha_pattern": {"proj": 64, "layers.0.self_attn.q_proj": 3}},
-    {"rank_pattern": {"o_proj": 1}, "alpha_pattern": {"o_proj": 3}, "use_rslora": True},
-    {"target_modules": ["gate_proj", "up_proj", "down_proj"], "r": 2, "lora_alpha": 1},
-    {"target_modules": r".*layers\.1.*\.(q_proj|down_proj)"},
-    {"target_modules": "all-linear"},
-    {"use_dora": True},
-    {"use_dora": True, "use_rslora": True, "rank_pattern": {"q_proj": 8}, "target_modules": "all-linear"},
-    {"modules_to_save": ["lm_head", "embed_tokens"]},
-    {"modules_to_save": ["norm", "gate_proj"]},
-    {"layers_to_transform": [1], "layers_pattern": "layers"},
-    {"init_lora_weights": "gaussian"},
-    {"init_lora_weights": "orthogonal"},
-    {"init_lora_weights": "mica"},
-    {"init_lora_weights": False},
-]
-
-
-@pytest.mark.parametrize("lora", VARIANTS, ids=str)
-def test_lora_variants_are_merged_as_by_peft(lora: Any, merged: Stages, tmp_path: Path) -> None:
-    adapter = as_if_trained(adapter_stage(merged.model, tmp_path / "adapter", "", **lora))
-    found = written(merged.model, adapter, tmp_path / "out")
-    assert differing(found, by_peft(merged.model, adapter)) == []
-    assert set(differing(found, {name: weight.half() for name, weight in tensors(merged.model).items()})) == set(
-        read_adapter(adapter).shapes
-    )
-
-
-@pytest.mark.parametrize(
-    "lora",
-    [{"bias": "all"}, {"bias": "lora_only"}, {"lora_bias": True}, {"lora_bias": True, "use_rslora": True}],
-    ids=str,
-)
-def test_biases_are_merged_as_by_peft(lora: Any, merged: Stages, tmp_path: Path) -> None:
-    model = with_biases(merged.model, tmp_path / "model")
-    adapter = as_if_trained(adapter_stage(model, tmp_path / "adapter", "", **lora))
-    found = written(model, adapter, tmp_path / "out")
-    assert differing(found, by_peft(model, adapter)) == []
-    biases = {name for name in read_adapter(adapter).shapes if name.endswith(".bias")}
-    assert len(biases) == (14 if lora.get("bias") == "all" else 8)
-
-
-def test_bias_delta_without_base_bias_raises_error(merged: Stages, tmp_path: Path) -> None:
-    adapter = as_if_trained(adapter_stage(merged.model, tmp_path / "adapter", "", lora_bias=True))
-    with pytest.raises(ArtifactError, match=r"the base has no .*_proj\.bias \(8 of 16 adapted tensors missing\)"):
-        written(merged.model, adapter, tmp_path / "out")
-    with pytest.raises(RuntimeError, match="lora_bias"):
-        by_peft(merged.model, adapter)
-
-
-def test_lora_on_the_head_is_merged_into_the_base_head(stages: Stages, tmp_path: Path) -> None:
-    """As the train stage saves: without the copy of the base's that PEFT puts beside an adapted head by itself."""
-    adapter = adapter_stage(stages.model, tmp_path / "other", "", target_modules=["lm_head"])
-    shutil.rmtree(stages.adapter)
-    adapter.rename(stages.adapter)
-    stages.edit_adapter(lambda held: held.pop("base_model.model.lm_head.base_layer.weight"))
-    found = written(stages.model, stages.adapter, tmp_path / "out")
-    assert differing(found, by_peft(stages.model, stages.adapter)) == []
-
-
-def test_dtype_bf16_writes_bf16_weights(stages: Stages) -> None:
-    assert stages.merge(dtype="bf16")["dtype"] == "bfloat16"
-    found = tensors(stages.out)
-    assert {str(weight.dtype) for weight in found.values()} == {"torch.bfloat16"}
-    changed = set(read_adapter(stages.adapter).shapes)
-    assert set(differing(found, tensors(stages.model))) == changed
-    assert read_json(stages.out / "config.json")["torch_dtype"] == "bfloat16"
-
-
-def test_values_beyond_fp16_are_merged_in_bf16(stages: Stages) -> None:
-    stages.edit_base("model.norm.weight", lambda weight: torch.full_like(weight, 1e5))
-    assert "merge.dtype" in stages.refused()
-    stages.merge(dtype="bf16")
-    assert tensors(stages.out)["model.norm.weight"].max() == torch.tensor(1e5).bfloat16()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_base_of_another_dtype_is_rounded_once(stages: Stages, dtype: Any) -> None:
-    sizes = 0
-    for path in stages.model.glob("*.safetensors"):
-        held = {name: (weight.float() * 1.0009).to(dtype) for name, weight in load_file(path).items()}
-        save_file(held, path, metadata={"format": "pt"})
-        sizes += sum(weight.nbytes for weight in held.values())
-    edit(stages.model / "model.safetensors.index.json", metadata={"total_size": sizes})
-    shutil.rmtree(stages.base)
-    base_stage(stages.model, stages.base)
-    stages.trained_on(read_facts(stages.base)[0].weights)
-    stages.merge()
-    found = tensors(stages.out)
-    assert differing(found, by_peft(stages.model, stages.adapter)) == []
-    said = read_json(stages.out / "model.safetensors.index.json")["metadata"]["total_size"]
-    assert said == sum(weight.nbytes for weight in found.values())
-
-
-def test_base_in_one_file_gives_one_file(tiny: Path, merged: Stages, tmp_path: Path) -> None:
+def test_base_in_one_file_gives_one_file(tiny: Path, merged: MergeStages, tmp_path: Path) -> None:
     written(tiny, merged.adapter, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.safetensors", RESUME}
     assert differing(tensors(tmp_path / "out"), tensors(merged.out)) == []
 
 
-def test_tensor_in_many_pieces_equals_tensor_in_one(merged: Stages, tmp_path: Path) -> None:
-    """3000 x 1000: a piece holds a million numbers, and the last is cut."""
-    torch.manual_seed(5)
-    weight, a, b = torch.randn(3000, 1000).bfloat16(), torch.randn(4, 1000), torch.randn(3000, 4)
-    magnitude = torch.rand(3000)
-    model, adapter = tmp_path / "model", tmp_path / "adapter"
-    model.mkdir(), adapter.mkdir()
-    save_file({"model.layers.0.mlp.up_proj.weight": weight}, model / "model.safetensors")
-    (model / "config.json").write_text("{}")
-    start = "base_model.model.model.layers.0.mlp.up_proj"
-    ends = {".lora_A.weight": a, ".lora_B.weight": b, ".lora_magnitude_vector": magnitude}
-    save_file({start + end: value for end, value in ends.items()}, adapter / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "use_dora": True}
-    (adapter / "adapter_config.json").write_text(json.dumps(settings))
-    (found,) = written(model, adapter, tmp_path / "out").values()
-    plain = weight.float() + (b @ a) * 1.5
-    assert torch.equal(found, ((magnitude / torch.linalg.norm(plain, dim=1))[:, None] * plain).half())
-
-
-def test_shards_names_and_index_equal_those_of_the_base(merged: Stages) -> None:
+def test_shards_names_and_index_equal_those_of_the_base(merged: MergeStages) -> None:
     shards = sorted(path.name for path in merged.model.glob("*.safetensors"))
     assert sorted(path.name for path in merged.out.glob("*.safetensors")) == shards
     for name in shards:
@@ -345,7 +59,7 @@ def test_shards_names_and_index_equal_those_of_the_base(merged: Stages) -> None:
     assert (merged.out / index).read_bytes() == (merged.model / index).read_bytes()
 
 
-def test_results_have_layers_and_largest_change(merged: Stages) -> None:
+def test_results_have_layers_and_largest_change(merged: MergeStages) -> None:
     deltas = read_adapter(merged.adapter).deltas.values()
     largest = max((delta.scale * (delta.b @ delta.a)).abs().max().item() for delta in deltas)
     results = merged.results  # type: ignore[attr-defined]
@@ -356,7 +70,9 @@ def test_results_have_layers_and_largest_change(merged: Stages) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 1])
-def test_progress_is_logged_up_to_the_total_bytes(stages: Stages, caplog: pytest.LogCaptureFixture, kept: int) -> None:
+def test_progress_is_logged_up_to_the_total_bytes(
+    stages: MergeStages, caplog: pytest.LogCaptureFixture, kept: int
+) -> None:
     """Of the weights alone; a file that is kept counts as done."""
     if kept:  # the first file of two, that is
         stages.merge()
@@ -376,40 +92,7 @@ def test_progress_is_logged_up_to_the_total_bytes(stages: Stages, caplog: pytest
     assert (told[0][0] > first) == bool(kept)
 
 
-# --- which base ------------------------------------------------------------------------------------------------------
-
-
-def in_four_bits(model: Path, precision: str) -> dict[str, Any]:
-    """What a loaded 4-bit model holds of each weight, given back as its layers do."""
-    import bitsandbytes
-
-    held = {}
-    for name, module in load_base(model, "nf4", precision).named_modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            held[f"{name}.weight"] = bitsandbytes.functional.dequantize_4bit(module.weight, module.weight.quant_state)
-    return held
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_nf4_base_equals_the_weights_of_a_4_bit_model(stages: Stages, precision: str) -> None:
-    stages.edit_adapter(lambda held: [value.zero_() for name, value in held.items() if "lora_B" in name])
-    stages.trained_in_nf4(precision)
-    assert stages.merge(base="nf4")["base"] == "nf4"
-    held = in_four_bits(stages.model, precision)
-    assert len(held) == 14
-    wanted = {**tensors(stages.model), **held}
-    assert differing(tensors(stages.out), {name: weight.half() for name, weight in wanted.items()}) == []
-
-
-def test_adapter_is_added_to_nf4_base_in_fp32(stages: Stages) -> None:
-    stages.trained_in_nf4()
-    stages.merge(base="nf4")
-    delta = read_adapter(stages.adapter).deltas[Q0]
-    held = in_four_bits(stages.model, "bf16")[Q0]
-    assert torch.equal(tensors(stages.out)[Q0], (held.float() + delta.b @ delta.a * delta.scale).half())
-
-
-def test_nf4_training_scores_both_bases_and_uses_the_better(stages: Stages, tmp_path: Path) -> None:
+def test_nf4_training_scores_both_bases_and_uses_the_better(stages: MergeStages, tmp_path: Path) -> None:
     stages.trained_in_nf4()
     found = stages.merge()
     rows = [encode(load_tokenizer(stages.model), f"¿Qué es {word}?", f"Un {word}.") for word in WORDS]
@@ -433,7 +116,7 @@ def test_nf4_training_scores_both_bases_and_uses_the_better(stages: Stages, tmp_
     assert differing(tensors(stages.out), tensors(tmp_path / found["base"])) == []
 
 
-def test_16_bit_training_uses_original_base_without_scoring(stages: Stages) -> None:
+def test_16_bit_training_uses_original_base_without_scoring(stages: MergeStages) -> None:
     stages.trained_on(read_facts(stages.base)[0].weights, quantization="none", precision="fp32")
     (stages.data / "held_out.jsonl").unlink()
     found = stages.merge()
@@ -444,7 +127,7 @@ def test_16_bit_training_uses_original_base_without_scoring(stages: Stages) -> N
 
 
 @pytest.mark.parametrize("base", ["original", "nf4"])
-def test_base_named_in_recipe_is_used_without_scoring(stages: Stages, base: str) -> None:
+def test_base_named_in_recipe_is_used_without_scoring(stages: MergeStages, base: str) -> None:
     stages.trained_in_nf4()
     (stages.data / "held_out.jsonl").unlink()
     found = stages.merge(base=base)
@@ -485,12 +168,14 @@ def shard(folder: Path, number: int, partial: str = "") -> Path:
 
 
 IN_THE_SECOND = 2 + 2 + 8 + 3
+
+
 """check_model_folder() and read_folder() open both files, the first has eight tensors; so the second's third."""
 
 
 @pytest.mark.pipeline
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_killed_merge_resumes_at_the_unfinished_file(stages: Stages, number: int) -> None:
+def test_killed_merge_resumes_at_the_unfinished_file(stages: MergeStages, number: int) -> None:
     folder = stages.out.parent
     assert run_stage(folder, opens=IN_THE_SECOND, number=number) != 0
     assert not stages.out.exists()
@@ -510,7 +195,7 @@ def test_killed_merge_resumes_at_the_unfinished_file(stages: Stages, number: int
 
 
 @pytest.mark.pipeline
-def test_finished_file_changed_since_is_written_again(stages: Stages) -> None:
+def test_finished_file_changed_since_is_written_again(stages: MergeStages) -> None:
     folder = stages.out.parent
     run_stage(folder, opens=IN_THE_SECOND)
     path = shard(folder, 1, ".partial")
@@ -523,7 +208,7 @@ def test_finished_file_changed_since_is_written_again(stages: Stages) -> None:
 
 
 @pytest.mark.pipeline
-def test_files_of_another_key_are_not_reused(stages: Stages) -> None:
+def test_files_of_another_key_are_not_reused(stages: MergeStages) -> None:
     folder = stages.out.parent
     run_stage(folder, opens=IN_THE_SECOND)
     first = shard(folder, 1, ".partial").stat()
@@ -532,7 +217,7 @@ def test_files_of_another_key_are_not_reused(stages: Stages) -> None:
 
 
 @pytest.mark.pipeline
-def test_resumed_merge_reads_the_recorded_choice(stages: Stages) -> None:
+def test_resumed_merge_reads_the_recorded_choice(stages: MergeStages) -> None:
     stages.trained_in_nf4()
     stages.merge()
     chosen = read_json(stages.out / RESUME / "choice.json")
@@ -542,7 +227,7 @@ def test_resumed_merge_reads_the_recorded_choice(stages: Stages) -> None:
 
 
 @pytest.mark.pipeline
-def test_small_disk_raises_error_before_the_merge(stages: Stages) -> None:
+def test_small_disk_raises_error_before_the_merge(stages: MergeStages) -> None:
     full = stages.out.parent / "disk"
     full.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(full)]
@@ -556,47 +241,10 @@ def test_small_disk_raises_error_before_the_merge(stages: Stages) -> None:
         subprocess.run(["umount", full], check=True)
 
 
-MEMORY = """
-import resource, sys
-from pathlib import Path
-from tutor.stages.merge.peft_adapter import read_adapter
-from tutor.stages.merge.weights import MergedWeights
-from tutor.formats.models.safetensors import read_folder
-from tutor.stages.merge.stage import write_shards
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-base, adapter, out = map(Path, sys.argv[1:])
-before = peak()
-files = read_folder(base)
-write_shards(MergedWeights({t.name: t for s in files.values() for t in s}, read_adapter(adapter), "F16"), files, out)
-print(peak() - before)
-"""
+# --- configuration, tokenizer, other files ---------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_peak_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """160 MB of weights, 64 of them adapted, in less than half of that beyond what importing torch takes."""
-    adapted, plain = torch.zeros(8192, 4096).bfloat16(), torch.zeros(48 << 20).bfloat16()
-    for name in ("model", "adapter", "out"):
-        (tmp_path / name).mkdir()
-    name = "model.layers.0.mlp.up_proj"
-    save_file({f"{name}.weight": adapted, "lm_head.weight": plain}, tmp_path / "model" / "model.safetensors")
-    pair = {"A": torch.ones(8, 4096), "B": torch.ones(8192, 8)}
-    held = {f"base_model.model.{name}.lora_{side}.weight": value for side, value in pair.items()}
-    save_file(held, tmp_path / "adapter" / "adapter_model.safetensors")
-    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 8}')
-    command = [sys.executable, "-c", MEMORY, *(tmp_path / name for name in ("model", "adapter", "out"))]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 80
-    assert (tensors(tmp_path / "out")[f"{name}.weight"] == 8).all()
-
-
-# --- what lies beside them -------------------------------------------------------------------------------------------
-
-
-def test_config_has_dtype_float16_and_is_otherwise_unchanged(merged: Stages) -> None:
+def test_config_has_dtype_float16_and_is_otherwise_unchanged(merged: MergeStages) -> None:
     before, after = (read_json(folder / "config.json") for folder in (merged.model, merged.out))
     assert (after.pop("dtype"), after.pop("torch_dtype")) == ("float16", "float16")
     assert before.pop("dtype") == "bfloat16"
@@ -604,7 +252,7 @@ def test_config_has_dtype_float16_and_is_otherwise_unchanged(merged: Stages) -> 
     assert after["rope_parameters"]["rope_type"] == "llama3"
 
 
-def test_tokenizer_files_differ_only_in_the_chat_template(merged: Stages) -> None:
+def test_tokenizer_files_differ_only_in_the_chat_template(merged: MergeStages) -> None:
     assert (merged.out / "tokenizer.json").read_bytes() == (merged.model / "tokenizer.json").read_bytes()
     before, after = (read_json(folder / "tokenizer_config.json") for folder in (merged.model, merged.out))
     assert {name for name in before if before[name] != after[name]} == {"chat_template"}
@@ -614,7 +262,7 @@ def test_tokenizer_files_differ_only_in_the_chat_template(merged: Stages) -> Non
     assert (merged.out / "chat_template.jinja").read_text("utf-8") == ours
 
 
-def test_merged_tokenizer_renders_served_prompt_with_one_bos(merged: Stages) -> None:
+def test_merged_tokenizer_renders_served_prompt_with_one_bos(merged: MergeStages) -> None:
     tokenizer = load_tokenizer(merged.out)
     messages = conversation("¿Qué es un genérico?", "Eres un tutor.")
     text = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -624,14 +272,14 @@ def test_merged_tokenizer_renders_served_prompt_with_one_bos(merged: Stages) -> 
     assert ids.count(tokenizer.bos_token_id) == 1
 
 
-def test_base_chat_template_file_is_replaced_by_ours(stages: Stages) -> None:
+def test_base_chat_template_file_is_replaced_by_ours(stages: MergeStages) -> None:
     (stages.model / "chat_template.jinja").write_text("{{ '<think>' }}", "utf-8")
     stages.merge()
     assert (stages.out / "chat_template.jinja").read_text("utf-8") == chat_template(add_bos=True)
     assert load_tokenizer(stages.out).chat_template == chat_template(add_bos=True)
 
 
-def test_licenses_and_settings_are_copied_other_files_not(stages: Stages) -> None:
+def test_licenses_and_settings_are_copied_other_files_not(stages: MergeStages) -> None:
     for name in ("LICENSE", "NOTICE.txt", "special_tokens_map.json", "pytorch_model.bin", "modeling.py"):
         (stages.model / name).write_text("{}", "utf-8")
     stages.merge()
@@ -640,10 +288,10 @@ def test_licenses_and_settings_are_copied_other_files_not(stages: Stages) -> Non
     assert not {"pytorch_model.bin", "modeling.py"} & names
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- refused inputs --------------------------------------------------------------------------------------------------
 
 
-def test_adapter_of_other_base_is_refused_with_both_hashes(stages: Stages) -> None:
+def test_adapter_of_other_base_is_refused_with_both_hashes(stages: MergeStages) -> None:
     trained_on = read_facts(stages.base)[0].weights
     stages.edit_base(Q0, lambda weight: weight * 2)
     now = read_facts(stages.base)[0].weights
@@ -654,7 +302,7 @@ def test_adapter_of_other_base_is_refused_with_both_hashes(stages: Stages) -> No
 
 
 @pytest.mark.parametrize("damage", ["no manifest", "names no base"])
-def test_adapter_without_base_hash_is_refused(stages: Stages, damage: str) -> None:
+def test_adapter_without_base_hash_is_refused(stages: MergeStages, damage: str) -> None:
     if damage == "no manifest":
         (stages.adapter / "manifest.json").unlink()
     else:
@@ -662,134 +310,11 @@ def test_adapter_without_base_hash_is_refused(stages: Stages, damage: str) -> No
     assert "was trained on other weights" in stages.refused()
 
 
-def test_base_with_fewer_layers_is_refused_with_missing_tensor(stages: Stages) -> None:
-    for path in stages.model.glob("*.safetensors"):
-        held = {name: weight for name, weight in load_file(path).items() if ".layers.1." not in name}
-        save_file(held, path, metadata={"format": "pt"})
-    said = stages.refused()
-    assert "the base has no model.layers.1.self_attn.k_proj.weight (4 of 8 adapted tensors missing)" in said
-
-
-def test_layer_of_another_shape_is_refused_with_both_shapes(stages: Stages) -> None:
-    stages.edit_base(Q0, lambda weight: weight[:32].clone())
-    assert f"{Q0} is (32, 64) in the base, (64, 64) in the adapter" in stages.refused()
-
-
-def test_adapter_without_lora_b_is_refused(stages: Stages) -> None:
-    stages.edit_adapter(lambda held: held.pop(B0))
-    assert "model.layers.0.self_attn.q_proj has no fitting lora_B" in stages.refused()
-
-
-def test_adapter_without_lora_a_is_refused(stages: Stages) -> None:
-    stages.edit_adapter(lambda held: held.pop(A0))
-    assert f"holds {B0}, which cannot be merged here" in stages.refused()
-
-
-def test_adapter_without_lora_layers_is_refused(stages: Stages) -> None:
-    stages.edit_adapter(lambda held: held.clear())
-    assert "holds 0 tensors for 0 LoRA layers" in stages.refused()
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("name", [A0, B0])
-def test_adapter_with_nan_or_infinity_is_refused(stages: Stages, name: str, value: float) -> None:
-    stages.edit_adapter(lambda held: held[name].view(-1)[3].fill_(value))
-    assert f"{name} holds NaN or infinity; train again" in stages.refused()
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "said"),
-    [
-        ("model.norm.weight", 70000.0, "70144, beyond FP16's 65504"),  # fits bf16, which rounds it
-        ("model.embed_tokens.weight", -70000.0, "70144, beyond FP16's 65504"),
-        ("model.norm.weight", math.nan, "NaN"),
-        (Q0, 70000.0, "70144"),
-    ],
-)
-def test_base_value_beyond_fp16_is_refused_with_tensor_name(stages: Stages, name: str, value: float, said: str) -> None:
-    def put(weight: Any) -> Any:
-        weight.view(-1)[0] = value
-        return weight
-
-    stages.edit_base(name, put)
-    assert f"{name} holds {said}"[:60] in stages.refused()
-
-
-def test_merged_value_beyond_fp16_is_refused(stages: Stages) -> None:
-    stages.edit_adapter(lambda held: held[B0].mul_(1e7))
-    assert f"{Q0} holds " in stages.refused()
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("fan_in_fan_out", True),
-        ("init_lora_weights", "pissa"),
-        ("init_lora_weights", "pissa_niter_4"),
-        ("init_lora_weights", "olora"),
-        ("init_lora_weights", "corda"),
-        ("init_lora_weights", "loftq"),
-        ("init_lora_weights", "lora_ga"),
-        ("alora_invocation_tokens", [1, 2]),
-        ("layer_replication", [[0, 2], [1, 2]]),
-        ("trainable_token_indices", [1]),
-        ("target_parameters", ["q_proj.weight"]),
-        ("use_qalora", True),
-        ("use_bdlora", {"nblocks": 2}),
-        ("ensure_weight_tying", True),
-        ("megatron_config", {"a": 1}),
-        ("kasa_config", {"beta": 1.0}),
-        ("a_setting_of_a_later_peft", 1),
-        ("peft_type", "LOHA"),
-        ("peft_type", None),
-    ],
-)
-def test_unsupported_setting_is_refused_with_its_name(stages: Stages, name: str, value: Any) -> None:
-    edit(stages.adapter / "adapter_config.json", **{name: value})
-    assert f"{name} = {value!r} cannot be merged here" in stages.refused()
-
-
-@pytest.mark.parametrize(
-    ("lora", "edits", "said"),
-    [
-        ({"use_dora": True}, {"use_dora": False}, "no fitting lora_magnitude_vector"),
-        ({}, {"use_dora": True}, "no fitting lora_magnitude_vector"),
-        ({"modules_to_save": ["norm"]}, {"modules_to_save": None}, r"norm\.weight, which cannot be merged"),
-        ({"target_modules": ["embed_tokens", "q_proj"]}, {}, r"embed_tokens\..*, which cannot be merged"),
-        ({"target_modules": ["lm_head"]}, {}, r"lm_head\.base_layer\.weight, which cannot be merged"),
-        ({}, {"r": 5}, "has rank 4, its adapter_config.json says 5"),
-    ],
-    ids=str,
-)
-def test_tensor_without_a_setting_for_it_is_refused(
-    merged: Stages, tmp_path: Path, lora: Any, edits: Any, said: str
-) -> None:
-    adapter = adapter_stage(merged.model, tmp_path / "adapter", "", **lora)
-    edit(adapter / "adapter_config.json", **edits)
-    with pytest.raises(ArtifactError, match=said):
-        read_adapter(adapter)
-
-
-@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
-def test_adapter_on_a_tied_tensor_is_refused(merged: Stages, tmp_path: Path, module: str) -> None:
-    adapter = adapter_stage(merged.model, tmp_path / "adapter", "", modules_to_save=[module])
-    model = copied(merged.model, tmp_path / "model")
-    edit(model / "config.json", tie_word_embeddings=True)
-    with pytest.raises(ArtifactError, match=rf"{module}\.weight, which the base ties to another"):
-        written(model, adapter, tmp_path / "out")
-
-
-@pytest.mark.parametrize("value", [None, "16", []])
-def test_rank_or_alpha_that_is_no_number_is_refused(stages: Stages, value: Any) -> None:
-    edit(stages.adapter / "adapter_config.json", lora_alpha=value)
-    assert "lora_alpha" in stages.refused()
-
-
 @pytest.mark.parametrize(
     "name", ["adapter/adapter_model.safetensors", "adapter/adapter_config.json", "model/tokenizer_config.json"]
 )
 @pytest.mark.parametrize("damage", ["missing", "cut"])
-def test_damaged_adapter_file_is_named_in_one_line(stages: Stages, name: str, damage: str) -> None:
+def test_damaged_adapter_file_is_named_in_one_line(stages: MergeStages, name: str, damage: str) -> None:
     path = stages.out.parent / name
     content = path.read_bytes()
     path.unlink()
@@ -798,13 +323,13 @@ def test_damaged_adapter_file_is_named_in_one_line(stages: Stages, name: str, da
     assert str(path) in stages.refused()
 
 
-def test_damaged_base_shard_is_named(stages: Stages) -> None:
+def test_damaged_base_shard_is_named(stages: MergeStages) -> None:
     path = sorted(stages.model.glob("*.safetensors"))[1]
     path.write_bytes(path.read_bytes()[:-1])
     assert f"{path} is damaged" in stages.refused()
 
 
-def test_missing_base_shard_raises_error(stages: Stages) -> None:
+def test_missing_base_shard_raises_error(stages: MergeStages) -> None:
     path = sorted(stages.model.glob("*.safetensors"))[0]  # lm_head and the first layer's start
     names = load_file(path).keys()
     path.unlink()
