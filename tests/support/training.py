@@ -1,5 +1,6 @@
 """Rows, settings and measurements for trainings of the tiny Llama."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from transformers import TrainerCallback
 
 torch = pytest.importorskip("torch")
-
+from tutor.prompt import Encoded
 
 ROWS = [
     {"instruction": f"¿Qué es {what}?", "response": f"Es {what} de TypeScript: sirve para {use}."}
@@ -73,3 +74,26 @@ class FirstGradient(TrainerCallback):  # type: ignore[misc]
 
 
 SOURCE = "path:una-base"
+
+
+def gradients(model: Any, rows: Sequence[Encoded]) -> dict[str, Any]:
+    """Of the mean loss over all supervised tokens of all rows, without a library's help."""
+    model.zero_grad()
+    total = sum(sum(row.mask) for row in rows)
+    for row in rows:
+        ids = torch.tensor([row.ids])
+        logits = model(input_ids=ids).logits[0, row.n_prompt - 1 : -1].float()
+        losses = torch.nn.functional.cross_entropy(logits, ids[0, row.n_prompt :], reduction="sum")
+        (losses / total).backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def history(losses: Sequence[float | None], **held_out: float) -> list[dict[str, Any]]:
+    """An entry a step; `at5=1.0` is a held-out loss of 1.0 at step 5."""
+    entries: list[dict[str, Any]] = [
+        {"step": step, "epoch": step / 10, "loss": loss, "learning_rate": 1e-4, "grad_norm": 1.0}
+        for step, loss in enumerate(losses, 1)
+    ]
+    for name, value in held_out.items():
+        entries[int(name.removeprefix("at")) - 1]["held_out_loss"] = value
+    return entries

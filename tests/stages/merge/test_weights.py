@@ -13,7 +13,6 @@ from support.shared import copied
 from support.tiny_models import adapter_stage, base_stage, edit, tensors
 
 torch = pytest.importorskip("torch")
-
 from safetensors.torch import load_file, save_file
 from support.merging import B0, Q0, MergeStages, by_peft, differing, written
 
@@ -62,7 +61,7 @@ def as_if_trained(adapter: Path) -> Path:
     return adapter
 
 
-# --- equal to PEFT -----------------------------------------------------------------------------------------------------
+# --- equal to PEFT ----------------------------------------------------------------------------------------------------
 
 
 def test_merge_is_bitwise_equal_to_peft_in_fp32(merged: MergeStages) -> None:
@@ -203,7 +202,7 @@ def test_tensor_in_many_pieces_equals_tensor_in_one(merged: MergeStages, tmp_pat
     assert torch.equal(found, ((magnitude / torch.linalg.norm(plain, dim=1))[:, None] * plain).half())
 
 
-# --- the NF4 base ------------------------------------------------------------------------------------------------------
+# --- the NF4 base -----------------------------------------------------------------------------------------------------
 
 
 def in_four_bits(model: Path, precision: str) -> dict[str, Any]:

@@ -1,18 +1,25 @@
 """Fixtures of the trainings' tests."""
 
 import json
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import pytest
 from support.tiny_models import base_stage, edit
 
 torch = pytest.importorskip("torch")
-from support.training import HELD_OUT, ROWS, SOURCE
+from support.interrupted import Folders, Terminated, by_step, checkpoints, made, noted, stage
+from support.training import HELD_OUT, ROWS, SOURCE, settings
 
+from tutor.engines.hf.loading import load_base
 from tutor.formats.models.model_folder import load_tokenizer
+from tutor.machine.memory.batching import split_step
 from tutor.prompt import Encoded
 from tutor.stages.train.audit import encode_rows
+from tutor.stages.train.trainer import lora_config, make_trainer, training_arguments
 
 
 @pytest.fixture(scope="module")
@@ -36,3 +43,48 @@ def inputs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     base_stage(tiny, folder / "base")
     edit(folder / "base" / "base.json", source=SOURCE)
     return {"data": folder / "data", "base": folder / "base"}
+
+
+@pytest.fixture
+def trainer_of(tiny: Path, tokenizer: Any, tmp_path: Path) -> Callable[..., Any]:
+    """The trainer that the stage makes, of any rows and with any settings."""
+
+    def make(rows: Sequence[Encoded], quantization: str = "none", precision: str = "fp32", **changes: Any) -> Any:
+        chosen = settings(**changes)
+        torch.manual_seed(1)
+        passes = split_step(chosen, [len(row.ids) for row in rows])
+        arguments = training_arguments(chosen, precision, 1, tmp_path / "checkpoints", passes)
+        model = load_base(tiny, quantization, precision)
+        return make_trainer(model, tokenizer, rows, lora_config(chosen), arguments)
+
+    return make
+
+
+@pytest.fixture
+def sigterm() -> Iterator[None]:
+    """Let SIGTERM raise an exception, as `tutor` does."""
+
+    def raise_it(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, raise_it)
+    yield
+    assert signal.getsignal(signal.SIGTERM) is raise_it
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="module")
+def unbroken(inputs: Folders, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[int, list[Any]]]:
+    """The files of an uninterrupted run, and the rows of its steps."""
+    folder = tmp_path_factory.mktemp("whole") / "adapter"
+    with noted() as notes:
+        stage(inputs, folder)
+    assert checkpoints(folder) == []  # nothing is left of them
+    return made(folder), by_step(notes)
+
+
+@pytest.fixture(scope="module")
+def whole(unbroken: tuple[dict[str, Any], dict[int, list[Any]]]) -> dict[str, Any]:
+    """The files of an uninterrupted run."""
+    return unbroken[0]

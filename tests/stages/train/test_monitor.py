@@ -1,9 +1,8 @@
-"""Watching a training: what it stops, which adapter it keeps, what it writes and that none of it changes the result."""
+"""stages/train/monitor.py: evaluations, the best adapter, early stop, reports; none of it changes the training."""
 
 import json
 import logging
 import math
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
-from support.training import ROWS, settings
+from support.training import ROWS, history, settings
 from transformers import PrinterCallback, TrainerCallback
 
 from tutor.artifacts.stage_folder import log_folder
@@ -22,12 +21,9 @@ from tutor.engines.hf.loading import load_base
 from tutor.errors import ArtifactError
 from tutor.formats.models.model_folder import load_tokenizer
 from tutor.machine.memory.batching import split_step
-from tutor.stages.train import metrics as gauges
 from tutor.stages.train import monitor
 from tutor.stages.train.audit import encode_rows
-from tutor.stages.train.loop import round_adapter
 from tutor.stages.train.monitor import DIVERGENCE_STEPS, MAX_SKIPPED_STEPS, Monitor, MonitorSettings
-from tutor.stages.train.plot import draw
 from tutor.stages.train.trainer import lora_config, make_trainer, training_arguments
 
 pytestmark = [
@@ -42,17 +38,6 @@ def course(**changes: Any) -> MonitorSettings:
         "skips_overflow": False,
     }  # fmt: skip
     return MonitorSettings(**{**plain, **changes})
-
-
-def history(losses: Sequence[float | None], **held_out: float) -> list[dict[str, Any]]:
-    """An entry a step; `at5=1.0` is a held-out loss of 1.0 at step 5."""
-    entries: list[dict[str, Any]] = [
-        {"step": step, "epoch": step / 10, "loss": loss, "learning_rate": 1e-4, "grad_norm": 1.0}
-        for step, loss in enumerate(losses, 1)
-    ]
-    for name, value in held_out.items():
-        entries[int(name.removeprefix("at")) - 1]["held_out_loss"] = value
-    return entries
 
 
 # --- decisions -------------------------------------------------------------------------------------------------------
@@ -119,42 +104,6 @@ def test_report_lines_have_first_last_nth_and_evaluated_steps() -> None:
     assert lines[1]["held_out_perplexity"] == pytest.approx(math.exp(1.5))
     assert lines[0]["perplexity"] == pytest.approx(math.exp(8))
     json.dumps(monitor.report_lines(history([None, 900.0]), 2, course()), allow_nan=False)
-
-
-def test_pace_excludes_evaluations_and_predicts_them() -> None:
-    now = 100.0
-    pace = gauges.Pace(lambda: now)
-    pace.begin(10, 1.0)  # resumed after ten steps, one epoch
-    now += 4
-    with pace.paused():
-        now += 6
-    said = pace.since_report(12, 1.5, rows=20, tokens=800)
-    assert said == {"seconds": 10.0, "steps_per_second": 0.5, "samples_per_second": 2.5, "tokens_per_second": 100.0}
-    assert pace.seconds_left(12, 20, evaluations=2) == pytest.approx(8 * 2 + 2 * 6)
-    assert pace.elapsed(1.5) == (pytest.approx(4.0), pytest.approx(0.5))
-    now += 1
-    assert pace.since_report(14, 1.75, rows=20, tokens=800)["steps_per_second"] == 2.0
-
-
-@pytest.mark.parametrize(("seconds", "said"), [(0.2, "0:00"), (65, "1:05"), (3599.7, "1:00:00"), (90061, "25:01:01")])
-def test_duration_is_formatted_as_minutes_or_hours(seconds: float, said: str) -> None:
-    assert gauges.format_duration(seconds) == said
-
-
-@pytest.mark.slow
-def test_plot_has_equal_bytes_in_another_process(tmp_path: Path) -> None:
-    found = history([5.0, None, 3.0], at3=2.0)
-    found[1]["grad_norm"] = None
-    draw(found, 6.0, 3, tmp_path / "one.svg")
-    code = (
-        "import json, sys; from pathlib import Path; from tutor.stages.train.plot import draw;"
-        "draw(json.loads(sys.argv[1]), 6.0, 3, Path(sys.argv[2]))"
-    )
-    subprocess.run([sys.executable, "-c", code, json.dumps(found), tmp_path / "two.svg"], check=True)
-    picture = (tmp_path / "one.svg").read_bytes()
-    assert picture == (tmp_path / "two.svg").read_bytes()
-    assert picture.rstrip().endswith(b"</svg>")
-    assert b"20" + b"26-" not in picture
 
 
 # --- in a trainer ----------------------------------------------------------------------------------------------------
@@ -404,28 +353,5 @@ def test_skipped_fp16_steps_are_none_and_training_continues(tiny: Path, tokenize
     assert {weight.dtype for weight in before.values()} == {torch.float32}
 
 
-@pytest.mark.pipeline
-def test_adapter_is_rounded_to_fp16_and_overflow_raises_error(trainer_of: Any) -> None:
-    model = trainer_of().model
-    weight = next(weight for weight in model.parameters() if weight.requires_grad)
-    with torch.no_grad():
-        weight[0, 0] = 0.1
-    round_adapter(model)
-    assert weight.dtype == torch.float32
-    assert weight[0, 0].item() == torch.tensor(0.1).half().item()
-    with torch.no_grad():
-        weight[0, 0] = 70000.0
-    with pytest.raises(ArtifactError, match="beyond FP16's 65504"):
-        round_adapter(model)
-
-
 def test_log_folder_is_equal_for_partial_and_final_stage_folder(tmp_path: Path) -> None:
     assert log_folder(tmp_path / "adapter.partial") == log_folder(tmp_path / "adapter") == tmp_path / "adapter.log"
-
-
-def test_gpu_utilization_without_its_library_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    if torch.cuda.is_available():
-        assert gauges.gpu_utilization() in range(101)
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert gauges.gpu_utilization() is None
-    assert gauges.resources([50, 100])["gpu_utilization"] == 75.0

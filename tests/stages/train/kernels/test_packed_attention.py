@@ -1,4 +1,4 @@
-"""Packed passes on the tiny Llama: the batch of one row a pass, number for number, and nothing across rows."""
+"""stages/train/kernels/packed_attention.py: packed rows give the loss and gradients of one row per micro-batch."""
 
 import copy
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from support.tiny_models import recipe
-from support.tolerances import backward_error, forward_error, roundoff, sum_error
+from support.tolerances import backward_error, forward_error
 
 torch = pytest.importorskip("torch")
 from transformers import LlamaConfig, TrainerCallback
@@ -23,7 +23,7 @@ from tutor.machine.memory.batching import split_step
 from tutor.prompt import Encoded
 from tutor.stages.train.audit import label_ids
 from tutor.stages.train.kernels import packed_attention as packed
-from tutor.stages.train.kernels.chunked_loss import IGNORE_INDEX, summed_loss
+from tutor.stages.train.kernels.chunked_loss import IGNORE_INDEX
 from tutor.stages.train.kernels.packed_attention import LENGTHS, use_packed_attention
 from tutor.stages.train.trainer import lora_config, make_trainer, training_arguments
 
@@ -31,6 +31,7 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing", "ignore:.*autograd kernel was not registered"),
 ]
+
 
 WIDTHS = (9, 31, 14, 2, 57, 23, 11)
 
@@ -281,43 +282,6 @@ def test_padded_loss_and_gradients_equal_single_row_batches(steps_of: Any, bound
     assert found[3] == wanted[3]
     assert found[1] == pytest.approx(wanted[1], rel=bounds[0])
     assert [apart(*pair) < bounds[1] for pair in zip(found[2], wanted[2], strict=True)] == [True, True]
-
-
-# --- the head on the CPU ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_summed_loss_equals_cross_entropy_of_all_logits(dtype: Any) -> None:
-    draw = torch.Generator().manual_seed(4)
-    hidden = torch.randn(2, 300, 48, generator=draw).to(dtype)
-    head = torch.randn(700, 48, generator=draw).to(dtype)
-    labels = torch.randint(0, 700, (2, 300), generator=draw)
-    labels[torch.rand(2, 300, generator=draw) < 0.3] = IGNORE_INDEX
-    ours, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
-    loss = summed_loss(ours, labels, head)
-    logits = (exact @ head.double().T)[:, :-1].reshape(-1, 700)
-    wanted = torch.nn.functional.cross_entropy(logits, labels[:, 1:].reshape(-1), reduction="sum")
-    loss.backward()
-    wanted.backward()
-    assert loss.dtype == torch.float32
-    kept = int((labels[:, 1:] != IGNORE_INDEX).sum())
-    sums = 48 + 700 + kept  # a logit, the softmax, the tokens
-    # Of the logits, which are larger than the losses are small: 48 products of N(0, 1) with a spread of 7.
-    assert loss.item() == pytest.approx(
-        wanted.item(), abs=kept * sum_error(sums, exact=True) * logits.abs().max().item()
-    )
-    # The way back: softmax and logits again, and the sum over the vocabulary; what bf16 holds is rounded once more.
-    rounding = sum_error(48 + 700 + 700, exact=True) + (0 if dtype == torch.float32 else 2 * roundoff(dtype))
-    assert (ours.grad - exact.grad).abs().max() < rounding * exact.grad.abs().max()
-    assert head.grad is None
-
-
-def test_summed_loss_without_labels_is_zero_without_gradient() -> None:
-    hidden = torch.randn(1, 5, 8, requires_grad=True)
-    loss = summed_loss(hidden, torch.full((1, 5), IGNORE_INDEX), torch.randn(20, 8))
-    loss.backward()
-    assert loss.item() == 0
-    assert hidden.grad.abs().max() == 0
 
 
 @pytest.mark.parametrize("packing", [True, False])

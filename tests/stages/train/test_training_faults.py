@@ -1,0 +1,200 @@
+"""Faults during a training: memory and disk that run out, planted pickles, changed rows; and the resume afterwards.
+
+Covers stages/train/checkpoint_callback.py, with test_checkpoint_callback.py.
+"""
+
+import pickle
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from support.interrupted import Folders, by_step, checkpoints, fail, made, noted, stage
+
+from tutor.artifacts.disk import write_json
+from tutor.artifacts.hashing import file_sha256
+from tutor.artifacts.manifest import read_manifest
+from tutor.artifacts.stage_folder import checkpoint_folder
+from tutor.errors import ArtifactError, HostError
+from tutor.machine.memory.batching import MicroBatches
+from tutor.stages.train import checkpoint
+from tutor.stages.train.checkpoint_callback import memory_hint
+
+pytestmark = [
+    pytest.mark.pipeline,
+    pytest.mark.usefixtures("one_thread", "sigterm"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing", "ignore:.*autograd kernel was not registered"),
+]
+
+
+# --- memory and disk -------------------------------------------------------------------------------------------------
+
+
+def exhaust_memory() -> None:
+    torch.empty(1 << 50)
+
+
+@pytest.mark.parametrize(
+    "happens",
+    [exhaust_memory, fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")), fail(MemoryError())],
+    ids=["PyTorch's CPU allocator", "CUDA", "Python"],
+)
+def test_out_of_memory_keeps_checkpoint_and_its_hint_resumes(
+    happens: Callable[[], object],
+    inputs: Folders,
+    tmp_path: Path,
+    unbroken: tuple[dict[str, Any], dict[int, list[Any]]],
+) -> None:
+    whole, rows = unbroken
+    folder = tmp_path / "adapter"
+    said = r"out of memory in step \d+ of 18; set train.pass_tokens = \d+: the same rows a step"
+    with pytest.raises(HostError, match=said) as caught:
+        stage(inputs, folder, {6: happens})
+    (fewer,) = re.findall(r"pass_tokens = (\d+)", caught.value.hint)
+    assert caught.value.code == 4
+    assert checkpoints(folder) == ["checkpoint-5"]
+    with noted() as notes:
+        assert "resuming after step 5 of 18" in " ".join(stage(inputs, folder, pass_tokens=int(fewer)))
+    assert len(notes) == 2 * len(by_step(notes))  # half as many rows a pass
+    # Other sums of floats, and dropout draws by the batch: not the same bytes, the same rows in the same order.
+    assert by_step(notes) == {step: rows[step] for step in range(6, 19)}
+    found = made(folder)
+    assert [line["step"] for line in found["metrics"]] == [line["step"] for line in whole["metrics"]]
+    ours, theirs = found["results"]["held_out"], whole["results"]["held_out"]
+    assert ours["loss_after"] == pytest.approx(theirs["loss_after"], rel=0.05)
+
+
+def test_out_of_memory_with_one_row_does_not_suggest_less(inputs: Folders, tmp_path: Path) -> None:
+    with pytest.raises(HostError, match=r"out of memory in step \d+ of 18; free what other programs"):
+        stage(inputs, tmp_path / "adapter", {6: exhaust_memory}, batch_size=1, accumulation=2, packing=False)
+
+
+@pytest.mark.parametrize(
+    ("passes", "said"),
+    [
+        (MicroBatches(5, 2, 2447, packed=True), "set train.pass_tokens = 1223: the same rows a step"),
+        (
+            MicroBatches(4, 3, 2000, packed=False),
+            "set train.batch_size = 2 and train.accumulation = 6: the same rows a step",
+        ),
+        (
+            MicroBatches(5, 2, 2610, packed=False),
+            "set train.batch_size = 1 and train.accumulation = 10: the same rows a ",
+        ),
+        (MicroBatches(1, 10, 522, packed=False), "free what other programs hold of it"),
+    ],
+)
+def test_memory_hint_keeps_batch_in_smaller_micro_batches(passes: MicroBatches, said: str) -> None:
+    assert memory_hint(passes).startswith(said)
+
+
+@pytest.fixture
+def eight_mib(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of eight MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def fill(disk: Path, left: Callable[[], int]) -> Callable[[], None]:
+    """Leave `left()` bytes free."""
+
+    def action() -> None:
+        free = shutil.disk_usage(disk).free
+        (disk / "filler").write_bytes(bytes(max(0, free - left())))
+
+    return action
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [(-50_000, r"no room for a checkpoint: 0\.\d MB are needed, 0\.\d MB are free"), (4096, "No space left on device")],
+    ids=["seen before it saves", "while it saves"],
+)
+def test_full_disk_is_host_error_and_keeps_last_checkpoint(
+    more: int, said: str, inputs: Folders, eight_mib: Path, whole: dict[str, Any]
+) -> None:
+    """Files fill whole blocks: room for the bytes of a checkpoint and a block more is not enough for its files."""
+    folder = eight_mib / "adapter"
+    saved = checkpoint_folder(folder) / "checkpoint-5"
+    with pytest.raises(HostError, match=said) as caught:
+        stage(inputs, folder, {10: fill(eight_mib, lambda: checkpoint.size(saved) + more)})
+    assert caught.value.code == 4
+    assert checkpoints(folder) == ["checkpoint-5"]
+    assert not (checkpoint_folder(folder) / "quarantine").exists()
+    (eight_mib / "filler").unlink()
+    assert "resuming after step 5 of 18" in " ".join(stage(inputs, folder))
+    assert made(folder) == whole
+
+
+def test_disk_too_small_for_checkpoint_fails_before_step_one(inputs: Folders, eight_mib: Path) -> None:
+    fill(eight_mib, lambda: 1_500_000)()
+    with pytest.raises(HostError, match="no room for a checkpoint") as caught:
+        stage(inputs, eight_mib / "adapter")
+    assert "run again" in str(caught.value)
+
+
+# --- refused before it is loaded -------------------------------------------------------------------------------------
+
+
+class Evil:
+    """A pickle that leaves a file behind when it is loaded."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.trace,))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("how", ["without our manifest", "with a forged manifest"])
+def test_planted_pickle_is_not_executed(
+    name: str, how: str, inputs: Folders, tmp_path: Path, whole: dict[str, Any]
+) -> None:
+    folder, trace = tmp_path / "adapter", tmp_path / "trace"
+    with pytest.raises(ZeroDivisionError):
+        stage(inputs, folder, {12: fail(ZeroDivisionError())})
+    latest = checkpoint_folder(folder) / "checkpoint-10"
+    (latest / name).write_bytes(pickle.dumps(Evil(trace), protocol=2))
+    if how == "with a forged manifest":
+        manifest = read_manifest(latest)
+        assert manifest is not None
+        entry = {"size": (latest / name).stat().st_size, "sha256": file_sha256(latest / name)}
+        outputs = {**manifest.outputs, name: entry}
+        key = checkpoint._key(manifest.fields, outputs, manifest.results)
+        write_json(latest / "manifest.json", {**asdict(manifest), "outputs": outputs, "key": key})
+        assert checkpoint.first_damage(latest) is None
+        with pytest.raises(pickle.UnpicklingError, match="Weights only"):
+            stage(inputs, folder)
+    else:
+        assert "resuming after step 5 of 18" in " ".join(stage(inputs, folder))
+        assert made(folder) == whole
+    assert not trace.exists()
+
+
+def test_changed_rows_are_refused_before_model_is_loaded(inputs: Folders, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    with pytest.raises(ZeroDivisionError):
+        stage(inputs, folder, {6: fail(ZeroDivisionError())})
+    other = Path(shutil.copytree(inputs["data"], tmp_path / "data"))
+    lines = (other / "train.jsonl").read_text("utf-8").splitlines(keepends=True)
+    (other / "train.jsonl").write_text("".join(reversed(lines)), "utf-8")
+    with pytest.raises(
+        ArtifactError, match=r"checkpoint-5 \(of 18 steps\) is of another training: rows\.train: "
+    ) as one:
+        stage({**inputs, "data": other}, folder)
+    assert one.value.code == 5
+    assert checkpoints(folder) == ["checkpoint-5"]
