@@ -25,8 +25,7 @@ from tutor.artifacts.hashing import file_sha256
 from tutor.artifacts.manifest import MANIFEST
 from tutor.artifacts.stage_folder import checkpoint_folder
 from tutor.cli.progress import quiet_libraries
-from tutor.pipeline import registry as chain
-from tutor.pipeline import runner as pipeline
+from tutor.pipeline import registry, runner
 from tutor.recipe.reading import read_recipe
 from tutor.recipe.settings import Recipe
 from tutor.stages.train import checkpoint
@@ -119,7 +118,7 @@ def adapter(build: Path) -> str:
 
 def train(recipe: Recipe, build: Path) -> Callable[[], object]:
     """Return a function that runs the train stage as `tutor train` does."""
-    return lambda: pipeline.run_one("train", recipe, build)
+    return lambda: runner.run_one("train", recipe, build)
 
 
 def prepare(root: Path, epochs: int) -> tuple[Recipe, str, float]:
@@ -131,7 +130,7 @@ def prepare(root: Path, epochs: int) -> tuple[Recipe, str, float]:
         if until == "train":
             shutil.copytree(root / "start", build)
         began = time.monotonic()
-        child = forked(lambda until=until, build=build: pipeline.run_all(recipe, build, until=until), root / "log")  # type: ignore[misc]
+        child = forked(lambda until=until, build=build: runner.run_all(recipe, build, until=until), root / "log")  # type: ignore[misc]
         if ended(child, 600) != 0:
             sys.exit((root / "log").read_text())
     return recipe, adapter(root / "whole"), time.monotonic() - began
@@ -193,7 +192,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)  # a thread pool does not survive a fork
-    chain.BY_NAME["train"].module  # noqa: B018 - the imports, once
+    registry.BY_NAME["train"].module  # noqa: B018 - the imports, once
     with tempfile.TemporaryDirectory(prefix="kill-train-") as root:
         counts = campaign(Path(root), chosen.kills, chosen.epochs, chosen.span, random.Random(chosen.seed))  # noqa: S311
     names = ("LOST CHECKPOINTS", "FAILED RUNS", "OTHER ADAPTERS")

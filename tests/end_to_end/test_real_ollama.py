@@ -33,7 +33,7 @@ from tutor.engines.ollama.engine import OllamaServer, serve
 from tutor.engines.ollama.protocol import MissingError, parse_parameters
 from tutor.engines.protocol import Generation
 from tutor.errors import GateError, ServiceError
-from tutor.pipeline import runner as pipeline
+from tutor.pipeline import runner
 from tutor.prompt import GO_TEMPLATE, Message, conversation, render
 from tutor.recipe.reading import read_recipe
 from tutor.recipe.settings import Recipe
@@ -94,7 +94,7 @@ def render_and_publish(
     """Run the parity and modelfile stages and publish, as the commands do."""
     changed = recipe.model_copy(update=changes)
     for name in ("ladder", "parity", "modelfile"):
-        pipeline.run_one(name, changed, build)
+        runner.run_one(name, changed, build)
     return publish.publish(changed, build, host=host, adapter=adapter, wait=30)
 
 

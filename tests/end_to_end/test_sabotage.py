@@ -27,8 +27,7 @@ from tutor.artifacts.hashing import file_sha256
 from tutor.artifacts.manifest import MANIFEST, read_manifest, require_stage
 from tutor.engines.llamacpp.build import build_folder, is_built
 from tutor.errors import ArtifactError, DataError, GateError, TutorError
-from tutor.pipeline import registry as chain
-from tutor.pipeline import runner as pipeline
+from tutor.pipeline import registry, runner
 from tutor.recipe.reading import read_recipe
 from tutor.recipe.settings import OllamaSettings, Recipe
 from tutor.serving import publish
@@ -71,7 +70,7 @@ def made(recipe: Recipe, built: Path, tmp_path_factory: pytest.TempPathFactory) 
     """A build that every gate has passed: the shared one, compared within the budgets of this recipe."""
     build = tmp_path_factory.mktemp("sabotage")
     linked(built / "tiny", build / "tiny")
-    assert pipeline.run_all(recipe, build, until="modelfile") == ["parity"]
+    assert runner.run_all(recipe, build, until="modelfile") == ["parity"]
     return build
 
 
@@ -98,9 +97,9 @@ def compared(recipe: Recipe, folder: Path, match: str) -> "pytest.ExceptionInfo[
     """The parity stage on a spoiled folder says no, at every run, and what says so stays."""
     remove(folder / "parity")
     with pytest.raises(GateError, match=match) as caught:
-        pipeline.run_one("parity", recipe, folder.parent)
+        runner.run_one("parity", recipe, folder.parent)
     with pytest.raises(GateError, match=match):
-        pipeline.run_one("parity", recipe, folder.parent)
+        runner.run_one("parity", recipe, folder.parent)
     said = json.loads((folder / "parity" / "parity.json").read_text("utf-8"))
     assert said["refused"]["message"] == caught.value.message
     return caught
@@ -108,7 +107,7 @@ def compared(recipe: Recipe, folder: Path, match: str) -> "pytest.ExceptionInfo[
 
 def test_a_build_that_nobody_touched_passes(recipe: Recipe, folder: Path) -> None:
     remove(folder / "parity")
-    assert pipeline.run_one("parity", recipe, folder.parent)
+    assert runner.run_one("parity", recipe, folder.parent)
     states = {item["state"] for item in require_stage(folder / "parity", "parity").results["hand_offs"]}
     assert states == {"same"}
 
@@ -173,12 +172,12 @@ def test_another_base_of_the_same_shape_before_merging(
     (folder / "base/base.json").write_text(json.dumps(facts), "utf-8")
     remove(folder / "merged")
     with pytest.raises(ArtifactError, match="was trained on other weights") as caught:
-        chain.BY_NAME["merge"].module.run(recipe, inputs(folder), folder / "merged")
+        registry.BY_NAME["merge"].module.run(recipe, inputs(folder), folder / "merged")
     report("another base of the same shape", "merge: base hash", caught)
 
 
 def inputs(folder: Path) -> dict[str, Path]:
-    return {stage.name: folder / stage.folder for stage in chain.STAGES}
+    return {stage.name: folder / stage.folder for stage in registry.STAGES}
 
 
 def test_another_base_that_was_put_in_place_silently(
@@ -208,7 +207,7 @@ def test_either_base_that_a_merge_takes_passes(recipe: Recipe, folder: Path, bas
     for name in ("merged", "gguf", "ladder", "parity"):
         remove(folder / name)
     for name in ("merge", "convert", "ladder", "parity"):
-        assert pipeline.run_one(name, other, folder.parent)
+        assert runner.run_one(name, other, folder.parent)
     assert require_stage(folder / "merged", "merged").results["base"] == base
 
 
@@ -229,7 +228,7 @@ def test_the_wrong_template_in_the_merged_folder(recipe: Recipe, folder: Path, r
     caught = compared(recipe, folder, r"base \+ adapter -> merged \(merge\) diverges in its prompt")
     report("wrong chat template in merged/, after converting", "parity: merge", caught)
     with pytest.raises(ArtifactError, match="chat_template: expected") as early:
-        chain.BY_NAME["convert"].module.run(recipe, inputs(folder), folder)
+        registry.BY_NAME["convert"].module.run(recipe, inputs(folder), folder)
     report("wrong chat template in merged/", "convert: GGUF read-back", early)
 
 
@@ -311,7 +310,7 @@ def test_a_quantization_coarser_than_its_name(recipe: Recipe, folder: Path, repo
     early = read_back(folder, "Q8_0", "file_type: expected 'Q8_0', found 'Q4_K_M'")
     report("Q4_K_M under the name of Q8_0", "convert: GGUF read-back", early)
     with pytest.raises(ArtifactError, match="bytes instead of") as sized:
-        pipeline.run_one("parity", recipe, folder.parent)
+        runner.run_one("parity", recipe, folder.parent)
     report("Q4_K_M under the name of Q8_0", "manifest: size", sized)
     reseal(folder / "gguf")
     caught = compared(recipe, folder, r"F16 -> Q8_0 \(quantize\) diverges in its log-probabilities: KL")
@@ -340,7 +339,7 @@ def test_a_truncated_quantization(recipe: Recipe, folder: Path, report: Report, 
     path = folder / "gguf/tutor-Q8_0.gguf"
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     with pytest.raises(ArtifactError, match=what) as caught:
-        pipeline.run_one("parity", recipe, folder.parent)
+        runner.run_one("parity", recipe, folder.parent)
     report(f"quantization cut at {share:.0%}", "manifest: size", caught)
     report(f"quantization cut at {share:.0%}", "convert: GGUF read-back", read_back(folder, "Q8_0", "no whole GGUF"))
 

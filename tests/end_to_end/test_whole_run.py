@@ -19,7 +19,7 @@ from tutor.artifacts.disk import remove
 from tutor.artifacts.manifest import MANIFEST, find_damage, read_manifest
 from tutor.artifacts.stage_folder import PARTIAL
 from tutor.engines.llamacpp.build import build_folder, is_built
-from tutor.pipeline import registry as chain
+from tutor.pipeline import registry
 
 pytestmark = [
     pytest.mark.pipeline,
@@ -41,7 +41,7 @@ def result(*arguments: str | Path, build: Path) -> Any:
 
 
 def test_every_stage_leaves_a_whole_folder(built: Path) -> None:
-    assert json.loads((built / "run.json").read_text("utf-8"))["ran"] == list(chain.BY_NAME)
+    assert json.loads((built / "run.json").read_text("utf-8"))["ran"] == list(registry.BY_NAME)
     for state in result("status", "--verify", build=built):
         assert state["condition"] == "up to date", state
     left = [
@@ -89,15 +89,15 @@ def test_two_runs_from_scratch_are_byte_identical(built: Path, tmp_path: Path) -
         assert (tmp_path / "tiny" / name).read_bytes() == (built / "tiny" / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("stage", list(chain.BY_NAME))
+@pytest.mark.parametrize("stage", list(registry.BY_NAME))
 @pytest.mark.parametrize("share", [0.0, 0.5], ids=["at once", "in the middle"])
 def test_kill_9_leaves_nothing_half_and_the_same_command_completes(
     built: Path, tmp_path: Path, stage: str, share: float
 ) -> None:
     """Killed at its first file-system event, and when half of those are done that the stage's own run had."""
     build = linked(built, tmp_path / "build")
-    remove(build / "tiny" / chain.BY_NAME[stage].folder)
-    folder = build / "tiny" / chain.BY_NAME[stage].folder
+    remove(build / "tiny" / registry.BY_NAME[stage].folder)
+    folder = build / "tiny" / registry.BY_NAME[stage].folder
     events = json.loads((built / "events.json").read_text("utf-8"))[folder.name]
     at = 1 + round((events - 1) * share)
     where = ("--until", stage, "--recipe", TINY, "--build", build)

@@ -17,7 +17,7 @@ from tutor.machine.device import DeviceMemory
 from tutor.machine.memory.batching import split_step
 from tutor.machine.memory.plan import MemoryRequest
 from tutor.machine.memory.shapes import SHAPES
-from tutor.pipeline import runner as pipeline
+from tutor.pipeline import runner
 
 
 @pytest.mark.parametrize(
@@ -241,10 +241,10 @@ def test_run_that_cannot_fit_stops_before_the_download(machine, roomy, based_on,
     recipe = based_on()
     for _ in range(2):
         with pytest.raises(HostError, match=r"a card has 4\.0 GB"):
-            pipeline.run_all(recipe, tmp_path / "build")
+            runner.run_all(recipe, tmp_path / "build")
     assert sorted(path.name for path in (tmp_path / "build" / "small").iterdir() if path.is_dir()) == ["data"]
 
 
 def test_run_until_data_checks_no_training_memory(machine, roomy, based_on, tmp_path):
     machine.gpu(4)
-    assert pipeline.run_all(based_on(), tmp_path / "build", until="data") == ["data"]
+    assert runner.run_all(based_on(), tmp_path / "build", until="data") == ["data"]

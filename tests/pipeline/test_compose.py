@@ -18,7 +18,7 @@ from support.command import ROOT
 from support.fake_docker import INFO, Host
 
 from tutor.errors import HostError, ServiceError
-from tutor.pipeline import compose as stack
+from tutor.pipeline import compose
 from tutor.pipeline.compose import Stack
 from tutor.pipeline.logged_command import StackError
 from tutor.recipe.reading import read_recipe
@@ -39,7 +39,7 @@ def services_run(host: Host) -> list[str]:
 
 def test_run_all_runs_services_in_order_with_log_and_result(host, recipe, tmp_path):
     host.says("run --rm", stdout='{"ran": true}', stderr="working on it\n")
-    result = stack.run_all(recipe, tmp_path / "build")
+    result = compose.run_all(recipe, tmp_path / "build")
     assert services_run(host) == ["trainer", "merger", "converter", "ollama", "publisher", "evaluator", "reporter"]
     assert result["ran"] == ["trainer", "merger", "converter", "publisher", "evaluator", "reporter"]
     assert result["host"] == "127.0.0.1:11434"
@@ -54,16 +54,16 @@ def test_result_lines_name_the_report_by_its_path_on_this_host(host, recipe, tmp
     page = '{"ran": true, "page": "build/small/report/report.html"}'
     host.says("--name tutor-reporter", stdout=page)
     host.says("--name tutor-publisher", stdout='{"model": "tutor", "build": "0123456789ab", "version": "0.33.3"}')
-    result = stack.run_all(recipe, tmp_path / "elsewhere")
+    result = compose.run_all(recipe, tmp_path / "elsewhere")
     seen = tmp_path / "elsewhere" / "small" / "report" / "report.html"
-    assert f"All that was found out: {seen}" in stack.result_lines(result)
+    assert f"All that was found out: {seen}" in compose.result_lines(result)
 
 
 @pytest.mark.parametrize("name", ["converter", "publisher"])
 def test_run_all_stops_at_a_service_whose_gate_refuses(host, recipe, tmp_path, name):
     host.says(f"--name tutor-{name}", code=8, stderr="Error: F16 -> Q8_0 (quantize) diverges in its prompt: x\n")
     with pytest.raises(StackError, match="diverges in its prompt") as caught:
-        stack.run_all(recipe, tmp_path / "build")
+        compose.run_all(recipe, tmp_path / "build")
     assert caught.value.code == 8
     assert services_run(host)[-1] == name
 
@@ -72,11 +72,11 @@ def test_run_all_again_reports_that_nothing_ran(host, recipe, tmp_path):
     host.says("run --rm", stdout='{"ran": false}')
     host.says("run --rm --no-deps -T --name tutor-trainer", stdout='{"ran": []}')
     host.says("run --rm --no-deps -T --name tutor-publisher", stdout='{"published": false}')
-    assert stack.run_all(recipe, tmp_path / "build")["ran"] == []
+    assert compose.run_all(recipe, tmp_path / "build")["ran"] == []
 
 
 def test_run_all_uses_up_for_the_ollama_server_alone(host, recipe, tmp_path):
-    stack.run_all(recipe, tmp_path / "build")
+    compose.run_all(recipe, tmp_path / "build")
     up = [line for line in host.calls if " up " in line]
     assert len(up) == 1
     assert up[0].endswith("--no-deps ollama")
@@ -84,12 +84,12 @@ def test_run_all_uses_up_for_the_ollama_server_alone(host, recipe, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*stack.BEFORE, *stack.AFTER])
+@pytest.mark.parametrize("name", [*compose.BEFORE, *compose.AFTER])
 @pytest.mark.parametrize("code", [1, 3, 8, 137, 143])
 def test_run_all_ends_with_the_exit_code_of_a_failed_service(host, recipe, tmp_path, name, code):
     host.says(f"--name tutor-{name}", code=code, stderr="train: step 1\nError: tutor.jsonl:3: what is wrong; do this\n")
     with pytest.raises(StackError) as caught:
-        stack.run_all(recipe, tmp_path / "build")
+        compose.run_all(recipe, tmp_path / "build")
     assert caught.value.code == code
     assert f"{name} ended with exit code {code}: tutor.jsonl:3: what is wrong; do this" in str(caught.value)
     assert str(tmp_path / "build" / "small" / "logs" / f"{name}.log") in str(caught.value)
@@ -99,7 +99,7 @@ def test_run_all_ends_with_the_exit_code_of_a_failed_service(host, recipe, tmp_p
 def test_run_all_of_a_killed_silent_service_suggests_memory(host, recipe, tmp_path):
     host.says("--name tutor-trainer", code=137)
     with pytest.raises(StackError, match="memory"):
-        stack.run_all(recipe, tmp_path / "build")
+        compose.run_all(recipe, tmp_path / "build")
 
 
 @pytest.mark.parametrize(
@@ -129,37 +129,37 @@ def test_run_all_of_a_killed_silent_service_suggests_memory(host, recipe, tmp_pa
 def test_run_all_with_a_docker_fault_raises_host_error(host, recipe, tmp_path, part, answer, said):
     host.says(part, **answer)
     with pytest.raises(HostError, match=said):
-        stack.run_all(recipe, tmp_path / "build")
+        compose.run_all(recipe, tmp_path / "build")
 
 
 def test_run_all_with_unhealthy_ollama_keeps_its_log(host, recipe, tmp_path):
     host.says("up --detach", code=1, stderr="container tutor-ollama-1 is unhealthy\n")
     host.says("logs --no-color", stdout="Error: could not create directory\n")
     with pytest.raises(ServiceError, match=r"ollama\.log"):
-        stack.run_all(recipe, tmp_path / "build")
+        compose.run_all(recipe, tmp_path / "build")
     assert "could not create directory" in (tmp_path / "build" / "small" / "logs" / "ollama.log").read_text()
 
 
 def test_run_all_of_a_service_without_result_raises(host, recipe, tmp_path):
     host.says("--name tutor-merger", stdout="")
     with pytest.raises(StackError, match="no result"):
-        stack.run_all(recipe, tmp_path / "build")
+        compose.run_all(recipe, tmp_path / "build")
 
 
 def test_run_all_uses_the_gpu_overlay_only_with_a_gpu(host, recipe, tmp_path):
-    stack.run_all(recipe, tmp_path / "build")
+    compose.run_all(recipe, tmp_path / "build")
     assert not any("compose.gpu.yaml" in line for line in host.calls)
     host.add("nvidia-smi")
     host.says("nvidia-smi", stdout="GPU 0: NVIDIA H200 (UUID: GPU-1)\n")
     host.says("docker info", stdout=json.dumps({**INFO, "Runtimes": {"nvidia": {}}}))
     before = len(host.calls)
-    assert stack.run_all(recipe, tmp_path / "build")["gpu"] is True
+    assert compose.run_all(recipe, tmp_path / "build")["gpu"] is True
     composed = [line for line in host.calls[before:] if " run --rm " in line]
     assert all("docker/compose.gpu.yaml" in line for line in composed)
 
 
 def test_environment_has_recipe_folder_and_unprivileged_ids(host, recipe, tmp_path):
-    stack.run_all(recipe, tmp_path / "build")
+    compose.run_all(recipe, tmp_path / "build")
     seen = next(environment for line, environment in host.calls_with_environment if " run --rm " in line)
     assert seen["TUTOR_DATA"] == str(recipe.path.parent)
     assert seen["TUTOR_RECIPE"] == "data/small.toml"
@@ -177,14 +177,14 @@ def test_prepare_as_root_changes_owners_and_follows_no_link(host, recipe, tmp_pa
     outside = tmp_path / "outside"
     outside.touch()
     (build / "small" / "link").symlink_to(outside)
-    stack.prepare(Stack(recipe.path, build))
+    compose.prepare(Stack(recipe.path, build))
     assert (build / "small" / ".lock").stat().st_uid == 10001
     assert outside.stat().st_uid == 0
 
 
 def test_hub_token_is_a_private_file_and_in_no_variable(host, recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_canary")
-    stack.run_all(recipe, tmp_path / "build")
+    compose.run_all(recipe, tmp_path / "build")
     for line, environment in host.calls_with_environment:
         if line.startswith("docker compose") and "version" not in line:
             assert "HF_TOKEN" not in environment
@@ -201,7 +201,7 @@ def test_hub_token_is_a_private_file_and_in_no_variable(host, recipe, tmp_path, 
 def test_run_all_interrupted_stops_and_removes_the_container(host, recipe, tmp_path, number):
     host.says("--name tutor-trainer", seconds=60, stderr="training\n")
     code = (
-        "import pathlib, signal, sys\nfrom tutor.pipeline import compose as stack\n"
+        "import pathlib, signal, sys\nfrom tutor.pipeline import compose\n"
         "from tutor.recipe.reading import read_recipe\n"
         "signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))\n"
         "stack.run_all(read_recipe(pathlib.Path(sys.argv[1])), pathlib.Path(sys.argv[2]))"
@@ -241,7 +241,7 @@ def test_result_lines_name_the_model_and_the_next_step(ran, opening):
     }
     services = {"publisher": published, "evaluator": evaluated}
     result = {"ran": ran, "gpu": False, "host": "127.0.0.1:11434", "services": services}
-    assert stack.result_lines(result) == [
+    assert compose.result_lines(result) == [
         *opening,
         "tutor is build 0123456789ab, at http://127.0.0.1:11434 in Ollama 0.33.3, without a GPU.",
         "Of 15 held-out prompts: 93 % answered in Spanish, 60 % ended by themselves.",
@@ -249,12 +249,12 @@ def test_result_lines_name_the_model_and_the_next_step(ran, opening):
     ]
 
 
-@pytest.mark.parametrize("name", list(stack.COMMANDS))
+@pytest.mark.parametrize("name", list(compose.COMMANDS))
 def test_run_command_uses_the_stacks_files_and_exit_code(host, recipe, tmp_path, name):
-    host.says(stack.COMMANDS[name][-1], code=3)
-    assert stack.run_command(recipe, tmp_path / "build", name) == 3
+    host.says(compose.COMMANDS[name][-1], code=3)
+    assert compose.run_command(recipe, tmp_path / "build", name) == 3
     line, seen = host.calls_with_environment[-1]
-    assert line.endswith(" ".join(stack.COMMANDS[name]))
+    assert line.endswith(" ".join(compose.COMMANDS[name]))
     assert "compose.yaml" in line
     assert seen["TUTOR_DATA"] == str(recipe.path.parent)
     assert seen["TUTOR_UID"] != "0"
@@ -263,10 +263,10 @@ def test_run_command_uses_the_stacks_files_and_exit_code(host, recipe, tmp_path,
 def test_run_command_without_docker_raises_host_error(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(HostError, match="make demo"):
-        stack.run_command(recipe, tmp_path / "build", "down")
+        compose.run_command(recipe, tmp_path / "build", "down")
 
 
 def test_command_outside_a_checkout_raises_host_error(monkeypatch, tmp_path):
-    monkeypatch.setattr(stack, "ROOT", tmp_path)
+    monkeypatch.setattr(compose, "ROOT", tmp_path)
     with pytest.raises(HostError, match="checkout"):
         Stack(tmp_path / "a.toml", tmp_path).command("ps")

@@ -19,7 +19,7 @@ from tutor.artifacts.manifest import find_damage, require_stage
 from tutor.artifacts.provenance import PACKAGE, SourceTree
 from tutor.artifacts.stage_folder import writing
 from tutor.errors import ArtifactError, DataError, RecipeError
-from tutor.pipeline import runner as pipeline
+from tutor.pipeline import runner
 from tutor.pipeline.registry import BY_NAME, STAGES
 from tutor.pipeline.runner import clean, differences, inspect, run_all, run_one
 from tutor.recipe.reading import read_recipe
@@ -40,7 +40,7 @@ def edited(recipe_file: Path, before: str, after: str) -> Recipe:
     return read_recipe(recipe_file)
 
 
-def state_of(name: str, recipe: Recipe, build: Path, **options: Any) -> pipeline.State:
+def state_of(name: str, recipe: Recipe, build: Path, **options: Any) -> runner.State:
     return {state.stage.name: state for state in inspect(recipe, build, **options)}[name]
 
 

@@ -12,7 +12,7 @@ from support.published import SYSTEM, make_stages
 from tutor.artifacts.manifest import find_damage, read_manifest
 from tutor.cli import summary
 from tutor.errors import GateError
-from tutor.pipeline import runner as pipeline
+from tutor.pipeline import runner
 from tutor.pipeline.registry import BY_NAME
 from tutor.recipe.quantizations import KINDS
 from tutor.recipe.reading import read_recipe
@@ -102,7 +102,7 @@ def test_refused_gate_refuses_again_and_keeps_its_folder(recipe: Recipe, build: 
     made = write_parity(recipe, build, refused=REFUSAL)
     for _ in range(2):
         with pytest.raises(GateError, match=r"F16 -> Q8_0 .* diverges in its tokens.*most likely") as caught:
-            pipeline.pass_gate(made)
+            runner.pass_gate(made)
     assert caught.value.code == 8
     assert find_damage(made) == []
 
@@ -110,10 +110,10 @@ def test_refused_gate_refuses_again_and_keeps_its_folder(recipe: Recipe, build: 
 def test_refused_stage_is_refused_until_its_inputs_change(recipe: Recipe, build: Path) -> None:
     manifest = read_manifest(write_parity(recipe, build, refused=REFUSAL))
     assert manifest is not None
-    state = pipeline.State(BY_NAME["parity"], build / "small/parity", manifest, manifest.fields, ())
+    state = runner.State(BY_NAME["parity"], build / "small/parity", manifest, manifest.fields, ())
     assert state.condition == "refused"
-    assert state.condition in pipeline.MADE
-    assert pipeline.differences(state) == [REFUSAL["message"]]
+    assert state.condition in runner.MADE
+    assert runner.differences(state) == [REFUSAL["message"]]
     assert replace(state, fields={}).condition == "stale", "another input is another question"
 
 

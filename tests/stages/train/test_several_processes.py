@@ -19,7 +19,7 @@ from support.training import settings
 from tutor.artifacts.manifest import require_stage
 from tutor.artifacts.stage_folder import checkpoint_folder
 from tutor.errors import HostError
-from tutor.pipeline import runner as pipeline
+from tutor.pipeline import runner
 from tutor.recipe.reading import read_recipe
 from tutor.stages.train import checkpoint
 
@@ -88,7 +88,7 @@ def build(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe's file beside its build folder, where data and base are ready."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "small.toml").write_text(RECIPE.format(data=ROOT / "data", base=tiny), "utf-8")
-    pipeline.run_all(read_recipe(folder / "small.toml"), folder / "build", until="base")
+    runner.run_all(read_recipe(folder / "small.toml"), folder / "build", until="base")
     return folder
 
 
@@ -98,7 +98,7 @@ def alone(build: Path) -> tuple[Path, Steps]:
     noted: list[dict[str, Any]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_head.Trainer, "compute_loss", noting(cpu_head.Trainer.compute_loss, noted.append))
-        pipeline.run_one("train", read_recipe(build / "small.toml"), build / "build")
+        runner.run_one("train", read_recipe(build / "small.toml"), build / "build")
     folder = build / "build" / "small" / "adapter"
     return folder.rename(build / "alone"), by_step(noted)
 
