@@ -204,7 +204,7 @@ def test_run_all_interrupted_stops_and_removes_the_container(host, recipe, tmp_p
         "import pathlib, signal, sys\nfrom tutor.pipeline import compose\n"
         "from tutor.recipe.reading import read_recipe\n"
         "signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))\n"
-        "stack.run_all(read_recipe(pathlib.Path(sys.argv[1])), pathlib.Path(sys.argv[2]))"
+        "compose.run_all(read_recipe(pathlib.Path(sys.argv[1])), pathlib.Path(sys.argv[2]))"
     )
     with subprocess.Popen([sys.executable, "-c", code, recipe.path, tmp_path / "build"], cwd=ROOT) as process:
         log = tmp_path / "build" / "small" / "logs" / "trainer.log"
