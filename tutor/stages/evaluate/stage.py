@@ -96,7 +96,7 @@ def _threads() -> int:
 
 
 def _answers(recipe: "Recipe", name: str, gguf: Path, out: Path, prompts: Sequence[Mapping[str, Any]]) -> list[Record]:
-    """The answers of one GGUF file, each from a llama-server started for this file."""
+    """The answers of one GGUF file, from a llama-server that serves this file alone."""
     context, threads = recipe.generate.context, _threads()
     logs = log_folder(out)
     logs.mkdir(exist_ok=True)
@@ -115,9 +115,11 @@ def graded(
 ) -> list[Record]:
     """Return the records with their verdicts and with the passages that they copy from training rows."""
     lengths = sorted(len(row["response"].strip()) for row in training)
-    graded = grade(prompts, answers, (lengths[0], lengths[-1]) if lengths else None)
+    verdicts = grade(prompts, answers, (lengths[0], lengths[-1]) if lengths else None)
     copies = generalization.copied_passages(answers, training)
-    return [{**record, **({"copied": copied} if copied else {})} for record, copied in zip(graded, copies, strict=True)]
+    return [
+        {**record, **({"copied": copied} if copied else {})} for record, copied in zip(verdicts, copies, strict=True)
+    ]
 
 
 def changes_from_first(

@@ -49,6 +49,8 @@ class Comparison:
 
 SUBJECTS = ("prompt", "tokens", "log-probabilities", "greedy answer", "end")
 """Names of the comparisons, in their order."""
+FIGURE_NAMES = {"kl": "KL", "mean": "mean difference", "worst": "worst difference"}
+"""Names of the limited figures in messages."""
 
 
 def compare_engines(
@@ -151,9 +153,6 @@ def _logprobs(pairs: Sequence[Pair], tolerance: Tolerance) -> Comparison:
     what = ", ".join(f"{FIGURE_NAMES[name]} {figures[name]:.3g} instead of at most {limits[name]:.3g}" for name in over)
     what += f"; the worst at {worst.where}: {worst.ours:.2f} and {worst.theirs:.2f}" if over else ""
     return Comparison("log-probabilities", not over, {name: round(value, 6) for name, value in figures.items()}, what)
-
-
-FIGURE_NAMES = {"kl": "KL", "mean": "mean difference", "worst": "worst difference"}
 
 
 def _first_difference(a: Trace, b: Trace) -> tuple[int, Step | None, Step | None]:

@@ -9,7 +9,7 @@ from typing import Any
 from tutor.formats.chart import Frame, size_and_kl, ticks
 
 CURVES = Frame(width=560, height=290, left=56, right=544, top=24, floor=248)
-QUANTIZATIONS = Frame(width=720, height=340, left=66, right=696, top=24, floor=298)
+QUANTIZATIONS = Frame(width=620, height=320, left=62, right=600, top=24, floor=278)
 
 Points = Sequence[tuple[float, float]]
 
