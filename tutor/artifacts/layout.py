@@ -46,6 +46,13 @@ OLLAMA = "ollama"
 """Label of the published model among evaluated models."""
 
 
+PUBLISHED_MERGED = f"{STAGE_FOLDERS['modelfile']}/{PUBLISHED}"
+"""Record of the last publishing of the merged model, below the recipe's folder."""
+
+OLLAMA_EVALUATION = f"{STAGE_FOLDERS['evaluate']}-{OLLAMA}"
+"""Folder of the answers of the published model."""
+
+
 def gguf_name(model: str, quantization: str) -> str:
     """File name of a GGUF; `model` is tutor or base."""
     return f"{model}-{quantization}.gguf"
@@ -88,7 +95,7 @@ class BuildFolder:
 
     def published(self, *, adapter: bool = False) -> Path:
         """Record of the last publishing: of the merged model, or of base and adapter."""
-        return (self.lora if adapter else self.stage("modelfile")) / PUBLISHED
+        return self.lora / PUBLISHED if adapter else self.path / PUBLISHED_MERGED
 
     @property
     def lora(self) -> Path:

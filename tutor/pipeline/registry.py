@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tutor.artifacts.layout import LORA, OLLAMA, OLLAMA_PARITY, PUBLISHED, STAGE_FOLDERS, evaluation_name
+from tutor.artifacts.layout import LORA, OLLAMA_EVALUATION, OLLAMA_PARITY, PUBLISHED_MERGED, STAGE_FOLDERS
 from tutor.artifacts.manifest import recipe_fields
 from tutor.recipe.settings import Recipe
 from tutor.stages.convert.lineage import TOOLS, recipe_hash
@@ -189,9 +189,7 @@ STAGES = (
         settings=_report,
         reads=(
             *(STAGE_FOLDERS[name] for name in ("base", "train", "merge", "convert", "ladder", "parity", "evaluate")),
-            f"{STAGE_FOLDERS['modelfile']}/{PUBLISHED}",
-            OLLAMA_PARITY,
-            evaluation_name(OLLAMA),
+            *(PUBLISHED_MERGED, OLLAMA_PARITY, OLLAMA_EVALUATION),
         ),
     ),
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 from tutor.artifacts import provenance
 from tutor.artifacts.disk import write_json
-from tutor.artifacts.layout import LORA, BuildFolder
+from tutor.artifacts.layout import LORA, BuildFolder, gguf_name
 from tutor.artifacts.manifest import is_made, read_manifest, require_stage
 from tutor.artifacts.stage_folder import writing
 from tutor.engines.llamacpp.build import build_key
@@ -52,7 +52,7 @@ def lora_folder(recipe: Recipe, folder: BuildFolder) -> Path:
         log.warning("merged/ contains the base as dequantized from NF4, lora/ the 16-bit base: their answers differ")
     log.info("converting the adapter to GGUF")
     with writing(target, LORA, fields) as (out, results):
-        gguf = out / "tutor-lora.gguf"
+        gguf = out / gguf_name("tutor", LORA)
         metadata = to_fields(adapter_lineage(recipe, inputs))
         results["matrices"] = lora_to_gguf(inputs["train"], read_facts(inputs["base"])[1], base, gguf, metadata)
         _write_modelfile(recipe, base, gguf, out)

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tutor.artifacts.layout import OLLAMA_EVALUATION, PUBLISHED_MERGED
 from tutor.artifacts.manifest import read_manifest
 from tutor.errors import ArtifactError
 from tutor.formats.html import render_page
@@ -57,7 +58,7 @@ def page(outputs: StageOutputs, values: Mapping[str, Any] | None = None) -> str:
 def gather(name: str, model: str, system: str, inputs: Mapping[str, Path]) -> StageOutputs:
     """Read the outputs of the stages from their folders."""
     manifests = {folder: manifest for folder, path in inputs.items() if (manifest := read_manifest(path)) is not None}
-    evaluated = inputs["eval" if "eval" in manifests else "eval-ollama"]
+    evaluated = inputs["eval" if "eval" in manifests else OLLAMA_EVALUATION]
     answers = _json(evaluated / "answers.json", "tutor eval")
     labels, no_labels = _labels(inputs, manifests, system)
     return StageOutputs(
@@ -66,7 +67,7 @@ def gather(name: str, model: str, system: str, inputs: Mapping[str, Path]) -> St
         manifests=manifests,
         metrics=read_json_lines(inputs["adapter"] / "metrics.jsonl", "tutor train") if "adapter" in manifests else [],
         answers=answers,
-        published=_published(inputs["model/published.json"]),
+        published=_published(inputs[PUBLISHED_MERGED]),
         paraphrased=_json(evaluated / "paraphrased.json", "tutor eval"),
         labels=labels,
         no_labels=no_labels,

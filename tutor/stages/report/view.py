@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tutor.artifacts.layout import gguf_name
+from tutor.artifacts.layout import OLLAMA_EVALUATION, OLLAMA_PARITY, gguf_name
 from tutor.artifacts.manifest import Manifest
 from tutor.formats.models.served_quantization import resolve
 from tutor.stages.report import charts
@@ -52,12 +52,12 @@ class StageOutputs:
     @property
     def evaluated(self) -> Json | None:
         """The results of the evaluate stage, or else those of the published model."""
-        return self.results("eval") or self.results("eval-ollama")
+        return self.results("eval") or self.results(OLLAMA_EVALUATION)
 
     @property
     def ollama(self) -> Json:
         """The hand-off to Ollama from the last comparison, or else from publishing."""
-        return self.results("parity-ollama") or self.published
+        return self.results(OLLAMA_PARITY) or self.published
 
 
 def view(outputs: StageOutputs) -> dict[str, Any]:
