@@ -1,4 +1,4 @@
-"""scripts/bench_merge.py: every way runs on the same random weights, nothing stays, too small a disk is told."""
+"""scripts/bench_merge.py: every way runs on equal random weights, scratch files go, a small disk is an error."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ def bench(folder: Path, *options: str | Path) -> "subprocess.CompletedProcess[st
 
 
 def measured(folder: Path, part: str, *options: str | Path) -> Any:
-    """One layer of the small size, measured: the figures of a part."""
+    """Measure one layer of the small size; return the figures of a part."""
     done = bench(folder, "--layers", "1", "--parts", part, *options)
     assert done.returncode == 0, done.stderr
     assert list((folder / "disk").iterdir()) == []
@@ -38,7 +38,7 @@ def measured(folder: Path, part: str, *options: str | Path) -> Any:
 
 
 def check(ways: Any) -> None:
-    """What holds of the figures however fast the machine is: each is a part of the next, and a ratio is a quotient."""
+    """Check relations that hold on any machine: each time contains the one before, and ratios are quotients."""
     assert list(ways) == ["cp", "plain", "ours"]
     ours = ways["ours"]
     assert ours["work_times_cp"] == ours["work_s"] / ways["cp"]["work_s"]
@@ -56,7 +56,7 @@ def test_merge_is_measured_with_peft_and_cp(tmp_path: Path) -> None:
 
 
 def test_measure_includes_child_processes(tmp_path: Path) -> None:
-    """The child holds 64 MiB, and says that its work took a quarter of a second of its time."""
+    """The child allocates 64 MiB, and reports 0.25 s of work."""
     (tmp_path / "model").mkdir()
     child = "held = b'x' * (64 << 20); import time; time.sleep(0.5)"
     says = json.dumps({"work_s": 0.25, "imported_rss_mb": 7.0})

@@ -1,4 +1,4 @@
-"""scripts/bench_train.py: both loops run, on the same rows, and learn the same."""
+"""scripts/bench_train.py: both loops run on equal rows and have equal losses."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ def test_both_loops_have_equal_losses_and_table_has_speeds(tiny: Path, tmp_path:
     measured = json.loads(out.read_text())
     plain, ours = measured["plain"], measured["ours"]
     assert len(plain["losses"]) == len(ours["losses"]) == 2
-    assert ours["losses"] == pytest.approx(plain["losses"], rel=1e-3)  # dropout may draw otherwise
+    assert ours["losses"] == pytest.approx(plain["losses"], rel=1e-3)  # dropout has other draws
     for figures in (plain, ours):
         assert figures["samples_per_second"] > 0
         assert 0.1 < figures["rss_gb"] < 50

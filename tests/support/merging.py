@@ -22,7 +22,7 @@ from tutor.errors import ArtifactError
 from tutor.formats.models.model_folder import read_facts, read_json
 from tutor.formats.models.safetensors import read_folder
 from tutor.stages.merge import stage as merge
-from tutor.stages.merge import weights as merging
+from tutor.stages.merge import weights
 from tutor.stages.merge.peft_adapter import read_adapter
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
@@ -58,10 +58,10 @@ class MergeStages:
         self.out.mkdir()
         return merge.run(recipe(self.out / "r.toml", merge=settings), self.inputs, self.out)
 
-    def merged(self, nf4: Any = None) -> merging.MergedWeights:
+    def merged(self, nf4: Any = None) -> weights.MergedWeights:
         """The weights that the stage would write."""
         files = read_folder(self.model)
-        return merging.MergedWeights(
+        return weights.MergedWeights(
             {tensor.name: tensor for stored in files.values() for tensor in stored},
             read_adapter(self.adapter),
             "F16",
@@ -115,9 +115,9 @@ def written(model: Path, adapter: Path, out: Path, dtype: str = "F16") -> dict[s
     """Write the merged weights of any adapter folder; return them."""
     files, read = read_folder(model), read_adapter(adapter)
     base = {tensor.name: tensor for stored in files.values() for tensor in stored}
-    merging.require_fit(base, read, read_json(model / "config.json"))
+    weights.require_fit(base, read, read_json(model / "config.json"))
     out.mkdir()
-    merge.write_shards(merging.MergedWeights(base, read, dtype), files, out)
+    merge.write_shards(weights.MergedWeights(base, read, dtype), files, out)
     return tensors(out)
 
 

@@ -1,4 +1,7 @@
-"""tutor, observed: each process notes the rows of its passes and what it opens to write, and may be ended at a step."""
+"""Run tutor and record, per process, the rows of its micro-batches and the files that it writes; signal it at a step.
+
+In: the variables NOTES (path) and END (JSON). Out: NOTES.RANK, one JSON object per line. Does not judge the notes.
+"""
 
 import json
 import os
@@ -9,7 +12,7 @@ from typing import Any
 
 
 def noting(plain: Callable[..., Any], note: Callable[[dict[str, Any]], object]) -> Callable[..., Any]:
-    """`plain` is the trainer's compute_loss; the rows that it gets are noted with their step."""
+    """Wrap the trainer's compute_loss so that it passes its step, rows and tokens to `note`."""
     from tutor.stages.train.kernels.packed_attention import split_rows
 
     def compute_loss(self: Any, model: Any, inputs: Any, **given: Any) -> Any:
@@ -22,7 +25,7 @@ def noting(plain: Callable[..., Any], note: Callable[[dict[str, Any]], object]) 
 
 
 def main() -> None:
-    """Run tutor as its console script does. NOTES is where to note; END: {rank, step, signal, to: self or parent}."""
+    """Run tutor as its console script does. END: {rank, step, signal, to: self or parent}."""
     from tutor.cli import main as cli
     from tutor.cli.progress import quiet_libraries
 
@@ -35,16 +38,16 @@ def main() -> None:
         if (what.get("step"), rank) == (end.get("step"), end.get("rank")):
             os.kill(os.getppid() if end["to"] == "parent" else os.getpid(), end["signal"])
 
-    def heard(event: str, given: tuple[Any, ...]) -> None:
+    def on_event(event: str, given: tuple[Any, ...]) -> None:
         opened = event == "open" and isinstance(given[0], str) and given[2] & (os.O_WRONLY | os.O_RDWR)
         if opened or event in ("os.remove", "os.rename", "os.rmdir"):
             note({"wrote": str(Path(given[0]).absolute())})
 
     quiet_libraries()
-    from tutor.stages.train import trainer as cpu_head
+    from tutor.stages.train import trainer
 
-    cpu_head.Trainer.compute_loss = noting(cpu_head.Trainer.compute_loss, note)  # type: ignore[method-assign]
-    sys.addaudithook(heard)
+    trainer.Trainer.compute_loss = noting(trainer.Trainer.compute_loss, note)  # type: ignore[method-assign]
+    sys.addaudithook(on_event)
     cli.main()
 
 

@@ -41,13 +41,13 @@ HELD_OUT = [
 
 
 def settings(**changes: Any) -> Any:
-    """The train section of a recipe: two steps of two rows an epoch unless changed."""
+    """Return the train section of a recipe: two steps of two rows per epoch unless changed."""
     short = {"batch_size": 2, "accumulation": 2, "epochs": 1, "logging_steps": 1, "learning_rate": 5e-3}
     return recipe(Path("r.toml"), train={**short, **changes}).train
 
 
 def moved(model: Any) -> Any:
-    """The model with its adapter as training would have it: a B of zeros hides A's gradients."""
+    """Return the model with a changed adapter: with the initial B of zeros, A has no gradients."""
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -55,14 +55,14 @@ def moved(model: Any) -> Any:
 
 
 def apart(found: dict[str, Any], wanted: dict[str, Any]) -> float:
-    """The largest difference, as a share of the largest gradient."""
+    """Return the largest difference, relative to the largest gradient."""
     assert found.keys() == wanted.keys() != set()
     largest = max(value.abs().max().item() for value in wanted.values())
     return max((found[name] - wanted[name]).abs().max().item() for name in wanted) / largest
 
 
 class FirstGradient(TrainerCallback):  # type: ignore[misc]
-    """Keeps what the first optimizer step is about to use, and ends the training."""
+    """Records the gradients of the first optimizer step, and ends the training."""
 
     def __init__(self) -> None:
         self.gradients: dict[str, Any] = {}
@@ -77,7 +77,7 @@ SOURCE = "path:una-base"
 
 
 def gradients(model: Any, rows: Sequence[Encoded]) -> dict[str, Any]:
-    """Of the mean loss over all supervised tokens of all rows, without a library's help."""
+    """Return the gradients of the mean loss of all supervised tokens, computed without a library."""
     model.zero_grad()
     total = sum(sum(row.mask) for row in rows)
     for row in rows:
@@ -89,7 +89,7 @@ def gradients(model: Any, rows: Sequence[Encoded]) -> dict[str, Any]:
 
 
 def history(losses: Sequence[float | None], **held_out: float) -> list[dict[str, Any]]:
-    """An entry a step; `at5=1.0` is a held-out loss of 1.0 at step 5."""
+    """Return one entry per step; `at5=1.0` is a held-out loss of 1.0 at step 5."""
     entries: list[dict[str, Any]] = [
         {"step": step, "epoch": step / 10, "loss": loss, "learning_rate": 1e-4, "grad_norm": 1.0}
         for step, loss in enumerate(losses, 1)

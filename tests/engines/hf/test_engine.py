@@ -29,10 +29,10 @@ def test_stop_text_ends_answer_and_no_part_of_it_is_sent(engine: hf.Transformers
     answer, pieces = ask(engine, RUNS_ON[0])
     assert (answer.text, answer.finish) == (" Año 👩‍💻\nInsisto.", "stop")
     assert "".join(pieces) == answer.text
-    heard = ""
+    sent = ""
     for piece in pieces:
-        heard += piece
-        assert answer.text.startswith(heard)
+        sent += piece
+        assert answer.text.startswith(sent)
 
 
 def test_prefix_of_a_stop_text_is_sent_when_it_ends_otherwise(engine: hf.TransformersEngine) -> None:

@@ -1,4 +1,4 @@
-"""engines/hf/nf4.py: in pieces, bit for bit what bitsandbytes makes of the whole tensor."""
+"""engines/hf/nf4.py: pieces are bit for bit equal to bitsandbytes' result for the whole tensor."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def test_round_trip_in_pieces_equals_whole_tensor(dtype: Any, shape: tuple[int, 
 
 
 def test_round_trip_uses_mean_scale_of_whole_tensor() -> None:
-    """Pieces of very different size: quantized one by one they would come back as other numbers."""
+    """Pieces of very different magnitudes: quantized one by one they would have other values."""
     torch.manual_seed(0)
     pieces = (torch.randn(64, 512) * 0.01, torch.randn(64, 512) * 10)
     found = torch.cat([*round_trip(iter(pieces))])

@@ -46,5 +46,5 @@ def test_answer_logprobs_in_parts_equal_those_of_all_logits(tiny: Path) -> None:
             logits = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
         whole = torch.log_softmax(logits.float(), dim=-1).gather(1, torch.tensor(answer)[:, None])[:, 0].tolist()
         assert found == pytest.approx(whole, abs=bound)
-        # A mean of errors that go up and down alike: one is as large as the bound, many cancel.
+        # Errors of both signs: a single one may reach the bound, in a sum they cancel.
         assert math.fsum(found) == pytest.approx(math.fsum(whole), abs=bound * math.sqrt(len(found)))

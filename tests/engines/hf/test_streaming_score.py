@@ -1,4 +1,4 @@
-"""The streaming score against the engine's: equal log-probabilities from a model that is never loaded whole."""
+"""engines/hf/streaming_score.py: log-probabilities equal to those of the loaded model."""
 
 import logging
 import math
@@ -14,7 +14,7 @@ from support.tolerances import forward_error, largest_logit, sum_error
 torch = pytest.importorskip("torch")
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tutor.engines.hf import streaming_score as layerwise
+from tutor.engines.hf import streaming_score
 from tutor.engines.hf.loading import load_base
 from tutor.engines.hf.score import answer_logprobs
 from tutor.formats.models.model_folder import load_tokenizer, read_facts
@@ -34,8 +34,8 @@ LLAMA = {
 ROWS = [([1, 2, 3], [4, 5]), ([7], [8]), ([250, 3, 250, 9, 11], [299, 0, 299]), ([*range(100)], [*range(60, 150)])]
 
 
-def weights_of(model: Path, rows: int = 37) -> layerwise.Weights:
-    """The folder's weights in pieces of so many rows."""
+def weights_of(model: Path, rows: int = 37) -> streaming_score.Weights:
+    """Return a function that yields the folder's weights in pieces of the given rows."""
     held = tensors(model)
 
     def pieces(name: str) -> Iterator[Any]:
@@ -45,10 +45,10 @@ def weights_of(model: Path, rows: int = 37) -> layerwise.Weights:
 
 
 def compare(model: Path, rows: Any) -> None:
-    """Within what the order of a sum makes of float32."""
+    """Compare up to float32's rounding of sums in another order."""
     loaded = load_base(model, "none", "fp32")
     wanted = answer_logprobs(loaded, rows)
-    found = layerwise.streamed_logprobs(model, weights_of(model), rows)
+    found = streaming_score.streamed_logprobs(model, weights_of(model), rows)
     assert [len(row) for row in found] == [len(row) for row in wanted]
     longest = max(len(prompt) + len(answer) for prompt, answer in rows)
     bound = forward_error(loaded.config, longest) * largest_logit(loaded, rows)
@@ -86,24 +86,24 @@ def test_streamed_logprobs_with_scaled_rope_equal_transformers(tiny: Path, tmp_p
 
 @pytest.mark.slow
 def test_softmax_over_many_pieces_is_summed_in_64_bits() -> None:
-    """Logits of zero, which nothing rounds: what is left of 50,000 pieces is the sum over them."""
+    """Logits of zero have no rounding errors: only the sum over 50,000 pieces has."""
     vocabulary = 50_000
     pieces = torch.zeros(vocabulary, 4).split(1)
-    (found,) = layerwise._log_probabilities(torch.ones(1, 4), torch.tensor([7]), iter(pieces)).tolist()
+    (found,) = streaming_score._log_probabilities(torch.ones(1, 4), torch.tensor([7]), iter(pieces)).tolist()
     wanted = -math.log(vocabulary)
     assert found == pytest.approx(wanted, rel=sum_error(vocabulary, torch.float64, exact=True))
 
 
 def test_16_bit_pieces_are_computed_in_fp32(tiny: Path) -> None:
     held = {name: weight.half() for name, weight in tensors(tiny).items()}
-    whole = layerwise.streamed_logprobs(tiny, lambda name: iter([held[name]]), ROWS[:1])
-    widened = layerwise.streamed_logprobs(tiny, lambda name: iter([held[name].float()]), ROWS[:1])
+    whole = streaming_score.streamed_logprobs(tiny, lambda name: iter([held[name]]), ROWS[:1])
+    widened = streaming_score.streamed_logprobs(tiny, lambda name: iter([held[name].float()]), ROWS[:1])
     assert whole == widened
 
 
 def test_each_layer_is_logged(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        layerwise.streamed_logprobs(tiny, weights_of(tiny), ROWS[:1])
+        streaming_score.streamed_logprobs(tiny, weights_of(tiny), ROWS[:1])
     assert [(record.done, record.total) for record in caplog.records if hasattr(record, "done")] == [(1, 2), (2, 2)]
 
 

@@ -78,7 +78,7 @@ def test_unsupported_setting_is_refused_with_its_name(stages: MergeStages, name:
 
 
 @pytest.mark.parametrize(
-    ("lora", "edits", "said"),
+    ("lora", "edits", "expected"),
     [
         ({"use_dora": True}, {"use_dora": False}, "no fitting lora_magnitude_vector"),
         ({}, {"use_dora": True}, "no fitting lora_magnitude_vector"),
@@ -90,11 +90,11 @@ def test_unsupported_setting_is_refused_with_its_name(stages: MergeStages, name:
     ids=str,
 )
 def test_tensor_without_a_setting_for_it_is_refused(
-    merged: MergeStages, tmp_path: Path, lora: Any, edits: Any, said: str
+    merged: MergeStages, tmp_path: Path, lora: Any, edits: Any, expected: str
 ) -> None:
     adapter = adapter_stage(merged.model, tmp_path / "adapter", "", **lora)
     edit(adapter / "adapter_config.json", **edits)
-    with pytest.raises(ArtifactError, match=said):
+    with pytest.raises(ArtifactError, match=expected):
         read_adapter(adapter)
 
 

@@ -73,23 +73,23 @@ def test_results_have_layers_and_largest_change(merged: MergeStages) -> None:
 def test_progress_is_logged_up_to_the_total_bytes(
     stages: MergeStages, caplog: pytest.LogCaptureFixture, kept: int
 ) -> None:
-    """Of the weights alone; a file that is kept counts as done."""
-    if kept:  # the first file of two, that is
+    """Bytes of the weights only; a file that is kept counts as done."""
+    if kept:  # the first of two files
         stages.merge()
         sorted(stages.out.glob("*.safetensors"))[1].unlink()
     stages.out.mkdir(exist_ok=True)
     caplog.clear()
     with caplog.at_level(logging.INFO):
         merge.run(recipe(stages.out / "r.toml"), stages.inputs, stages.out)
-    told = [(record.done, record.total) for record in caplog.records if hasattr(record, "done")]
+    progress = [(record.done, record.total) for record in caplog.records if hasattr(record, "done")]
     sizes = [
         weight.nbytes for stored in sorted(stages.out.glob("*.safetensors")) for weight in load_file(stored).values()
     ]
     first = sum(weight.nbytes for weight in load_file(min(stages.out.glob("*.safetensors"))).values())
-    assert [done for done, _ in told] == sorted({done for done, _ in told})
-    assert {total for _, total in told} == {sum(sizes)}
-    assert told[-1][0] == sum(sizes)
-    assert (told[0][0] > first) == bool(kept)
+    assert [done for done, _ in progress] == sorted({done for done, _ in progress})
+    assert {total for _, total in progress} == {sum(sizes)}
+    assert progress[-1][0] == sum(sizes)
+    assert (progress[0][0] > first) == bool(kept)
 
 
 def test_nf4_training_scores_both_bases_and_uses_the_better(stages: MergeStages, tmp_path: Path) -> None:
@@ -108,11 +108,11 @@ def test_nf4_training_scores_both_bases_and_uses_the_better(stages: MergeStages,
         by_hf[base] = -sum(map(sum, scores)) / sum(map(len, scores))
         longest = max(len(row.ids) for row in rows)
         bound = max(bound, forward_error(loaded.config, longest) * largest_logit(loaded, pairs))
-    said = found["held_out"]
-    assert said["loss"] == pytest.approx(by_hf, abs=bound)
-    assert abs(by_hf["nf4"] - by_hf["original"]) > 2 * bound  # so the choice is not the rounding's
+    scored = found["held_out"]
+    assert scored["loss"] == pytest.approx(by_hf, abs=bound)
+    assert abs(by_hf["nf4"] - by_hf["original"]) > 2 * bound  # so rounding does not decide the choice
     assert found["base"] == min(by_hf, key=by_hf.__getitem__)
-    assert (said["rows"], said["tokens"]) == (3, sum(sum(row.mask) for row in rows))
+    assert (scored["rows"], scored["tokens"]) == (3, sum(sum(row.mask) for row in rows))
     assert differing(tensors(stages.out), tensors(tmp_path / found["base"])) == []
 
 
@@ -138,7 +138,7 @@ def test_base_named_in_recipe_is_used_without_scoring(stages: MergeStages, base:
 
 
 def merge_stage() -> None:
-    """Run the stage as the pipeline does; arguments: the folder, at which opening of the base's files, which signal.
+    """Run the stage as the pipeline does. Arguments: the folder, the number of the open() of a base file, the signal.
 
     Each weight file is opened once for each of its tensors: the process is ended while one of them is read.
     """
@@ -158,7 +158,7 @@ def merge_stage() -> None:
 
 
 def run_stage(folder: Path, *, opens: int = 0, number: int = signal.SIGKILL, version: str = "1") -> int:
-    """Run the stage in a process of its own, which gets a signal at one of its openings of the base's files."""
+    """Run the stage in a process of its own, with a signal at the given open() of a base file."""
     given = (str(folder), str(opens), str(int(number)), version)
     return forked(*given, scratch=folder / "process", entry=merge_stage).finish().returncode
 
@@ -170,7 +170,8 @@ def shard(folder: Path, number: int, partial: str = "") -> Path:
 IN_THE_SECOND = 2 + 2 + 8 + 3
 
 
-"""check_model_folder() and read_folder() open both files, the first has eight tensors; so the second's third."""
+"""Number of the open() for the third tensor of the second file: two functions open both files, the first has eight
+tensors."""
 
 
 @pytest.mark.pipeline
@@ -184,12 +185,12 @@ def test_killed_merge_resumes_at_the_unfinished_file(stages: MergeStages, number
     assert run_stage(folder) == 0
     assert shard(folder, 1).stat().st_ino == first.st_ino
     assert shard(folder, 1).stat().st_mtime_ns == first.st_mtime_ns
-    whole = {path.name: path.read_bytes() for path in stages.out.iterdir()}
-    manifest = json.loads(whole.pop("manifest.json"))
+    files = {path.name: path.read_bytes() for path in stages.out.iterdir()}
+    manifest = json.loads(files.pop("manifest.json"))
     assert find_damage(stages.out, content=True) == []
     stages.merge()
     shutil.rmtree(stages.out / RESUME)
-    assert whole == {path.name: path.read_bytes() for path in stages.out.iterdir()}
+    assert files == {path.name: path.read_bytes() for path in stages.out.iterdir()}
     assert manifest["results"]["largest_change"] > 0
     assert sorted(path.name for path in folder.iterdir() if "merged" in path.name) == ["merged"]
 
@@ -202,7 +203,7 @@ def test_finished_file_changed_since_is_written_again(stages: MergeStages) -> No
     stat, damaged = path.stat(), bytearray(path.read_bytes())
     damaged[-1] ^= 1
     path.write_bytes(damaged)
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # so that only its content tells
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # so that only its content differs
     assert run_stage(folder) == 0
     assert differing(tensors(stages.out), by_peft(stages.model, stages.adapter)) == []
 
@@ -296,9 +297,9 @@ def test_adapter_of_other_base_is_refused_with_both_hashes(stages: MergeStages) 
     stages.edit_base(Q0, lambda weight: weight * 2)
     now = read_facts(stages.base)[0].weights
     stages.trained_on(trained_on)
-    said = stages.refused()
-    assert f"was trained on other weights ({trained_on[:12]})" in said
-    assert f"({now[:12]}); run: tutor train" in said
+    message = stages.refused()
+    assert f"was trained on other weights ({trained_on[:12]})" in message
+    assert f"({now[:12]}); run: tutor train" in message
 
 
 @pytest.mark.parametrize("damage", ["no manifest", "names no base"])

@@ -34,7 +34,7 @@ pytestmark = [
 
 
 def with_biases(model: Path, to: Path) -> Path:
-    """The model with a bias in every linear layer of its blocks."""
+    """Copy the model, with a bias in every linear layer of its blocks."""
     copied(model, to)
     edit(to / "config.json", attention_bias=True, mlp_bias=True)
     torch.manual_seed(4)
@@ -50,7 +50,7 @@ def with_biases(model: Path, to: Path) -> Path:
 
 
 def as_if_trained(adapter: Path) -> Path:
-    """Move what PEFT begins with a fixed value: magnitudes, biases, whole modules, MiCA's A."""
+    """Change the values that PEFT initializes to constants: magnitudes, biases, full modules, MiCA's A."""
     path = adapter / "adapter_model.safetensors"
     held = load_file(path)
     torch.manual_seed(3)
@@ -74,7 +74,7 @@ def test_merge_is_bitwise_equal_to_peft_in_fp32(merged: MergeStages) -> None:
 
 
 def test_merge_is_within_one_ulp_of_peft_in_fp16(merged: MergeStages) -> None:
-    """Of the last place of the largest of weight, change and sum: where they cancel, the sum's own is finer."""
+    """A unit in the last place of the largest of weight, change and sum: when they cancel, the sum's is smaller."""
     found, base = tensors(merged.out), tensors(merged.model)
     apart = 0
     for name, theirs in by_peft(merged.model, merged.adapter, torch.float16).items():
@@ -140,7 +140,7 @@ def test_bias_delta_without_base_bias_raises_error(merged: MergeStages, tmp_path
 
 
 def test_lora_on_the_head_is_merged_into_the_base_head(stages: MergeStages, tmp_path: Path) -> None:
-    """As the train stage saves: without the copy of the base's that PEFT puts beside an adapted head by itself."""
+    """The train stage saves no copy of the base's head, which PEFT adds to an adapted head."""
     adapter = adapter_stage(stages.model, tmp_path / "other", "", target_modules=["lm_head"])
     shutil.rmtree(stages.adapter)
     adapter.rename(stages.adapter)
@@ -179,12 +179,12 @@ def test_base_of_another_dtype_is_rounded_once(stages: MergeStages, dtype: Any) 
     stages.merge()
     found = tensors(stages.out)
     assert differing(found, by_peft(stages.model, stages.adapter)) == []
-    said = read_json(stages.out / "model.safetensors.index.json")["metadata"]["total_size"]
-    assert said == sum(weight.nbytes for weight in found.values())
+    size = read_json(stages.out / "model.safetensors.index.json")["metadata"]["total_size"]
+    assert size == sum(weight.nbytes for weight in found.values())
 
 
 def test_tensor_in_many_pieces_equals_tensor_in_one(merged: MergeStages, tmp_path: Path) -> None:
-    """3000 x 1000: a piece holds a million numbers, and the last is cut."""
+    """3000 x 1000: a piece holds a million numbers, and the last one is shorter."""
     torch.manual_seed(5)
     weight, a, b = torch.randn(3000, 1000).bfloat16(), torch.randn(4, 1000), torch.randn(3000, 4)
     magnitude = torch.rand(3000)
@@ -206,7 +206,7 @@ def test_tensor_in_many_pieces_equals_tensor_in_one(merged: MergeStages, tmp_pat
 
 
 def in_four_bits(model: Path, precision: str) -> dict[str, Any]:
-    """What a loaded 4-bit model holds of each weight, given back as its layers do."""
+    """Return the dequantized weights of a loaded 4-bit model."""
     import bitsandbytes
 
     held = {}
@@ -256,7 +256,7 @@ print(peak() - before)
 
 @pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """160 MB of weights, 64 of them adapted, in less than half of that beyond what importing torch takes."""
+    """160 MB of weights, 64 MB of them adapted, in less than 80 MB besides the imports."""
     adapted, plain = torch.zeros(8192, 4096).bfloat16(), torch.zeros(48 << 20).bfloat16()
     for name in ("model", "adapter", "out"):
         (tmp_path / name).mkdir()
@@ -276,8 +276,8 @@ def test_base_with_fewer_layers_is_refused_with_missing_tensor(stages: MergeStag
     for path in stages.model.glob("*.safetensors"):
         held = {name: weight for name, weight in load_file(path).items() if ".layers.1." not in name}
         save_file(held, path, metadata={"format": "pt"})
-    said = stages.refused()
-    assert "the base has no model.layers.1.self_attn.k_proj.weight (4 of 8 adapted tensors missing)" in said
+    message = stages.refused()
+    assert "the base has no model.layers.1.self_attn.k_proj.weight (4 of 8 adapted tensors missing)" in message
 
 
 def test_layer_of_another_shape_is_refused_with_both_shapes(stages: MergeStages) -> None:
@@ -286,7 +286,7 @@ def test_layer_of_another_shape_is_refused_with_both_shapes(stages: MergeStages)
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("name", "value", "expected"),
     [
         ("model.norm.weight", 70000.0, "70144, beyond FP16's 65504"),  # fits bf16, which rounds it
         ("model.embed_tokens.weight", -70000.0, "70144, beyond FP16's 65504"),
@@ -295,14 +295,14 @@ def test_layer_of_another_shape_is_refused_with_both_shapes(stages: MergeStages)
     ],
 )
 def test_base_value_beyond_fp16_is_refused_with_tensor_name(
-    stages: MergeStages, name: str, value: float, said: str
+    stages: MergeStages, name: str, value: float, expected: str
 ) -> None:
     def put(weight: Any) -> Any:
         weight.view(-1)[0] = value
         return weight
 
     stages.edit_base(name, put)
-    assert f"{name} holds {said}"[:60] in stages.refused()
+    assert f"{name} holds {expected}"[:60] in stages.refused()
 
 
 def test_merged_value_beyond_fp16_is_refused(stages: MergeStages) -> None:

@@ -1,4 +1,4 @@
-"""Fixtures of the trainings' tests."""
+"""Fixtures of the train stage's tests: rows, stage folders, trainers, an uninterrupted run."""
 
 import json
 import signal
@@ -34,7 +34,7 @@ def rows(tokenizer: Any) -> list[Encoded]:
 
 @pytest.fixture(scope="module")
 def inputs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What the data and base stages leave."""
+    """The folders of the data and base stages."""
     folder = tmp_path_factory.mktemp("inputs")
     (folder / "data").mkdir()
     for name, held in (("train", ROWS), ("held_out", HELD_OUT)):
@@ -47,13 +47,13 @@ def inputs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 
 @pytest.fixture
 def trainer_of(tiny: Path, tokenizer: Any, tmp_path: Path) -> Callable[..., Any]:
-    """The trainer that the stage makes, of any rows and with any settings."""
+    """Function that makes the stage's trainer for any rows and settings."""
 
     def make(rows: Sequence[Encoded], quantization: str = "none", precision: str = "fp32", **changes: Any) -> Any:
         chosen = settings(**changes)
         torch.manual_seed(1)
-        passes = split_step(chosen, [len(row.ids) for row in rows])
-        arguments = training_arguments(chosen, precision, 1, tmp_path / "checkpoints", passes)
+        batches = split_step(chosen, [len(row.ids) for row in rows])
+        arguments = training_arguments(chosen, precision, 1, tmp_path / "checkpoints", batches)
         model = load_base(tiny, quantization, precision)
         return make_trainer(model, tokenizer, rows, lora_config(chosen), arguments)
 
@@ -75,16 +75,18 @@ def sigterm() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(inputs: Folders, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[int, list[Any]]]:
+def uninterrupted(
+    inputs: Folders, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], dict[int, list[Any]]]:
     """The files of an uninterrupted run, and the rows of its steps."""
-    folder = tmp_path_factory.mktemp("whole") / "adapter"
+    folder = tmp_path_factory.mktemp("uninterrupted") / "adapter"
     with noted() as notes:
         stage(inputs, folder)
-    assert checkpoints(folder) == []  # nothing is left of them
+    assert checkpoints(folder) == []
     return made(folder), by_step(notes)
 
 
 @pytest.fixture(scope="module")
-def whole(unbroken: tuple[dict[str, Any], dict[int, list[Any]]]) -> dict[str, Any]:
+def files(uninterrupted: tuple[dict[str, Any], dict[int, list[Any]]]) -> dict[str, Any]:
     """The files of an uninterrupted run."""
-    return unbroken[0]
+    return uninterrupted[0]

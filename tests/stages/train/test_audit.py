@@ -58,7 +58,7 @@ def test_collated_rows_equal_the_encoded_rows(
     batch = trainer.data_collator([trainer.train_dataset[number] for number in range(12)])
     assert split_rows(batch) == [(row.ids, label_ids(row)) for row in rows]
     ends = (batch["labels"] == tokenizer.eos_token_id).sum().item()
-    assert ends == 12  # pad is the same id, and carries no loss
+    assert ends == 12  # padding has this id too, without loss
 
 
 def without(row: Encoded, n: int) -> Encoded:
@@ -66,7 +66,7 @@ def without(row: Encoded, n: int) -> Encoded:
 
 
 @pytest.mark.parametrize(
-    ("sabotage", "said"),
+    ("sabotage", "expected"),
     [
         (lambda row, tokenizer: without(row, 1), "EOS is not supervised at the end"),
         (lambda row, tokenizer: Encoded(row.ids[:-1], row.mask[:-1]), "EOS is not supervised at the end"),
@@ -86,13 +86,13 @@ def without(row: Encoded, n: int) -> Encoded:
     ids=["EOS masked", "EOS cut", "no loss", "two BOS", "no BOS", "another prompt", "two ends", "loss on the prompt"],
 )
 def test_changed_row_fails_the_audit(
-    sabotage: Any, said: str, trainer_of: Any, rows: list[Encoded], tokenizer: Any
+    sabotage: Any, expected: str, trainer_of: Any, rows: list[Encoded], tokenizer: Any
 ) -> None:
     trainer = trainer_of([*rows[:3], sabotage(rows[3], tokenizer)])
     with pytest.raises(DataError) as caught:
         audit_labels(trainer, rows[:4], tokenizer)
     assert caught.value.code == 3
-    assert f"train row 4: {said}" in caught.value.problems
+    assert f"train row 4: {expected}" in caught.value.problems
     assert not any("row 3" in problem for problem in caught.value.problems)
 
 
@@ -129,9 +129,9 @@ def test_wrong_row_lengths_fail_the_audit(trainer_of: Any, rows: list[Encoded], 
 def test_row_cut_by_the_library_fails_the_audit(
     trainer_of: Any, rows: list[Encoded], tokenizer: Any, tiny: Path, tmp_path: Path
 ) -> None:
-    plain = settings(packing=False)  # TRL packs nothing that it also cuts
+    plain = settings(packing=False)  # TRL does not pack rows that it cuts
     arguments = training_arguments(plain, "fp32", 1, tmp_path, split_step(plain, [len(row.ids) for row in rows]))
-    arguments.max_length = len(rows[0].ids) - 1  # what TRL's own default of 1024 does to long rows
+    arguments.max_length = len(rows[0].ids) - 1  # TRL's default of 1024 cuts long rows
     model = load_base(tiny, "none", "fp32")
     trainer = make_trainer(model, tokenizer, rows[:1], lora_config(settings()), arguments)
     with pytest.raises(DataError) as caught:

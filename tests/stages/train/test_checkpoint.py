@@ -1,4 +1,7 @@
-"""A checkpoint counts when it is whole and of the same training; others are set aside or refused (docs/facts.md, 6)."""
+"""stages/train/checkpoint.py: intact checkpoints of this training are resumed from, others are quarantined or refused.
+
+docs/facts.md, 6, has the reasons.
+"""
 
 import json
 import logging
@@ -48,14 +51,14 @@ def fields(**changes: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def training(tmp_path: Path) -> TrainingRun:
-    """A training whose stage has written a line of metrics so far."""
+    """A training run with one line of metrics."""
     (tmp_path / "adapter.partial").mkdir()
     (tmp_path / "adapter.partial" / "metrics.jsonl").write_text('{"step": 1}\n')
     return TrainingRun(tmp_path / "adapter.partial", {"rows.train": "a", "version.torch": "2.13"})
 
 
 def write(training: TrainingRun, step: int) -> Path:
-    """What a trainer leaves, as far as this module looks at it; no checkpoint yet."""
+    """Write the files that a trainer saves; without a manifest they are no checkpoint."""
     folder = training.folder / f"checkpoint-{step}"
     folder.mkdir(parents=True)
     for name in (*FILES, "adapter_config.json"):
@@ -79,7 +82,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(value))
 
 
-# What is whole
+# --- intact checkpoints ----------------------------------------------------------------------------------------------
 
 
 def test_resume_restores_the_stage_files_of_the_checkpoint(training: TrainingRun) -> None:
@@ -123,7 +126,7 @@ def test_stage_files_are_no_second_adapter_for_the_trainer(training: TrainingRun
     assert newest_checkpoint(training) == (saved, progress(4))
 
 
-# What is damaged
+# --- damaged checkpoints ---------------------------------------------------------------------------------------------
 
 
 def cut(path: Path) -> None:
@@ -174,10 +177,10 @@ def test_damaged_checkpoint_is_quarantined_and_older_one_used(
     assert newest_checkpoint(training) == (older, progress(4))
     assert quarantined(training) == ["checkpoint-8"]
     assert not newer.exists()
-    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(said) == 1
-    assert "checkpoint-8" in said[0]
-    assert said[0].endswith(f"kept as {training.folder}/quarantine/checkpoint-8")
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1
+    assert "checkpoint-8" in warnings[0]
+    assert warnings[0].endswith(f"kept as {training.folder}/quarantine/checkpoint-8")
 
 
 @pytest.mark.parametrize("left", [1, 2])
@@ -189,7 +192,7 @@ def test_no_intact_checkpoint_starts_from_beginning_and_logs(
     assert resume(training) is None
     assert len(quarantined(training)) == left
     assert "training starts from the beginning" in caplog.text
-    assert resume(training) is None  # and it is said once
+    assert resume(training) is None  # and the message is not repeated
 
 
 def test_quarantine_of_the_same_step_twice_keeps_both(training: TrainingRun) -> None:
@@ -221,12 +224,12 @@ def test_flipped_manifest_bit_never_changes_the_training(
     path = data.draw(st.sampled_from(sorted(path for path in newer.rglob("*") if path.is_file())), "file")
     place = data.draw(st.integers(0, path.stat().st_size - 1), "byte")
     flip(path, place, data.draw(st.integers(0, 7), "bit"))
-    # A flip in what decides nothing (the manifest's date and host) may pass, and then changes nothing.
+    # A flip in an unused field (the manifest's date and host) may pass; it changes nothing.
     assert newest_checkpoint(training) in ((older, progress(4)), (newer, progress(8)))
     assert path.name == "manifest.json" or quarantined(training) == ["checkpoint-8"]
 
 
-# Killed while it saves
+# --- killed during a save --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -243,12 +246,12 @@ def test_kill_at_any_step_of_seal_loses_no_checkpoint(tmp_path: Path) -> None:
         latest = training.folder / "checkpoint-12"
         sealed = (latest / "manifest.json").exists()
         if sealed:
-            assert first_damage(latest) is None  # it is written last
+            assert first_damage(latest) is None  # the manifest is written last
         left = quarantined(training)
         assert left == []
         found = newest_checkpoint(training)
         assert found == ((latest, progress(12)) if sealed else (training.folder / "checkpoint-8", progress(8)))
-        # Never that of a checkpoint which was dropped because it was old.
+        # Never the state of a checkpoint that was removed because it was old.
         assert quarantined(training) in ([], ["checkpoint-12"])
         again = 12 if not sealed else 16
         save(training, again)
@@ -278,11 +281,11 @@ def test_discard_unfinished_removes_only_unsealed_checkpoints(training: Training
     assert [path.name for path in training.folder.iterdir()] == [saved.name]
 
 
-# What is of another training
+# --- checkpoints of another training ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "expected"),
     [
         ({"learning_rate": 1e-3}, "train.learning_rate: 0.0002 -> 0.001"),
         ({"rank": 4}, "train.rank: 8 -> 4"),
@@ -295,13 +298,17 @@ def test_discard_unfinished_removes_only_unsealed_checkpoints(training: Training
         ({"epochs": 7, "alpha": 8}, "train.alpha: 16 -> 8; train.epochs: 6 -> 7"),
     ],
 )
-def test_changed_setting_is_refused_with_its_name(changed: dict[str, Any], said: str, training: TrainingRun) -> None:
+def test_changed_setting_is_refused_with_its_name(
+    changed: dict[str, Any], expected: str, training: TrainingRun
+) -> None:
     save(replace(training, fields=fields()), 4)
-    with pytest.raises(ArtifactError, match=rf"checkpoint-4 \(of 12 steps\) is of another training: {said}") as caught:
+    with pytest.raises(
+        ArtifactError, match=rf"checkpoint-4 \(of 12 steps\) is of another training: {expected}"
+    ) as caught:
         newest_checkpoint(replace(training, fields=fields(**changed)))
     assert caught.value.code == 5
     assert "tutor clean train" in str(caught.value)
-    assert quarantined(training) == []  # it is whole, and may be what the user wants to go back to
+    assert quarantined(training) == []  # it is intact, and the user may want to go back to it
     assert newest_checkpoint(replace(training, fields=fields())) is not None
 
 
@@ -351,7 +358,7 @@ def test_rows_sha256_depends_on_ids_masks_and_order() -> None:
     assert checkpoint.rows_sha256([Encoded([*one.ids], [*one.mask])]) == checkpoint.rows_sha256([one])
 
 
-# The disk
+# --- the disk --------------------------------------------------------------------------------------------------------
 
 
 def test_full_disk_error_has_needed_and_free_megabytes(training: TrainingRun) -> None:

@@ -21,9 +21,9 @@ pytestmark = [
 ]
 
 
-def test_uninterrupted_run_logs_every_step_once(whole: dict[str, Any]) -> None:
-    assert [line["step"] for line in whole["metrics"]] == sorted({1, *range(2, 19, 2), *range(3, 19, 3)})
-    assert set(whole["files"]) == {
+def test_uninterrupted_run_logs_every_step_once(files: dict[str, Any]) -> None:
+    assert [line["step"] for line in files["metrics"]] == sorted({1, *range(2, 19, 2), *range(3, 19, 3)})
+    assert set(files["files"]) == {
         "adapter_model.safetensors",
         "adapter_config.json",
         "metrics.jsonl",
@@ -37,7 +37,7 @@ def test_uninterrupted_run_logs_every_step_once(whole: dict[str, Any]) -> None:
     ids=["before any checkpoint", "in the first epoch", "where an epoch ends", "before the last is saved"],
 )
 def test_interrupted_run_makes_the_uninterrupted_files(
-    step: int, kept: list[int], inputs: Folders, tmp_path: Path, whole: dict[str, Any]
+    step: int, kept: list[int], inputs: Folders, tmp_path: Path, files: dict[str, Any]
 ) -> None:
     folder = tmp_path / "adapter"
     with pytest.raises(ZeroDivisionError):
@@ -45,11 +45,11 @@ def test_interrupted_run_makes_the_uninterrupted_files(
     assert not folder.exists()
     assert not folder.with_name("adapter.partial").exists()
     assert checkpoints(folder) == [f"checkpoint-{number}" for number in kept]
-    said = stage(inputs, folder)
-    assert [line.partition(",")[0] for line in said if line.startswith("resuming")] == [
+    lines = stage(inputs, folder)
+    assert [line.partition(",")[0] for line in lines if line.startswith("resuming")] == [
         f"resuming after step {number} of 18" for number in kept[:1]
     ]
-    assert made(folder) == whole
+    assert made(folder) == files
     assert checkpoints(folder) == []
 
 
@@ -57,44 +57,44 @@ def test_interrupted_run_makes_the_uninterrupted_files(
 def test_resume_with_each_base_and_precision_makes_equal_files(
     changes: dict[str, Any], inputs: Folders, tmp_path: Path
 ) -> None:
-    stage(inputs, tmp_path / "whole" / "adapter", **changes)
+    stage(inputs, tmp_path / "files" / "adapter", **changes)
     folder = tmp_path / "adapter"
     with pytest.raises(ZeroDivisionError):
         stage(inputs, folder, {6: fail(ZeroDivisionError())}, **changes)
     assert "resuming after step 5" in " ".join(stage(inputs, folder, **changes))
-    assert made(folder) == made(tmp_path / "whole" / "adapter")
+    assert made(folder) == made(tmp_path / "files" / "adapter")
 
 
 def test_finished_unsealed_training_is_not_trained_again(
-    inputs: Folders, tmp_path: Path, whole: dict[str, Any]
+    inputs: Folders, tmp_path: Path, files: dict[str, Any]
 ) -> None:
     folder = tmp_path / "adapter"
     with pytest.raises(ZeroDivisionError):
         stage(inputs, folder, after=fail(ZeroDivisionError()))
     assert checkpoints(folder) == ["checkpoint-18", "checkpoint-15"]
-    said = stage(inputs, folder)
-    assert not [line for line in said if line.startswith("step ")]
-    assert made(folder) == whole
+    lines = stage(inputs, folder)
+    assert not [line for line in lines if line.startswith("step ")]
+    assert made(folder) == files
 
 
-def test_repeated_resumes_make_the_uninterrupted_files(inputs: Folders, tmp_path: Path, whole: dict[str, Any]) -> None:
+def test_repeated_resumes_make_the_uninterrupted_files(inputs: Folders, tmp_path: Path, files: dict[str, Any]) -> None:
     folder = tmp_path / "adapter"
     for step in (6, 12, 16):
         with pytest.raises(ZeroDivisionError):
             stage(inputs, folder, {step: fail(ZeroDivisionError())})
     stage(inputs, folder)
-    assert made(folder) == whole
+    assert made(folder) == files
 
 
 def test_saving_every_few_minutes_does_not_change_the_files(
-    inputs: Folders, tmp_path: Path, whole: dict[str, Any]
+    inputs: Folders, tmp_path: Path, files: dict[str, Any]
 ) -> None:
     folder = tmp_path / "adapter"
-    said = stage(inputs, folder, save_steps=500, save_minutes=1e-9)
-    assert [line for line in said if line.startswith("checkpoint of")] == [
+    lines = stage(inputs, folder, save_steps=500, save_minutes=1e-9)
+    assert [line for line in lines if line.startswith("checkpoint of")] == [
         f"checkpoint of step {step} saved" for step in range(1, 19)
     ]
-    assert made(folder) == whole
+    assert made(folder) == files
     never = stage(inputs, tmp_path / "never", save_steps=500, save_minutes=0)
     assert [line for line in never if line.startswith("checkpoint of")] == ["checkpoint of step 18 saved"]
 
@@ -104,7 +104,7 @@ def test_saving_every_few_minutes_does_not_change_the_files(
 
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
 def test_signal_ends_step_saves_and_run_resumes_there(
-    number: signal.Signals, raised: type[BaseException], inputs: Folders, tmp_path: Path, whole: dict[str, Any]
+    number: signal.Signals, raised: type[BaseException], inputs: Folders, tmp_path: Path, files: dict[str, Any]
 ) -> None:
     folder = tmp_path / "adapter"
     with pytest.raises(raised):
@@ -112,7 +112,7 @@ def test_signal_ends_step_saves_and_run_resumes_there(
     assert checkpoints(folder) == ["checkpoint-6", "checkpoint-5"]
     assert not folder.with_name("adapter.partial").exists()
     assert "resuming after step 6 of 18" in " ".join(stage(inputs, folder))
-    assert made(folder) == whole
+    assert made(folder) == files
 
 
 def test_signal_during_a_save_ends_with_that_checkpoint(inputs: Folders, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_signal_during_a_save_ends_with_that_checkpoint(inputs: Folders, tmp_pat
 
 
 @pytest.mark.parametrize("step", [6, 18])
-def test_second_signal_ends_training_at_once(step: int, inputs: Folders, tmp_path: Path, whole: dict[str, Any]) -> None:
+def test_second_signal_ends_training_at_once(step: int, inputs: Folders, tmp_path: Path, files: dict[str, Any]) -> None:
     def twice() -> None:
         send(signal.SIGTERM)()
         send(signal.SIGINT)()
@@ -133,28 +133,28 @@ def test_second_signal_ends_training_at_once(step: int, inputs: Folders, tmp_pat
         stage(inputs, folder, {step: twice})
     assert checkpoints(folder) == ({6: ["checkpoint-5"], 18: ["checkpoint-15", "checkpoint-10"]}[step])
     stage(inputs, folder)
-    assert made(folder) == whole
+    assert made(folder) == files
 
 
 def test_signal_in_last_step_ends_and_trains_nothing_twice(
-    inputs: Folders, tmp_path: Path, whole: dict[str, Any]
+    inputs: Folders, tmp_path: Path, files: dict[str, Any]
 ) -> None:
     folder = tmp_path / "adapter"
     with pytest.raises(Terminated):
         stage(inputs, folder, {18: send(signal.SIGTERM)})
     assert checkpoints(folder)[0] == "checkpoint-18"
     assert not [line for line in stage(inputs, folder) if line.startswith("step ")]
-    assert made(folder) == whole
+    assert made(folder) == files
 
 
-def test_ignored_signal_stays_ignored(inputs: Folders, tmp_path: Path, whole: dict[str, Any]) -> None:
+def test_ignored_signal_stays_ignored(inputs: Folders, tmp_path: Path, files: dict[str, Any]) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         stage(inputs, tmp_path / "adapter", {6: send(signal.SIGINT)})
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
-    assert made(tmp_path / "adapter") == whole
+    assert made(tmp_path / "adapter") == files
 
 
 # --- as a command ----------------------------------------------------------------------------------------------------
@@ -183,11 +183,11 @@ def command(name: str, folder: Path, scratch: Path) -> Forked:
 
 @pytest.fixture(scope="module")
 def user(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe, and what it makes where nobody interrupts it."""
+    """A recipe and the build folder of an uninterrupted run."""
 
     def make(folder: Path) -> None:
         (folder / "r.toml").write_text(RECIPE.format(root=ROOT), "utf-8")
-        done = command("run", folder, folder / "said").finish()
+        done = command("run", folder, folder / "output").finish()
         assert done.returncode == 0, done.stderr
 
     return shared(tmp_path_factory, "user", make)
@@ -200,7 +200,7 @@ def test_command_resumes_after_a_signal(number: signal.Signals, code: int, user:
     wanted = (build / "adapter" / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(build / "adapter")
     shutil.rmtree(log_folder(build / "adapter"))
-    if number == signal.SIGKILL:  # nothing is saved at it: what was, by steps, has to do
+    if number == signal.SIGKILL:  # it cannot save: the run resumes from a checkpoint by steps
         with (folder / "r.toml").open("a") as text:
             text.write("save_steps = 3\n")
     process = command("train", folder, tmp_path / "ended")

@@ -14,7 +14,7 @@ from support.training import apart, gradients, moved
 from tutor.engines.hf.score import answer_logprobs
 from tutor.errors import ArtifactError
 from tutor.prompt import Encoded
-from tutor.stages.train import held_out_loss as scoring
+from tutor.stages.train import held_out_loss
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -32,20 +32,20 @@ def test_scoring_keeps_gradients_and_module_modes(
     model.get_input_embeddings().eval()
     modes = {name: module.training for name, module in model.named_modules()}
     before = gradients(model, rows[:4])
-    first = scoring.mean_loss(model, rows)
+    first = held_out_loss.mean_loss(model, rows)
     assert {name: module.training for name, module in model.named_modules()} == modes
-    assert scoring.mean_loss(model, rows) == first
-    scoring.refuse_inference_layout(model)
+    assert held_out_loss.mean_loss(model, rows) == first
+    held_out_loss.refuse_inference_layout(model)
     after = gradients(model, rows[:4])
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_scoring_has_no_dropout_and_restores_mode_after_error(trainer_of: Any, rows: list[Encoded]) -> None:
     model = moved(trainer_of(rows, "nf4", dropout=0.5).model)
-    assert scoring.mean_loss(model, rows) == scoring.mean_loss(model, rows)
+    assert held_out_loss.mean_loss(model, rows) == held_out_loss.mean_loss(model, rows)
 
     def leave() -> None:
-        with scoring.evaluating(model):
+        with held_out_loss.evaluating(model):
             assert not torch.is_grad_enabled()
             assert not any(m.training for m in model.modules() if not isinstance(m, Linear4bit))
             raise KeyboardInterrupt
@@ -68,7 +68,7 @@ def test_gradients_and_scores_equal_those_of_dequantized_base(
     quantization: str, trainer_of: Any, rows: list[Encoded]
 ) -> None:
     model = moved(trainer_of(rows, quantization, dropout=0.0).model)
-    found, loss = gradients(model, rows[:4]), scoring.mean_loss(model, rows)
+    found, loss = gradients(model, rows[:4]), held_out_loss.mean_loss(model, rows)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Linear4bit | Linear8bitLt):
@@ -81,7 +81,7 @@ def test_gradients_and_scores_equal_those_of_dequantized_base(
     longest = max(len(row.ids) for row in rows)
     pairs = [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in rows]
     bound = forward_error(model.get_base_model().config, longest) * largest_logit(model, pairs)
-    assert scoring.mean_loss(model, rows) == pytest.approx(loss, abs=bound)
+    assert held_out_loss.mean_loss(model, rows) == pytest.approx(loss, abs=bound)
 
 
 @pytest.mark.skipif(not has_avx512bf16(), reason="bitsandbytes packs for inference on CPUs with AVX512-BF16 only")
@@ -93,9 +93,9 @@ def test_layer_packed_by_eval_mode_is_refused(trainer_of: Any, rows: list[Encode
         model(input_ids=torch.tensor([rows[0].ids]))
     model.train()
     with pytest.raises(ArtifactError, match=r"layers\.0\.self_attn\.q_proj is packed for inference") as caught:
-        scoring.refuse_inference_layout(model)
+        held_out_loss.refuse_inference_layout(model)
     assert caught.value.code == 5
-    assert apart(gradients(model, rows[:4]), right) > 0.01  # and this is why
+    assert apart(gradients(model, rows[:4]), right) > 0.01  # the reason for the refusal
 
 
 # --- the scores ------------------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def test_layer_packed_by_eval_mode_is_refused(trainer_of: Any, rows: list[Encode
 def test_mean_loss_weights_supervised_tokens_equally(precision: str, trainer_of: Any, rows: list[Encoded]) -> None:
     model = trainer_of(rows, "none", precision).model
     ids = [torch.tensor([row.ids]) for row in rows]
-    with torch.no_grad(), scoring.evaluating(model):
+    with torch.no_grad(), held_out_loss.evaluating(model):
         losses = [
             torch.nn.functional.cross_entropy(
                 model(input_ids=item).logits[0, row.n_prompt - 1 : -1].float(),
@@ -116,15 +116,15 @@ def test_mean_loss_weights_supervised_tokens_equally(precision: str, trainer_of:
         ]
     pairs = [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in rows]
     error = forward_error(model.get_base_model().config, max(len(row.ids) for row in rows))
-    if precision == "bf16":  # the logits of the two passes are rounded once more, each to its own side
+    if precision == "bf16":  # each of the two passes rounds its logits once more
         error += 2 * roundoff(torch.bfloat16)
     bound = error * largest_logit(model, pairs)
-    assert scoring.mean_loss(model, rows) == pytest.approx(torch.cat(losses).mean().item(), abs=bound)
-    with scoring.evaluating(model):
+    assert held_out_loss.mean_loss(model, rows) == pytest.approx(torch.cat(losses).mean().item(), abs=bound)
+    with held_out_loss.evaluating(model):
         scores = answer_logprobs(model, pairs)
     assert [len(values) for values in scores] == [sum(row.mask) for row in rows]
     each = [value for values in scores for value in values]
-    assert scoring.mean_loss(model, rows) == -math.fsum(each) / len(each)  # every token alike, whatever the rounding
+    assert held_out_loss.mean_loss(model, rows) == -math.fsum(each) / len(each)  # tokens have equal weights
 
 
 def test_mean_loss_of_nan_raises_error(trainer_of: Any, rows: list[Encoded]) -> None:
@@ -132,5 +132,5 @@ def test_mean_loss_of_nan_raises_error(trainer_of: Any, rows: list[Encoded]) -> 
     with torch.no_grad():
         next(weight for weight in model.parameters() if weight.requires_grad).fill_(math.nan)
     with pytest.raises(ArtifactError, match="held-out loss is nan") as caught:
-        scoring.mean_loss(model, rows)
+        held_out_loss.mean_loss(model, rows)
     assert caught.value.code == 5

@@ -32,7 +32,7 @@ pytestmark = [
 ]
 
 
-def course(**changes: Any) -> MonitorSettings:
+def monitor_settings(**changes: Any) -> MonitorSettings:
     plain = {
         "rows": 12, "tokens": 480, "evaluations": 0, "patience": 0, "report_every": 1, "loss_before": 8.0,
         "skips_overflow": False,
@@ -97,13 +97,13 @@ def test_skipped_fp16_steps_raise_error_only_if_30_in_a_row() -> None:
 
 def test_report_lines_have_first_last_nth_and_evaluated_steps() -> None:
     found = history([8.0, 6.0, 4.0, 2.0, 1.0, None, 3.0, 5.0], at3=1.5, at6=1.0, at8=1.2)
-    lines = monitor.report_lines(found, 8, course(evaluations=3, report_every=4))
+    lines = monitor.report_lines(found, 8, monitor_settings(evaluations=3, report_every=4))
     assert [line["step"] for line in lines] == [1, 3, 4, 6, 8]
-    assert [line["loss"] for line in lines] == [8.0, 5.0, 2.0, 1.0, 4.0]  # means since the report before
+    assert [line["loss"] for line in lines] == [8.0, 5.0, 2.0, 1.0, 4.0]  # means since the previous report
     assert [line.get("held_out_loss") for line in lines] == [None, 1.5, None, 1.0, 1.2]
     assert lines[1]["held_out_perplexity"] == pytest.approx(math.exp(1.5))
     assert lines[0]["perplexity"] == pytest.approx(math.exp(8))
-    json.dumps(monitor.report_lines(history([None, 900.0]), 2, course()), allow_nan=False)
+    json.dumps(monitor.report_lines(history([None, 900.0]), 2, monitor_settings()), allow_nan=False)
 
 
 # --- in a trainer ----------------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def tokenizer(tiny: Path) -> Any:
 
 @pytest.fixture
 def trainer_of(tiny: Path, tokenizer: Any, tmp_path: Path) -> Callable[..., Any]:
-    """Twelve rows, two a step, two epochs: twelve steps."""
+    """Function that makes a trainer of twelve rows, two per step, two epochs: twelve steps."""
 
     def make(**changes: Any) -> Any:
         chosen = settings(epochs=2, batch_size=2, accumulation=1, dropout=0.1, **changes)
@@ -133,7 +133,7 @@ def trainer_of(tiny: Path, tokenizer: Any, tmp_path: Path) -> Callable[..., Any]
 
 
 class Copies(TrainerCallback):  # type: ignore[misc]
-    """The adapter after each step."""
+    """Records the adapter after each step."""
 
     def __init__(self) -> None:
         self.taken: dict[int, dict[str, Any]] = {}
@@ -151,18 +151,18 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def watched(trainer: Any, folder: Path, scores: Sequence[float] = (), **changes: Any) -> tuple[Monitor, Copies]:
-    """Train under a monitor to which the held-out rows score as told."""
-    told: Iterator[float] = iter(scores)
-    watching = Monitor(folder, course(evaluations=len(scores), **changes), lambda: next(told))
+    """Train with a monitor that gets the given held-out losses."""
+    losses: Iterator[float] = iter(scores)
+    monitoring = Monitor(folder, monitor_settings(evaluations=len(scores), **changes), lambda: next(losses))
     copies = Copies()
     trainer.add_callback(copies)
-    trainer.add_callback(watching)
+    trainer.add_callback(monitoring)
     torch.manual_seed(2)
     try:
         trainer.train()
     finally:
-        watching.close()
-    return watching, copies
+        monitoring.close()
+    return monitoring, copies
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
@@ -172,8 +172,8 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.pipeline
 def test_best_adapter_is_restored_when_last_is_worse(trainer_of: Any, tmp_path: Path) -> None:
     trainer = trainer_of()
-    watching, copies = watched(trainer, tmp_path / "log", [3.0, 1.0, 1.0, 2.0])
-    assert not watching.stopped
+    monitoring, copies = watched(trainer, tmp_path / "log", [3.0, 1.0, 1.0, 2.0])
+    assert not monitoring.stopped
     last = adapter(trainer.model)
     kept = monitor.restore_best(trainer.model, tmp_path / "checkpoints", trainer.state.log_history)
     assert kept == 6
@@ -205,8 +205,8 @@ def test_missing_best_adapter_is_logged_and_last_is_kept(
 @pytest.mark.pipeline
 def test_patience_stops_training_without_improvement(trainer_of: Any, tmp_path: Path) -> None:
     trainer = trainer_of()
-    watching, _ = watched(trainer, tmp_path / "log", [3.0, 1.0, 1.5, 1.2, 0.1, 0.0], patience=2)
-    assert watching.stopped
+    monitoring, _ = watched(trainer, tmp_path / "log", [3.0, 1.0, 1.5, 1.2, 0.1, 0.0], patience=2)
+    assert monitoring.stopped
     assert trainer.state.global_step == 8
     assert monitor.restore_best(trainer.model, tmp_path / "checkpoints", trainer.state.log_history) == 4
 
@@ -214,8 +214,8 @@ def test_patience_stops_training_without_improvement(trainer_of: Any, tmp_path: 
 @pytest.mark.pipeline
 def test_zero_patience_trains_all_epochs(trainer_of: Any, tmp_path: Path) -> None:
     trainer = trainer_of()
-    watching, _ = watched(trainer, tmp_path / "log", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
-    assert (watching.stopped, trainer.state.global_step) == (False, 12)
+    monitoring, _ = watched(trainer, tmp_path / "log", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    assert (monitoring.stopped, trainer.state.global_step) == (False, 12)
 
 
 @pytest.mark.pipeline
@@ -226,13 +226,13 @@ def test_evaluations_do_not_change_the_training(trainer_of: Any, tmp_path: Path,
     adapters = []
     for evaluations in (0, 6):
         trainer = trainer_of()
-        watching = Monitor(
-            tmp_path / "log", course(evaluations=evaluations), lambda it=trainer: mean_loss(it.model, rows)
+        monitoring = Monitor(
+            tmp_path / "log", monitor_settings(evaluations=evaluations), lambda it=trainer: mean_loss(it.model, rows)
         )
-        trainer.add_callback(watching)
+        trainer.add_callback(monitoring)
         torch.manual_seed(2)
         trainer.train()
-        watching.close()
+        monitoring.close()
         adapters.append(adapter(trainer.model))
     assert same(*adapters)
 
@@ -301,14 +301,14 @@ def test_log_of_other_training_is_replaced_of_resumed_continued(trainer_of: Any,
         assert [line["step"] for line in lines_of(tmp_path / "log")] == list(range(1, 13))
     wanted = adapter(trainer.model)
     resumed = trainer_of(save_steps=4)
-    watching = Monitor(tmp_path / "log", course(), lambda: 1.0)
-    resumed.add_callback(watching)
+    monitoring = Monitor(tmp_path / "log", monitor_settings(), lambda: 1.0)
+    resumed.add_callback(monitoring)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "checkpoint-8"))
-    watching.close()
+    monitoring.close()
     assert [line["step"] for line in lines_of(tmp_path / "log")] == list(range(1, 13))
     assert same(adapter(resumed.model), wanted)
-    assert monitor.report_lines(resumed.state.log_history, 12, course()) == monitor.report_lines(
-        trainer.state.log_history, 12, course()
+    assert monitor.report_lines(resumed.state.log_history, 12, monitor_settings()) == monitor.report_lines(
+        trainer.state.log_history, 12, monitor_settings()
     )
 
 
@@ -318,10 +318,10 @@ def test_resumed_training_restores_earlier_best_adapter(trainer_of: Any, tmp_pat
     _, copies = watched(trainer, tmp_path / "log", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     resumed = trainer_of(save_steps=4)
     later = iter([5.0, 6.0])
-    watching = Monitor(tmp_path / "log", course(evaluations=6), lambda: next(later))
-    resumed.add_callback(watching)
+    monitoring = Monitor(tmp_path / "log", monitor_settings(evaluations=6), lambda: next(later))
+    resumed.add_callback(monitoring)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "checkpoint-8"))
-    watching.close()
+    monitoring.close()
     assert monitor.restore_best(resumed.model, tmp_path / "checkpoints", resumed.state.log_history) == 2
     assert same(adapter(resumed.model), copies.taken[2])
 
@@ -330,11 +330,11 @@ def test_resumed_training_restores_earlier_best_adapter(trainer_of: Any, tmp_pat
 def test_skipped_fp16_steps_are_none_and_training_continues(tiny: Path, tokenizer: Any, tmp_path: Path) -> None:
     chosen = settings(epochs=2, batch_size=2, accumulation=1)
     rows = encode_rows(tokenizer, ROWS, "", 1024)
-    passes = split_step(chosen, [len(row.ids) for row in rows])
-    arguments = training_arguments(chosen, "fp16", 1, tmp_path / "checkpoints", passes)
+    batches = split_step(chosen, [len(row.ids) for row in rows])
+    arguments = training_arguments(chosen, "fp16", 1, tmp_path / "checkpoints", batches)
     trainer = make_trainer(load_base(tiny, "none", "fp16"), tokenizer, rows, lora_config(chosen), arguments)
     trainer.remove_callback(PrinterCallback)
-    # accelerate makes one on a GPU alone. Its first scales are too large for FP16, as 65536 is for a large model.
+    # accelerate makes a scaler only on a GPU. The first scales overflow FP16, like 65536 with a large model.
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
     before = adapter(trainer.model)
     _, copies = watched(trainer, tmp_path / "log", skips_overflow=True)

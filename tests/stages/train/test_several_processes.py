@@ -1,4 +1,4 @@
-"""Training in several processes is the training of one: the same rows a step, the same adapter, one writer, one end."""
+"""Training in several processes: equal rows per step and an equal adapter to one process; one writer; one end."""
 
 import json
 import signal
@@ -28,9 +28,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tutor.engines.hf.loading import load_base, quant_storage
-from tutor.stages.train import loop as fit
-from tutor.stages.train import monitor
-from tutor.stages.train import trainer as cpu_head
+from tutor.stages.train import loop, monitor, trainer
 from tutor.stages.train.kernels.chunked_loss import IGNORE_INDEX
 from tutor.stages.train.trainer import lora_config
 
@@ -38,7 +36,7 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(
 
 Steps = dict[int, Any]
 LAUNCH = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0")
-QUIET = ("--mixed_precision", "no", "--dynamo_backend", "no")  # it says what it chose for each one that is not given
+QUIET = ("--mixed_precision", "no", "--dynamo_backend", "no")  # accelerate logs each one that is not given
 
 
 def test_required_files_include_each_rank_s_random_state() -> None:
@@ -80,12 +78,12 @@ dropout = 0.0
 precision = "fp32"
 quantization = "none"
 """
-"""17 rows of training in steps of four: the last step of an epoch has one, and the second process none of its own."""
+"""17 rows in steps of four: the last step of an epoch has one row, and rank 1 has none."""
 
 
 @pytest.fixture(scope="module")
 def build(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe's file beside its build folder, where data and base are ready."""
+    """A folder with a recipe and a build folder with finished data and base stages."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "small.toml").write_text(RECIPE.format(data=ROOT / "data", base=tiny), "utf-8")
     runner.run_all(read_recipe(folder / "small.toml"), folder / "build", until="base")
@@ -94,17 +92,17 @@ def build(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(build: Path) -> tuple[Path, Steps]:
-    """The adapter of one process, kept aside, and the rows and tokens of its steps."""
+    """The adapter of one process, and the rows and tokens of its steps."""
     noted: list[dict[str, Any]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_head.Trainer, "compute_loss", noting(cpu_head.Trainer.compute_loss, noted.append))
+        patch.setattr(trainer.Trainer, "compute_loss", noting(trainer.Trainer.compute_loss, noted.append))
         runner.run_one("train", read_recipe(build / "small.toml"), build / "build")
     folder = build / "build" / "small" / "adapter"
     return folder.rename(build / "alone"), by_step(noted)
 
 
 def by_step(notes: list[dict[str, Any]]) -> Steps:
-    """The rows of each step, in whatever order, without those that carry no loss; and the tokens that it counts."""
+    """Return the supervised rows of each step, sorted, and its number of tokens."""
     found: dict[int, tuple[list[Any], set[int]]] = defaultdict(lambda: ([], set()))
     for note in notes:
         held, tokens = found[note["step"]]
@@ -118,12 +116,12 @@ Ran = tuple["Done[str]", list[list[dict[str, Any]]]]
 
 @pytest.fixture
 def launched_by_accelerate(build: Path, tmp_path: Path) -> Callable[..., Ran]:
-    """`accelerate launch tutor train` in two processes, ended as said: what was printed and the notes of each."""
+    """Run `accelerate launch tutor train` in two processes, with a signal; return outputs and notes."""
 
     def run(**end: Any) -> Ran:
         launcher = Path(sys.executable).with_name("accelerate")
         script = [observed.__file__, "train", "-r", "small.toml", "-b", "build"]
-        # One thread, as `alone` has: the order of a sum depends on their number.
+        # One thread, like `alone`: the order of a sum depends on the number of threads.
         notes = {"NOTES": str(tmp_path / "notes"), "END": json.dumps(end), "OMP_NUM_THREADS": "1"}
         env = environment(PYTHONPATH=str(ROOT), **notes)
         command = [launcher, "launch", *LAUNCH, *QUIET, *script]
@@ -134,7 +132,7 @@ def launched_by_accelerate(build: Path, tmp_path: Path) -> Callable[..., Ran]:
 
 
 def notes_of(path: Path) -> list[list[dict[str, Any]]]:
-    """The notes of both ranks; the next run begins with none."""
+    """Return the notes of both ranks, and remove them."""
     paths = [path.with_name(f"{path.name}.{rank}") for rank in range(2)]
     notes = [[json.loads(line) for line in each.read_text().splitlines()] for each in paths]
     for each in paths:
@@ -144,7 +142,7 @@ def notes_of(path: Path) -> list[list[dict[str, Any]]]:
 
 @pytest.fixture
 def together(build: Path, tmp_path: Path) -> Callable[..., tuple[list["Done[str]"], list[list[dict[str, Any]]]]]:
-    """`tutor train` in two processes as a launcher starts them: what each printed, its exit code and its notes."""
+    """Run `tutor train` in two processes as a launcher does; return outputs, exit codes and notes."""
 
     def run(**end: Any) -> tuple[list["Done[str]"], list[list[dict[str, Any]]]]:
         with socket.socket() as free:
@@ -154,7 +152,7 @@ def together(build: Path, tmp_path: Path) -> Callable[..., tuple[list["Done[str]
         for rank in range(2):
             env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
             env |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "no"}
-            # One thread, as `alone` has: the order of a sum depends on their number.
+            # One thread, like `alone`: the order of a sum depends on the number of threads.
             env |= {"NOTES": tmp_path / "notes", "END": json.dumps(end), "OMP_NUM_THREADS": 1}
             given = {name: str(value) for name, value in env.items()}
             where = ("-r", "small.toml", "-b", "build")
@@ -172,7 +170,7 @@ def checkpoints(build: Path) -> list[str]:
 
 
 def ours(stderr: str) -> list[str]:
-    """What tutor said: the launcher's own report is indented, or begins otherwise."""
+    """Return tutor's lines: those of the launcher's report are indented or have another beginning."""
     return [line for line in stderr.splitlines() if line.startswith(("train:", "Error:"))]
 
 
@@ -183,7 +181,7 @@ def test_two_processes_interrupted_make_one_process_adapter(
     adapter, steps = alone
     assert [len(held) for held, _ in steps.values()] == [4, 4, 4, 4, 1] * 2
 
-    # The second process is killed: the first does not go on, says so, and the checkpoint before is whole.
+    # Rank 1 is killed: rank 0 ends with an error, and the checkpoint before is intact.
     (first, second), notes = together(rank=1, step=5, signal=signal.SIGKILL, to="self")
     assert (first.returncode, second.returncode) == (HostError.code, -signal.SIGKILL)
     assert max(note["step"] for part in notes for note in part if "step" in note) == 5
@@ -195,7 +193,7 @@ def test_two_processes_interrupted_make_one_process_adapter(
     found = by_step([note for part in notes for note in part if "step" in note])
     assert [found[step] for step in range(1, 5)] == [steps[step] for step in range(1, 5)]
 
-    # The launcher is told to end: both finish the step, and save it.
+    # The launcher receives a signal: both ranks finish the step and save.
     ended, notes = launched_by_accelerate(rank=0, step=7, signal=signal.SIGTERM, to="parent")
     assert ended.returncode != 0
     assert "resuming after step 3 of 10" in ended.stderr
@@ -205,7 +203,7 @@ def test_two_processes_interrupted_make_one_process_adapter(
     ]
     assert checkpoints(build) == ["checkpoint-7", "checkpoint-6"]
 
-    # What is left goes on in the second epoch, with the rows of that one.
+    # The run resumes in the second epoch, with its rows.
     (first, second), notes = together()
     assert (first.returncode, second.returncode) == (0, 0), first.stderr
     assert "resuming after step 7 of 10" in first.stderr
@@ -219,13 +217,13 @@ def test_two_processes_interrupted_make_one_process_adapter(
 
 
 def assert_close(found: Path, wanted: Path) -> None:
-    """The same adapter but for the rounding of other sums, and the same figures.
+    """Compare two adapters up to rounding, and their figures.
 
     As a whole: Adam moves a weight by the sign of its gradient, and one whose gradient is nearly 0 another way.
     """
     one, two = (load_file(folder / "adapter_model.safetensors") for folder in (wanted, found))
     assert one.keys() == two.keys()
-    # B begins at 0, so that it is what training made. A row too many or too few in one of ten steps is a tenth of it.
+    # B starts at 0, so it is the training's result. A row too many or too few in one of ten steps changes it by 1/10.
     for name in (name for name in one if "lora_B" in name):
         assert (one[name].float() - two[name].float()).norm() < 0.01 * one[name].float().norm(), name
     before, after = (require_stage(folder, "train").results for folder in (wanted, found))
@@ -235,7 +233,7 @@ def assert_close(found: Path, wanted: Path) -> None:
 
 
 def assert_one_wrote(build: Path, first: list[dict[str, Any]], second: list[dict[str, Any]]) -> None:
-    """Python's own files apart; a follower's random state is written by PyTorch itself, below Python."""
+    """Check that only rank 0 wrote files; PyTorch's native code writes rank 1's random state."""
     inside = [
         {note["wrote"] for note in part if note.get("wrote", "").startswith(str(build))} for part in (first, second)
     ]
@@ -243,7 +241,7 @@ def assert_one_wrote(build: Path, first: list[dict[str, Any]], second: list[dict
     assert inside[1] == set()
 
 
-# --- FSDP, as far as it goes without GPUs ----------------------------------------------------------------------------
+# --- FSDP without GPUs -----------------------------------------------------------------------------------------------
 
 
 def test_sharded_4_bit_weights_are_stored_in_compute_dtype(tiny: Path) -> None:
@@ -257,7 +255,7 @@ def test_sharded_4_bit_weights_are_stored_in_compute_dtype(tiny: Path) -> None:
 
 @pytest.fixture
 def mesh() -> Iterator[Any]:
-    """A mesh of this process alone, on the CPU."""
+    """A device mesh of this process, on the CPU."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield torch.distributed.init_device_mesh("cpu", (1,))
     torch.distributed.destroy_process_group()
@@ -285,8 +283,8 @@ def test_sharded_adapter_is_saved_and_restored_in_full(tiny: Path, mesh: Any, tm
             for weight in each.parameters():
                 weight.mul_(0.5)
         assert monitor.restore_best(each, tmp_path, [{"held_out_loss": 2.0, "step": 8}]) == 4
-        fit.round_adapter(each)
-        fit.save_adapter(each, "tiny", tmp_path / name)
+        loop.round_adapter(each)
+        loop.save_adapter(each, "tiny", tmp_path / name)
     assert (tmp_path / "plain" / "adapter_model.safetensors").stat().st_size > 10_000
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()

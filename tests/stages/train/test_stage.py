@@ -21,8 +21,7 @@ from tutor.artifacts.stage_folder import log_folder
 from tutor.errors import ArtifactError
 from tutor.machine.capacity import plan_training
 from tutor.prompt import Encoded
-from tutor.stages.train import held_out_loss as scoring
-from tutor.stages.train import loop
+from tutor.stages.train import held_out_loss, loop
 from tutor.stages.train import stage as train
 from tutor.stages.train.loop import round_adapter, save_adapter
 
@@ -45,7 +44,7 @@ def run(inputs: dict[str, Path], out: Path, **changes: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def trained(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """An adapter of twelve rows, three epochs, and what the stage says of it."""
+    """The adapter of a training on twelve rows for three epochs, and the stage's results."""
     out = tmp_path_factory.mktemp("trained") / "adapter"
     return out, run(inputs, out)
 
@@ -81,7 +80,7 @@ def test_evaluations_keep_the_best_adapter(trained: Trained) -> None:
     scored = {line["step"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
     assert list(scored) == [3, 6, 9, 12, 15, 18]
     assert results["kept_step"] == min(scored, key=scored.__getitem__)
-    # Its file rounds A and B to FP16, and the pass over them rounds otherwise in the type that it computes in.
+    # The file rounds A and B to FP16, and the compute dtype rounds differently.
     rounding = 2 * roundoff(torch.float16) + (2 * roundoff(torch.bfloat16) if results["precision"] == "bf16" else 0)
     assert results["held_out"]["loss_after"] == pytest.approx(min(scored.values()), rel=rounding)
     timed = [json.loads(line) for line in (log_folder(out) / "metrics.jsonl").read_text().splitlines()]
@@ -121,12 +120,12 @@ def test_gradient_checkpointing_does_not_change_the_adapter(
 def test_patience_stops_early_and_logs_the_step(
     inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An evaluation every three of 48 steps; the held-out losses on the way are given, the last one is measured."""
+    """An evaluation every three of 48 steps; the held-out losses are given, only the last one is measured."""
     given, measured = iter([3.0, 2.0, 2.5, 2.1]), []
 
     def mean_loss(model: Any, rows: Sequence[Encoded]) -> float:
         if (loss := next(given, None)) is None:
-            measured.append(loss := scoring.mean_loss(model, rows))
+            measured.append(loss := held_out_loss.mean_loss(model, rows))
         return loss
 
     monkeypatch.setattr(loop, "mean_loss", mean_loss)
@@ -160,7 +159,7 @@ def test_adapter_config_names_source_and_no_local_path(trained: Trained, tiny: P
 @pytest.mark.pipeline
 def test_equal_recipes_make_equal_adapter_bytes(trained: Trained, inputs: dict[str, Path], tmp_path: Path) -> None:
     again = run(inputs, tmp_path / "again")
-    for path in trained[0].iterdir():  # all that the next stage's key looks at
+    for path in trained[0].iterdir():  # the files in the next stage's key
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
     assert again["held_out"] == trained[1]["held_out"]
 
@@ -178,7 +177,7 @@ def test_base_with_nan_loss_fails_before_training(tiny: Path, inputs: dict[str, 
 
 @pytest.mark.pipeline
 def test_support_adapter_has_the_form_of_a_trained_one(trained: Trained, tiny: Path, tmp_path: Path) -> None:
-    # test_merge.py leans on it.
+    # The merge stage's tests use it.
     made = adapter_stage(tiny, tmp_path / "adapter", "")
     assert tensors(made).keys() == tensors(trained[0]).keys()
 

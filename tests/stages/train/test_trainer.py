@@ -57,7 +57,7 @@ def test_accumulated_gradient_equals_that_of_one_batch(trainer_of: Any, tokenize
     first = []
     for batch, accumulation, packing in ((1, 4, False), (4, 1, False), (1, 4, True)):
         trainer = trainer_of(mixed, batch_size=batch, accumulation=accumulation, packing=packing, dropout=0.0)
-        trainer.args.max_grad_norm = 0.0  # as they are, not clipped
+        trainer.args.max_grad_norm = 0.0  # no clipping
         torch.manual_seed(2)
         moved(trainer.model)
         wanted = gradients(trainer.model, mixed)

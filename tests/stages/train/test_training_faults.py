@@ -49,24 +49,24 @@ def test_out_of_memory_keeps_checkpoint_and_its_hint_resumes(
     happens: Callable[[], object],
     inputs: Folders,
     tmp_path: Path,
-    unbroken: tuple[dict[str, Any], dict[int, list[Any]]],
+    uninterrupted: tuple[dict[str, Any], dict[int, list[Any]]],
 ) -> None:
-    whole, rows = unbroken
+    files, rows = uninterrupted
     folder = tmp_path / "adapter"
-    said = r"out of memory in step \d+ of 18; set train.pass_tokens = \d+: the same rows a step"
-    with pytest.raises(HostError, match=said) as caught:
+    expected = r"out of memory in step \d+ of 18; set train.pass_tokens = \d+: the same rows a step"
+    with pytest.raises(HostError, match=expected) as caught:
         stage(inputs, folder, {6: happens})
     (fewer,) = re.findall(r"pass_tokens = (\d+)", caught.value.hint)
     assert caught.value.code == 4
     assert checkpoints(folder) == ["checkpoint-5"]
     with noted() as notes:
         assert "resuming after step 5 of 18" in " ".join(stage(inputs, folder, pass_tokens=int(fewer)))
-    assert len(notes) == 2 * len(by_step(notes))  # half as many rows a pass
-    # Other sums of floats, and dropout draws by the batch: not the same bytes, the same rows in the same order.
+    assert len(notes) == 2 * len(by_step(notes))  # half as many rows per micro-batch
+    # Sums and dropout depend on the micro-batches, so the bytes differ; the rows and their order do not.
     assert by_step(notes) == {step: rows[step] for step in range(6, 19)}
     found = made(folder)
-    assert [line["step"] for line in found["metrics"]] == [line["step"] for line in whole["metrics"]]
-    ours, theirs = found["results"]["held_out"], whole["results"]["held_out"]
+    assert [line["step"] for line in found["metrics"]] == [line["step"] for line in files["metrics"]]
+    ours, theirs = found["results"]["held_out"], files["results"]["held_out"]
     assert ours["loss_after"] == pytest.approx(theirs["loss_after"], rel=0.05)
 
 
@@ -76,7 +76,7 @@ def test_out_of_memory_with_one_row_does_not_suggest_less(inputs: Folders, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("passes", "said"),
+    ("batches", "expected"),
     [
         (MicroBatches(5, 2, 2447, packed=True), "set train.pass_tokens = 1223: the same rows a step"),
         (
@@ -90,8 +90,8 @@ def test_out_of_memory_with_one_row_does_not_suggest_less(inputs: Folders, tmp_p
         (MicroBatches(1, 10, 522, packed=False), "free what other programs hold of it"),
     ],
 )
-def test_memory_hint_keeps_batch_in_smaller_micro_batches(passes: MicroBatches, said: str) -> None:
-    assert memory_hint(passes).startswith(said)
+def test_memory_hint_keeps_batch_in_smaller_micro_batches(batches: MicroBatches, expected: str) -> None:
+    assert memory_hint(batches).startswith(expected)
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def eight_mib(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, left: Callable[[], int]) -> Callable[[], None]:
-    """Leave `left()` bytes free."""
+    """Return an action that fills the disk up to `left()` free bytes."""
 
     def action() -> None:
         free = shutil.disk_usage(disk).free
@@ -119,24 +119,24 @@ def fill(disk: Path, left: Callable[[], int]) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "expected"),
     [(-50_000, r"no room for a checkpoint: 0\.\d MB are needed, 0\.\d MB are free"), (4096, "No space left on device")],
     ids=["seen before it saves", "while it saves"],
 )
 def test_full_disk_is_host_error_and_keeps_last_checkpoint(
-    more: int, said: str, inputs: Folders, eight_mib: Path, whole: dict[str, Any]
+    more: int, expected: str, inputs: Folders, eight_mib: Path, files: dict[str, Any]
 ) -> None:
-    """Files fill whole blocks: room for the bytes of a checkpoint and a block more is not enough for its files."""
+    """Files occupy full blocks: the bytes of a checkpoint and one block more are not enough for its files."""
     folder = eight_mib / "adapter"
     saved = checkpoint_folder(folder) / "checkpoint-5"
-    with pytest.raises(HostError, match=said) as caught:
+    with pytest.raises(HostError, match=expected) as caught:
         stage(inputs, folder, {10: fill(eight_mib, lambda: checkpoint.size(saved) + more)})
     assert caught.value.code == 4
     assert checkpoints(folder) == ["checkpoint-5"]
     assert not (checkpoint_folder(folder) / "quarantine").exists()
     (eight_mib / "filler").unlink()
     assert "resuming after step 5 of 18" in " ".join(stage(inputs, folder))
-    assert made(folder) == whole
+    assert made(folder) == files
 
 
 def test_disk_too_small_for_checkpoint_fails_before_step_one(inputs: Folders, eight_mib: Path) -> None:
@@ -150,7 +150,7 @@ def test_disk_too_small_for_checkpoint_fails_before_step_one(inputs: Folders, ei
 
 
 class Evil:
-    """A pickle that leaves a file behind when it is loaded."""
+    """A pickle that creates a file when it is loaded."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -162,7 +162,7 @@ class Evil:
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 @pytest.mark.parametrize("how", ["without our manifest", "with a forged manifest"])
 def test_planted_pickle_is_not_executed(
-    name: str, how: str, inputs: Folders, tmp_path: Path, whole: dict[str, Any]
+    name: str, how: str, inputs: Folders, tmp_path: Path, files: dict[str, Any]
 ) -> None:
     folder, trace = tmp_path / "adapter", tmp_path / "trace"
     with pytest.raises(ZeroDivisionError):
@@ -181,7 +181,7 @@ def test_planted_pickle_is_not_executed(
             stage(inputs, folder)
     else:
         assert "resuming after step 5 of 18" in " ".join(stage(inputs, folder))
-        assert made(folder) == whole
+        assert made(folder) == files
     assert not trace.exists()
 
 

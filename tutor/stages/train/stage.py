@@ -47,17 +47,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path, plan: TrainingP
         for name in (TRAIN, HELD_OUT)
     )
     log.info("%s", plan)
-    code = SourceTree().provenance(Path(__file__))
-    training = checkpoint.TrainingRun(
-        out,
-        checkpoint.training_fields(
-            settings.model_dump() | {"quantization": plan.quantization}, {"train": train, "held_out": held_out}, code,
-            seed=recipe.seed, base=facts.weights,
-            precision=precision, device="cuda" if torch.cuda.is_available() else "cpu",
-            processes=distributed.world_size(),
-        ),
-        code.sources,
-    )  # fmt: skip
+    training = _training_run(recipe, plan, {"train": train, "held_out": held_out}, facts.weights, out)
     saved = distributed.broadcast_result(checkpoint.resume, training)
     set_seed(recipe.seed)
     arguments = training_arguments(
@@ -95,6 +85,20 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path, plan: TrainingP
         "samples_per_second": round(fitted.epochs * monitoring.rows / fitted.seconds, 3),
         "tokens_per_second": round(fitted.epochs * monitoring.tokens / fitted.seconds, 1),
     }
+
+
+def _training_run(
+    recipe: "Recipe", plan: TrainingPlan, rows: Mapping[str, Sequence[Encoded]], base: str, out: Path
+) -> checkpoint.TrainingRun:
+    """Return the training with all fields that its checkpoints must agree on; `base` is the hash of the weights."""
+    code = SourceTree().provenance(Path(__file__))
+    fields = checkpoint.training_fields(
+        recipe.train.model_dump() | {"quantization": plan.quantization}, rows, code,
+        seed=recipe.seed, base=base,
+        precision=plan.precision, device="cuda" if torch.cuda.is_available() else "cpu",
+        processes=distributed.world_size(),
+    )  # fmt: skip
+    return checkpoint.TrainingRun(out, fields, code.sources)
 
 
 def _monitoring(

@@ -35,12 +35,12 @@ def test_summed_loss_equals_cross_entropy_of_all_logits(dtype: Any) -> None:
     wanted.backward()
     assert loss.dtype == torch.float32
     kept = int((labels[:, 1:] != IGNORE_INDEX).sum())
-    sums = 48 + 700 + kept  # a logit, the softmax, the tokens
-    # Of the logits, which are larger than the losses are small: 48 products of N(0, 1) with a spread of 7.
+    sums = 48 + 700 + kept  # terms of a logit, of the softmax, of the mean
+    # Relative to the largest logit (48 products of N(0, 1), standard deviation 7), which bounds the losses.
     assert loss.item() == pytest.approx(
         wanted.item(), abs=kept * sum_error(sums, exact=True) * logits.abs().max().item()
     )
-    # The way back: softmax and logits again, and the sum over the vocabulary; what bf16 holds is rounded once more.
+    # The backward pass: softmax and logits again, the sum over the vocabulary; bf16 gradients are rounded once more.
     rounding = sum_error(48 + 700 + 700, exact=True) + (0 if dtype == torch.float32 else 2 * roundoff(dtype))
     assert (ours.grad - exact.grad).abs().max() < rounding * exact.grad.abs().max()
     assert head.grad is None

@@ -1,4 +1,4 @@
-"""Dropout on a CPU: as PyTorch's in all but its draws, and repeated from PyTorch's own generator."""
+"""stages/train/kernels/fast_dropout.py: PyTorch's dropout with other draws, seeded by PyTorch's generator."""
 
 import pytest
 

@@ -37,7 +37,7 @@ WIDTHS = (9, 31, 14, 2, 57, 23, 11)
 
 
 def made(widths: Sequence[int], seed: int = 0) -> list[Encoded]:
-    """Rows of random ids, of which the first half carries no loss; the first id never does."""
+    """Return rows of random ids; the first half of each row, at least its first id, carries no loss."""
     draw = torch.Generator().manual_seed(seed)
     ids = [torch.randint(3, 250, (width,), generator=draw).tolist() for width in widths]
     return [Encoded(row, [int(place >= max(1, len(row) // 2)) for place in range(len(row))]) for row in ids]
@@ -62,7 +62,7 @@ def test_packed_batch_has_rows_in_order_and_restarted_positions() -> None:
         "input_ids": [[5, 6, 7, 8, 9]],
         "labels": [
             [IGNORE_INDEX, 6, 7, IGNORE_INDEX, 9]
-        ],  # nothing predicts a row's first id, the row before least of all
+        ],  # the first id of a row is never predicted, not even by the row before
         "position_ids": [[0, 1, 2, 0, 1]],
         LENGTHS: (3, 2),
     }
@@ -113,7 +113,7 @@ def test_packed_logits_equal_those_of_single_rows(model: Any, plain: Any) -> Non
 
 
 def test_packed_row_is_independent_of_its_neighbours(model: Any) -> None:
-    # Same lengths, so that every product has the same shape and even rounding is the same.
+    # Equal lengths give products of equal shapes, and so equal rounding.
     others = made(WIDTHS, seed=1)
     for place, row in enumerate(ROWS):
         mixed = [*others[:place], row, *others[place + 1 :]]
@@ -180,7 +180,7 @@ def test_batches_without_lengths_are_computed_as_by_sdpa(model: Any, plain: Any)
 
 
 class Steps(TrainerCallback):  # type: ignore[misc]
-    """The gradients of every optimizer step, before they are used."""
+    """Records the gradients of every optimizer step before they are used."""
 
     def __init__(self) -> None:
         self.gradients: list[dict[str, Any]] = []
@@ -192,15 +192,15 @@ class Steps(TrainerCallback):  # type: ignore[misc]
 
 @pytest.fixture
 def steps_of(tiny: Path, tmp_path: Path) -> Any:
-    """Loss, gradients and ids of every step of a training whose weights stay where they are."""
+    """Function that returns loss, gradients and ids of every step of a training with a learning rate of 1e-12."""
     tokenizer = load_tokenizer(tiny)
 
     def steps(rows: Sequence[Encoded], quantization: str = "none", **changes: Any) -> Any:
         checkpointing = changes.pop("checkpointing", False)
         wanted = {"epochs": 1, "logging_steps": 1, "learning_rate": 1e-12, "dropout": 0.0, **changes}
         settings = recipe(Path("r.toml"), train=wanted).train
-        passes = split_step(settings, [len(row.ids) for row in rows])
-        arguments = training_arguments(settings, "fp32", 3, tmp_path, passes)
+        batches = split_step(settings, [len(row.ids) for row in rows])
+        arguments = training_arguments(settings, "fp32", 3, tmp_path, batches)
         arguments.max_grad_norm = 0.0
         arguments.activation_checkpointing = arguments.gradient_checkpointing = checkpointing
         torch.manual_seed(1)
@@ -223,20 +223,20 @@ def steps_of(tiny: Path, tmp_path: Path) -> Any:
         trainer.train()
         assert trainer.model.get_base_model().is_gradient_checkpointing == checkpointing
         losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-        return passes, losses, callback.gradients, seen
+        return batches, losses, callback.gradients, seen
 
     return steps
 
 
 @pytest.fixture(scope="module")
 def bounds(tiny: Path) -> tuple[float, float]:
-    """Of losses, whose largest logit is no larger than they are in a model that knows little; and of gradients."""
+    """Bounds of the relative errors of losses and gradients; an untrained model's logits are below its loss."""
     config = LlamaConfig.from_pretrained(tiny)
     return forward_error(config, max(WIDTHS)), backward_error(config, sum(WIDTHS))
 
 
 def apart(found: dict[str, Any], wanted: dict[str, Any]) -> float:
-    """The largest difference, as a share of the largest gradient."""
+    """Return the largest difference, relative to the largest gradient."""
     assert found.keys() == wanted.keys() != set()
     largest = max(value.abs().max().item() for value in wanted.values())
     return max((found[name] - wanted[name]).abs().max().item() for name in wanted) / largest
@@ -245,13 +245,13 @@ def apart(found: dict[str, Any], wanted: dict[str, Any]) -> float:
 @pytest.mark.pipeline
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize(
-    ("budget", "rows", "count"), [(1000, 4, 1), (90, 2, 2)], ids=["one pass a step", "two passes a step"]
+    ("budget", "rows", "count"), [(1000, 4, 1), (90, 2, 2)], ids=["one pass a step", "two batches a step"]
 )
 @pytest.mark.parametrize("last", [3, 1])
 def test_packed_loss_and_gradients_equal_single_row_batches(
     quantization: str, budget: int, rows: int, count: int, last: int, *, steps_of: Any, bounds: tuple[float, float]
 ) -> None:
-    taken = ROWS[: 4 + last]  # the last step is not whole
+    taken = ROWS[: 4 + last]  # the last step is incomplete
     batch = {"batch_size": 1, "accumulation": 4}
     plan, losses, gradients, order = steps_of(taken, quantization, **batch, pass_tokens=budget)
     other, wanted_losses, wanted, wanted_order = steps_of(taken, quantization, **batch, packing=False)
@@ -259,7 +259,7 @@ def test_packed_loss_and_gradients_equal_single_row_batches(
     assert (other.rows, other.count, other.packed) == (1, 4, False)
     assert order == wanted_order
     assert sorted(order) == sorted(row.ids for row in taken)
-    assert order != [row.ids for row in taken]  # shuffled, and the same
+    assert order != [row.ids for row in taken]  # shuffled, in an equal order
     assert len(losses) == 2
     assert losses == pytest.approx(wanted_losses, rel=bounds[0])
     assert len(gradients[0]) == 2 * 4 * 2  # layers, projections, A and B
