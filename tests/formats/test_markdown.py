@@ -1,8 +1,11 @@
 """formats/markdown.py: fenced blocks of CommonMark, blocks of TypeScript."""
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
-from tutor.formats.markdown import fenced_blocks, typescript_blocks
+from tutor.formats.markdown import fence_languages, fenced_blocks, typescript_blocks
 
 
 @pytest.mark.parametrize(
@@ -35,3 +38,14 @@ def test_unlabelled_blocks_are_typescript_if_none_is_labelled() -> None:
     assert [block.code for block in typescript_blocks(fenced_blocks("```\na\n```\n```js\nb\n```"))] == ["a\n"]
     assert [block.code for block in typescript_blocks(fenced_blocks("```\na\n```\n```ts\nb\n```"))] == ["b\n"]
     assert typescript_blocks(fenced_blocks("```tsx\n<a/>\n```")) == []
+
+
+MARKDOWN = ["```", "```ts", "~~~", "````", " ```", "- ```js", "> x", "<div>", "a", "", "\r", "\t```", "- b", "`c`"]
+
+
+@given(st.lists(st.sampled_from(MARKDOWN), max_size=9).map("\n".join))
+@example("<pre>\n```ts\nx\n```\n")
+@example("a\r<pre>\n```\nx\n```")
+def test_fence_languages_equal_commonmark(text: str) -> None:
+    tokens = [token for token in MarkdownIt("commonmark").parse(text) if token.type == "fence"]
+    assert fence_languages(text) == [(token.info.split() or [""])[0].lower() for token in tokens]

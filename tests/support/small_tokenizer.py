@@ -1,5 +1,6 @@
-"""A byte-level BPE of some Spanish sentences, made on the spot."""
+"""Small byte-level tokenizers, made during the test."""
 
+from pathlib import Path
 from typing import Any
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -28,3 +29,15 @@ def make_tokenizer(*, add_bos: bool, pad: str | None = None) -> Any:
         ids = [(BOS, made.token_to_id(BOS))]
         made.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=ids)
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token=BOS, eos_token=EOS, pad_token=pad)
+
+
+def write_byte_tokenizer(path: Path) -> Path:
+    """Write a tokenizer.json that makes a token of every byte; return its path."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=256, initial_alphabet=alphabet))
+    made.save(str(path))
+    return path

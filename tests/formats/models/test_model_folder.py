@@ -10,7 +10,7 @@ from tutor.errors import ArtifactError
 from tutor.formats.models.model_folder import Facts, read_facts, read_json
 
 
-def test_facts_come_back_with_the_folder_they_speak_of(tmp_path):
+def test_facts_are_read_with_their_folder(tmp_path):
     facts = Facts("tiny", "model", "0" * 64, 8, add_bos=True, bos=0, eos=1, pad=None, pre_tokenizer="llama-bpe")
     path = tmp_path / "base.json"
     path.write_text(json.dumps(asdict(facts)))
@@ -32,7 +32,7 @@ def test_facts_come_back_with_the_folder_they_speak_of(tmp_path):
         (b"[]", "is not a JSON object"),
     ],
 )
-def test_json_that_cannot_be_read_is_an_artifact_error(tmp_path, text, expected):
+def test_unreadable_json_is_an_artifact_error(tmp_path, text, expected):
     path = tmp_path / "config.json"
     if text is not None:
         path.write_bytes(text)

@@ -37,7 +37,7 @@ def whole(stored: Stored) -> Any:
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_pieces_together_are_what_the_library_reads(tmp_path: Path, dtype: Any) -> None:
+def test_pieces_equal_what_the_library_reads(tmp_path: Path, dtype: Any) -> None:
     path = tmp_path / "model.safetensors"
     save_file(tensors(dtype), path, metadata={"format": "pt"})
     held = load_file(path)
@@ -48,7 +48,7 @@ def test_pieces_together_are_what_the_library_reads(tmp_path: Path, dtype: Any) 
     assert read_folder(tmp_path) == {path: found}
 
 
-def test_what_is_written_is_byte_for_byte_the_librarys(tmp_path: Path) -> None:
+def test_written_file_equals_the_librarys_bytes(tmp_path: Path) -> None:
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     save_file(tensors(), theirs, metadata={"format": "pt"})
     stored = read_header(theirs)
@@ -75,7 +75,7 @@ def test_pieces_are_whole_rows_in_whole_blocks(shape: tuple[int, ...], width: st
 @pytest.mark.parametrize(
     ("dtype", "name"), [(np.int64, "I64"), (np.uint8, "U8"), (np.float64, "F64"), (np.bool_, "BOOL")]
 )
-def test_what_is_no_16_bit_weight_is_refused_by_name(tmp_path: Path, dtype: Any, name: str) -> None:
+def test_tensor_of_no_16_bit_type_is_refused_by_name(tmp_path: Path, dtype: Any, name: str) -> None:
     save_file({"some.weight": np.zeros(4, dtype)}, tmp_path / "model.safetensors")
     with pytest.raises(
         ArtifactError, match=rf"model\.safetensors: some\.weight is {name}, no 16-bit weight; .*name the original"
@@ -83,7 +83,7 @@ def test_what_is_no_16_bit_weight_is_refused_by_name(tmp_path: Path, dtype: Any,
         read_folder(tmp_path)
 
 
-def test_a_file_that_is_cut_meanwhile_is_an_artifact_error(tmp_path: Path) -> None:
+def test_file_truncated_while_read_is_an_artifact_error(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file(tensors(), path)
     (last,) = (stored for stored in read_header(path) if stored.name == "large")
@@ -93,7 +93,7 @@ def test_a_file_that_is_cut_meanwhile_is_an_artifact_error(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("count", [1, 4 * AHEAD])
-def test_a_full_disk_is_told_by_write_or_finish(count: int) -> None:
+def test_full_disk_is_raised_by_write_or_finish(count: int) -> None:
     def fill() -> None:
         with open_writer(Path("/dev/full")) as file:
             for _ in range(count):
@@ -105,7 +105,7 @@ def test_a_full_disk_is_told_by_write_or_finish(count: int) -> None:
     assert caught.value.errno == errno.ENOSPC
 
 
-def test_an_error_of_the_caller_ends_the_threads_and_is_not_renamed(tmp_path: Path) -> None:
+def test_callers_error_stops_the_threads_and_is_reraised(tmp_path: Path) -> None:
     opened: list[Writer] = []
 
     def fail() -> None:

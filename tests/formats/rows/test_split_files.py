@@ -1,4 +1,4 @@
-"""formats/rows/split_files.py: the data stage's files as later stages read them."""
+"""formats/rows/split_files.py: reading the files of the data stage."""
 
 from pathlib import Path
 
@@ -7,10 +7,10 @@ from support.answering import write_base
 from support.files import write_rows
 
 from tutor.errors import ArtifactError
-from tutor.formats.rows.split_files import held_out_ids, read_json_lines
+from tutor.formats.rows.split_files import HELD_OUT, held_out_ids, read_json_lines, read_split
 
 
-def test_rows_are_lines_and_nothing_else_is_a_line_end(tmp_path: Path) -> None:
+def test_json_lines_end_at_line_feeds_only(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"instruction": "a\u2028b"}\n{"instruction": "c"}\n', "utf-8")
     assert [row["instruction"] for row in read_json_lines(path)] == ["a\u2028b", "c"]
@@ -19,10 +19,24 @@ def test_rows_are_lines_and_nothing_else_is_a_line_end(tmp_path: Path) -> None:
         read_json_lines(path)
 
 
-def test_a_held_out_answer_has_its_blank_before_it_and_eos_behind_it(tmp_path: Path) -> None:
+def test_held_out_answer_ids_begin_with_blank_end_with_eos(tmp_path: Path) -> None:
     write_base(tmp_path / "base")
     write_rows(tmp_path / "held_out.jsonl", [{"instruction": "¿Sí?", "response": "Sí."}])
     ((prompt, answer),) = held_out_ids(tmp_path, tmp_path / "base", "")
     assert len(prompt) == len("Instrucción: ¿Sí?\nRespuesta:".encode())
     assert answer[-1] == 256
     assert len(answer) - 1 == len(" Sí.".encode())
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"line": 1}\n', b"[]\n", b'{"code": 1}\n', b"\xff\n"])
+def test_damaged_split_file_raises_artifact_error(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / HELD_OUT
+    write_rows(path, [{"instruction": "¿Sí?", "response": "Sí."}])
+    assert len(read_split(tmp_path, HELD_OUT)) == 1
+    if damage:
+        path.write_bytes(damage)
+    else:
+        path.unlink()
+    with pytest.raises(ArtifactError, match=r"held_out\.jsonl") as caught:
+        read_split(tmp_path, HELD_OUT)
+    assert caught.value.code == 5
