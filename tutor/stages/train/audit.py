@@ -1,4 +1,4 @@
-"""The rows that the trainer gets, and the proof that its collator passes them on unchanged.
+"""Encode the rows for the trainer, and check that its collator returns them unchanged.
 
 In: rows of a split, the trainer. Out: ids and masks, labels; DataError for a row that is too long or that the collator
 changes. Does not change the rows or the trainer.

@@ -59,7 +59,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         return_outputs: bool = False,  # noqa: FBT001, FBT002 - TRL's signature
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Return the summed loss of a micro-batch, divided by the supervised tokens of the step, or by its own."""
+        """Return a micro-batch's summed loss divided by `num_items_in_batch`, or by its own tokens if that is None."""
         if return_outputs or inputs["input_ids"].device.type != "cpu":
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs, labels = {name: value for name, value in inputs.items() if name != "labels"}, inputs["labels"]
@@ -91,7 +91,7 @@ def load_trainer(
     arguments: SFTConfig,
     plan: TrainingPlan,
 ) -> Trainer:
-    """Load the base as planned, some layers in RAM if the plan says so, and return the trainer on it."""
+    """Load the base as planned, with layers in RAM if the plan has any there, and return the trainer on it."""
     precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
     sharded = distributed.is_sharded()
     if plan.streams and distributed.world_size() > 1:

@@ -1,4 +1,4 @@
-"""Layers that wait in RAM and are copied to the device for each micro-batch."""
+"""stages/train/kernels/layer_streaming.py: layers stay in RAM and are copied to the device for each micro-batch."""
 
 import gc
 import weakref
