@@ -214,11 +214,12 @@ def convert_plain(model: Path, _: Path, out: Path) -> dict[str, float]:
 
 def convert_ours(model: Path, extra: Path, out: Path) -> dict[str, float]:
     """Convert to F16 as the convert stage does, with its comparison of all values, hashes and sync."""
+    from tutor.artifacts.disk import read_json
     from tutor.artifacts.stage_folder import writing
     from tutor.engines.llamacpp.convert import to_gguf
     from tutor.formats.models.gguf_metadata import check_gguf, implied_metadata
     from tutor.formats.models.gguf_weights import weights_of
-    from tutor.formats.models.model_folder import Facts, read_json
+    from tutor.formats.models.model_folder import Facts
     from tutor.stages.convert.quantization_error import refuse_inexact
 
     facts = Facts(**read_json(extra / "facts.json"))

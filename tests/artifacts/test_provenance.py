@@ -156,6 +156,12 @@ def test_provenance_holds_the_version_of_each_imported_package(stage: str, packa
     assert not provenance.NO_EFFECT & set(versions)
 
 
+@pytest.mark.parametrize("stage", ["data", "modelfile"])
+def test_provenance_of_a_stage_without_a_tokenizer_has_no_torch(stage: str) -> None:
+    """A machine without the training packages must find these stages up to date."""
+    assert not {"torch", "transformers", "safetensors"} & set(found(PACKAGE, stage).packages)
+
+
 def test_distributions_hold_the_packages_that_are_imported() -> None:
     """A wrong name would count as not installed for ever."""
     by_import = importlib.metadata.packages_distributions()

@@ -18,8 +18,9 @@ torch = pytest.importorskip("torch")
 
 from safetensors.torch import load_file, save_file
 
+from tutor.artifacts.disk import read_json
 from tutor.errors import ArtifactError
-from tutor.formats.models.model_folder import read_facts, read_json
+from tutor.formats.models.model_folder import read_facts
 from tutor.formats.models.safetensors import read_folder
 from tutor.stages.merge import stage as merge
 from tutor.stages.merge import weights

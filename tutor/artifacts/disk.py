@@ -39,6 +39,19 @@ def read_json_object(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ArtifactError when the file is missing or damaged."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} is damaged: {error}") from None
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path} is not a JSON object")
+    return value
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all, readable by other users (the next service may have another uid)."""
     text = json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n"

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tutor.artifacts.disk import read_json
 from tutor.artifacts.layout import BuildFolder
 from tutor.artifacts.manifest import read_manifest
 from tutor.errors import ArtifactError, HostError, TutorError
 from tutor.formats.models.base_source import HUB, PACKAGE, hub_snapshot, source_files
 from tutor.formats.models.gguf import read_gguf
-from tutor.formats.models.model_folder import read_facts, read_json
+from tutor.formats.models.model_folder import read_facts
 from tutor.machine import device, distributed, host, run_cost
 from tutor.machine.device import DeviceMemory
 from tutor.machine.host import MIB

@@ -13,12 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tutor.artifacts.disk import write_json
+from tutor.artifacts.disk import read_json, write_json
 from tutor.artifacts.layout import OLLAMA, BuildFolder
 from tutor.artifacts.manifest import read_manifest, require_stage
 from tutor.engines.ollama.client import Ollama, connect
 from tutor.errors import ArtifactError, GateError
-from tutor.formats.models.model_folder import read_json
 from tutor.pipeline.registry import BY_NAME
 from tutor.pipeline.runner import pass_gate
 from tutor.recipe.settings import Recipe

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tutor.artifacts.disk import read_json
 from tutor.errors import ArtifactError
-from tutor.formats.models.model_folder import Facts, read_facts, read_json
+from tutor.formats.models.model_folder import Facts, read_facts
 
 
 def test_facts_are_read_with_their_folder(tmp_path):

@@ -7,7 +7,8 @@ from support.answering import write_base
 from support.files import write_rows
 
 from tutor.errors import ArtifactError
-from tutor.formats.rows.split_files import HELD_OUT, held_out_ids, read_json_lines, read_split
+from tutor.formats.rows.held_out_ids import held_out_ids
+from tutor.formats.rows.split_files import HELD_OUT, read_json_lines, read_split
 
 
 def test_json_lines_end_at_line_feeds_only(tmp_path: Path) -> None:

@@ -20,12 +20,13 @@ torch = pytest.importorskip("torch")
 from safetensors.torch import load_file
 from support.merging import Q0, WORDS, MergeStages, by_peft, differing, written
 
+from tutor.artifacts.disk import read_json
 from tutor.artifacts.manifest import find_damage
 from tutor.artifacts.stage_folder import RESUME, writing
 from tutor.engines.hf.loading import load_base
 from tutor.engines.hf.score import answer_logprobs
 from tutor.errors import ArtifactError, HostError
-from tutor.formats.models.model_folder import load_tokenizer, read_facts, read_json
+from tutor.formats.models.model_folder import load_tokenizer, read_facts
 from tutor.formats.models.safetensors import read_folder
 from tutor.prompt import chat_template, conversation, encode, render
 from tutor.recipe.settings import Recipe

@@ -16,9 +16,10 @@ torch = pytest.importorskip("torch")
 from safetensors.torch import load_file, save_file
 from support.merging import B0, Q0, MergeStages, by_peft, differing, written
 
+from tutor.artifacts.disk import read_json
 from tutor.engines.hf.loading import load_base
 from tutor.errors import ArtifactError
-from tutor.formats.models.model_folder import read_facts, read_json
+from tutor.formats.models.model_folder import read_facts
 from tutor.stages.merge.peft_adapter import read_adapter
 
 pytestmark = [

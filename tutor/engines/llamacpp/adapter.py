@@ -11,12 +11,12 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from tutor.artifacts.disk import read_json
 from tutor.engines.llamacpp.build import SOURCE
 from tutor.engines.llamacpp.process import OFFLINE, Command, partial_path, program_error, programs, write_file
 from tutor.errors import ArtifactError, HostError
 from tutor.formats.models.gguf import Gguf, read_gguf
 from tutor.formats.models.gguf_weights import adapter_weights_of, check_exact
-from tutor.formats.models.model_folder import read_json
 
 log = logging.getLogger(__name__)
 

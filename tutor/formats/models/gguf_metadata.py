@@ -9,9 +9,10 @@ from pathlib import Path
 
 from gguf import LlamaFileType
 
+from tutor.artifacts.disk import read_json
 from tutor.errors import ArtifactError
 from tutor.formats.models.gguf import Gguf, Tensor, read_gguf
-from tutor.formats.models.model_folder import EMBEDDING, Facts, check_model_folder, read_json
+from tutor.formats.models.model_folder import EMBEDDING, Facts, check_model_folder
 from tutor.formats.models.pre_tokenizer import equivalent_names
 from tutor.formats.models.safetensors import folder_weights
 from tutor.recipe.quantizations import F16

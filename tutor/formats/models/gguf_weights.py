@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tutor.artifacts.disk import read_json
 from tutor.errors import ArtifactError
 from tutor.formats.models.gguf import Gguf, Tensor
-from tutor.formats.models.model_folder import read_json
 from tutor.formats.models.safetensors import WEIGHTS, Stored, folder_weights, read_header
 
 if TYPE_CHECKING:

@@ -4,12 +4,12 @@ In: a model folder, or the base stage's folder. Out: facts, JSON, the tokenizer,
 no weights.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tutor.artifacts.disk import read_json
 from tutor.errors import ArtifactError
 from tutor.formats.models.safetensors import SIXTEEN_BIT, WEIGHTS, read_header
 
@@ -87,19 +87,6 @@ def check_model_config(config: Mapping[str, Any], where: str) -> None:
         raise ArtifactError(f"{where} brings code of its own (auto_map), which is never run", "name another base")
     if config.get("model_type") != "llama":
         raise ArtifactError(f"{where} is a {config.get('model_type')!r} model; tutor tunes Llamas")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file. Raises ArtifactError when the file is missing or damaged."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is damaged: {error}") from None
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{path} is not a JSON object")
-    return value
 
 
 def load_tokenizer(model: Path) -> "PreTrainedTokenizerBase":

@@ -6,10 +6,9 @@ In: `ollama.quantization` and the ladder stage's folder. Out: the quantization. 
 from collections.abc import Iterable
 from pathlib import Path
 
-from tutor.artifacts.disk import write_json
+from tutor.artifacts.disk import read_json, write_json
 from tutor.artifacts.manifest import MANIFEST
 from tutor.errors import ArtifactError
-from tutor.formats.models.model_folder import read_json
 from tutor.recipe.quantizations import AUTO, F16
 
 SERVED = "served.json"

@@ -1,7 +1,6 @@
 """Files of the data stage's folder: their names, and how later stages read them.
 
-In: the folder that the data stage wrote. Out: its rows, or the token ids of its held-out rows. Writes nothing, and
-does not read a user's own files (rows.py).
+In: the folder that the data stage wrote. Out: its rows. Writes nothing, and does not read a user's own files (rows.py).
 """
 
 import json
@@ -9,15 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tutor.errors import ArtifactError
-from tutor.formats.models.model_folder import load_tokenizer, read_facts
-from tutor.prompt import encode
 
 TRAIN, HELD_OUT, PROMPTS, STATISTICS = "train.jsonl", "held_out.jsonl", "prompts.jsonl", "statistics.json"
 FIELDS = {TRAIN: ("instruction", "response"), HELD_OUT: ("instruction", "response"), PROMPTS: ("instruction",)}
 """Keys that each row of a file has, with a text."""
-
-TokenRows = list[tuple[list[int], list[int]]]
-"""Prompt ids and answer ids (EOS included), row by row."""
 
 
 def read_split(data: Path, name: str) -> list[dict[str, Any]]:
@@ -38,12 +32,3 @@ def read_json_lines(path: Path, command: str = "tutor data") -> list[dict[str, A
     if not all(isinstance(row, dict) for row in rows):
         raise ArtifactError(f"{path} is damaged: a line is no object", f"run: {command}")
     return rows
-
-
-def held_out_ids(data: Path, base: Path, system: str) -> TokenRows:
-    """Return the ids of the held-out rows, by the base's own tokenizer and the prompt contract."""
-    _, model = read_facts(base)
-    tokenizer = load_tokenizer(model)
-    rows = read_split(data, HELD_OUT)
-    encoded = [encode(tokenizer, row["instruction"], row["response"], system) for row in rows]
-    return [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in encoded]

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tutor.artifacts.disk import read_json
 from tutor.artifacts.layout import BuildFolder
 from tutor.errors import TutorError
-from tutor.formats.models.model_folder import load_tokenizer, read_facts, read_json
+from tutor.formats.models.model_folder import load_tokenizer, read_facts
 from tutor.formats.rows.split_files import HELD_OUT, TRAIN, read_json_lines, read_split
 from tutor.machine.memory.batching import max_tokens, split_step
 from tutor.prompt import encode

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tutor.artifacts.disk import read_json
 from tutor.errors import ArtifactError
-from tutor.formats.models.model_folder import read_json
 
 if TYPE_CHECKING:
     from tutor.formats.models.gguf import Gguf

@@ -8,10 +8,11 @@ import logging
 import re
 from pathlib import Path
 
+from tutor.artifacts.disk import read_json
 from tutor.artifacts.hashing import file_sha256
 from tutor.errors import ArtifactError, HostError, RecipeError, ServiceError
 from tutor.formats.models.base_source import KNOWN
-from tutor.formats.models.model_folder import check_model_config, read_json
+from tutor.formats.models.model_folder import check_model_config
 from tutor.formats.models.safetensors import WEIGHTS
 
 log = logging.getLogger(__name__)

@@ -11,10 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tutor.artifacts.disk import read_json
 from tutor.artifacts.hashing import file_sha256, json_sha256
 from tutor.errors import ArtifactError
 from tutor.formats.models.base_source import HUB, PACKAGE, local_folder, package_file
-from tutor.formats.models.model_folder import EMBEDDING, Facts, check_model_folder, load_tokenizer, read_json
+from tutor.formats.models.model_folder import EMBEDDING, Facts, check_model_folder, load_tokenizer
 from tutor.formats.models.pre_tokenizer import pre_tokenizer_name
 from tutor.formats.models.safetensors import WEIGHTS, folder_weights
 from tutor.prompt import adds_bos

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from tutor.artifacts.disk import read_json
 from tutor.errors import ArtifactError
-from tutor.formats.models.model_folder import read_json
 from tutor.formats.models.safetensors import open_weights
 
 PREFIX = "base_model.model."

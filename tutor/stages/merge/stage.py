@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from tutor.artifacts.disk import write_json
+from tutor.artifacts.disk import read_json, write_json
 from tutor.artifacts.hashing import HASHES, file_sha256, known_sha256, remember_sha256
 from tutor.artifacts.manifest import read_manifest
 from tutor.artifacts.stage_folder import RESUME
 from tutor.errors import ArtifactError
-from tutor.formats.models.model_folder import check_model_folder, load_tokenizer, read_facts, read_json
+from tutor.formats.models.model_folder import check_model_folder, load_tokenizer, read_facts
 from tutor.formats.models.safetensors import WEIGHTS, WIDTHS, Stored, make_header, read_folder
 from tutor.formats.models.tensor_streams import open_writer
 from tutor.formats.rows.split_files import HELD_OUT, read_split

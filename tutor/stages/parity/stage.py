@@ -13,11 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tutor.artifacts.disk import write_json
+from tutor.artifacts.disk import read_json, write_json
 from tutor.artifacts.layout import gguf_name
 from tutor.artifacts.manifest import read_manifest
 from tutor.errors import ArtifactError
-from tutor.formats.models.model_folder import load_tokenizer, read_facts, read_json
+from tutor.formats.models.model_folder import load_tokenizer, read_facts
 from tutor.formats.models.safetensors import WEIGHTS
 from tutor.formats.models.served_quantization import served_quantization
 from tutor.formats.rows.split_files import HELD_OUT, read_split
