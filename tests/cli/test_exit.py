@@ -5,17 +5,11 @@ import os
 import re
 import signal
 import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
-from support.command import ROOT, TINY, TUTOR, environment
+from support.command import TINY, TUTOR, environment, in_process
 from support.files import write_rows, write_text
 from support.waiting import unread, wait_for
-
-from tutor.cli.main import main
 
 # Errors
 
@@ -27,25 +21,6 @@ def test_group_without_a_command_prints_help_and_exits_2(tutor, arguments):
     assert done.stdout == ""
     assert done.stderr.startswith("Usage: tutor ")
     assert "Error" not in done.stderr
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Any]:
-    """Run `tutor` in this process, for tests with many cases: exit code, stdout, stderr."""
-    handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    monkeypatch.chdir(ROOT)
-    for name in ("TUTOR_RECIPE", "TUTOR_BUILD", "TUTOR_DEBUG"):
-        monkeypatch.delenv(name, raising=False)
-
-    def run(*arguments: str | Path) -> tuple[Any, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tutor", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code, *capsys.readouterr()
-
-    yield run
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.mark.parametrize(
@@ -74,14 +49,14 @@ def in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
         (("train",), 5, "data is not there; run: tutor run --until data"),
     ],
 )
-def test_user_error_is_one_line_and_its_exit_code(in_process, tmp_path, arguments, code, expected):
+def test_user_error_is_one_line_and_its_exit_code(tmp_path, arguments, code, expected):
     where = () if {"-b", "check", "nonsense"} & {*arguments} else ("-b", tmp_path / "build")
-    status, out, err = in_process(*arguments, *where)
-    assert status == code
-    assert out == ""
-    assert expected in err
-    assert err.startswith("Error: ")
-    assert err.count("\n") == 1
+    done = in_process(*arguments, *where)
+    assert done.returncode == code
+    assert done.stdout == ""
+    assert expected in done.stderr
+    assert done.stderr.startswith("Error: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_unknown_setting_names_the_key_and_similar_ones(tutor, tmp_path):
@@ -101,15 +76,15 @@ def test_unknown_setting_names_the_key_and_similar_ones(tutor, tmp_path):
         (("train",), 5),
     ],
 )
-def test_error_with_json_is_also_an_object_on_stdout(in_process, tmp_path, arguments, code):
+def test_error_with_json_is_also_an_object_on_stdout(tmp_path, arguments, code):
     where = () if arguments[0] == "data" else ("-b", tmp_path / "build")
-    status, out, err = in_process(*arguments, "--json", *where)
-    value = json.loads(out)
+    done = in_process(*arguments, "--json", *where)
+    value = json.loads(done.stdout)
     assert sorted(value) == ["code", "error", "hint", "ok", "problems"]
     assert value["ok"] is False
-    assert value["code"] == status == code
-    assert value["error"] in err
-    assert value["hint"] is None or value["hint"] in err
+    assert value["code"] == done.returncode == code
+    assert value["error"] in done.stderr
+    assert value["hint"] is None or value["hint"] in done.stderr
 
 
 def test_error_with_control_characters_is_printed_escaped(tutor, tmp_path):
