@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from tutor.recipe.settings import Recipe
 
 HUB = re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
+"""Source of a repository on the model hub."""
 PACKAGE = re.compile(r"package:(?P<module>\w+)/(?P<file>[\w.-]+\.gguf)")
+"""Source of a GGUF in a Python package."""
 KNOWN = "known: hub:OWNER/NAME@40-HEX-REVISION, path:FOLDER, package:MODULE/FILE.gguf, tiny"
+"""Next step for an unknown source."""
 
 
 def source_files(recipe: "Recipe") -> dict[str, Path]:

@@ -14,10 +14,12 @@ from tutor.artifacts.disk import read_json
 from tutor.errors import ArtifactError
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""Pattern of GPT-2's pre-tokenizer."""
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+"""Pattern of Llama 3's pre-tokenizer."""
 SPLITS: dict[tuple[str, ...], str] = {
     (LLAMA3,): "llama-bpe",
     (LLAMA3.replace("{1,3}", ""),): "qwen2",

@@ -9,9 +9,13 @@ from collections import Counter
 from typing import Any
 
 BLANKS = (" ", "\t", "\n", "\r")
+"""Whitespace of JSON."""
 TOO_DEEP = "is nested too deeply"
+"""Message of a value that is nested too deeply."""
 ONE_LINE = "write one object a line: jq -c . FILE > rows.jsonl (jq -c '.[]' for an array, or name it .json)"
+"""Next step where lines and JSON values differ."""
 ICONV = "save it as UTF-8, from Windows for example: iconv -f WINDOWS-1252 -t UTF-8 FILE > rows.jsonl"
+"""Next step for bytes that are no UTF-8."""
 
 
 class RowError(ValueError):

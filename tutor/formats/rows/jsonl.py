@@ -22,12 +22,14 @@ from tutor.errors import ArtifactError, DataError, RecipeError
 from tutor.formats.rows.json_values import ONE_LINE, RowError, decode_value, not_utf8, parse_line, skip_blanks, too_long
 
 BOM = b"\xef\xbb\xbf"
+"""Byte order mark of UTF-8."""
 WIDE_BOMS = {
-    b"\xff\xfe\0\0": "UTF-32",  # before UTF-16, whose mark it begins with
+    b"\xff\xfe\0\0": "UTF-32",  # before UTF-16, whose mark is its beginning
     b"\0\0\xfe\xff": "UTF-32",
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
+"""Encoding by byte order mark."""
 
 
 @dataclass(frozen=True)

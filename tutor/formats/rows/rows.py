@@ -28,6 +28,7 @@ UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 MAX_DEPTH = 16
 """Maximum depth of lists and objects inside each other; a row needs four."""
 ONE_TURN = "a row is one question and one answer, both text: multi-turn not supported"
+"""Next step for a row of another form."""
 WANTED = {"string_type": "a text", "list_type": "a list", "bool_type": "true or false", "model_type": "an object"}
 """Expected type in words, by pydantic's name of the error."""
 

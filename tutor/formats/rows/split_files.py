@@ -10,6 +10,7 @@ from typing import Any
 from tutor.errors import ArtifactError
 
 TRAIN, HELD_OUT, PROMPTS, STATISTICS = "train.jsonl", "held_out.jsonl", "prompts.jsonl", "statistics.json"
+"""Names of the files of the data stage's folder."""
 FIELDS = {TRAIN: ("instruction", "response"), HELD_OUT: ("instruction", "response"), PROMPTS: ("instruction",)}
 """Keys that each row of a file has, with a text."""
 

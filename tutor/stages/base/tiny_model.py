@@ -21,7 +21,7 @@ from tutor.formats.models.pre_tokenizer import LLAMA3
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 SPECIALS = (BOS, EOS, "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>", "<｜▁pad▁｜>")
-"""R1's special tokens."""
+"""Special tokens of R1."""
 VOCABULARY = 1024
 """Number of tokens of the tokenizer, special tokens included."""
 CHAT_TEMPLATE = (

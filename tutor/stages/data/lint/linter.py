@@ -33,6 +33,7 @@ KINDS = {
     "language": "rows that are not in Spanish, where most are",
     "balance": "categories and topics with few rows, and rows without",
 }
+"""Description by kind of finding, in the order of the report."""
 NEAR = 0.6
 """Minimum similarity of two questions that are reported as near duplicates.
 
