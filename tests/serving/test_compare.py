@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from support import fake_ollama as fake
 from support.answering import ENGLISH, SPANISH, asked
-from support.evaluations import PROMPTS, written
+from support.evaluations import PROMPTS, write_evaluation
 from support.files import write_rows
 
 from tutor.artifacts.stage_folder import writing
@@ -101,8 +101,8 @@ def test_evaluation_without_the_data_stage_is_refused(recipe: Recipe, tmp_path: 
 
 
 def test_builds_are_compared_over_their_common_prompts(recipe: Recipe, tmp_path: Path) -> None:
-    early = written(tmp_path / "one", [False] * 6 + [True], PROMPTS[:7], base={"text": "x", "passed": True})
-    late = written(tmp_path / "two", [True] * 7, PROMPTS[7:0:-1])
+    early = write_evaluation(tmp_path / "one", [False] * 6 + [True], PROMPTS[:7], base={"text": "x", "passed": True})
+    late = write_evaluation(tmp_path / "two", [True] * 7, PROMPTS[7:0:-1])
     found = compare_models(recipe, tmp_path / "build", str(early), str(late / "eval" / "answers.json"))
     assert (found["n"], found["left_out"]) == (6, {"before": 1, "after": 1})
     assert found["all"]["passed"]["before"]["n"] == 1
@@ -121,7 +121,7 @@ def test_builds_are_compared_over_their_common_prompts(recipe: Recipe, tmp_path:
 
 
 def test_build_compared_with_itself_shows_no_difference(recipe: Recipe, tmp_path: Path) -> None:
-    same = str(written(tmp_path / "one", [True, False] * 4, PROMPTS))
+    same = str(write_evaluation(tmp_path / "one", [True, False] * 4, PROMPTS))
     found = compare_models(recipe, tmp_path, same, same)
     assert {entry["conclusion"] for entry in (*found["all"].values(), *found["categories"].values())} == {
         "no difference shown"
@@ -131,7 +131,7 @@ def test_build_compared_with_itself_shows_no_difference(recipe: Recipe, tmp_path
 
 @pytest.mark.usefixtures("llamacpp")
 def test_build_is_compared_with_a_model_that_runs_now(recipe: Recipe, build: Path, tmp_path: Path) -> None:
-    early = written(tmp_path / "one", [False] * 8, PROMPTS)
+    early = write_evaluation(tmp_path / "one", [False] * 8, PROMPTS)
     assert compare_models(recipe, build, str(early), "tutor")["all"]["passed"]["conclusion"] == "better"
 
 
@@ -143,8 +143,8 @@ def test_answers_without_verdicts_are_refused(recipe: Recipe, tmp_path: Path, co
 
 
 def test_builds_without_common_prompts_are_refused(recipe: Recipe, tmp_path: Path) -> None:
-    early = str(written(tmp_path / "one", [True] * 4, PROMPTS[:4]))
-    late = str(written(tmp_path / "two", [True] * 4, PROMPTS[4:]))
+    early = str(write_evaluation(tmp_path / "one", [True] * 4, PROMPTS[:4]))
+    late = str(write_evaluation(tmp_path / "two", [True] * 4, PROMPTS[4:]))
     with pytest.raises(ArtifactError, match="no prompt in common"):
         compare_models(recipe, tmp_path, early, late)
     with pytest.raises(ArtifactError, match="has no answers; name a build folder"):

@@ -32,7 +32,7 @@ def trained(recipe: Recipe, build: Path, system: str, passed: Sequence[bool] | N
     make_stages(changed, build)
     if passed is not None:
         gguf = require_stage(build / "small/gguf", "convert")
-        fields = {f"recipe.{name}": value for name, value in BY_NAME["evaluate"].settings(changed).items()}
+        fields = BY_NAME["evaluate"].recipe_fields(changed)
         with writing(build / "small/eval", "evaluate", {**fields, "input.convert": gguf.fingerprint}) as (
             out,
             _,

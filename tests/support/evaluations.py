@@ -10,7 +10,7 @@ PROMPTS = [
 ]
 
 
-def written(folder: Path, passed: list[bool], prompts: list[dict[str, Any]], **others: Any) -> Path:
+def write_evaluation(folder: Path, passed: list[bool], prompts: list[dict[str, Any]], **others: Any) -> Path:
     """Write a build folder with the answers of an evaluation; return its path."""
     rows = [
         {

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from tutor.artifacts.disk import write_json
 from tutor.artifacts.manifest import require_stage
@@ -28,7 +27,7 @@ def trace(pieces: Sequence[str] = PIECES, logprob: float = -0.1, prompt_tokens: 
 def write_parity(recipe: Recipe, build: Path, refused: dict[str, str] | None = None) -> Path:
     """Write the folder of a parity stage that found no difference, or that refused; return its path."""
     folder = build / recipe.name
-    fields: dict[str, Any] = {f"recipe.{name}": value for name, value in BY_NAME["parity"].settings(recipe).items()}
+    fields = dict(BY_NAME["parity"].recipe_fields(recipe))
     fields["input.convert"] = require_stage(folder / "gguf", "convert").fingerprint
     talks = conversations([("¿Qué es any?", "Lo que sea.")], recipe.system, lambda prompt: len(prompt.split()) < 200)
     served = recipe.ollama.quantization

@@ -19,7 +19,7 @@ def make_stages(recipe: Recipe, build: Path, **facts: Any) -> None:
     with writing(folder / "gguf", "convert", facts) as (out, _):
         write_gguf(out / "tutor-Q8_0.gguf", **facts)
     gguf = require_stage(folder / "gguf", "convert")
-    fields = {f"recipe.{name}": value for name, value in BY_NAME["modelfile"].settings(recipe).items()}
+    fields = BY_NAME["modelfile"].recipe_fields(recipe)
     with writing(folder / "model", "modelfile", {**fields, "input.convert": gguf.fingerprint}) as (out, _):
         modelfile.run(recipe, {"convert": folder / "gguf", "ladder": folder / "ladder"}, out)
     write_parity(recipe, build)

@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 
 from click.testing import CliRunner
-from support.evaluations import PROMPTS, written
+from support.evaluations import PROMPTS, write_evaluation
 
 from tutor.cli.commands.evaluate import compare_command
 
 
 def test_compare_command_prints_a_table_or_json(tmp_path: Path, recipe_file: Path) -> None:
-    early = str(written(tmp_path / "one", [False] * 8, PROMPTS))
-    late = str(written(tmp_path / "two", [True] * 8, PROMPTS))
+    early = str(write_evaluation(tmp_path / "one", [False] * 8, PROMPTS))
+    late = str(write_evaluation(tmp_path / "two", [True] * 8, PROMPTS))
     where = ["-r", str(recipe_file), "-b", str(tmp_path / "build")]
     done = CliRunner().invoke(compare_command, [early, late, *where], obj={"quiet": True})
     assert done.exit_code == 0, done.output
