@@ -8,7 +8,8 @@ from hypothesis import given
 from support.json_values import json_values
 from support.stage_folders import content, make
 
-from tutor.artifacts.disk import remove, write_json
+from tutor.artifacts.disk import read_json, remove, write_json
+from tutor.errors import ArtifactError
 
 
 @given(value=json_values)
@@ -36,3 +37,21 @@ def test_remove_of_a_link_leaves_its_target(tmp_path):
     remove(tmp_path / "target")
     remove(tmp_path / "target")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, "is missing"),
+        (b"", "is damaged"),
+        (b"\xff", "is damaged"),
+        (b"[" * 100_000, "is damaged"),
+        (b"[]", "is not a JSON object"),
+    ],
+)
+def test_read_json_of_damaged_content_raises(tmp_path, text, expected):
+    path = tmp_path / "config.json"
+    if text is not None:
+        path.write_bytes(text)
+    with pytest.raises(ArtifactError, match=f"{path} {expected}"):
+        read_json(path)

@@ -147,7 +147,7 @@ class SourceTree:
 
     def _version(self, name: str) -> str:
         if name not in self._versions:
-            self._versions[name] = installed_version(name)
+            self._versions[name] = version_text(name)
         return self._versions[name]
 
     def _name(self, path: Path) -> str:
@@ -181,9 +181,14 @@ def _other_files(folder: Path) -> Iterator[Path]:
     return (path for path in folder.iterdir() if path.suffix != ".py" and path.name[0] != "." and path.is_file())
 
 
-def installed_version(package: str) -> str:
-    """A package's version, or that it is not installed."""
+def installed_version(package: str) -> str | None:
+    """A package's version; None when it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return None
+
+
+def version_text(package: str) -> str:
+    """A package's version, or "not installed"."""
+    return installed_version(package) or "not installed"

@@ -4,7 +4,6 @@ In: host.py, the programs on PATH, installed packages, an optional recipe. Out: 
 recipe's forecast by part and stage (capacity.py). Starts nothing, downloads nothing and needs no torch.
 """
 
-import contextlib
 import importlib.metadata
 import os
 import re
@@ -14,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tutor.artifacts.provenance import installed_version
 from tutor.engines.llamacpp import build as llamacpp_build
 from tutor.engines.ollama.client import connect
 from tutor.engines.ollama.protocol import UnreachableError, check_version
@@ -177,7 +177,7 @@ def machine_checks(build: Path) -> Iterator[HostCheck]:
 def package_checks() -> Iterator[HostCheck]:
     """Check the train environment: installed, as in pyproject.toml, without versions of known faults."""
     wanted = dict(wanted_versions("train"))
-    versions = {name: installed(name) for name in {**wanted, **{name: "" for name, *_ in KNOWN_BAD}}}
+    versions = {name: installed_version(name) for name in {**wanted, **{name: "" for name, *_ in KNOWN_BAD}}}
     absent = [name for name in wanted if versions[name] is None]
     if absent:
         names = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
@@ -204,13 +204,6 @@ def wanted_versions(extra: str) -> Iterator[tuple[str, str]]:
         found = re.fullmatch(rf"([\w.-]+)\s*([^;]*);\s*extra == ['\"]{extra}['\"]", line)
         if found:
             yield found[1], found[2].strip()
-
-
-def installed(package: str) -> str | None:
-    """A package's version; None where it is not installed."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(package)
-    return None
 
 
 def satisfies(found: str, specifier: str) -> bool:

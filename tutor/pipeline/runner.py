@@ -17,7 +17,7 @@ from tutor.artifacts.hashing import cached_sha256, file_sha256, json_sha256
 from tutor.artifacts.layout import BuildFolder
 from tutor.artifacts.lock import locked
 from tutor.artifacts.manifest import Manifest, find_damage, read_manifest, require_stage
-from tutor.artifacts.provenance import SourceTree, installed_version
+from tutor.artifacts.provenance import SourceTree, version_text
 from tutor.artifacts.stage_folder import CHECKPOINTS, LOG, OLD, PARTIAL, checkpoint_folder, refuse_foreign, writing
 from tutor.engines.llamacpp.build import build_key
 from tutor.errors import GateError, RecipeError
@@ -96,7 +96,7 @@ def key_fields(
         elif path.is_file():
             fields[f"input.{name}"] = file_sha256(path)
     code = tree.provenance(stage.source)
-    fields |= code.fields | {f"version.{name}": installed_version(name) for name in stage.recorded}
+    fields |= code.fields | {f"version.{name}": version_text(name) for name in stage.recorded}
     if LLAMACPP in code.left_out:
         fields["version.llama.cpp"] = build_key()
     return fields, code.sources

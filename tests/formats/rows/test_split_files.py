@@ -1,4 +1,4 @@
-"""formats/rows/split_files.py: reading the files of the data stage."""
+"""formats/rows/split_files.py and held_out_ids.py: reading the files of the data stage."""
 
 from pathlib import Path
 

@@ -4,13 +4,13 @@ In: the stages' folders and the recipe. Out: key-values `tutor.*` for the conver
 values: no times, no names, no paths except base.source. tutor/serving/verify.py computes them again.
 """
 
-import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from tutor.artifacts.hashing import file_sha256, json_sha256
 from tutor.artifacts.manifest import read_manifest
+from tutor.artifacts.provenance import version_text
 from tutor.engines.llamacpp.build import VERSION, build_key
 from tutor.errors import ArtifactError
 from tutor.formats.models.model_folder import read_facts
@@ -83,9 +83,9 @@ def tutor_lineage(recipe: "Recipe", inputs: Mapping[str, Path]) -> dict[str, str
 
 def software() -> dict[str, str]:
     """Return the versions of tutor, of the packages in TOOLS and of llama.cpp."""
-    tools = ", ".join(f"{name} {_version(name)}" for name in TOOLS)
+    tools = ", ".join(f"{name} {version_text(name)}" for name in TOOLS)
     llamacpp = f"of llama_cpp_python {VERSION}, build {build_key()}"
-    return {"version": _version("tutor"), "tools": tools, "llama.cpp": llamacpp}
+    return {"version": version_text("tutor"), "tools": tools, "llama.cpp": llamacpp}
 
 
 def to_fields(lineage: Mapping[str, str]) -> dict[str, str]:
@@ -96,10 +96,3 @@ def to_fields(lineage: Mapping[str, str]) -> dict[str, str]:
 def from_fields(fields: Mapping[str, object]) -> dict[str, str]:
     """Return the lineage in the key-values of a file or of a server's answer, without the prefix."""
     return {name.removeprefix(PREFIX): str(value) for name, value in fields.items() if name.startswith(PREFIX)}
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
