@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -258,6 +259,28 @@ def test_run_one_with_a_stale_input_warns(recipe_file, build, caplog):
     with caplog.at_level(logging.WARNING), pytest.raises(ArtifactError, match=r"\.gguf is not there"):
         run_one("modelfile", read_recipe(recipe_file), build)
     assert "base is out of date with the recipe or its inputs; tutor why base says why" in caplog.text
+
+
+def test_run_one_hands_the_train_stage_one_plan(recipe_file, build, monkeypatch):
+    """The plan is made once, from the folders of its inputs; the stage gets that object."""
+    recipe, plan, asked, given = read_recipe(recipe_file), object(), [], []
+    with writing(build / "small" / "base", "base", {}) as (out, _):
+        (out / "model.txt").write_text("weights")
+
+    def plan_training(recipe: Recipe, inputs: dict[str, Path]) -> object:
+        asked.append(sorted(inputs))
+        return plan
+
+    def run(recipe: Recipe, inputs: dict[str, Path], out: Path, plan: object) -> dict[str, Any]:
+        given.append(plan)
+        (out / "adapter.txt").write_text("adapter")
+        return {}
+
+    monkeypatch.setattr(runner.capacity, "plan_training", plan_training)
+    monkeypatch.setattr(type(BY_NAME["train"]), "module", SimpleNamespace(run=run))
+    assert run_one("train", recipe, build)
+    assert asked == [["base", "data"]]
+    assert given == [plan]
 
 
 def test_run_one_ignores_damage_of_a_stage_it_does_not_need(recipe_file, tmp_path):

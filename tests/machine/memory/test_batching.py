@@ -27,10 +27,6 @@ def test_step_rows_are_equal_for_any_number_of_processes(*, packing: bool) -> No
         split_step(wanted, lengths, 5)
     two = split_step(settings(packing=False), lengths, 2)
     assert "12 rows a step in 2 processes, 2 a micro-batch" in str(two)
-    pytest.importorskip("torch")
-    from tutor.stages.train.checkpoint_callback import memory_hint
-
-    assert memory_hint(two).startswith("set train.batch_size = 1 and train.accumulation = 12:")
 
 
 lengths_of = st.lists(st.integers(1, 600), min_size=1, max_size=40)

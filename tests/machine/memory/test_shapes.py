@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.tiny_models import tensors
 from support.workloads import ATTENTION, DEMO, LARGE, TINY
 
 from tutor.errors import ArtifactError
@@ -50,6 +49,9 @@ def test_known_tiny_shape_equals_the_made_model():
 
 
 def test_shape_of_a_folder_counts_its_weights(tiny: Path) -> None:
+    pytest.importorskip("torch")
+    from support.tiny_models import tensors
+
     shape = read_shape(tiny)
     assert shape.parameters == sum(weight.numel() for weight in tensors(tiny).values())
     assert shape == TINY

@@ -84,6 +84,10 @@ def test_out_of_memory_with_one_row_does_not_suggest_less(inputs: Folders, tmp_p
             "set train.batch_size = 2 and train.accumulation = 6: the same rows a step",
         ),
         (
+            MicroBatches(2, 3, 2000, packed=False, world_size=2),
+            "set train.batch_size = 1 and train.accumulation = 12: the same rows a step",
+        ),
+        (
             MicroBatches(5, 2, 2610, packed=False),
             "set train.batch_size = 1 and train.accumulation = 10: the same rows a ",
         ),

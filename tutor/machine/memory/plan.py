@@ -2,7 +2,7 @@
 
 In: a base's shape, the recipe's train settings, the rows' lengths, the device's memory and precision. Out: a
 `TrainingPlan`, a refusal (HostError, RecipeError), or a suggestion of settings. The only decision about quantization,
-checkpointing, resident layers and tokens of a micro-batch. estimate.py has the bytes. Loads nothing, asks no device.
+checkpointing, resident layers and tokens of a micro-batch. estimate.py has the bytes. Loads nothing, reads no device.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence

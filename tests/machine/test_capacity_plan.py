@@ -1,0 +1,85 @@
+"""The plan of a training that capacity.py makes; needs torch and the tiny model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.files import write_rows
+from support.tiny_models import base_stage, recipe
+
+from tutor.errors import HostError, RecipeError
+from tutor.formats.models.model_folder import load_tokenizer
+from tutor.machine import capacity
+from tutor.machine.device import DeviceMemory
+from tutor.machine.memory.batching import split_step
+from tutor.machine.memory.shapes import SHAPES
+from tutor.stages.train.audit import encode_rows
+
+
+@pytest.fixture
+def inputs(tiny: Path, tmp_path: Path) -> dict[str, Path]:
+    """Folders of the stages data, with rows of growing length, and base."""
+    data = tmp_path / "inputs" / "data"
+    data.mkdir(parents=True)
+    rows = [{"instruction": f"¿{number}?", "response": "Un tipo. " * (1 + number)} for number in range(12)]
+    write_rows(data / "train.jsonl", rows)
+    write_rows(data / "held_out.jsonl", rows[:2])
+    base_stage(tiny, tmp_path / "inputs" / "base")
+    return {"data": data, "base": tmp_path / "inputs" / "base"}
+
+
+def test_plan_warns_of_a_gpu_limit_without_gpu(inputs, tmp_path, caplog, monkeypatch):
+    memory = DeviceMemory(10 << 30, 16 << 30, "this machine", gpu=False)
+    monkeypatch.setattr("tutor.machine.device.training_memory", lambda: memory)
+    chosen = recipe(tmp_path / "r.toml", train={"max_memory": {"gpu": "1GiB"}, "precision": "fp32"})
+    with caplog.at_level("WARNING"):
+        plan = capacity.plan_training(chosen, inputs)
+    assert "train.max_memory has no effect without a GPU" in caplog.text
+    assert (plan.precision, plan.streams, plan.available) == ("fp32", False, 10 << 30)
+
+
+def test_plan_counts_rows_and_cuts_them_at_max_length(inputs, tmp_path):
+    long = capacity.plan_training(recipe(tmp_path / "r.toml", train={"packing": False}), inputs)
+    cut = capacity.plan_training(recipe(tmp_path / "r.toml", train={"packing": False, "max_length": 32}), inputs)
+    assert cut.batches.tokens == 32 * cut.batches.rows < long.batches.tokens
+
+
+def test_plan_that_does_not_fit_is_refused(inputs, tmp_path, monkeypatch):
+    memory = DeviceMemory(10**6, 10**6, "this machine", gpu=False)
+    monkeypatch.setattr("tutor.machine.device.training_memory", lambda: memory)
+    with pytest.raises(HostError, match=r"this training .* GB, and 0\.0 GB are there"):
+        capacity.plan_training(recipe(tmp_path / "r.toml"), inputs)
+
+
+def test_plan_for_ranks_that_cannot_share_a_step_is_refused(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr("tutor.machine.distributed.world_size", lambda: 7)
+    with pytest.raises(RecipeError, match="7 processes cannot share the"):
+        capacity.plan_training(recipe(tmp_path / "r.toml"), inputs)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"quantization": "auto", "gradient_checkpointing": True}, {"packing": False, "batch_size": 3, "dropout": 0.0}],
+    ids=["packed", "checkpointing", "padded"],
+)
+def test_forecast_and_training_plan_agree(changes: dict[str, Any], tiny: Path, tmp_path: Path) -> None:
+    """Before the base exists, the forecast knows the rows' characters only."""
+    rows = [{"instruction": f"¿Qué es {'x' * number}?", "response": "Un tipo. " * (1 + number)} for number in range(12)]
+    for name, part in (("train", rows[:9]), ("held_out", rows[9:])):
+        path = tmp_path / "r" / "data" / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in part), "utf-8")
+    chosen = recipe(tmp_path / "r.toml", train=changes, base={"source": "tiny"})
+    before = capacity.forecast_memory(chosen, tmp_path, SHAPES["tiny"], None)
+    base_stage(tiny, tmp_path / "r" / "base")
+    facts = json.loads((tmp_path / "r" / "base" / "base.json").read_text())
+    (tmp_path / "r" / "base" / "base.json").write_text(json.dumps({**facts, "source": "tiny"}))
+    forecast = capacity.forecast_run(chosen, tmp_path, capacity.find_shape(chosen, tmp_path), None)["memory"]
+    encoded = encode_rows(load_tokenizer(tiny), rows[:9], "", chosen.train.max_length)
+    found = capacity.plan_training(chosen, {name: tmp_path / "r" / name for name in ("data", "base")})
+    assert found.batches.tokens == split_step(chosen.train, [len(row.ids) for row in encoded]).tokens
+    assert found.needed == forecast["need"]
+    assert found.parts == forecast["parts"]
+    assert f"about {forecast['need'] / 1e9:.2f} GB" in str(found)
+    assert before.need == pytest.approx(forecast["need"], rel=0.01)
