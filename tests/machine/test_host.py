@@ -93,14 +93,18 @@ def test_memory_limit_of_cgroups_v1_and_v2_is_read(tmp_path, cgroup, limits, exp
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_memory_in_use_by_the_cgroup_is_not_available(tmp_path, version):
-    """The inactive part of the page cache can be reclaimed, so it counts as available."""
+    """The page cache can be reclaimed, so it counts as available."""
     files = (
-        {"memory.max": str(8 * GIB), "memory.current": str(5 * GIB), "memory.stat": f"anon 7\ninactive_file {2 * GIB}"}
+        {
+            "memory.max": str(8 * GIB),
+            "memory.current": str(5 * GIB),
+            "memory.stat": f"anon 7\ninactive_file {GIB}\nactive_file {GIB}",
+        }
         if version == 2
         else {
             "memory/memory.limit_in_bytes": str(8 * GIB),
             "memory/memory.usage_in_bytes": str(5 * GIB),
-            "memory/memory.stat": f"inactive_file 7\ntotal_inactive_file {2 * GIB}",
+            "memory/memory.stat": f"inactive_file 7\ntotal_inactive_file {GIB}\ntotal_active_file {GIB}",
         }
     )
     found = host.memory(kernel(tmp_path, "0::/\n" if version == 2 else "4:memory:/\n", **files))

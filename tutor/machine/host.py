@@ -25,11 +25,11 @@ CUDA = 0.5e9
 NO_LIMIT = 1 << 60
 """Smallest number of bytes that means "no limit" in cgroup v1; cgroup v2 has the word "max"."""
 
-CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-"""Files of limit and usage in cgroup v1, and the field of the inactive page cache in memory.stat."""
+CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
+"""Files of limit and usage in cgroup v1, and the fields of the page cache in memory.stat."""
 
-CGROUP_V2 = ("memory.max", "memory.current", "inactive_file")
-"""Files of limit and usage in cgroup v2, and the field of the inactive page cache in memory.stat."""
+CGROUP_V2 = ("memory.max", "memory.current", ("inactive_file", "active_file"))
+"""Files of limit and usage in cgroup v2, and the fields of the page cache in memory.stat."""
 
 GPU_FIELDS = ("index", "uuid", "name", "driver_version", "compute_cap", "memory.total", "memory.free")
 """Columns of the nvidia-smi query."""
@@ -146,24 +146,24 @@ def _cgroup_limits(root: Path) -> list[tuple[int, int]]:
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = (*line.split(":", 2), "-", "")[:3]
         if controllers == "":
-            top, names = root / "sys/fs/cgroup", CGROUP_V2
+            top, (limit, usage, cache) = root / "sys/fs/cgroup", CGROUP_V2
         elif "memory" in controllers.split(","):
-            top, names = root / "sys/fs/cgroup/memory", CGROUP_V1
+            top, (limit, usage, cache) = root / "sys/fs/cgroup/memory", CGROUP_V1
         else:
             continue
         # In a container the path may be the host's; the container's own files are then at the top.
         folders = [top / path.strip("/"), *(top / path.strip("/")).parents]
         for folder in folders[: folders.index(top) + 1]:
-            sizes = (size for size in _numbers(folder / names[0]) if size < NO_LIMIT)
-            limits += [(size, _cgroup_use(folder, *names[1:])) for size in sizes]
+            sizes = (size for size in _numbers(folder / limit) if size < NO_LIMIT)
+            limits += [(size, _cgroup_use(folder, usage, cache)) for size in sizes]
     return limits
 
 
-def _cgroup_use(folder: Path, usage: str, cached: str) -> int:
-    """Bytes of a cgroup that the kernel cannot take back: its usage without the inactive part of the page cache."""
+def _cgroup_use(folder: Path, usage: str, cache: Sequence[str]) -> int:
+    """Bytes of a cgroup that the kernel cannot reclaim: its usage without the page cache, as in MemAvailable."""
     lines = (line.split() for line in _lines(folder / "memory.stat"))
-    inactive = sum(int(line[1]) for line in lines if len(line) == 2 and line[0] == cached)
-    return max(0, next(iter(_numbers(folder / usage)), 0) - inactive)
+    reclaimable = sum(int(line[1]) for line in lines if len(line) == 2 and line[0] in cache)
+    return max(0, next(iter(_numbers(folder / usage)), 0) - reclaimable)
 
 
 def _numbers(path: Path) -> list[int]:
