@@ -8,6 +8,7 @@ import shutil
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -16,6 +17,7 @@ from tutor.artifacts.layout import STAGE_FOLDERS
 from tutor.artifacts.provenance import PACKAGE, Provenance, SourceTree
 from tutor.artifacts.source import read_source
 from tutor.pipeline.runner import LLAMACPP
+from tutor.serving import adapter, compare
 
 ROOT = PACKAGE.parent
 STAGES = list(STAGE_FOLDERS)
@@ -154,6 +156,23 @@ def test_provenance_holds_the_version_of_each_imported_package(stage: str, packa
     versions = found(PACKAGE, stage).packages
     assert packages <= set(versions)
     assert not provenance.NO_EFFECT & set(versions)
+
+
+@pytest.mark.parametrize(
+    ("command", "sources"),
+    [
+        (
+            compare,
+            {"serving/models.py", "stages/evaluate/stage.py", "engines/hf/loading.py", "engines/ollama/engine.py"},
+        ),
+        (adapter, {"engines/llamacpp/src/convert_lora.py", "stages/convert/lineage.py", "Modelfile.j2", "prompt.py"}),
+    ],
+)
+def test_provenance_of_a_command_holds_what_its_folder_depends_on(command: ModuleType, sources: set[str]) -> None:
+    assert command.__file__ is not None
+    code = SourceTree().provenance(Path(command.__file__), left_out=command.LEFT_OUT).sources
+    assert {f"serving/{Path(command.__file__).name}", *sources} <= set(code)
+    assert not any(name.startswith(("pipeline/", "cli/", "serving/publish")) for name in code)
 
 
 @pytest.mark.parametrize("stage", ["data", "modelfile"])

@@ -11,7 +11,8 @@ from support.published import SYSTEM
 from tutor.artifacts.layout import BuildFolder
 from tutor.artifacts.stage_folder import writing
 from tutor.errors import ArtifactError
-from tutor.recipe.settings import Recipe
+from tutor.formats.models.served_quantization import write_served
+from tutor.recipe.settings import OllamaSettings, Recipe
 from tutor.serving.adapter import lora_folder
 from tutor.serving.builds import read_model
 
@@ -81,6 +82,18 @@ def test_lora_folder_is_made_again_after_a_change(
     lora_folder(recipe, folder)
     lora_folder(change(recipe, folder), folder)
     assert len(conversions) == 2
+
+
+@pytest.mark.usefixtures("conversions")
+def test_lora_folder_follows_the_quantization_chosen_by_the_benchmark(recipe: Recipe, folder: BuildFolder) -> None:
+    recipe = recipe.model_copy(update={"ollama": OllamaSettings(quantization="auto")})
+    for chosen in ("Q8_0", "F16"):
+        with writing(folder.stage("ladder"), "ladder", {}) as (out, _):
+            write_served(out, chosen)
+        if chosen == "Q8_0":
+            lora_folder(recipe, folder)
+    with pytest.raises(ArtifactError, match=r"base-F16\.gguf is not there"):
+        lora_folder(recipe, folder)
 
 
 @pytest.mark.usefixtures("conversions")

@@ -41,10 +41,11 @@ def lora_folder(recipe: Recipe, folder: BuildFolder) -> Path:
     fields |= BY_NAME["modelfile"].recipe_fields(recipe)
     code = provenance.SourceTree(folder.hashes).provenance("serving/adapter.py", left_out=LEFT_OUT).code
     fields |= {"code": code, "version.llama.cpp": build_key(), "recipe.lineage": recipe_hash(recipe)}
+    fields["served"] = served = quantization_of(recipe, folder)
     target = folder.lora
     if is_made(target, fields):
         return target
-    base = folder.gguf("base", quantization_of(recipe, folder))
+    base = folder.gguf("base", served)
     if not base.is_file():
         raise ArtifactError(f"{base} is not there", "an adapter needs convert.base = true; then run: tutor convert")
     merged = read_manifest(folder.stage("merge"))
