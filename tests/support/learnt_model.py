@@ -6,8 +6,8 @@ torch = pytest.importorskip("torch")
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tutor.engines.hf import engine as hf
-from tutor.engines.protocol import Generation
+from tutor.engines.hf.engine import TransformersEngine
+from tutor.engines.protocol import Answer, Generation
 from tutor.prompt import Encoded, conversation
 
 ENDS = ("a", " Sí, ñandú 🎉.")
@@ -50,6 +50,6 @@ def learn_by_heart(model: LlamaForCausalLM, rows: list[Encoded]) -> None:
     assert loss < 0.02
 
 
-def ask(engine: hf.TransformersEngine, question: str, generation: Generation = GREEDY) -> tuple[hf.Answer, list[str]]:
+def ask(engine: TransformersEngine, question: str, generation: Generation = GREEDY) -> tuple[Answer, list[str]]:
     pieces: list[str] = []
     return engine.answer(conversation(question), generation, pieces.append), pieces

@@ -10,7 +10,7 @@ peft = pytest.importorskip("peft")
 from support.learnt_model import ENDS, RUNS_ON, bytes_tokenizer, learn_by_heart
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tutor.engines.hf import engine as hf
+from tutor.engines.hf.engine import TransformersEngine
 from tutor.engines.hf.loading import load
 from tutor.prompt import encode
 
@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine(folder: Path) -> hf.TransformersEngine:
+def engine(folder: Path) -> TransformersEngine:
     return load(folder, None, quantization="none", precision="fp32")
 
 

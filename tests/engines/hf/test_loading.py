@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from support.learnt_model import ENDS, ask
 from support.shared import copied
 
-from tutor.engines.hf import engine as hf
+from tutor.engines.hf.engine import TransformersEngine
 from tutor.engines.hf.loading import load, load_base
 from tutor.engines.hf.score import answer_logprobs
 from tutor.errors import ArtifactError
@@ -19,7 +19,7 @@ from tutor.prompt import encode
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_loaded_adapter_changes_the_answer(engine: hf.TransformersEngine, folder: Path, adapter: Path) -> None:
+def test_loaded_adapter_changes_the_answer(engine: TransformersEngine, folder: Path, adapter: Path) -> None:
     tuned = load(folder, adapter, quantization="none", precision="fp32")
     row = encode(engine.tokenizer, *ENDS)
     rows = [(row.ids[: row.n_prompt], row.ids[row.n_prompt :])]

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 from support.learnt_model import ENDS
 from support.tolerances import forward_error, largest_logit
 
-from tutor.engines.hf import engine as hf
+from tutor.engines.hf.engine import TransformersEngine
 from tutor.engines.hf.loading import load_base
 from tutor.engines.hf.score import answer_logprobs
 from tutor.engines.protocol import SCORE_ROWS
@@ -18,7 +18,7 @@ from tutor.prompt import encode
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_answer_logprobs_equal_those_of_a_plain_forward_pass(engine: hf.TransformersEngine) -> None:
+def test_answer_logprobs_equal_those_of_a_plain_forward_pass(engine: TransformersEngine) -> None:
     rows = [([5, 6, 7], [8, 9]), ([1], [2, 3, 4, 256])]
     bound = forward_error(engine.model.config, 5) * largest_logit(engine.model, rows)
     for (prompt, answer), scores in zip(rows, answer_logprobs(engine.model, rows), strict=True):
@@ -28,7 +28,7 @@ def test_answer_logprobs_equal_those_of_a_plain_forward_pass(engine: hf.Transfor
         assert scores == pytest.approx(expected, abs=bound)
 
 
-def test_answer_logprobs_of_a_learnt_row_are_near_zero(engine: hf.TransformersEngine) -> None:
+def test_answer_logprobs_of_a_learnt_row_are_near_zero(engine: TransformersEngine) -> None:
     row = encode(engine.tokenizer, *ENDS)
     [scores] = answer_logprobs(engine.model, [(row.ids[: row.n_prompt], row.ids[row.n_prompt :])])
     assert len(scores) == len(ENDS[1].encode()) + 1

@@ -16,7 +16,7 @@ from tutor.machine.memory.batching import split_step
 from tutor.machine.memory.plan import TrainingPlan
 from tutor.stages.train.audit import encode_rows
 from tutor.stages.train.held_out_loss import mean_loss
-from tutor.stages.train.kernels import layer_streaming as offload
+from tutor.stages.train.kernels import layer_streaming
 from tutor.stages.train.trainer import load_trainer, lora_config, training_arguments
 
 pytestmark = [
@@ -102,5 +102,5 @@ def test_failed_forward_restores_streamed_weights(tiny: Path, rows: list[Any], t
 @pytest.mark.pipeline
 def test_streaming_logs_the_number_of_waiting_layers(tiny: Path, rows: list[Any], tmp_path: Path) -> None:
     model = trainer_on(tiny, rows, tmp_path, "none", 2).model
-    assert offload.stream_layers(model, 2, torch.device("cpu")) == 0
-    assert offload.stream_layers(model, 0, torch.device("cpu")) == 2
+    assert layer_streaming.stream_layers(model, 2, torch.device("cpu")) == 0
+    assert layer_streaming.stream_layers(model, 0, torch.device("cpu")) == 2

@@ -22,7 +22,7 @@ from tutor.formats.models.model_folder import load_tokenizer
 from tutor.machine.memory.batching import split_step
 from tutor.prompt import Encoded
 from tutor.stages.train.audit import label_ids
-from tutor.stages.train.kernels import packed_attention as packed
+from tutor.stages.train.kernels import packed_attention
 from tutor.stages.train.kernels.chunked_loss import IGNORE_INDEX
 from tutor.stages.train.kernels.packed_attention import LENGTHS, use_packed_attention
 from tutor.stages.train.trainer import lora_config, make_trainer, training_arguments
@@ -50,7 +50,7 @@ def items(rows: Sequence[Encoded]) -> list[dict[str, list[int]]]:
     return [{"input_ids": row.ids, "labels": label_ids(row)} for row in rows]
 
 
-collate = packed.add_lengths(DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True))
+collate = packed_attention.add_lengths(DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True))
 
 
 # --- the batch -------------------------------------------------------------------------------------------------------
@@ -72,13 +72,13 @@ def test_packed_batch_has_rows_in_order_and_restarted_positions() -> None:
     "batch_of", [collate, DataCollatorForLanguageModeling(pad_token_id=0)], ids=["packed", "padded"]
 )
 def test_split_rows_returns_every_row_in_full(batch_of: Any) -> None:
-    assert packed.split_rows(batch_of(items(ROWS))) == [(row.ids, label_ids(row)) for row in ROWS]
+    assert packed_attention.split_rows(batch_of(items(ROWS))) == [(row.ids, label_ids(row)) for row in ROWS]
 
 
 @pytest.mark.parametrize("lengths", [(9, 31), (31, 9, 14, 2, 57, 23, 11), (40, 14, 2, 57, 23, 11), ()])
 def test_split_rows_with_wrong_lengths_raises_error(lengths: tuple[int, ...]) -> None:
     with pytest.raises(DataError, match="positions do not start again"):
-        packed.split_rows({**collate(items(ROWS)), LENGTHS: lengths})
+        packed_attention.split_rows({**collate(items(ROWS)), LENGTHS: lengths})
 
 
 # --- the attention ---------------------------------------------------------------------------------------------------
