@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from support.files import write_rows
-from support.html import Page
+from support.html_pages import Page
 from support.lint_rows import GOOD
 from support.small_tokenizer import write_byte_tokenizer
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from support.html import Page
+from support.html_pages import Page
 from support.lint_rows import ANSWER, GOOD, lint_rows, row
 
 from tutor.stages.data.lint.linter import lint
