@@ -1,4 +1,4 @@
-"""Every gate, tested by sabotage: one hand-off is broken on purpose, and the gate that must say so says so.
+"""Every gate, tested by sabotage: each case breaks one hand-off and expects the refusal of the gate in charge.
 
     .venv/bin/pytest -s tests/end_to_end/test_sabotage.py        prints the table: sabotage -> gate -> message
 
@@ -45,12 +45,13 @@ Report = Callable[[str, str, pytest.ExceptionInfo[TutorError]], None]
 
 @pytest.fixture(scope="module")
 def report() -> Iterator[Report]:
-    """Takes a row of the table, which is printed when all cases have run."""
+    """Collect rows of the table, which is printed after the last case."""
     rows: list[tuple[str, str, str]] = []
     yield lambda what, gate, caught: rows.append((what, gate, f"exit {caught.value.code}: {caught.value.message}"))
     widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
     lines = [
-        f"{what:<{widths[0]}} -> {gate:<{widths[1]}} -> {' '.join(said.split())[:230]}" for what, gate, said in rows
+        f"{what:<{widths[0]}} -> {gate:<{widths[1]}} -> {' '.join(message.split())[:230]}"
+        for what, gate, message in rows
     ]
     sys.stdout.write("\n".join(["", *lines, ""]))
 
@@ -94,18 +95,18 @@ def field(name: str, kind: int, value: bytes) -> bytes:
 
 
 def compared(recipe: Recipe, folder: Path, match: str) -> "pytest.ExceptionInfo[TutorError]":
-    """The parity stage on a spoiled folder says no, at every run, and what says so stays."""
+    """Assert that the parity stage refuses a spoiled folder at every run and keeps its record; return the error."""
     remove(folder / "parity")
     with pytest.raises(GateError, match=match) as caught:
         runner.run_one("parity", recipe, folder.parent)
     with pytest.raises(GateError, match=match):
         runner.run_one("parity", recipe, folder.parent)
-    said = json.loads((folder / "parity" / "parity.json").read_text("utf-8"))
-    assert said["refused"]["message"] == caught.value.message
+    recorded = json.loads((folder / "parity" / "parity.json").read_text("utf-8"))
+    assert recorded["refused"]["message"] == caught.value.message
     return caught
 
 
-def test_a_build_that_nobody_touched_passes(recipe: Recipe, folder: Path) -> None:
+def test_untouched_build_passes_every_gate(recipe: Recipe, folder: Path) -> None:
     remove(folder / "parity")
     assert runner.run_one("parity", recipe, folder.parent)
     states = {item["state"] for item in require_stage(folder / "parity", "parity").results["hand_offs"]}
@@ -115,8 +116,8 @@ def test_a_build_that_nobody_touched_passes(recipe: Recipe, folder: Path) -> Non
 # Training
 
 
-def test_an_end_that_is_not_learnt(recipe: Recipe, made: Path, report: Report) -> None:
-    """pad = eos, and a collator that masks what is pad: the model would never stop."""
+def test_eos_masked_in_training_is_refused_by_the_label_audit(recipe: Recipe, made: Path, report: Report) -> None:
+    """With pad = EOS, a collator that masks padding also masks EOS: the model would never stop."""
     from datasets import Dataset
 
     from tutor.formats.models.model_folder import load_tokenizer, read_facts
@@ -160,7 +161,7 @@ def other_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shared(tmp_path_factory, "other", make_other) / "model.safetensors"
 
 
-def test_another_base_of_the_same_shape_before_merging(
+def test_base_of_equal_shape_is_refused_by_merge(
     recipe: Recipe, folder: Path, other_weights: Path, report: Report
 ) -> None:
     shutil.copy(other_weights, folder / "base/model/model.safetensors")
@@ -180,7 +181,7 @@ def inputs(folder: Path) -> dict[str, Path]:
     return {stage.name: folder / stage.folder for stage in registry.STAGES}
 
 
-def test_another_base_that_was_put_in_place_silently(
+def test_base_swapped_after_merging_is_refused_by_parity(
     recipe: Recipe, folder: Path, other_weights: Path, report: Report
 ) -> None:
     shutil.copy(other_weights, folder / "base/model/model.safetensors")
@@ -189,19 +190,19 @@ def test_another_base_that_was_put_in_place_silently(
     report("base swapped after merging", "parity: merge", caught)
 
 
-def test_a_merge_into_the_base_in_another_precision_than_was_said(recipe: Recipe, folder: Path, report: Report) -> None:
-    """The gate holds the merge against the base that it says it took: the original one, or its NF4 round trip."""
+def test_merge_into_an_undeclared_base_precision_is_refused(recipe: Recipe, folder: Path, report: Report) -> None:
+    """The gate compares the merge with the base that its manifest declares: the original or the NF4 round trip."""
     path = folder / "merged" / MANIFEST
-    said = json.loads(path.read_text("utf-8"))
-    said["results"]["base"] = {"nf4": "original", "original": "nf4"}[said["results"]["base"]]
-    write_json(path, said)
+    manifest = json.loads(path.read_text("utf-8"))
+    manifest["results"]["base"] = {"nf4": "original", "original": "nf4"}[manifest["results"]["base"]]
+    write_json(path, manifest)
     caught = compared(recipe, folder, r"base \+ adapter -> merged \(merge\) diverges in its log-probabilities")
     assert "the base in another precision" in str(caught.value)
-    report("merged into NF4's base, said the original, or back", "parity: merge", caught)
+    report("merged into another base precision than declared", "parity: merge", caught)
 
 
 @pytest.mark.parametrize("base", ["original", "nf4"])
-def test_either_base_that_a_merge_takes_passes(recipe: Recipe, folder: Path, base: Any) -> None:
+def test_merge_into_either_declared_base_passes(recipe: Recipe, folder: Path, base: Any) -> None:
     merge, convert = recipe.merge.model_copy(update={"base": base}), recipe.convert.model_copy(update={"base": False})
     other = recipe.model_copy(update={"merge": merge, "convert": convert})
     for name in ("merged", "gguf", "ladder", "parity"):
@@ -211,7 +212,7 @@ def test_either_base_that_a_merge_takes_passes(recipe: Recipe, folder: Path, bas
     assert require_stage(folder / "merged", "merged").results["base"] == base
 
 
-def test_the_adapter_of_another_run(recipe: Recipe, folder: Path, report: Report) -> None:
+def test_adapter_of_another_run_is_refused_by_parity(recipe: Recipe, folder: Path, report: Report) -> None:
     from safetensors.torch import load_file, save_file
 
     path = folder / "adapter/adapter_model.safetensors"
@@ -221,7 +222,7 @@ def test_the_adapter_of_another_run(recipe: Recipe, folder: Path, report: Report
     report("adapter of another run", "parity: merge", caught)
 
 
-def test_the_wrong_template_in_the_merged_folder(recipe: Recipe, folder: Path, report: Report) -> None:
+def test_wrong_template_in_merged_folder_is_refused_by_parity(recipe: Recipe, folder: Path, report: Report) -> None:
     for name in ("chat_template.jinja", "tokenizer_config.json"):
         path = folder / "merged" / name
         path.write_text(path.read_text("utf-8").replace("Respuesta:", "Respuesta;"), "utf-8")
@@ -237,7 +238,7 @@ def test_the_wrong_template_in_the_merged_folder(recipe: Recipe, folder: Path, r
 PRE = field("tokenizer.ggml.pre", 8, struct.pack("<Q", 9) + b"llama-bpe")
 
 
-def test_another_pre_tokenizer(recipe: Recipe, folder: Path, report: Report) -> None:
+def test_gguf_with_another_pre_tokenizer_is_refused(recipe: Recipe, folder: Path, report: Report) -> None:
     replace_bytes(folder / "gguf/tutor-F16.gguf", PRE, PRE.replace(b"llama-bpe", b"starcoder"))
     caught = compared(recipe, folder, r"merged -> F16 \(convert\) diverges in its tokens")
     assert "tokenizer.ggml.pre" in str(caught.value)
@@ -246,7 +247,7 @@ def test_another_pre_tokenizer(recipe: Recipe, folder: Path, report: Report) -> 
 
 
 def read_back(folder: Path, kind: str, what: str) -> "pytest.ExceptionInfo[TutorError]":
-    """The convert stage's own check of a file refuses it, naming what is not as it must be."""
+    """Assert that the convert stage's own check refuses a file with a message that matches `what`."""
     from dataclasses import replace
 
     from tutor.formats.models.model_folder import read_facts
@@ -261,7 +262,7 @@ def read_back(folder: Path, kind: str, what: str) -> "pytest.ExceptionInfo[Tutor
     return caught
 
 
-def test_no_bos(recipe: Recipe, folder: Path, report: Report) -> None:
+def test_gguf_that_adds_no_bos_is_refused(recipe: Recipe, folder: Path, report: Report) -> None:
     name = "tokenizer.ggml.add_bos_token"
     replace_bytes(folder / "gguf/tutor-Q8_0.gguf", field(name, 7, b"\x01"), field(name, 7, b"\x00"))
     caught = compared(recipe, folder, r"F16 -> Q8_0 \(quantize\) diverges in its tokens: .*a BOS\?")
@@ -269,7 +270,7 @@ def test_no_bos(recipe: Recipe, folder: Path, report: Report) -> None:
     report("BOS no more added by a GGUF", "convert: GGUF read-back", read_back(folder, "Q8_0", "add_bos"))
 
 
-def test_another_end_token(folder: Path, report: Report) -> None:
+def test_gguf_with_another_end_token_is_refused(folder: Path, report: Report) -> None:
     from tutor.formats.models.model_folder import read_facts
 
     name, eos = "tokenizer.ggml.eos_token_id", read_facts(folder / "base")[0].eos
@@ -278,34 +279,34 @@ def test_another_end_token(folder: Path, report: Report) -> None:
     report("another EOS in a GGUF", "convert: GGUF read-back", read_back(folder, "F16", "eos: expected"))
 
 
-def test_the_wrong_template_in_one_gguf(recipe: Recipe, folder: Path, report: Report) -> None:
+def test_wrong_template_in_one_gguf_is_refused_by_parity(recipe: Recipe, folder: Path, report: Report) -> None:
     path = folder / "gguf/tutor-Q4_K_M.gguf"
     replace_bytes(path, b"\\nRespuesta:", b"\\nRespuesta;")
     caught = compared(recipe, folder, r"F16 -> Q4_K_M \(quantize\) diverges in its prompt")
     report("wrong chat template in one GGUF", "parity: quantize", caught)
 
 
-def test_a_damaged_f16_file(recipe: Recipe, folder: Path, report: Report) -> None:
+def test_damaged_f16_file_is_refused_by_parity(recipe: Recipe, folder: Path, report: Report) -> None:
     spoil_weights(folder / "gguf/tutor-F16.gguf")
     caught = compared(recipe, folder, r"merged -> F16 \(convert\) diverges in its log-probabilities")
     report("damaged F16 file", "parity: convert", caught)
 
 
 def spoil_weights(path: Path) -> None:
-    """Overwrite some KB in the middle of a file, among the weights, with what is a small number in any format."""
+    """Overwrite some KB among a file's weights with bytes that are a small number in every format."""
     data = bytearray(path.read_bytes())
     middle = len(data) - len(data) // 4
     data[middle : middle + 4096] = bytes(4096)
     path.write_bytes(data)
 
 
-def test_a_damaged_quantization(recipe: Recipe, folder: Path, report: Report) -> None:
+def test_damaged_quantization_is_refused_by_parity(recipe: Recipe, folder: Path, report: Report) -> None:
     spoil_weights(folder / "gguf/tutor-Q8_0.gguf")
     caught = compared(recipe, folder, r"F16 -> Q8_0 \(quantize\) diverges in its log-probabilities: KL")
     report("damaged quantization", "parity: quantize", caught)
 
 
-def test_a_quantization_coarser_than_its_name(recipe: Recipe, folder: Path, report: Report) -> None:
+def test_quantization_coarser_than_its_name_is_refused(recipe: Recipe, folder: Path, report: Report) -> None:
     shutil.copy(folder / "gguf/tutor-Q4_K_M.gguf", folder / "gguf/tutor-Q8_0.gguf")
     early = read_back(folder, "Q8_0", "file_type: expected 'Q8_0', found 'Q4_K_M'")
     report("Q4_K_M under the name of Q8_0", "convert: GGUF read-back", early)
@@ -319,7 +320,7 @@ def test_a_quantization_coarser_than_its_name(recipe: Recipe, folder: Path, repo
 
 
 def reseal(folder: Path) -> None:
-    """Write a stage's manifest again over what lies there now: whoever replaced a file was thorough."""
+    """Write a stage's manifest again over the present files, as a careful forger would."""
     manifest = read_manifest(folder)
     assert manifest is not None
     for name, entry in manifest.outputs.items():
@@ -327,7 +328,7 @@ def reseal(folder: Path) -> None:
     write_json(folder / MANIFEST, vars(manifest))
 
 
-def test_the_untuned_base_in_the_tutor_s_place(recipe: Recipe, folder: Path, report: Report) -> None:
+def test_gguf_of_the_untuned_base_is_refused_by_parity(recipe: Recipe, folder: Path, report: Report) -> None:
     shutil.copy(folder / "gguf/base-Q8_0.gguf", folder / "gguf/tutor-Q8_0.gguf")
     reseal(folder / "gguf")
     caught = compared(recipe, folder, r"F16 -> Q8_0 \(quantize\) diverges in its prompt")
@@ -335,7 +336,9 @@ def test_the_untuned_base_in_the_tutor_s_place(recipe: Recipe, folder: Path, rep
 
 
 @pytest.mark.parametrize(("share", "what"), [(0.99, "bytes instead of"), (0.5, "bytes instead of")])
-def test_a_truncated_quantization(recipe: Recipe, folder: Path, report: Report, share: float, what: str) -> None:
+def test_truncated_quantization_is_refused_by_its_size(
+    recipe: Recipe, folder: Path, report: Report, share: float, what: str
+) -> None:
     path = folder / "gguf/tutor-Q8_0.gguf"
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     with pytest.raises(ArtifactError, match=what) as caught:
@@ -360,20 +363,20 @@ def tutor_recipe(tmp_path: Path) -> Recipe:
 
 @pytest.fixture
 def build(tutor_recipe: Recipe, tmp_path: Path) -> Path:
-    """Stage folders around a file that the fake server takes for a GGUF."""
+    """Stage folders around a file that the fake server accepts as a GGUF."""
     make_stages(tutor_recipe, tmp_path / "published")
     return tmp_path / "published"
 
 
 def refused(server: fake.FakeOllama, recipe: Recipe, build: Path, kind: type[TutorError], match: str) -> Any:
-    """Publishing fails, and no name is left on the server."""
+    """Assert that publishing fails and leaves no name on the server; return the error."""
     with pytest.raises(kind, match=match) as caught:
         publish.publish(recipe, build, host=server.host)
     assert server.models == {}
     return caught
 
 
-def test_one_byte_of_the_published_file(
+def test_gguf_with_one_changed_byte_is_not_published(
     server: fake.FakeOllama, tutor_recipe: Recipe, build: Path, report: Report
 ) -> None:
     path = build / "small/gguf/tutor-Q8_0.gguf"
@@ -382,7 +385,7 @@ def test_one_byte_of_the_published_file(
     report("one byte of the GGUF, before publishing", "publish: hash", caught)
 
 
-def test_the_base_s_template_left_in_the_gguf(
+def test_gguf_with_the_base_template_is_not_published(
     server: fake.FakeOllama, tutor_recipe: Recipe, build: Path, report: Report
 ) -> None:
     make_stages(tutor_recipe, build, chat_template="{% for m in messages %}<think></think>{% endfor %}")
@@ -390,7 +393,9 @@ def test_the_base_s_template_left_in_the_gguf(
     report("R1's own template left in the GGUF", "publish: /api/show", caught)
 
 
-def test_another_go_template(server: fake.FakeOllama, tutor_recipe: Recipe, build: Path, report: Report) -> None:
+def test_modelfile_with_another_template_is_not_published(
+    server: fake.FakeOllama, tutor_recipe: Recipe, build: Path, report: Report
+) -> None:
     path = build / "small/model/create.json"
     body = json.loads(path.read_text("utf-8"))
     body["template"] = body["template"].replace("Respuesta:", "Respuesta: ")
@@ -400,7 +405,7 @@ def test_another_go_template(server: fake.FakeOllama, tutor_recipe: Recipe, buil
     report("another TEMPLATE in the Modelfile", "publish: rendered prompts", caught)
 
 
-def test_an_ollama_that_adds_a_second_bos(
+def test_ollama_that_adds_a_second_bos_is_refused(
     server: fake.FakeOllama, tutor_recipe: Recipe, build: Path, report: Report
 ) -> None:
     server.counts = lambda prompt: 1 + len(prompt.split())
@@ -408,7 +413,7 @@ def test_an_ollama_that_adds_a_second_bos(
     report("a second BOS in Ollama", "parity: publish", caught)
 
 
-def test_an_ollama_that_computes_otherwise(
+def test_ollama_with_other_weights_is_refused(
     server: fake.FakeOllama, tutor_recipe: Recipe, build: Path, report: Report
 ) -> None:
     server.reply_to = lambda _: [(piece, -1.4) for piece in server.pieces]
@@ -417,7 +422,7 @@ def test_an_ollama_that_computes_otherwise(
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["by its digest", "by its answers"])
-def test_a_model_replaced_after_publishing(
+def test_model_replaced_after_publishing_is_refused(
     server: fake.FakeOllama, tutor_recipe: Recipe, build: Path, report: Report, *, known: bool
 ) -> None:
     publish.publish(tutor_recipe, build, host=server.host)

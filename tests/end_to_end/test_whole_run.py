@@ -40,7 +40,7 @@ def result(*arguments: str | Path, build: Path) -> Any:
     return json.loads(done.stdout)
 
 
-def test_every_stage_leaves_a_whole_folder(built: Path) -> None:
+def test_run_completes_the_folder_of_every_stage(built: Path) -> None:
     assert json.loads((built / "run.json").read_text("utf-8"))["ran"] == list(registry.BY_NAME)
     for state in result("status", "--verify", build=built):
         assert state["condition"] == "up to date", state
@@ -50,14 +50,14 @@ def test_every_stage_leaves_a_whole_folder(built: Path) -> None:
     assert left == []
 
 
-def test_a_second_run_does_nothing_and_says_so(built: Path) -> None:
+def test_second_run_does_nothing_and_prints_so(built: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (built / "tiny").rglob(MANIFEST)}
     done = tutor("run", build=built)
     assert "Nothing to do" in done.stdout
     assert before == {path: path.stat().st_mtime_ns for path in (built / "tiny").rglob(MANIFEST)}
 
 
-def test_a_run_that_is_up_to_date_imports_no_torch(built: Path) -> None:
+def test_up_to_date_run_imports_no_torch(built: Path) -> None:
     code = (
         "import sys; sys.modules['torch'] = None; from tutor.recipe.reading import read_recipe; "
         "from tutor.pipeline import runner; from pathlib import Path; "
@@ -68,7 +68,7 @@ def test_a_run_that_is_up_to_date_imports_no_torch(built: Path) -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_training_lowers_the_held_out_loss_and_every_gguf_keeps_it(built: Path) -> None:
+def test_held_out_loss_falls_and_every_gguf_keeps_it(built: Path) -> None:
     summary = result("summary", build=built)["stages"]
     held = summary["train"]["held_out"]
     assert held["loss_after"] < held["loss_before"] - 0.02
@@ -91,7 +91,7 @@ def test_two_runs_from_scratch_are_byte_identical(built: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("stage", list(registry.BY_NAME))
 @pytest.mark.parametrize("share", [0.0, 0.5], ids=["at once", "in the middle"])
-def test_kill_9_leaves_nothing_half_and_the_same_command_completes(
+def test_killed_run_leaves_whole_folders_and_can_be_repeated(
     built: Path, tmp_path: Path, stage: str, share: float
 ) -> None:
     """Killed at its first file-system event, and when half of those are done that the stage's own run had."""
@@ -111,7 +111,7 @@ def test_kill_9_leaves_nothing_half_and_the_same_command_completes(
     assert not folder.with_name(folder.name + PARTIAL).exists()
 
 
-def test_sigterm_during_training_exits_143_and_leaves_nothing_half(built: Path, tmp_path: Path) -> None:
+def test_sigterm_during_training_exits_143_with_whole_folders(built: Path, tmp_path: Path) -> None:
     build = linked(built, tmp_path / "build")
     assert result("clean", "train", build=build)["removed"]
     process = forked("train", "--recipe", TINY, "--build", build, scratch=tmp_path / "ended")
@@ -122,7 +122,7 @@ def test_sigterm_during_training_exits_143_and_leaves_nothing_half(built: Path, 
     assert not (build / "tiny" / "adapter").exists()
 
 
-def test_ask_answers_on_stdout_alone(built: Path) -> None:
+def test_ask_prints_the_answer_alone_on_stdout(built: Path) -> None:
     done = tutor("ask", "¿Qué es una interfaz?", build=built)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
@@ -132,25 +132,25 @@ def test_ask_answers_on_stdout_alone(built: Path) -> None:
     assert as_json["tokens"] <= 24
 
 
-def test_the_adapter_answers_in_transformers(built: Path) -> None:
+def test_adapter_answers_in_transformers(built: Path) -> None:
     answer = result("ask", "¿Qué es una interfaz?", "--model", "adapter", build=built)
     assert answer["text"]
 
 
-def test_an_unknown_quantization_names_those_that_are_there(built: Path) -> None:
+def test_unknown_quantization_error_lists_those_that_exist(built: Path) -> None:
     done = tutor("ask", "hola", "--quantization", "Q5_K_M", build=built)
     assert done.returncode == 2
     assert "Q4_K_M" in done.stderr
     assert "Q8_0" in done.stderr
 
 
-def test_chat_remembers_and_leaves(built: Path) -> None:
+def test_chat_keeps_history_and_exits_on_command(built: Path) -> None:
     done = tutor("chat", build=built, stdin="hola\n¿y después?\n/salir\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") >= 2
 
 
-def test_no_server_outlives_its_command(built: Path) -> None:
+def test_llama_server_ends_with_its_command(built: Path) -> None:
     assert tutor("ask", "¿Qué es una interfaz?", build=built).returncode == 0
     gguf = str(built / "tiny" / "gguf")
     running = []
@@ -164,7 +164,7 @@ def test_no_server_outlives_its_command(built: Path) -> None:
     assert running == []
 
 
-def test_a_damaged_gguf_is_seen_and_made_again(built: Path, tmp_path: Path) -> None:
+def test_damaged_gguf_is_detected_and_made_again(built: Path, tmp_path: Path) -> None:
     build = copied(built, tmp_path / "build")
     gguf = build / "tiny" / "gguf" / "tutor-Q8_0.gguf"
     gguf.write_bytes(gguf.read_bytes()[:-16])

@@ -18,7 +18,7 @@ def test_table_has_medians_and_their_ratio_to_python_alone() -> None:
     ]
 
 
-def test_both_commands_are_run() -> None:
+def test_bench_help_runs_both_commands() -> None:
     command = [sys.executable, SCRIPT, "--runs", "1"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -45,7 +45,7 @@ def faults(makefile: str) -> list[str]:
     return found
 
 
-def test_each_target_brings_what_its_commands_need() -> None:
+def test_target_prerequisites_install_what_its_commands_need() -> None:
     assert {"chat", "check", "lock", "status", "test", "test-docker"} <= targets(MAKEFILE)
     assert faults(MAKEFILE) == []
 
@@ -60,20 +60,20 @@ def test_each_target_brings_what_its_commands_need() -> None:
         ("test-docker", "test-docker: .venv/demo llamacpp", f"test-docker: {TOOLS[1]}"),
     ],
 )
-def test_a_target_without_its_prerequisite_is_found(target: str, without: str, fault: str) -> None:
+def test_target_without_its_prerequisite_is_detected(target: str, without: str, fault: str) -> None:
     spoiled, count = re.subn(rf"^{target}:.*(?=##)", f"{without} ", MAKEFILE, flags=re.MULTILINE)
     assert count == 1
     assert fault in faults(spoiled)
 
 
-def test_every_target_is_phony_and_has_a_line_of_help() -> None:
+def test_every_target_is_phony_and_has_a_help_line() -> None:
     phony = re.search(r"^\.PHONY:(.*)$", MAKEFILE, re.MULTILINE)
     assert phony
     assert set(phony[1].split()) == targets(MAKEFILE)
 
 
 @pytest.mark.parametrize("name", ["base.txt", "wheel.txt", "build.txt"])
-def test_the_development_pins_contain_each_smaller_set(name: str) -> None:
+def test_development_pins_contain_each_smaller_set(name: str) -> None:
     """.venv/base stands for the smaller environments too."""
 
     def pins(name: str) -> set[str]:
