@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 
 class Page(HTMLParser):
-    """The tags of a page that are still open, the names of all, and its text."""
+    """Open tags of a page, the names of all tags, and its text."""
 
     VOID = ("meta", "link", "br", "rect", "line")
 

@@ -1,4 +1,4 @@
-"""The facts of a base; what makes a base unfit is in test_base.py."""
+"""formats/models/model_folder.py: the facts of a base. tests/stages/base/test_stage.py covers unfit folders."""
 
 import json
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""The pre-tokenizer's name in llama.cpp for a tokenizer.json."""
+"""formats/models/pre_tokenizer.py: the name that llama.cpp has for a tokenizer.json's splitting."""
 
 import json
 from pathlib import Path

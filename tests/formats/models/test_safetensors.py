@@ -1,4 +1,4 @@
-"""Our safetensors files against the safetensors library: equal bytes written, equal numbers read, no more memory."""
+"""formats/models/safetensors.py and tensor_streams.py, against the safetensors library."""
 
 import errno
 from pathlib import Path

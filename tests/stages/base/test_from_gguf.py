@@ -16,20 +16,20 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [(None, "is missing"), (b"GGUF", "is no whole GGUF"), (b"<html>", "is no whole GGUF")]
+    ("content", "message"), [(None, "is missing"), (b"GGUF", "is no whole GGUF"), (b"<html>", "is no whole GGUF")]
 )
 def test_damaged_file_of_a_package_is_named(
-    content: bytes | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    content: bytes | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "a_model_package"
     package.mkdir()
-    # Importing it would fail: the file is found without running the package's code.
+    # Importing the package would fail: the file is found without running its code
     (package / "__init__.py").write_text("raise RuntimeError", "utf-8")
     if content is not None:
         (package / "a.gguf").write_bytes(content)
     monkeypatch.syspath_prepend(tmp_path)
     wanted = recipe(tmp_path / "r.toml", base={"source": "package:a_model_package/a.gguf"})
-    with pytest.raises(ArtifactError, match=f"a.gguf {said}") as caught:
+    with pytest.raises(ArtifactError, match=f"a.gguf {message}") as caught:
         base.run(wanted, {}, tmp_path)
     assert "install a_model_package again" in str(caught.value.hint)
 

@@ -27,7 +27,7 @@ Cli = Callable[..., "CompletedProcess[str]"]
 
 
 class Hub(ThreadingHTTPServer):
-    """A model hub of one repository with one revision, at a socket, as huggingface_hub 2 asks one."""
+    """A model hub with one repository of one revision at a socket, for the requests of huggingface_hub 2."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), Answers)
@@ -38,7 +38,7 @@ class Hub(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def entry(self, name: str) -> dict[str, Any]:
-        """What the hub's listing says of a file: git's hash, and sha256 where it is a large one."""
+        """Return a file's entry in the listing: git's hash, and sha256 of a large file."""
         content = self.files[name]
         entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content)}
         entry["oid"] = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
@@ -47,13 +47,13 @@ class Hub(ThreadingHTTPServer):
         return entry
 
     def close(self) -> None:
-        """Nobody listens there any more."""
+        """Stop listening."""
         self.shutdown()
         self.server_close()
 
 
 class Answers(BaseHTTPRequestHandler):
-    """The hub's side of one connection."""
+    """Replies of the hub on one connection."""
 
     server: Hub
     protocol_version = "HTTP/1.1"
@@ -114,14 +114,14 @@ def hub_recipe(folder: Path, revision: str = REVISION) -> Path:
 
 
 def hub_settings(address: str, folder: Path) -> dict[str, str]:
-    """The environment in which huggingface_hub asks that address, with a cache in `folder`."""
+    """Environment variables that direct huggingface_hub to an address, with a cache in `folder`."""
     cache = {"HF_ENDPOINT": address, "HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "0"}
     return {"NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1", **cache}
 
 
 @pytest.fixture
 def fetch(tutor: Cli, tmp_path: Path) -> Cli:
-    """`tutor base` on a hub's repository, its cache in `tmp_path`."""
+    """Run `tutor base` on the hub's repository, with its cache in `tmp_path`."""
 
     def run(address: str, revision: str = REVISION, **env: str) -> "CompletedProcess[str]":
         settings = {**hub_settings(address, tmp_path), **env}
@@ -132,7 +132,7 @@ def fetch(tutor: Cli, tmp_path: Path) -> Cli:
 
 @pytest.fixture(scope="module", autouse=True)
 def nobody_listens(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Popen[str]"]:
-    """`tutor base` against a closed port, started at once: huggingface_hub tries it for half a minute."""
+    """`tutor base` against a closed port, started early: huggingface_hub retries for half a minute."""
     folder = tmp_path_factory.mktemp("nobody")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -217,7 +217,7 @@ def test_flipped_bit_in_the_cache_is_an_artifact_error(hub: Hub, fetch: Cli, tmp
     done = fetch(hub.address)
     assert done.returncode == 5, done.stderr
     assert f"{weights} is damaged" in done.stderr
-    weights.resolve().unlink()  # what the message says to do
+    weights.resolve().unlink()  # the next step in the message
     assert fetch(hub.address).returncode == 0
 
 

@@ -1,4 +1,4 @@
-"""stages/base/stage.py: what the stage refuses, formats/models/base_source.py: known and unknown sources."""
+"""stages/base/stage.py and formats/models/base_source.py: refused folders, known and unknown sources."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def refused(model: Path, kind: type[TutorError] = ArtifactError) -> str:
-    """What the stage says to a folder that it must not take."""
+    """The message of the error with which the stage refuses a folder."""
     out = model.with_name(model.name + "-out")
     out.mkdir()
     with pytest.raises(kind) as caught:
@@ -94,9 +94,9 @@ def test_weights_of_no_16_bit_type_are_refused(model: Path) -> None:
 @pytest.mark.parametrize("content", ["", '{"model_type": "lla', "[1, 2]", "\ufeff{}", "null", "{}"])
 def test_damaged_json_error_is_one_line_with_the_file(model: Path, name: str, content: str) -> None:
     (model / name).write_text(content, "utf-8")
-    said = refused(model)
-    assert str(model) in said
-    assert "\n" not in said
+    message = refused(model)
+    assert str(model) in message
+    assert "\n" not in message
 
 
 def test_missing_configuration_is_named(model: Path) -> None:
@@ -129,14 +129,14 @@ def test_weights_without_an_embedding_are_refused(model: Path) -> None:
 
 
 def test_tokenizer_that_drops_blanks_is_refused_with_text(model: Path) -> None:
-    # What transformers 5.3 to 5.21 made of a byte-level tokenizer.json under this label.
+    # As transformers 5.3 to 5.21 read a byte-level tokenizer.json with this class
     made = Tokenizer.from_file(str(model / "tokenizer.json"))
     made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     made.decoder = decoders.Metaspace(prepend_scheme="never")
     made.save(str(model / "tokenizer.json"))
-    said = refused(model)
-    assert "does not give a text back: '¿Qué es una interfaz" in said
-    assert re.search(r"became '[^ ]*esunainterfazenTypeScript", said)
+    message = refused(model)
+    assert "does not give a text back: '¿Qué es una interfaz" in message
+    assert re.search(r"became '[^ ]*esunainterfazenTypeScript", message)
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def file(tmp_path: Path) -> Any:
 
 
 def refused(path: Path, **options: Any) -> DataError:
-    """The error that reading gives; every one says what to do next."""
+    """The DataError of reading a file."""
     with pytest.raises(DataError) as caught:
         reading.read_examples(path, **options)
     assert caught.value.code == 3
@@ -116,7 +116,7 @@ def test_absent_labels_are_empty_and_given_ones_kept(file: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "name", "says"),
+    ("content", "name", "expected"),
     [
         pytest.param(lines(GOOD, OTHER, end="\r"), "rows.jsonl", "no LF found, old-Mac line ends", id="D03-CR-only"),
         pytest.param(lines(GOOD).decode().encode("utf-16"), "r.jsonl", "is UTF-16, not UTF-8", id="D04-UTF-16"),
@@ -134,8 +134,8 @@ def test_absent_labels_are_empty_and_given_ones_kept(file: Any) -> None:
         pytest.param(json.dumps([GOOD], indent=1).encode(), "rows.jsonl", "pretty-printed", id="D30-pretty-array"),
     ],
 )
-def test_file_of_another_kind_is_refused_by_its_name(file: Any, content: bytes, name: str, says: str) -> None:
-    assert says in refused(file(content, name)).message
+def test_file_of_another_kind_is_refused_by_its_name(file: Any, content: bytes, name: str, expected: str) -> None:
+    assert expected in refused(file(content, name)).message
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_plain_file_over_the_limit_is_refused(file: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("second", "says"),
+    ("second", "expected"),
     [
         pytest.param(b'{"instruction": "a\xf1o", "response": "b"}', "is not UTF-8 at byte 19 (0xf1)", id="D05"),
         pytest.param(rb'{"instruction": "a", "response": "a\ud800b"}', "response holds \\ud800", id="D06-surrogate"),
@@ -235,13 +235,13 @@ def test_plain_file_over_the_limit_is_refused(file: Any, name: str) -> None:
         pytest.param(lines({**GOOD, "code": ["ok"]}), "code has 1 entries for 0 fenced blocks", id="code-count"),
     ],
 )
-def test_bad_row_is_refused_with_its_line(file: Any, second: bytes, says: str) -> None:
+def test_bad_row_is_refused_with_its_line(file: Any, second: bytes, expected: str) -> None:
     path = file(lines(OTHER) + second)
     fault = refused(path)
     assert fault.message == f"{path}: 1 of 2 rows are not usable"
     assert len(fault.problems) == 1
     assert fault.problems[0].startswith(f"{path}:2: ")
-    assert says in fault.problems[0]
+    assert expected in fault.problems[0]
     assert fault.hint
 
 
@@ -337,7 +337,7 @@ def test_name_of_no_regular_file_is_a_recipe_error(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to(tmp_path / "b")
     (tmp_path / "b").symlink_to(tmp_path / "a")
     os.mkfifo(tmp_path / "fifo")
-    for name, says in {
+    for name, expected in {
         "": "is a folder",
         "missing.jsonl": "No such file",
         "*.jsonl": "no file of that name; patterns are not expanded",
@@ -346,7 +346,7 @@ def test_name_of_no_regular_file_is_a_recipe_error(tmp_path: Path) -> None:
         "nul\0": "null",
         "n" * 5000: "too long",
     }.items():
-        with pytest.raises(RecipeError, match=says) as caught:
+        with pytest.raises(RecipeError, match=expected) as caught:
             reading.read_examples(tmp_path / name)
         assert caught.value.code == 2
         assert str(tmp_path) in caught.value.message
@@ -429,7 +429,7 @@ def test_prompt_needs_no_response_and_keeps_expectations(file: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("expect", "says"),
+    ("expect", "expected"),
     [
         ({"exlude": ["x"]}, "unknown key expect.exlude"),
         ({"code": "true"}, "expect.code is a text, not true or false"),
@@ -438,10 +438,10 @@ def test_prompt_needs_no_response_and_keeps_expectations(file: Any) -> None:
         ([], "expect is a list, not an object"),
     ],
 )
-def test_malformed_expectation_is_refused(file: Any, expect: Any, says: str) -> None:
+def test_malformed_expectation_is_refused(file: Any, expect: Any, expected: str) -> None:
     with pytest.raises(DataError) as caught:
         reading.read_prompts(file(lines({"instruction": "a", "expect": expect})))
-    assert says in caught.value.problems[0]
+    assert expected in caught.value.problems[0]
 
 
 def test_special_token_in_a_prompt_is_refused(file: Any) -> None:

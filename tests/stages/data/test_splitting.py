@@ -58,7 +58,7 @@ SETS = st.lists(
 
 
 def examples_of(rows: list[tuple[int, str, int]]) -> list[Example]:
-    """One category a question, some questions asked in two ways."""
+    """Examples with one category a question; some questions have two spellings."""
     category = {question: name for question, name, _ in rows}
     return [
         Example(f"¿Pregunta {question}{'?' * (answer % 2)}", f"r{answer}", category[question], f"t{answer}", (), line)

@@ -23,7 +23,7 @@ def test_good_rows_have_no_finding(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("extra", "kind", "says"),
+    ("extra", "kind", "text"),
     [
         ({"instruction": "¿Y la respuesta?"}, "schema", "lacks response"),
         (["no", "object"], "schema", "is a list"),
@@ -41,13 +41,13 @@ def test_good_rows_have_no_finding(tmp_path: Path) -> None:
         (row("¿Y este otro?", category=""), "balance", "no category"),
     ],
 )  # fmt: skip
-def test_each_fault_is_found_on_its_line_alone(tmp_path: Path, extra: Any, kind: str, says: str) -> None:
+def test_each_fault_is_found_on_its_line_alone(tmp_path: Path, extra: Any, kind: str, text: str) -> None:
     if isinstance(extra, dict) and "response" in extra:
         extra = {"category": "a", **extra}
     report = lint_rows(tmp_path, [*GOOD, extra])
     assert kinds_and_lines(report) == [(kind, len(GOOD) + 1)]
     assert report.counts == {kind: 1}
-    assert says in report.findings[0].message
+    assert text in report.findings[0].message
     assert report.findings[0].file == str(tmp_path / "rows.jsonl")
 
 
