@@ -220,7 +220,7 @@ def convert_ours(model: Path, extra: Path, out: Path) -> dict[str, float]:
     from tutor.formats.models.gguf_metadata import check_gguf, implied_metadata
     from tutor.formats.models.gguf_weights import weights_of
     from tutor.formats.models.model_folder import Facts
-    from tutor.stages.convert.quantization_error import refuse_inexact
+    from tutor.stages.convert.quantization_error import require_exact
 
     facts = Facts(**read_json(extra / "facts.json"))
     config = read_json(model / "config.json")
@@ -232,7 +232,7 @@ def convert_ours(model: Path, extra: Path, out: Path) -> dict[str, float]:
         )
         to_gguf(model, whole, facts.pre_tokenizer)
         converted = time.monotonic() - started
-        refuse_inexact(whole, check_gguf(whole, expected), weights_of(model))
+        require_exact(whole, check_gguf(whole, expected), weights_of(model))
     return {"work_s": converted, "checked_s": time.monotonic() - started, "imported_rss_mb": imported}
 
 

@@ -170,7 +170,7 @@ def real() -> None:
 
 @pytest.fixture
 def llamacpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A build folder whose server and scorer are small programs that do what the "GGUF" (JSON here) says."""
+    """A build folder whose server and scorer are small programs; the "GGUF" (JSON here) configures them."""
     binaries = tmp_path / "llamacpp" / "bin"
     binaries.mkdir(parents=True)
     for name in PROGRAMS:

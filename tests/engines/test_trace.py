@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tutor.engines.trace import Step, candidates, divergence, grouped
+from tutor.engines.trace import Step, candidates, divergence, group_characters
 
 distributions = st.lists(st.floats(0.01, 1.0), min_size=4, max_size=9).map(
     lambda weights: {token: math.log(weight / (sum(weights) * 1.1)) for token, weight in enumerate(weights)}
@@ -15,7 +15,7 @@ distributions = st.lists(st.floats(0.01, 1.0), min_size=4, max_size=9).map(
 
 def test_parts_of_a_character_are_grouped_into_one_step() -> None:
     tokens = [Step(" a", -1.0, ((" a", -1.0),)), Step("", -2.0), Step("", -3.0), Step("👩", -0.5), Step("", -9.0)]
-    assert list(grouped(tokens)) == [tokens[0], Step("👩", -5.5, tokens=3)]
+    assert list(group_characters(tokens)) == [tokens[0], Step("👩", -5.5, tokens=3)]
 
 
 def test_candidates_without_complete_character_are_merged() -> None:

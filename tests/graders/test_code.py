@@ -14,7 +14,7 @@ from support.files import write_rows
 
 from tutor.cli.commands.data import check_command
 from tutor.errors import DataError, HostError
-from tutor.graders.code import CodeRow, check_rows, fold, grade_answers, parse_spec
+from tutor.graders.code import CodeRow, check_rows, fold_text, grade_answers, parse_spec
 
 
 def problems(*code: str, question: str = "", answer: str = "") -> list[str]:
@@ -157,7 +157,7 @@ def test_correction_needs_question_failing_as_stated(fake_compiler: Path) -> Non
 def test_answer_without_wanted_code_may_have_none_but_no_wrong(fake_compiler: Path) -> None:
     assert graded("Nada.", expect={"code": False})["compiles"]
     assert graded("Nada.", expect={"code": False})["expected"]
-    assert graded("Nada.")["compiles"], "a prompt without expectations wants nothing"
+    assert graded("Nada.")["compiles"], "a prompt without expectations demands no code"
     assert not graded("Nada.", expect={"include": [["nada"]]})["compiles"]
     assert not graded("Nada.", expect={"code": True})["expected"]
     prompts = [{"instruction": "¿?", "expect": {"code": wanted}} for wanted in (False, True)]
@@ -183,7 +183,7 @@ def test_answers_are_compiled_in_one_run_in_order(fake_compiler: Path) -> None:
 @given(st.text())
 @settings(max_examples=50)
 def test_fold_is_idempotent(text: str) -> None:
-    assert fold(fold(text)) == fold(text)
+    assert fold_text(fold_text(text)) == fold_text(text)
 
 
 # The real compiler

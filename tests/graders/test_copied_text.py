@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tutor.graders import copied_text
-from tutor.graders.copied_text import SHORTEST, Copied, longest_copies
+from tutor.graders.copied_text import MIN_RUN, Copied, longest_copies
 
 TEXTS = st.lists(st.text(alphabet="abcd ", max_size=60), max_size=3)
 
@@ -26,7 +26,7 @@ def longest(answer: str, training: list[str]) -> int:
                 while words[at + run : at + run + 1] == known[start + run : start + run + 1] != []:
                     run += 1
                 best = max(best, run)
-    return best if best >= SHORTEST else 0
+    return best if best >= MIN_RUN else 0
 
 
 @given(TEXTS, TEXTS)
@@ -37,7 +37,7 @@ def test_run_equals_longest_of_brute_force(answers: list[str], training: list[st
     for run, answer in zip(found, answers, strict=True):
         true = longest(answer, training)
         # Positions of a seed that an answer repeats more than four times are not all compared.
-        assert run == true or (len(answer) > 4 * SHORTEST and SHORTEST <= run < true)
+        assert run == true or (len(answer) > 4 * MIN_RUN and MIN_RUN <= run < true)
 
 
 def test_run_has_its_training_text_and_text_of_the_answer() -> None:
@@ -95,6 +95,6 @@ def test_work_for_degenerate_answers_is_bounded(monkeypatch: pytest.MonkeyPatch)
     answers, words, training = 6, 500, 2
     found = longest_copies(["a " * words] * answers, ["a " * words] * training)
     assert [copy.run for copy in found] == [words] * answers
-    assert calls[0] == answers * training * (words - SHORTEST + 1) * copied_text.REPEATS
+    assert calls[0] == answers * training * (words - MIN_RUN + 1) * copied_text.MAX_STARTS_PER_SEED
     # Two accesses per call that finds no longer run, and one pass over each answer.
     assert accesses[0] <= 2 * calls[0] + 2 * answers * words

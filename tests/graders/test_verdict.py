@@ -1,4 +1,4 @@
-"""graders/verdict.py: what each kind of prompt demands, and the reasons of a failure."""
+"""graders/verdict.py: the demands of each kind of prompt, and the reasons of a failure."""
 
 import json
 from typing import Any
@@ -49,7 +49,7 @@ def test_prompts_in_other_language_do_not_demand_spanish() -> None:
     assert not in_spanish([english])
     assert reasons(english, f" {ENGLISH}") == []
     record = grade([english], [answer(f" {ENGLISH}")])[0]
-    assert record["verdicts"]["spanish"] is False, "it is counted all the same"
+    assert record["verdicts"]["spanish"] is False, "the verdict is counted, but not demanded"
 
 
 def test_short_questions_are_spanish_taken_together() -> None:
@@ -80,7 +80,7 @@ CORRECTION = prompt({"code": True}, f"¿Por qué no compila esta función?\n\n``
 
 def test_correction_must_compile_and_keep_names(fake_compiler: object) -> None:
     assert reasons(CORRECTION, f" {PROSE}\n\n```ts\nfunction sumar(a: number) {{}}\n```") == []
-    assert reasons(CORRECTION, f" {PROSE}\n\n```ts\nconst otra = 1;\n```") == ["the given code's sumar is gone"]
+    assert reasons(CORRECTION, f" {PROSE}\n\n```ts\nconst otra = 1;\n```") == ["it lacks sumar of the given code"]
 
 
 def test_correction_may_quote_given_code_but_not_only(fake_compiler: object) -> None:

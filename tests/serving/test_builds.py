@@ -172,7 +172,7 @@ def test_gguf_with_the_r1_template_is_refused_with_a_reason(server: FakeOllama, 
     write_gguf(next(iter(model.files.values())), chat_template=R1)
     with pytest.raises(GateError, match=r"template is .*<think>.*took the GGUF's own chat template.*convert again"):
         put(model, api)
-    assert len(server.models) == 2, "the bad build is gone"
+    assert len(server.models) == 2, "the refused build is deleted"
     assert served(server) == SYSTEM
 
 

@@ -23,13 +23,13 @@ class Scripted:
     finish: Finish = "stop"
     tokens: int = 5
     name: str = "scripted"
-    asked: list[str] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
 
     def answer(
         self, messages: Sequence[Message], generation: Generation, on_text: Callable[[str], None] | None = None
     ) -> Answer:
         prompt = render(messages)  # raises for messages that cannot be rendered
-        self.asked.append(prompt)
+        self.prompts.append(prompt)
         assert on_text is not None
         text = ""
         for part in self.script.pop(0):
@@ -65,7 +65,9 @@ class Person:
         return Terminal(self.read, self.write, self.notes.append)
 
 
-def talk(engine: Scripted, lines: list[str | BaseException], system: str = "", context: int | None = None) -> Person:
+def run_chat(
+    engine: Scripted, lines: list[str | BaseException], system: str = "", context: int | None = None
+) -> Person:
     person = Person(lines)
     assert converse(engine, GENERATION, person.terminal, system=system, context=context) == 0
     assert not person.lines, "the chat ended early"
@@ -74,9 +76,9 @@ def talk(engine: Scripted, lines: list[str | BaseException], system: str = "", c
 
 def test_answers_are_shown_trimmed_and_sent_back_unchanged() -> None:
     engine = Scripted([[" Una interfaz.\n\n", "Dos.\n"], [" Sí."]])
-    person = talk(engine, ["¿Qué es?", "¿Seguro?", "/salir"])
+    person = run_chat(engine, ["¿Qué es?", "¿Seguro?", "/salir"])
     assert person.screen == (f"{PROMPT}¿Qué es?\nUna interfaz.\n\nDos.\n{PROMPT}¿Seguro?\nSí.\n{PROMPT}/salir\n")
-    assert engine.asked == [
+    assert engine.prompts == [
         "Instrucción: ¿Qué es?\nRespuesta:",
         "Instrucción: ¿Qué es?\nRespuesta: Una interfaz.\n\nDos.\n\n\nInstrucción: ¿Seguro?\nRespuesta:",
     ]
@@ -84,61 +86,61 @@ def test_answers_are_shown_trimmed_and_sent_back_unchanged() -> None:
 
 def test_system_text_opens_every_prompt() -> None:
     engine = Scripted([[" a"], [" b"]])
-    talk(engine, ["x", "y", CTRL_D], system="Eres un tutor.")
-    assert all(prompt.startswith("Eres un tutor.\n\nInstrucción: x") for prompt in engine.asked)
+    run_chat(engine, ["x", "y", CTRL_D], system="Eres un tutor.")
+    assert all(prompt.startswith("Eres un tutor.\n\nInstrucción: x") for prompt in engine.prompts)
 
 
 def test_slash_commands_are_not_sent_to_the_engine() -> None:
     engine = Scripted([[" a"], [" b"]])
-    person = talk(engine, ["x", "/nuevo", "/ayuda", "/nada", "y", "/salir"])
-    assert engine.asked[1] == "Instrucción: y\nRespuesta:"
+    person = run_chat(engine, ["x", "/nuevo", "/ayuda", "/nada", "y", "/salir"])
+    assert engine.prompts[1] == "Instrucción: y\nRespuesta:"
     assert person.notes[:3] == [HELP, "Conversación nueva.", HELP]
     assert person.notes[3].startswith("No conozco /nada.")
 
 
 def test_question_that_begins_with_a_slash_is_sent() -> None:
     engine = Scripted([[" a"]])
-    talk(engine, ["/* ¿qué es esto? */", "/salir"])
-    assert "/* ¿qué es esto? */" in engine.asked[0]
+    run_chat(engine, ["/* ¿qué es esto? */", "/salir"])
+    assert "/* ¿qué es esto? */" in engine.prompts[0]
 
 
 def test_blank_lines_are_not_sent() -> None:
     engine = Scripted([])
-    talk(engine, ["", "  \t", CTRL_D])
-    assert engine.asked == []
+    run_chat(engine, ["", "  \t", CTRL_D])
+    assert engine.prompts == []
 
 
 def test_ctrl_c_during_an_answer_keeps_the_partial_text() -> None:
     engine = Scripted([[" Una inter", CTRL_C], [" b"]])
-    person = talk(engine, ["x", "y", "/salir"])
+    person = run_chat(engine, ["x", "y", "/salir"])
     assert "Una inter\n" in person.screen
     assert "Respuesta interrumpida." in person.notes
-    assert engine.asked[1] == "Instrucción: x\nRespuesta: Una inter\n\nInstrucción: y\nRespuesta:"
+    assert engine.prompts[1] == "Instrucción: x\nRespuesta: Una inter\n\nInstrucción: y\nRespuesta:"
 
 
 def test_ctrl_c_before_the_first_word_drops_the_question() -> None:
     engine = Scripted([[CTRL_C], [" b"]])
-    talk(engine, ["x", "y", "/salir"])
-    assert engine.asked[1] == "Instrucción: y\nRespuesta:"
+    run_chat(engine, ["x", "y", "/salir"])
+    assert engine.prompts[1] == "Instrucción: y\nRespuesta:"
 
 
 @pytest.mark.parametrize("nothing", ["", " ", "\n"])
 def test_empty_answer_drops_its_question_with_a_note(nothing: str) -> None:
     engine = Scripted([[" a"], [nothing], [" c"]])
-    person = talk(engine, ["x", "y", "z", "/salir"])
-    assert engine.asked[2] == "Instrucción: x\nRespuesta: a\n\nInstrucción: z\nRespuesta:"
+    person = run_chat(engine, ["x", "y", "z", "/salir"])
+    assert engine.prompts[2] == "Instrucción: x\nRespuesta: a\n\nInstrucción: z\nRespuesta:"
     assert "no ha respondido nada" in person.notes[1]
 
 
 def test_second_ctrl_c_at_the_prompt_ends_the_chat() -> None:
     engine = Scripted([[" a"]])
-    person = talk(engine, [CTRL_C, "x", CTRL_C, "", CTRL_C, CTRL_C])
-    assert len(engine.asked) == 1
+    person = run_chat(engine, [CTRL_C, "x", CTRL_C, "", CTRL_C, CTRL_C])
+    assert len(engine.prompts) == 1
     assert person.notes.count("Otra vez Ctrl-C para salir.") == 3
 
 
 def test_cut_answer_is_noted_outside_the_text() -> None:
-    person = talk(Scripted([[" a"]], finish="length", tokens=50), ["x", "/salir"])
+    person = run_chat(Scripted([[" a"]], finish="length", tokens=50), ["x", "/salir"])
     assert person.notes[-1] == "Respuesta cortada a los 50 tokens (generate.max_new_tokens)."
     assert "cortada" not in person.screen
 
@@ -146,18 +148,18 @@ def test_cut_answer_is_noted_outside_the_text() -> None:
 def test_oldest_turns_are_dropped_when_the_context_is_full() -> None:
     engine = Scripted([[" a"] for _ in range(4)])
     # The scripted engine counts characters as tokens: two exchanges and an answer fit, three do not.
-    person = talk(engine, ["u", "v", "w", "x", "/salir"], context=50 + 75)
-    assert engine.asked[2].startswith("Instrucción: u")
-    assert engine.asked[3].startswith("Instrucción: w")
+    person = run_chat(engine, ["u", "v", "w", "x", "/salir"], context=50 + 75)
+    assert engine.prompts[2].startswith("Instrucción: u")
+    assert engine.prompts[3].startswith("Instrucción: w")
     assert len([note for note in person.notes if "olvido" in note]) == 1
 
 
 def test_invalid_characters_from_the_terminal_are_replaced() -> None:
     engine = Scripted([[" a"]])
-    talk(engine, ["¿qu\udce9?", "/salir"])
-    engine.asked[0].encode("utf-8")
+    run_chat(engine, ["¿qu\udce9?", "/salir"])
+    engine.prompts[0].encode("utf-8")
 
 
 def test_engine_error_ends_the_chat() -> None:
     with pytest.raises(ServiceError):
-        talk(Scripted([[ServiceError("gone")]]), ["x"])
+        run_chat(Scripted([[ServiceError("gone")]]), ["x"])

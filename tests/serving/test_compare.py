@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from support import fake_ollama as fake
-from support.answering import ENGLISH, SPANISH, asked
+from support.answering import ENGLISH, SPANISH, read_requests
 from support.evaluations import PROMPTS, write_evaluation
 from support.files import write_rows
 
@@ -34,8 +34,8 @@ def build(tmp_path: Path) -> Path:
     with writing(folder / BY_NAME["data"].folder, "data", {}) as (out, _):
         write_rows(out / "prompts.jsonl", PROMPTS)
         write_rows(out / "train.jsonl", [{"instruction": "¿?", "response": SPANISH, "line": 1}])
-    base = {"says": ENGLISH, "asked": str(tmp_path / "base.asked"), "dies_on": "", "times": 1}
-    tuned = {**base, "says": SPANISH, "asked": str(tmp_path / "tutor.asked")}
+    base = {"text": ENGLISH, "requests": str(tmp_path / "base.requests"), "crashes_on": "", "times": 1}
+    tuned = {**base, "text": SPANISH, "requests": str(tmp_path / "tutor.requests")}
     with writing(folder / BY_NAME["convert"].folder, "convert", {}) as (out, _):
         for name, model in (("base-Q4_K_M", base), ("tutor-Q4_K_M", tuned), ("tutor-F16", tuned)):
             (out / f"{name}.gguf").write_text(json.dumps(model), "utf-8")
@@ -69,9 +69,9 @@ def test_named_models_are_graded_and_compared_with_the_first(recipe: Recipe, bui
 @pytest.mark.usefixtures("llamacpp")
 def test_stored_answers_are_reused_until_an_input_changes(recipe: Recipe, build: Path, tmp_path: Path) -> None:
     assert evaluate_models(recipe, build, [parse_model("tutor")])["ran"]
-    before = len(asked(tmp_path / "tutor.asked"))
+    before = len(read_requests(tmp_path / "tutor.requests"))
     assert not evaluate_models(recipe, build, [parse_model("tutor")], parallel=4)["ran"]
-    assert len(asked(tmp_path / "tutor.asked")) == before
+    assert len(read_requests(tmp_path / "tutor.requests")) == before
     assert evaluate_models(recipe.model_copy(update={"seed": 6}), build, [parse_model("tutor")])["ran"]
 
 

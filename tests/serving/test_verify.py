@@ -74,7 +74,7 @@ HASHES = ("data.sha256", "recipe.sha256", "adapter.sha256", "merged.sha256", "ba
 
 def test_lineage_names_inputs_weights_and_tools(built: Built) -> None:
     recorded = lineage.from_fields(read_gguf(built.gguf()).fields)
-    assert set(recorded) == {*HASHES, *lineage.SOFTWARE}
+    assert set(recorded) == {*HASHES, *lineage.SOFTWARE_KEYS}
     assert all(len(recorded[name]) == 64 for name in HASHES if name.endswith("sha256"))
     assert "torch " in recorded["tools"]
     assert not any(str(built.build) in value for value in recorded.values()), "no path of this machine"

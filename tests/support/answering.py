@@ -31,7 +31,7 @@ def write_base(folder: Path) -> None:
     (folder / "base.json").write_text(json.dumps({**facts, "eos": 256, "pad": None, "pre_tokenizer": "x"}), "utf-8")
 
 
-def asked(path: Path) -> list[dict[str, object]]:
+def read_requests(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
@@ -52,12 +52,12 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self): self.send("application/json", b"{}")
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with open(model["asked"], "a") as file: file.write(json.dumps(request) + "\\n")
-        if model["dies_on"] and model["dies_on"] in request["prompt"]:
-            with open(model["asked"] + ".died", "a") as file: file.write("x")
-            if os.path.getsize(model["asked"] + ".died") <= model["times"]:
+        with open(model["requests"], "a") as file: file.write(json.dumps(request) + "\\n")
+        if model["crashes_on"] and model["crashes_on"] in request["prompt"]:
+            with open(model["requests"] + ".crashes", "a") as file: file.write("x")
+            if os.path.getsize(model["requests"] + ".crashes") <= model["times"]:
                 os._exit(3)
-        event = {"content": model["says"], "stop": True, "stop_type": "eos", "tokens_evaluated": 9,
+        event = {"content": model["text"], "stop": True, "stop_type": "eos", "tokens_evaluated": 9,
                  "tokens_predicted": 21, "timings": {"predicted_per_second": 40.0}}
         self.send("text/event-stream", b"data: " + json.dumps(event).encode() + b"\\n\\n")
 socketserver.UnixStreamServer(flags["--host"], Handler).serve_forever()
@@ -70,6 +70,6 @@ model = json.load(open(sys.argv[1]))
 for line in sys.stdin:
     n, *ids = map(int, line.split())
     answer = ids[n:]
-    with open(model["asked"], "a") as file: file.write(json.dumps({"scored": ids, "prompt": n}) + "\\n")
+    with open(model["requests"], "a") as file: file.write(json.dumps({"scored": ids, "prompt": n}) + "\\n")
     print(json.dumps({"logprobs": [model["logprob"]] * len(answer), "top": [[[0, -1.0]]] * len(answer)}))
 """

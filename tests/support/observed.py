@@ -1,6 +1,6 @@
 """Run tutor and record, per process, the rows of its micro-batches and the files that it writes; signal it at a step.
 
-In: the variables NOTES (path) and END (JSON). Out: NOTES.RANK, one JSON object per line. Does not judge the notes.
+In: the variables NOTES (path) and END (JSON). Out: NOTES.RANK, one JSON object per line. Does not check the notes.
 """
 
 import json

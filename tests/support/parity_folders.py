@@ -7,7 +7,7 @@ from pathlib import Path
 from tutor.artifacts.disk import write_json
 from tutor.artifacts.manifest import require_stage
 from tutor.artifacts.stage_folder import writing
-from tutor.engines.trace import END, Step, Trace
+from tutor.engines.trace import EOS_TEXT, Step, Trace
 from tutor.pipeline.registry import BY_NAME
 from tutor.recipe.settings import Recipe
 from tutor.stages.parity.compare import Observation
@@ -21,7 +21,7 @@ PIECES = (" Una", " interfaz", " describe", " un", " objeto", ".")
 def trace(pieces: Sequence[str] = PIECES, logprob: float = -0.1, prompt_tokens: int = 1) -> Trace:
     """Return the trace of an answer of these pieces, with a second candidate three nats below each."""
     steps = [Step(piece, logprob, ((piece, logprob), ("", logprob - 3.0))) for piece in pieces]
-    return Trace((*steps, Step(END, logprob, ((END, logprob), (" y", logprob - 3.0)))), "stop", prompt_tokens)
+    return Trace((*steps, Step(EOS_TEXT, logprob, ((EOS_TEXT, logprob), (" y", logprob - 3.0)))), "stop", prompt_tokens)
 
 
 def write_parity(recipe: Recipe, build: Path, refused: dict[str, str] | None = None) -> Path:

@@ -25,7 +25,7 @@ class TextModel:
         self.gguf_writer.add_string("theirs", str(vocab_only))
 
     def get_vocab_base_pre(self, tokenizer):
-        found = open(__file__.replace("base.py", "knows.txt")).read()
+        found = open(__file__.replace("base.py", "identified.txt")).read()
         if not found:
             logging.warning("** chkhsh:  " + "ab" * 32)
             raise NotImplementedError("BPE pre-tokenizer was not recognized - update get_vocab_base_pre()")
@@ -82,7 +82,7 @@ def make_tiny(folder: Path, splitter: Any, *, bos: bool = True) -> Path:
     model = LlamaForCausalLM(config)
     for token, number in tokenizer.get_vocab().items():
         if not token.isascii() or token in names.values():
-            # Never the largest logit: what it says is plain text, and does not end by itself.
+            # Never the largest logit: an answer is plain text, and does not end by itself.
             model.lm_head.weight.data[number] = 0
     model.half().save_pretrained(folder)
     return folder

@@ -11,8 +11,8 @@ from tutor.prompt import STOPS, Message
 from tutor.recipe.settings import GenerateSettings
 
 TOP_K = 40
-"""Number of candidates for sampling: the default of Ollama. The specification has none; transformers would use 50."""
-SCORE_ROWS = 256
+"""Number of candidates for sampling: the default of Ollama. The specification sets none; transformers has 50."""
+SCORE_CHUNK_TOKENS = 256
 """Number of tokens whose logits are computed at a time when an answer is scored."""
 Finish = Literal["stop", "length"]
 """Reason of an answer's end. stop: EOS or a stop text; length: cut at max_new_tokens."""
@@ -43,7 +43,7 @@ class Answer:
 
 
 class Engine(Protocol):
-    """Answers conversations. `on_text` receives each piece of text; a KeyboardInterrupt stops the answer cleanly."""
+    """A generator of answers. `on_text` receives each piece of text; a KeyboardInterrupt stops the answer cleanly."""
 
     name: str
 

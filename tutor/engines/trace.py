@@ -11,11 +11,11 @@ from typing import TypeVar
 
 from tutor.engines.protocol import Finish
 
-TOP = 20
+TOP_CANDIDATES = 20
 """Number of candidates per position; the maximum that Ollama returns."""
-END = ""
+EOS_TEXT = ""
 """Text of the step for EOS; no other step is empty."""
-REST = 1e-4
+MIN_REST = 1e-4
 """Lower bound of the probability mass outside the top candidates; less is rounding."""
 Key = TypeVar("Key")
 Candidates = tuple[tuple[str, float], ...]
@@ -74,7 +74,7 @@ def _added(a: float, b: float) -> float:
     return max(a, b) + math.log1p(math.exp(-abs(a - b)))
 
 
-def grouped(tokens: Iterable[Step]) -> Iterator[Step]:
+def group_characters(tokens: Iterable[Step]) -> Iterator[Step]:
     """Group steps of one token each, in which a part of a character has an empty text, into complete characters.
 
     An incomplete character at the end is dropped.
@@ -96,10 +96,11 @@ def _joined(held: list[Step]) -> Step:
 def divergence(reference: Mapping[Key, float], other: Mapping[Key, float]) -> float:
     """KL(reference || other) in nats over the reference's candidates, with all other tokens as one.
 
-    A candidate that `other` lacks gets the log-probability of its last one, so that the result is a lower estimate.
+    A candidate that `other` lacks gets the log-probability of the last candidate in `other`: the result is a lower
+    estimate.
     """
     last = min(other.values())
     pairs = [(logprob, other.get(key, last)) for key, logprob in reference.items()]
-    rests = [max(1.0 - math.fsum(math.exp(pair[side]) for pair in pairs), REST) for side in (0, 1)]
+    rests = [max(1.0 - math.fsum(math.exp(pair[side]) for pair in pairs), MIN_REST) for side in (0, 1)]
     parts = [math.exp(ours) * (ours - theirs) for ours, theirs in pairs]
     return max(0.0, math.fsum([*parts, rests[0] * math.log(rests[0] / rests[1])]))

@@ -1,7 +1,7 @@
 """Deterministic graders of one answer ("judge" in this field is an LLM; none is used here).
 
-In: an answer's text and finish reason, and the prompt with what it expects of an answer: code that compiles, concepts,
-Spanish. Out: verdicts, one per property, and reasons for people.
+In: an answer's text and finish reason, and the prompt with its expectations: code that compiles, concepts, Spanish.
+Out: verdicts, one per property, and reasons for people.
 
 verdict      all verdicts on an answer together, as answers.json holds them
 code         fenced code blocks against what their rows or prompts state
@@ -11,6 +11,6 @@ format       form of the text: complete, no loop, no text of the prompt template
 language     whether prose is Spanish
 copied_text  the longest run shared with a training text
 
-The same input gives the same verdicts. Nothing here starts a model, reads a recipe or counts over answers: rates and
-their intervals are the evaluate stage's.
+Equal inputs give equal verdicts. Does not start a model, read a recipe or count over answers: the evaluate stage
+computes rates and their intervals.
 """

@@ -13,7 +13,7 @@ from typing import Any
 
 from tutor.formats.markdown import TYPESCRIPT, Block, fenced_blocks, typescript_blocks
 from tutor.graders.identifiers import dropped_names
-from tutor.graders.typescript.compiler import SECONDS, Verdict, grade_blocks
+from tutor.graders.typescript.compiler import MAX_SECONDS, Verdict, grade_blocks
 
 UNCHECKED = "-"
 """Specification of a block that is not compiled."""
@@ -21,7 +21,7 @@ _SPEC = re.compile(r"(?P<codes>ok|TS\d+(?:,\s*TS\d+)*)(?P<needs>(?:\s+\+\d+)*)")
 MAX_TEXT = 2**20
 """Maximum length of an answer in characters; a longer one is not graded."""
 WORST_FIRST = ("grader_error", "timeout", "suppressed", "syntax_error", "type_error", "no_code", "pass")
-"""Outcomes of blocks in the order in which one decides the outcome of the answer."""
+"""Outcomes of blocks, the worst first: the worst one is the outcome of the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class _Expected:
     codes: frozenset[str]
 
 
-def check_rows(rows: Iterable[CodeRow], *, seconds: float = SECONDS) -> CodeReport:
+def check_rows(rows: Iterable[CodeRow], *, seconds: float = MAX_SECONDS) -> CodeReport:
     """Compile every block of the rows and compare with its specification. Raises HostError without a compiler."""
     problems: list[tuple[int, str]] = []
     expected: list[tuple[int, _Expected]] = []
@@ -73,7 +73,7 @@ def check_rows(rows: Iterable[CodeRow], *, seconds: float = SECONDS) -> CodeRepo
     verdicts = grade_blocks([each.block for _, each in expected], seconds=seconds)
     compiled = failed = 0
     for (line, each), verdict in zip(expected, verdicts, strict=True):
-        if meets(verdict, each.codes):
+        if meets_spec(verdict, each.codes):
             failed += bool(each.codes)
             compiled += not each.codes
         else:
@@ -111,7 +111,7 @@ def parse_spec(spec: str) -> tuple[frozenset[str], list[int]]:
     return frozenset(codes), [int(number) for number in re.findall(r"\+(\d+)", match["needs"])]
 
 
-def meets(verdict: Verdict, codes: frozenset[str]) -> bool:
+def meets_spec(verdict: Verdict, codes: frozenset[str]) -> bool:
     """Whether a block meets its specification: it compiled, or it failed with exactly these codes."""
     if not codes:
         return verdict.outcome == "pass"
@@ -131,17 +131,18 @@ def _difference(verdict: Verdict, codes: frozenset[str]) -> str:
 
 
 def grade_answers(
-    prompts: Sequence[Mapping[str, Any]], texts: Sequence[str], *, seconds: float = SECONDS
+    prompts: Sequence[Mapping[str, Any]], texts: Sequence[str], *, seconds: float = MAX_SECONDS
 ) -> list[dict[str, Any]]:
     """Grade the code and the words of each prompt's answer; JSON values.
 
-    `compiles`: all TypeScript blocks of the answer compile, alone or after the answer's blocks before them, and there
-    is one if `expect` wants code or the question's code must fail. Code quoted unchanged from the question is left out.
+    `compiles`: all TypeScript blocks of the answer compile, alone or after the answer's blocks before them, and at
+    least one exists if `expect` requires code or the question's code must fail. Code quoted unchanged from the question
+    is left out.
     `given_fails`: the question's code fails as the prompt states (None: nothing is stated). `dropped`: names of the
     failing code that the answer's code lacks (identifiers.py). `missing`, `forbidden`: concepts of `expect.include`
     that the answer lacks, texts of `expect.exclude` that it has. `expected`: it compiles, `given_fails` is not False,
     and the three lists are empty.
-    Compiles nothing when no prompt wants code. Raises HostError when one does and the compiler is not installed.
+    Compiles nothing when no prompt requires code. Raises HostError when one does and the compiler is not installed.
     """
     given = [_given(prompt) for prompt in prompts]
     use_compiler = any(wants_code(prompt) for prompt in prompts)
@@ -151,7 +152,7 @@ def grade_answers(
     ]
     flat = [each.block for row in given for each in row] + [block for blocks in found for block in blocks]
     verdicts = iter(grade_blocks(flat, seconds=seconds))
-    fails = [[meets(next(verdicts), each.codes) for each in row] for row in given]
+    fails = [[meets_spec(next(verdicts), each.codes) for each in row] for row in given]
     alone = [[next(verdicts) for _ in blocks] for blocks in found]
     graded = _retry_after_others(found, alone, seconds)
     dropped = [_dropped(row, blocks) if use_compiler else [] for row, blocks in zip(given, found, strict=True)]
@@ -168,7 +169,7 @@ def grade_answers(
 def wants_code(prompt: Mapping[str, Any]) -> bool:
     """Whether a prompt is about code: a specification of its own code, or an expectation that includes code.
 
-    As in the schema, `expect` wants code unless its `code` is false.
+    As in the schema, `expect` requires code except where its `code` is false.
     """
     expect = prompt.get("expect") or {}
     return bool(prompt.get("code") or expect.get("code", bool(expect)))
@@ -220,9 +221,9 @@ def _record(
     expect = prompt.get("expect") or {}
     outcomes = {verdict.outcome for _, verdict in blocks} or {"no_code" if len(text) <= MAX_TEXT else "grader_error"}
     outcome = next(name for name in WORST_FIRST if name in outcomes)
-    folded = fold(text)
-    missing = [group for group in expect.get("include", ()) if not any(fold(name) in folded for name in group)]
-    forbidden = [name for name in expect.get("exclude", ()) if fold(name) in folded]
+    folded = fold_text(text)
+    missing = [group for group in expect.get("include", ()) if not any(fold_text(name) in folded for name in group)]
+    forbidden = [name for name in expect.get("exclude", ()) if fold_text(name) in folded]
     # A correction that only repeats the given code corrects nothing.
     needs_none = not expect.get("code", bool(expect) or given["corrects"])
     compiles = outcome == "pass" or (needs_none and outcome == "no_code" and not blocks)
@@ -247,7 +248,7 @@ def _record(
     }
 
 
-def fold(text: str) -> str:
+def fold_text(text: str) -> str:
     """A text for the search of words: lower case, no accents, single blanks."""
     plain = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())
     return " ".join("".join(character for character in plain if not unicodedata.combining(character)).split())

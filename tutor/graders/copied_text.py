@@ -9,10 +9,10 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SHORTEST = 6
+MIN_RUN = 6
 """Minimum length of a copied run in tokens (words and marks); any two texts on one subject share shorter ones."""
 
-REPEATS = 4
+MAX_STARTS_PER_SEED = 4
 """Maximum start positions per seed in one answer; degenerate answers repeat a seed hundreds of times."""
 
 _TOKEN = re.compile(r"\w+|[^\w\s]")
@@ -20,7 +20,7 @@ _TOKEN = re.compile(r"\w+|[^\w\s]")
 
 @dataclass(frozen=True)
 class Copied:
-    """The longest run of an answer that a training text has; `run` is 0 when none has SHORTEST tokens."""
+    """The longest run of an answer that a training text has; `run` is 0 when none has MIN_RUN tokens."""
 
     run: int  # tokens
     total: int  # tokens of the answer
@@ -44,8 +44,8 @@ def longest_copies(answers: Sequence[str], training: Sequence[str]) -> list[Copi
     best = [Copied(0, len(found)) for found in tokens]
     for line, text in enumerate(training):
         known = _TOKEN.findall(text)
-        for start in range(len(known) - SHORTEST + 1):
-            for number, at in seeds.get(tuple(known[start : start + SHORTEST]), ()):
+        for start in range(len(known) - MIN_RUN + 1):
+            for number, at in seeds.get(tuple(known[start : start + MIN_RUN]), ()):
                 run = _run(known, start, tokens[number], at, longer_than=best[number].run)
                 if run:
                     first, last = spans[number][at], spans[number][at + run - 1]
@@ -54,14 +54,14 @@ def longest_copies(answers: Sequence[str], training: Sequence[str]) -> list[Copi
 
 
 def _seeds(answers: Sequence[Sequence[str]]) -> dict[tuple[str, ...], list[tuple[int, int]]]:
-    """Positions of each sequence of SHORTEST tokens: number of the answer and index of the first token."""
+    """Positions of each sequence of MIN_RUN tokens: number of the answer and index of the first token."""
     seeds: defaultdict[tuple[str, ...], list[tuple[int, int]]] = defaultdict(list)
     for number, tokens in enumerate(answers):
         seen: Counter[tuple[str, ...]] = Counter()
-        for at in range(len(tokens) - SHORTEST + 1):
-            seed = tuple(tokens[at : at + SHORTEST])
+        for at in range(len(tokens) - MIN_RUN + 1):
+            seed = tuple(tokens[at : at + MIN_RUN])
             seen[seed] += 1
-            if seen[seed] <= REPEATS:
+            if seen[seed] <= MAX_STARTS_PER_SEED:
                 seeds[seed].append((number, at))
     return seeds
 
@@ -71,7 +71,7 @@ def _run(known: Sequence[str], start: int, tokens: Sequence[str], at: int, *, lo
     most = min(len(known) - start, len(tokens) - at)
     if most <= longer_than or known[start + longer_than] != tokens[at + longer_than]:
         return 0
-    length = SHORTEST
+    length = MIN_RUN
     while length < most and known[start + length] == tokens[at + length]:
         length += 1
     return length if length > longer_than else 0

@@ -13,12 +13,12 @@ from tutor.prompt import CUE, QUESTION
 LOOP_REPEATS = 3
 """Minimum number of consecutive repetitions in a loop. No answer of data/tutor.jsonl has three."""
 LOOP_WORDS = 18
-"""Minimum length of a loop in words. Prose and code have good reasons for shorter ones (a table of zeros)."""
+"""Minimum length of a loop in words. Shorter repetitions are normal in prose and code (a table of zeros)."""
 LOOP_PERIOD = 120
 """Maximum length of the repeated unit in words; three units are more than 515 tokens."""
 
 _STUCK = re.compile(r"(\S{1,8}?)\1{29,}")
-"""One to eight characters without a blank, thirty times or more: `!!!!`."""
+"""One to eight characters other than blanks, thirty times or more: `!!!!`."""
 _RULE = re.compile(r"[=*_|:+~#.─═—-]+")
 """Drawn lines, table rules and rows of dots, which are no loop."""
 _NUMBERED = re.compile(r"^\s*(?:\d+|[A-Za-z])[.)]\s", re.MULTILINE)

@@ -17,7 +17,7 @@ _NAME = re.compile(r"[^\W\d][\w$]*|\$[\w$]*")
 _BEFORE_METHOD = ("{", "}", ";", "public", "protected", "static", "async", "override", "abstract", "get", "set", "*")
 """Tokens that can stand before the name of a method's declaration."""
 _NO_METHOD = ("if", "for", "while", "switch", "catch", "return", "function", "constructor", "await", "super", "new")
-"""Words before a bracket that are no method's name."""
+"""Words before a bracket that are not the name of a method."""
 
 
 def dropped_names(given: Sequence[str], answered: Sequence[str]) -> list[str]:

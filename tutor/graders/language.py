@@ -1,7 +1,7 @@
 """Detect whether the prose of a text is Spanish.
 
 In: a Markdown text. Out: a verdict and the detector's confidence; code and identifiers are left out. Pure: the detector
-brings its models. Does not name the language that a text has instead.
+brings its models. Does not identify another language.
 """
 
 import re
@@ -17,8 +17,8 @@ LANGUAGES = (
     Language.ITALIAN,
     Language.CATALAN,
 )
-"""Languages to choose from: the ones a Llama falls into, and Spanish's neighbours. With all 75, short technical prose
-is often taken for another one."""
+"""Languages to choose from: those that a Llama changes to, and the neighbours of Spanish. With all 75, the detector
+often classifies short technical prose as another language."""
 
 MIN_WORDS = 6
 """Minimum words of prose for a verdict. An answer with fewer counts as not Spanish: code alone teaches nothing."""
@@ -36,7 +36,7 @@ def is_spanish(text: str) -> tuple[bool, float]:
     words = prose(text)
     if len(_WORD.findall(words)) < MIN_WORDS:
         return False, 0.0
-    # Low accuracy mode looks at trigrams alone: 15 MB instead of 160, and the same verdict from a paragraph on.
+    # Low accuracy mode uses trigrams only: 15 MB instead of 160, and equal verdicts for texts of a paragraph or more.
     detector = LanguageDetectorBuilder.from_languages(*LANGUAGES).with_low_accuracy_mode().build()
     confidence = float(detector.compute_language_confidence(words, Language.SPANISH))
     return confidence > 0.5, round(confidence, 4)

@@ -1,4 +1,4 @@
-"""Grade answers: does each one meet every demand of its question, and if not, why.
+"""Grade answers: whether each one meets every demand of its question, and the reasons if it does not.
 
 In: prompts as the data stage wrote them, and an engine's answers. Out: records, the values of answers.json. Every
 answer gets a verdict, whatever it contains; the only error is a missing compiler that a prompt needs. Does not count
@@ -6,9 +6,9 @@ or compare (stages/evaluate does).
 
 A record is the engine's answer (`text`, `finish`, `tokens`, ...), or `error` with the reason why there is none, and:
 `passed`; `reasons`, texts for people; `verdicts` by property; and `code`, the compiler's results, when any prompt
-states an expectation. Every prompt demands FORM, and Spanish when the prompts are in Spanish. `expect` and `code` of a
-prompt demand that the code compiles, that given code fails as stated and is corrected with its names kept, and
-which concepts must and which texts must not be in the answer.
+states an expectation. Every prompt demands the properties in FORM_REASONS, and Spanish when the prompts are in Spanish.
+`expect` and `code` of a prompt demand that the code compiles, that given code fails as stated and is corrected with its
+names kept, and which concepts must and which texts must not be in the answer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from tutor.graders.language import is_spanish, prose
 Record = dict[str, Any]
 """An engine's answer or `error`; after grading also the verdicts. JSON values."""
 
-FORM = {
+FORM_REASONS = {
     "answered": "it is empty",
     "stopped": "it was cut at {tokens} tokens",
     "fences_closed": "a code fence stays open",
@@ -29,7 +29,7 @@ FORM = {
     "no_leak": "it shows template text, a thinking tag or a special token",
 }
 """Properties of the form that every answer must have, with the reason of a failure."""
-CODE = ("compiles", "expected")
+CODE_VERDICTS = ("compiles", "expected")
 """Verdicts on code and words, for prompts that state an expectation."""
 
 LABELS = {
@@ -73,7 +73,7 @@ def grade(
 def in_spanish(prompts: Sequence[Mapping[str, Any]]) -> bool:
     """Whether prompts are in Spanish: half of them have the marks ¿ or ¡, or their prose taken together is Spanish.
 
-    Single short questions are too little for the detector: it takes ten of the 120 in data/eval.jsonl for others.
+    A single short question is too little for the detector: it classifies ten of the 120 in data/eval.jsonl wrongly.
     """
     questions = [prose(prompt["instruction"]) for prompt in prompts]
     if 2 * sum("¿" in text or "¡" in text for text in questions) >= max(1, len(questions)):
@@ -93,14 +93,14 @@ def _graded(answer: Record, code: dict[str, Any] | None, lengths: tuple[int, int
     verdicts["spanish_confidence"] = confidence
     if lengths:
         verdicts["usual_length"] = lengths[0] / 2 <= verdicts["characters"] <= lengths[1] * 2
-    reasons = [why.format(tokens=answer["tokens"]) for name, why in FORM.items() if not verdicts[name]]
+    reasons = [why.format(tokens=answer["tokens"]) for name, why in FORM_REASONS.items() if not verdicts[name]]
     if spanish and not is_in_spanish:
         reasons.append(f"its prose is not Spanish (confidence {confidence:.2f})")
     if code is None:
         return {**answer, "verdicts": verdicts, "passed": not reasons, "reasons": reasons}
     reasons += _code_reasons(code)
-    verdicts |= {name: code[name] for name in CODE}
-    rest = {name: value for name, value in code.items() if name not in CODE}
+    verdicts |= {name: code[name] for name in CODE_VERDICTS}
+    rest = {name: value for name, value in code.items() if name not in CODE_VERDICTS}
     return {**answer, "verdicts": verdicts, "code": rest, "passed": not reasons, "reasons": reasons}
 
 
@@ -112,7 +112,7 @@ def _code_reasons(code: Mapping[str, Any]) -> list[str]:
     if code["given_fails"] is False:
         reasons.append("the question's own code does not fail as its row states: tutor data check")
     if code["dropped"]:
-        reasons.append(f"the given code's {', '.join(code['dropped'])} is gone")
+        reasons.append(f"it lacks {', '.join(code['dropped'])} of the given code")
     reasons += [f"it lacks {' or '.join(group[:4])}{' …' * (len(group) > 4)}" for group in code["missing"]]
     reasons += [f"it has {name}" for name in code["forbidden"]]
     return reasons

@@ -136,7 +136,7 @@ def _weights_row(what: str, path: Path, gguf: Gguf, folder: BuildFolder) -> Row:
         return Row(what, "unknown", "", error.message)
     try:
         if gguf.fields.get("general.file_type") == ALL_F16:
-            quantization_error.refuse_inexact(path, gguf, weights)
+            quantization_error.require_exact(path, gguf, weights)
             return Row(what, "ok", "", f"all numbers equal those of {model}")
         figures = quantization_error.measure(path, gguf, weights, None)
     except ArtifactError as error:
@@ -169,7 +169,7 @@ def _lineage_rows(recorded: Mapping[str, str], recipe: Recipe, folder: BuildFold
         "merged.sha256": lambda: lineage.weights_hash(folder.stage("merge")),
         "base": lambda: recipe.base.source,
         "base.sha256": lambda: lineage.weights_hash(_base_folder(folder)),
-        **{name: partial(lineage.software().__getitem__, name) for name in lineage.SOFTWARE},
+        **{name: partial(lineage.software().__getitem__, name) for name in lineage.SOFTWARE_KEYS},
     }
     return [_row(name, value, places.get(name)) for name, value in recorded.items()]
 
@@ -183,7 +183,7 @@ def _row(name: str, recorded: str, compute: Callable[[], str] | None) -> Row:
         return Row(name, "unknown", recorded, error.message)
     if found == recorded:
         return Row(name, "ok", recorded, found)
-    return Row(name, "other" if name in lineage.SOFTWARE else "wrong", recorded, found)
+    return Row(name, "other" if name in lineage.SOFTWARE_KEYS else "wrong", recorded, found)
 
 
 def _base_folder(folder: BuildFolder) -> Path:

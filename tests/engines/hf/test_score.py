@@ -12,7 +12,7 @@ from support.tolerances import forward_error, largest_logit
 from tutor.engines.hf.engine import TransformersEngine
 from tutor.engines.hf.loading import load_base
 from tutor.engines.hf.score import answer_logprobs
-from tutor.engines.protocol import SCORE_ROWS
+from tutor.engines.protocol import SCORE_CHUNK_TOKENS
 from tutor.prompt import encode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,8 +38,8 @@ def test_answer_logprobs_of_a_learnt_row_are_near_zero(engine: TransformersEngin
 def test_answer_logprobs_in_parts_equal_those_of_all_logits(tiny: Path) -> None:
     model = load_base(tiny, "none", "fp32")
     draw = torch.Generator().manual_seed(3)
-    ids = torch.randint(3, 250, (2 * SCORE_ROWS + 90,), generator=draw).tolist()
-    rows = [(ids[:9], ids[9:]), (ids[:1], ids[1 : SCORE_ROWS + 1]), (ids[:80], ids[80:81])]
+    ids = torch.randint(3, 250, (2 * SCORE_CHUNK_TOKENS + 90,), generator=draw).tolist()
+    rows = [(ids[:9], ids[9:]), (ids[:1], ids[1 : SCORE_CHUNK_TOKENS + 1]), (ids[:80], ids[80:81])]
     bound = forward_error(model.config, len(ids)) * largest_logit(model, rows)
     for (prompt, answer), found in zip(rows, answer_logprobs(model, rows), strict=True):
         with torch.no_grad():

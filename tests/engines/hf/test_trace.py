@@ -3,9 +3,9 @@
 from typing import Any
 
 import pytest
-from support.talks import HELLO, TALKS
+from support.conversations import CONVERSATIONS, HELLO
 
-from tutor.engines.trace import END
+from tutor.engines.trace import EOS_TEXT
 from tutor.prompt import render
 
 
@@ -13,13 +13,13 @@ from tutor.prompt import render
 def test_followed_own_answer_equals_its_trace(loaded: Any) -> None:
     from support.tolerances import forward_error, largest_logit
 
-    from tutor.engines.hf.trace import followed, trace
+    from tutor.engines.hf.trace import trace, trace_along
 
-    ids = loaded.tokenizer(render(TALKS[1]))["input_ids"]
+    ids = loaded.tokenizer(render(CONVERSATIONS[1]))["input_ids"]
     path, own = trace(loaded, ids, 12)
     bound = forward_error(loaded.model.config, len(ids) + 12) * largest_logit(loaded.model, [(ids, path)])
     assert min(step.lead for step in own.steps) > 2 * bound, "rounding must not decide which token is the best"
-    found = followed(loaded, ids, path)
+    found = trace_along(loaded, ids, path)
     assert [step.text for step in found.steps] == [step.text for step in own.steps]
     assert [step.logprob for step in found.steps] == pytest.approx([step.logprob for step in own.steps], abs=bound)
     assert found.finish == own.finish
@@ -27,19 +27,19 @@ def test_followed_own_answer_equals_its_trace(loaded: Any) -> None:
 
 @pytest.mark.pipeline
 def test_other_answer_is_followed_to_first_token_not_best(loaded: Any) -> None:
-    from tutor.engines.hf.trace import followed, trace
+    from tutor.engines.hf.trace import trace, trace_along
 
     ids = loaded.tokenizer(render(HELLO))["input_ids"]
     path, own = trace(loaded, ids, 8)
     strange = [*path[:5], (path[5] + 1) % 900, *path[6:]]
-    found = followed(loaded, ids, strange)
+    found = trace_along(loaded, ids, strange)
     assert [step.text for step in found.steps] == [step.text for step in own.steps][: len(found.steps)]
     assert found.finish is None
 
 
 @pytest.mark.pipeline
 def test_followed_eos_is_a_step_and_the_finish_reason(loaded: Any) -> None:
-    from tutor.engines.hf.trace import followed
+    from tutor.engines.hf.trace import trace_along
 
     ids = loaded.tokenizer(render(HELLO))["input_ids"]
     eos = loaded.tokenizer.eos_token_id
@@ -47,13 +47,13 @@ def test_followed_eos_is_a_step_and_the_finish_reason(loaded: Any) -> None:
     kept = head.data[eos].clone()
     head.data[eos] = 100 * head.data.mean(0)  # the sign decides whether EOS is the best token or the worst
     try:
-        ends = followed(loaded, ids, [eos])
-        if ends.steps[-1].text != END:
+        ends = trace_along(loaded, ids, [eos])
+        if ends.steps[-1].text != EOS_TEXT:
             head.data[eos] = -head.data[eos]
-            ends = followed(loaded, ids, [eos])
+            ends = trace_along(loaded, ids, [eos])
     finally:
         head.data[eos] = kept
-    assert (ends.finish, ends.text, ends.steps[-1].text) == ("stop", "", END)
+    assert (ends.finish, ends.text, ends.steps[-1].text) == ("stop", "", EOS_TEXT)
 
 
 @pytest.mark.pipeline
@@ -63,7 +63,7 @@ def test_scores_equal_answer_logprobs_and_have_sorted_candidates(loaded: Any) ->
     from tutor.engines.hf.score import answer_logprobs
     from tutor.engines.hf.trace import scores
 
-    rows = [(loaded.tokenizer(render(talk))["input_ids"], [5, 9, 300]) for talk in TALKS]
+    rows = [(loaded.tokenizer(render(messages))["input_ids"], [5, 9, 300]) for messages in CONVERSATIONS]
     longest = max(len(prompt) + len(answer) for prompt, answer in rows)
     bound = forward_error(loaded.model.config, longest) * largest_logit(loaded.model, rows)
     for plain, full in zip(answer_logprobs(loaded.model, rows), scores(loaded, rows), strict=True):

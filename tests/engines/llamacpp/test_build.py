@@ -1,4 +1,4 @@
-"""engines/llamacpp/build.py: what the key of a build depends on. The build itself is made by `make llamacpp`."""
+"""engines/llamacpp/build.py: the inputs of a build's key, the folder. `make llamacpp` makes the build itself."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def append(path: Path, *lines: str) -> None:
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of our sources, which the key is made of."""
+    """A copy of our sources, from which the key is computed."""
     for name in ("CMakeLists.txt", "score.cpp"):
         (tmp_path / name).write_bytes((SOURCE / name).read_bytes())
     monkeypatch.setattr("tutor.engines.llamacpp.build.SOURCE", tmp_path)

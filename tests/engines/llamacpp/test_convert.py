@@ -171,16 +171,16 @@ def test_failed_imatrix_leaves_no_file(build: Path, tmp_path: Path) -> None:
 def converter(build: Path) -> Callable[[str], Path]:
     """Make a converter that identifies every tokenizer by a given name, or none; return the build's folder."""
 
-    def knows(name: str) -> Path:
+    def make(name: str) -> Path:
         for folder in ("conversion", "gguf-py"):
             (build / folder).mkdir()
         (build / "convert_hf_to_gguf.py").write_text(CONVERTER, "utf-8")
         (build / "conversion" / "base.py").write_text(RECOGNISER, "utf-8")
-        (build / "conversion" / "knows.txt").write_text(name, "utf-8")
+        (build / "conversion" / "identified.txt").write_text(name, "utf-8")
         (build / "gguf-py" / "gguf.py").touch()
         return build
 
-    return knows
+    return make
 
 
 def converted(tmp_path: Path, pre: str, metadata: dict[str, str] | None = None) -> dict[str, Any]:
@@ -215,7 +215,7 @@ def test_converter_name_for_same_splitting_is_kept(
 @pytest.mark.parametrize("pre", ["llama-bpe", ""])
 def test_converter_name_for_other_splitting_raises(converter: Callable[[str], Path], tmp_path: Path, pre: str) -> None:
     converter("smollm")
-    with pytest.raises(ArtifactError, match="knows this tokenizer as 'smollm'"):
+    with pytest.raises(ArtifactError, match="identifies this tokenizer as 'smollm'"):
         converted(tmp_path, pre)
     assert not list(tmp_path.glob("*.gguf*"))
 

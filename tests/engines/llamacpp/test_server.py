@@ -170,7 +170,7 @@ def kill_the_parent(arguments: dict[str, Any], pid_of_server: Callable[[], int])
         "    print('ready', flush=True); time.sleep(60)\n"
     )
     command = [sys.executable, "-c", code, str(arguments["gguf"]), str(arguments["log"])]
-    with tempfile.TemporaryDirectory() as scratch:  # what a killed process cannot remove
+    with tempfile.TemporaryDirectory() as scratch:  # a killed process cannot remove its socket
         environment = {**os.environ, "TMPDIR": scratch}
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
             assert parent.stdout is not None

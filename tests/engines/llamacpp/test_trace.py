@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.talks import TALKS
+from support.conversations import CONVERSATIONS
 
 from tutor.engines.llamacpp.convert import to_gguf
 from tutor.engines.llamacpp.server import LlamaServer, serve
@@ -26,29 +26,29 @@ def served(real: None, chat_model: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def decided(steps: Sequence[Step], bound: float) -> int:
-    """Return the number of steps before the first one whose best token rounding may decide; at least four."""
+    """Return the number of steps before the first near tie, which rounding may decide; at least four."""
     count = next((number for number, step in enumerate(steps) if step.lead <= 2 * bound), len(steps))
     assert count >= 4
     return count
 
 
 @pytest.mark.llamacpp
-@pytest.mark.parametrize("talk", TALKS, ids=range(len(TALKS)))
-def test_llama_server_renders_template_of_its_file(served: LlamaServer, talk: Any) -> None:
-    assert rendered(served, talk) == render(talk)
+@pytest.mark.parametrize("messages", CONVERSATIONS, ids=range(len(CONVERSATIONS)))
+def test_llama_server_renders_template_of_its_file(served: LlamaServer, messages: Any) -> None:
+    assert rendered(served, messages) == render(messages)
 
 
 @pytest.mark.llamacpp
-@pytest.mark.parametrize("talk", TALKS, ids=range(len(TALKS)))
-def test_trace_of_llama_server_equals_trace_of_transformers(served: LlamaServer, loaded: Any, talk: Any) -> None:
+@pytest.mark.parametrize("messages", CONVERSATIONS, ids=range(len(CONVERSATIONS)))
+def test_trace_of_llama_server_equals_trace_of_transformers(served: LlamaServer, loaded: Any, messages: Any) -> None:
     from support.tolerances import half_error, largest_logit
 
     from tutor.engines.hf.trace import trace
 
-    ids = loaded.tokenizer(render(talk))["input_ids"]
+    ids = loaded.tokenizer(render(messages))["input_ids"]
     path, ours = trace(loaded, ids, 12)
     bound = half_error(loaded.model.config) * largest_logit(loaded.model, [(ids, path)])
-    theirs = llamacpp_trace(served, render(talk), 12)
+    theirs = llamacpp_trace(served, render(messages), 12)
     assert len(path) == 12
     assert (theirs.prompt_tokens, theirs.finish) == (len(ids), "length")
     same = decided(ours.steps, bound)

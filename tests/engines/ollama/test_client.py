@@ -75,7 +75,7 @@ def test_every_call_without_server_raises_unreachable() -> None:
 
 
 class Clock:
-    """A clock that moves when one sleeps, and does something then."""
+    """A clock that only `sleep` advances; each sleep calls `when_slept` with the number of sleeps."""
 
     def __init__(self, when_slept: Callable[[int], object] = lambda _: None) -> None:
         self.slept: list[float] = []
@@ -110,7 +110,7 @@ def test_wait_ready_returns_when_server_starts(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_wait_ready_without_server_raises_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked at 0, 0.5 and 1 s of 1.25, each time for as long as is left; a fourth would come after the end."""
+    """Requests at 0, 0.5 and 1 s of 1.25, each with the remaining time as its limit; a fourth would be too late."""
     clock, allowed = Clock(), []
     monkeypatch.setattr(client_module, "time", clock)
     with connect("127.0.0.1:1") as api:
@@ -137,7 +137,7 @@ def test_wait_ready_without_server_raises_at_its_deadline(monkeypatch: pytest.Mo
 )
 def test_other_program_at_the_address_is_reported(server: FakeOllama, api: Ollama, reply: fake.Reply) -> None:
     server.script("GET /api/version", reply)
-    with pytest.raises(ServiceError, match=rf"what answers at {server.host} is not Ollama") as caught:
+    with pytest.raises(ServiceError, match=rf"the server at {server.host} is not Ollama") as caught:
         api.wait_ready(5)
     assert "--host" in str(caught.value)
 

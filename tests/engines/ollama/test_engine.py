@@ -82,7 +82,7 @@ def test_model_deleted_before_request_raises_missing_error(server: FakeOllama, e
 
 
 def test_prompt_longer_than_context_raises_and_is_not_cut(engine: OllamaServer) -> None:
-    with pytest.raises(ServiceError, match=r"exceeds the available context size; ask something shorter"):
+    with pytest.raises(ServiceError, match=r"exceeds the available context size; use a shorter prompt"):
         engine.answer(conversation("hola " * 100), GREEDY)
 
 

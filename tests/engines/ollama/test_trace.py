@@ -8,7 +8,7 @@ from support import fake_ollama as fake
 
 from tutor.engines.ollama.client import connect
 from tutor.engines.ollama.trace import trace as ollama_trace
-from tutor.engines.trace import END, Step
+from tutor.engines.trace import EOS_TEXT, Step
 from tutor.errors import ServiceError
 from tutor.prompt import conversation
 
@@ -29,7 +29,7 @@ def traced(server: fake.FakeOllama, tokens: int = 16) -> Any:
 
 def test_trace_has_a_step_for_each_piece_and_the_end(server: fake.FakeOllama) -> None:
     found = traced(server)
-    assert [step.text for step in found.steps] == [*server.pieces, END]
+    assert [step.text for step in found.steps] == [*server.pieces, EOS_TEXT]
     assert found.steps[0].logprob == -0.1
     assert found.steps[0].lead == pytest.approx(3)
     assert (found.finish, found.steps[-1].logprob) == ("stop", None)
@@ -41,7 +41,7 @@ def test_trace_has_a_step_for_each_piece_and_the_end(server: fake.FakeOllama) ->
 def test_cut_answer_has_no_end_step(server: fake.FakeOllama) -> None:
     found = traced(server, tokens=3)
     assert (found.text, found.finish) == ("".join(server.pieces[:3]), "length")
-    assert found.steps[-1].text != END
+    assert found.steps[-1].text != EOS_TEXT
 
 
 def test_piece_of_several_tokens_has_no_logprob(server: fake.FakeOllama) -> None:

@@ -13,7 +13,7 @@ from tutor.formats.markdown import Block
 from tutor.graders.typescript.compiler import (
     MAX_CHARACTERS,
     MAX_DEPTH,
-    SECONDS_A_BLOCK,
+    MORE_SECONDS_A_BLOCK,
     Verdict,
     _without_network,
     grade_blocks,
@@ -110,7 +110,7 @@ def test_half_a_surrogate_pair_is_compiled(fake_compiler: Path) -> None:
 
 
 def compilers(program: Path, scratch: Path) -> list[int]:
-    """Return the processes that run this program in a folder below `scratch`: another worker's are not of this test."""
+    """Return the processes that run this program in a folder below `scratch`, without those of other test workers."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -118,7 +118,7 @@ def compilers(program: Path, scratch: Path) -> list[int]:
                 scratch
             ):
                 found.append(int(process.name))
-        except OSError:  # it has ended, or is somebody else's
+        except OSError:  # the process has ended, or belongs to another user
             continue
     return found
 
@@ -224,6 +224,6 @@ def test_hostile_code_gets_verdict_and_leaves_no_process(
     assert found[1].outcome == "pass"
     deadlines = [seconds for seconds in waited if seconds is not None]
     assert len(deadlines) <= 6, "syntax and types of both together, then of each alone"
-    assert all(seconds <= 5 + 2 * SECONDS_A_BLOCK for seconds in deadlines)
+    assert all(seconds <= 5 + 2 * MORE_SECONDS_A_BLOCK for seconds in deadlines)
     assert not compilers(compiler, tmp_path)
     assert all(each.message.isprintable() for each in found[0].diagnostics)

@@ -47,8 +47,8 @@ def test_file_without_the_update_is_refused(measure: Measure) -> None:
     merged = moved(base)
     found = measure(base, "Q8_0", merged, base)
     assert found.kept == pytest.approx(0, abs=0.05)
-    with pytest.raises(GateError, match=r"a\.gguf has -?\d % of what training changed.*Q8_0") as raised:
-        quantization_error.refuse_lost(Path("a.gguf"), "Q8_0", found)
+    with pytest.raises(GateError, match=r"a\.gguf keeps -?\d % of the LoRA update.*Q8_0") as raised:
+        quantization_error.require_kept(Path("a.gguf"), "Q8_0", found)
     assert raised.value.code == 8
 
 
@@ -65,14 +65,14 @@ def once_quantized() -> Weights:
 
 @pytest.mark.parametrize(("kind", "least", "most"), [("Q5_1", 1.25, 2.0), ("Q4_1", 0.0, 0.3)])
 def test_base_on_an_old_grid_is_refused(measure: Measure, kind: str, least: float, most: float) -> None:
-    """Measured as held-out perplexity 18.6 instead of 10.6: Q5_1 makes every change larger, Q4_1 takes it back."""
+    """Q5_1 makes every change larger (held-out perplexity 18.6 instead of 10.6), Q4_1 removes the changes."""
     base = once_quantized()
     merged = moved(base)
     found = measure(merged, kind, merged, base)
     assert found.kept is not None
     assert least < found.kept < most
     with pytest.raises(GateError, match="once quantized"):
-        quantization_error.refuse_lost(Path("a.gguf"), kind, found)
+        quantization_error.require_kept(Path("a.gguf"), kind, found)
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q5_0"])
@@ -81,7 +81,7 @@ def test_type_with_another_grid_keeps_the_update(measure: Measure, kind: str) ->
     merged = moved(base)
     found = measure(merged, kind, merged, base)
     assert found.kept == pytest.approx(1, abs=0.2)
-    quantization_error.refuse_lost(Path("a.gguf"), kind, found)
+    quantization_error.require_kept(Path("a.gguf"), kind, found)
 
 
 def test_unmeasurable_update_is_not_judged(measure: Measure) -> None:
@@ -90,7 +90,7 @@ def test_unmeasurable_update_is_not_judged(measure: Measure) -> None:
     merged = moved(base, 0.0005)
     assert measure(base, "Q4_0", merged, base).kept is None
     assert measure(base, "Q4_0", base, None).kept is None
-    quantization_error.refuse_lost(Path("a.gguf"), "Q4_0", measure(base, "Q4_0", base, None))
+    quantization_error.require_kept(Path("a.gguf"), "Q4_0", measure(base, "Q4_0", base, None))
 
 
 def test_tensor_with_large_error_is_named_with_its_type(measure: Measure) -> None:

@@ -163,7 +163,7 @@ def test_quantized_files_keep_their_lineage(made: tuple[Path, dict[str, Any]]) -
         assert lineage.items() <= dict(read_gguf(made[0] / name).fields).items()
     base = read_gguf(made[0] / "base-Q4_K_M.gguf").fields
     assert "tutor.base.sha256" in base
-    assert "tutor.adapter.sha256" not in base, "it was never trained"
+    assert "tutor.adapter.sha256" not in base, "the base was never trained"
 
 
 def test_calibration_text_is_rendered_as_in_training() -> None:

@@ -1,4 +1,4 @@
-"""The loop over prompts: engines that die, several prompts at a time, journals of runs that were ended."""
+"""stages/evaluate/answers.py: engines that crash, several prompts at a time, journals of interrupted runs."""
 
 import contextlib
 import json
@@ -24,16 +24,17 @@ PROMPTS = [{"instruction": f"¿Qué es {name}?"} for name in "abcdef"]
 
 @dataclass
 class Fake:
-    """Echoes its question. `faults`: errors by question; `dies_on`, `dead_from`: question, request of a crash.
+    """Engine that repeats its question. `faults`: errors by question.
 
-    Engines that share `meet` wait for each other in their first answers.
+    `crashes_on`: part of a question that crashes the engine. `crashed_from`: number of the request from which on every
+    request fails. Engines that share `barrier` wait for each other in their first answers.
     """
 
     faults: dict[str, str] = field(default_factory=dict)
-    dies_on: str = ""
-    dead_from: int | None = None
+    crashes_on: str = ""
+    crashed_from: int | None = None
     pause: float = 0.0
-    meet: threading.Barrier | None = None
+    barrier: threading.Barrier | None = None
     name: str = "fake"
     asked: list[tuple[str, Generation]] = field(default_factory=list)
 
@@ -42,15 +43,15 @@ class Fake:
     ) -> Answer:
         question = messages[-1]["content"]
         self.asked.append((render(messages), generation))
-        if self.meet and len(self.asked) == 1:
-            self.meet.wait(30)
+        if self.barrier and len(self.asked) == 1:
+            self.barrier.wait(30)
         for _ in range(3):
             time.sleep(self.pause / 3)
             if on_text:
                 on_text("x")
-        if self.dies_on and self.dies_on in question:
-            self.dead_from = 0
-        if self.dead_from is not None and len(self.asked) >= self.dead_from:
+        if self.crashes_on and self.crashes_on in question:
+            self.crashed_from = 0
+        if self.crashed_from is not None and len(self.asked) >= self.crashed_from:
             raise ServiceError("connection refused")
         if fault := self.faults.get(question):
             raise ServiceError(fault)
@@ -58,7 +59,7 @@ class Fake:
 
 
 class Servers:
-    """Starts engines, in sequence or in parallel; `made`: the started engines."""
+    """Function that starts engines, in sequence or in parallel; `made`: the started engines."""
 
     def __init__(self, *engines: Fake, always: Fake | None = None) -> None:
         self.left = list(engines)
@@ -120,38 +121,38 @@ def test_failed_prompt_gives_an_error_record(task: Task) -> None:
 
 
 def test_crashed_engine_restarts_at_the_same_prompt(task: Task) -> None:
-    servers = Servers(Fake(dead_from=4), Fake())
+    servers = Servers(Fake(crashed_from=4), Fake())
     assert texts(answer_prompts(servers, PROMPTS, task)) == EXPECTED
     assert [prompt[13:23] for prompt, _ in servers.made[1].asked[1:]][:2] == ["¿Qué es c?", "¿Qué es d?"]
 
 
 def test_prompt_that_crashes_every_engine_is_given_up(task: Task) -> None:
-    servers = Servers(always=Fake(dies_on="c"))
+    servers = Servers(always=Fake(crashes_on="c"))
     records = answer_prompts(servers, PROMPTS, task)
-    assert records[2] == {"error": "the engine died on it 2 times"}
+    assert records[2] == {"error": "the engine crashed 2 times on this prompt"}
     assert [record for record in texts(records) if record in EXPECTED] == [*EXPECTED[:2], *EXPECTED[3:]]
     assert len(servers.made) == 3
 
 
 def test_consecutive_crashes_end_the_run(task: Task) -> None:
-    servers = Servers(always=Fake(dies_on="¿"))
-    with pytest.raises(ServiceError, match=f"died on {MAX_LOST} prompts in a row, 2 times each.*prompt 3 of 6"):
+    servers = Servers(always=Fake(crashes_on="¿"))
+    with pytest.raises(ServiceError, match=f"crashed on {MAX_LOST} prompts in a row, 2 times each.*prompt 3 of 6"):
         answer_prompts(servers, PROMPTS, task)
     assert servers.running == 0
 
 
 def test_engine_that_never_answers_ends_the_run(task: Task) -> None:
-    servers = Servers(Fake(dead_from=1))
+    servers = Servers(Fake(crashed_from=1))
     with pytest.raises(ServiceError, match="refused"):
         answer_prompts(servers, PROMPTS, task)
     assert len(servers.made) == 1
 
 
-# Several at a time
+# Parallel engines
 
 
 def test_parallel_engines_give_equal_answers_in_order(task: Task) -> None:
-    servers = Servers(always=Fake(meet=threading.Barrier(3)))
+    servers = Servers(always=Fake(barrier=threading.Barrier(3)))
     assert texts(answer_prompts(servers, PROMPTS, task, parallel=3)) == EXPECTED
     assert servers.most == 3, "each with an engine of its own"
     assert sorted(servers.questions()) == [f"¿Qué es {name}?" for name in "abcdef"]
@@ -164,8 +165,8 @@ def test_number_of_engines_is_at_most_that_of_prompts(task: Task) -> None:
 
 
 @dataclass
-class Talkative(Fake):
-    """Answers in pieces for a minute, unless it is stopped."""
+class Slow(Fake):
+    """Engine whose answer takes a minute, in pieces, unless the engine is stopped."""
 
     stopped: bool = False
 
@@ -173,8 +174,8 @@ class Talkative(Fake):
         self, messages: Sequence[Message], generation: Generation, on_text: Callable[[str], None] | None = None
     ) -> Answer:
         assert on_text
-        assert self.meet
-        self.meet.wait(30)
+        assert self.barrier
+        self.barrier.wait(30)
         try:
             for _ in range(6000):
                 on_text("x")
@@ -186,16 +187,16 @@ class Talkative(Fake):
 
 
 def test_failed_worker_stops_the_answers_of_the_others(task: Task) -> None:
-    meet = threading.Barrier(3)
-    servers = Servers(Fake(dead_from=1, meet=meet), Talkative(meet=meet), Talkative(meet=meet))
+    barrier = threading.Barrier(3)
+    servers = Servers(Fake(crashed_from=1, barrier=barrier), Slow(barrier=barrier), Slow(barrier=barrier))
     with pytest.raises(ServiceError, match="refused"):
         answer_prompts(servers, PROMPTS, task, parallel=3)
-    assert [engine.stopped for engine in servers.made if isinstance(engine, Talkative)] == [True, True]
+    assert [engine.stopped for engine in servers.made if isinstance(engine, Slow)] == [True, True]
     assert servers.running == 0
 
 
 def test_parallel_engine_that_crashes_is_restarted(task: Task) -> None:
-    servers = Servers(Fake(dead_from=3), always=Fake(pause=0.01))
+    servers = Servers(Fake(crashed_from=3), always=Fake(pause=0.01))
     assert texts(answer_prompts(servers, PROMPTS, task, parallel=2)) == EXPECTED
 
 
@@ -203,12 +204,12 @@ def test_parallel_engine_that_crashes_is_restarted(task: Task) -> None:
 
 
 class Killed(BaseException):
-    """An end of the process that no code handles."""
+    """The end of the process, which no code handles."""
 
 
 @dataclass
 class Ending(Fake):
-    """Answers some prompts, then the process ends."""
+    """Engine that answers some prompts; then the process ends."""
 
     answers: int = 3
 
@@ -233,7 +234,7 @@ def test_killed_run_resumes_from_its_journal(task: Task, caplog: pytest.LogCaptu
     servers = Servers(Fake())
     assert texts(answer_prompts(servers, PROMPTS, task)) == EXPECTED
     assert servers.questions() == ["¿Qué es d?", "¿Qué es e?", "¿Qué es f?"]
-    assert "3 of 6 answers are there" in caplog.text
+    assert "3 of 6 answers are in the journal" in caplog.text
     assert ("tutor 6/6: 10 tokens, stop", 6, 6) in [
         (record.getMessage(), getattr(record, "done", None), getattr(record, "total", None))
         for record in caplog.records

@@ -57,10 +57,10 @@ def test_files_of_the_project_are_valid() -> None:
     generalization.check_files(recipe)
     prompts = [json.loads(line) for line in (ROOT / "data" / "eval.jsonl").read_text("utf-8").splitlines()]
     rows = generalization.read_texts(ROOT / "data" / "paraphrases.jsonl", generalization.PARAPHRASE_KEYS)
-    reworded = generalization.paraphrased_prompts(rows, prompts)
-    assert len(reworded) == len(rows) == len({row["original"] for row in reworded}) == 24
-    assert {row["category"] for row in reworded} == {prompt["category"] for prompt in prompts}
-    for row in reworded:
+    paraphrased = generalization.paraphrased_prompts(rows, prompts)
+    assert len(paraphrased) == len(rows) == len({row["original"] for row in paraphrased}) == 24
+    assert {row["category"] for row in paraphrased} == {prompt["category"] for prompt in prompts}
+    for row in paraphrased:
         same = next(prompt for prompt in prompts if prompt["instruction"] == row["original"])
         assert (row["expect"], row["code"]) == (same["expect"], same["code"])
         assert row["instruction"].partition("```")[2] == same["instruction"].partition("```")[2], "the code is the same"
@@ -107,12 +107,12 @@ def test_findings_list_what_got_worse_first() -> None:
     after = [record(spanish=False) for _ in range(20)]
     changed = {"before": "base", "after": "tutor", **changes(PROMPTS, before, after, 7)}
     general = generalization.drift({"base": [2.0] * 12, "tutor": [2.5] * 12}, TEXTS, 7)
-    reworded = change(after, before, "passed", 7)
+    paraphrased = change(after, before, "passed", 7)
     copied = {"tutor": {"n": 20, "half_copied": 3}, "held-out rows": {"n": 5, "half_copied": 0}}
-    results = {"differences": [changed], "general": general, "paraphrases": reworded, "copied": copied}
+    results = {"differences": [changed], "general": general, "paraphrases": paraphrased, "copied": copied}
     assert sentences(results) == [
         "base to tutor, in Spanish: 100 % (20/20), then 0 % (0/20) (-100 points, -100 to -70): worse",
-        "the same questions in other words: 100 % (20/20), then 0 % (0/20) (-100 points, -100 to -70): worse",
+        "paraphrased questions: 100 % (20/20), then 0 % (0/20) (-100 points, -100 to -70): worse",
         "general texts: perplexity 7.39 before and 12.18 after tuning (12 texts): worse",
         "tutor: 3 of 20 answers are copied by half or more",
         "base to tutor, all that was asked: 0 % (0/20), then 100 % (20/20) (+100 points, +70 to +100): better",

@@ -1,11 +1,11 @@
-"""stages/evaluate/stage.py: a run on fake programs, whole and ended in the middle."""
+"""stages/evaluate/stage.py: a run on fake programs, complete and interrupted."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.answering import ENGLISH, SPANISH, asked, write_base
+from support.answering import ENGLISH, SPANISH, read_requests, write_base
 from support.files import write_rows
 
 from tutor.artifacts.disk import write_json
@@ -28,7 +28,7 @@ def test_side_by_side_puts_answers_below_their_prompt() -> None:
 
 
 def write_inputs(root: Path, **tutor: Any) -> dict[str, Path]:
-    """The folders that the stage reads; `tutor` changes what the tutor's GGUF does."""
+    """The folders that the stage reads; `tutor` changes what the tutor's GGUF configures."""
     inputs = {name: root / name for name in ("data", "base", "convert", "ladder")}
     for name in ("data", "convert", "ladder"):
         inputs[name].mkdir()
@@ -37,8 +37,8 @@ def write_inputs(root: Path, **tutor: Any) -> dict[str, Path]:
     for name, lines in (("prompts", PROMPTS), ("held_out", rows), ("train", trained)):
         write_rows(inputs["data"] / f"{name}.jsonl", lines)
     write_base(inputs["base"])
-    base = {"says": ENGLISH, "logprob": -2.0, "asked": str(root / "base.asked"), "dies_on": "", "times": 1}
-    tuned = {**base, "says": SPANISH, "logprob": -1.0, "asked": str(root / "tutor.asked"), **tutor}
+    base = {"text": ENGLISH, "logprob": -2.0, "requests": str(root / "base.requests"), "crashes_on": "", "times": 1}
+    tuned = {**base, "text": SPANISH, "logprob": -1.0, "requests": str(root / "tutor.requests"), **tutor}
     for name, model in (("base-Q4_K_M", base), ("tutor-Q4_K_M", tuned), ("tutor-F16", tuned)):
         (inputs["convert"] / f"{name}.gguf").write_text(json.dumps(model), "utf-8")
     return inputs
@@ -84,7 +84,7 @@ def test_run_answers_grades_and_scores_every_model(tmp_path: Path, out: Path) ->
 @pytest.mark.usefixtures("llamacpp")
 def test_run_is_greedy_with_the_seed(tmp_path: Path, out: Path) -> None:
     run(recipe(tmp_path), write_inputs(tmp_path), out)
-    requests = asked(tmp_path / "tutor.asked")
+    requests = read_requests(tmp_path / "tutor.requests")
     assert all((line["temperature"], line["seed"]) == (0.0, 5) for line in requests)
     assert [line["n_predict"] for line in requests] == [1, 515, 515, 515, 515]
 
@@ -103,7 +103,7 @@ def test_paraphrases_are_compared_with_their_originals(tmp_path: Path, out: Path
     assert (summary["paraphrases"]["n"], summary["paraphrases"]["difference"]) == (1, 0.0)
     assert summary["models"]["tutor"]["all"]["n"] == 4, "they are no prompts of their own"
     for name, count in (("base", 5), ("tutor", 6)):
-        assert sum("n_predict" in line for line in asked(tmp_path / f"{name}.asked")) == count
+        assert sum("n_predict" in line for line in read_requests(tmp_path / f"{name}.requests")) == count
 
 
 @pytest.mark.usefixtures("llamacpp")
@@ -122,30 +122,32 @@ def test_general_texts_are_scored_by_base_and_tutor(tmp_path: Path, out: Path) -
 
 @pytest.mark.usefixtures("llamacpp")
 def test_server_that_crashes_once_loses_no_answer(tmp_path: Path, out: Path) -> None:
-    summary = run(recipe(tmp_path), write_inputs(tmp_path, dies_on="¿Qué es c?"), out)
-    assert (tmp_path / "tutor.asked.died").exists()
+    summary = run(recipe(tmp_path), write_inputs(tmp_path, crashes_on="¿Qué es c?"), out)
+    assert (tmp_path / "tutor.requests.crashes").exists()
     assert summary["models"]["tutor"]["all"]["errors"] == 0
     assert summary["models"]["tutor"]["all"]["stopped"]["n"] == 4
 
 
 @pytest.mark.usefixtures("llamacpp")
 def test_prompt_that_crashes_every_server_fails_alone(tmp_path: Path, out: Path) -> None:
-    summary = run(recipe(tmp_path), write_inputs(tmp_path, dies_on="¿Qué es c?", times=99), out)
+    summary = run(recipe(tmp_path), write_inputs(tmp_path, crashes_on="¿Qué es c?", times=99), out)
     assert summary["models"]["tutor"]["all"]["errors"] == 1
     assert summary["models"]["tutor"]["all"]["passed"]["n"] == 3
-    assert read(out / "answers.json")[2]["answers"]["tutor"]["reasons"] == ["no answer: the engine died on it 2 times"]
+    assert read(out / "answers.json")[2]["answers"]["tutor"]["reasons"] == [
+        "no answer: the engine crashed 2 times on this prompt"
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("llamacpp")
 def test_failed_run_keeps_its_answers_for_the_next_run(tmp_path: Path, out: Path) -> None:
-    inputs = write_inputs(tmp_path, dies_on="¿Qué es", times=6)
-    with pytest.raises(ServiceError, match="died on 3 prompts in a row"):
+    inputs = write_inputs(tmp_path, crashes_on="¿Qué es", times=6)
+    with pytest.raises(ServiceError, match="crashed on 3 prompts in a row"):
         run(recipe(tmp_path), inputs, out)
     assert sorted(path.name for path in checkpoint_folder(out).iterdir()) == ["base.jsonl", "tutor.jsonl"]
-    before = len(asked(tmp_path / "base.asked"))
+    before = len(read_requests(tmp_path / "base.requests"))
     assert run(recipe(tmp_path), inputs, out)["models"]["tutor"]["all"]["errors"] == 0
-    since = [line for line in asked(tmp_path / "base.asked")[before:] if "n_predict" in line]
+    since = [line for line in read_requests(tmp_path / "base.requests")[before:] if "n_predict" in line]
     assert since == [], "the base's answers were kept"
 
 
@@ -178,4 +180,4 @@ def test_missing_compiler_raises_before_any_answer(tmp_path: Path, out: Path, mo
     write_rows(inputs["data"] / "prompts.jsonl", [{**PROMPTS[0], "expect": {"code": True}}])
     with pytest.raises(HostError):
         run(recipe(tmp_path), inputs, out)
-    assert not (tmp_path / "base.asked").exists()
+    assert not (tmp_path / "base.requests").exists()

@@ -122,7 +122,7 @@ def test_run_measures_every_file_and_serves_the_choice(inputs: dict[str, Path], 
     again.mkdir()
     stage.run(recipe("Q8_0", "Q4_0", budget=1.0), inputs, again)
     for name in ("ladder.json", "ladder.svg", "served.json"):
-        assert (again / name).read_bytes() == (out / name).read_bytes(), "the same from two runs"
+        assert (again / name).read_bytes() == (out / name).read_bytes(), "equal bytes from two runs"
 
 
 @pytest.mark.llamacpp

@@ -1,4 +1,4 @@
-"""stages/modelfile/spec.py: what Ollama would refuse or alter is refused by name."""
+"""stages/modelfile/spec.py: each value that Ollama would refuse or alter is refused by name."""
 
 import re
 from dataclasses import replace
@@ -22,7 +22,7 @@ def test_file_with_other_suffix_or_odd_path_is_refused(spec, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "says"),
+    ("name", "value", "message"),
     [
         ("num_ctx", 4096.0, "num_ctx is 4096.0; it must be an integer"),
         ("num_ctx", True, "num_ctx is True; it must be an integer"),
@@ -47,8 +47,8 @@ def test_file_with_other_suffix_or_odd_path_is_refused(spec, tmp_path):
         ("tfs_z", 1.0, "removed"),
     ],
 )
-def test_wrong_parameter_is_refused_by_name_and_value(spec, name, value, says):
-    with pytest.raises(RecipeError, match=re.escape(says)):
+def test_wrong_parameter_is_refused_by_name_and_value(spec, name, value, message):
+    with pytest.raises(RecipeError, match=re.escape(message)):
         check_spec(with_parameter(spec, name, value))
 
 

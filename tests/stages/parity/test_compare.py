@@ -1,4 +1,4 @@
-"""stages/parity/compare.py: which differences of two engines count, and with what figures."""
+"""stages/parity/compare.py: the differences of two engines that count, and their figures."""
 
 import math
 import re
@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from support.observations import TIGHT, observation, scored
+from support.observations import SUBJECTS, TIGHT, observation, scored
 from support.parity_folders import trace
 
-from tutor.engines.trace import END, Score, Step, Trace, divergence
-from tutor.stages.parity.compare import SUBJECTS, Comparison, Observation, Tolerance, compare_engines
+from tutor.engines.trace import EOS_TEXT, Score, Step, Trace, divergence
+from tutor.stages.parity.compare import Comparison, Observation, Tolerance, compare_engines
 from tutor.stages.parity.gate import quantization_tolerance
 
 LOOSE = quantization_tolerance(0.05)
@@ -78,14 +78,14 @@ def test_other_greedy_token_is_tolerated_only_as_a_near_tie() -> None:
 
     assert failing(near(0.1)) == []
     assert failing(near(1.5)) == ["greedy answer"]
-    assert failing(near(1.5), LOOSE) == [], "a quantization may answer otherwise"
+    assert failing(near(1.5), LOOSE) == [], "a quantization may give another answer"
 
 
 def test_missing_end_is_tolerated_only_as_a_near_tie() -> None:
     def ending(lead: float) -> Observation:
-        return observation(trace=Trace((Step(END, -0.7, ((END, -0.7), (" y", -0.7 - lead))),), "stop", 3))
+        return observation(trace=Trace((Step(EOS_TEXT, -0.7, ((EOS_TEXT, -0.7), (" y", -0.7 - lead))),), "stop", 3))
 
-    other = observation(trace=Trace((Step(" y", -0.7, ((" y", -0.7), (END, -0.8))),), None, 3))
+    other = observation(trace=Trace((Step(" y", -0.7, ((" y", -0.7), (EOS_TEXT, -0.8))),), None, 3))
     assert failing(other, ours=ending(0.1)) == []
     far = replace(other, trace=Trace((Step(" y", -0.7, ((" y", -0.7), ("", -3.8))),), None, 3))
     assert "end" in failing(far, ours=ending(1.5))
@@ -144,7 +144,7 @@ def test_steps_after_the_first_difference_are_not_compared() -> None:
 
 
 def test_step_without_probability_is_compared_as_text() -> None:
-    silent = observation(scored=None, trace=Trace((*trace().steps[:-1], Step(END, None)), "stop", 3))
+    silent = observation(scored=None, trace=Trace((*trace().steps[:-1], Step(EOS_TEXT, None)), "stop", 3))
     for ours, theirs in ((silent, observation(scored=None)), (observation(scored=None), silent)):
         found = checked(theirs, ours=ours)
         assert all(check.ok for check in found.values())

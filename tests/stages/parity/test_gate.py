@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.observations import TIGHT, observation, scored
+from support.observations import SUBJECTS, TIGHT, observation, scored
 from support.parity_folders import write_parity
 from support.published import SYSTEM, make_stages
 
@@ -17,7 +17,7 @@ from tutor.pipeline.registry import BY_NAME
 from tutor.recipe.quantizations import KINDS
 from tutor.recipe.reading import read_recipe
 from tutor.recipe.settings import BUDGETS, OllamaSettings, ParitySettings, Recipe
-from tutor.stages.parity.compare import SUBJECTS, Comparison, Observation
+from tutor.stages.parity.compare import Comparison, Observation
 from tutor.stages.parity.gate import HandOff, hand_off, parity_table, refusal
 
 

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from tutor.stages.report.labels import labelled, sample_rows
+from tutor.stages.report.labels import labelled_runs, sample_rows
 
 
 def test_only_completion_and_eos_carry_loss(tokenizer: Any) -> None:
     row = {"instruction": "¿Qué es 👩‍💻?", "response": "Una forma.\nY ñ.", "line": 3}
-    found = labelled(tokenizer, row, "Eres un tutor.")
+    found = labelled_runs(tokenizer, row, "Eres un tutor.")
     assert [run["learnt"] for run in found["runs"]] == [False, True]
     prompt, answer = ("".join(token["text"] for token in run["tokens"]) for run in found["runs"])
     assert prompt.endswith("Eres un tutor.↵\n↵\nInstrucción: ¿Qué es 👩‍💻?↵\nRespuesta:")

@@ -24,7 +24,7 @@ def test_every_kind_and_verdict_has_a_filter(outputs: StageOutputs) -> None:
     }  # fmt: skip
     inputs = {each["id"] for each in shown.all("input")}
     classes = [set(str(each["class"]).split()) for each in shown.all("details") if "prompt" in str(each["class"])]
-    assert len(classes) == 10  # one in other words
+    assert len(classes) == 10  # one of the prompts is a paraphrase
     for each in (*listed["kinds"], *listed["verdicts"]):
         assert f"show-{each['class']}" in inputs
         assert f"#prompts:has(#show-{each['class']}:checked) .prompt:not(.{each['class']})" in html
@@ -42,8 +42,9 @@ def test_failed_and_empty_answers_are_shown(outputs: StageOutputs) -> None:
 def test_copied_answer_shows_the_training_row(outputs: StageOutputs) -> None:
     copied = {"run": 40, "share": 0.8, "line": 12, "text": "…"}
     item = {**prompts_with_answers()[0], "answers": {"tutor": {**record(passed=True), "copied": copied}}}
-    assert "80 % of it, 40 words and signs in a row, also stands in the training row of line 12" in " ".join(
-        Page(page(replace(outputs, answers=[item]))).text.split()
+    assert (
+        "80 % of the answer (40 consecutive words and punctuation marks) is copied from the training row of line 12"
+        in " ".join(Page(page(replace(outputs, answers=[item]))).text.split())
     )
 
 

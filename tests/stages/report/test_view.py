@@ -8,7 +8,7 @@ import pytest
 from support.report import EVIL, Page, evaluated, hand_off_record, manifest, prompts_with_answers, record, without
 from support.small_tokenizer import make_tokenizer
 
-from tutor.stages.report.labels import labelled
+from tutor.stages.report.labels import labelled_runs
 from tutor.stages.report.model_card import card
 from tutor.stages.report.stage import page
 from tutor.stages.report.view import MISSING, StageOutputs, view
@@ -65,7 +65,7 @@ def test_texts_of_rows_are_never_markup(outputs: StageOutputs) -> None:
     row = {"instruction": EVIL, "response": EVIL}
     changed = replace(
         outputs, name=EVIL, model=EVIL, answers=answers, machine=[(EVIL, EVIL)],
-        labels=[labelled(make_tokenizer(add_bos=False), row, EVIL)],
+        labels=[labelled_runs(make_tokenizer(add_bos=False), row, EVIL)],
         manifests={**outputs.manifests, "eval": manifest(EVIL, evil, {f"version.{EVIL}": EVIL})},
     )  # fmt: skip
     html = page(changed)
@@ -91,7 +91,7 @@ def test_page_without_any_stage_is_well_formed(outputs: StageOutputs) -> None:
     shown = Page(page(nothing))
     assert (shown.open, shown.wrong) == ([], [])
     assert all(command in shown.text for _, command in MISSING.values())
-    assert "It has not been evaluated." in card(nothing)
+    assert "The model has not been evaluated." in card(nothing)
 
 
 def test_refused_gate_is_shown_before_the_sections(outputs: StageOutputs) -> None:

@@ -38,7 +38,7 @@ class TransformersEngine:
         prompt = list(self.tokenizer(render(messages))["input_ids"])
         limit = int(self.model.config.max_position_embeddings) - len(prompt)
         if limit < 1:
-            raise ServiceError(f"the prompt has {len(prompt)} tokens, no less than the model's context")
+            raise ServiceError(f"the prompt has {len(prompt)} tokens, too many for the model's context")
         reader = _Reader(self.tokenizer, prompt[-1], generation.stops, on_text or _ignore)
         ids = torch.tensor([prompt], device=self.model.device)
         torch.manual_seed(generation.seed)
@@ -138,7 +138,7 @@ def _generation_config(generation: Generation, limit: int, tokenizer: "PreTraine
     pad = tokenizer.pad_token_id
     sampling: dict[str, Any] = {"do_sample": False}
     if generation.temperature > 0:
-        # 0 turns top_k off: the default of transformers is 50, which no recipe sets.
+        # 0 turns top_k off: no recipe sets it, and the default of transformers is 50.
         sampling = {"do_sample": True, "temperature": generation.temperature, "top_p": generation.top_p, "top_k": 0}
     return GenerationConfig(
         max_new_tokens=min(generation.max_new_tokens, limit),

@@ -16,6 +16,7 @@ from tutor.errors import ArtifactError, HostError
 from tutor.formats.models.model_folder import load_tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""Types of PyTorch by the recipe's names of precisions."""
 
 
 def load(
@@ -72,9 +73,10 @@ def load_base(folder: Path, quantization: str, precision: str, *, sharded: bool 
         raise ArtifactError(f"cannot load {folder}: {first_line(error)}") from error
     except torch.OutOfMemoryError as error:
         raise HostError(
-            f"the GPU has no room for {folder}", "end what else uses it, or set train.quantization to nf4"
+            f"the GPU has too little free memory for {folder}",
+            "end other programs on the GPU, or set train.quantization to nf4",
         ) from error
-    # transformers only warns about these, and fills them with random numbers.
+    # transformers only warns about these tensors, and fills them with random numbers.
     if bad := sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}):
         raise ArtifactError(f"{folder} lacks {len(bad)} tensors, or has them in another shape: {bad[0]}")
     if sharded:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from bitsandbytes import functional
 
-KIND = "nf4"
-SCALES = 256
+QUANT_TYPE = "nf4"
+SCALES_PER_BLOCK = 256
 """Number of scales in a block of the double quantization, the value of quantize_4bit."""
 
 
@@ -23,11 +23,11 @@ def round_trip(pieces: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
     """
     held: list[tuple[torch.Tensor, Any, torch.Size]] = []
     for piece in pieces:
-        codes, state = functional.quantize_4bit(piece.reshape(-1), quant_type=KIND)
+        codes, state = functional.quantize_4bit(piece.reshape(-1), quant_type=QUANT_TYPE)
         held.append((codes, state, piece.shape))
     scales = torch.cat([state.absmax for _, state, _ in held])
     mean = scales.mean()
-    coded, nested = functional.quantize_blockwise(scales - mean, blocksize=SCALES)
+    coded, nested = functional.quantize_blockwise(scales - mean, blocksize=SCALES_PER_BLOCK)
     scales = functional.dequantize_blockwise(coded, nested) + mean
     first = 0
     while held:

@@ -1,4 +1,4 @@
-"""Scores and greedy traces of a model in transformers, in the form that llama.cpp's are in too.
+"""Scores and greedy traces of a model in transformers, in the common form of engines/trace.py.
 
 In: a loaded engine (engine.py), ids of prompts and answers. Out: `Score` and `Trace` of engines/trace.py.
 Does not compare two engines.
@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from tutor.engines.hf.engine import TransformersEngine
-from tutor.engines.trace import END, TOP, Score, Step, Trace, candidates, grouped
+from tutor.engines.trace import EOS_TEXT, TOP_CANDIDATES, Score, Step, Trace, candidates, group_characters
 
 Row = tuple[Sequence[int], Sequence[int]]
 """Prompt ids and answer ids."""
@@ -18,12 +18,12 @@ Row = tuple[Sequence[int], Sequence[int]]
 
 @torch.no_grad()
 def scores(engine: TransformersEngine, rows: Sequence[Row]) -> list[Score]:
-    """Return the log-probability (nats, in fp32) of each answer id, and the TOP most probable ids at its position."""
+    """Return the log-probability (nats, in fp32) of each answer id, and the most probable ids at its position."""
     found = []
     for prompt, answer in rows:
         logprobs = _logprobs(engine, prompt, answer)[:-1]
         chosen = logprobs.gather(1, torch.tensor(answer, device=logprobs.device)[:, None])[:, 0].tolist()
-        values, ids = logprobs.topk(TOP)
+        values, ids = logprobs.topk(TOP_CANDIDATES)
         positions = zip(ids.tolist(), values.tolist(), strict=True)
         found.append(Score(tuple(chosen), tuple(tuple(zip(*position, strict=True)) for position in positions)))
     return found
@@ -46,7 +46,7 @@ def trace(engine: TransformersEngine, prompt: Sequence[int], tokens: int) -> tup
 
 
 @torch.no_grad()
-def followed(engine: TransformersEngine, prompt: Sequence[int], path: Sequence[int]) -> Trace:
+def trace_along(engine: TransformersEngine, prompt: Sequence[int], path: Sequence[int]) -> Trace:
     """Return the greedy trace along another engine's ids; it ends with the first own token that differs.
 
     One forward pass instead of one per token gives the same tokens: each depends only on the ids before it.
@@ -78,14 +78,14 @@ def _trace(
     decoder = _Decoder(engine, prompt[-1])
     steps, before = [], ""
     for position, token in enumerate(ids):
-        values, best = logprobs[position].topk(TOP)
+        values, best = logprobs[position].topk(TOP_CANDIDATES)
         pairs = zip(map(decoder.decode, best.tolist()), values.tolist(), strict=True)
         text = decoder.text(ids[: position + 1])
         steps.append(Step(text[len(before) :], float(logprobs[position, token]), candidates(pairs)))
         before = text
     if ids[-1] == engine.tokenizer.eos_token_id:
-        return Trace((*grouped(steps[:-1]), replace(steps[-1], text=END)), "stop", len(prompt))
-    return Trace(tuple(grouped(steps)), None if cut else "length", len(prompt))
+        return Trace((*group_characters(steps[:-1]), replace(steps[-1], text=EOS_TEXT)), "stop", len(prompt))
+    return Trace(tuple(group_characters(steps)), None if cut else "length", len(prompt))
 
 
 class _Decoder:

@@ -9,7 +9,7 @@ adapter  GGUF of a LoRA adapter
 score    log-probabilities of given answers, KL divergence from a reference
 server   llama-server as an `Engine`
 trace    prompts and greedy traces of a llama-server
-src/     sources of our scorer, starters of llama.cpp's converters
+src/      the source of our scorer, scripts that start llama.cpp's converters
 
-Nothing here imports torch or builds anything at run time, and no file is graded here: the convert stage checks files.
+Does not import torch, does not build at run time, and does not check the content of files (the convert stage does).
 """

@@ -30,7 +30,7 @@ UNSUPPORTED = (
     "modules_to_save",
 )
 """PEFT settings that a GGUF adapter cannot represent: it has one alpha, and pairs of matrices."""
-ENDS = (".lora_a", ".lora_b")
+PAIR_SUFFIXES = (".lora_a", ".lora_b")
 """Ends of the names of the two matrices of a pair."""
 TENSOR_TYPES = ("F16", "F32")
 """Accepted types of an adapter's tensors; quantization would lose too much of so small a file."""
@@ -62,7 +62,7 @@ def lora_to_gguf(
             raise program_error(f"cannot convert {adapter}", code, output, line)
         pairs = check_adapter(made, base_gguf)
         if lines := check_exact(made, read_gguf(made), adapter_weights_of(adapter, base_model)):
-            raise ArtifactError(f"{target} is not what {adapter} holds: {lines[0]}", "convert it again")
+            raise ArtifactError(f"{target} differs from {adapter}: {lines[0]}", "convert it again")
         made.replace(target)
     finally:
         made.unlink(missing_ok=True)
@@ -100,15 +100,15 @@ def _fields(lora: Gguf, model: Gguf) -> list[str]:
 
 def _tensors(lora: Gguf, model: Gguf) -> list[str]:
     """Problems of the pairs: A maps a row of the base's matrix to the rank, B maps the rank to a column."""
-    names = {name.removesuffix(end) for name in lora.tensors for end in ENDS if name.endswith(end)}
-    problems = [f"{name} is no half of a pair" for name in lora.tensors if not name.endswith(ENDS)]
+    names = {name.removesuffix(end) for name in lora.tensors for end in PAIR_SUFFIXES if name.endswith(end)}
+    problems = [f"{name} is no half of a pair" for name in lora.tensors if not name.endswith(PAIR_SUFFIXES)]
     if not names:
         problems.append("it holds no pair of matrices")
     for name in sorted(names):
-        first, second = (lora.tensors.get(name + end) for end in ENDS)
+        first, second = (lora.tensors.get(name + end) for end in PAIR_SUFFIXES)
         base = model.tensors.get(name)
         if first is None or second is None:
-            problems.append(f"{name} has only one of {' and '.join(ENDS)}")
+            problems.append(f"{name} has only one of {' and '.join(PAIR_SUFFIXES)}")
         elif base is None:
             problems.append(f"the base has no {name}")
         else:

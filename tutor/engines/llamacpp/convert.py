@@ -17,7 +17,7 @@ from tutor.formats.models.pre_tokenizer import equivalent_names
 from tutor.formats.models.safetensors import SIXTEEN_BIT
 from tutor.recipe.quantizations import KINDS
 
-CHUNKS = (512, 256, 128, 64, 32)
+CHUNK_LENGTHS = (512, 256, 128, 64, 32)
 """Context lengths in tokens to choose from for llama-imatrix, which needs a text of two chunks at least."""
 
 
@@ -78,9 +78,9 @@ def imatrix(source: Path, text: Path, target: Path, tokens: int, threads: int) -
 
     `tokens` is the text's approximate length. Raises ArtifactError when it is too short or the program fails.
     """
-    chunk = next((chunk for chunk in CHUNKS if 2 * chunk <= tokens), CHUNKS[-1])
+    chunk = next((chunk for chunk in CHUNK_LENGTHS if 2 * chunk <= tokens), CHUNK_LENGTHS[-1])
     command: list[str | Path | int] = [programs().imatrix, "-m", source.resolve(), "-f", text.name]
-    command += ["-o", partial_path(target).resolve(), "--output-format", "gguf", "-c", chunk, "-b", max(CHUNKS)]
+    command += ["-o", partial_path(target).resolve(), "--output-format", "gguf", "-c", chunk, "-b", max(CHUNK_LENGTHS)]
     command += ["-t", threads, "-tb", threads, "--parse-special", "--no-ppl", "--fit", "off", "--offline"]
     code, output = write_file(target, command, folder=text.parent)
     if code:

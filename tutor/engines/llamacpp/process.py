@@ -1,6 +1,6 @@
 """Run programs of the pinned llama.cpp: killed with this process, no options from the environment, complete files.
 
-In: a command. Out: its exit code and output, or an error. Does not know what the programs do.
+In: a command. Out: its exit code and output, or an error. Contains nothing that is specific to one program.
 """
 
 import contextlib
@@ -94,7 +94,7 @@ def write_file(
 
 
 def killed_with_parent(command: Command) -> list[str]:
-    """The command with a start that makes the kernel kill it when the starting thread ends in any way (Linux)."""
+    """The command, wrapped so that the kernel kills it when the thread that starts it ends (Linux)."""
     words = [str(word) for word in command]
     if sys.platform != "linux":
         return words

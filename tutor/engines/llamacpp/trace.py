@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from tutor.engines.llamacpp.server import FINISHES, LlamaServer
-from tutor.engines.trace import END, TOP, Step, Trace, candidates, grouped
+from tutor.engines.trace import EOS_TEXT, TOP_CANDIDATES, Step, Trace, candidates, group_characters
 from tutor.errors import ServiceError
 from tutor.prompt import Message
 
@@ -27,7 +27,7 @@ def trace(server: LlamaServer, prompt: str, tokens: int) -> Trace:
         "prompt": prompt,
         "stream": False,
         "n_predict": tokens,
-        "n_probs": TOP,
+        "n_probs": TOP_CANDIDATES,
         "samplers": ["temperature"],
         "temperature": 0.0,
         "seed": 1,
@@ -37,8 +37,8 @@ def trace(server: LlamaServer, prompt: str, tokens: int) -> Trace:
     try:
         finish = FINISHES[answer["stop_type"]]
         found = [_step(item) for item in answer.get("completion_probabilities", ())]
-        ended = [replace(found.pop(), text=END)] if finish == "stop" else []
-        return Trace((*grouped(found), *ended), finish, int(answer["tokens_evaluated"]))
+        ended = [replace(found.pop(), text=EOS_TEXT)] if finish == "stop" else []
+        return Trace((*group_characters(found), *ended), finish, int(answer["tokens_evaluated"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ServiceError(f"llama-server returned an unknown form: {error!r}", "make llamacpp") from error
 

@@ -42,18 +42,18 @@ Result = TypeVar("Result")
 CONNECT_SECONDS = 5.0
 """Maximum seconds of a connection's start."""
 SILENT_SECONDS = 900.0
-"""Maximum seconds without a byte: a model is loaded, other requests come first, or a long prompt is read slowly."""
+"""Maximum seconds without a byte: the server may load a model, answer other requests first, or read a long prompt."""
 QUICK_SECONDS = 60.0
 """Maximum seconds without a byte for requests that load no model."""
-BUSY = (429, 503)
-"""HTTP states of a busy server: 503 from a full queue, 429 from a proxy."""
-TRIES = 5
+BUSY_STATUSES = (429, 503)
+"""HTTP status codes of a busy server: 503 from a full queue, 429 from a proxy."""
+MAX_TRIES = 5
 """Maximum number of attempts while the server is busy."""
-PIECE = 1 << 20
+PIECE_BYTES = 1 << 20
 """Size of a piece of an upload in bytes."""
-LOG = "see its log for the reason"
+SEE_LOG = "see its log for the reason"
 """Next step of an error inside the server."""
-START = "start it (make up, or: ollama serve), or name another with --host or OLLAMA_HOST"
+START_SERVER = "start it (make up, or: ollama serve), or name another with --host or OLLAMA_HOST"
 """Next step of an error without a server."""
 
 
@@ -71,19 +71,19 @@ class Tag:
 def connect(host: str | None = None, *, silent: float = SILENT_SECONDS, pause: float = 0.5) -> Iterator["Ollama"]:
     """A client of the server at a host; sends nothing yet.
 
-    A request fails after `silent` seconds without a byte. A busy server gets it again after `pause` seconds, then after
-    twice as long, TRIES times in all.
+    A request fails after `silent` seconds without a byte. While the server is busy, the request is sent again after
+    `pause` seconds, then after twice as long; at most MAX_TRIES attempts.
     """
     address = normalized_url(host)
     try:
-        import ollama  # makes a client of OLLAMA_HOST while it is imported
+        import ollama  # its import creates a client for OLLAMA_HOST
     except ValueError as error:
         raise RecipeError(f"OLLAMA_HOST is {os.environ.get('OLLAMA_HOST')!r}: {error}", "unset it") from None
     slow, quick = (httpx.Timeout(seconds, connect=CONNECT_SECONDS) for seconds in (silent, min(silent, QUICK_SECONDS)))
-    # The system's certificates are read for HTTPS only: that takes longer than a request over plain HTTP.
+    # The system's certificates are read for HTTPS only: reading them takes longer than a request over plain HTTP.
     secure = address.startswith("https")
     trust = ssl.create_default_context() if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    # No proxies of the environment: they are for other addresses.
+    # The environment's proxies are for other addresses.
     settings: dict[str, Any] = {"trust_env": False, "verify": trust}
     with (
         ollama.Client(address, timeout=quick, **settings) as client,
@@ -104,9 +104,9 @@ class Ollama:
         self._quick = quick
         self._retry = Retrying(
             retry=retry_if_exception(_is_busy),
-            stop=stop_after_attempt(TRIES),
+            stop=stop_after_attempt(MAX_TRIES),
             wait=wait_exponential(pause),
-            before_sleep=lambda state: logger.info("Ollama is busy: try %d of %d", state.attempt_number + 1, TRIES),
+            before_sleep=lambda state: logger.info("Ollama is busy: try %d of %d", state.attempt_number + 1, MAX_TRIES),
             reraise=True,
         )
 
@@ -184,7 +184,7 @@ class Ollama:
         return {item.model or "": int(item.size_vram or 0) / max(int(item.size or 0), 1) for item in models}
 
     def copy(self, source: str, destination: str) -> None:
-        """Give a model a second name, which may have been another model's."""
+        """Give a model a second name. The name is taken from another model that has it."""
         self._call(lambda: self._client.copy(source, destination))
 
     def delete(self, model: str) -> None:
@@ -196,9 +196,9 @@ class Ollama:
         self._call(lambda: self._client.generate(model=model, keep_alive=0))
 
     def rendered(self, model: str, question: str | Sequence[Message]) -> str | None:
-        """The prompt that the server makes of a text (/api/generate) or of messages (/api/chat), without an answer.
+        """The prompt that the server renders for a text (/api/generate) or for messages (/api/chat); no answer is made.
 
-        None when the server does not know the request's field, which is undocumented.
+        None when the server does not support the undocumented field `_debug_render_only`.
         """
         path, field = ("/api/generate", "prompt") if isinstance(question, str) else ("/api/chat", "messages")
         body = {"model": model, field: question, "stream": False, "truncate": False, "options": {"num_predict": 1}}
@@ -218,7 +218,7 @@ class Ollama:
         return self._call(lambda: json_object(self._send(method, path, json=body, **options).content))
 
     def _send(self, method: str, path: str, *, stream: bool = False, **options: Any) -> httpx.Response:
-        """The response of a request, for a stream without its body. Raises ResponseError for an error state."""
+        """The response to a request; a stream's body is not read yet. Raises ResponseError for an error status."""
         from ollama import ResponseError
 
         response = self._http.send(self._http.build_request(method, path, **options), stream=stream)
@@ -236,20 +236,22 @@ class Ollama:
         except ResponseError as error:
             raise server_error(self.host, error.error, error.status_code) from error
         except (ConnectionError, httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise UnreachableError(f"no Ollama at {self.host}", START) from error
+            raise UnreachableError(f"no Ollama at {self.host}", START_SERVER) from error
         except httpx.TimeoutException as error:
-            raise ServiceError(f"Ollama at {self.host} does not answer", LOG) from error
+            raise ServiceError(f"Ollama at {self.host} does not answer", SEE_LOG) from error
         except httpx.RequestError as error:
-            raise ServiceError(f"the connection to Ollama at {self.host} broke: {error}", LOG) from error
+            raise ServiceError(f"the connection to Ollama at {self.host} broke: {error}", SEE_LOG) from error
         except ValueError as error:
             raise not_ollama(self.host, f"its answer has another form ({str(error)[:120]})") from error
         except (TypeError, AttributeError) as error:
             # The package fails on an error body that is JSON but no object.
-            raise ServiceError(f"Ollama at {self.host} sent an error that its own client cannot read", LOG) from error
+            raise ServiceError(
+                f"Ollama at {self.host} sent an error that its own client cannot read", SEE_LOG
+            ) from error
 
 
 def _is_busy(error: BaseException) -> bool:
-    return getattr(error, "status_code", None) in BUSY
+    return getattr(error, "status_code", None) in BUSY_STATUSES
 
 
 def _utc(moment: datetime | None) -> str:
@@ -260,7 +262,7 @@ def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
     """The pieces of a file of `size` bytes; logs the progress in MB. Raises ArtifactError for another size."""
     file.seek(0)
     name, done = Path(file.name).name, 0
-    while (piece := file.read(PIECE)) and done + len(piece) <= size:
+    while (piece := file.read(PIECE_BYTES)) and done + len(piece) <= size:
         yield piece
         done += len(piece)
         counts = {"done": done // 1_000_000, "total": size // 1_000_000}

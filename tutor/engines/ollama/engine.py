@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tutor.engines.ollama.client import Ollama, connect
-from tutor.engines.ollama.protocol import REPEATED, MissingError, parse_parameters
+from tutor.engines.ollama.protocol import LOOP_ERROR, MissingError, parse_parameters
 from tutor.engines.protocol import TOP_K, Answer, Finish, Generation
 from tutor.errors import ServiceError
 from tutor.prompt import Message, render
 
 logger = logging.getLogger(__name__)
 
-REPEATS = 30
+REPEATED_PIECES = 30
 """Number of equal pieces after which Ollama ends an answer without its last event (llm/llama_server.go)."""
 FINISHES: dict[str, Finish] = {"stop": "stop", "length": "length"}
 """Finish reasons by Ollama's `done_reason`."""
@@ -33,14 +33,14 @@ def serve(model: str, host: str | None = None) -> Iterator["OllamaServer"]:
 
 
 class OllamaServer:
-    """An `Engine`: one model of an Ollama server, whose description is read first."""
+    """An `Engine`: one model of an Ollama server. The constructor reads the model's description from the server."""
 
     name = "ollama"
 
     def __init__(self, server: Ollama, model: str) -> None:
         description = server.show(model)
         if description is None:
-            hint = "publish it: tutor publish; what is there: tutor models"
+            hint = "publish it: tutor publish; list the models: tutor models"
             raise MissingError(f"Ollama at {server.host} has no model {model}", hint)
         self._server = server
         self._model = model
@@ -84,7 +84,7 @@ class OllamaServer:
 
     def _request(self, messages: Sequence[Message], generation: Generation) -> dict[str, Any]:
         options: dict[str, Any] = {
-            "num_predict": generation.max_new_tokens,  # > 0: Ollama takes 0 for no limit
+            "num_predict": generation.max_new_tokens,  # above 0: Ollama reads 0 as no limit
             "temperature": generation.temperature,
             "top_p": generation.top_p,
             "top_k": TOP_K,
@@ -107,10 +107,10 @@ def _content(event: Mapping[str, Any]) -> str:
 
 
 def _why_unfinished(pieces: Sequence[str], end: Mapping[str, Any]) -> str:
-    """Why a stream is no complete answer: another last event, Ollama's guard against loops, or a lost server."""
+    """The reason of an incomplete stream: another last event, Ollama's limit on repeated tokens, or a lost server."""
     if end:
         return f"the answer ended with done_reason {end.get('done_reason')!r}"
-    last = {piece.strip() for piece in pieces[-REPEATS:]}
-    if len(pieces) >= REPEATS and len(last) == 1:
-        return f"{REPEATED} ({last.pop()[:20]!r})"
+    last = {piece.strip() for piece in pieces[-REPEATED_PIECES:]}
+    if len(pieces) >= REPEATED_PIECES and len(last) == 1:
+        return f"{LOOP_ERROR} ({last.pop()[:20]!r})"
     return f"the stream ended after {len(pieces)} pieces without its last event"

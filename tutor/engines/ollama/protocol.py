@@ -16,24 +16,24 @@ from tutor.errors import RecipeError, ServiceError
 
 logger = logging.getLogger(__name__)
 
-PORT = 11434
+DEFAULT_PORT = 11434
 """Ollama's default port."""
-OLDEST = (0, 30)
-"""Minimum version: from here on llama-server generates, and the template is chosen as serving/builds.py checks."""
-MEMORY = "memory may be short: try a smaller ollama.quantization or generate.context; see the server's log"
+MIN_VERSION = (0, 30)
+"""Minimum version of Ollama: since then llama-server generates, and the template is chosen by the checked rule."""
+MEMORY_HINT = "memory may be short: try a smaller ollama.quantization or generate.context; see the server's log"
 """Next step of an error that a lack of memory may cause."""
 HINTS = {
-    r"model .* not found|not found, try pulling": "publish it: tutor publish; what is there: tutor models",
-    r"context (size|length)": "ask something shorter, or raise generate.context and publish again",
-    r"llama-server|llama runner|system memory|terminated|out of memory|failed to load": MEMORY,
+    r"model .* not found|not found, try pulling": "publish it: tutor publish; list the models: tutor models",
+    r"context (size|length)": "use a shorter prompt, or raise generate.context and publish again",
+    r"llama-server|llama runner|system memory|terminated|out of memory|failed to load": MEMORY_HINT,
     r"llama-quantize|GGUF|file size|unknown type|EOF$": "the file may be damaged: tutor status --verify",
     r"digest mismatch": "the file changed while it was sent: publish again",
-    r"no space left": "free some: a model needs up to three times its size while it is created",
-    r"busy|maximum pending": "others are being answered: try again later",
+    r"no space left": "free disk space: a model needs up to three times its size while it is created",
+    r"busy|maximum pending": "other requests are being answered: try again later",
 }
 """Next steps by a pattern of the server's error text."""
-REPEATED = "aborted: the model repeated one token over and over"
-"""Error text of Ollama's guard against loops."""
+LOOP_ERROR = "aborted: the model repeated one token over and over"
+"""Error text of Ollama's limit on repeated tokens."""
 
 
 class UnreachableError(ServiceError):
@@ -49,11 +49,11 @@ def normalized_url(host: str | None) -> str:
     given = (host or os.environ.get("OLLAMA_HOST", "")).strip(" \"'") or "127.0.0.1"
     hint = "give it as NAME, NAME:PORT or http://NAME:PORT"
     if "@" in given:
-        raise RecipeError("Ollama's host holds a user name, which would stand in logs", hint)
+        raise RecipeError("Ollama's host holds a user name, which would appear in logs", hint)
     try:
         parts = urlsplit(given if "://" in given else f"http://{given}")
-        # Ollama's port also for http://, where the package would take 80.
-        name, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else PORT)
+        # Ollama's port also for http://, where the package would use 80.
+        name, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else DEFAULT_PORT)
     except ValueError as error:
         raise RecipeError(f"Ollama's host is {given!r}: {error}", hint) from None
     if (
@@ -63,7 +63,7 @@ def normalized_url(host: str | None) -> str:
         or parts.fragment
     ):
         raise RecipeError(f"Ollama's host is {given!r}", hint)
-    # An address to listen on is no address to connect to.
+    # A client cannot connect to a wildcard address.
     name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)  # noqa: S104
     return f"{parts.scheme}://{f'[{name}]' if ':' in name else name}:{port}{parts.path.rstrip('/')}"
 
@@ -74,8 +74,8 @@ def check_version(version: str) -> None:
     number = (int(found[1]), int(found[2])) if found else (0, 0)
     if number == (0, 0):
         logger.warning("Ollama has version %s (built from source?): accepted as new enough", version)
-    elif number < OLDEST:
-        wanted = ".".join(map(str, OLDEST))
+    elif number < MIN_VERSION:
+        wanted = ".".join(map(str, MIN_VERSION))
         raise ServiceError(f"Ollama {version} is too old: {wanted} or newer is needed", "update the server")
 
 
@@ -97,18 +97,18 @@ def parse_parameters(description: Mapping[str, Any]) -> dict[str, Any]:
 
 def not_ollama(host: str, why: str) -> ServiceError:
     """The error for a server that is not Ollama."""
-    return ServiceError(f"what answers at {host} is not Ollama: {why}", "a proxy, or another program? give --host")
+    return ServiceError(f"the server at {host} is not Ollama: {why}", "a proxy, or another program? give --host")
 
 
 def server_error(host: str, error: object, status: int) -> ServiceError:
-    """The error for a server's error with an HTTP status, or -1 inside a stream."""
+    """The ServiceError for a server's error text; `status` is the HTTP status, -1 inside a stream."""
     what = error_text(error)
     if what.startswith("<"):
         return not_ollama(host, f"it answers {status} with a web page")
     if 300 <= status < 400 or (status == 404 and "model" not in what):
-        return not_ollama(host, f"it answers {status} to a request that Ollama knows ({what[:60] or 'no text'})")
+        return not_ollama(host, f"it answers {status} to a request that Ollama supports ({what[:60] or 'no text'})")
     if "token repeat limit" in what:
-        return ServiceError(f"Ollama {REPEATED}")
+        return ServiceError(f"Ollama {LOOP_ERROR}")
     hint = next((hint for pattern, hint in HINTS.items() if re.search(pattern, what)), None)
     number = f" ({status})" if status > 0 else ""
     return (MissingError if status == 404 else ServiceError)(f"Ollama reports{number}: {what or 'nothing'}", hint)

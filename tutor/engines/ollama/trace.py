@@ -8,7 +8,7 @@ from typing import Any
 
 from tutor.engines.ollama.client import Ollama
 from tutor.engines.ollama.engine import FINISHES
-from tutor.engines.trace import END, TOP, Step, Trace, candidates
+from tutor.engines.trace import EOS_TEXT, TOP_CANDIDATES, Step, Trace, candidates
 from tutor.errors import ServiceError
 from tutor.prompt import Message
 
@@ -17,7 +17,7 @@ def trace(server: Ollama, model: str, messages: Sequence[Message], tokens: int) 
     """The greedy answer, without repetition penalty and stop texts. Raises ServiceError when the server fails."""
     options = {"num_predict": tokens, "temperature": 0.0, "top_p": 1.0, "repeat_penalty": 1.0, "seed": 1}
     body: dict[str, Any] = {"model": model, "messages": [dict(message) for message in messages], "stream": True}
-    body |= {"truncate": False, "options": {**options, "stop": []}, "logprobs": True, "top_logprobs": TOP}
+    body |= {"truncate": False, "options": {**options, "stop": []}, "logprobs": True, "top_logprobs": TOP_CANDIDATES}
     steps: list[Step] = []
     end: Mapping[str, Any] = {}
     for event in server.stream("/api/chat", body):
@@ -29,12 +29,12 @@ def trace(server: Ollama, model: str, messages: Sequence[Message], tokens: int) 
     if finish is None:
         raise ServiceError("Ollama: the answer ended without its last event", "ask again")
     if finish == "stop":
-        steps.append(Step(END, None))
+        steps.append(Step(EOS_TEXT, None))
     return Trace(tuple(steps), finish, int(end.get("prompt_eval_count", 0)))
 
 
 def _step(text: str, logprobs: Sequence[Mapping[str, Any]]) -> Step:
-    """A piece of an answer. For a character of several tokens Ollama returns only the last one's probability."""
+    """A piece of an answer. For a character of several tokens Ollama returns the last token's probability only."""
     if len(logprobs) != 1 or logprobs[0].get("token") != text:
         return Step(text, None, tokens=max(len(logprobs), 1))
     top = candidates((entry["token"], float(entry["logprob"])) for entry in logprobs[0].get("top_logprobs") or ())

@@ -82,7 +82,7 @@ def check_gguf(path: Path, expected: Metadata) -> Gguf:
     """Read a GGUF back. Raises ArtifactError when it is not whole, or with a line for each unexpected value."""
     gguf = read_gguf(path)
     if lines := metadata_differences(expected, metadata_of(gguf)):
-        raise ArtifactError(f"{path} is not what it was made from:\n  " + "\n  ".join(lines))
+        raise ArtifactError(f"{path} differs from its source:\n  " + "\n  ".join(lines))
     return gguf
 
 

@@ -25,9 +25,9 @@ from tutor.graders.typescript.scanner import Scan, scan
 Outcome = Literal["pass", "type_error", "syntax_error", "no_code", "suppressed", "timeout", "grader_error"]
 """Result of a block. `suppressed`: it turns the compiler off. `grader_error`: it could not be compiled."""
 
-SECONDS = 10.0
-"""Seconds for one block; SECONDS_A_BLOCK more for each block of a batch."""
-SECONDS_A_BLOCK = 0.02
+MAX_SECONDS = 10.0
+"""Maximum seconds of a run of the compiler, without MORE_SECONDS_A_BLOCK."""
+MORE_SECONDS_A_BLOCK = 0.02
 """Additional seconds of a batch for each of its blocks."""
 MEMORY_MB = 4096
 """Address space of the compiler in MiB. Go's runtime reserves much more than it uses: about 250 MB are resident."""
@@ -35,28 +35,28 @@ MAX_CHARACTERS = 64 * 1024
 """Maximum length of a block in characters, with the code before it."""
 MAX_DEPTH = 100
 """Maximum depth of nested brackets; the compiler takes minutes and more for arrays 200 deep."""
-ALONE_CHARACTERS = 8 * 1024
+MIN_ALONE_CHARACTERS = 8 * 1024
 """Length in characters from which a block is compiled alone; answers of 515 tokens are shorter."""
-BATCH = 500
+MAX_BATCH = 500
 """Maximum number of blocks in one run of the compiler."""
-FAN = 8
+SUB_BATCHES = 8
 """Number of sub-batches when a batch kills the compiler; used to isolate the bad block."""
 MAX_OUTPUT = 16 * 2**20
 """Maximum size of the compiler's output in bytes."""
 
-COMMON = (
+COMMON_OPTIONS = (
     *("--noEmit", "--strict", "--ignoreConfig", "--pretty", "false", "--skipLibCheck"),
     *("--target", "es2023", "--module", "esnext", "--moduleResolution", "bundler", "--moduleDetection", "force"),
     # No import and no reference leads to a file: a block cannot read the machine's files
     "--noResolve",
 )
 """Options of every run of the compiler."""
-SYNTAX = (*COMMON, "--noCheck", "--noLib")
+SYNTAX_OPTIONS = (*COMMON_OPTIONS, "--noCheck", "--noLib")
 """Options of the first run, which only parses: one syntax error stops the type check of all blocks."""
-TYPES = (*COMMON, "--lib", "es2023,dom,esnext.disposable")
+TYPE_OPTIONS = (*COMMON_OPTIONS, "--lib", "es2023,dom,esnext.disposable")
 """Options of the second run, which checks the types."""
-NO_LIB = "TS2318"
-"""Code of the error 'no global type Array', which every run with SYNTAX reports."""
+NO_LIBRARY_ERROR = "TS2318"
+"""Code of the error 'no global type Array', which every run with SYNTAX_OPTIONS reports."""
 
 _DIAGNOSTIC = re.compile(r"^(?:(?P<file>[^\s(]+)\((?P<line>\d+),\d+\): )?error (?P<code>TS\d+): (?P<message>.*)$", re.M)
 
@@ -100,7 +100,7 @@ class _NoVerdictError(Exception):
         self.verdict = Verdict(outcome, (Diagnostic("", 0, why),))
 
 
-def grade_blocks(blocks: Sequence[Block], *, seconds: float = SECONDS, memory_mb: int = MEMORY_MB) -> list[Verdict]:
+def grade_blocks(blocks: Sequence[Block], *, seconds: float = MAX_SECONDS, memory_mb: int = MEMORY_MB) -> list[Verdict]:
     """Compile blocks; a verdict for each. `seconds` and `memory_mb` limit the compiler for one block.
 
     Raises HostError when there are blocks and the compiler is not installed.
@@ -116,11 +116,11 @@ def grade_blocks(blocks: Sequence[Block], *, seconds: float = SECONDS, memory_mb
         found = scan(block.before + block.code) if size <= MAX_CHARACTERS else None
         if refused := _refuse(block, found):
             verdicts[index] = refused
-        elif size > ALONE_CHARACTERS or (found and found.is_global):
+        elif size > MIN_ALONE_CHARACTERS or (found and found.is_global):
             groups.append([index])
         else:
             together.append(index)
-    groups += [together[start : start + BATCH] for start in range(0, len(together), BATCH)]
+    groups += [together[start : start + MAX_BATCH] for start in range(0, len(together), MAX_BATCH)]
     for group in groups:
         verdicts |= _grade({index: blocks[index] for index in group}, compiler)
     return [verdicts[index] for index in range(len(blocks))]
@@ -133,7 +133,7 @@ def _refuse(block: Block, found: Scan | None) -> Verdict | None:
     if found.empty:
         return Verdict("no_code")
     if found.depth > MAX_DEPTH:
-        why = f"brackets lie {found.depth} deep: the compiler would not end ({MAX_DEPTH} are tried)"
+        why = f"brackets are {found.depth} deep, the maximum is {MAX_DEPTH}: the compiler would not end"
         return Verdict("timeout", (Diagnostic("", 0, why),))
     if block.quoted:
         return None
@@ -145,15 +145,15 @@ def _refuse(block: Block, found: Scan | None) -> Verdict | None:
 def _grade(blocks: Mapping[int, Block], compiler: _Compiler) -> dict[int, Verdict]:
     """The verdicts on blocks that are compiled together; a run without verdicts is repeated in sub-batches."""
     try:
-        syntax = _compile(blocks, SYNTAX, compiler)
+        syntax = _compile(blocks, SYNTAX_OPTIONS, compiler)
         rest = {index: block for index, block in blocks.items() if not syntax[index]}
-        types = _compile(rest, TYPES, compiler) if rest else {}
+        types = _compile(rest, TYPE_OPTIONS, compiler) if rest else {}
     except _NoVerdictError as failure:
         if len(blocks) == 1:
             return dict.fromkeys(blocks, failure.verdict)
         verdicts: dict[int, Verdict] = {}
-        for part in range(min(FAN, len(blocks))):
-            verdicts |= _grade({index: blocks[index] for index in list(blocks)[part::FAN]}, compiler)
+        for part in range(min(SUB_BATCHES, len(blocks))):
+            verdicts |= _grade({index: blocks[index] for index in list(blocks)[part::SUB_BATCHES]}, compiler)
         return verdicts
     outcomes: dict[int, Verdict] = {}
     for index in blocks:
@@ -178,10 +178,14 @@ def _compile(blocks: Mapping[int, Block], options: tuple[str, ...], compiler: _C
             index = names[match["file"]]
             line = max(0, int(match["line"]) - blocks[index].before.count("\n"))
             found[index].append(Diagnostic(match["code"], line, _printable(match["message"])))
-        elif match["file"] is None and not (match["code"] == NO_LIB and options is SYNTAX):
+        elif match["file"] is None and not (match["code"] == NO_LIBRARY_ERROR and options is SYNTAX_OPTIONS):
             raise _NoVerdictError("grader_error", f"the compiler: {match['code']} {_printable(match['message'])}")
     # This compiler ends with 1 on errors, other versions with 2; a crash ends with 2, too
-    if code not in (0, 1, 2) or "\ngoroutine " in output or (code and options is TYPES and not any(found.values())):
+    if (
+        code not in (0, 1, 2)
+        or "\ngoroutine " in output
+        or (code and options is TYPE_OPTIONS and not any(found.values()))
+    ):
         first = _printable((output.strip().splitlines() or [""])[0])
         raise _NoVerdictError("grader_error", f"the compiler ended with {code}: {first}")
     return found
@@ -192,7 +196,7 @@ def _run(command: Sequence[str], folder: Path, compiler: _Compiler, blocks: int)
 
     Kills the group at the deadline and raises _NoVerdictError.
     """
-    deadline = compiler.seconds + SECONDS_A_BLOCK * blocks
+    deadline = compiler.seconds + MORE_SECONDS_A_BLOCK * blocks
     environment = {"PATH": os.defpath, "HOME": str(folder), "GOMEMLIMIT": f"{compiler.memory_mb // 2}MiB"}
     output = folder / "output"
     with output.open("wb") as sink:
@@ -233,10 +237,10 @@ def _limit(pid: int, seconds: float, memory_mb: int) -> None:
 
 
 def _without_network() -> tuple[str, ...]:
-    """Words that start a command without network; none when this user may not do that.
+    """Arguments that start a command without network; none when this user has no permission to do so.
 
-    A second barrier: the compiler itself opens no connection and, with --noResolve, no files but the blocks and its own
-    libraries.
+    A second barrier: the compiler opens no connection and, with --noResolve, only the files of the blocks and of its
+    own libraries.
     """
     unshare = shutil.which("unshare")
     if unshare is None:

@@ -29,9 +29,9 @@ _TEMPLATE = re.compile(r"(?:[^`\\$]|\\.|\\\Z|\$(?!\{))*(`|\$\{|\Z)", re.DOTALL)
 _BEFORE_REGEX = {"return", "typeof", "case", "in", "of", "void", "delete", "do", "else", "await", "yield", "throw"}
 """Words before a slash that starts a regular expression; after any other word, `)`, `]` or `}` a slash divides."""
 _NAMED = {"const", "let", "var", "function", "class", "interface", "type", "enum", "namespace", "import", "get", "set"}
-"""Words before a name that is declared: `any` after one of them is a name and no type."""
+"""Words before a name that is declared: `any` after one of them is a name, not a type."""
 _BEFORE_KEY = {"", "{", "}", ",", ";", "(", "...", "readonly", "public", "private", "protected", "static"}
-"""Tokens before a key or a parameter: `any` between one of them and a colon is a name and no type."""
+"""Tokens before a key or a parameter: `any` between one of them and a colon is a name, not a type."""
 
 
 class Token(NamedTuple):

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tutor.engines.protocol import SCORE_ROWS
+from tutor.engines.protocol import SCORE_CHUNK_TOKENS
 from tutor.machine.host import CUDA
 from tutor.machine.memory.shapes import MATRIX_INPUTS, Shape
 
@@ -159,7 +159,7 @@ def _recomputation(shape: Shape, step: StepWorkload) -> float:
 
 def _scoring(shape: Shape, step: StepWorkload) -> float:
     """Bytes of the logits of part of a held-out row, scored while nothing is kept for a backward pass."""
-    return float(min(step.tokens, SCORE_ROWS) * shape.vocabulary * (step.width + SCORE_BYTES))
+    return float(min(step.tokens, SCORE_CHUNK_TOKENS) * shape.vocabulary * (step.width + SCORE_BYTES))
 
 
 def _head(shape: Shape, step: StepWorkload) -> float:

@@ -26,7 +26,7 @@ TOOLS = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "
 """Packages that took part in the computation of the weights; their versions are in the file."""
 NEUTRAL_SETTINGS = {"logging_steps", "save_steps", "save_minutes"}
 """Settings of [train] that do not change the weights."""
-SOFTWARE = ("version", "tools", "llama.cpp")
+SOFTWARE_KEYS = ("version", "tools", "llama.cpp")
 """Keys of the software versions, which may differ on another machine."""
 
 

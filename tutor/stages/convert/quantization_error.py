@@ -2,10 +2,11 @@
 
 In: a GGUF, the merged and the base weights. Out: figures, or an error for figures out of bounds. Changes no file.
 
-Weights that were quantized before (the demo's base was Q4_1 once) lie on the older grid: the rounding is then no noise
-but depends on the weights. On the demo, Q5_1, whose 32 levels span the range of Q4_1's 16, made every change of
-training 1.2 to 1.7 times as large, while its error of 4.5 % was that of Q5_0: held-out perplexity 18.6 instead of 10.6,
-both with llama.cpp's own kernels and dequantized to F32. So `kept` is measured in addition to the error.
+Weights that were quantized before (the demo's base comes from a Q4_1 file) lie on the old grid. The rounding errors of
+a new quantization are then not random: they depend on the weights. On the demo, Q5_1, whose 32 levels span the range of
+Q4_1's 16, made every change of training 1.2 to 1.7 times as large, although its error of 4.5 % was equal to that of
+Q5_0. Held-out perplexity was 18.6 instead of 10.6, with llama.cpp's own kernels and with the weights dequantized to
+F32. So `kept` is measured in addition to the error.
 """
 
 import math
@@ -36,9 +37,9 @@ MIN_KEPT = 0.5
 MAX_KEPT = 1.25
 """Maximum share of the LoRA update that survives quantization (1.0: unchanged). Above, the file exaggerates it."""
 MAX_KEPT_ERROR = 0.1
-"""Maximum standard error of `kept` for a judgement: quantization to four bits hides a small update in noise."""
+"""Maximum standard error of `kept` at which it is used: four-bit quantization hides a small update in noise."""
 REPLACEMENT = "Q8_0"
-"""Type of a tensor in place of an unfit fallback: llama.cpp's own fallback for Q6_K, in blocks of 32."""
+"""Type that replaces an unfit fallback type: llama.cpp's own fallback for Q6_K, in blocks of 32."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class QuantizationError:
     by_type: Mapping[str, float | None]  # `kept` over the tensors of each type
 
 
-def refuse_inexact(path: Path, gguf: Gguf, weights: Mapping[str, Weight]) -> None:
+def require_exact(path: Path, gguf: Gguf, weights: Mapping[str, Weight]) -> None:
     """Raise ArtifactError where a number of an F16 file differs from its folder."""
     _raise(path, check_exact(path, gguf, weights))
 
@@ -80,13 +81,13 @@ def kept_share(tensors: Iterable[ErrorSums]) -> float | None:
     return sum(each.kept for each in moved) / total
 
 
-def refuse_lost(path: Path, kind: str, measured: QuantizationError) -> None:
+def require_kept(path: Path, kind: str, measured: QuantizationError) -> None:
     """Raise GateError for a file in which the LoRA update is lost or exaggerated."""
     if not is_kept(measured.kept):
         raise GateError(
-            f"{path.name} has {100 * (measured.kept or 0):.0f} % of what training changed: "
-            f"the base was once quantized, and {kind} meets its old grid",
-            "take others for convert.quantizations: Q8_0, Q5_0 and Q4_0 have grids of their own",
+            f"{path.name} keeps {100 * (measured.kept or 0):.0f} % of the LoRA update: "
+            f"the base was quantized before, and the grid of {kind} interferes with the old one",
+            "set other convert.quantizations: Q8_0, Q5_0 and Q4_0 have grids of their own",
         )
 
 
@@ -117,4 +118,4 @@ def _bound(kind: str) -> float:
 def _raise(path: Path, lines: list[str]) -> None:
     if lines:
         more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
-        raise ArtifactError(f"{path} is not what it was made from: {'; '.join(lines[:3])}{more}", "run: tutor convert")
+        raise ArtifactError(f"{path} differs from its source: {'; '.join(lines[:3])}{more}", "run: tutor convert")

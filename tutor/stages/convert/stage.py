@@ -1,8 +1,8 @@
 """The convert stage: the merged model as GGUF, F16 and quantized; every file is read back and compared.
 
 In: merged/, base/ (its facts, and its 16-bit weights), data/ and adapter/ (their hashes for the lineage; the training
-rows for an importance matrix). Out: `tutor-F16.gguf`, `tutor-<Q>.gguf` for each quantization, by the recipe also
-`base-<Q>.gguf` and importance matrices. Does not merge, choose or publish.
+rows for an importance matrix). Out: `tutor-F16.gguf`, `tutor-<Q>.gguf` for each quantization; if the recipe
+sets them, `base-<Q>.gguf` and importance matrices. Does not merge, choose or publish.
 """
 
 import logging
@@ -36,9 +36,9 @@ from tutor.stages.convert.lineage import base_lineage, to_fields, tutor_lineage
 from tutor.stages.convert.quantization_error import (
     QuantizationError,
     measure,
-    refuse_inexact,
-    refuse_lost,
     replacement_types,
+    require_exact,
+    require_kept,
     unfit_types,
 )
 
@@ -73,7 +73,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     facts, base = read_facts(inputs["base"])
     expected = {name: implied_metadata(folder, facts) for name, folder in (("tutor", inputs["merge"]), ("base", base))}
     if lines := metadata_differences(expected["base"], expected["tutor"]):
-        raise ArtifactError(f"{inputs['merge']} is not like its base {base}:\n  " + "\n  ".join(lines))
+        raise ArtifactError(f"{inputs['merge']} does not match its base {base}:\n  " + "\n  ".join(lines))
     expected["tutor"] = replace(expected["tutor"], chat_template=chat_template(add_bos=facts.add_bos))
     rows = read_split(inputs["data"], TRAIN) if recipe.convert.imatrix else []
     quantizations = recipe.convert.quantizations
@@ -105,7 +105,7 @@ def convert_model(source: ConversionSource, kinds: Sequence[str], out: Path) -> 
     log.info("converting %s to %s", source.folder, f16.name)
     to_gguf(source.folder, f16, source.expected.pre_tokenizer or "", source.lineage)
     gguf = check_gguf(f16, source.expected)
-    refuse_inexact(f16, gguf, weights)
+    require_exact(f16, gguf, weights)
     entries = {f16.name: _entry(f16, F16, gguf, started)}
     matrix = importance_matrix(source, f16, out) if source.rows and kinds else None
     for kind in kinds:
@@ -134,9 +134,9 @@ def _quantized(
         each: sum(tensor.kind == each for tensor in gguf.tensors.values()) for each in unfit_types(gguf, kind, measured)
     }
     if unfit:
-        log.info("%s: %s does not keep what was trained, quantizing again without this type", kind, ", ".join(unfit))
+        log.info("%s: %s does not keep the LoRA update; quantizing again without this type", kind, ", ".join(unfit))
         gguf, measured = make(replacement_types(gguf, unfit))
-    refuse_lost(target, kind, measured)
+    require_kept(target, kind, measured)
     return gguf, {"error": measured.error, "kept": measured.kept, **({"replaced": unfit} if unfit else {})}
 
 
@@ -153,7 +153,7 @@ def importance_matrix(source: ConversionSource, f16: Path, out: Path) -> Path:
     bos = tokens[source.expected.bos] if source.expected.add_bos and source.expected.bos is not None else ""
     eos = tokens[fields["tokenizer.ggml.eos_token_id"]]
     text = calibration_text(calibration_rows(source.rows), source.system, bos, eos)
-    # File names only: the matrix, and every file made with it, contain these names.
+    # File names only: the matrix and every file made with it contain these names.
     text_file, matrix = out / "train.txt", out / f"{source.name}.imatrix"
     log.info("computing the importance matrix of %s from the training rows", f16.name)
     text_file.write_text(text, "utf-8")
@@ -182,4 +182,4 @@ def _require_disk(wanted: Iterable[tuple[Path, Sequence[str]]], out: Path) -> No
     """Raise HostError before the work when the disk cannot hold the files of all models."""
     shapes = [(read_shape(model), kinds) for model, kinds in wanted]
     need = sum(gguf_bytes(shape, kind) for shape, kinds in shapes for kind in (F16, *kinds))
-    require_disk(out, need, "converting", "make room, or ask for fewer convert.quantizations")
+    require_disk(out, need, "converting", "free disk space, or set fewer convert.quantizations")

@@ -1,4 +1,4 @@
-"""The evaluate stage: the base and the tutor answer the held-out prompts; graders judge, and the figures follow.
+"""The evaluate stage: the base and the tutor answer the held-out prompts; graders give verdicts; rates are computed.
 
 In: data/ (prompts.jsonl, train.jsonl, held_out.jsonl), base/ (its tokenizer), gguf/ (the quantized files),
 ladder/served.json, and the two small files that the recipe's [evaluate] may name.

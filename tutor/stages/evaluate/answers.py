@@ -78,7 +78,7 @@ class _Work:
             return self.waiting.popleft() if self.waiting and not self.stopped.is_set() else None
 
     def keep(self, place: int, record: Record) -> None:
-        """Keep an answer, or the error that prevents it."""
+        """Store an answer, or the error in its place."""
         with self.lock:
             self.records[place] = record
             count = len(self.records)
@@ -103,15 +103,15 @@ class _Work:
             else:
                 self.lost += 1
             lost = self.lost
-        log.warning("%s: the engine died at %s", self.task.name, number)
+        log.warning("%s: the engine crashed at %s", self.task.name, number)
         if lost >= MAX_LOST:
             raise ServiceError(
-                f"{self.task.name}: the engine died on {lost} prompts in a row, {MAX_ATTEMPTS} times each, "
+                f"{self.task.name}: the engine crashed on {lost} prompts in a row, {MAX_ATTEMPTS} times each, "
                 f"the last time at {number}",
                 "memory may be short: try a smaller ollama.quantization or generate.context; the answers are kept",
             )
         if not again:
-            self.keep(place, {"error": f"the engine died on it {MAX_ATTEMPTS} times"})
+            self.keep(place, {"error": f"the engine crashed {MAX_ATTEMPTS} times on this prompt"})
 
 
 def answer_prompts(
@@ -130,7 +130,9 @@ def answer_prompts(
     key = {**task.key, "questions": questions, "system": task.system, **asdict(task.generation)}
     with _journal(task.journal, json_sha256(key)) as (known, append):
         if known:
-            log.info("%s: %d of %d answers are there from a run that was ended", task.name, len(known), len(prompts))
+            log.info(
+                "%s: %d of %d answers are in the journal of an interrupted run", task.name, len(known), len(prompts)
+            )
         waiting = deque(place for place in range(len(prompts)) if place not in known)
         work = _Work(task, prompts, dict(known), waiting, append)
         if parallel < 2:
@@ -155,7 +157,7 @@ def _answer_waiting(start: Callable[[], AbstractContextManager[Engine]], work: _
     try:
         while work.waiting and not work.stopped.is_set():
             with start() as engine:
-                # The first request is slower, and distinguishes a crashed engine from a bad prompt.
+                # Warms the engine up; repeated after an error, it distinguishes a crashed engine from a bad prompt.
                 one_token = replace(work.task.generation, max_new_tokens=1)
                 warm_up = partial(engine.answer, conversation("Hola"), one_token, work.stop_if_failed)
                 warm_up()

@@ -1,13 +1,13 @@
-"""What a small data set can hide: copied training text, questions known in one wording only, forgetting.
+"""Figures about generalization: copied training text, answers to paraphrased prompts, drift on general texts.
 
 In: the evaluate stage's records, the training rows, and the two small files that a recipe may name:
-`evaluate.paraphrases` (paraphrases of data.eval's prompts) and `evaluate.general` (texts about anything else). Out:
+`evaluate.paraphrases` (paraphrases of data.eval's prompts) and `evaluate.general` (texts about other subjects). Out:
 figures as JSON values, and findings as sentences. Runs no model.
 """
 
 import math
 import re
-import statistics as figures
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,7 +31,7 @@ GENERAL_KEYS = ("text", "language")
 LIMITS = Limits(max_total_bytes=2**24)
 """Limits of the two files."""
 HELD_OUT = "held-out rows"
-"""Key of the held-out rows among the models in `copied`: a baseline, because the rows' author repeats text, too."""
+"""Key of the held-out rows among the models in `copied`: the baseline, because the author of the rows repeats text."""
 
 
 def named_files(recipe: "Recipe") -> dict[str, Path]:
@@ -44,7 +44,7 @@ def named_files(recipe: "Recipe") -> dict[str, Path]:
 
 
 def check_files(recipe: "Recipe") -> None:
-    """Raise RecipeError or DataError, with file and line, for a file of [evaluate] that the stage could not read."""
+    """Raise RecipeError or DataError, with file and line, for a file of [evaluate] that the stage cannot use."""
     for name, path in named_files(recipe).items():
         read_texts(path, PARAPHRASE_KEYS if name == "paraphrases" else GENERAL_KEYS)
 
@@ -98,7 +98,7 @@ def copied_passages(
 ) -> list[dict[str, Any] | None]:
     """Return the longest passage that each answer shares with a training row; None for a missing answer.
 
-    `run`: its words and signs; `share`: its part of the answer; `line`: the training row's line; `text`.
+    `run`: its words and punctuation marks; `share`: its part of the answer; `line`: the training row's line; `text`.
     """
     places = [place for place, answer in enumerate(answers) if "text" in answer]
     copies = longest_copies([answers[place]["text"] for place in places], [row["response"] for row in training])
@@ -112,12 +112,13 @@ def copied_passages(
 def copied_summary(copies: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
     """Summarise the copied passages of many answers.
 
-    `n`: answers; `median` and `longest`: words and signs; `half_copied`: answers of which half or more is copied.
+    `n`: answers; `median` and `longest`: words and punctuation marks; `half_copied`: answers of which half or more is
+    copied.
     """
     runs = [copy for copy in copies if copy is not None]
     return {
         "n": len(runs),
-        "median": round(figures.median(copy["run"] for copy in runs), 1) if runs else None,
+        "median": round(statistics.median(copy["run"] for copy in runs), 1) if runs else None,
         "longest": max((copy["run"] for copy in runs), default=None),
         "half_copied": sum(copy["share"] >= 0.5 for copy in runs),
     }
@@ -127,7 +128,7 @@ def drift(losses: Mapping[str, Sequence[float]], texts: Sequence[Mapping[str, st
     """Return how well the `base` and the `tutor` predict general texts: perplexity, over all and by language.
 
     `losses` are the mean loss of each text, in nats a token. Every text has the same weight: a model's perplexity is
-    the exponential of its mean loss, and `difference` is the mean change of the loss. More is worse.
+    the exponential of its mean loss, and `difference` is the mean change of the loss. A higher loss is worse.
     """
     found = paired_values(losses["base"], losses["tutor"], seed)
     languages = sorted({row["language"] for row in texts})
@@ -150,16 +151,16 @@ def drift(losses: Mapping[str, Sequence[float]], texts: Sequence[Mapping[str, st
 
 
 def _perplexity(losses: Sequence[float]) -> float:
-    return round(math.exp(min(figures.fmean(losses), 700.0)), 4)  # e^710 is no float
+    return round(math.exp(min(statistics.fmean(losses), 700.0)), 4)  # e^710 is no float
 
 
 def findings(results: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return the results as sentences: `conclusion` and `text`. All that got worse is included, and comes first."""
+    """Return the results as sentences: `conclusion` and `text`. All changes for the worse are in it, at the top."""
     found: list[dict[str, str]] = []
     for changed in results.get("differences", ()):
         found += _changed(changed)
-    if reworded := results.get("paraphrases"):
-        found.append(_sentence("the same questions in other words", reworded))
+    if paraphrased := results.get("paraphrases"):
+        found.append(_sentence("paraphrased questions", paraphrased))
     if general := results.get("general"):
         before, after = general["perplexity"]["base"], general["perplexity"]["tutor"]
         text = f"general texts: perplexity {before:.2f} before and {after:.2f} after tuning ({general['n']} texts)"
@@ -173,12 +174,12 @@ def findings(results: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _is_tuned(name: str) -> bool:
-    """Whether tuning can be the cause of what a model copies: not for the base (`hf:base`, `base-F16`)."""
+    """Whether a model was tuned, so that it can copy training text: not the base (`hf:base`, `base-F16`)."""
     return name != HELD_OUT and not re.fullmatch(r"(?:hf:)?base(?:-[A-Z0-9_]+)?", name)
 
 
 def _changed(changed: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The change of `passed`, of any verdict with a difference, and of any kind of question that differs from both."""
+    """The change of `passed`, of verdicts with a difference, and of kinds of question with another conclusion."""
     names = f"{changed['before']} to {changed['after']}"
     found = []
     for name, over_all in changed["all"].items():

@@ -1,9 +1,9 @@
 """Intervals for few prompts: of one rate, and of the difference of two models on the same prompts.
 
-In: one outcome a prompt. Out: 95 % intervals and, for a difference, its conclusion. Pure; knows no model.
+In: one outcome a prompt. Out: 95 % intervals and, for a difference, its conclusion. Pure; runs no model.
 
-The bootstrap draws whole prompts, so that an easy one stays easy for both models: only what changes between them
-counts. Each of several intervals is wrong in 1 of 20 cases on its own; no correction is made for multiple comparisons.
+The bootstrap resamples prompts with the outcomes of both models together, so that the difficulty of a prompt cancels
+out. Each interval is wrong in 1 of 20 cases; no correction is made for multiple comparisons.
 """
 
 import math
@@ -22,18 +22,19 @@ RESAMPLES = 10_000
 TAIL = 0.025
 """Share of the bootstrap means outside the interval, on each side."""
 MIN_PAIRS = 6
-"""Minimum number of paired measurements for an interval: five all fall the same way by chance in 1 of 16 cases."""
+"""Minimum number of paired measurements for an interval: five changes have one sign by chance in 1 of 16 cases."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What changed from one model to the other over the same prompts, as a mean a prompt.
+    """The change from one model to another, paired by prompt.
 
-    For verdicts 1.0 is a prompt won and `mean` a difference of shares; else `mean` is in the measurement's own unit.
+    For verdicts a change is 1, 0 or -1, and `mean` is the difference of two pass rates. For other measurements `mean`
+    has their unit.
     """
 
     n: int  # prompts
-    higher: int  # prompts with more after than before
+    higher: int  # prompts with a higher value after than before
     lower: int
     mean: float
     low: float | None  # of the 95 % interval; None: too few pairs for one
@@ -52,7 +53,7 @@ def wilson(passed: int, n: int) -> tuple[float, float]:
     share, spread = passed / n, Z * Z / n
     middle = (share + spread / 2) / (1 + spread)
     half = Z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / (4 * n))
-    # At the ends rounding would leave 1e-17 instead of 0.
+    # At 0 and n, rounding would leave 1e-17 instead of 0.
     return 0.0 if passed == 0 else max(0.0, middle - half), 1.0 if passed == n else min(1.0, middle + half)
 
 
@@ -60,12 +61,12 @@ def paired_verdicts(before: Sequence[bool], after: Sequence[bool], seed: int) ->
     """Return the difference of two pass rates over the same prompts, in the same order.
 
     One pseudo-prompt of every outcome (both pass, none, one, the other) is added with half weight, after Agresti and
-    Min (2005): a plain bootstrap of ten equal outcomes would claim certainty. Measured over 1,500 draws each of seven
-    true differences: the interval covers the true one in 95 to 100 of 100 cases for 10 prompts (a plain bootstrap's
-    in 41 to 100), in 93 to 100 for 24, in 95 to 98 for 120.
+    Min (2005): a plain bootstrap of ten equal outcomes gives an interval of width zero. Measured over 1,500 draws
+    each of seven true differences: the interval covers the true one in 95 to 100 of 100 cases for 10 prompts (a plain
+    bootstrap's in 41 to 100), in 93 to 100 for 24, in 95 to 98 for 120.
     """
     changes = [int(late) - int(early) for early, late in zip(before, after, strict=True)]
-    # Every prompt counts twice, and so every pseudo-prompt half.
+    # Every prompt is listed twice, so that a pseudo-prompt has half its weight.
     return _difference(changes, [*changes, *changes, 1, -1, 0, 0], seed)
 
 

@@ -3,10 +3,10 @@
 In: prompts with their category, records with their verdicts (graders/verdict.py). Out: JSON values. A rate has the
 number `n` of passed prompts, its `share`, and the `low` and `high` end of its 95 % interval. A change has the rate
 `before` and `after`, their `difference` with its interval, the number of prompts `better` and `worse`, and the
-`conclusion`. Judges no answer.
+`conclusion`. Grades no answer.
 """
 
-import statistics as figures
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +14,7 @@ from tutor.graders.verdict import LABELS
 from tutor.stages.evaluate.intervals import conclude, paired_verdicts, wilson
 
 BY_KIND = ("passed", "spanish", "stopped", "compiles")
-"""Verdicts whose changes are also counted by kind of question: small models can learn much and pass nothing."""
+"""Verdicts whose changes are also counted by kind of question: a small model can improve and still pass no prompt."""
 
 
 def summarise(prompts: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -25,8 +25,8 @@ def summarise(prompts: Sequence[Mapping[str, Any]], records: Sequence[Mapping[st
     return {
         "all": rates(records),
         "categories": {name: rates([records[place] for place in places]) for name, places in _kinds(prompts).items()},
-        "characters": round(figures.median(lengths)) if lengths else None,
-        "tokens_per_second": round(figures.median(speeds), 2) if speeds else None,
+        "characters": round(statistics.median(lengths)) if lengths else None,
+        "tokens_per_second": round(statistics.median(speeds), 2) if speeds else None,
     }
 
 
@@ -53,14 +53,13 @@ def changes(
     after: Sequence[Mapping[str, Any]],
     seed: int,
 ) -> dict[str, Any]:
-    """Return what changed from one model's records to another's over the same prompts.
+    """Return the changes from one model's records to another's over the same prompts.
 
     `all`: the change of every verdict; `categories`: of `passed` by kind of question; `kinds`: of each verdict in
     BY_KIND by kind of question; `better` and `worse`: the questions that only one model passes.
     """
     common = [name for name in _counted(before) if name in _counted(after)]
-    won = [_passes(record, "passed") for record in after]
-    lost = [_passes(record, "passed") for record in before]
+    passes_before, passes_after = ([_passes(record, "passed") for record in records] for records in (before, after))
     places = range(len(prompts))
     kinds = {
         name: {
@@ -74,15 +73,15 @@ def changes(
         "all": {name: change(before, after, name, seed) for name in common},
         "categories": kinds["passed"],
         "kinds": kinds,
-        "better": [prompts[at]["instruction"] for at in places if won[at] and not lost[at]],
-        "worse": [prompts[at]["instruction"] for at in places if lost[at] and not won[at]],
+        "better": [prompts[at]["instruction"] for at in places if passes_after[at] and not passes_before[at]],
+        "worse": [prompts[at]["instruction"] for at in places if passes_before[at] and not passes_after[at]],
     }
 
 
 def change(
     before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], name: str, seed: int
 ) -> dict[str, Any]:
-    """Return what changed in one verdict, over records of the same prompts in the same order."""
+    """Return the change of one verdict, over records of the same prompts in the same order."""
     early, late = ([_passes(record, name) for record in records] for records in (before, after))
     found = paired_verdicts(early, late, seed)
     return {

@@ -21,7 +21,7 @@ Does not decide whether the model is good enough.
 
 import logging
 import os
-import statistics as figures
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ANSWERS, PARAPHRASED = "answers.json", "paraphrased.json"
+"""File names of the answers to the prompts and to the paraphrased prompts."""
 
 
 def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
@@ -66,25 +67,25 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     if any(map(wants_code, prompts)):
         find_compiler()  # before the answers, which take long
     named = generalization.named_files(recipe)
-    reworded = []
+    paraphrased = []
     if "paraphrases" in named:
-        reworded = generalization.paraphrased_prompts(
+        paraphrased = generalization.paraphrased_prompts(
             generalization.read_texts(named["paraphrases"], generalization.PARAPHRASE_KEYS), prompts
         )
     served = served_quantization(recipe.ollama.quantization, inputs["ladder"])
     files = served_files(inputs["convert"], served, base=recipe.convert.base)
     training = read_split(inputs["data"], TRAIN)
-    answered = {name: [*prompts, *reworded] if name == "tutor" else prompts for name in files}
+    answered = {name: [*prompts, *paraphrased] if name == "tutor" else prompts for name in files}
     records = {name: _answers(recipe, name, gguf, out, answered[name]) for name, gguf in files.items()}
     records = {name: graded(answered[name], found, training) for name, found in records.items()}
     plain = {name: found[: len(prompts)] for name, found in records.items()}
     write_json(out / ANSWERS, side_by_side(prompts, plain))
-    write_json(out / PARAPHRASED, side_by_side(reworded, {"tutor": records["tutor"][len(prompts) :]}))
+    write_json(out / PARAPHRASED, side_by_side(paraphrased, {"tutor": records["tutor"][len(prompts) :]}))
     results: dict[str, Any] = {
         "generation": asdict(greedy(recipe.generate, recipe.seed)),
         "models": {name: {"file": files[name].stem, **rates.summarise(prompts, plain[name])} for name in files},
         "differences": changes_from_first(prompts, plain, recipe.seed),
-        "paraphrases": _reworded(prompts, reworded, records["tutor"], recipe.seed),
+        "paraphrases": _paraphrase_change(prompts, paraphrased, records["tutor"], recipe.seed),
         "general": _general(recipe, named, files, inputs["base"]),
         "copied": _copied(plain, read_split(inputs["data"], HELD_OUT), training),
     }
@@ -125,7 +126,7 @@ def graded(
 def changes_from_first(
     prompts: Sequence[Mapping[str, Any]], records: Mapping[str, Sequence[Record]], seed: int
 ) -> list[dict[str, Any]]:
-    """Return what changed from the first model to each of the others."""
+    """Return the changes from the first model to each of the others."""
     first, *others = records
     return [
         {"before": first, "after": name, **rates.changes(prompts, records[first], records[name], seed)}
@@ -133,17 +134,17 @@ def changes_from_first(
     ]
 
 
-def _reworded(
+def _paraphrase_change(
     prompts: Sequence[Mapping[str, Any]],
-    reworded: Sequence[Mapping[str, Any]],
+    paraphrased: Sequence[Mapping[str, Any]],
     records: Sequence[Record],
     seed: int,
 ) -> dict[str, Any] | None:
     """The change from the prompts that have a paraphrase to their paraphrases."""
-    if not reworded:
+    if not paraphrased:
         return None
     places = {prompt["instruction"].strip(): place for place, prompt in enumerate(prompts)}
-    originals = [records[places[row["original"].strip()]] for row in reworded]
+    originals = [records[places[row["original"].strip()]] for row in paraphrased]
     return rates.change(originals, records[len(prompts) :], "passed", seed)
 
 
@@ -154,15 +155,15 @@ def _general(
     if "general" not in named:
         return None
     if "base" not in files:
-        log.info("general texts: left out, for there is no base to compare with (convert.base = false)")
+        log.info("general texts are left out: there is no base to compare with (convert.base = false)")
         return None
     texts = generalization.read_texts(named["general"], generalization.GENERAL_KEYS)
-    log.info("general texts: the base and the tutor predict %d", len(texts))
+    log.info("scoring %d general texts with the base and the tutor", len(texts))
     tokenizer = load_tokenizer(read_facts(base)[1])
     ids = [list(tokenizer(row["text"])["input_ids"]) for row in texts]
     rows = [(each[:1], each[1:]) for each in ids]
     scores = {name: score(gguf, rows, threads=_threads()) for name, gguf in files.items()}
-    losses = {name: [-figures.fmean(item.logprobs) for item in found] for name, found in scores.items()}
+    losses = {name: [-statistics.fmean(item.logprobs) for item in found] for name, found in scores.items()}
     return generalization.drift(losses, texts, recipe.seed)
 
 

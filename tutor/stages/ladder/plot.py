@@ -26,7 +26,7 @@ def plot(quantizations: Mapping[str, Mapping[str, Any]], budget: float, served: 
         'font-size="12">',
         f"<title>{escape(_title(quantizations, served))}</title>",
         f'<rect width="{FRAME.width}" height="{FRAME.height}" fill="#ffffff"/>',
-        _text(left - 60, 22, "What each quantization loses against F16, and its size", "start", "#222222"),
+        _text(left - 60, 22, "Divergence of each quantization from F16, and size", "start", "#222222"),
         _text((left + right) / 2, FRAME.height - 12, "size (MB)", "middle", "#444444"),
         _text(left - 60, 42, "mean KL divergence (nats a token)", "start", "#444444"),
     ]

@@ -1,4 +1,4 @@
-"""The ladder stage: a benchmark of the quantizations (held-out loss, size, speed, memory), and which one is served.
+"""The ladder stage: a quantization benchmark (held-out loss, size, speed, memory), and the choice of the served one.
 
 In: data/ (held_out.jsonl), base/ (its tokenizer), gguf/ (the GGUF files). Out: ladder.json and ladder.svg (loss, KL
 divergence and size by quantization; two runs give equal bytes), served.json (the quantization to serve); speeds and
@@ -106,7 +106,7 @@ def benchmark(files: Mapping[str, Path], rows: TokenRows, threads: int, out: Pat
 
 
 def against_f16(f16_scores: Sequence[Score], scores: Sequence[Score]) -> dict[str, Any]:
-    """Return what a quantization loses against F16.
+    """Return the figures of a quantization, compared with F16.
 
     `loss`, `perplexity` and `tokens`: its own; `more`: the increase of the loss (nats a token), with its standard
     error over the tokens; `kl`: KL divergence from F16, mean and 99th percentile; `same`: the share of tokens where
@@ -176,7 +176,7 @@ def speed_and_memory(path: Path, rows: TokenRows, context: int, threads: int, se
         server.speed(ids[:8], 1)  # loads pages of the file that are not in memory yet
         speed = server.speed(ids, TIMED_NEW_TOKENS)
         memory = server.peak_memory()
-    log.info("%s: reads %.0f tokens/s, writes %.1f", path.name, speed.prompt, speed.generation)
+    log.info("%s: prompt %.0f tokens/s, generation %.1f tokens/s", path.name, speed.prompt, speed.generation)
     return {"prompt_per_second": speed.prompt, "tokens_per_second": speed.generation, "memory": memory}
 
 

@@ -30,7 +30,7 @@ INSTRUCTION = re.compile(
 )
 """Pattern of the next instruction's name, or of the end of the file."""
 LINE_END = re.compile(r"[\r\n]|\Z")
-FORMS: Mapping[Kind, re.Pattern[str]] = {
+VALUE_PATTERNS: Mapping[Kind, re.Pattern[str]] = {
     int: re.compile(r"[+-]?0{0,99}[0-9]{1,19}"),
     float: re.compile(r"[+-]?(?:D(?:\.D?)?|\.D)(?:[eE][+-]?D)?".replace("D", "(?:[0-9](?:_?[0-9])*)")),
     bool: re.compile("1|t|T|TRUE|true|True|0|f|F|FALSE|false|False"),
@@ -111,7 +111,7 @@ def _typed(name: str, values: list[str]) -> Parameter:
     typed: Parameter = []
     for value in values:
         typed = []
-        if FORMS[kind].fullmatch(value):
+        if VALUE_PATTERNS[kind].fullmatch(value):
             typed = value[0] in "1tT" if kind is bool else kind(value)
         if not has_type(kind, typed):
             raise ArtifactError(f"Modelfile: parameter {name} is {value!r}; it must be {TYPE_NAMES[kind]}")

@@ -24,7 +24,7 @@ def render(spec: ModelSpec, folder: Path, template_file: Path | None = None) -> 
     check_spec(spec)
     file = template_file or _template_file()
     environment = SandboxedEnvironment(
-        *("[%", "%]", "[[", "]]", "[#", "#]"),  # Go has the braces
+        *("[%", "%]", "[[", "]]", "[#", "#]"),  # braces belong to the Go template
         undefined=jinja2.StrictUndefined,
         autoescape=False,
         keep_trailing_newline=True,

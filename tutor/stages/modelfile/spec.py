@@ -1,4 +1,4 @@
-"""What Ollama gets to know about a model, and whether Ollama can represent it.
+"""The specification of a model for Ollama, and the check that Ollama can represent the model.
 
 In: a `ModelSpec`. Out: nothing, or the error that names the field and its value. Ollama's parser drops or guesses
 without a message and its API checks no parameter, so everything is checked here first. Renders and sends nothing.
@@ -38,16 +38,16 @@ DEPRECATED = {"penalize_newline", "low_vram", "f16_kv", "logits_all", "vocab_onl
 DEPRECATED |= {"mirostat_tau", "mirostat_eta"}
 """Parameters that Ollama accepts and ignores."""
 REMOVED = {"tfs_z", "numa", "num_gqa", "embedding_only", "rope_frequency_base", "rope_frequency_scale"}
-"""Parameters of older Ollama versions that today's refuses."""
+"""Parameters of older versions of Ollama, which current versions refuse."""
 FLOAT32_LIMIT = 2.0**128 - 2.0**103
 """Smallest number that rounds to no finite float32: Go refuses it."""
 
-NAME = re.compile(
+NAME_PATTERN = re.compile(
     r"(?:(?:[A-Za-z0-9_][A-Za-z0-9_.:-]{0,349}/)?[A-Za-z0-9_][A-Za-z0-9_-]{0,79}/)?"  # host, namespace
     rf"(?P<model>{MODEL_NAME.pattern})(?::(?P<tag>{MODEL_NAME.pattern}))?"
 )
 """Pattern of a model name that Ollama accepts."""
-RESPONSE = re.compile(r"\{\{\s*\.Response\s*\}\}")
+RESPONSE_PATTERN = re.compile(r"\{\{\s*\.Response\s*\}\}")
 """Pattern of the place of the answer in a Go template."""
 BOS_TEXTS = ("<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<|startoftext|>", "<|im_start|>", "<bos>", "<s>")
 """Texts that llama-server's tokenizer reads as a BOS token, in addition to the BOS that the tokenizer adds."""
@@ -55,7 +55,7 @@ BOS_TEXTS = ("<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<|startoftex
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model as Ollama gets it; `check_spec` checks whether Ollama can represent it."""
+    """The values of a model that are sent to Ollama; `check_spec` checks them."""
 
     name: str
     gguf: Path
@@ -69,7 +69,7 @@ class ModelSpec:
 
 def check_spec(spec: ModelSpec) -> None:
     """Raise RecipeError for what Ollama would refuse or alter, ArtifactError for a missing file."""
-    name = NAME.fullmatch(spec.name)
+    name = NAME_PATTERN.fullmatch(spec.name)
     if not name or name["model"] == "deepseek-r1" or re.search(r"(^|-)(cloud|local)$", name["tag"] or ""):
         hint = "letters, digits, '_', '-' and '.', at most 80; deepseek-r1 and the tags cloud and local are special"
         raise RecipeError(f"model name is {spec.name!r}", hint)
@@ -84,7 +84,7 @@ def check_spec(spec: ModelSpec) -> None:
     for key, value in spec.parameters.items():
         _check_parameter(key, value)
     for key in ("num_ctx", "num_predict"):
-        # Ollama's defaults: a context that depends on the card's memory, and an unlimited answer (as for 0).
+        # Ollama's defaults: a context that depends on the GPU's memory, and an unlimited answer (also for 0).
         number = spec.parameters.get(key)
         if not isinstance(number, int) or number <= 0:
             raise RecipeError(f"parameter {key} is {number}", "give it a positive number")
@@ -150,7 +150,7 @@ def _check_text(field: str, text: str) -> None:
 
 def _check_template(template: str) -> None:
     _check_text("template", template)
-    prompt, *after = RESPONSE.split(template)
+    prompt, *after = RESPONSE_PATTERN.split(template)
     if ".Prompt" not in prompt or len(after) != 1 or not prompt.endswith(CUE):
         hint = f"it must have .Prompt, then one {{{{ .Response }}}} right behind the cue {CUE!r}"
         raise RecipeError(f"template is {template!r}", hint)
@@ -173,4 +173,4 @@ def _check_file(field: str, path: Path) -> None:
     if path.suffix != ".gguf":
         raise ArtifactError(f"{field} {path} is not called *.gguf", "rename it: Ollama goes by the name")
     if not representable(str(path)) or re.search(r"[\t\r\n]", str(path)):
-        raise RecipeError(f"{field} {str(path)!r} cannot stand in a Modelfile", "rename the file or its folder")
+        raise RecipeError(f"{field} {str(path)!r} cannot be written in a Modelfile", "rename the file or its folder")

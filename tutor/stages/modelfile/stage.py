@@ -20,7 +20,7 @@ from tutor.stages.modelfile.spec import ModelSpec, Parameter
 
 def run(recipe: Recipe, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
     """Write `out`/Modelfile and `out`/create.json; return their main values. Raises the errors of `render`."""
-    # create.json is the request, with each file's path from `out` in the place of its digest.
+    # create.json is the request, with each file's path from `out` instead of its digest.
     served = served_quantization(recipe.ollama.quantization, inputs["ladder"])
     gguf = inputs["convert"] / gguf_name("tutor", served)
     parameters = ollama_parameters(recipe.generate.model_dump(), recipe.seed, STOPS)
@@ -33,7 +33,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]
 
 
 def create_body(spec: ModelSpec, files: Mapping[Path, str]) -> dict[str, Any]:
-    """Return a create request without `model` and `stream`; `files` holds what names each file: a path or a digest."""
+    """Return a create request without `model` and `stream`; `files` maps each file to its path or digest."""
     body = {
         "files": {spec.gguf.name: files[spec.gguf]},
         "adapters": {spec.adapter.name: files[spec.adapter]} if spec.adapter else {},

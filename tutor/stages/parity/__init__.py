@@ -1,4 +1,4 @@
-"""The parity stage, a gate: every engine on the way from training to serving gets the same conversations.
+"""The parity stage, a gate: every engine on the way from training to serving gets equal conversations.
 
 In: data/held_out.jsonl, base/, adapter/, merged/, gguf/, ladder/served.json, the recipe's [parity].
 Out: `parity/reference.json` (the observations of every engine), `parity/parity.json` (the hand-offs from engine to

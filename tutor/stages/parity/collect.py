@@ -15,7 +15,7 @@ from tutor.engines.llamacpp.score import score
 from tutor.engines.llamacpp.server import serve
 from tutor.engines.llamacpp.trace import rendered
 from tutor.engines.llamacpp.trace import trace as llamacpp_trace
-from tutor.engines.trace import TOP
+from tutor.engines.trace import TOP_CANDIDATES
 from tutor.prompt import completion
 from tutor.stages.parity.compare import Observation
 from tutor.stages.parity.conversations import Conversation
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-STEPS = 16
+GREEDY_TOKENS = 16
 """Number of tokens of a greedy answer: enough to diverge, and fewer than the repetitions at which Ollama stops."""
 
 
 @dataclass(frozen=True)
 class Tokenized:
-    """A conversation in the ids of the model folder's tokenizer."""
+    """A conversation as ids of the model folder's tokenizer."""
 
     conversation: Conversation
     ids: tuple[int, ...]  # of the prompt
@@ -39,7 +39,7 @@ class Tokenized:
 
 
 def tokenize(tokenizer: Any, conversation: Conversation) -> Tokenized:
-    """Return the ids as training encodes them: of the prompt, then of the answer and EOS."""
+    """Return the ids of the prompt, and those of the answer and EOS, encoded as in training."""
     ids = tuple(tokenizer(conversation.prompt)["input_ids"])
     if conversation.answer is None:
         return Tokenized(conversation, ids, None)
@@ -62,11 +62,13 @@ def from_transformers(
     paths: Mapping[str, Sequence[int]] | None = None,
     own_template: bool,
 ) -> TransformersRun:
-    """Observe a loaded model, prompted by its folder's chat template or, where that is another one, as in training.
+    """Observe a loaded model.
 
-    The model generates its own answers or, where `paths` are given, follows these until it differs: much faster.
+    `own_template`: the folder's chat template renders the prompts; else the prompt contract does, because the folder of
+    a base has another template. `paths`: greedy answers of another model; this model follows them up to its first
+    different token, which is much faster than to generate.
     """
-    from tutor.engines.hf.trace import followed, scores, trace
+    from tutor.engines.hf.trace import scores, trace, trace_along
 
     items = [tokenize(engine.tokenizer, conversation) for conversation in conversations]
     given = _given(items)
@@ -76,9 +78,9 @@ def from_transformers(
         conversation, answer = item.conversation, None
         name = conversation.name
         if paths is None and conversation.reach == "everywhere":
-            taken[name], answer = trace(engine, item.ids, STEPS)
+            taken[name], answer = trace(engine, item.ids, GREEDY_TOKENS)
         elif name in taken:
-            answer = followed(engine, item.ids, taken[name])
+            answer = trace_along(engine, item.ids, taken[name])
         prompt = own_prompt(engine.tokenizer, conversation) if own_template else conversation.prompt
         found.append(Observation(name, prompt, item.ids, len(item.ids), scored.get(name), answer))
     return TransformersRun(tuple(found), taken)
@@ -111,14 +113,18 @@ def from_gguf(
 ) -> tuple[Observation, ...]:
     """Observe a GGUF file in llama.cpp, prompted by its own chat template; `served`: the file will be published."""
     given = _given(items)
-    scored = dict(zip(given, score(gguf, list(given.values()), threads=settings.threads, top=TOP), strict=True))
+    scored = dict(
+        zip(given, score(gguf, list(given.values()), threads=settings.threads, top=TOP_CANDIDATES), strict=True)
+    )
     found = []
     reaches = ("everywhere", "served") if served else ("everywhere",)
     with serve(gguf, context=settings.context, threads=settings.threads, log=settings.log, own_template=True) as server:
         for item in items:
             conversation = item.conversation
             ids = tuple(server.tokenize(conversation.prompt))
-            answer = llamacpp_trace(server, conversation.prompt, STEPS) if conversation.reach in reaches else None
+            answer = (
+                llamacpp_trace(server, conversation.prompt, GREEDY_TOKENS) if conversation.reach in reaches else None
+            )
             prompt = rendered(server, conversation.messages).removeprefix(settings.bos)
             found.append(Observation(conversation.name, prompt, ids, len(ids), scored.get(conversation.name), answer))
     return tuple(found)

@@ -1,7 +1,7 @@
 """Compare two engines conversation by conversation. Pure.
 
-In: the observations of both engines, for the same conversations. Out: one `Comparison` a subject, in the order in
-which a fault shows: prompts, their tokens, log-probabilities, greedy answers, their ends. Chooses no tolerance.
+In: the observations of both engines, for equal conversations. Out: one `Comparison` a subject, from cause to effect:
+prompts, their tokens, log-probabilities, greedy answers, their ends. Chooses no tolerance.
 """
 
 import math
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tutor.engines.trace import END, Step, Trace, divergence
+from tutor.engines.trace import EOS_TEXT, Step, Trace, divergence
 
 if TYPE_CHECKING:
     from tutor.engines.trace import Score
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Observation:
-    """What one engine made of one conversation; None where the engine does not report it, or did not run."""
+    """The results of one engine for one conversation; None where the engine does not report a value, or did not run."""
 
     name: str
     prompt: str | None = None  # the rendered messages, without BOS
@@ -47,8 +47,6 @@ class Comparison:
     what: str = ""  # the first difference, with both sides
 
 
-SUBJECTS = ("prompt", "tokens", "log-probabilities", "greedy answer", "end")
-"""Names of the comparisons, in their order."""
 FIGURE_NAMES = {"kl": "KL", "mean": "mean difference", "worst": "worst difference"}
 """Names of the limited figures in messages."""
 
@@ -56,7 +54,7 @@ FIGURE_NAMES = {"kl": "KL", "mean": "mean difference", "worst": "worst differenc
 def compare_engines(
     ours: Sequence[Observation], theirs: Sequence[Observation], tolerance: Tolerance
 ) -> list[Comparison]:
-    """Return the comparisons of two engines in the order of SUBJECTS; no figure counts what one side lacks."""
+    """Return the comparisons of two engines; no figure counts a value that one side lacks."""
     pairs = list(zip(ours, theirs, strict=True))
     assert all(a.name == b.name for a, b in pairs), "the same conversations"
     return [
@@ -77,7 +75,7 @@ def _prompts(pairs: Sequence[Pair]) -> Comparison:
 
 
 def _tokens(pairs: Sequence[Pair]) -> Comparison:
-    """Ids where both sides have them, else the number of tokens."""
+    """Compare the ids where both sides have them, else the numbers of tokens."""
     known: list[tuple[str, object, object, Callable[..., str]]] = []
     for a, b in pairs:
         if a.ids is not None and b.ids is not None:
@@ -174,7 +172,7 @@ def _greedy(pairs: Sequence[Pair], lead: float | None) -> Comparison:
         agreed += common
         steps += max(len(a.steps), common + (x is not None))
         equal += x is None and y is None
-        if x is not None and y is not None and END not in (x.text, y.text) and not _is_tie(x, y, lead):
+        if x is not None and y is not None and EOS_TEXT not in (x.text, y.text) and not _is_tie(x, y, lead):
             by = "" if x.lead is None else f", preferred by {x.lead:.2f}"
             wrong.append(f"«{name}»: after {common} equal steps {x.text!r}{by}, and {y.text!r}")
     figures = {"agreed": float(agreed), "steps": float(steps), "equal": float(equal), "of": float(len(traced))}
@@ -200,9 +198,9 @@ def _ends(pairs: Sequence[Pair], lead: float | None) -> Comparison:
         if a.trace and b.trace:
             compared += 1
             common, s, t = _first_difference(a.trace, b.trace)
-            at_end = (s is not None and s.text == END) != (t is not None and t.text == END)
+            at_end = (s is not None and s.text == EOS_TEXT) != (t is not None and t.text == EOS_TEXT)
             if at_end and not (s and t and _is_tie(s, t, lead)) and lead is not None:
-                ended = [_ending(bool(step and step.text == END)) for step in (s, t)]
+                ended = [_ending(bool(step and step.text == EOS_TEXT)) for step in (s, t)]
                 wrong.append(f"«{a.name}», after {common} equal steps: {ended[0]} and {ended[1]}")
     figures = {"equal": float(compared - len(wrong)), "of": float(compared)}
     return Comparison("end", not wrong, figures, wrong[0] if wrong else "")

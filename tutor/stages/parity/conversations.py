@@ -29,6 +29,7 @@ TURNS = (
     "Escribe una función que la reciba.",
 )
 FILLER = "El compilador comprueba los tipos antes de ejecutar nada; 3 veces de 4, basta con leer su mensaje.\n"
+"""Sentence of the longest conversation, repeated up to the context."""
 
 
 @dataclass(frozen=True)
@@ -54,25 +55,25 @@ def conversations(
     `fits` returns whether a prompt leaves enough context for an answer: one conversation has the longest such prompt.
     """
     made = [
-        Conversation(f"held-out {number}", _talk(system, question), "everywhere", answer)
+        Conversation(f"held-out {number}", _messages(system, question), "everywhere", answer)
         for number, (question, answer) in enumerate(rows, 1)
     ]
     fixed = {"accents": ACCENTS, "code": CODE, "emoji": EMOJI, "special tokens": SPECIALS}
-    made += [Conversation(name, _talk(system, text), "everywhere") for name, text in fixed.items()]
+    made += [Conversation(name, _messages(system, text), "everywhere") for name, text in fixed.items()]
     made += [
-        Conversation("several turns", _talk(system, *TURNS), "everywhere"),
-        Conversation("empty system", ({"role": "system", "content": ""}, *_talk("", TURNS[0])), "served"),
+        Conversation("several turns", _messages(system, *TURNS), "everywhere"),
+        Conversation("empty system", ({"role": "system", "content": ""}, *_messages("", TURNS[0])), "served"),
     ]
     if rows:
         # The answer is complete: a model that has learnt to end answers generates EOS only.
         question, answer = rows[0]
-        made.append(Conversation("answered", _talk(system, question, completion(answer)), "served"))
-    if fits(render(_talk(system, FILLER))):
+        made.append(Conversation("answered", _messages(system, question, completion(answer)), "served"))
+    if fits(render(_messages(system, FILLER))):
         made.append(Conversation("long", _longest(system, fits), "published"))
     return tuple(item if fits(item.prompt) else replace(item, reach="nowhere") for item in made)
 
 
-def _talk(system: str, *turns: str) -> tuple[Message, ...]:
+def _messages(system: str, *turns: str) -> tuple[Message, ...]:
     """Alternating user and assistant messages, after the system text where there is one."""
     opening: list[Message] = [{"role": "system", "content": system}] if system else []
     roles = ("user", "assistant")
@@ -82,9 +83,9 @@ def _talk(system: str, *turns: str) -> tuple[Message, ...]:
 def _longest(system: str, fits: Callable[[str], bool]) -> tuple[Message, ...]:
     """A question of as many equal sentences as fit."""
     low, high = 1, 2
-    while fits(render(_talk(system, FILLER * high))):
+    while fits(render(_messages(system, FILLER * high))):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(render(_talk(system, FILLER * middle))) else (low, middle)
-    return _talk(system, FILLER * low)
+        low, high = (middle, high) if fits(render(_messages(system, FILLER * middle))) else (low, middle)
+    return _messages(system, FILLER * low)

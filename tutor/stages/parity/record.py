@@ -1,4 +1,4 @@
-"""Observations as JSON, for later comparisons with the record of the parity stage.
+"""Observations as JSON: the record of the parity stage, with which the published model is compared.
 
 In: observations. Out: the values of reference.json, and observations again. Reads and writes no file.
 """

@@ -1,4 +1,4 @@
-"""The parity stage, a gate: every engine on the way from training to serving gets the same conversations.
+"""The parity stage, a gate: every engine on the way from training to serving gets equal conversations.
 
 In: data/ (held-out rows), base/, adapter/, merged/, gguf/, ladder/. Out: reference.json (the observations of every
 engine), parity.json (the hand-offs from engine to engine, and the refusal where one diverges). Does not call Ollama:
@@ -81,7 +81,7 @@ def _conversations(tokenizer: Any, recipe: "Recipe", data: Path) -> tuple[Conver
     pairs = sorted(
         ((row["instruction"], row["response"]) for row in rows), key=lambda pair: (sum(map(len, pair)), pair)
     )
-    max_tokens = recipe.generate.context - collect.STEPS
+    max_tokens = recipe.generate.context - collect.GREEDY_TOKENS
 
     def fits(prompt: str) -> bool:
         return len(tokenizer(prompt, verbose=False)["input_ids"]) <= max_tokens
@@ -90,7 +90,7 @@ def _conversations(tokenizer: Any, recipe: "Recipe", data: Path) -> tuple[Conver
 
 
 @dataclass(frozen=True)
-class Trained:
+class TransformersResult:
     """The observations of transformers, by engine; or `missing`: why transformers did not run."""
 
     observations: Mapping[str, Sequence[Observation]]
@@ -99,7 +99,7 @@ class Trained:
     coarser: str = ""  # the coarser one of `precision` and the merged weights' type
 
 
-def _in_transformers(inputs: Mapping[str, Path], talks: Sequence[Conversation], free: int) -> Trained:
+def _in_transformers(inputs: Mapping[str, Path], talks: Sequence[Conversation], free: int) -> TransformersResult:
     """Observe base + adapter and the merged folder in transformers.
 
     The merged model generates its own answers; base + adapter, which is slower, follows these.
@@ -111,7 +111,7 @@ def _in_transformers(inputs: Mapping[str, Path], talks: Sequence[Conversation], 
             f"its 16-bit weights need {(weights + OVERHEAD_BYTES) / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
         )
         log.warning("transformers does not run: %s", need)
-        return Trained({}, None, need)
+        return TransformersResult({}, None, need)
     from tutor.engines.hf import loading
 
     load = partial(loading.load, precision=precision)
@@ -127,7 +127,7 @@ def _in_transformers(inputs: Mapping[str, Path], talks: Sequence[Conversation], 
     collect.free_model(engine)
     in_bf16 = read_json(inputs["merge"] / "config.json").get("dtype") == "bfloat16"
     observations = {ADAPTER: trained.observations, MERGED: merged.observations}
-    return Trained(observations, precision, coarser="bf16" if in_bf16 else precision)
+    return TransformersResult(observations, precision, coarser="bf16" if in_bf16 else precision)
 
 
 def transformers_precision(weights: int, free: int) -> str | None:
@@ -153,10 +153,10 @@ def _reference(
         engine: [to_record(item, candidates=engine == served) for item in found] for engine, found in observed.items()
     }
     messages = [asdict(item) for item in talks]
-    return {"served": served, "steps": collect.STEPS, "conversations": messages, "engines": engines}
+    return {"served": served, "steps": collect.GREEDY_TOKENS, "conversations": messages, "engines": engines}
 
 
-def _same_weights(observed: Mapping[str, Sequence[Observation]], trained: Trained) -> list[HandOff]:
+def _same_weights(observed: Mapping[str, Sequence[Observation]], trained: TransformersResult) -> list[HandOff]:
     """Base + adapter -> merged -> F16: only rounding may change."""
     chain: tuple[tuple[Kind, str, str], ...] = (("merge", ADAPTER, MERGED), ("convert", MERGED, F16))
     if trained.precision is None:

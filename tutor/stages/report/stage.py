@@ -1,8 +1,8 @@
 """The report stage: the results of all stages as one page for people, and a model card for the hub.
 
-In: the folders of the stages, and the records of publishing and of `tutor parity --host`, as far as they are there.
-Out: report.html (no script, no network) and README.md, the card for the GGUF files. Judges nothing; a stage that has
-not run is listed in the page and is no error.
+In: the folders of the stages, and the records of publishing and of `tutor parity --host`, where they exist.
+Out: report.html (no script, no network) and README.md, the card for the GGUF files. Grades nothing. The page lists each
+stage that has not run; that is no error.
 """
 
 import json
@@ -20,7 +20,7 @@ from tutor.formats.models.model_folder import load_tokenizer, read_facts
 from tutor.formats.rows.split_files import TRAIN, read_json_lines, read_split
 from tutor.graders.verdict import in_spanish
 from tutor.machine import host
-from tutor.stages.report.labels import labelled, sample_rows
+from tutor.stages.report.labels import labelled_runs, sample_rows
 from tutor.stages.report.model_card import card
 from tutor.stages.report.prompts import prompts
 from tutor.stages.report.view import StageOutputs, view
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 PAGE, CARD = "report.html", "README.md"
+"""File names of the page and of the model card."""
 
 
 def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
 
 def page(outputs: StageOutputs, values: Mapping[str, Any] | None = None) -> str:
     """Return the page's text; equal values give equal bytes."""
-    listed = {"prompts": prompts(outputs.answers), "reworded": prompts(outputs.paraphrased)}
+    listed = {"prompts": prompts(outputs.answers), "paraphrased": prompts(outputs.paraphrased)}
     return render_page(TEMPLATE, **(values or view(outputs)), **listed).lstrip()
 
 
@@ -104,7 +105,7 @@ def _labels(
 ) -> tuple[Sequence[dict[str, Any]], str]:
     """Some rows, token by token; or the reason why there are none."""
     if "base" not in manifests or "data" not in manifests:
-        return [], "No row can be shown as tokens before the base is there: tutor base."
+        return [], "No row can be shown as tokens before the base stage has run: tutor base."
     if find_spec("transformers") is None:
         return [], "No row is shown as tokens: transformers, whose tokenizer training uses, is not installed here."
     rows = sample_rows(read_split(inputs["data"], TRAIN))
@@ -112,7 +113,7 @@ def _labels(
         tokenizer = load_tokenizer(read_facts(inputs["base"])[1])
     except ArtifactError as error:  # the hub's cache may have been emptied
         return [], f"No row can be shown as tokens: {error.message}."
-    return [labelled(tokenizer, row, system) for row in rows], ""
+    return [labelled_runs(tokenizer, row, system) for row in rows], ""
 
 
 def _machine() -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ Json = Mapping[str, Any]
 
 
 def parity(gate: Json, published: Json) -> dict[str, Any]:
-    """Return the hand-offs with their figures as texts, with that to the published model where it was compared."""
+    """Return the hand-offs with their figures as texts; the last one is to the published model, if compared."""
     return {
         "conversations": gate["conversations"],
         "precision": gate["precision"],
@@ -73,7 +73,7 @@ def ladder(found: Json, converted: Json) -> dict[str, Any]:
         f"{kind} is larger and less accurate than {better}: remove it from convert.quantizations."
         for kind, better in found.get("worse_and_larger", {}).items()
     ] + [
-        f"{name}: Q8_0 in place of {kind} in {count} tensors, which does not keep what was trained."
+        f"{name}: Q8_0 in place of {kind} in {count} tensors: {kind} does not keep the LoRA update."
         for name, entry in converted.get("files", {}).items()
         for kind, count in entry.get("replaced", {}).items()
     ]

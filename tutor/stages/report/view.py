@@ -19,13 +19,13 @@ MISSING = {
     "adapter": ("the training", "tutor train"),
     "merged": ("the merge", "tutor merge"),
     "gguf": ("the GGUF files", "tutor convert"),
-    "ladder": ("what each quantization loses", "tutor ladder"),
+    "ladder": ("the quantization benchmark", "tutor ladder"),
     "parity": ("the parity gate", "tutor parity"),
     "eval": ("the verdicts and answers", "tutor eval"),
 }
 """By folder: the section that the page lacks without the folder, and the command that makes it."""
 PLAIN = "plain"
-"""Tone of a tile that is neither good nor bad."""
+"""Tone of a tile without a verdict."""
 
 
 @dataclass(frozen=True)
@@ -170,17 +170,17 @@ def _facts(outputs: StageOutputs, found: Json, fields: Json, seconds: float) -> 
         ("rows", f"{found['rows']} trained on, {found['held_out']['rows']} held out"),
     ]
     if data:
-        facts.append(("of a set of", f"{data['rows']} rows; {data['prompts']} held-out prompts"))
+        facts.append(("data set", f"{data['rows']} rows; {data['prompts']} held-out prompts"))
     if "recipe.rank" in fields:
         targets = ", ".join(fields["recipe.target_modules"])
         facts.append(("adapter", f"LoRA of rank {fields['recipe.rank']}, alpha {fields['recipe.alpha']}, on {targets}"))
         rate = f"learning rate {fields['recipe.learning_rate']:g}"
-        facts.append(("passes", f"{fields['recipe.epochs']} epochs, {found['steps']} steps, {rate}"))
+        facts.append(("schedule", f"{fields['recipe.epochs']} epochs, {found['steps']} steps, {rate}"))
     kept = f"; kept: step {found['kept_step']}" if "kept_step" in found else ""
     facts += [
-        ("trained weights", f"{found['trainable_parameters']:,}{kept}"),
-        ("computed in", f"base {found['quantization']}, {found['precision']}"),
-        ("took", f"{duration(seconds)}, {found['samples_per_second']:.2f} rows a second"),
+        ("trainable parameters", f"{found['trainable_parameters']:,}{kept}"),
+        ("precision", f"base {found['quantization']}, {found['precision']}"),
+        ("duration", f"{duration(seconds)}, {found['samples_per_second']:.2f} rows a second"),
     ]
     if merged := outputs.results("merged"):
         facts.append(("merged into", f"the {merged.get('base', 'original')} base, {merged['dtype']}"))

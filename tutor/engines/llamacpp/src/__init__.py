@@ -1,4 +1,4 @@
-"""Sources that are not imported but built or run with the pinned llama.cpp.
+"""Sources that are built or run with the pinned llama.cpp; tutor's process imports none of them.
 
 score.cpp, CMakeLists.txt  the program tutor-score, built with llama.cpp
 convert.py                 starts llama.cpp's converter of models in a process of its own

@@ -2,10 +2,10 @@
 
     python convert.py LLAMACPP MODEL TARGET NAMES METADATA
 
-The converter identifies a byte-level BPE by a hash of one test string's tokens and refuses every unknown one. NAMES are
-llama.cpp's comma-separated names of the splitting in tokenizer.json, none for SentencePiece: a tokenizer that the
-converter identifies must be among them, an unknown one gets the first. METADATA is a JSON object of strings to write
-into the file.
+The converter identifies a byte-level BPE by a hash of one test string's tokens and refuses every unknown hash. NAMES
+are llama.cpp's names, separated by commas, of the pre-tokenizer in tokenizer.json; none for SentencePiece. The name
+that the converter identifies must be one of them; an unknown tokenizer gets the first. METADATA is a JSON object of
+strings to write into the file.
 """
 
 import importlib
@@ -48,7 +48,7 @@ def main() -> None:
             return names[0]
         if found not in names:
             expected = names[0] if names else "SentencePiece"
-            raise SystemExit(f"the converter knows this tokenizer as {found!r}, tokenizer.json has {expected!r}")
+            raise SystemExit(f"the converter identifies this tokenizer as {found!r}, tokenizer.json has {expected!r}")
         return found
 
     model_class.get_vocab_base_pre = get_vocab_base_pre

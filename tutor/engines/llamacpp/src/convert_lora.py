@@ -13,7 +13,7 @@ from tutor.engines.llamacpp.src.convert import text_model
 
 
 def main() -> None:
-    """Convert as ARGUMENTS state. Ends with the converter's own traceback or exit code."""
+    """Run the converter with ARGUMENTS. Ends with the converter's own traceback or exit code."""
     llamacpp, metadata, *arguments = sys.argv[1:]
     text_model(llamacpp, metadata)
     script = str(Path(llamacpp) / "convert_lora_to_gguf.py")

@@ -3,7 +3,7 @@
 from tutor.prompt import conversation
 
 HELLO = conversation("Hola")
-TALKS = (
+CONVERSATIONS = (
     HELLO,
     conversation("¿Qué hace 👩‍💻?\t`x` \r\n", "Eres «tutor»."),
     [
