@@ -71,7 +71,7 @@ def test_base_on_an_old_grid_is_refused(measure: Measure, kind: str, least: floa
     found = measure(merged, kind, merged, base)
     assert found.kept is not None
     assert least < found.kept < most
-    with pytest.raises(GateError, match="once quantized"):
+    with pytest.raises(GateError, match="was quantized before"):
         quantization_error.require_kept(Path("a.gguf"), kind, found)
 
 
