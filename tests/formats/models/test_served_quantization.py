@@ -7,7 +7,7 @@ import pytest
 from tutor.artifacts.disk import write_json
 from tutor.artifacts.manifest import MANIFEST
 from tutor.errors import ArtifactError
-from tutor.formats.models.served_quantization import candidates, resolve, served_quantization, write_served
+from tutor.formats.models.served_quantization import possible_quantizations, resolve, served_quantization, write_served
 
 
 def test_served_quantization_is_read_only_for_auto(tmp_path: Path) -> None:
@@ -27,7 +27,7 @@ def test_setting_decides_unless_it_is_auto() -> None:
     assert (resolve("Q4_K_M", "Q8_0"), resolve("auto", "Q8_0")) == ("Q4_K_M", "Q8_0")
 
 
-def test_candidates_for_auto_are_all_and_f16() -> None:
-    assert candidates("auto", ["Q4_K_M", "Q8_0"]) == ["F16", "Q4_K_M", "Q8_0"]
-    assert candidates("Q8_0", ["Q4_K_M", "Q8_0"]) == ["Q8_0"]
-    assert candidates("F16", ["Q8_0"]) == ["F16"]
+def test_possible_quantizations_for_auto_are_all_and_f16() -> None:
+    assert possible_quantizations("auto", ["Q4_K_M", "Q8_0"]) == ["F16", "Q4_K_M", "Q8_0"]
+    assert possible_quantizations("Q8_0", ["Q4_K_M", "Q8_0"]) == ["Q8_0"]
+    assert possible_quantizations("F16", ["Q8_0"]) == ["F16"]

@@ -20,7 +20,7 @@ def resolve(setting: str, chosen: str) -> str:
     return chosen if setting == AUTO else setting
 
 
-def candidates(setting: str, quantizations: Iterable[str]) -> list[str]:
+def possible_quantizations(setting: str, quantizations: Iterable[str]) -> list[str]:
     """Return the quantizations that may be served for a setting, before the ladder stage has run."""
     return [F16, *quantizations] if setting == AUTO else [setting]
 

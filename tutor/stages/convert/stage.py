@@ -26,7 +26,7 @@ from tutor.formats.models.gguf_metadata import (
 )
 from tutor.formats.models.gguf_weights import Weight, weights_of
 from tutor.formats.models.model_folder import read_facts
-from tutor.formats.models.served_quantization import candidates
+from tutor.formats.models.served_quantization import possible_quantizations
 from tutor.formats.rows.split_files import TRAIN, read_split
 from tutor.machine.memory.shapes import read_shape
 from tutor.machine.run_cost import gguf_bytes, require_disk
@@ -77,7 +77,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     expected["tutor"] = replace(expected["tutor"], chat_template=chat_template(add_bos=facts.add_bos))
     rows = read_split(inputs["data"], TRAIN) if recipe.convert.imatrix else []
     quantizations = recipe.convert.quantizations
-    may_be_served = candidates(recipe.ollama.quantization, quantizations)
+    may_be_served = possible_quantizations(recipe.ollama.quantization, quantizations)
     wanted: dict[str, list[str]] = {"tutor": [*quantizations]}
     if recipe.convert.base:
         # The evaluate stage compares both in the served quantization, which the ladder stage chooses only later.
