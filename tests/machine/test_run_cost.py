@@ -12,6 +12,7 @@ from tutor.machine import host, run_cost
 from tutor.machine.memory.estimate import trainable_parameters
 from tutor.machine.run_cost import RunWorkload, disk_bytes, gguf_bytes, seconds
 from tutor.recipe.quantizations import F16, KINDS
+from tutor.recipe.settings import DataSettings, OllamaSettings, Recipe
 
 WORK = RunWorkload(
     fetched=True,
@@ -21,7 +22,7 @@ WORK = RunWorkload(
     scored=0,
     checkpointing=True,
     quantizations=["Q4_K_M", "Q5_K_M", "Q8_0"],
-    served="Q4_K_M",
+    served=("Q4_K_M",),
     with_base=False,
     prompts=120,
     answer=515,
@@ -63,6 +64,16 @@ def test_disk_bytes_count_only_written_files():
     assert (disk_bytes(LARGE, local)["hub"], disk_bytes(LARGE, local)["base"]) == (0, 0)
     compared = disk_bytes(LARGE, replace(WORK, with_base=True))["convert"] - disk_bytes(LARGE, WORK)["convert"]
     assert compared == pytest.approx(16.2e9 + 5e9, rel=0.02)
+
+
+def test_auto_quantization_counts_all_that_may_be_served():
+    recipe = Recipe(data=DataSettings(prompts=120), ollama=OllamaSettings(quantization="auto"))
+    work = run_cost.run_workload(recipe, LARGE, None, checkpointing=False)
+    assert set(work.served) == {F16, *recipe.convert.quantizations}
+    written = {**dict.fromkeys(recipe.convert.quantizations, 2), F16: 2}  # of the tutor and of the base
+    assert disk_bytes(LARGE, work)["convert"] >= sum(gguf_bytes(LARGE, kind) * n for kind, n in written.items())
+    assert disk_bytes(LARGE, work)["publish"] == 3 * gguf_bytes(LARGE, F16)
+    assert seconds(LARGE, work, None, 2)["evaluate"]
 
 
 def test_seconds_fall_with_cores_and_need_a_rate():

@@ -15,6 +15,7 @@ from pathlib import Path
 from tutor.artifacts.layout import BuildFolder
 from tutor.errors import HostError
 from tutor.formats.models.base_source import hub_cache, hub_snapshot
+from tutor.formats.models.served_quantization import possible_quantizations
 from tutor.machine import host
 from tutor.machine.memory.estimate import ADAPTER_BYTES, OPTIMIZER_BYTES, gb, trainable_parameters
 from tutor.machine.memory.row_lengths import RowLengths
@@ -98,7 +99,7 @@ class RunWorkload:
     scored: int  # tokens of held-out rows in all evaluations together
     checkpointing: bool
     quantizations: Sequence[str]
-    served: str
+    served: Sequence[str]  # quantizations that may be served: all of them before the ladder stage has chosen
     with_base: bool  # the untuned base is converted and evaluated too
     prompts: int
     answer: int  # maximum tokens of an answer
@@ -117,7 +118,7 @@ def run_workload(recipe: Recipe, shape: Shape, rows: RowLengths | None, *, check
         scored=evaluations * rows.scored if rows else 0,
         checkpointing=checkpointing,
         quantizations=recipe.convert.quantizations,
-        served=recipe.ollama.quantization,
+        served=possible_quantizations(recipe.ollama.quantization, recipe.convert.quantizations),
         with_base=recipe.convert.base,
         prompts=recipe.data.prompts or _count_lines(recipe.resolve(recipe.data.eval)),
         answer=recipe.generate.max_new_tokens,
@@ -146,9 +147,10 @@ def checkpoint_bytes(adapters: int) -> int:
 def disk_bytes(shape: Shape, work: RunWorkload) -> dict[str, int]:
     """Bytes by stage while it runs; "hub" is the hub's cache, "publish" Ollama's disk."""
     weights = 2 * shape.parameters
-    f16, served = gguf_bytes(shape, "F16"), gguf_bytes(shape, work.served)
+    f16, served = gguf_bytes(shape, "F16"), max(gguf_bytes(shape, kind) for kind in work.served)
+    quantized = sum(gguf_bytes(shape, kind) for kind in work.served if kind != "F16")
     # The base's F16 file is removed after its quantization exists.
-    base = f16 + served if work.with_base else 0
+    base = f16 + max(served, quantized) if work.with_base else 0
     return {
         "hub": weights if work.fetched else 0,
         "base": weights if work.made else 0,
@@ -165,7 +167,7 @@ def seconds(shape: Shape, work: RunWorkload, training_rate: float | None, cores:
     operations = (6 if work.checkpointing else 4) * work.tokens + 2 * work.scored
     models = 2 if work.with_base else 1
     slow = sum("_K" in kind for kind in work.quantizations) + work.with_base
-    answers = models * work.prompts * work.answer * gguf_bytes(shape, work.served)
+    answers = models * work.prompts * work.answer * max(gguf_bytes(shape, kind) for kind in work.served)
     return {
         "train": START + operations * shape.parameters / training_rate if training_rate else None,
         "merge": START + 2 * shape.parameters / MERGE_RATE,
