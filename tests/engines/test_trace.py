@@ -27,9 +27,9 @@ def test_candidates_without_complete_character_are_merged() -> None:
     assert hidden[1][1] == pytest.approx(shown[1][1])
 
 
-def test_lead_is_distance_to_second_candidate() -> None:
-    assert Step("a", -0.1, (("a", -0.1), ("b", -2.6))).lead == pytest.approx(2.5)
-    assert Step("a", -0.1).lead is None
+def test_margin_is_distance_to_second_candidate() -> None:
+    assert Step("a", -0.1, (("a", -0.1), ("b", -2.6))).margin == pytest.approx(2.5)
+    assert Step("a", -0.1).margin is None
 
 
 @given(distributions)

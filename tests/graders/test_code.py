@@ -154,7 +154,7 @@ def test_correction_needs_question_failing_as_stated(fake_compiler: Path) -> Non
     assert graded(block("a;"), instruction=question)["given_fails"] is None
 
 
-def test_answer_without_wanted_code_may_have_none_but_no_wrong(fake_compiler: Path) -> None:
+def test_unneeded_code_may_be_missing_but_must_compile(fake_compiler: Path) -> None:
     assert graded("Nada.", expect={"code": False})["compiles"]
     assert graded("Nada.", expect={"code": False})["expected"]
     assert graded("Nada.")["compiles"], "a prompt without expectations demands no code"

@@ -52,7 +52,7 @@ def test_prompts_in_other_language_do_not_demand_spanish() -> None:
     assert record["verdicts"]["spanish"] is False, "the verdict is counted, but not demanded"
 
 
-def test_short_questions_are_spanish_taken_together() -> None:
+def test_short_questions_together_are_spanish() -> None:
     assert in_spanish([prompt(question="¿`any`?"), prompt(), prompt(question="¿Y `never`?")])
     assert in_spanish([prompt(question="¿Qué es el tipo void?")] * 8), (
         "the detector takes the texts together for Catalan"
@@ -83,7 +83,7 @@ def test_correction_must_compile_and_keep_names(fake_compiler: object) -> None:
     assert reasons(CORRECTION, f" {PROSE}\n\n```ts\nconst otra = 1;\n```") == ["it lacks sumar of the given code"]
 
 
-def test_correction_may_quote_given_code_but_not_only(fake_compiler: object) -> None:
+def test_correction_may_quote_given_code_beside_its_own(fake_compiler: object) -> None:
     again = f" {PROSE}\n\n```ts\n{GIVEN}```"
     assert reasons(CORRECTION, f"{again}\n\nAsí sí:\n\n```ts\nfunction sumar(a: number) {{}}\n```") == []
     assert reasons(CORRECTION, again)[0] == "it has no TypeScript of its own"
@@ -124,7 +124,7 @@ def test_hostile_text_gets_a_verdict(text: str) -> None:
 
 @pytest.mark.typescript
 @pytest.mark.skipif(not is_installed(), reason="the TypeScript compiler is not installed")
-def test_every_row_of_the_data_set_passes_as_own_answer() -> None:
+def test_every_row_of_the_data_set_passes_grading() -> None:
     rows = [json.loads(line) for line in (ROOT / "data" / "tutor.jsonl").read_text("utf-8").splitlines()]
     prompts = [
         {

@@ -7,7 +7,7 @@ from support.parity_folders import trace
 from tutor.engines.trace import Score
 from tutor.stages.parity.compare import Observation, Tolerance
 
-TIGHT = Tolerance(kl=1e-3, mean=0.01, worst=0.1, lead=0.2)
+TIGHT = Tolerance(kl=1e-3, mean=0.01, worst=0.1, margin=0.2)
 SUBJECTS = ("prompt", "tokens", "log-probabilities", "greedy answer", "end")
 """Names of the comparisons of two engines, in their order."""
 

@@ -110,7 +110,7 @@ CHECKS = [{"name": name, "ok": True, "figures": figures, "what": ""} for name, f
 
 
 def hand_off_record(**changes: Any) -> dict[str, Any]:
-    limit = {"kl": 0.2, "mean": None, "worst": None, "lead": None}
+    limit = {"kl": 0.2, "mean": None, "worst": None, "margin": None}
     item = {"kind": "quantize", "ours": "F16", "theirs": "Q8_0", "checks": CHECKS, "tolerance": limit}
     return {**item, "missing": "", "state": "same", **changes}
 

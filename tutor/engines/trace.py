@@ -42,8 +42,8 @@ class Step:
     tokens: int = 1
 
     @property
-    def lead(self) -> float | None:
-        """Distance of the best candidate from the second one in nats; None when unknown."""
+    def margin(self) -> float | None:
+        """Log-probability of the best candidate minus that of the second one, in nats; None when unknown."""
         return self.top[0][1] - self.top[1][1] if len(self.top) > 1 else None
 
 

@@ -35,7 +35,7 @@ def test_stop_text_ends_answer_and_no_part_of_it_is_sent(engine: TransformersEng
         assert answer.text.startswith(sent)
 
 
-def test_prefix_of_a_stop_text_is_sent_when_it_ends_otherwise(engine: TransformersEngine) -> None:
+def test_prefix_of_stop_text_without_the_rest_is_sent(engine: TransformersEngine) -> None:
     _, pieces = ask(engine, RUNS_ON[0])
     assert "\nInsi" in pieces, pieces
 

@@ -10,7 +10,7 @@ from tutor.prompt import render
 
 
 @pytest.mark.pipeline
-def test_followed_own_answer_equals_its_trace(loaded: Any) -> None:
+def test_trace_along_own_answer_equals_its_trace(loaded: Any) -> None:
     from support.tolerances import forward_error, largest_logit
 
     from tutor.engines.hf.trace import trace, trace_along
@@ -18,7 +18,7 @@ def test_followed_own_answer_equals_its_trace(loaded: Any) -> None:
     ids = loaded.tokenizer(render(CONVERSATIONS[1]))["input_ids"]
     path, own = trace(loaded, ids, 12)
     bound = forward_error(loaded.model.config, len(ids) + 12) * largest_logit(loaded.model, [(ids, path)])
-    assert min(step.lead for step in own.steps) > 2 * bound, "rounding must not decide which token is the best"
+    assert min(step.margin for step in own.steps) > 2 * bound, "rounding must not decide which token is the best"
     found = trace_along(loaded, ids, path)
     assert [step.text for step in found.steps] == [step.text for step in own.steps]
     assert [step.logprob for step in found.steps] == pytest.approx([step.logprob for step in own.steps], abs=bound)
@@ -26,7 +26,7 @@ def test_followed_own_answer_equals_its_trace(loaded: Any) -> None:
 
 
 @pytest.mark.pipeline
-def test_other_answer_is_followed_to_first_token_not_best(loaded: Any) -> None:
+def test_trace_along_other_answer_ends_at_first_difference(loaded: Any) -> None:
     from tutor.engines.hf.trace import trace, trace_along
 
     ids = loaded.tokenizer(render(HELLO))["input_ids"]
@@ -38,7 +38,7 @@ def test_other_answer_is_followed_to_first_token_not_best(loaded: Any) -> None:
 
 
 @pytest.mark.pipeline
-def test_followed_eos_is_a_step_and_the_finish_reason(loaded: Any) -> None:
+def test_trace_along_eos_has_eos_step_and_finish_reason(loaded: Any) -> None:
     from tutor.engines.hf.trace import trace_along
 
     ids = loaded.tokenizer(render(HELLO))["input_ids"]

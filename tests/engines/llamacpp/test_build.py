@@ -45,7 +45,7 @@ def test_pin_options_and_programs_change_the_key(monkeypatch: pytest.MonkeyPatch
     assert build_key() != before
 
 
-def test_folder_is_the_variable_or_named_by_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_is_from_variable_or_named_by_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUTOR_LLAMACPP", str(tmp_path))
     assert build_folder() == tmp_path
     assert not is_built(tmp_path)

@@ -27,7 +27,7 @@ def served(real: None, chat_model: Path, tmp_path_factory: pytest.TempPathFactor
 
 def decided(steps: Sequence[Step], bound: float) -> int:
     """Return the number of steps before the first near tie, which rounding may decide; at least four."""
-    count = next((number for number, step in enumerate(steps) if step.lead <= 2 * bound), len(steps))
+    count = next((number for number, step in enumerate(steps) if step.margin <= 2 * bound), len(steps))
     assert count >= 4
     return count
 
@@ -55,5 +55,5 @@ def test_trace_of_llama_server_equals_trace_of_transformers(served: LlamaServer,
     found, wanted = theirs.steps[:same], ours.steps[:same]
     assert [step.text for step in found] == [step.text for step in wanted]
     assert [step.logprob for step in found] == pytest.approx([step.logprob for step in wanted], abs=bound)
-    assert [step.lead for step in found] == pytest.approx([step.lead for step in wanted], abs=2 * bound)
+    assert [step.margin for step in found] == pytest.approx([step.margin for step in wanted], abs=2 * bound)
     assert divergence(dict(ours.steps[0].top), dict(theirs.steps[0].top)) < 1e-3

@@ -31,7 +31,7 @@ def test_trace_has_a_step_for_each_piece_and_the_end(server: fake.FakeOllama) ->
     found = traced(server)
     assert [step.text for step in found.steps] == [*server.pieces, EOS_TEXT]
     assert found.steps[0].logprob == -0.1
-    assert found.steps[0].lead == pytest.approx(3)
+    assert found.steps[0].margin == pytest.approx(3)
     assert (found.finish, found.steps[-1].logprob) == ("stop", None)
     (body,) = server.bodies("POST /api/chat")
     assert (body["options"]["temperature"], body["options"]["stop"]) == (0.0, [])

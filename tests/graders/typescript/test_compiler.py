@@ -102,7 +102,7 @@ def test_compiler_has_no_network(fake_compiler: Path) -> None:
     assert not (fake_compiler / "connected").exists()
 
 
-def test_half_a_surrogate_pair_is_compiled(fake_compiler: Path) -> None:
+def test_lone_surrogate_is_compiled(fake_compiler: Path) -> None:
     assert outcomes("'\ud800'; a") == ["pass"]
 
 

@@ -75,7 +75,7 @@ def test_blank_line_at_the_end_of_a_turn_is_kept(build, spec):
 @example('""\n')
 @example("a\u00a0b")
 @example("\ud800")
-def test_representable_predicts_what_parse_returns(text):
+def test_representable_predicts_the_result_of_parse(text):
     try:
         same = parse(f'FROM x\nSYSTEM """{text}"""\nPARAMETER stop z\n')
     except ArtifactError:

@@ -61,7 +61,7 @@ def test_each_difference_is_found_and_shown(change: dict[str, Any], check: str, 
 
 def test_other_token_at_the_end_of_a_given_answer_is_found() -> None:
     found = checked(
-        observation(scored=scored(-0.5, -0.3, best=False)), Tolerance(kl=9, mean=None, worst=None, lead=0.2)
+        observation(scored=scored(-0.5, -0.3, best=False)), Tolerance(kl=9, mean=None, worst=None, margin=0.2)
     )
     assert [name for name, check in found.items() if not check.ok] == ["end"]
     assert "behind the given answer: one ends and one goes on" in found["end"].what
@@ -72,8 +72,8 @@ def test_difference_below_the_tolerance_passes() -> None:
 
 
 def test_other_greedy_token_is_tolerated_only_as_a_near_tie() -> None:
-    def near(lead: float) -> Observation:
-        step = Step(" Un", -0.7, ((" Un", -0.7), (" Una", -0.7 - lead)))
+    def near(margin: float) -> Observation:
+        step = Step(" Un", -0.7, ((" Un", -0.7), (" Una", -0.7 - margin)))
         return observation(trace=Trace((step,), None, 3))
 
     assert failing(near(0.1)) == []
@@ -82,8 +82,8 @@ def test_other_greedy_token_is_tolerated_only_as_a_near_tie() -> None:
 
 
 def test_missing_end_is_tolerated_only_as_a_near_tie() -> None:
-    def ending(lead: float) -> Observation:
-        return observation(trace=Trace((Step(EOS_TEXT, -0.7, ((EOS_TEXT, -0.7), (" y", -0.7 - lead))),), "stop", 3))
+    def ending(margin: float) -> Observation:
+        return observation(trace=Trace((Step(EOS_TEXT, -0.7, ((EOS_TEXT, -0.7), (" y", -0.7 - margin))),), "stop", 3))
 
     other = observation(trace=Trace((Step(" y", -0.7, ((" y", -0.7), (EOS_TEXT, -0.8))),), None, 3))
     assert failing(other, ours=ending(0.1)) == []
@@ -152,13 +152,13 @@ def test_step_without_probability_is_compared_as_text() -> None:
 
 
 def test_end_of_a_given_answer_is_tolerated_only_as_near_tie() -> None:
-    def ending(lead: float) -> Observation:
+    def ending(margin: float) -> Observation:
         places = scored(-0.9, -0.8, -0.7).top[:2]
-        return observation(trace=None, scored=Score((-0.9, -0.8, -0.7), (*places, ((99, lead - 0.7), (2, -0.7)))))
+        return observation(trace=None, scored=Score((-0.9, -0.8, -0.7), (*places, ((99, margin - 0.7), (2, -0.7)))))
 
     ours, wide = (
         observation(trace=None, scored=scored(-0.9, -0.8, -0.7)),
-        Tolerance(kl=9, mean=None, worst=None, lead=0.2),
+        Tolerance(kl=9, mean=None, worst=None, margin=0.2),
     )
     assert failing(ending(0.1), wide, ours) == []
     assert failing(ending(0.3), wide, ours) == ["end"]
@@ -173,10 +173,10 @@ def test_ends_of_given_and_greedy_answers_are_counted() -> None:
     assert checked(observation(trace=trace((" Una", " interfaz"))))["end"].figures == {"equal": 1, "of": 2}
 
 
-def test_step_of_unknown_lead_is_judged_by_the_other_lead() -> None:
+def test_step_of_unknown_margin_uses_the_other_margin() -> None:
     silent = observation(trace=Trace((Step(" Un", None),), None, 3))
-    for lead, wanted in ((0.1, []), (1.5, ["greedy answer"])):
-        step = Step(" Una", -0.7, ((" Una", -0.7), (" Un", -0.7 - lead)))
+    for margin, wanted in ((0.1, []), (1.5, ["greedy answer"])):
+        step = Step(" Una", -0.7, ((" Una", -0.7), (" Un", -0.7 - margin)))
         known = observation(trace=Trace((step,), None, 3))
         assert failing(silent, ours=known) == failing(known, ours=silent) == wanted
 

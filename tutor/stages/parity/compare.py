@@ -34,7 +34,7 @@ class Tolerance:
     kl: float  # mean, over the most probable tokens
     mean: float | None  # mean of |difference| of log-probabilities
     worst: float | None  # largest |difference| of one token's log-probabilities
-    lead: float | None  # lead of the best token over the second, up to which the other engine may prefer the second
+    margin: float | None  # margin of the best token over the second, up to which the order may change
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def compare_engines(
         _prompts(pairs),
         _tokens(pairs),
         _logprobs(pairs, tolerance),
-        _greedy(pairs, tolerance.lead),
-        _ends(pairs, tolerance.lead),
+        _greedy(pairs, tolerance.margin),
+        _ends(pairs, tolerance.margin),
     ]
 
 
@@ -163,7 +163,7 @@ def _first_difference(a: Trace, b: Trace) -> tuple[int, Step | None, Step | None
     return agreed, x, y
 
 
-def _greedy(pairs: Sequence[Pair], lead: float | None) -> Comparison:
+def _greedy(pairs: Sequence[Pair], margin: float | None) -> Comparison:
     agreed = steps = equal = 0
     wrong = []
     traced = [(a.name, a.trace, b.trace) for a, b in pairs if a.trace and b.trace]
@@ -172,20 +172,20 @@ def _greedy(pairs: Sequence[Pair], lead: float | None) -> Comparison:
         agreed += common
         steps += max(len(a.steps), common + (x is not None))
         equal += x is None and y is None
-        if x is not None and y is not None and EOS_TEXT not in (x.text, y.text) and not _is_tie(x, y, lead):
-            by = "" if x.lead is None else f", preferred by {x.lead:.2f}"
+        if x is not None and y is not None and EOS_TEXT not in (x.text, y.text) and not _is_tie(x, y, margin):
+            by = "" if x.margin is None else f", preferred by {x.margin:.2f}"
             wrong.append(f"«{name}»: after {common} equal steps {x.text!r}{by}, and {y.text!r}")
     figures = {"agreed": float(agreed), "steps": float(steps), "equal": float(equal), "of": float(len(traced))}
     return Comparison("greedy answer", not wrong, figures, wrong[0] if wrong else "")
 
 
-def _is_tie(x: Step, y: Step, lead: float | None) -> bool:
+def _is_tie(x: Step, y: Step, margin: float | None) -> bool:
     """Whether a tolerated difference could have swapped the two best tokens of one side."""
-    known = [step.lead for step in (x, y) if step.lead is not None]
-    return lead is None or any(value <= lead for value in known)
+    known = [step.margin for step in (x, y) if step.margin is not None]
+    return margin is None or any(value <= margin for value in known)
 
 
-def _ends(pairs: Sequence[Pair], lead: float | None) -> Comparison:
+def _ends(pairs: Sequence[Pair], margin: float | None) -> Comparison:
     """Whether both sides end: after a given answer, and where the greedy answer of one side ends."""
     compared = 0
     wrong = []
@@ -193,13 +193,13 @@ def _ends(pairs: Sequence[Pair], lead: float | None) -> Comparison:
         if a.scored and b.scored:
             compared += 1
             x, y = (_last(side.scored) for side in (a, b) if side.scored)
-            if x[0] != y[0] and lead is not None and min(x[1], y[1]) > lead:
+            if x[0] != y[0] and margin is not None and min(x[1], y[1]) > margin:
                 wrong.append(f"«{a.name}», behind the given answer: {_ending(x[0])} and {_ending(y[0])}")
         if a.trace and b.trace:
             compared += 1
             common, s, t = _first_difference(a.trace, b.trace)
             at_end = (s is not None and s.text == EOS_TEXT) != (t is not None and t.text == EOS_TEXT)
-            if at_end and not (s and t and _is_tie(s, t, lead)) and lead is not None:
+            if at_end and not (s and t and _is_tie(s, t, margin)) and margin is not None:
                 ended = [_ending(bool(step and step.text == EOS_TEXT)) for step in (s, t)]
                 wrong.append(f"«{a.name}», after {common} equal steps: {ended[0]} and {ended[1]}")
     figures = {"equal": float(compared - len(wrong)), "of": float(compared)}
@@ -207,7 +207,7 @@ def _ends(pairs: Sequence[Pair], lead: float | None) -> Comparison:
 
 
 def _last(score: "Score") -> tuple[bool, float]:
-    """Whether EOS is the most probable token after a given answer, and the lead of the most probable token."""
+    """Whether EOS is the most probable token after a given answer, and the margin of the most probable token."""
     (_, first), (_, second) = score.top[-1][:2]
     return score.logprobs[-1] >= first, first - second
 

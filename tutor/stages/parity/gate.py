@@ -13,17 +13,17 @@ from tutor.stages.parity.compare import Comparison, Observation, Tolerance, comp
 Kind = Literal["merge", "convert", "quantize", "publish"]
 
 SAME_WEIGHTS = {
-    "fp32": Tolerance(kl=1e-4, mean=0.02, worst=0.5, lead=0.1),
-    "bf16": Tolerance(kl=0.02, mean=0.3, worst=5.0, lead=1.0),
+    "fp32": Tolerance(kl=1e-4, mean=0.02, worst=0.5, margin=0.1),
+    "bf16": Tolerance(kl=0.02, mean=0.3, worst=5.0, margin=1.0),
 }
 """Tolerances between engines with the same weights, by the precision of transformers.
 
 About ten times the differences that one rounding to FP16 and another order of additions cause. Measured over 1,400
 tokens of the demo's 135M (kl, mean, worst): base + adapter to merged, fp32 2e-6, 0.0015, 0.025, bf16 0.0026, 0.055,
 1.0; merged to F16 in llama.cpp, fp32 3e-6, 0.0018, 0.043, bf16 0.0019, 0.046, 0.98. The two best tokens changed places
-in bf16 only, at leads up to 0.06. The tiny model stays below a quarter of its fp32 figures.
+in bf16 only, at margins up to 0.06. The tiny model stays below a quarter of its fp32 figures.
 """
-SAME_FILE = Tolerance(kl=0.02, mean=0.2, worst=3.0, lead=0.5)
+SAME_FILE = Tolerance(kl=0.02, mean=0.2, worst=3.0, margin=0.5)
 """Tolerance between two builds of llama.cpp with the same file, one perhaps on a GPU.
 
 Activations are rounded to 8 bits, and a different last bit rounds some of them differently. About five times the
@@ -99,7 +99,7 @@ def hand_off(
 
 def quantization_tolerance(kl: float) -> Tolerance:
     """Return the tolerance of a quantization: the KL divergence of the recipe; its answers may differ."""
-    return Tolerance(kl=kl, mean=None, worst=None, lead=None)
+    return Tolerance(kl=kl, mean=None, worst=None, margin=None)
 
 
 def refusal(hand_offs: Sequence[HandOff]) -> dict[str, str] | None:

@@ -27,7 +27,7 @@ def prompts(answers: Sequence[Json]) -> dict[str, Any]:
     offered = {"pass": f"{last} passes", "fail": f"{last} fails"}
     if len(models) > 1:
         offered |= {"won": f"only {last} passes", "lost": f"only {models[0]} passes"}
-    offered |= {f"f-{name}": f"{last} not: {label}" for name, label in LABELS.items() if counted[f"f-{name}"]}
+    offered |= {f"f-{name}": f"{last} fails: {label}" for name, label in LABELS.items() if counted[f"f-{name}"]}
     return {
         "items": items,
         "models": models,
