@@ -80,6 +80,13 @@ def test_doctor_exits_4_for_a_recipe_that_does_not_fit(machine, based_on, tmp_pa
     assert any(line.split() == ["total", *line.split()[1:3], "does", "not", "fit"] for line in lines)
 
 
+def test_doctor_exits_4_for_fp16_without_a_gpu(machine, based_on, tmp_path):
+    done = run("doctor", "-r", based_on(precision="fp16").path, "-b", tmp_path, machine=machine)
+    assert done.returncode == 4
+    assert done.stderr.endswith("Error: fp16 needs a GPU; set train.precision to auto, bf16 or fp32\n")
+    assert "Traceback" not in done.stderr
+
+
 def test_doctor_names_a_base_that_is_unknown_before_the_fetch(machine, based_on, tmp_path):
     recipe = based_on("hub:owner/name@" + "0" * 40)
     done = run("doctor", "-r", recipe.path, "-b", tmp_path, machine=machine)

@@ -13,7 +13,7 @@ from tutor.stages.train.kernels.chunked_loss import IGNORE_INDEX
 from tutor.stages.train.kernels.packed_attention import split_rows
 
 if TYPE_CHECKING:
-    from tutor.stages.train.trainer import Trainer
+    from transformers import Trainer
 
 
 def encode_rows(tokenizer: Tokenizer, rows: Sequence[Mapping[str, str]], system: str, max_length: int) -> list[Encoded]:
