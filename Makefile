@@ -107,7 +107,7 @@ test-docker: .venv/demo llamacpp typescript ## run the container tests; each pri
 # pytest does not import the files that use torch: its libraries alone take ten seconds.
 test-quick: .venv/base ## run the unit tests that need no torch: a minute
 	$(BIN)/pytest $(PARALLEL) -m "not slow and not pipeline and not llamacpp and not typescript and not docker" \
-	  $(addprefix --ignore=,$(shell grep -rlE '^(torch = |from support.(tiny_models|training))' tests --include='test_*.py')) $(PYTEST)
+	  $(addprefix --ignore=,$(shell grep -rlE '^(torch = |from support.models.(tiny_models|training))' tests --include='test_*.py')) $(PYTEST)
 
 check: .venv/base ## check format, lint, types, import rules
 	$(BIN)/ruff format --check .

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.answering import SCORER, SERVER
-from support.command import ROOT, TINY, TUTOR, environment, forked
+from support.fakes.llamacpp_answers import SCORER, SERVER
 from support.files import write_rows
+from support.models.small_tokenizer import make_tokenizer
+from support.processes.command import ROOT, TINY, TUTOR, environment, forked
 from support.shared import changed, linked, shared
-from support.small_tokenizer import make_tokenizer
 
 from tutor.engines.llamacpp.build import MARKER, PROGRAMS, build_folder, is_built
 
@@ -134,7 +134,7 @@ def shared_folders_stay_whole(tmp_path_factory: pytest.TempPathFactory) -> Itera
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model's folder; a test that changes something takes a copy."""
-    from support.tiny_models import tiny_folder
+    from support.models.tiny_models import tiny_folder
 
     return tiny_folder(tmp_path_factory)
 

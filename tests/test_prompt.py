@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from support.command import ROOT, environment
-from support.small_tokenizer import BOS, EOS, SENTENCES, make_tokenizer
+from support.models.small_tokenizer import BOS, EOS, SENTENCES, make_tokenizer
+from support.processes.command import ROOT, environment
 
 from tutor.errors import DataError
 from tutor.prompt import (

@@ -6,7 +6,7 @@ import os
 import pytest
 from hypothesis import given
 from support.json_values import json_values
-from support.stage_folders import content, make
+from support.outputs.stage_folders import content, make
 
 from tutor.artifacts.disk import read_json, remove, write_json
 from tutor.errors import ArtifactError

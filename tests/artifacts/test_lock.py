@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.kills import in_child
+from support.processes.kills import in_child
 
 from tutor.artifacts.lock import locked
 from tutor.errors import ArtifactError, HostError, LockError

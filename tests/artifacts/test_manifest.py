@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support.stage_folders import make
+from support.outputs.stage_folders import make
 
 from tutor.artifacts.manifest import find_damage, is_made, read_manifest, require_stage
 from tutor.artifacts.stage_folder import writing

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from support.kills import in_child, killed_at
-from support.stage_folders import beside, content, make
+from support.outputs.stage_folders import beside, content, make
+from support.processes.kills import in_child, killed_at
 
 from tutor.artifacts.hashing import HASHES, cached_sha256, file_sha256, json_sha256, known_sha256, remember_sha256
 from tutor.artifacts.lock import locked

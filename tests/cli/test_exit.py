@@ -7,9 +7,9 @@ import signal
 import subprocess
 
 import pytest
-from support.command import TINY, TUTOR, environment, in_process
 from support.files import write_rows, write_text
-from support.waiting import unread, wait_for
+from support.processes.command import TINY, TUTOR, environment, in_process
+from support.processes.waiting import unread, wait_for
 
 # Errors
 

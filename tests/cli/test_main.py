@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 import pytest
-from support.command import environment
+from support.processes.command import environment
 
 from tutor import errors
 from tutor.cli.main import cli

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.command import TUTOR, environment
+from support.processes.command import TUTOR, environment
 
 from tutor.cli import progress
 from tutor.cli.progress import PLAIN_EVERY, log_on_stderr

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.command import ROOT
-from support.docker import is_available
+from support.processes.command import ROOT
+from support.processes.docker_cli import is_available
 
 from tutor.machine import preflight
 

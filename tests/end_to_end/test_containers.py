@@ -21,8 +21,8 @@ from typing import Any
 
 import httpx
 import pytest
-from support.command import ROOT, environment
-from support.docker import docker, inspected
+from support.processes.command import ROOT, environment
+from support.processes.docker_cli import docker, inspected
 
 from tutor.artifacts.manifest import require_stage
 from tutor.engines.llamacpp.build import build_folder, is_built

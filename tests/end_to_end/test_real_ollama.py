@@ -22,7 +22,7 @@ from typing import Any
 
 import httpx
 import pytest
-from support.command import TINY
+from support.processes.command import TINY
 from support.shared import copied
 
 from tutor.artifacts.hashing import file_sha256

@@ -17,9 +17,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support import fake_ollama as fake
-from support.command import ROOT, TINY
-from support.published import SYSTEM, make_stages
+from support.fakes import ollama as fake
+from support.outputs.published import SYSTEM, make_stages
+from support.processes.command import ROOT, TINY
 from support.shared import copied, linked, shared
 
 from tutor.artifacts.disk import remove, write_json
@@ -155,7 +155,7 @@ def test_eos_masked_in_training_is_refused_by_the_label_audit(recipe: Recipe, ma
 @pytest.fixture(scope="module")
 def other_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The weights of a tiny model of the same shape and another seed."""
-    from support.tiny_models import make_tiny, spanish
+    from support.models.tiny_models import make_tiny, spanish
 
     make_other = partial(make_tiny, text=spanish(), seed=99)
     return shared(tmp_path_factory, "other", make_other) / "model.safetensors"

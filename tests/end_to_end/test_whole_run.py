@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.command import TINY, TUTOR, Done, environment, forked, in_process
+from support.processes.command import TINY, TUTOR, Done, environment, forked, in_process
 from support.shared import copied, linked
 
 from tutor.artifacts.disk import remove

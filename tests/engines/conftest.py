@@ -10,8 +10,8 @@ import pytest
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the tiny model as the base stage makes it, with our chat template."""
     pytest.importorskip("torch")
+    from support.models.tiny_models import edit, tiny_folder
     from support.shared import copied
-    from support.tiny_models import edit, tiny_folder
 
     from tutor.prompt import chat_template
 

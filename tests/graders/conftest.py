@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.fake_typescript import COMPILER
+from support.fakes.typescript import COMPILER
 
 from tutor.graders.typescript import install as installer
 

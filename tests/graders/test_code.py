@@ -8,9 +8,9 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.command import ROOT
-from support.fake_typescript import runs
+from support.fakes.typescript import runs
 from support.files import write_rows
+from support.processes.command import ROOT
 
 from tutor.cli.commands.data import check_command
 from tutor.errors import DataError, HostError

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from support.command import ROOT
+from support.processes.command import ROOT
 
 from tutor.formats.markdown import fenced_blocks
 from tutor.graders.identifiers import dropped_names

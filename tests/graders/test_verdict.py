@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.command import ROOT
+from support.processes.command import ROOT
 
 from tutor.formats.markdown import fenced_blocks
 from tutor.graders.typescript.install import is_installed

@@ -3,8 +3,8 @@
 from types import SimpleNamespace
 
 import pytest
-from support.fake_docker import host
-from support.fake_machine import based_on, machine
+from support.fakes.docker import host
+from support.fakes.machine import based_on, machine
 
 __all__ = ["based_on", "host", "machine"]
 

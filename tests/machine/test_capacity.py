@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from support.files import write_rows
-from support.workloads import LARGE
+from support.models.workloads import LARGE
 
 from tutor.errors import HostError
 from tutor.machine import capacity, host

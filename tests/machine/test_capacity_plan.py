@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from support.files import write_rows
-from support.tiny_models import base_stage, recipe
+from support.models.tiny_models import base_stage, recipe
 
 from tutor.errors import HostError, RecipeError
 from tutor.formats.models.model_folder import load_tokenizer

@@ -6,7 +6,7 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.command import ROOT, environment
+from support.processes.command import ROOT, environment
 
 from tutor.errors import RecipeError
 from tutor.machine import distributed

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.fake_machine import HEADING
+from support.fakes.machine import HEADING
 
 from tutor.errors import HostError
 from tutor.machine import doctor, host

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.command import ROOT
-from support.fake_docker import INFO
-from support.workloads import LARGE
+from support.fakes.docker import INFO
+from support.models.workloads import LARGE
+from support.processes.command import ROOT
 
 from tutor.errors import HostError, RecipeError
 from tutor.machine import preflight

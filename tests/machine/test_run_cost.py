@@ -4,7 +4,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from support.workloads import ATTENTION, DEMO, LARGE
+from support.models.workloads import ATTENTION, DEMO, LARGE
 
 from tutor.errors import HostError
 from tutor.formats.models import base_source

@@ -1,5 +1,5 @@
 """Fixtures of the tests of pipeline: a fake host with Docker and Compose."""
 
-from support.fake_docker import host
+from support.fakes.docker import host
 
 __all__ = ["host"]

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.command import ROOT
-from support.fake_docker import INFO, Host
+from support.fakes.docker import INFO, Host
+from support.processes.command import ROOT
 
 from tutor.errors import HostError, ServiceError
 from tutor.pipeline import compose

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from support.command import ROOT, environment
+from support.processes.command import ROOT, environment
 
 SCRIPT = ROOT / "scripts" / "bench_help.py"
 sys.path.insert(0, str(SCRIPT.parent))

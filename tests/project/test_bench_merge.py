@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.command import ROOT, environment
+from support.processes.command import ROOT, environment
 
 from tutor.engines.llamacpp.build import build_folder, is_built
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.command import ROOT, environment
+from support.processes.command import ROOT, environment
 
 SCRIPT = ROOT / "scripts" / "bench_train.py"
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.command import ROOT
+from support.processes.command import ROOT
 
 SKIPPED = ROOT / ".ci" / "skipped.py"
 REPORTS = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support.command import ROOT
+from support.processes.command import ROOT
 
 from tutor.artifacts.provenance import SourceTree
 from tutor.machine.host import version

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 
 import pytest
-from support.command import ROOT, environment
+from support.processes.command import ROOT, environment
 
 MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
 CREATED = "-m venv .venv"

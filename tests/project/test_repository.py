@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path, PurePosixPath
 
 import pytest
-from support.command import ROOT
+from support.processes.command import ROOT
 
 MARKDOWN = re.compile(r"(?<![\w/.*{}<>-])((?:[\w.-]+/)*[\w-]+\.md)\b")
 PATH = re.compile(r"(?<![\w/.<>*-])((?:tutor|tests|scripts|docs|data|docker|requirements)/[\w./-]*\w)(?![\w<*/])")

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import yaml
-from support.command import ROOT
+from support.processes.command import ROOT
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.command import ROOT
+from support.processes.command import ROOT
 
 from tutor.errors import RecipeError
 from tutor.recipe.reading import RETIRED, read_recipe

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import fake_ollama
-from support.fake_ollama import FakeOllama
-from support.published import SYSTEM, make_stages
+from support.fakes.ollama import FakeOllama
+from support.fakes.ollama import running as running_ollama
+from support.outputs.published import SYSTEM, make_stages
 
 from tutor.recipe.settings import OllamaSettings, Recipe
 
@@ -14,7 +14,7 @@ from tutor.recipe.settings import OllamaSettings, Recipe
 @pytest.fixture
 def server() -> Iterator[FakeOllama]:
     """A running fake Ollama."""
-    with fake_ollama.running() as running:
+    with running_ollama() as running:
         yield running
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-from support.fake_ollama import write_gguf
-from support.published import SYSTEM
+from support.fakes.ollama import write_gguf
+from support.outputs.published import SYSTEM
 
 from tutor.artifacts.layout import BuildFolder
 from tutor.artifacts.stage_folder import writing

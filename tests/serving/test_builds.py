@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import fake_ollama as fake
-from support.fake_ollama import FakeOllama, write_gguf
-from support.published import SYSTEM
+from support.fakes import ollama as fake
+from support.fakes.ollama import FakeOllama, write_gguf
+from support.outputs.published import SYSTEM
 
 from tutor.artifacts.hashing import file_sha256
 from tutor.engines.ollama.client import Ollama, connect

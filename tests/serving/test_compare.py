@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import fake_ollama as fake
-from support.answering import ENGLISH, SPANISH, read_requests
-from support.evaluations import PROMPTS, write_evaluation
+from support.fakes import ollama as fake
+from support.fakes.llamacpp_answers import ENGLISH, SPANISH, read_requests
 from support.files import write_rows
+from support.outputs.evaluations import PROMPTS, write_evaluation
 
 from tutor.artifacts.stage_folder import writing
 from tutor.cli import summary
@@ -29,7 +29,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 @pytest.fixture
 def build(tmp_path: Path) -> Path:
-    """A build folder with prompts, and GGUF files that hold the answers of the fake programs (support/answering.py)."""
+    """A build folder with prompts, and GGUF files with the answers of support/fakes/llamacpp_answers.py."""
     folder = tmp_path / "build" / "small"
     with writing(folder / BY_NAME["data"].folder, "data", {}) as (out, _):
         write_rows(out / "prompts.jsonl", PROMPTS)

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import fake_ollama as fake
-from support.fake_ollama import FakeOllama
+from support.fakes import ollama as fake
+from support.fakes.ollama import FakeOllama
 
 from tutor.artifacts.stage_folder import writing
 from tutor.cli import summary

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import fake_ollama as fake
-from support.fake_ollama import FakeOllama
-from support.parity_folders import write_parity
-from support.published import make_stages
+from support.fakes import ollama as fake
+from support.fakes.ollama import FakeOllama
+from support.outputs.parity import write_parity
+from support.outputs.published import make_stages
 
 from tutor.artifacts.disk import remove, write_json
 from tutor.artifacts.manifest import require_stage

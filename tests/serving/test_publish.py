@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.fake_ollama import FakeOllama, write_gguf
-from support.published import SYSTEM, make_stages
+from support.fakes.ollama import FakeOllama, write_gguf
+from support.outputs.published import SYSTEM, make_stages
 
 from tutor.artifacts.lock import locked
 from tutor.artifacts.manifest import find_damage

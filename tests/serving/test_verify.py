@@ -11,10 +11,10 @@ import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from support import fake_ollama as fake
+from support.fakes import ollama as fake
 from support.files import write_rows
-from support.gguf_bytes import facts
-from support.small_weights import ATTENTION, file, folder, moved, permuted, random
+from support.models.gguf_bytes import facts
+from support.models.small_weights import ATTENTION, file, folder, moved, permuted, random
 
 from tutor.artifacts.hashing import file_sha256
 from tutor.artifacts.stage_folder import writing

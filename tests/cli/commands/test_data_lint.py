@@ -8,8 +8,8 @@ import pytest
 from click.testing import CliRunner
 from support.files import write_rows
 from support.html_pages import Page
-from support.lint_rows import GOOD
-from support.small_tokenizer import write_byte_tokenizer
+from support.models.small_tokenizer import write_byte_tokenizer
+from support.outputs.lint_rows import GOOD
 
 from tutor.cli.commands.data import lint_command
 from tutor.errors import DataError, RecipeError

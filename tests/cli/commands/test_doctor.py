@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.command import ROOT, environment
-from support.fake_machine import Machine
+from support.fakes.machine import Machine
+from support.processes.command import ROOT, environment
 
 
 def run(*arguments: str | Path, machine: Machine, **env: str) -> "subprocess.CompletedProcess[str]":

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from click.testing import CliRunner
-from support.evaluations import PROMPTS, write_evaluation
+from support.outputs.evaluations import PROMPTS, write_evaluation
 
 from tutor.cli.commands.evaluate import compare_command
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.command import TUTOR
 from support.files import write_rows, write_text
-from support.waiting import wait_for
+from support.processes.command import TUTOR
+from support.processes.waiting import wait_for
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from support.command import ROOT, TUTOR, environment
-from support.fake_ollama import FakeOllama, Model, gguf, running
+from support.fakes.ollama import FakeOllama, Model, gguf, running
+from support.processes.command import ROOT, TUTOR, environment
 
 from tutor.cli.commands.serving import ask_command
 from tutor.prompt import GO_TEMPLATE

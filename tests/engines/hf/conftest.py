@@ -7,7 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
-from support.learnt_model import ENDS, RUNS_ON, bytes_tokenizer, learn_by_heart
+from support.models.learnt_model import ENDS, RUNS_ON, bytes_tokenizer, learn_by_heart
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tutor.engines.hf.engine import TransformersEngine

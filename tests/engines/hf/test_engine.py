@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 torch = pytest.importorskip("torch")
-from support.learnt_model import ENDS, GREEDY, RUNS_ON, ask
+from support.models.learnt_model import ENDS, GREEDY, RUNS_ON, ask
 from transformers import GenerationConfig
 
 from tutor.engines.hf.engine import INCOMPLETE, TransformersEngine, _generation_config

@@ -7,7 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from safetensors.torch import load_file, save_file
-from support.learnt_model import ENDS, ask
+from support.models.learnt_model import ENDS, ask
 from support.shared import copied
 
 from tutor.engines.hf.engine import TransformersEngine

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch")
-from support.learnt_model import ENDS
+from support.models.learnt_model import ENDS
 from support.tolerances import forward_error, largest_logit
 
 from tutor.engines.hf.engine import TransformersEngine

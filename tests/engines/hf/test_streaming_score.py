@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.models.tiny_models import in_two_shards, tensors
 from support.shared import copied
-from support.tiny_models import in_two_shards, tensors
 from support.tolerances import forward_error, largest_logit, sum_error
 
 torch = pytest.importorskip("torch")

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from support.conversations import CONVERSATIONS, HELLO
+from support.models.conversations import CONVERSATIONS, HELLO
 
 from tutor.engines.trace import EOS_TEXT
 from tutor.prompt import render

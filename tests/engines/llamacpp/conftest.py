@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.fake_llamacpp import script
-from support.random_llama import llama3_splitter, make_tiny
+from support.fakes.llamacpp import script
+from support.models.random_llama import llama3_splitter, make_tiny
 
 from tutor.engines.llamacpp.build import PROGRAMS
 from tutor.engines.llamacpp.convert import to_gguf

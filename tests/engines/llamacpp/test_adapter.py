@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from support.random_llama import RECOGNISER
+from support.models.random_llama import RECOGNISER
 
 from tutor.engines.llamacpp.adapter import check_adapter, lora_to_gguf
 from tutor.errors import ArtifactError, HostError
@@ -234,8 +234,8 @@ def tiny_with_adapter() -> Callable[[Path], tuple[Path, Path, Path]]:
     """Make a random Llama, an adapter of its q, k, v and o, and PEFT's merge of both; return their folders."""
     torch = pytest.importorskip("torch")
     from peft import PeftModel
-    from support.random_llama import llama3_splitter, make_tiny
-    from support.tiny_models import adapter_stage
+    from support.models.random_llama import llama3_splitter, make_tiny
+    from support.models.tiny_models import adapter_stage
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     def make(folder: Path) -> tuple[Path, Path, Path]:

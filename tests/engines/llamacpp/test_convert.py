@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from gguf import GGUFWriter
-from support.fake_llamacpp import script
-from support.random_llama import RECOGNISER, TEXTS, make_tiny
+from support.fakes.llamacpp import script
+from support.models.random_llama import RECOGNISER, TEXTS, make_tiny
 
 from tutor.engines.llamacpp.build import VERSION
 from tutor.engines.llamacpp.convert import imatrix, quantize, to_gguf

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.fake_llamacpp import script
-from support.random_llama import TEXTS
+from support.fakes.llamacpp import script
+from support.models.random_llama import TEXTS
 
 from tutor.engines.llamacpp.convert import quantize
 from tutor.engines.llamacpp.score import reference_bytes, score

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.fake_llamacpp import SERVER, script
-from support.random_llama import TEXTS
+from support.fakes.llamacpp import SERVER, script
+from support.models.random_llama import TEXTS
 
 from tutor.engines.llamacpp import process
 from tutor.engines.llamacpp import server as server_module

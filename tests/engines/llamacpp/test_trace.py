@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.conversations import CONVERSATIONS
+from support.models.conversations import CONVERSATIONS
 
 from tutor.engines.llamacpp.convert import to_gguf
 from tutor.engines.llamacpp.server import LlamaServer, serve

@@ -4,8 +4,8 @@ import hashlib
 from collections.abc import Iterator
 
 import pytest
-from support import fake_ollama as fake
-from support.fake_ollama import FakeOllama
+from support.fakes import ollama as fake
+from support.fakes.ollama import FakeOllama
 
 from tutor.engines.ollama.client import Ollama, connect
 from tutor.engines.ollama.engine import OllamaServer

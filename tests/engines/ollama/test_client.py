@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import fake_ollama as fake
-from support.command import ROOT, environment
-from support.fake_ollama import FakeOllama
+from support.fakes import ollama as fake
+from support.fakes.ollama import FakeOllama
+from support.processes.command import ROOT, environment
 
 from tutor.engines.ollama import client as client_module
 from tutor.engines.ollama.client import Ollama, connect

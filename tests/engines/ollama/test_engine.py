@@ -1,8 +1,8 @@
 """engines/ollama/engine.py with a fake server on a loopback socket."""
 
 import pytest
-from support import fake_ollama as fake
-from support.fake_ollama import FakeOllama
+from support.fakes import ollama as fake
+from support.fakes.ollama import FakeOllama
 
 from tutor.engines.ollama.client import Ollama
 from tutor.engines.ollama.engine import OllamaServer, serve

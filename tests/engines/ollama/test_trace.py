@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support import fake_ollama as fake
+from support.fakes import ollama as fake
 
 from tutor.engines.ollama.client import connect
 from tutor.engines.ollama.trace import trace as ollama_trace

@@ -4,7 +4,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from support.gguf_bytes import ARCHITECTURE, field, tensor, text, whole
+from support.models.gguf_bytes import ARCHITECTURE, field, tensor, text, whole
 
 from tutor.errors import ArtifactError
 from tutor.formats.models.gguf import Tensor, read_gguf

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from support.gguf_bytes import facts, whole
+from support.models.gguf_bytes import facts, whole
 
 from tutor.errors import ArtifactError
 from tutor.formats.models.gguf import Gguf, Tensor

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.small_weights import HIDDEN, MLP, NAMES, SHAPES, file, folder, random
+from support.models.small_weights import HIDDEN, MLP, NAMES, SHAPES, file, folder, random
 
 from tutor.errors import ArtifactError
 from tutor.formats.models import gguf_weights

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from support.answering import write_base
+from support.fakes.llamacpp_answers import write_base
 from support.files import write_rows
 
 from tutor.errors import ArtifactError

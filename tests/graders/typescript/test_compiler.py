@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.fake_typescript import runs
+from support.fakes.typescript import runs
 
 from tutor.formats.markdown import Block
 from tutor.graders.typescript.compiler import (

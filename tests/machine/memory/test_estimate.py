@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.workloads import ALL, ATTENTION, DEMO, LARGE, SPECIFIED, TINY, workloads
+from support.models.workloads import ALL, ATTENTION, DEMO, LARGE, SPECIFIED, TINY, workloads
 
 from tutor.machine.memory import estimate
 from tutor.machine.memory.estimate import StepWorkload, memory

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from support.workloads import ATTENTION, LARGE, SPECIFIED, workloads
+from support.models.workloads import ATTENTION, LARGE, SPECIFIED, workloads
 
 from tutor.errors import HostError, RecipeError
 from tutor.machine.device import DeviceMemory

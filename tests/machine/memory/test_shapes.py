@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.workloads import ATTENTION, DEMO, LARGE, TINY
+from support.models.workloads import ATTENTION, DEMO, LARGE, TINY
 
 from tutor.errors import ArtifactError
 from tutor.machine.memory.estimate import trainable_parameters
@@ -50,7 +50,7 @@ def test_known_tiny_shape_equals_the_made_model():
 
 def test_shape_of_a_folder_counts_its_weights(tiny: Path) -> None:
     pytest.importorskip("torch")
-    from support.tiny_models import tensors
+    from support.models.tiny_models import tensors
 
     shape = read_shape(tiny)
     assert shape.parameters == sum(weight.numel() for weight in tensors(tiny).values())

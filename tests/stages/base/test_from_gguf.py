@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.tiny_models import recipe, tensors
+from support.models.tiny_models import recipe, tensors
 
 pytest.importorskip("torch")
 from tutor.errors import ArtifactError

@@ -12,7 +12,7 @@ from subprocess import PIPE, CompletedProcess, Popen
 from typing import Any
 
 import pytest
-from support.command import TUTOR, environment
+from support.processes.command import TUTOR, environment
 
 pytest.importorskip("torch")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny_models import edit, in_two_shards, recipe, tensors
+from support.models.tiny_models import edit, in_two_shards, recipe, tensors
 
 torch = pytest.importorskip("torch")
 from safetensors.torch import save_file

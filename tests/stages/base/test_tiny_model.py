@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from support.tiny_models import spanish
+from support.models.tiny_models import spanish
 
 pytest.importorskip("torch")
 from tutor.formats.models.model_folder import CANARIES, load_tokenizer

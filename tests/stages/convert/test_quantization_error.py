@@ -6,7 +6,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from support.small_weights import MLP, Weights, file, folder, moved, random
+from support.models.small_weights import MLP, Weights, file, folder, moved, random
 
 from tutor.errors import ArtifactError, GateError
 from tutor.formats.models.gguf import Gguf, Tensor, read_gguf

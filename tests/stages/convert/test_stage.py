@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from support.files import write_rows
-from support.gguf_bytes import facts
-from support.random_llama import llama3_splitter, make_tiny
+from support.models.gguf_bytes import facts
+from support.models.random_llama import llama3_splitter, make_tiny
 
 from tutor.errors import ArtifactError, HostError
 from tutor.formats.models.gguf import read_gguf

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.command import ROOT
 from support.files import write_rows
-from support.records import PROMPTS, record
+from support.outputs.records import PROMPTS, record
+from support.processes.command import ROOT
 
 from tutor.errors import DataError, RecipeError
 from tutor.recipe.settings import Recipe

@@ -2,7 +2,7 @@
 
 import json
 
-from support.records import FAILED, PROMPTS, record
+from support.outputs.records import FAILED, PROMPTS, record
 
 from tutor.stages.evaluate.rates import change, changes, rates, summarise
 

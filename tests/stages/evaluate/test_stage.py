@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.answering import ENGLISH, SPANISH, read_requests, write_base
+from support.fakes.llamacpp_answers import ENGLISH, SPANISH, read_requests, write_base
 from support.files import write_rows
 
 from tutor.artifacts.disk import write_json

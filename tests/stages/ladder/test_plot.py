@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 from typing import Any
 
 import pytest
-from support.quantizations import DEMO, F16, quantization
+from support.outputs.quantizations import DEMO, F16, quantization
 
 from tutor.stages.ladder.plot import plot
 

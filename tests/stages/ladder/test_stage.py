@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from support.files import write_rows
-from support.quantizations import DEMO, quantization
-from support.random_llama import llama3_splitter, make_tiny
+from support.models.random_llama import llama3_splitter, make_tiny
+from support.outputs.quantizations import DEMO, quantization
 
 from tutor.engines.llamacpp.score import Score
 from tutor.errors import ArtifactError, HostError
@@ -75,7 +75,7 @@ def test_sampled_rows_are_equidistant_and_never_empty() -> None:
 @pytest.fixture(scope="module")
 def inputs(real: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Held-out rows, a tiny base and its files in F16, Q8_0 and Q4_0."""
-    from support.gguf_bytes import facts
+    from support.models.gguf_bytes import facts
     from transformers import AutoTokenizer
 
     from tutor.engines.llamacpp.convert import quantize, to_gguf
@@ -139,7 +139,7 @@ def test_missing_file_raises_and_leaves_no_distributions(inputs: dict[str, Path]
 
 
 def test_full_disk_raises_host_error_before_scoring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from support.gguf_bytes import field, whole
+    from support.models.gguf_bytes import field, whole
 
     (tmp_path / "a.gguf").write_bytes(whole((field("general.architecture", 8, b"\5\0\0\0\0\0\0\0llama"),)))
     monkeypatch.setattr(stage, "reference_bytes", lambda rows, vocabulary: 1 << 60)

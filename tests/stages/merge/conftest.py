@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
+from support.models.tiny_models import edit
 from support.shared import copied
-from support.tiny_models import edit
 
 torch = pytest.importorskip("torch")
 
-from support.merging import MergeStages
+from support.models.merging import MergeStages
 
 
 @pytest.fixture(scope="module")

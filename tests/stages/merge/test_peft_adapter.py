@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny_models import adapter_stage, edit
+from support.models.tiny_models import adapter_stage, edit
 
 torch = pytest.importorskip("torch")
 
-from support.merging import A0, B0, MergeStages
+from support.models.merging import A0, B0, MergeStages
 
 from tutor.errors import ArtifactError
 from tutor.stages.merge.peft_adapter import read_adapter

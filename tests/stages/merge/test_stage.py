@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.command import forked
-from support.tiny_models import edit, recipe, tensors
+from support.models.tiny_models import edit, recipe, tensors
+from support.processes.command import forked
 from support.tolerances import forward_error, largest_logit
 
 torch = pytest.importorskip("torch")
 
 from safetensors.torch import load_file
-from support.merging import Q0, WORDS, MergeStages, by_peft, differing, written
+from support.models.merging import Q0, WORDS, MergeStages, by_peft, differing, written
 
 from tutor.artifacts.disk import read_json
 from tutor.artifacts.manifest import find_damage

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.models.tiny_models import adapter_stage, base_stage, edit, tensors
 from support.shared import copied
-from support.tiny_models import adapter_stage, base_stage, edit, tensors
 
 torch = pytest.importorskip("torch")
 from safetensors.torch import load_file, save_file
-from support.merging import B0, Q0, MergeStages, by_peft, differing, written
+from support.models.merging import B0, Q0, MergeStages, by_peft, differing, written
 
 from tutor.artifacts.disk import read_json
 from tutor.engines.hf.loading import load_base

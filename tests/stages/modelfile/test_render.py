@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from support.command import ROOT
+from support.processes.command import ROOT
 
 from tutor.errors import ArtifactError, RecipeError
 from tutor.prompt import STOPS

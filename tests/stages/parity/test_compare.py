@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from support.observations import SUBJECTS, TIGHT, observation, scored
-from support.parity_folders import trace
+from support.outputs.observations import SUBJECTS, TIGHT, observation, scored
+from support.outputs.parity import trace
 
 from tutor.engines.trace import EOS_TEXT, Score, Step, Trace, divergence
 from tutor.stages.parity.compare import Comparison, Observation, Tolerance, compare_engines

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.observations import SUBJECTS, TIGHT, observation, scored
-from support.parity_folders import write_parity
-from support.published import SYSTEM, make_stages
+from support.outputs.observations import SUBJECTS, TIGHT, observation, scored
+from support.outputs.parity import write_parity
+from support.outputs.published import SYSTEM, make_stages
 
 from tutor.artifacts.manifest import find_damage, read_manifest
 from tutor.cli import summary

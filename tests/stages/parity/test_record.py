@@ -2,7 +2,7 @@
 
 import json
 
-from support.observations import observation
+from support.outputs.observations import observation
 
 from tutor.stages.parity.record import from_record, to_record
 

@@ -1,8 +1,8 @@
 """The outputs of all stages of a small build."""
 
 import pytest
-from support.report import LADDER, METRICS, TRAINED, evaluated, hand_off_record, manifest, prompts_with_answers
-from support.small_tokenizer import make_tokenizer
+from support.models.small_tokenizer import make_tokenizer
+from support.outputs.report import LADDER, METRICS, TRAINED, evaluated, hand_off_record, manifest, prompts_with_answers
 
 from tutor.stages.report.labels import labelled_runs
 from tutor.stages.report.view import StageOutputs

@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 
-from support.report import (
+from support.outputs.report import (
     TRAINED,
     manifest,
 )

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.report import Page, prompts_with_answers, record
+from support.outputs.report import Page, prompts_with_answers, record
 
 from tutor.stages.report.prompts import parts, prompts
 from tutor.stages.report.stage import page

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.report import (
+from support.outputs.report import (
     LADDER,
 )
 

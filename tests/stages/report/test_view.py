@@ -5,8 +5,17 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from support.report import EVIL, Page, evaluated, hand_off_record, manifest, prompts_with_answers, record, without
-from support.small_tokenizer import make_tokenizer
+from support.models.small_tokenizer import make_tokenizer
+from support.outputs.report import (
+    EVIL,
+    Page,
+    evaluated,
+    hand_off_record,
+    manifest,
+    prompts_with_answers,
+    record,
+    without,
+)
 
 from tutor.stages.report.labels import labelled_runs
 from tutor.stages.report.model_card import card

@@ -8,11 +8,11 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import pytest
-from support.tiny_models import base_stage, edit
+from support.models.tiny_models import base_stage, edit
 
 torch = pytest.importorskip("torch")
-from support.interrupted import Folders, Terminated, by_step, checkpoints, made, noted, stage
-from support.training import HELD_OUT, ROWS, SOURCE, settings
+from support.models.training import HELD_OUT, ROWS, SOURCE, settings
+from support.processes.interrupted import Folders, Terminated, by_step, checkpoints, made, noted, stage
 
 from tutor.engines.hf.loading import load_base
 from tutor.formats.models.model_folder import load_tokenizer

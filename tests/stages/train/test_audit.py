@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
-from support.training import ROWS, settings
+from support.models.training import ROWS, settings
 from transformers import DataCollatorForLanguageModeling
 
 from tutor.engines.hf.loading import load_base

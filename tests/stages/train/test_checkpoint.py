@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from support.kills import killed_at
+from support.processes.kills import killed_at
 
 from tutor.artifacts.disk import remove
 from tutor.artifacts.provenance import Provenance

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.command import ROOT, Forked, forked
+from support.processes.command import ROOT, Forked, forked
 from support.shared import copied, shared
 
 torch = pytest.importorskip("torch")
-from support.interrupted import Folders, Terminated, checkpoints, fail, made, send, stage
+from support.processes.interrupted import Folders, Terminated, checkpoints, fail, made, send, stage
 
 from tutor.artifacts.stage_folder import log_folder
 

@@ -9,7 +9,7 @@ from support.tolerances import backward_error, forward_error, largest_logit, rou
 torch = pytest.importorskip("torch")
 from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from support.training import apart, gradients, moved
+from support.models.training import apart, gradients, moved
 
 from tutor.engines.hf.score import answer_logprobs
 from tutor.errors import ArtifactError

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch")
-from support.training import history
+from support.models.training import history
 
 from tutor.stages.train import metrics
 from tutor.stages.train.plot import draw

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
-from support.training import ROWS, history, settings
+from support.models.training import ROWS, history, settings
 from transformers import PrinterCallback, TrainerCallback
 
 from tutor.artifacts.stage_folder import log_folder

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import observed
-from support.command import ROOT, Done, environment, forked
-from support.observed import noting
-from support.training import settings
+from support.models.training import settings
+from support.processes import observed
+from support.processes.command import ROOT, Done, environment, forked
+from support.processes.observed import noting
 
 from tutor.artifacts.manifest import require_stage
 from tutor.artifacts.stage_folder import checkpoint_folder

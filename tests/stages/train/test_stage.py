@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.models.tiny_models import adapter_stage, base_stage, recipe, tensors
 from support.shared import copied
-from support.tiny_models import adapter_stage, base_stage, recipe, tensors
 from support.tolerances import roundoff
 
 torch = pytest.importorskip("torch")
 from safetensors.torch import load_file, save_file
-from support.training import SOURCE, settings
+from support.models.training import SOURCE, settings
 
 from tutor.artifacts.stage_folder import log_folder
 from tutor.errors import ArtifactError

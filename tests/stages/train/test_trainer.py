@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny_models import tensors
+from support.models.tiny_models import tensors
 from support.tolerances import backward_error
 
 torch = pytest.importorskip("torch")
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from support.training import ROWS, FirstGradient, apart, gradients, moved
+from support.models.training import ROWS, FirstGradient, apart, gradients, moved
 
 from tutor.prompt import Encoded
 from tutor.stages.train.audit import encode_rows

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
-from support.interrupted import Folders, by_step, checkpoints, fail, made, noted, stage
+from support.processes.interrupted import Folders, by_step, checkpoints, fail, made, noted, stage
 
 from tutor.artifacts.disk import write_json
 from tutor.artifacts.hashing import file_sha256

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from support.small_tokenizer import write_byte_tokenizer
+from support.models.small_tokenizer import write_byte_tokenizer
 
 
 @pytest.fixture

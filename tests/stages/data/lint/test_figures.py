@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.lint_rows import GOOD, lint_rows, row
+from support.outputs.lint_rows import GOOD, lint_rows, row
 
 from tutor.errors import ArtifactError
 from tutor.stages.data.lint.figures import histogram

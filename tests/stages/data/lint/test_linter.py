@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.command import ROOT
 from support.files import write_rows
-from support.lint_rows import ANSWER, GOOD, WORDS, kinds_and_lines, lint_rows, row
+from support.outputs.lint_rows import ANSWER, GOOD, WORDS, kinds_and_lines, lint_rows, row
+from support.processes.command import ROOT
 
 from tutor.errors import DataError, RecipeError
 from tutor.stages.data.lint.linter import KINDS, NEAR, lint

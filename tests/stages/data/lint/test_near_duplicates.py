@@ -5,7 +5,7 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.lint_rows import WORDS
+from support.outputs.lint_rows import WORDS
 
 from tutor.stages.data.lint.linter import NEAR
 from tutor.stages.data.lint.near_duplicates import Questions, groups_by_key, near_pairs, nearest

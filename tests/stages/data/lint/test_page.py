@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from support.html_pages import Page
-from support.lint_rows import ANSWER, GOOD, lint_rows, row
+from support.outputs.lint_rows import ANSWER, GOOD, lint_rows, row
 
 from tutor.stages.data.lint.linter import lint
 from tutor.stages.data.lint.page import lint_page

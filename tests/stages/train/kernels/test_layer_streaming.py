@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
-from support.training import ROWS, FirstGradient, apart, moved, settings
+from support.models.training import ROWS, FirstGradient, apart, moved, settings
 from transformers import PrinterCallback
 
 from tutor.formats.models.model_folder import load_tokenizer

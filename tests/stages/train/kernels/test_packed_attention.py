@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny_models import recipe
+from support.models.tiny_models import recipe
 from support.tolerances import backward_error, forward_error
 
 torch = pytest.importorskip("torch")

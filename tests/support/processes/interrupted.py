@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 
 import pytest
 
-from support.observed import noting
-from support.tiny_models import recipe
-from support.training import settings
+from support.models.tiny_models import recipe
+from support.models.training import settings
+from support.processes.observed import noting
 
 torch = pytest.importorskip("torch")
 from tutor.artifacts.manifest import find_damage, require_stage

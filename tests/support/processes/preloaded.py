@@ -1,4 +1,4 @@
-"""Imported once by the server that `support.command.forked` forks from: what the stages import, as quiet as `tutor`."""
+"""Imports that `command.forked` preloads once in its server: those of the stages, as quiet as `tutor`."""
 
 from tutor.cli.progress import quiet_libraries
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from support.parity_folders import trace
+from support.outputs.parity import trace
 from tutor.engines.trace import Score
 from tutor.stages.parity.compare import Observation, Tolerance
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from support.tiny_models import recipe
+from support.models.tiny_models import recipe
 
 torch = pytest.importorskip("torch")
 import pytest

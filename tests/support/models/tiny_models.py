@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from support.command import ROOT
+from support.processes.command import ROOT
 from support.shared import shared
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read once at import; TRL reports every trainer that is made

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from support.fake_ollama import write_gguf
-from support.parity_folders import write_parity
+from support.fakes.ollama import write_gguf
+from support.outputs.parity import write_parity
 from tutor.artifacts.manifest import require_stage
 from tutor.artifacts.stage_folder import writing
 from tutor.pipeline.registry import BY_NAME

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from support.models.tiny_models import adapter_stage, base_stage, edit, in_two_shards, recipe, tensors
 from support.shared import copied
-from support.tiny_models import adapter_stage, base_stage, edit, in_two_shards, recipe, tensors
 
 torch = pytest.importorskip("torch")
 

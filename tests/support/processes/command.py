@@ -25,9 +25,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 TUTOR = Path(sys.executable).with_name("tutor")
-TINY = Path(__file__).with_name("tiny.toml")
+TINY = ROOT / "tests" / "support" / "tiny.toml"
 OURS = ("TUTOR_", "PYTHON", "NO_COLOR", "FORCE_COLOR")
 """Prefixes of the environment variables that a user who has set nothing of ours does not have."""
 
@@ -145,9 +145,9 @@ def forked(
 
 @functools.cache
 def _server() -> multiprocessing.context.ForkServerContext:
-    """Return the server, started and with support.preloaded imported, which it skips silently where it has no path."""
+    """Return the server, started, with the preloaded module imported: Python skips it silently when not found."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["support.preloaded"])
+    context.set_forkserver_preload(["support.processes.preloaded"])
     before = dict(os.environ)
     try:
         os.environ["PYTHONPATH"] = str(ROOT / "tests")
@@ -157,12 +157,12 @@ def _server() -> multiprocessing.context.ForkServerContext:
     process = context.Process(target=_assert_preloaded)
     process.start()
     process.join()
-    assert process.exitcode == 0, "support.preloaded was not imported"
+    assert process.exitcode == 0, "support.processes.preloaded was not imported"
     return context
 
 
 def _assert_preloaded() -> None:
-    sys.exit("support.preloaded" not in sys.modules)
+    sys.exit("support.processes.preloaded" not in sys.modules)
 
 
 def _child(

@@ -1,0 +1,1 @@
+"""Run `tutor` and Docker; kill, interrupt and observe processes."""
