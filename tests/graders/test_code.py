@@ -112,7 +112,7 @@ def test_data_check_without_compiler_prints_note_or_raises(tmp_path: Path, monke
 
 
 def graded(text: str, **prompt: Any) -> dict[str, Any]:
-    """The verdict on an answer to a prompt, beside another prompt that wants code."""
+    """The verdict on an answer, graded together with a prompt that requires code."""
     beside: dict[str, Any] = {"instruction": "¿?", "expect": {"code": True}}
     prompts = [{"instruction": "¿?", **prompt}] + [beside] * ("expect" not in prompt)
     verdict = grade_answers(prompts, [text, ""][: len(prompts)])[0]

@@ -55,7 +55,7 @@ def test_prompts_in_other_language_do_not_demand_spanish() -> None:
 def test_short_questions_together_are_spanish() -> None:
     assert in_spanish([prompt(question="¿`any`?"), prompt(), prompt(question="¿Y `never`?")])
     assert in_spanish([prompt(question="¿Qué es el tipo void?")] * 8), (
-        "the detector takes the texts together for Catalan"
+        "the detector classifies the joined texts as Catalan"
     )
     assert not in_spanish([])
 

@@ -85,7 +85,7 @@ def test_lora_folder_is_made_again_after_a_change(
 
 
 @pytest.mark.usefixtures("conversions")
-def test_lora_folder_follows_the_quantization_chosen_by_the_benchmark(recipe: Recipe, folder: BuildFolder) -> None:
+def test_lora_folder_follows_the_benchmarks_quantization(recipe: Recipe, folder: BuildFolder) -> None:
     recipe = recipe.model_copy(update={"ollama": OllamaSettings(quantization="auto")})
     for chosen in ("Q8_0", "F16"):
         with writing(folder.stage("ladder"), "ladder", {}) as (out, _):

@@ -33,12 +33,12 @@ def test_missing_file_raises_recipe_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "row", "why"),
     [
-        ("general", {"text": "dos palabras"}, "is no object with text and language, and nothing else"),
+        ("general", {"text": "dos palabras"}, "is not an object with only text and language"),
         ("general", {"text": "una", "language": "es"}, "text is a single word"),
         ("general", {"text": "dos palabras", "language": " "}, "language is no text"),
         ("general", {"text": 3, "language": "es"}, "text is no text"),
-        ("general", ["a"], "is no object"),
-        ("paraphrases", {"original": "¿A?", "instruction": "¿B?", "code": []}, "and nothing else"),
+        ("general", ["a"], "is not an object"),
+        ("paraphrases", {"original": "¿A?", "instruction": "¿B?", "code": []}, "with only"),
         ("paraphrases", {"original": "¿A?", "instruction": "a\nRespuesta: b"}, "begins with 'Respuesta:'"),
         ("paraphrases", {"original": "¿A?", "instruction": "<think>"}, "holds <think>"),
     ],

@@ -68,7 +68,7 @@ def test_budget_in_the_recipe_replaces_one_default(tmp_path: Path) -> None:
 
 def test_budgets_grow_with_coarser_quantizations() -> None:
     assert set(BUDGETS) == set(KINDS)
-    assert list(BUDGETS.values()) == sorted(BUDGETS.values()), "they stand from the finest to the coarsest"
+    assert list(BUDGETS.values()) == sorted(BUDGETS.values()), "the kinds are ordered from the finest to the coarsest"
     assert max(BUDGETS.values()) < 4, "another model of the same shape is further off"
 
 

@@ -8,7 +8,7 @@ from tutor.stages.report.labels import labelled_runs, sample_rows
 def test_only_completion_and_eos_carry_loss(tokenizer: Any) -> None:
     row = {"instruction": "¿Qué es 👩‍💻?", "response": "Una forma.\nY ñ.", "line": 3}
     found = labelled_runs(tokenizer, row, "Eres un tutor.")
-    assert [run["learnt"] for run in found["runs"]] == [False, True]
+    assert [run["carries_loss"] for run in found["runs"]] == [False, True]
     prompt, answer = ("".join(token["text"] for token in run["tokens"]) for run in found["runs"])
     assert prompt.endswith("Eres un tutor.↵\n↵\nInstrucción: ¿Qué es 👩‍💻?↵\nRespuesta:")
     assert answer == " Una forma.↵\nY ñ.<｜end▁of▁sentence｜>"

@@ -56,7 +56,7 @@ def read_texts(path: Path, keys: Sequence[str]) -> list[dict[str, str]]:
         if isinstance(value, RowError):
             problems.append(f"{path}:{line}: {value}")
         elif not isinstance(value, dict) or set(value) != set(keys):
-            problems.append(f"{path}:{line}: is no object with {' and '.join(keys)}, and nothing else")
+            problems.append(f"{path}:{line}: is not an object with only {' and '.join(keys)}")
         elif fault := _fault(value):
             problems.append(f"{path}:{line}: {fault}")
         else:

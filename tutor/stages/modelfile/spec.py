@@ -171,6 +171,6 @@ def _check_file(field: str, path: Path) -> None:
     if not path.is_file():
         raise ArtifactError(f"{field} {path} is not there", "run: tutor convert")
     if path.suffix != ".gguf":
-        raise ArtifactError(f"{field} {path} is not called *.gguf", "rename it: Ollama goes by the name")
+        raise ArtifactError(f"{field} {path} is not called *.gguf", "rename it: Ollama reads the type from the name")
     if not representable(str(path)) or re.search(r"[\t\r\n]", str(path)):
         raise RecipeError(f"{field} {str(path)!r} cannot be written in a Modelfile", "rename the file or its folder")

@@ -35,8 +35,8 @@ CAUSES: Mapping[Kind, Mapping[str, str]] = {
     "merge": {
         "prompt": "merged/ carries another chat template than the prompt contract: tutor clean merge, and run again",
         "tokens": "merged/ has another tokenizer than base/: changed, or read by another transformers version",
-        "log-probabilities": "merged/ was not made of this base and adapter, but of another run's adapter, a base "
-        "of the same shape, or the base in another precision: tutor why merge",
+        "log-probabilities": "merged/ was not made from this base and adapter, but from another run's adapter, a "
+        "base of the same shape, or the base in another precision: tutor why merge",
     },
     "convert": {
         "prompt": "the GGUF carries another chat template than merged/: tutor clean convert, and run again",
@@ -52,13 +52,13 @@ CAUSES: Mapping[Kind, Mapping[str, str]] = {
     "publish": {
         "model": "someone created or copied another model under this name: tutor publish",
         "prompt": "Ollama renders by another template or system text than was published: tutor publish",
-        "tokens": "Ollama reads the prompt otherwise (BOS, tokenizer), or cuts it at another num_ctx: tutor publish",
-        "log-probabilities": "the weights in Ollama are not the published file's, or its llama.cpp computes otherwise",
+        "tokens": "Ollama has other tokens (another BOS or tokenizer), or cuts at another num_ctx: tutor publish",
+        "log-probabilities": "the weights in Ollama differ from the published file, or its llama.cpp is another one",
     },
 }
 """Likeliest causes of a difference, by the kind of hand-off and the subject of the comparison."""
 ANSWER_CAUSES = {
-    "greedy answer": "the numbers agree and the choice does not: a sampler, a penalty or a stop text takes part",
+    "greedy answer": "equal log-probabilities, another token: a sampler, a penalty or a stop text has an effect",
     "end": "the end-of-sequence token: another eos_token_id, a stop text, or an end that was not learnt",
 }
 """Likeliest causes of a difference in the answer alone."""

@@ -33,10 +33,10 @@ def sample_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def labelled_runs(tokenizer: Decoder, row: Mapping[str, Any], system: str) -> dict[str, Any]:
-    """Return a row as runs of tokens: each run has `learnt` (carries loss), each token its text and `special`."""
+    """Return a row as runs of tokens: each run has `carries_loss`, each token its text and `special`."""
     encoded = encode(tokenizer, row["instruction"], row["response"], system)
     runs = [
-        {"learnt": bool(on), "tokens": _texts(tokenizer, [token for token, _ in pairs])}
+        {"carries_loss": bool(on), "tokens": _texts(tokenizer, [token for token, _ in pairs])}
         for on, pairs in ((on, list(found)) for on, found in groupby(_pairs(encoded), key=lambda pair: pair[1]))
     ]
     supervised = sum(encoded.mask)
