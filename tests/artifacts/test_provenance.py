@@ -168,7 +168,7 @@ def test_provenance_holds_the_version_of_each_imported_package(stage: str, packa
         (adapter, {"engines/llamacpp/src/convert_lora.py", "stages/convert/lineage.py", "Modelfile.j2", "prompt.py"}),
     ],
 )
-def test_provenance_of_a_command_holds_what_its_folder_depends_on(command: ModuleType, sources: set[str]) -> None:
+def test_provenance_of_a_command_holds_its_dependencies(command: ModuleType, sources: set[str]) -> None:
     assert command.__file__ is not None
     code = SourceTree().provenance(Path(command.__file__), left_out=command.LEFT_OUT).sources
     assert {f"serving/{Path(command.__file__).name}", *sources} <= set(code)

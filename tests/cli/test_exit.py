@@ -1,4 +1,4 @@
-"""cli/exit.py: exit codes, one line an error, JSON, streams, signals."""
+"""cli/exit.py and tutor/errors.py: exit codes, one line an error, JSON, streams, signals."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""stages/data/reading.py, and through it formats/rows/: jsonl.py, json_values.py and rows.py."""
+"""stages/data/reading.py, and through it formats/rows/jsonl.py, formats/rows/json_values.py and formats/rows/rows.py."""
 
 import gzip
 import json
