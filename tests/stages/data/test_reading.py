@@ -1,4 +1,4 @@
-"""stages/data/reading.py, and through it formats/rows/jsonl.py, formats/rows/json_values.py and formats/rows/rows.py."""
+"""stages/data/reading.py, and with it formats/rows/jsonl.py, formats/rows/json_values.py, formats/rows/rows.py."""
 
 import gzip
 import json
