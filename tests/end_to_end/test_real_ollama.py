@@ -91,11 +91,14 @@ def clean(api: Ollama) -> Iterator[None]:
 def render_and_publish(
     recipe: Recipe, build: Path, host: str = HOST, *, adapter: bool = False, **changes: Any
 ) -> dict[str, Any]:
-    """Run the parity and modelfile stages and publish, as the commands do."""
+    """Run the parity and modelfile stages, publish, and serve the build as `latest` without a comparison."""
     changed = recipe.model_copy(update=changes)
     for name in ("ladder", "parity", "modelfile"):
         runner.run_one(name, changed, build)
-    return publish.publish(changed, build, host=host, adapter=adapter, wait=30)
+    result = publish.publish(changed, build, host=host, adapter=adapter, wait=30)
+    with connect(host) as server:
+        builds.serve_as_latest(server, result["model"], result["tag"])
+    return result
 
 
 def answer_of(model: str, question: str = QUESTIONS[0], host: str = HOST) -> str:

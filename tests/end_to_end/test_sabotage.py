@@ -30,7 +30,7 @@ from tutor.errors import ArtifactError, DataError, GateError, TutorError
 from tutor.pipeline import registry, runner
 from tutor.recipe.reading import read_recipe
 from tutor.recipe.settings import OllamaSettings, Recipe
-from tutor.serving import publish
+from tutor.serving import promote, publish
 
 pytestmark = [
     pytest.mark.pipeline,
@@ -371,7 +371,7 @@ def build(tutor_recipe: Recipe, tmp_path: Path) -> Path:
 def refused(server: fake.FakeOllama, recipe: Recipe, build: Path, kind: type[TutorError], match: str) -> Any:
     """Assert that publishing fails and leaves no name on the server; return the error."""
     with pytest.raises(kind, match=match) as caught:
-        publish.publish(recipe, build, host=server.host)
+        promote.publish_and_promote(recipe, build, host=server.host)
     assert server.models == {}
     return caught
 
@@ -425,7 +425,7 @@ def test_ollama_with_other_weights_is_refused(
 def test_model_replaced_after_publishing_is_refused(
     server: fake.FakeOllama, tutor_recipe: Recipe, build: Path, report: Report, *, known: bool
 ) -> None:
-    publish.publish(tutor_recipe, build, host=server.host)
+    promote.publish_and_promote(tutor_recipe, build, host=server.host)
     theirs = server.models["tutor:latest"]
     server.models["tutor:latest"] = fake.Model({**theirs.body, "license": "x"}, theirs.facts, theirs.blob)
     server.reply_to = lambda _: [(" Otra", -0.1), (" cosa", -0.2)]

@@ -52,7 +52,11 @@ def hashes(model: Model) -> dict[Path, str]:
 
 
 def put(model: Model, api: Ollama, **settings: Any) -> dict[str, Any]:
-    return publish_build(replace(model, settings={**model.settings, **settings}), hashes(model), api)
+    """Publish a model with these settings, and serve a new build as `latest`."""
+    result = publish_build(replace(model, settings={**model.settings, **settings}), hashes(model), api)
+    if result["published"]:
+        serve_as_latest(api, model.name, result["tag"])
+    return result
 
 
 def served(server: FakeOllama) -> str:
@@ -83,12 +87,13 @@ def test_file_is_looked_up_before_it_is_uploaded(server: FakeOllama, api: Ollama
     assert len(server.bodies("POST /api/blobs")) == 1, "another system text needs no second upload"
 
 
-def test_latest_is_set_after_show_prompts_and_an_answer(server: FakeOllama, api: Ollama, model: Model) -> None:
-    put(model, api)
+def test_new_build_is_checked_and_not_served(server: FakeOllama, api: Ollama, model: Model) -> None:
+    result = publish_build(model, hashes(model), api)
+    assert list(server.models) == [result["tag"]]
     order = [where for where, _ in server.requests]
-    create, copy = order.index("POST /api/create"), order.index("POST /api/copy")
-    between = order[create:copy]
-    assert {"POST /api/show", "POST /api/chat", "POST /api/generate"} <= set(between)
+    assert "POST /api/copy" not in order
+    after = order[order.index("POST /api/create") :]
+    assert {"POST /api/show", "POST /api/chat", "POST /api/generate"} <= set(after)
     asked = [body for body in server.bodies("POST /api/chat") if "_debug_render_only" not in body]
     assert len(asked) == 1
     assert asked[0]["options"]["temperature"] == 0.0
@@ -242,7 +247,6 @@ def test_model_without_an_answer_is_refused(server: FakeOllama, api: Ollama, mod
         ("POST /api/create", fake.stream({"status": "writing manifest"})),
         ("POST /api/create", fake.stream({"status": "x"}, end="drop")),
         ("POST /api/generate", fake.status(500, '{"error": "llama-server process has terminated: killed"}')),
-        ("POST /api/copy", fake.status(500, '{"error": "no space left on device"}')),
         ("POST /api/chat", fake.stream(fake.chunk(" la"), end="drop")),
     ],
 )

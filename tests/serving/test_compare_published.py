@@ -12,7 +12,7 @@ from tutor.artifacts.stage_folder import writing
 from tutor.cli import summary
 from tutor.errors import ServiceError
 from tutor.recipe.settings import Recipe
-from tutor.serving import compare, publish
+from tutor.serving import compare, promote
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def evaluated(server: FakeOllama, recipe: Recipe, build: Path) -> dict[str, Any]
 def test_published_model_is_evaluated_greedily_and_once(
     server: FakeOllama, recipe: Recipe, build: Path, prompts: list[dict[str, Any]]
 ) -> None:
-    publish.publish(recipe, build, host=server.host)
+    promote.publish_and_promote(recipe, build, host=server.host)
     server.requests.clear()
     result = evaluated(server, recipe, build)
     assert result["ran"]
@@ -51,7 +51,7 @@ def test_published_model_is_evaluated_greedily_and_once(
 def test_another_build_of_the_same_name_is_evaluated_again(
     server: FakeOllama, recipe: Recipe, build: Path, prompts: list[dict[str, Any]]
 ) -> None:
-    publish.publish(recipe, build, host=server.host)
+    promote.publish_and_promote(recipe, build, host=server.host)
     evaluated(server, recipe, build)
     server.models["tutor:latest"].digest = "0" * 64
     assert evaluated(server, recipe, build)["ran"]
@@ -60,7 +60,7 @@ def test_another_build_of_the_same_name_is_evaluated_again(
 def test_answers_equal_to_llama_server_are_counted(
     server: FakeOllama, recipe: Recipe, build: Path, prompts: list[dict[str, Any]]
 ) -> None:
-    publish.publish(recipe, build, host=server.host)
+    promote.publish_and_promote(recipe, build, host=server.host)
     theirs = ["".join(server.pieces), " otra", None]
     rows = [{"answers": {"tutor": {"text": text}}} for text in theirs]
     (build / "small/eval").mkdir()
@@ -71,7 +71,7 @@ def test_answers_equal_to_llama_server_are_counted(
 def test_cut_answers_count_and_aborted_ones_are_recorded(
     server: FakeOllama, recipe: Recipe, build: Path, prompts: list[dict[str, Any]]
 ) -> None:
-    publish.publish(recipe, build, host=server.host)
+    promote.publish_and_promote(recipe, build, host=server.host)
     cut = {"done": True, "done_reason": "length", "eval_count": 1}
     server.script(
         "POST /api/chat", None, fake.stream(fake.chunk(" x"), cut), fake.stream(*[fake.chunk(" la")] * 31), None, None
@@ -87,7 +87,7 @@ def test_cut_answers_count_and_aborted_ones_are_recorded(
 def test_model_deleted_during_evaluation_keeps_its_answers(
     server: FakeOllama, recipe: Recipe, build: Path, prompts: list[dict[str, Any]]
 ) -> None:
-    publish.publish(recipe, build, host=server.host)
+    promote.publish_and_promote(recipe, build, host=server.host)
 
     def delete(handler: fake.Handler) -> None:
         server.models.clear()

@@ -15,7 +15,7 @@ from tutor.artifacts.manifest import require_stage
 from tutor.artifacts.stage_folder import writing
 from tutor.errors import ArtifactError, GateError
 from tutor.recipe.settings import Recipe
-from tutor.serving import publish
+from tutor.serving import promote, publish
 from tutor.serving.ollama_parity import read_reference
 from tutor.stages.parity.gate import parity_table
 
@@ -29,24 +29,24 @@ REFUSAL = {"message": "F16 -> Q8_0 (quantize) diverges in its tokens: «code»",
 def test_model_refused_by_the_gate_is_not_published(server: FakeOllama, recipe: Recipe, build: Path) -> None:
     write_parity(recipe, build, refused=REFUSAL)
     with pytest.raises(GateError, match="diverges in its tokens"):
-        publish.publish(recipe, build, host=server.host)
+        promote.publish_and_promote(recipe, build, host=server.host)
     assert server.requests == []
 
 
 def test_model_without_a_parity_stage_is_not_published(server: FakeOllama, recipe: Recipe, build: Path) -> None:
     remove(build / "small/parity")
     with pytest.raises(ArtifactError, match="parity is not there; run: tutor run --until parity"):
-        publish.publish(recipe, build, host=server.host)
+        promote.publish_and_promote(recipe, build, host=server.host)
     make_stages(recipe, build)
     with writing(build / "small/gguf", "convert", {}) as (out, _):
         fake.write_gguf(out / "tutor-Q8_0.gguf", size=3000)
     with pytest.raises(ArtifactError, match=r"was made of another input\.convert"):
-        publish.publish(recipe, build, host=server.host)
+        promote.publish_and_promote(recipe, build, host=server.host)
     assert server.requests == []
 
 
 def test_model_is_compared_before_it_is_latest(server: FakeOllama, recipe: Recipe, build: Path) -> None:
-    result = publish.publish(recipe, build, host=server.host)
+    result = promote.publish_and_promote(recipe, build, host=server.host)
     assert result["parity"]["state"] == "same"
     figures = {check["name"]: check["figures"] for check in result["parity"]["checks"]}
     assert figures["prompt"]["equal"] == figures["prompt"]["of"] == len(read_reference(build / "small/parity").seen)
@@ -73,7 +73,7 @@ def test_model_with_other_answers_in_ollama_is_refused(
 ) -> None:
     spoil(server)
     with pytest.raises(GateError, match=rf"Q8_0 -> Ollama \(publish\) diverges in its {what}"):
-        publish.publish(recipe, build, host=server.host)
+        promote.publish_and_promote(recipe, build, host=server.host)
     assert server.models == {}
 
 
@@ -81,7 +81,7 @@ def test_server_without_rendered_prompts_compares_tokens(
     server: FakeOllama, recipe: Recipe, build: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.shows_prompts = False
-    result = publish.publish(recipe, build, host=server.host)
+    result = promote.publish_and_promote(recipe, build, host=server.host)
     figures = {check["name"]: check["figures"] for check in result["parity"]["checks"]}
     assert figures["prompt"]["of"] == 0
     assert figures["tokens"]["equal"] == figures["tokens"]["of"] > 5
@@ -92,7 +92,7 @@ def test_server_without_rendered_prompts_compares_tokens(
 
 
 def test_served_model_can_be_compared_again(server: FakeOllama, recipe: Recipe, build: Path) -> None:
-    publish.publish(recipe, build, host=server.host)
+    promote.publish_and_promote(recipe, build, host=server.host)
     for _ in range(2):
         result = publish.compare_published(recipe, build, host=server.host)
         assert [item["state"] for item in result["hand_offs"]] == ["same"]
@@ -101,7 +101,7 @@ def test_served_model_can_be_compared_again(server: FakeOllama, recipe: Recipe, 
 
 
 def test_replaced_model_is_found_by_its_digest(server: FakeOllama, recipe: Recipe, build: Path) -> None:
-    publish.publish(recipe, build, host=server.host)
+    promote.publish_and_promote(recipe, build, host=server.host)
     replaced = server.models["tutor:latest"]
     server.models["tutor:latest"] = fake.Model({**replaced.body, "system": "x"}, replaced.facts, replaced.blob)
     result = publish.compare_published(recipe, build, host=server.host)
@@ -111,7 +111,7 @@ def test_replaced_model_is_found_by_its_digest(server: FakeOllama, recipe: Recip
 
 
 def test_replaced_model_without_a_digest_is_found_by_answers(server: FakeOllama, recipe: Recipe, build: Path) -> None:
-    publish.publish(recipe, build, host=server.host)
+    promote.publish_and_promote(recipe, build, host=server.host)
     (build / "small/model/published.json").unlink()
     assert "refused" not in publish.compare_published(recipe, build, host=server.host)
     server.reply_to = lambda _: [(" Otra", -0.1), (" cosa", -0.1)]
@@ -125,7 +125,7 @@ def test_parity_command_prints_a_table_and_exits_8(
     path = tmp_path / "small.toml"
     path.write_text(f"system = '{SYSTEM}'\n[ollama]\nquantization = 'Q8_0'\n", "utf-8")
     command = ("parity", "--host", server.host, "-r", path, "-b", build)
-    publish.publish(recipe, build, host=server.host)
+    promote.publish_and_promote(recipe, build, host=server.host)
     done = tutor(*command)
     assert (done.returncode, "Q8_0 -> Ollama" in done.stdout) == (0, True), done.stderr
     server.reply_to = lambda _: [(" Otra", -0.1)]

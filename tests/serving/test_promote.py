@@ -14,7 +14,7 @@ from support.outputs.published import make_stages
 from tutor.artifacts.disk import remove, write_json
 from tutor.artifacts.manifest import require_stage
 from tutor.artifacts.stage_folder import writing
-from tutor.errors import GateError, RecipeError
+from tutor.errors import GateError, RecipeError, ServiceError
 from tutor.pipeline.registry import BY_NAME
 from tutor.recipe.settings import Recipe
 from tutor.serving import promote, publish
@@ -144,6 +144,16 @@ def test_unevaluated_build_is_evaluated_before_promotion(server: FakeOllama, rec
     assert asked == [
         row["model"] + ":" + row["build"] for row in publish.published_builds(recipe, host=server.host)[:1]
     ]
+
+
+def test_latest_is_unchanged_when_tagging_fails(server: FakeOllama, recipe: Recipe, build: Path) -> None:
+    put(server, recipe, build, "uno", GOOD)
+    server.script("POST /api/copy", fake.status(500, '{"error": "no space left on device"}'))
+    with pytest.raises(ServiceError, match="no space left"):
+        put(server, recipe, build, "dos", GOOD)
+    assert latest(server) == "uno"
+    rows = publish.published_builds(recipe, host=server.host)
+    assert [row["latest"] for row in rows] == [False, True], "the new build stays on the server: tutor promote"
 
 
 def test_failed_parity_gate_is_promoted_only_by_force(server: FakeOllama, recipe: Recipe, build: Path) -> None:

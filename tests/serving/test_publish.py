@@ -28,10 +28,10 @@ def served(server: FakeOllama) -> str:
 
 
 def test_output_of_the_modelfile_stage_is_published(server: FakeOllama, recipe: Recipe, build: Path) -> None:
-    result = publish.publish(recipe, build, host=server.host)
+    result = promote.publish_and_promote(recipe, build, host=server.host)
     assert json.loads((build / "small/model/published.json").read_text("utf-8")) == result
     assert served(server) == SYSTEM
-    assert publish.publish(recipe, build, host=server.host)["published"] is False
+    assert promote.publish_and_promote(recipe, build, host=server.host)["published"] is False
     assert json.loads((build / "small/model/published.json").read_text("utf-8")) == result
     assert not find_damage(build / "small/model", content=True)
 
@@ -55,52 +55,55 @@ def test_create_body_equals_that_of_the_modelfile_spec(recipe: Recipe, build: Pa
 def test_damaged_gguf_is_not_uploaded(server: FakeOllama, recipe: Recipe, build: Path, damage: Any, what: str) -> None:
     damage(build / "small/gguf/tutor-Q8_0.gguf")
     with pytest.raises(ArtifactError, match=what):
-        publish.publish(recipe, build, host=server.host)
+        promote.publish_and_promote(recipe, build, host=server.host)
     assert {where for where, _ in server.requests} <= {"GET /api/version"}
 
 
 def test_model_of_other_settings_or_another_gguf_is_refused(server: FakeOllama, recipe: Recipe, build: Path) -> None:
     other = recipe.model_copy(update={"system": "otro"})
     with pytest.raises(ArtifactError, match=r"another recipe\.system; run: tutor run --until modelfile"):
-        publish.publish(other, build, host=server.host)
+        promote.publish_and_promote(other, build, host=server.host)
     with writing(build / "small/gguf", "convert", {}) as (out, _):
         write_gguf(out / "tutor-Q8_0.gguf", size=3000)
     with pytest.raises(ArtifactError, match=r"another input\.convert"):
-        publish.publish(recipe, build, host=server.host)
+        promote.publish_and_promote(recipe, build, host=server.host)
 
 
 def test_publish_without_stages_names_the_command_to_run(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="tutor run --until modelfile"):
-        publish.publish(recipe, tmp_path / "nothing")
+        promote.publish_and_promote(recipe, tmp_path / "nothing")
 
 
 def test_locked_build_folder_is_not_published(server: FakeOllama, recipe: Recipe, build: Path) -> None:
     with locked(build / "small"), pytest.raises(LockError):
-        publish.publish(recipe, build, host=server.host)
+        promote.publish_and_promote(recipe, build, host=server.host)
 
 
 def test_publish_without_a_server_is_refused(recipe: Recipe, build: Path) -> None:
     with pytest.raises(TutorError, match="no Ollama at") as caught:
-        publish.publish(recipe, build, host="127.0.0.1:1", wait=0.2)
+        promote.publish_and_promote(recipe, build, host="127.0.0.1:1", wait=0.2)
     assert caught.value.code == 6
 
 
 def test_published_lines_show_the_build_and_the_next_command(server: FakeOllama, recipe: Recipe, build: Path) -> None:
-    lines = publish.published_lines(publish.publish(recipe, build, host=server.host))
+    lines = publish.published_lines(promote.publish_and_promote(recipe, build, host=server.host))
     assert "7 prompts as in training" in lines[0]
-    assert "Q8_0 -> Ollama" in lines[-2]
+    assert "Q8_0 -> Ollama" in lines[-3]
+    assert lines[-2] == "nothing was in service"
     assert lines[-1] == "Next: ollama run tutor"
-    assert publish.published_lines(publish.publish(recipe, build, host=server.host))[0].startswith("Nothing to do")
+    assert publish.published_lines(promote.publish_and_promote(recipe, build, host=server.host))[0].startswith(
+        "Nothing to do"
+    )
 
 
 def test_build_lines_show_which_build_is_served(server: FakeOllama, recipe: Recipe, build: Path) -> None:
     assert publish.build_lines(publish.published_builds(recipe, host=server.host)) == [
         "Nothing is published: run tutor publish"
     ]
-    first = publish.publish(recipe, build, host=server.host)
+    first = promote.publish_and_promote(recipe, build, host=server.host)
     changed = recipe.model_copy(update={"system": "otro"})
     make_stages(changed, build)
-    second = publish.publish(changed, build, host=server.host)
+    second = promote.publish_and_promote(changed, build, host=server.host)
     lines = publish.build_lines(publish.published_builds(recipe, host=server.host))
     assert [line.split()[0] for line in lines] == [second["tag"], first["tag"]]
     assert [line.split()[-1] for line in lines] == ["latest", "previous"]

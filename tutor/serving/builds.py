@@ -106,13 +106,12 @@ def publish_build(
     *,
     wait: float = 5.0,
     check: TagCheck | None = None,
-    serve: bool = True,
 ) -> dict[str, Any]:
-    """Create a build on a server and, when every check passes, tag it `latest`; return what was done.
+    """Create a build on a server, without tagging it `latest`, and check it; return what was done.
 
-    Without `serve` the build is checked and not tagged. `hashes` has the sha256 of each file in hex, `wait` is the
+    A build that is `latest` already is not checked again. `hashes` has the sha256 of each file in hex, `wait` is the
     maximum number of seconds for the start of the server, `check` runs after all other checks. Raises GateError when
-    the server would serve another model: the build is then deleted, and `latest` stays as it was.
+    the server would serve another model: the build is then deleted.
     """
     started = time.monotonic()
     version = server.wait_ready(wait)
@@ -130,8 +129,6 @@ def publish_build(
         checks = check_build(model, server, tag)
         if check:
             checks |= check(server, tag)
-        if serve:
-            serve_as_latest(server, model.name, tag)
     checks["digest"] = model_digest(server, tag)
     return {**result, "published": True, "created": made, **checks, "seconds": round(time.monotonic() - started, 3)}
 

@@ -46,7 +46,7 @@ def publish_and_promote(
 
     Raises as publish.publish, and GateError when it is worse: the build then stays on the server without `latest`.
     """
-    result = publish.publish(recipe, build, host=host, adapter=adapter, wait=wait, serve=False)
+    result = publish.publish(recipe, build, host=host, adapter=adapter, wait=wait)
     folder = BuildFolder(build, recipe.name)
     record = folder.published(adapter=adapter)
     if not result["published"]:

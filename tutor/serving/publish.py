@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tutor.artifacts.disk import write_json
 from tutor.artifacts.hashing import cached_sha256
 from tutor.artifacts.layout import OLLAMA_PARITY, BuildFolder
 from tutor.artifacts.lock import locked
@@ -39,12 +38,10 @@ def publish(
     host: str | None = None,
     adapter: bool = False,
     wait: float = 5.0,
-    serve: bool = True,
 ) -> dict[str, Any]:
-    """Publish the model of a build folder; return what was done. The server has `wait` seconds to start.
+    """Publish the model of a build folder and check it; return what was done. The server has `wait` seconds to start.
 
-    Without `serve` the build is checked, but neither tagged `latest` nor recorded as served (promote.py does both).
-
+    Neither tags the build `latest` nor records it as served: promote.py does both.
     Raises ArtifactError when the folders are missing, damaged or of other settings, ServiceError for faults of the
     server, GateError when the server would serve another model than the trained one.
     """
@@ -56,11 +53,7 @@ def publish(
             made = lora_folder(recipe, folder) if adapter else made
             model = builds.read_model(made, quantization_of(recipe, folder))
             check = partial(_same_answers, reference, same_file=not adapter)
-            result = builds.publish_build(model, _hashes(model, folder), server, check=check, serve=serve)
-        record = folder.published(adapter=adapter)
-        if serve and (result["published"] or not record.exists()):
-            write_json(record, result)
-    return result
+            return builds.publish_build(model, _hashes(model, folder), server, check=check)
 
 
 def _folder_of(name: str, recipe: Recipe, folder: BuildFolder) -> Path:
