@@ -11,7 +11,7 @@ from tutor.prompt import STOPS, Message
 from tutor.recipe.settings import GenerateSettings
 
 TOP_K = 40
-"""Number of candidates for sampling: the default of Ollama. The specification sets none; transformers has 50."""
+"""Number of candidates for sampling: Ollama's default. The project's specification sets none; transformers has 50."""
 SCORE_CHUNK_TOKENS = 256
 """Number of tokens whose logits are computed at a time when an answer is scored."""
 Finish = Literal["stop", "length"]

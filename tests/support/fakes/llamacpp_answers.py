@@ -1,4 +1,4 @@
-"""Small programs that answer and score as a llama.cpp build would, and a base folder with a byte tokenizer."""
+"""Fake programs of llama.cpp that answer and score as their JSON "GGUF" states; a base folder with a byte tokenizer."""
 
 import json
 from pathlib import Path

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_PORT = 11434
 """Ollama's default port."""
 MIN_VERSION = (0, 30)
-"""Minimum version of Ollama: since then llama-server generates, and the template is chosen by the checked rule."""
+"""Minimum version of Ollama: since then llama-server generates, and a rule chooses the template (docs/facts.md, 1)."""
 MEMORY_HINT = "memory may be short: try a smaller ollama.quantization or generate.context; see the server's log"
 """Next step of an error that a lack of memory may cause."""
 HINTS = {

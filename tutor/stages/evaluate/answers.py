@@ -54,7 +54,7 @@ class Task:
 
 @dataclass
 class _Work:
-    """State that the workers share."""
+    """State that all workers share."""
 
     task: Task
     prompts: Sequence[Mapping[str, Any]]

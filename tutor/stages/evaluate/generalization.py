@@ -155,7 +155,7 @@ def _perplexity(losses: Sequence[float]) -> float:
 
 
 def findings(results: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return the results as sentences: `conclusion` and `text`. All changes for the worse are in it, at the top."""
+    """Return the results as sentences: `conclusion` and `text`. Changes for the worse come first, all of them."""
     found: list[dict[str, str]] = []
     for changed in results.get("differences", ()):
         found += _changed(changed)

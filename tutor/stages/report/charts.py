@@ -9,8 +9,9 @@ from typing import Any
 from tutor.formats.chart import Frame, size_and_kl, ticks
 
 CURVES = Frame(width=560, height=290, left=56, right=544, top=24, floor=248)
+"""Size of a chart of curves, in units of the SVG."""
 QUANTIZATIONS = Frame(width=620, height=320, left=62, right=600, top=24, floor=278)
-"""Sizes of the two charts in units of the SVG."""
+"""Size of the chart of quantizations, in units of the SVG."""
 
 Points = Sequence[tuple[float, float]]
 
