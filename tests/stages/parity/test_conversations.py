@@ -1,7 +1,7 @@
 """stages/parity/conversations.py: the set of conversations, and the reach of each."""
 
 from tutor.prompt import render
-from tutor.stages.parity.conversations import CODE, EMOJI, SPECIALS, Conversation, conversations
+from tutor.stages.parity.conversations import CODE, EMOJI, SPECIALS, Conversation, make_conversations
 
 
 def fits(prompt: str) -> bool:
@@ -9,7 +9,7 @@ def fits(prompt: str) -> bool:
 
 
 def test_conversations_include_texts_that_often_break() -> None:
-    found = {item.name: item for item in conversations([("¿Qué?", "Eso.")], "Eres «tutor».", fits)}
+    found = {item.name: item for item in make_conversations([("¿Qué?", "Eso.")], "Eres «tutor».", fits)}
     assert {"held-out 1", "accents", "code", "emoji", "special tokens", "several turns", "empty system"} <= set(found)
     assert ("\t" in CODE, "`" in CODE, "\u200d" in EMOJI, "<｜User｜>" in SPECIALS) == (True,) * 4
     assert found["empty system"].messages[0] == {"role": "system", "content": ""}
@@ -20,13 +20,13 @@ def test_conversations_include_texts_that_often_break() -> None:
 
 
 def test_longest_conversation_fits_and_is_for_ollama_only() -> None:
-    long = conversations([], "", fits)[-1]
+    long = make_conversations([], "", fits)[-1]
     assert (long.name, long.reach) == ("long", "published")
     assert 1850 < len(long.prompt) <= 2000
 
 
 def test_conversation_beyond_the_context_has_reach_nowhere() -> None:
-    found = {item.name: item.reach for item in conversations([], "", lambda prompt: len(prompt) < 90)}
+    found = {item.name: item.reach for item in make_conversations([], "", lambda prompt: len(prompt) < 90)}
     assert found["special tokens"] == "nowhere"
     assert found["empty system"] == "served"
     assert "long" not in found
@@ -34,6 +34,6 @@ def test_conversation_beyond_the_context_has_reach_nowhere() -> None:
 
 def test_conversations_are_deterministic() -> None:
     rows = [("¿a?", "b"), ("¿c?", "d")]
-    one, two = (conversations(rows, "s", fits) for _ in range(2))
+    one, two = (make_conversations(rows, "s", fits) for _ in range(2))
     assert one == two
     assert isinstance(one[0], Conversation)

@@ -11,7 +11,7 @@ from tutor.engines.trace import EOS_TEXT, Step, Trace
 from tutor.pipeline.registry import BY_NAME
 from tutor.recipe.settings import Recipe
 from tutor.stages.parity.compare import Observation
-from tutor.stages.parity.conversations import conversations
+from tutor.stages.parity.conversations import make_conversations
 from tutor.stages.parity.record import to_record
 
 PIECES = (" Una", " interfaz", " describe", " un", " objeto", ".")
@@ -29,15 +29,25 @@ def write_parity(recipe: Recipe, build: Path, refused: dict[str, str] | None = N
     folder = build / recipe.name
     fields = dict(BY_NAME["parity"].recipe_fields(recipe))
     fields["input.convert"] = require_stage(folder / "gguf", "convert").fingerprint
-    talks = conversations([("¿Qué es any?", "Lo que sea.")], recipe.system, lambda prompt: len(prompt.split()) < 200)
+    conversations = make_conversations(
+        [("¿Qué es any?", "Lo que sea.")], recipe.system, lambda prompt: len(prompt.split()) < 200
+    )
     served = recipe.ollama.quantization
     seen = []
-    for talk in talks:
-        words = len(talk.prompt.split())
-        found = trace(prompt_tokens=words) if talk.reach in ("everywhere", "served") else None
-        seen.append(to_record(Observation(talk.name, talk.prompt, (1,) * words, words, None, found), candidates=True))
+    for conversation in conversations:
+        words = len(conversation.prompt.split())
+        found = trace(prompt_tokens=words) if conversation.reach in ("everywhere", "served") else None
+        seen.append(
+            to_record(
+                Observation(conversation.name, conversation.prompt, (1,) * words, words, None, found), candidates=True
+            )
+        )
     with writing(folder / "parity", "parity", fields) as (out, results):
-        record = {"served": served, "steps": 16, "conversations": [asdict(talk) for talk in talks]}
+        record = {
+            "served": served,
+            "steps": 16,
+            "conversations": [asdict(conversation) for conversation in conversations],
+        }
         write_json(out / "reference.json", {**record, "engines": {served: seen}})
         results.update({"refused": refused} if refused else {})
     return folder / "parity"

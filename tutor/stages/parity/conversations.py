@@ -47,7 +47,7 @@ class Conversation:
         return render([message for message in self.messages if message["role"] != "system" or message["content"]])
 
 
-def conversations(
+def make_conversations(
     rows: Sequence[tuple[str, str]], system: str, fits: Callable[[str], bool]
 ) -> tuple[Conversation, ...]:
     """Return the conversations of held-out rows (question, answer) and of the fixed texts, with the recipe's system.

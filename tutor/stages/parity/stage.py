@@ -25,7 +25,7 @@ from tutor.machine.device import loading_memory
 from tutor.recipe.quantizations import F16
 from tutor.stages.parity import collect
 from tutor.stages.parity.compare import Observation
-from tutor.stages.parity.conversations import Conversation, conversations
+from tutor.stages.parity.conversations import Conversation, make_conversations
 from tutor.stages.parity.gate import SAME_WEIGHTS, HandOff, Kind, hand_off, quantization_tolerance, refusal
 from tutor.stages.parity.record import REFERENCE, to_record
 
@@ -48,10 +48,10 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     Raises ArtifactError when a folder is missing or damaged, ServiceError when llama-server fails.
     """
     tokenizer = load_tokenizer(inputs["merge"])
-    talks = _conversations(tokenizer, recipe, inputs["data"])
-    trained = _in_transformers(inputs, talks, loading_memory().available)
+    conversations = _conversations(tokenizer, recipe, inputs["data"])
+    trained = _in_transformers(inputs, conversations, loading_memory().available)
     served = served_quantization(recipe.ollama.quantization, inputs["ladder"])
-    items = [collect.tokenize(tokenizer, conversation) for conversation in talks]
+    items = [collect.tokenize(tokenizer, conversation) for conversation in conversations]
     bos = tokenizer.bos_token or ""
     threads = len(os.sched_getaffinity(0))
     settings = collect.ServerSettings(recipe.generate.context, threads, out.parent / "parity.log", bos)
@@ -62,7 +62,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
             raise ArtifactError(f"{gguf} is missing", "run: tutor convert")
         log.info("running %s in llama.cpp", gguf.name)
         observed[kind] = collect.from_gguf(gguf, items, settings, served=kind == served)
-    write_json(out / REFERENCE, _reference(talks, observed, served))
+    write_json(out / REFERENCE, _reference(conversations, observed, served))
     budgets = recipe.parity.budgets
     hand_offs = [*_same_weights(observed, trained), *_quantized(observed, recipe.convert.quantizations, budgets)]
     records = [item.record() for item in hand_offs]
@@ -71,7 +71,12 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     for item in hand_offs:
         level = logging.INFO if item.state == "same" else logging.WARNING
         log.log(level, "%s -> %s: %s", item.ours, item.theirs, item.state)
-    results = {"conversations": len(talks), "precision": trained.precision, "served": served, "hand_offs": records}
+    results = {
+        "conversations": len(conversations),
+        "precision": trained.precision,
+        "served": served,
+        "hand_offs": records,
+    }
     return {**results, "refused": refused} if refused else results
 
 
@@ -86,7 +91,7 @@ def _conversations(tokenizer: Any, recipe: "Recipe", data: Path) -> tuple[Conver
     def fits(prompt: str) -> bool:
         return len(tokenizer(prompt, verbose=False)["input_ids"]) <= max_tokens
 
-    return conversations(pairs[: recipe.parity.prompts], recipe.system, fits)
+    return make_conversations(pairs[: recipe.parity.prompts], recipe.system, fits)
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,9 @@ class TransformersResult:
     coarser: str = ""  # the coarser one of `precision` and the merged weights' type
 
 
-def _in_transformers(inputs: Mapping[str, Path], talks: Sequence[Conversation], free: int) -> TransformersResult:
+def _in_transformers(
+    inputs: Mapping[str, Path], conversations: Sequence[Conversation], free: int
+) -> TransformersResult:
     """Observe base + adapter and the merged folder in transformers.
 
     The merged model generates its own answers; base + adapter, which is slower, follows these.
@@ -117,13 +124,13 @@ def _in_transformers(inputs: Mapping[str, Path], talks: Sequence[Conversation], 
     load = partial(loading.load, precision=precision)
     log.info("running %s in transformers (%s)", MERGED, precision)
     engine = load(inputs["merge"], None, quantization="none")
-    merged = collect.from_transformers(engine, talks, own_template=True)
+    merged = collect.from_transformers(engine, conversations, own_template=True)
     collect.free_model(engine)
     log.info("running %s in transformers (%s)", ADAPTER, precision)
     engine = load(read_facts(inputs["base"])[1], inputs["train"], quantization="none")
     if nf4_precision := _nf4_precision(inputs["merge"], inputs["train"]):
         collect.quantize_base_to_nf4(engine, nf4_precision)
-    trained = collect.from_transformers(engine, talks, paths=merged.paths, own_template=False)
+    trained = collect.from_transformers(engine, conversations, paths=merged.paths, own_template=False)
     collect.free_model(engine)
     in_bf16 = read_json(inputs["merge"] / "config.json").get("dtype") == "bfloat16"
     observations = {ADAPTER: trained.observations, MERGED: merged.observations}
@@ -147,12 +154,12 @@ def _nf4_precision(merged: Path, adapter: Path) -> str | None:
 
 
 def _reference(
-    talks: Sequence[Conversation], observed: Mapping[str, Sequence[Observation]], served: str
+    conversations: Sequence[Conversation], observed: Mapping[str, Sequence[Observation]], served: str
 ) -> dict[str, Any]:
     engines = {
         engine: [to_record(item, candidates=engine == served) for item in found] for engine, found in observed.items()
     }
-    messages = [asdict(item) for item in talks]
+    messages = [asdict(item) for item in conversations]
     return {"served": served, "steps": collect.GREEDY_TOKENS, "conversations": messages, "engines": engines}
 
 
