@@ -83,7 +83,9 @@ def refuse_small_disk(folder: Path, size: Size) -> None:
         print(f"{other} is of a run that was killed, or of one that still runs", file=sys.stderr)
     need, free = 4 * size.weights + SPARE, shutil.disk_usage(folder).free
     if need > free:
-        sys.exit(f"{folder} has {free / 1e9:.1f} GB free, this needs {need / 1e9:.1f}: make room, or give --layers")
+        sys.exit(
+            f"{folder} has {free / 1e9:.1f} GB free, this needs {need / 1e9:.1f}: free disk space, or give --layers"
+        )
 
 
 def bench(

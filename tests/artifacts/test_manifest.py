@@ -36,7 +36,7 @@ def test_find_damage_finds_missing_cut_and_changed_files(tmp_path):
     make(folder)
     (folder / "top.txt").write_text("NEW")
     assert find_damage(folder) == []
-    assert find_damage(folder, content=True) == [f"{folder}/top.txt has another content than when it was made"]
+    assert find_damage(folder, content=True) == [f"{folder}/top.txt has changed since it was made"]
     (folder / "top.txt").write_text("ne")
     assert find_damage(folder) == [f"{folder}/top.txt has 2 bytes instead of 3"]
     (folder / "top.txt").unlink()

@@ -16,7 +16,7 @@ from tutor.artifacts import provenance
 from tutor.artifacts.layout import STAGE_FOLDERS
 from tutor.artifacts.provenance import PACKAGE, Provenance, SourceTree
 from tutor.artifacts.source import read_source
-from tutor.pipeline.runner import LLAMACPP
+from tutor.pipeline.runner import LLAMACPP_BUILD
 from tutor.serving import adapter, compare
 
 ROOT = PACKAGE.parent
@@ -133,7 +133,7 @@ def test_provenance_holds_assets_of_the_stages_that_use_them() -> None:
 
 def test_provenance_leaves_out_what_other_key_fields_hold() -> None:
     """The llama.cpp build is a key field of its own, in the stages that start its programs."""
-    reached = {stage for stage in STAGES if LLAMACPP in found(PACKAGE, stage).left_out}
+    reached = {stage for stage in STAGES if LLAMACPP_BUILD in found(PACKAGE, stage).left_out}
     assert reached == {"convert", "ladder", "parity", "evaluate"}
     assert not any(name.startswith(("recipe/", "artifacts/")) for name in found(PACKAGE, "train").sources)
 

@@ -103,7 +103,7 @@ def test_bug_is_one_line_and_debug_shows_the_traceback(tutor, tmp_path):
     done = tutor("data", "stats", "-r", TINY, env=broken)
     assert done.returncode == 1
     assert re.fullmatch(
-        r"Error: a bug of tutor's: RuntimeError: broken\\ninstallation \(__init__\.py:1\); .*--debug.*\n", done.stderr
+        r"Error: bug in tutor: RuntimeError: broken\\ninstallation \(__init__\.py:1\); .*--debug.*\n", done.stderr
     )
     loud = tutor("--debug", "data", "stats", "-r", TINY, env=broken)
     assert loud.returncode == 1

@@ -105,8 +105,8 @@ def images(base_image: str, compose: Stack) -> None:
 @pytest.fixture(scope="module")
 def contained(images: None, compose: Stack) -> Path:
     """The build folder after the containers of trainer, merger and converter."""
-    for name in stack.BEFORE:
-        assert stack.did_something(stack.run_service(compose, name))
+    for name in stack.SERVICES_BEFORE:
+        assert stack.had_work(stack.run_service(compose, name))
     return compose.folder
 
 
@@ -317,7 +317,7 @@ def test_container_outputs_equal_those_of_tutor_run(contained: Path, embedded: P
 
 
 def test_services_run_again_do_nothing(contained: Path, compose: Stack) -> None:
-    assert [stack.did_something(stack.run_service(compose, name)) for name in stack.BEFORE] == [False] * 3
+    assert [stack.had_work(stack.run_service(compose, name)) for name in stack.SERVICES_BEFORE] == [False] * 3
 
 
 def test_service_that_fails_returns_its_exit_code(images: None, recipe: Recipe, tmp_path: Path) -> None:
@@ -492,5 +492,5 @@ def test_stack_run_all_twice_does_nothing_more(server: str, images: None, recipe
     docker("rm", "--force", server)
     first = stack.run_all(recipe, compose.build, gpu=False)
     assert re.fullmatch(r"127\.0\.0\.1:\d+", first["host"])
-    assert set(first["services"]) == {*stack.BEFORE, *stack.AFTER}
+    assert set(first["services"]) == {*stack.SERVICES_BEFORE, *stack.SERVICES_AFTER}
     assert stack.run_all(recipe, compose.build, gpu=False)["ran"] == []

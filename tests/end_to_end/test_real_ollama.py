@@ -244,7 +244,7 @@ def refused(api: Ollama, model: builds.Model, hashes: dict[Path, str], error: ty
 def test_gguf_with_the_r1_template_is_refused(recipe: Recipe, build: Path, api: Ollama) -> None:
     model, _ = published_model(recipe, build)
     base = build / "tiny/gguf/base-Q8_0.gguf"  # the tiny base has the template of R1
-    refused(api, *with_file(model, base), GateError, r"template is .*User.*took the GGUF's own chat template")
+    refused(api, *with_file(model, base), GateError, r"template is .*User.*uses the GGUF's own chat template")
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_gguf_with_the_r1_template_is_refused(recipe: Recipe, build: Path, api: 
 def test_template_with_another_prompt_is_refused(recipe: Recipe, build: Path, api: Ollama, template: str) -> None:
     model, hashes = published_model(recipe, build)
     spoiled = replace(model, settings={**model.settings, "template": template})
-    refused(api, spoiled, hashes, GateError, "prompted otherwise than it was trained")
+    refused(api, spoiled, hashes, GateError, "gets another prompt than in training")
 
 
 def test_parameter_that_the_server_drops_is_refused(recipe: Recipe, build: Path, api: Ollama) -> None:

@@ -381,7 +381,7 @@ def test_gguf_with_one_changed_byte_is_not_published(
 ) -> None:
     path = build / "small/gguf/tutor-Q8_0.gguf"
     replace_bytes(path, b"xx", b"xy")
-    caught = refused(server, tutor_recipe, build, ArtifactError, "another content than when it was made")
+    caught = refused(server, tutor_recipe, build, ArtifactError, "changed since it was made")
     report("one byte of the GGUF, before publishing", "publish: hash", caught)
 
 
@@ -401,7 +401,7 @@ def test_modelfile_with_another_template_is_not_published(
     body["template"] = body["template"].replace("Respuesta:", "Respuesta: ")
     path.write_text(json.dumps(body), "utf-8")
     reseal(build / "small/model")
-    caught = refused(server, tutor_recipe, build, GateError, "prompted otherwise than it was trained")
+    caught = refused(server, tutor_recipe, build, GateError, "gets another prompt than in training")
     report("another TEMPLATE in the Modelfile", "publish: rendered prompts", caught)
 
 

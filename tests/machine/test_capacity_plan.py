@@ -48,7 +48,7 @@ def test_plan_counts_rows_and_cuts_them_at_max_length(inputs, tmp_path):
 def test_plan_that_does_not_fit_is_refused(inputs, tmp_path, monkeypatch):
     memory = DeviceMemory(10**6, 10**6, "this machine", gpu=False)
     monkeypatch.setattr("tutor.machine.device.training_memory", lambda: memory)
-    with pytest.raises(HostError, match=r"this training .* GB, and 0\.0 GB are there"):
+    with pytest.raises(HostError, match=r"this training .* GB, and 0\.0 GB are installed"):
         capacity.plan_training(recipe(tmp_path / "r.toml"), inputs)
 
 

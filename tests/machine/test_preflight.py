@@ -164,7 +164,7 @@ def test_full_disk_names_free_and_needed_space(host, vast, tmp_path, monkeypatch
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=300 * 10**9))
     found = [line for line in problems(vast, tmp_path / "not" / "made", gpu=False) if "disk" in line]
     # The build folder and Docker's lie on one disk: their needs add up, 782 and 357 GB.
-    assert found == [f"the disk of {tmp_path} has 300 GB free of 1139 GB; make room"]
+    assert found == [f"the disk of {tmp_path} has 300 GB free of 1139 GB; free disk space"]
 
 
 def test_finished_stages_need_no_disk(host, vast, tmp_path, monkeypatch):
@@ -225,4 +225,4 @@ def test_rows_outside_the_recipe_folder_are_refused(host, recipe_file, tmp_path)
 
 def test_shipped_recipes_are_beside_their_rows():
     for path in sorted((ROOT / "data").glob("*.toml")):
-        preflight.refuse_outside(read_recipe(path))
+        preflight.refuse_files_outside(read_recipe(path))

@@ -10,7 +10,7 @@ from tutor.errors import HostError
 from tutor.formats.models import base_source
 from tutor.machine import host, run_cost
 from tutor.machine.memory.estimate import trainable_parameters
-from tutor.machine.run_cost import RunWorkload, disk_bytes, gguf_bytes, seconds
+from tutor.machine.run_cost import RunWorkload, disk_bytes, estimate_seconds, gguf_bytes
 from tutor.recipe.quantizations import F16, KINDS
 from tutor.recipe.settings import DataSettings, OllamaSettings, Recipe
 
@@ -73,12 +73,12 @@ def test_auto_quantization_counts_all_that_may_be_served():
     written = {**dict.fromkeys(recipe.convert.quantizations, 2), F16: 2}  # of the tutor and of the base
     assert disk_bytes(LARGE, work)["convert"] >= sum(gguf_bytes(LARGE, kind) * n for kind, n in written.items())
     assert disk_bytes(LARGE, work)["publish"] == 3 * gguf_bytes(LARGE, F16)
-    assert seconds(LARGE, work, None, 2)["evaluate"]
+    assert estimate_seconds(LARGE, work, None, 2)["evaluate"]
 
 
 def test_seconds_fall_with_cores_and_need_a_rate():
-    assert seconds(LARGE, WORK, None, 2)["train"] is None
-    few, many = seconds(LARGE, WORK, 1e14, 2), seconds(LARGE, WORK, 1e14, 16)
+    assert estimate_seconds(LARGE, WORK, None, 2)["train"] is None
+    few, many = estimate_seconds(LARGE, WORK, 1e14, 2), estimate_seconds(LARGE, WORK, 1e14, 16)
     assert few["convert"] > many["convert"]
     assert few["evaluate"] > many["evaluate"]
     assert few["train"] == many["train"]
@@ -86,7 +86,7 @@ def test_seconds_fall_with_cores_and_need_a_rate():
 
 def test_seconds_of_the_8b_match_measurements():
     """On two cores 78 s to merge the plain way, 15 minutes a K-quant (docs/facts.md, 9)."""
-    took = seconds(LARGE, replace(WORK, quantizations=["Q4_K_M"]), None, 2)
+    took = estimate_seconds(LARGE, replace(WORK, quantizations=["Q4_K_M"]), None, 2)
     assert took["merge"] == pytest.approx(78, rel=0.3)
     assert took["convert"] == pytest.approx(33 + 15 * 60, rel=0.1)
 
@@ -96,7 +96,7 @@ def test_seconds_of_the_8b_match_measurements():
     [("NVIDIA H200", "H200"), ("NVIDIA A100-SXM4-80GB", "A100"), ("Tesla T4", "T4"), ("NVIDIA L40S", "L40S")],
 )
 def test_gpu_rate_of_known_gpus_is_found_by_name(name, card):
-    assert run_cost.gpu_rate(name) == run_cost.GPU_SHARE * run_cost.PEAKS[card]
+    assert run_cost.gpu_rate(name) == run_cost.GPU_SHARE * run_cost.PEAK_RATES[card]
 
 
 def test_gpu_rate_of_unknown_gpu_is_none():
@@ -131,7 +131,7 @@ def test_folders_on_one_disk_are_added_up(tmp_path):
 def test_require_disk_names_work_and_both_sizes(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=3 * 10**9))
     run_cost.require_disk(tmp_path, 3e9, "merging")
-    with pytest.raises(HostError, match=r"has 3\.0 GB free, merging needs 4\.5 GB; make room") as caught:
+    with pytest.raises(HostError, match=r"has 3\.0 GB free, merging needs 4\.5 GB; free disk space") as caught:
         run_cost.require_disk(tmp_path, 4.5e9, "merging")
     assert caught.value.code == 4
 

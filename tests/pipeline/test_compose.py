@@ -56,7 +56,7 @@ def test_result_lines_name_the_report_by_its_path_on_this_host(host, recipe, tmp
     host.says("--name tutor-publisher", stdout='{"model": "tutor", "build": "0123456789ab", "version": "0.33.3"}')
     result = compose.run_all(recipe, tmp_path / "elsewhere")
     seen = tmp_path / "elsewhere" / "small" / "report" / "report.html"
-    assert f"All that was found out: {seen}" in compose.result_lines(result)
+    assert f"Report: {seen}" in compose.result_lines(result)
 
 
 @pytest.mark.parametrize("name", ["converter", "publisher"])
@@ -84,7 +84,7 @@ def test_run_all_uses_up_for_the_ollama_server_alone(host, recipe, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*compose.BEFORE, *compose.AFTER])
+@pytest.mark.parametrize("name", [*compose.SERVICES_BEFORE, *compose.SERVICES_AFTER])
 @pytest.mark.parametrize("code", [1, 3, 8, 137, 143])
 def test_run_all_ends_with_the_exit_code_of_a_failed_service(host, recipe, tmp_path, name, code):
     host.says(f"--name tutor-{name}", code=code, stderr="train: step 1\nError: tutor.jsonl:3: what is wrong; do this\n")
@@ -244,7 +244,7 @@ def test_result_lines_name_the_model_and_the_next_step(ran, opening):
     assert compose.result_lines(result) == [
         *opening,
         "tutor is build 0123456789ab, at http://127.0.0.1:11434 in Ollama 0.33.3, without a GPU.",
-        "Of 15 held-out prompts: 93 % answered in Spanish, 60 % ended by themselves.",
+        "Answers to 15 held-out prompts: in Spanish 93 %, stopped by itself 60 %.",
         "Next: docker compose exec ollama ollama run tutor",
     ]
 

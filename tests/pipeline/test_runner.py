@@ -228,7 +228,7 @@ def test_run_all_makes_a_damaged_stage_again(recipe_file, build):
     assert state_of("data", recipe, build).condition == "up to date"  # by size
     state = state_of("data", recipe, build, content=True)
     assert state.condition == "damaged"
-    assert differences(state) == [f"{file} has another content than when it was made"]
+    assert differences(state) == [f"{file} has changed since it was made"]
     file.write_bytes(whole[:-1])
     assert state_of("data", recipe, build).condition == "damaged"
     assert run_all(recipe, build, until="data") == ["data"]
@@ -258,7 +258,7 @@ def test_run_one_with_a_stale_input_warns(recipe_file, build, caplog):
         shutil.copytree(build / "small" / "data", build / "small" / name)
     with caplog.at_level(logging.WARNING), pytest.raises(ArtifactError, match=r"\.gguf is not there"):
         run_one("modelfile", read_recipe(recipe_file), build)
-    assert "base is out of date with the recipe or its inputs; tutor why base says why" in caplog.text
+    assert "base is out of date with the recipe or its inputs; for the reason: tutor why base" in caplog.text
 
 
 def test_run_one_hands_the_train_stage_one_plan(recipe_file, build, monkeypatch):

@@ -94,7 +94,7 @@ def test_convert_is_measured_with_llamacpps_script_and_cp(demo_base: Path, tmp_p
 def test_disk_too_small_for_two_models_exits_before_writing(tmp_path: Path) -> None:
     done = bench(tmp_path, "--layers", "200000")
     assert done.returncode == 1
-    assert "make room, or give --layers" in done.stderr
+    assert "free disk space, or give --layers" in done.stderr
     assert list((tmp_path / "disk").iterdir()) == []
 
 

@@ -21,9 +21,9 @@ each_service = pytest.mark.parametrize("name", SERVICES)
 
 
 def test_compose_file_has_the_services_in_pipeline_order():
-    assert list(SERVICES) == [*compose.BEFORE, compose.SERVER, *compose.AFTER]
+    assert list(SERVICES) == [*compose.SERVICES_BEFORE, compose.SERVER, *compose.SERVICES_AFTER]
     assert [name for name, service in SERVICES.items() if "build" in service] == sorted(
-        compose.BUILT, key=list(SERVICES).index
+        compose.BUILT_SERVICES, key=list(SERVICES).index
     )
 
 

@@ -136,7 +136,7 @@ def test_retired_names_have_replacements_that_exist():
         ("[ollama]\nquantization = 'Q4'", "ollama.quantization is 'Q4'; converted are Q4_K_M, Q5_K_M, Q8_0, F16"),
         ("[ollama]\nmodel = 'host/tutor'", "ollama.model is 'host/tutor'"),
         ("[ollama]\nmodel = 'deepseek-r1'", "ollama.model is 'deepseek-r1'"),
-        ("[generate]\nmax_new_tokens = 4096", "max_new_tokens (4096) leaves no room for a prompt"),
+        ("[generate]\nmax_new_tokens = 4096", "max_new_tokens (4096) leaves no tokens for a prompt"),
         ("[data]\ntrain = ' '", "data.train is ' ': is empty"),
         ("[data]\nheld_out = 1.0", "data.held_out is 1.0"),
     ],

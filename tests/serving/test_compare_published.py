@@ -38,7 +38,7 @@ def test_published_model_is_evaluated_greedily_and_once(
     assert result["ran"]
     assert result["all"]["n"] == 3
     assert result["all"]["stopped"]["n"] == 3
-    assert result["as_llama_server"] is None
+    assert result["agreement_with_llama_server"] is None
     assert any("100 %" in line for line in summary.verdict_lines(result)), "shown as the evaluate stage's result is"
     asked = server.bodies("POST /api/chat")[1:]
     assert [body["messages"][-1]["content"] for body in asked] == [row["instruction"] for row in prompts]
@@ -65,7 +65,7 @@ def test_answers_equal_to_llama_server_are_counted(
     rows = [{"answers": {"tutor": {"text": text}}} for text in theirs]
     (build / "small/eval").mkdir()
     (build / "small/eval/answers.json").write_text(json.dumps(rows))
-    assert evaluated(server, recipe, build)["as_llama_server"] == {"same": 1, "of": 3}
+    assert evaluated(server, recipe, build)["agreement_with_llama_server"] == {"same": 1, "of": 3}
 
 
 def test_cut_answers_count_and_aborted_ones_are_recorded(

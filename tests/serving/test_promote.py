@@ -67,7 +67,7 @@ def latest(server: FakeOllama) -> str:
 
 def test_first_build_is_served_and_its_answers_are_stored(server: FakeOllama, recipe: Recipe, build: Path) -> None:
     result = put(server, recipe, build, "uno", GOOD)
-    assert result["promotion"]["comparison"] == "nothing was in service"
+    assert result["promotion"]["comparison"] == "no build was in service before: not compared"
     kept = build / "small/served" / result["build"]
     assert json.loads((kept / "answers.json").read_text("utf-8")) == rows(GOOD)
     assert json.loads((build / "small/model/published.json").read_text("utf-8")) == result

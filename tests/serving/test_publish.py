@@ -48,7 +48,7 @@ def test_create_body_equals_that_of_the_modelfile_spec(recipe: Recipe, build: Pa
     ("damage", "what"),
     [
         (lambda path: path.write_bytes(path.read_bytes()[:1500]), "has 1500 bytes instead of 2000"),
-        (lambda path: path.write_bytes(bytes(2000)), "has another content"),
+        (lambda path: path.write_bytes(bytes(2000)), "has changed since"),
         (lambda path: path.unlink(), "is missing"),
     ],
 )
@@ -89,7 +89,7 @@ def test_published_lines_show_the_build_and_the_next_command(server: FakeOllama,
     lines = publish.published_lines(promote.publish_and_promote(recipe, build, host=server.host))
     assert "7 prompts as in training" in lines[0]
     assert "Q8_0 -> Ollama" in lines[-3]
-    assert lines[-2] == "nothing was in service"
+    assert lines[-2] == "no build was in service before: not compared"
     assert lines[-1] == "Next: ollama run tutor"
     assert publish.published_lines(promote.publish_and_promote(recipe, build, host=server.host))[0].startswith(
         "Nothing to do"

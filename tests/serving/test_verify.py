@@ -224,7 +224,7 @@ def test_name_without_a_file_is_a_model(name: str, is_file: bool) -> None:  # no
 
 @pytest.mark.parametrize("name", ["gone.gguf", "/gone", "./gone"])
 def test_path_of_a_missing_file_is_refused(name: str) -> None:
-    with pytest.raises(RecipeError, match="is no file"):
+    with pytest.raises(RecipeError, match="is not a file"):
         verify.is_file(name)
 
 

@@ -17,7 +17,7 @@ from tutor.errors import ArtifactError, HostError, TutorError
 
 _DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO})
 
-_FULL = 1 << 20
+_FULL_DISK = 1 << 20
 """Free bytes below which a failed write counts as a full disk; PyTorch raises an error without the reason."""
 
 
@@ -91,7 +91,7 @@ def disk_fault(error: BaseException, partial: Path) -> TutorError | None:
         free = shutil.disk_usage(partial.parent).free
     except OSError:
         free = 0
-    if number in _DISK_FAULTS or free < _FULL:
+    if number in _DISK_FAULTS or free < _FULL_DISK:
         where = getattr(error, "filename", None) or partial
         reason = os.strerror(number) if number in _DISK_FAULTS else os.strerror(errno.ENOSPC)
         return HostError(f"{where}: {reason}", f"{free / 1e9:.1f} GB are free in {partial.parent}")

@@ -90,7 +90,7 @@ def find_damage(folder: Path, *, content: bool = False) -> list[str]:
         elif path.stat().st_size != entry["size"]:
             problems.append(f"{path} has {path.stat().st_size} bytes instead of {entry['size']}")
         elif content and file_sha256(path) != entry["sha256"]:
-            problems.append(f"{path} has another content than when it was made")
+            problems.append(f"{path} has changed since it was made")
     return problems
 
 

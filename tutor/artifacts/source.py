@@ -21,9 +21,9 @@ from tutor.artifacts.hashing import file_state
 from tutor.errors import ArtifactError
 
 FILE_NAME = re.compile(r"[\w-][\w.-]*\.\w+")
-CACHED = "sources"
+CACHE_KEY = "sources"
 """Key of the cache file under which the sources are remembered."""
-OURS = __name__.partition(".")[0]
+PACKAGE = __name__.partition(".")[0]
 IGNORED = frozenset({"ENCODING", "COMMENT", "NL", "ENDMARKER"})
 MARKS = {"NEWLINE": "\n", "INDENT": "\t", "DEDENT": "\b"}
 """Tokens that count by their kind: their text differs by formatting or by the Python version."""
@@ -82,7 +82,7 @@ def code_tokens(text: str) -> list[str]:
     tokens: list[str] = []
     names: set[str] = set()
     for statement, only_strings in _statements(text):
-        if statement[:1] == ["from"] and statement[1] in (OURS, ".", "..", "..."):
+        if statement[:1] == ["from"] and statement[1] in (PACKAGE, ".", "..", "..."):
             names |= _imported_names(statement)
         elif not only_strings:
             tokens += statement
@@ -172,7 +172,7 @@ class SourceReader:
             self._cache.parent.mkdir(parents=True, exist_ok=True)
             whole = read_json_object(self._cache) or {}
             files = {**_cached(self._cache), **self._new}
-            write_json(self._cache, {**whole, CACHED: {"reader": file_state(Path(__file__)), "files": files}})
+            write_json(self._cache, {**whole, CACHE_KEY: {"reader": file_state(Path(__file__)), "files": files}})
 
 
 _READ: dict[Path, tuple[str, Source]] = {}
@@ -181,7 +181,7 @@ _READ: dict[Path, tuple[str, Source]] = {}
 
 def _cached(cache: Path | None) -> dict[str, dict[str, Any]]:
     """The sources of a cache file, as far as this version of the reader wrote them."""
-    kept = (read_json_object(cache) or {}).get(CACHED) if cache else None
+    kept = (read_json_object(cache) or {}).get(CACHE_KEY) if cache else None
     if isinstance(kept, dict) and kept.get("reader") == file_state(Path(__file__)) and isinstance(kept["files"], dict):
         return kept["files"]
     return {}

@@ -120,5 +120,5 @@ def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType |
     while trace is not None:
         place = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
         trace = trace.tb_next
-    line = f"a bug of tutor's: {kind.__name__}: {error} ({place}); tutor --debug shows all, report it"
+    line = f"bug in tutor: {kind.__name__}: {error} ({place}); tutor --debug shows the traceback; please report it"
     click.echo(f"Error: {_plain(line)}", err=True)

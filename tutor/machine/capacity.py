@@ -33,7 +33,7 @@ from tutor.recipe.settings import Recipe, TrainSettings
 
 log = logging.getLogger(__name__)
 
-LONG = 24 * 3600.0
+LONG_TRAINING = 24 * 3600.0
 """Seconds of training on a CPU above which a warning is logged."""
 
 WEIGHT_STAGES = ("base", "train", "merge", "convert")
@@ -92,7 +92,7 @@ def refuse(recipe: Recipe, build: Path, stages: Collection[str]) -> bool:
     for place, free, need in run_cost.short_disks(run_cost.folder_sizes(recipe, build, sizes)):
         raise HostError(
             f"the stages will write {gb(need)} ({parts_line(sizes)}) to the disk of {place}, which has {gb(free)} free",
-            "make room, or give another --build (HF_HOME for what the hub sends)",
+            "free disk space, or give another --build (HF_HOME for downloads from the hub)",
         )
     return True
 
@@ -103,17 +103,19 @@ def refuse_training(recipe: Recipe, build: Path, shape: Shape, gpu: host.Gpu | N
     forecast = forecast_memory(recipe, build, shape, gpu)
     memory_plan.refuse_limits(shape, forecast.request, forecast.step, forecast.memory.available)
     refuse_memory(forecast)
-    expected = seconds(recipe, shape, forecast, gpu)["train"]
-    if gpu is None and expected and expected > LONG:
+    expected = forecast_seconds(recipe, shape, forecast, gpu)["train"]
+    if gpu is None and expected and expected > LONG_TRAINING:
         log.warning("no NVIDIA GPU answers: training on this CPU takes about %.0f hours", expected / 3600)
 
 
-def seconds(recipe: Recipe, shape: Shape, forecast: MemoryForecast, gpu: host.Gpu | None) -> dict[str, float | None]:
+def forecast_seconds(
+    recipe: Recipe, shape: Shape, forecast: MemoryForecast, gpu: host.Gpu | None
+) -> dict[str, float | None]:
     """Rough seconds by stage on this machine; None where no rate is known."""
     cores = host.processor().cores
     rate = run_cost.gpu_rate(gpu.name) if gpu else cores * run_cost.CPU_RATES.get(forecast.step.precision, 0)
     work = run_cost.run_workload(recipe, shape, forecast.rows, checkpointing=forecast.step.checkpointing)
-    return run_cost.seconds(shape, work, rate if forecast.rows else None, cores)
+    return run_cost.estimate_seconds(shape, work, rate if forecast.rows else None, cores)
 
 
 def refuse_memory(forecast: MemoryForecast) -> None:
@@ -189,7 +191,7 @@ def forecast_run(recipe: Recipe, build: Path, shape: Shape | None, gpu: host.Gpu
         return {**result, "memory": None, "disk": None, "seconds": None, "measured": []}
     forecast = forecast_memory(recipe, build, shape, gpu)
     measured = measured_seconds(recipe, build)
-    roughly = seconds(recipe, shape, forecast, gpu)
+    roughly = forecast_seconds(recipe, shape, forecast, gpu)
     memory = forecast.memory
     return {
         **result,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tutor.errors import HostError
 from tutor.machine import distributed, host
-from tutor.machine.host import CUDA, Gpu, Processor
+from tutor.machine.host import CUDA_CONTEXT, Gpu, Processor
 
 CUDA_CAPABILITY = (7, 5)
 """Minimum compute capability of the pinned CUDA 13 wheels."""
@@ -100,7 +100,7 @@ def training_memory() -> DeviceMemory:
         free, total = torch.cuda.mem_get_info()
         gpus = distributed.world_size() if distributed.is_sharded() else 1
         name = torch.cuda.get_device_name()
-        return DeviceMemory(min(int(free + CUDA), total) * gpus, total * gpus, name, gpu=True)
+        return DeviceMemory(min(int(free + CUDA_CONTEXT), total) * gpus, total * gpus, name, gpu=True)
     processes, own = distributed.local_world_size(), psutil.Process().memory_info()
     memory = host.memory()
     if memory is None:

@@ -78,7 +78,8 @@ def process_group() -> Iterator[None]:
             raise
         raise HostError(
             "another process of this training ended",
-            "its own line or the launcher's report says why; run again: it goes on from the last checkpoint",
+            "its own error or the launcher's report has the reason; "
+            "run again: training continues from the last checkpoint",
         ) from error
 
 

@@ -33,7 +33,7 @@ ANSWER_TIMEOUT = 2.0
 KNOWN_BAD = (
     ("transformers", (5, 0), (5, 22, 2), "drops every blank of an R1-Distill-Llama text"),
     ("torch", (0,), (2, 10), "can run code of a checkpoint it loads (CVE-2026-24747)"),
-    ("jinja2", (0,), (3, 1, 6), "lets a template out of its sandbox"),
+    ("jinja2", (0,), (3, 1, 6), "lets a template escape from its sandbox"),
 )
 """Package, first faulty and first good version, the fault (docs/facts.md, 8)."""
 
@@ -61,7 +61,7 @@ class HostReport:
     refusal: HostError | None
 
     @property
-    def missing_by_way(self) -> dict[str, list[str]]:
+    def missing_by_command(self) -> dict[str, list[str]]:
         """Missing requirements of each way to train: the stages in this environment, and the containers."""
         lacks = [(check.needed_by, check.what) for check in self.checks if check.state == "missing"]
         return {way: [what for needed_by, what in lacks if needed_by == way] for way in (RUN, STACK)}
@@ -69,10 +69,10 @@ class HostReport:
     @property
     def fault(self) -> HostError | None:
         """The reason why no way to train works here; None where one works."""
-        if self.refusal is not None or not all(self.missing_by_way.values()):
+        if self.refusal is not None or not all(self.missing_by_command.values()):
             return self.refusal
-        lacks = "; ".join(f"{way} lacks {', '.join(what)}" for way, what in self.missing_by_way.items())
-        return HostError(f"this machine cannot train yet: {lacks}", "the list above says what to do")
+        lacks = "; ".join(f"{way} lacks {', '.join(what)}" for way, what in self.missing_by_command.items())
+        return HostError(f"this machine cannot train yet: {lacks}", "follow the hints in the list above")
 
     def as_dict(self) -> dict[str, Any]:
         """The report as a JSON object."""
@@ -81,7 +81,7 @@ class HostReport:
             "ok": fault is None,
             "error": fault.message if fault else None,
             "hint": fault.hint if fault else None,
-            "lacks": self.missing_by_way,
+            "lacks": self.missing_by_command,
             "checks": [asdict(check) for check in self.checks],
             "recipe": self.recipe,
         }
@@ -248,7 +248,7 @@ def ollama_check() -> HostCheck:
             version = server.version(ANSWER_TIMEOUT)
             if host.version(version) == (0, 0, 0):
                 return HostCheck(
-                    "Ollama", "warning", f"{version} at {server.host}", "built from source? taken as new enough"
+                    "Ollama", "warning", f"{version} at {server.host}", "built from source? assumed to be new enough"
                 )
             check_version(version)
             return HostCheck("Ollama", "ok", f"{version} at {server.host}", needed_by=SERVE)

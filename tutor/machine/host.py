@@ -19,7 +19,7 @@ PROGRAM_TIMEOUT = 60
 MIB = 1 << 20
 """Bytes of a MiB."""
 
-CUDA = 0.5e9
+CUDA_CONTEXT = 0.5e9
 """Bytes of a CUDA context in GPU memory: an allowance, not measured."""
 
 NO_LIMIT = 1 << 60

@@ -25,10 +25,10 @@ from tutor.recipe.settings import Recipe
 
 log = logging.getLogger(__name__)
 
-COMPOSE = (2, 24)
+COMPOSE_VERSION = (2, 24)
 """Minimum version of Docker Compose."""
 
-TOOLKIT = (1, 17, 8)
+TOOLKIT_VERSION = (1, 17, 8)
 """Minimum version of the NVIDIA Container Toolkit; older ones let an image escape (CVE-2025-23266)."""
 
 IMAGES = ("tutor-trainer", "tutor-converter", "tutor-client", "tutor-ollama")
@@ -37,7 +37,7 @@ IMAGES = ("tutor-trainer", "tutor-converter", "tutor-client", "tutor-ollama")
 IMAGES_GB = 14.0
 """Disk space of the images in GB."""
 
-PORT = 11434
+OLLAMA_PORT = 11434
 """Default port of Ollama on 127.0.0.1."""
 
 
@@ -66,7 +66,7 @@ def check_host(recipe: Recipe, build: Path, *, gpu: bool | None = None) -> bool:
 
     `gpu`: True requires one, False uses none, None uses an available one and requires one for a large base.
     """
-    refuse_outside(recipe)
+    refuse_files_outside(recipe)
     info = daemon()
     without_gpu = [] if gpu is False else gpu_faults(info)
     required = gpu or (gpu is None and is_large(recipe))
@@ -89,7 +89,7 @@ def is_large(recipe: Recipe) -> bool:
     return recipe.base.source.startswith(("hub:", "path:"))
 
 
-def refuse_outside(recipe: Recipe) -> None:
+def refuse_files_outside(recipe: Recipe) -> None:
     """Raise RecipeError for files outside the recipe's folder: the containers see no other files of the host."""
     folder = recipe.path.parent
     named = {"data.train": recipe.data.train, "data.eval": recipe.data.eval}
@@ -130,10 +130,10 @@ def docker_faults(info: Mapping[str, Any]) -> list[Fault]:
             else Fault("the Docker daemon does not answer", "start it: sudo systemctl start docker")
         )
     code, text = run_program("docker", "compose", "version", "--short")
-    needed = ".".join(map(str, COMPOSE))
+    needed = ".".join(map(str, COMPOSE_VERSION))
     if code:
         faults.append(Fault("Docker has no Compose plugin", f"install docker-compose-plugin {needed} or newer"))
-    elif version(text) < COMPOSE:
+    elif version(text) < COMPOSE_VERSION:
         faults.append(Fault(f"Docker Compose is {text.strip()}", f"update it to {needed} or newer"))
     return faults
 
@@ -158,8 +158,8 @@ def gpu_faults(info: Mapping[str, Any]) -> list[Fault]:
         )
         return faults
     code, text = run_program("nvidia-ctk", "--version")
-    if code == 0 and (0,) < version(text) < TOOLKIT:
-        oldest = ".".join(map(str, TOOLKIT))
+    if code == 0 and (0,) < version(text) < TOOLKIT_VERSION:
+        oldest = ".".join(map(str, TOOLKIT_VERSION))
         faults.append(
             Fault(f"the NVIDIA Container Toolkit is older than {oldest}, which has known escapes", "update it")
         )
@@ -192,7 +192,7 @@ def disk_faults(recipe: Recipe, build: Path, shape: Shape | None, info: Mapping[
         in_docker += round(IMAGES_GB * 1e9)
     needs = [(build, sum(sizes.values())), (Path(info.get("DockerRootDir") or "/"), in_docker)]
     return [
-        Fault(f"the disk of {place} has {free / 1e9:.0f} GB free of {need / 1e9:.0f} GB", "make room")
+        Fault(f"the disk of {place} has {free / 1e9:.0f} GB free of {need / 1e9:.0f} GB", "free disk space")
         for place, free, need in run_cost.short_disks(needs)
     ]
 
@@ -204,7 +204,7 @@ def is_made(recipe: Recipe, build: Path, stage: str) -> bool:
 
 def port_faults() -> list[Fault]:
     """The fault of another program on Ollama's published port; the stack's own Ollama may use it."""
-    given = os.environ.get("TUTOR_OLLAMA_PORT", str(PORT))
+    given = os.environ.get("TUTOR_OLLAMA_PORT", str(OLLAMA_PORT))
     if given in ("", "0"):
         return []
     if not re.fullmatch(r"[0-9]{1,5}", given) or int(given) > 65535:
@@ -218,5 +218,5 @@ def port_faults() -> list[Fault]:
             probe.bind(("127.0.0.1", int(given)))
         except OSError as error:
             hint = "end what listens there (an Ollama of your own?), or set TUTOR_OLLAMA_PORT to another"
-            return [Fault(f"port {given} of 127.0.0.1 cannot be had: {error.strerror}", hint)]
+            return [Fault(f"port {given} of 127.0.0.1 cannot be used: {error.strerror}", hint)]
     return []

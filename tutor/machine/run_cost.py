@@ -66,13 +66,13 @@ CHECKPOINT_EXTRA = 2 << 20
 CPU_RATES = {"bf16": 70e9, "fp32": 40e9}
 """Floating-point operations per second and core of a training, by precision: the 135M on a core with AMX."""
 
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "T4": 65e12, "4090": 165e12}
+PEAK_RATES = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "T4": 65e12, "4090": 165e12}
 """Dense 16-bit operations per second of GPUs, from their data sheets."""
 
 GPU_SHARE = 0.2
 """Share of the peak rate that a training reaches: an assumption."""
 
-START = 15.0
+STARTUP_SECONDS = 15.0
 """Seconds to import torch and transformers."""
 
 MERGE_RATE = 200e6
@@ -161,7 +161,9 @@ def disk_bytes(shape: Shape, work: RunWorkload) -> dict[str, int]:
     }
 
 
-def seconds(shape: Shape, work: RunWorkload, training_rate: float | None, cores: int) -> dict[str, float | None]:
+def estimate_seconds(
+    shape: Shape, work: RunWorkload, training_rate: float | None, cores: int
+) -> dict[str, float | None]:
     """Rough seconds by stage; None where no rate is known. `training_rate` is in floating-point operations a second."""
     # Forward, backward to the inputs only, and forward again; held-out rows are scored forward only.
     operations = (6 if work.checkpointing else 4) * work.tokens + 2 * work.scored
@@ -169,9 +171,9 @@ def seconds(shape: Shape, work: RunWorkload, training_rate: float | None, cores:
     slow = sum("_K" in kind for kind in work.quantizations) + work.with_base
     answers = models * work.prompts * work.answer * max(gguf_bytes(shape, kind) for kind in work.served)
     return {
-        "train": START + operations * shape.parameters / training_rate if training_rate else None,
-        "merge": START + 2 * shape.parameters / MERGE_RATE,
-        "convert": START
+        "train": STARTUP_SECONDS + operations * shape.parameters / training_rate if training_rate else None,
+        "merge": STARTUP_SECONDS + 2 * shape.parameters / MERGE_RATE,
+        "convert": STARTUP_SECONDS
         + models * gguf_bytes(shape, "F16") / CONVERT_RATE
         + slow * shape.parameters / (QUANTIZE_RATE * cores),
         "evaluate": answers / (READ_RATE * cores),
@@ -180,7 +182,7 @@ def seconds(shape: Shape, work: RunWorkload, training_rate: float | None, cores:
 
 def gpu_rate(name: str) -> float | None:
     """Floating-point operations per second of a training on the named GPU; None for an unknown GPU."""
-    found = [peak for card, peak in PEAKS.items() if re.search(rf"\b{card}\b", name)]
+    found = [peak for card, peak in PEAK_RATES.items() if re.search(rf"\b{card}\b", name)]
     return GPU_SHARE * found[0] if found else None
 
 
@@ -212,7 +214,7 @@ def short_disks(needs: Iterable[tuple[Path, int]]) -> list[tuple[Path, int, int]
     return [(place, free, need) for place, free, need in disks.values() if need > free]
 
 
-def require_disk(folder: Path, need: float, work: str, hint: str = "make room") -> None:
+def require_disk(folder: Path, need: float, work: str, hint: str = "free disk space") -> None:
     """Raise HostError when the disk of `folder` has less than `need` bytes free for `work`, such as "merging"."""
     for _, free, _ in short_disks([(folder, math.ceil(need))]):
         raise HostError(f"{folder} has {gb(free)} free, {work} needs {gb(need)}", hint)

@@ -18,6 +18,7 @@ from typing import Any
 
 from tutor.artifacts.layout import BuildFolder
 from tutor.errors import HostError, ServiceError
+from tutor.graders.verdict import LABELS
 from tutor.machine import preflight
 from tutor.pipeline.logged_command import StackError, run_logged
 from tutor.pipeline.runner import announced
@@ -28,11 +29,15 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[2]
 UID = 10001
 """Uid and gid of the images. Services use them when the caller is root, which no container may be."""
-BUILT = ("trainer", "converter", "publisher", "ollama")
-"""Services whose images are built; merger and reporter use the trainer's, evaluator the publisher's."""
-BEFORE, SERVER, AFTER = ("trainer", "merger", "converter"), "ollama", ("publisher", "evaluator", "reporter")
+BUILT_SERVICES = ("trainer", "converter", "publisher", "ollama")
+"""Services with an image of their own; merger and reporter use the trainer's, evaluator the publisher's."""
+SERVICES_BEFORE, SERVER, SERVICES_AFTER = (
+    ("trainer", "merger", "converter"),
+    "ollama",
+    ("publisher", "evaluator", "reporter"),
+)
 """Services in the order in which they run, before and after the server of Ollama."""
-ABOUT = {
+DESCRIPTIONS = {
     "build": "build the images, some minutes the first time",
     "trainer": "check the rows, fetch the base, train the adapter",
     "merger": "merge the adapter into the base",
@@ -40,8 +45,9 @@ ABOUT = {
     "ollama": "start Ollama",
     "publisher": "publish the model, check it, and serve it unless it is worse",
     "evaluator": "evaluate the published model on the held-out prompts",
-    "reporter": "write the page and the model card",
+    "reporter": "write the report page and the model card",
 }
+"""Text of the log line that announces each step."""
 COMMANDS = {
     "up": ("up", "--build", "--detach", "--wait", "--no-deps", SERVER),
     "down": ("--profile", "*", "down", "--remove-orphans"),
@@ -49,18 +55,14 @@ COMMANDS = {
     "shell": ("run", "--rm", "--no-deps", "trainer", "bash"),
 }
 """Arguments of `docker compose` for the other commands of `tutor stack`."""
-SHARES = {
-    "passed": "with all that was asked",
-    "spanish": "answered in Spanish",
-    "stopped": "ended by themselves",
-    "code_block": "with a code block",
-}
-"""The evaluator's verdicts that the last lines print, each with its words; eval-ollama/ has all of them."""
-RUN = "docker compose exec ollama ollama run"
-STARTING = "180"
-"""Seconds until Ollama must be healthy."""
-STOPPING = "180"
-"""Seconds that a stopped service has to end: training saves a checkpoint."""
+PRINTED_VERDICTS = ("passed", "spanish", "stopped", "code_block")
+"""Verdicts of the evaluator that the last lines print; eval-ollama/ has all of them."""
+RUN_COMMAND = "docker compose exec ollama ollama run"
+"""Command that asks a published model, without the model's name."""
+START_TIMEOUT = "180"
+"""Maximum seconds until Ollama is healthy."""
+STOP_TIMEOUT = "180"
+"""Maximum seconds until a stopped service ends: training saves a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -115,19 +117,19 @@ def run_all(recipe: Recipe, build: Path, *, gpu: bool | None = None) -> dict[str
     stack = Stack(recipe.path, build, preflight.check_host(recipe, build, gpu=gpu))
     prepare(stack)
     log.info("the log of every service: %s", stack.logs)
-    _step(stack, "build", stack.command("--progress", "plain", "build", *BUILT))
+    _step(stack, "build", stack.command("--progress", "plain", "build", *BUILT_SERVICES))
     with hub_token() as token:
-        results = {name: run_service(stack, name, token) for name in BEFORE}
+        results = {name: run_service(stack, name, token) for name in SERVICES_BEFORE}
     start_server(stack)
-    results |= {name: run_service(stack, name) for name in AFTER}
-    ran = [name for name, result in results.items() if did_something(result)]
-    page = Path(results[AFTER[2]].get("page", "")).parts[-2:]  # the container sees another path
+    results |= {name: run_service(stack, name) for name in SERVICES_AFTER}
+    ran = [name for name, result in results.items() if had_work(result)]
+    page = Path(results[SERVICES_AFTER[2]].get("page", "")).parts[-2:]  # the container sees another path
     report = {"report": str(stack.folder.joinpath(*page))} if page else {}
     return {"ran": ran, "gpu": stack.gpu, "host": address(stack), **report, "services": results}
 
 
-def did_something(result: dict[str, Any]) -> bool:
-    """Whether a service had work, by its result; true where the result does not tell."""
+def had_work(result: dict[str, Any]) -> bool:
+    """Whether a service had work, from its result; true where the result does not contain this."""
     return bool(result.get("ran", result.get("published", True)))
 
 
@@ -170,7 +172,7 @@ def run_service(stack: Stack, name: str, token: Path | None = None) -> dict[str,
     except ValueError:
         result = None
     if not isinstance(result, dict):
-        raise StackError(f"{name} ended well and gave no result", f"its log: {stack.logs / name}.log", 1)
+        raise StackError(f"{name} ended with exit code 0 and printed no result", f"its log: {stack.logs / name}.log", 1)
     return result
 
 
@@ -180,15 +182,15 @@ def _stopped(container: str) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        log.warning("stopping %s, which may take a while: it may save what it has", container)
-        for command in (("stop", "--time", STOPPING), ("rm", "--force")):
+        log.warning("stopping %s: this may take some minutes, because a training saves a checkpoint", container)
+        for command in (("stop", "--time", STOP_TIMEOUT), ("rm", "--force")):
             subprocess.run(["docker", *command, container], capture_output=True, start_new_session=True, check=False)
         raise
 
 
 def start_server(stack: Stack) -> None:
     """Start Ollama, wait until it is healthy. Raises ServiceError when it is not, HostError when its port is taken."""
-    wait = ("--detach", "--wait", "--wait-timeout", STARTING, "--no-deps")
+    wait = ("--detach", "--wait", "--wait-timeout", START_TIMEOUT, "--no-deps")
     try:
         _step(stack, SERVER, stack.command("--progress", "plain", "up", *wait, SERVER))
     except StackError as error:
@@ -212,15 +214,21 @@ def address(stack: Stack) -> str:
 
 def result_lines(result: Mapping[str, Any]) -> list[str]:
     """Return the result of a run as lines for a terminal: the model, its rates, the report, the next step."""
-    published = result["services"][AFTER[0]]
+    published = result["services"][SERVICES_AFTER[0]]
     model = published["model"]
     where = f"{model} is build {published['build']}, at http://{result['host']} in Ollama {published['version']}"
     opening = [] if result["ran"] else ["Nothing to do: every service is up to date."]
-    rates = result["services"][AFTER[1]].get("all", {})
-    shares = [f"{100 * rates[name]['share']:.0f} % {words}" for name, words in SHARES.items() if name in rates]
-    answers = [f"Of {rates['n']} held-out prompts: {', '.join(shares)}."] if shares else []
-    found = [f"All that was found out: {result['report']}"] if "report" in result else []
-    return [*opening, f"{where}{'' if result['gpu'] else ', without a GPU'}.", *answers, *found, f"Next: {RUN} {model}"]
+    rates = result["services"][SERVICES_AFTER[1]].get("all", {})
+    shares = [f"{LABELS[name]} {100 * rates[name]['share']:.0f} %" for name in PRINTED_VERDICTS if name in rates]
+    answers = [f"Answers to {rates['n']} held-out prompts: {', '.join(shares)}."] if shares else []
+    found = [f"Report: {result['report']}"] if "report" in result else []
+    return [
+        *opening,
+        f"{where}{'' if result['gpu'] else ', without a GPU'}.",
+        *answers,
+        *found,
+        f"Next: {RUN_COMMAND} {model}",
+    ]
 
 
 def run_command(recipe: Recipe, build: Path, name: str) -> int:
@@ -234,5 +242,5 @@ def run_command(recipe: Recipe, build: Path, name: str) -> int:
 
 def _step(stack: Stack, name: str, command: Sequence[str], token: Path | None = None) -> str:
     """Run one command of the stack, announced and logged; return its stdout. Raises StackError when it fails."""
-    with announced(name, ABOUT[name]):
+    with announced(name, DESCRIPTIONS[name]):
         return run_logged(name, command, stack.environment(token), stack.logs / f"{name}.log")

@@ -17,7 +17,7 @@ from tutor.errors import HostError, TutorError
 
 log = logging.getLogger(__name__)
 
-LAST = 40
+LAST_LINES = 40
 """Number of last lines of a failed command that are searched for its error."""
 
 
@@ -45,7 +45,7 @@ def _followed(
     command: Sequence[str], environment: Mapping[str, str], kept: IO[str], out: IO[str]
 ) -> tuple[int, list[str]]:
     """Run a command, stderr to the log and `kept`, stdout to `out`; return its exit code and last lines."""
-    last: deque[str] = deque(maxlen=LAST)
+    last: deque[str] = deque(maxlen=LAST_LINES)
     process = subprocess.Popen(
         command,
         env=environment,
@@ -79,7 +79,7 @@ def _failure(name: str, code: int, last: Sequence[str], path: Path) -> TutorErro
     lines = [line for line in last if line.strip()]
     error = next((line for line in reversed(lines) if line.lower().startswith("error")), lines[-1] if lines else "")
     if "could not select device driver" in error:
-        return HostError(f"{name}: Docker cannot hand over the GPU", "install the NVIDIA Container Toolkit")
+        return HostError(f"{name}: Docker cannot give the container a GPU", "install the NVIDIA Container Toolkit")
     if code == 125 or name == "build":
         return HostError(f"{name}: {error or 'Docker failed'}", hint)
     if code == 137:

@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 
 REFUSED = "refused"
 """Key of a gate's results when it refuses: a `message` and a `hint`."""
-LLAMACPP = "engines/llamacpp/build.py"
+LLAMACPP_BUILD = "engines/llamacpp/build.py"
 """Module of the pinned llama.cpp: a stage that reaches it depends on the build's key."""
-MADE = ("up to date", REFUSED)
+NOTHING_TO_DO = ("up to date", REFUSED)
 """Conditions of a stage that has nothing to do; a gate that refused would refuse again."""
 
 
@@ -97,7 +97,7 @@ def key_fields(
             fields[f"input.{name}"] = file_sha256(path)
     code = tree.provenance(stage.source)
     fields |= code.fields | {f"version.{name}": version_text(name) for name in stage.recorded}
-    if LLAMACPP in code.left_out:
+    if LLAMACPP_BUILD in code.left_out:
         fields["version.llama.cpp"] = build_key()
     return fields, code.sources
 
@@ -128,11 +128,11 @@ def run_all(recipe: Recipe, build: Path, *, until: str | None = None) -> list[st
         for name in names:
             states = {found.stage.name: found for found in inspect(recipe, build, names=names)}
             state = states[name]
-            if state.condition in MADE:
+            if state.condition in NOTHING_TO_DO:
                 remove(checkpoint_folder(state.folder))  # the last run was killed before it could
             else:
                 if not fits and name != "data":  # the lengths of its rows decide the memory of a training
-                    to_do = [other for other in names if states[other].condition not in MADE]
+                    to_do = [other for other in names if states[other].condition not in NOTHING_TO_DO]
                     fits = capacity.refuse(recipe, build, to_do)
                 _run(state.stage, recipe, build, state)
                 ran.append(name)
@@ -163,8 +163,8 @@ def _run_on_main_process(stage: Stage, recipe: Recipe, build: Path) -> bool:
         for need in stage.needs:
             require_stage(states[need].folder, need)
             if states[need].condition == "stale":
-                log.warning("%s is out of date with the recipe or its inputs; tutor why %s says why", need, need)
-        made = states[name].condition in MADE
+                log.warning("%s is out of date with the recipe or its inputs; for the reason: tutor why %s", need, need)
+        made = states[name].condition in NOTHING_TO_DO
         if made:
             remove(checkpoint_folder(states[name].folder))  # the last run was killed before it could
             distributed.broadcast(None)

@@ -25,7 +25,7 @@ RETIRED = {
     "load_best_model_at_end": "nothing replaces it: the adapter with the lowest held-out loss is the one that is kept",
     "load_in_4bit": "it is called train.quantization here (nf4)",
     "load_in_8bit": "it is called train.quantization here (int8)",
-    "device_map": "nothing replaces it: train.max_memory says how much the GPU may hold, and the rest is streamed",
+    "device_map": "nothing replaces it: train.max_memory limits the GPU memory, and the other layers are streamed",
     "per_device_train_batch_size": "it is called train.batch_size here",
     "gradient_accumulation_steps": "it is called train.accumulation here",
     "num_train_epochs": "it is called train.epochs here",
@@ -124,7 +124,7 @@ def _check_together(recipe: Recipe) -> None:
         )
     if recipe.generate.max_new_tokens >= recipe.generate.context:
         raise RecipeError(
-            f"{recipe.path}: generate.max_new_tokens ({recipe.generate.max_new_tokens}) leaves no room for a prompt "
+            f"{recipe.path}: generate.max_new_tokens ({recipe.generate.max_new_tokens}) leaves no tokens for a prompt "
             f"in generate.context ({recipe.generate.context})"
         )
 

@@ -27,23 +27,25 @@ from tutor.recipe.settings import Recipe
 log = logging.getLogger(__name__)
 
 LATEST, PREVIOUS = "latest", "previous"
+"""Tags of the build in service and of the one before."""
 TAG_DIGITS = 12
 """Number of hex digits of the build hash in a tag."""
 FILE_KINDS = ("files", "adapters")
-QUESTION = "¿Qué es una interfaz en TypeScript?"
+"""Keys of the create body whose values are files."""
+WARM_UP_QUESTION = "¿Qué es una interfaz en TypeScript?"
 WARM_UP_TOKENS = 24
 """Number of tokens of the warm-up answer; Ollama aborts a longer answer that repeats itself."""
 OWN_TEMPLATE = (
-    "Ollama took the GGUF's own chat template, which promises more (tools, thinking) than TEMPLATE: convert again, "
+    "Ollama uses the GGUF's own chat template, which declares more (tools, thinking) than TEMPLATE: convert again, "
     "so that the file carries tutor's template"
 )
 TagCheck = Callable[[Ollama, str], dict[str, Any]]
 """Further check of a tag before it is served; returns findings for the result. Raises GateError."""
 PROBES: tuple[list[Message], ...] = (
     [{"role": "user", "content": "Hola"}],
-    [{"role": "system", "content": "Otro sistema: «ñ».\nDos líneas."}, {"role": "user", "content": QUESTION}],
+    [{"role": "system", "content": "Otro sistema: «ñ».\nDos líneas."}, {"role": "user", "content": WARM_UP_QUESTION}],
     [
-        {"role": "user", "content": QUESTION},
+        {"role": "user", "content": WARM_UP_QUESTION},
         {"role": "assistant", "content": " Describe la forma de un objeto:\n\n```ts\ninterface A { b?: string }\n```"},
         {"role": "user", "content": "¿Y \"esto\" o 'aquello'?"},
         {"role": "assistant", "content": " Sí.\n"},
@@ -52,7 +54,7 @@ PROBES: tuple[list[Message], ...] = (
     [{"role": "user", "content": "Sigue."}, {"role": "assistant", "content": " Una respuesta que"}],
     [{"role": "user", "content": "Emoji 👩‍💻, combinado é, ancho\u00a0fijo, 日本語, \u2028, <b>&amp;</b>"}],
 )
-"""Conversations whose rendered prompts are compared; those without a system text get that of the model."""
+"""Conversations whose rendered prompts are compared; the model adds its system text to those without one."""
 
 
 @dataclass(frozen=True)
@@ -167,9 +169,11 @@ def check_build(model: Model, server: Ollama, tag: str) -> dict[str, Any]:
     if latest.lower() in map(str.lower, server.loaded()):
         server.unload(latest)  # two models need twice the memory
     prompts = check_prompts(model, server, tag)
-    answer = OllamaServer(server, tag).answer(conversation(QUESTION), Generation(WARM_UP_TOKENS, 0.0, 1.0, 1.0, 1))
+    answer = OllamaServer(server, tag).answer(
+        conversation(WARM_UP_QUESTION), Generation(WARM_UP_TOKENS, 0.0, 1.0, 1.0, 1)
+    )
     if not answer.text.strip():
-        raise GateError(f"{tag} answers {QUESTION!r} with nothing", "look at its training: tutor summary")
+        raise GateError(f"{tag} returns an empty answer to {WARM_UP_QUESTION!r}", "look at its training: tutor summary")
     share = server.loaded().get(tag)  # None when another name of the same file was loaded already
     if share is not None and share < 1:
         log.info("%s runs with %.0f %% of its memory on a GPU", tag, 100 * share)
@@ -212,7 +216,7 @@ def check_prompts(model: Model, server: Ollama, tag: str) -> int:
             at = next((i for i, (a, b) in enumerate(zip(prompt, expected, strict=False)) if a != b), len(expected))
             path = "/api/generate" if isinstance(asked, str) else "/api/chat"
             raise GateError(
-                f"{tag} is prompted otherwise than it was trained: {path} sends {prompt[max(at - 20, 0) : at + 60]!r} "
+                f"{tag} gets another prompt than in training: {path} sends {prompt[max(at - 20, 0) : at + 60]!r} "
                 f"instead of {expected[max(at - 20, 0) : at + 60]!r}",
                 OWN_TEMPLATE,
             )
@@ -227,7 +231,9 @@ def serve_as_latest(server: Ollama, name: str, tag: str) -> None:
         server.copy(f"{name}:{LATEST}", f"{name}:{PREVIOUS}")
     server.copy(tag, f"{name}:{LATEST}")
     if not _is_latest(server, name, tag):
-        raise GateError(f"{name}:{LATEST} is not {tag} after copying", "another client writes it too? publish again")
+        raise GateError(
+            f"{name}:{LATEST} is not {tag} after copying", "does another client write this tag? publish again"
+        )
 
 
 def find_build(server: Ollama, name: str, build: str | None = None) -> str:

@@ -14,7 +14,7 @@ from tutor.prompt import Message
 PROMPT = "tú> "
 HELP = "/nuevo olvida la conversación · /salir (o Ctrl-D) termina · Ctrl-C interrumpe la respuesta"
 COMMAND = re.compile(r"/[a-záéíóúñ]+")
-CHARACTERS = 2
+CHARACTERS_PER_TOKEN = 2
 """Lower bound of characters per token in Spanish and code, for texts that no engine has counted yet."""
 
 
@@ -45,7 +45,7 @@ def converse(
         elif COMMAND.fullmatch(question):
             terminal.note(HELP if question == "/ayuda" else f"No conozco {question}. {HELP}")
         else:
-            used += len(question) // CHARACTERS
+            used += len(question) // CHARACTERS_PER_TOKEN
             if context is not None and turns and used + generation.max_new_tokens > context:
                 turns = _without_oldest(turns)
                 terminal.note("La conversación ya no cabe en el contexto: olvido lo más antiguo.")
@@ -54,7 +54,7 @@ def converse(
             text, answer = _answer(engine, generation, [*opening, *asked], terminal)
             if text.strip():
                 turns = [*asked, {"role": "assistant", "content": text}]
-            used = answer.prompt_tokens + answer.tokens if answer else used + len(text) // CHARACTERS
+            used = answer.prompt_tokens + answer.tokens if answer else used + len(text) // CHARACTERS_PER_TOKEN
     return 0
 
 

@@ -58,7 +58,7 @@ def evaluate_published(
     agreement = _agreement(theirs, found.records)
     rated = found.results["models"][OLLAMA]
     results = {**found.results, "models": {choice.model: rated}, "all": rated["all"]}
-    return {"ran": found.ran, **results, "as_llama_server": agreement}
+    return {"ran": found.ran, **results, "agreement_with_llama_server": agreement}
 
 
 def published_answers(recipe: Recipe, build: Path, choice: ModelChoice, parallel: int = 1) -> ModelAnswers:
@@ -175,7 +175,7 @@ def _answer_and_grade(
     data = BuildFolder(build, recipe.name).stage("data")
     prompts, training = read_split(data, PROMPTS), read_split(data, TRAIN)
     at_once = 1 if choice.engine == "hf" or choice.model == "adapter" else parallel
-    number = itertools.count(1)  # of the started servers, one log file each
+    number = itertools.count(1)  # numbers the log files: one for each started server
     logs = log_folder(out)
     logs.mkdir(exist_ok=True)
     answers = answer_prompts(

@@ -51,11 +51,13 @@ def publish_and_promote(
     record = folder.published(adapter=adapter)
     if not result["published"]:
         if not record.exists():
-            write_json(record, {**result, "digest": _record(folder, result["build"]).get("digest")})
+            write_json(record, {**result, "digest": _read_record(folder, result["build"]).get("digest")})
         return result
     # The evaluate stage runs the merged model: the answers of an adapter are found by its digest.
     evaluated = {} if adapter else _evaluation(recipe, folder)
-    _note(folder, result["build"], digest=result["digest"], parity=result["parity"]["state"], evaluate=evaluated)
+    _update_record(
+        folder, result["build"], digest=result["digest"], parity=result["parity"]["state"], evaluate=evaluated
+    )
     promotion = _promote(recipe, build, result["tag"], host=host, force=force)
     result = {**result, "promotion": promotion}
     write_json(record, result)
@@ -88,7 +90,7 @@ def _promote(recipe: Recipe, build: Path, tag: str, *, host: str | None, force: 
     folder = BuildFolder(build, recipe.name)
     name, _, new = tag.partition(":")
     with connect(host) as server:
-        old, at = _in_service(server, name), server.host
+        old, at = _served_build(server, name), server.host
         overrode = [problem] if (problem := _parity_problem(folder, server, tag)) else []
         comparison, worse = _compare_with_latest(recipe, build, tag, old, host)
         overrode += [worse] if worse else []
@@ -100,24 +102,24 @@ def _promote(recipe: Recipe, build: Path, tag: str, *, host: str | None, force: 
         builds.serve_as_latest(server, name, tag)
     promotion = {"host": at, "instead_of": old, "comparison": comparison, "forced": force, "overrode": overrode}
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    before = _record(folder, new).get("promotions", [])
-    _note(folder, new, promotions=[*before, {"at": now, **promotion}])
+    before = _read_record(folder, new).get("promotions", [])
+    _update_record(folder, new, promotions=[*before, {"at": now, **promotion}])
     return promotion
 
 
-def _in_service(server: Ollama, name: str) -> str | None:
+def _served_build(server: Ollama, name: str) -> str | None:
     """Return the build that is `latest`; "" for a model that tutor did not publish, None without a latest."""
     return next((row["build"] for row in builds.list_builds(server, name) if row[builds.LATEST]), None)
 
 
 def _parity_problem(folder: BuildFolder, server: Ollama, tag: str) -> str | None:
     """Return why parity failed for a published tag; None when it passed, or is unknown in this build folder."""
-    record = _record(folder, tag.partition(":")[2])
+    record = _read_record(folder, tag.partition(":")[2])
     if not record:
         log.warning("%s was not published from %s: its parity is unknown", tag, folder.path)
         return None
     parity, gguf = (read_manifest(folder.stage(name)) for name in ("parity", "convert"))
-    if parity and gguf and gguf.fingerprint == parity.fields.get("input.convert") == _made_of(record):
+    if parity and gguf and gguf.fingerprint == parity.fields.get("input.convert") == _gguf_fingerprint(record):
         try:
             pass_gate(folder.stage("parity"))
         except GateError as error:
@@ -140,7 +142,7 @@ def _compare_with_latest(
     name, _, new = tag.partition(":")
     if old is None:
         _keep_answers(folder, new)
-        return "nothing was in service", None
+        return "no build was in service before: not compared", None
     if old == new:
         return f"{tag} is in service already", None
     known = _keep_answers(folder, old) if old else None
@@ -183,7 +185,7 @@ def _keep_answers(folder: BuildFolder, build: str) -> Path | None:
     kept = folder.served(build) / evaluate.ANSWERS
     if kept.is_file():
         return kept.parent
-    record = _record(folder, build)
+    record = _read_record(folder, build)
     by_llama_server, by_ollama = (folder.stage("evaluate"), folder.evaluation(OLLAMA))
     one, other = read_manifest(by_llama_server), read_manifest(by_ollama)
     if other and record.get("digest") and other.fields.get("digest") == record["digest"]:
@@ -203,19 +205,19 @@ def _evaluation(recipe: Recipe, folder: BuildFolder) -> dict[str, Any]:
     return {**BY_NAME["evaluate"].recipe_fields(recipe), "input.convert": gguf.fingerprint}
 
 
-def _made_of(record: Mapping[str, Any]) -> str | None:
+def _gguf_fingerprint(record: Mapping[str, Any]) -> str | None:
     """Return the fingerprint of the GGUF folder that a build was published from."""
     found: str | None = record.get("evaluate", {}).get("input.convert")
     return found
 
 
-def _record(folder: BuildFolder, build: str) -> dict[str, Any]:
+def _read_record(folder: BuildFolder, build: str) -> dict[str, Any]:
     """Return the record of a build; empty for one published from elsewhere. Raises ArtifactError when damaged."""
     path = folder.served(build) / RECORD
     return read_json(path) if path.exists() else {}
 
 
-def _note(folder: BuildFolder, build: str, **more: Any) -> None:
+def _update_record(folder: BuildFolder, build: str, **more: Any) -> None:
     path = folder.served(build) / RECORD
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**_record(folder, build), "build": build, **more})
+    write_json(path, {**_read_record(folder, build), "build": build, **more})

@@ -52,7 +52,7 @@ def publish(
             server.wait_ready(wait)  # before gigabytes are hashed in vain
             made = lora_folder(recipe, folder) if adapter else made
             model = builds.read_model(made, quantization_of(recipe, folder))
-            check = partial(_same_answers, reference, same_file=not adapter)
+            check = partial(_check_parity, reference, same_file=not adapter)
             return builds.publish_build(model, _hashes(model, folder), server, check=check)
 
 
@@ -74,7 +74,7 @@ def _reference(recipe: Recipe, folder: BuildFolder) -> ollama_parity.Reference:
     return ollama_parity.read_reference(made)
 
 
-def _same_answers(
+def _check_parity(
     reference: ollama_parity.Reference, server: Ollama, tag: str, *, same_file: bool
 ) -> dict[str, dict[str, Any]]:
     """Return the hand-off to Ollama as a record. Raises GateError when the answers diverge."""
@@ -126,7 +126,7 @@ def _hashes(model: builds.Model, folder: BuildFolder) -> dict[Path, str]:
         made = manifest.outputs.get(path.name, {}).get("sha256") if manifest else None
         hashes[path] = cached_sha256(path, folder.hashes)
         if made != hashes[path]:
-            raise ArtifactError(f"{path} has another content than when it was made", "run: tutor convert")
+            raise ArtifactError(f"{path} has changed since it was made", "run: tutor convert")
     return hashes
 
 

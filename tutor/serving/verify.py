@@ -92,7 +92,7 @@ def is_file(name: str) -> bool:
     if path.is_file():
         return True
     if path.suffix == ".gguf" or path.is_absolute() or name.startswith("."):
-        raise RecipeError(f"{name} is no file", "give a GGUF file, or the name of a model in Ollama")
+        raise RecipeError(f"{name} is not a file", "give a GGUF file, or the name of a model in Ollama")
     return False
 
 
@@ -156,7 +156,7 @@ def _source_weights(gguf: Gguf, folder: BuildFolder) -> "tuple[Path, dict[str, W
         model = folder.stage("merge") if tuned else _base_folder(folder)
         weights = weights_of(model)
     if not weights:
-        raise ArtifactError(f"{model} holds no weights")
+        raise ArtifactError(f"{model} contains no weights")
     return model, weights
 
 

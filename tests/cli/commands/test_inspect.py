@@ -14,7 +14,7 @@ def test_status_of_a_damaged_stage_exits_5_with_one_document(tutor, recipe_file,
     assert tutor("status", *where).returncode == 0
     done = tutor("status", "--verify", "--json", *where)
     assert done.returncode == 5
-    problem = f"{train} has another content than when it was made"
+    problem = f"{train} has changed since it was made"
     assert json.loads(done.stdout)[0]["problems"] == [problem]
     assert done.stderr == f"Error: {problem}; tutor run makes it again\n"
     assert tutor("why", "data", *where).stdout == "data is up to date\n"

@@ -117,7 +117,7 @@ def test_base_that_cannot_fit_is_refused_with_both_sizes() -> None:
 def test_main_memory_counts_in_total_not_as_available() -> None:
     wanted = replace(REQUEST, on_gpu=False)
     assert plan(wanted, 1, 64).checkpointing
-    with pytest.raises(HostError, match=r"and 8\.0 GB are there"):
+    with pytest.raises(HostError, match=r"and 8\.0 GB are installed"):
         plan(wanted, 1, 8)
 
 
@@ -131,7 +131,7 @@ def test_gpu_limit_streams_layers_and_is_kept() -> None:
 
 
 def test_limits_that_nothing_fits_are_refused() -> None:
-    with pytest.raises(HostError, match=r"without its layers .* take \d\.\d GB, and 2\.0 GB are there for them"):
+    with pytest.raises(HostError, match=r"without its layers .* take \d\.\d GB, and 2\.0 GB are available for them"):
         plan(replace(REQUEST, gpu=2 * GB), 24)
     with pytest.raises(
         HostError, match=r"of 32 layers take \d\.\d GB of RAM, more than train\.max_memory\.cpu \(0\.1 GB\)"

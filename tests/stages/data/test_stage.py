@@ -98,7 +98,7 @@ def test_leaks_are_an_error_if_strict_or_if_no_row_is_left(tmp_path: Path) -> No
     with pytest.raises(DataError) as caught:
         data.run(recipe, {}, tmp_path / "out", strict=True)
     assert caught.value.problems == (f"{tmp_path}/tutor.jsonl:8: also {tmp_path}/eval.jsonl:1",)
-    with pytest.raises(DataError, match="20 of 20 rows ask what"):
+    with pytest.raises(DataError, match="20 of 20 rows repeat a question"):
         data.run(recipe_in(tmp_path, TRAINING, TRAINING), {}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -236,7 +236,7 @@ def test_small_disk_raises_error_before_the_merge(stages: MergeStages) -> None:
     if subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount a tmpfs")
     try:
-        with pytest.raises(HostError, match=r"0\.0 GB free, merging needs 0\.0 GB; make room"):
+        with pytest.raises(HostError, match=r"0\.0 GB free, merging needs 0\.0 GB; free disk space"):
             merge.run(recipe(full / "r.toml"), stages.inputs, full)
         assert not list(full.iterdir())
     finally:

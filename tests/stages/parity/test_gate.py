@@ -112,7 +112,7 @@ def test_refused_stage_is_refused_until_its_inputs_change(recipe: Recipe, build:
     assert manifest is not None
     state = runner.State(BY_NAME["parity"], build / "small/parity", manifest, manifest.fields, ())
     assert state.condition == "refused"
-    assert state.condition in runner.MADE
+    assert state.condition in runner.NOTHING_TO_DO
     assert runner.differences(state) == [REFUSAL["message"]]
     assert replace(state, fields={}).condition == "stale", "another input is another question"
 

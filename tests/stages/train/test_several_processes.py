@@ -187,8 +187,8 @@ def test_two_processes_interrupted_make_one_process_adapter(
     assert max(note["step"] for part in notes for note in part if "step" in note) == 5
     assert checkpoints(build) == ["checkpoint-3"]
     assert [line for line in ours(first.stderr) if line.startswith("Error:")] == [
-        "Error: another process of this training ended; its own line or the launcher's report says why; "
-        "run again: it goes on from the last checkpoint",
+        "Error: another process of this training ended; its own error or the launcher's report has the reason; "
+        "run again: training continues from the last checkpoint",
     ]  # fmt: skip
     found = by_step([note for part in notes for note in part if "step" in note])
     assert [found[step] for step in range(1, 5)] == [steps[step] for step in range(1, 5)]

@@ -76,7 +76,7 @@ def _read_recipe_files(recipe_path: Path, *, strict: bool) -> list[tuple[Path, A
     prompts, prompt_notes = reading.read_prompts(inputs["eval"], strict=strict)
     _, leaks = splitting.without_leaks(examples, prompts)
     if leaks and strict:
-        raise DataError(f"{inputs['train']}: {len(leaks)} rows ask what {inputs['eval']} asks")
+        raise DataError(f"{inputs['train']}: {len(leaks)} rows repeat a question of {inputs['eval']}")
     shared = [f"{len(leaks)} rows are also prompts, and are left out of training"] if leaks else []
     return [
         (inputs["train"], examples, [*notes.warnings(), *shared]),
@@ -96,7 +96,7 @@ def _code_line(code: dict[str, Any] | None) -> str:
 @click.option(
     "--against",
     type=click.Path(path_type=Path),
-    help="Held-out prompts that must not be among FILES; the recipe's where no FILES are named.",
+    help="File of held-out prompts that FILES must not repeat. Default without FILES: the recipe's.",
 )
 @click.option("--strict", is_flag=True, help="Exit 3 when there is a finding.")
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write the findings as an HTML page.")

@@ -23,7 +23,7 @@ def summary_command(recipe_path: Path, build: Path, *, as_json: bool) -> None:
 
     recipe = load_recipe(recipe_path)
     collected = summary.collect(recipe, build)
-    lines = summary.summary_lines(collected, str(recipe.path)) or ["Nothing to sum up yet; run: tutor run"]
+    lines = summary.summary_lines(collected, str(recipe.path)) or ["No results yet; run: tutor run"]
     print_result(collected, lines, as_json=as_json)
 
 
@@ -91,7 +91,7 @@ def report_command(flags: dict[str, bool], recipe_path: Path, build: Path, *, op
     folder = BuildFolder(build, recipe.name).stage("report")
     results = require_stage(folder, "report").results
     page, card = (folder / results[name] for name in ("page", "card"))
-    missing = [f"  not in it, for it has not run: {', '.join(results['missing'])}"] if results["missing"] else []
+    missing = [f"  not in the report, not run yet: {', '.join(results['missing'])}"] if results["missing"] else []
     size = f"  {results['bytes'] / 1e3:.0f} kB, {results['prompts']} prompts; model card: {card}"
     value = {**results, "ran": ran, "page": str(page), "card": str(card)}
     print_result(value, [str(page), size, *missing], as_json=as_json)
@@ -123,7 +123,7 @@ def verify_command(
         rows = verify.verify_model(what, host, recipe, build)
     print_result(verify.rows_as_json(rows), verify.row_lines(rows), as_json=as_json)
     if bad := verify.wrong_rows(rows):
-        message = f"{what} is not of this recipe and build: {', '.join(row.what for row in bad)}"
+        message = f"{what} was not made from this recipe and build: {', '.join(row.what for row in bad)}"
         # The rows are the result and already on stdout: with --json they stay the only document there.
-        hint = "give its own --recipe and --build"
+        hint = "give the --recipe and --build that it was made with"
         context.exit(print_error(message, ArtifactError.code, hint, as_json=False))

@@ -155,7 +155,9 @@ def _answering_engine(
 
     if choice.engine == "ollama":
         if choice.model == "base" or choice.quantization:
-            raise RecipeError("Ollama has what was published: no base, and one quantization", "try --engine llamacpp")
+            raise RecipeError(
+                "Ollama has only the published model: no base, and one quantization", "try --engine llamacpp"
+            )
         choice = replace(choice, model=served_name(recipe, adapter=choice.model == "adapter"))
     return open_engine(recipe, build, choice)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tutor.engines.protocol import SCORE_CHUNK_TOKENS
-from tutor.machine.host import CUDA
+from tutor.machine.host import CUDA_CONTEXT
 from tutor.machine.memory.shapes import MATRIX_INPUTS, Shape
 
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
@@ -44,10 +44,10 @@ HEAD_TEMPORARIES = 29
 SCORE_BYTES = 8
 """Bytes per logit of the copies made to score an answer: fp32, and its logarithm."""
 
-PROCESS = 1.1e9
+PROCESS_BYTES = 1.1e9
 """Bytes of a Python process with its libraries after a first step, measured on a CPU."""
 
-KERNELS = 1.3e9
+KERNEL_BYTES = 1.3e9
 """Bytes of oneDNN's kernels for micro-batches of many lengths, in 16 bits on a CPU; zero in fp32.
 
 Measured: 28 MB per new length at first, hardly more after 80 micro-batches.
@@ -90,9 +90,9 @@ def memory(shape: Shape, step: StepWorkload) -> dict[str, int]:
     gradients = GRADIENT_BYTES * adapters
     activations = _activations(shape, step)
     workspace = max(_head(shape, step), _recomputation(shape, step), _scoring(shape, step) - activations)
-    fixed, slack = (CUDA, GPU_SLACK) if step.gpu else (PROCESS, CPU_SLACK)
+    fixed, slack = (CUDA_CONTEXT, GPU_SLACK) if step.gpu else (PROCESS_BYTES, CPU_SLACK)
     if step.varied and step.width == 2 and not step.gpu:
-        fixed += KERNELS
+        fixed += KERNEL_BYTES
     parts = {
         "weights": _weights(shape, step),
         "adapters": ADAPTER_BYTES * adapters,

@@ -202,7 +202,7 @@ def plan(shape: Shape, request: MemoryRequest, batches: MicroBatches, memory: De
     if certain > usable:
         raise HostError(
             f"the base takes {gb(parts['weights'])} in {step.quantization} and this training {gb(certain)}, "
-            f"and {gb(usable)} are {'free' if request.on_gpu else 'there'}",
+            f"and {gb(usable)} are {'free' if request.on_gpu else 'installed'}",
             "end what else uses the device, set train.quantization to nf4, or train.max_memory.gpu to what it may take",
         )
     return TrainingPlan(
@@ -226,7 +226,7 @@ def refuse_limits(shape: Shape, request: MemoryRequest, step: StepWorkload, avai
     budget = _budget(request, available)
     if (needed := needed_bytes(shape, step)) > budget:
         raise HostError(
-            f"without its layers the base and the training take {gb(needed)}, and {gb(budget)} are there for them",
+            f"without its layers the base and the training take {gb(needed)}, and {gb(budget)} are available for them",
             "raise train.max_memory.gpu, or lower train.pass_tokens",
         )
     waiting = estimate.waiting_bytes(shape, step)

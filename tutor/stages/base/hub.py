@@ -42,7 +42,8 @@ def fetch_snapshot(repo: str, revision: str) -> Path:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         if getattr(error, "errno", None) is not None:
             raise HostError(
-                f"cannot keep {repo}@{revision} on this disk: {reason}", "make room, or set HF_HOME to another folder"
+                f"cannot keep {repo}@{revision} on this disk: {reason}",
+                "free disk space, or set HF_HOME to another folder",
             ) from error
         raise ServiceError(
             f"cannot fetch {repo}@{revision} from the model hub: {reason}",

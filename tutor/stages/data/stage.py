@@ -36,7 +36,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Path], out: Path, *, strict: bool =
     clean, leaks = without_leaks(examples, prompts)
     if leaks and (strict or not clean):
         raise DataError(
-            f"{files['train']}: {len(leaks)} of {len(examples)} rows ask what {files['eval']} asks",
+            f"{files['train']}: {len(leaks)} of {len(examples)} rows repeat a question of {files['eval']}",
             "delete them from one of the two",
             tuple(f"{files['train']}:{line}: also {files['eval']}:{other}" for line, other in leaks[:20]),
         )
