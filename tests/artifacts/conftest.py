@@ -1,4 +1,4 @@
-"""Fixtures of the tests of artifacts: a disk that is soon full."""
+"""Fixtures of the tests of artifacts: a small disk."""
 
 import subprocess
 from collections.abc import Iterator

@@ -43,7 +43,7 @@ def package(copied: Path) -> Iterator[Path]:
     """The copy, whose files a test may change and move."""
     before = {path: path.read_bytes() for path in copied.parent.rglob("*") if path.is_file()}
     yield copied
-    for path in sorted(copied.rglob("*"), reverse=True):  # what lies in a folder before the folder
+    for path in sorted(copied.rglob("*"), reverse=True):  # the content of a folder before the folder
         if path.is_dir():
             with contextlib.suppress(OSError):
                 path.rmdir()  # where it is empty
@@ -96,7 +96,7 @@ def every(package: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_provenance_holds_a_stage_and_the_modules_it_imports(stage: str) -> None:
-    """The modules that the files of the stage's package import, found apart from the walker."""
+    """The modules that the files of the stage's package import, found by a second, simple method."""
     sources = found(PACKAGE, stage).sources
     assert f"stages/{stage}/stage.py" in sources
     for name in [name for name in sources if name.startswith(f"stages/{stage}/") and name.endswith(".py")]:
@@ -132,7 +132,7 @@ def test_provenance_holds_assets_of_the_stages_that_use_them() -> None:
 
 
 def test_provenance_leaves_out_what_other_key_fields_hold() -> None:
-    """The llama.cpp build is a key field of its own, in the stages that start its programs."""
+    """The llama.cpp build is a separate key field, in the stages that start its programs."""
     reached = {stage for stage in STAGES if LLAMACPP_BUILD in found(PACKAGE, stage).left_out}
     assert reached == {"convert", "ladder", "parity", "evaluate"}
     assert not any(name.startswith(("recipe/", "artifacts/")) for name in found(PACKAGE, "train").sources)
@@ -182,7 +182,7 @@ def test_provenance_of_a_stage_without_a_tokenizer_has_no_torch(stage: str) -> N
 
 
 def test_distributions_hold_the_packages_that_are_imported() -> None:
-    """A wrong name would count as not installed for ever."""
+    """A wrong name would always count as not installed."""
     by_import = importlib.metadata.packages_distributions()
     for path in PACKAGE.rglob("*.py"):
         for name in read_source(path).imports:

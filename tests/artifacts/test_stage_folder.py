@@ -51,7 +51,7 @@ def test_writing_killed_at_any_step_leaves_old_or_new_folder(tmp_path, before):
         if folder.exists():
             assert content(folder) in (before, "new")
         elif before:
-            # Between the two renames: both are whole, and the next run begins by giving the name back.
+            # Between the two renames: both folders are complete, and the next run renames the old one back.
             assert content(folder.with_name("data.old")) == before
             with pytest.raises(GateError), writing(folder, "data", {}):
                 raise GateError("no")
@@ -236,16 +236,16 @@ def test_resumed_writing_with_an_error_leaves_nothing(tmp_path, error):
 
 def test_seal_outputs_takes_hashes_that_the_stage_remembered(tmp_path):
     with writing(tmp_path / "merged", "merge", {}, resume=True) as (out, _):
-        for name in ("told", "changed", "unknown"):
+        for name in ("remembered", "changed", "unknown"):
             (out / name).write_text(name)
         cache = out / RESUME / HASHES
-        remember_sha256(out / "told", cache, "0" * 64)  # so that one sees that it was not read again
+        remember_sha256(out / "remembered", cache, "0" * 64)  # a hash that only the cache can give
         remember_sha256(out / "changed", cache, "0" * 64)
         assert known_sha256(out / "changed", cache) == "0" * 64
         (out / "changed").write_text("since then")
         assert known_sha256(out / "changed", cache) is None
     outputs = require_stage(tmp_path / "merged", "merge").outputs
-    assert outputs["told"]["sha256"] == "0" * 64
+    assert outputs["remembered"]["sha256"] == "0" * 64
     assert {name: outputs[name]["sha256"] for name in ("changed", "unknown")} == {
         name: file_sha256(tmp_path / "merged" / name) for name in ("changed", "unknown")
     }

@@ -41,6 +41,7 @@ OURS = frozenset(
         "tutor.cli.commands.evaluate", "tutor.cli.commands.inspect", "tutor.cli.commands.run",
         "tutor.cli.commands.serving", "tutor.cli.commands.stack", "tutor.cli.exit", "tutor.cli.main",
         "tutor.cli.options", "tutor.errors", "tutor.machine", "tutor.machine.distributed",
+        "tutor.serving", "tutor.serving.model_names",
     )
 )  # fmt: skip
 """Modules of tutor that the help imports; each imports only the standard library, click and modules of this list."""

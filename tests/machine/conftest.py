@@ -11,6 +11,6 @@ __all__ = ["based_on", "host", "machine"]
 
 @pytest.fixture
 def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Disks with room for anything."""
+    """Disks with enough free space."""
     free = SimpleNamespace(free=10**15, total=10**15, used=0)
     monkeypatch.setattr("shutil.disk_usage", lambda path: free)

@@ -53,7 +53,7 @@ def test_unknown_hub_base_has_no_shape_and_refuses_nothing(machine, based_on, tm
 
 
 def test_shape_is_read_from_the_nearest_copy_of_the_base(machine, based_on, recipe_file, tmp_path):
-    """The hub's cache, a folder, and what the base stage wrote, whichever the recipe names."""
+    """From the hub's cache, a folder, or the base stage's output, whichever the recipe names."""
     revision = "0" * 40
     source = f"hub:owner/name@{revision}"
     cached = model_folder(tmp_path / "hub/hub/models--owner--name/snapshots" / revision, num_hidden_layers=3)
@@ -120,7 +120,7 @@ def test_training_that_no_setting_fits_names_smaller_base(machine, roomy, based_
 
 
 def test_training_over_by_assumptions_only_is_a_warning(machine, roomy, based_on, tmp_path, caplog):
-    """The tensors of an 8B and short rows take about 6 GB; CUDA's own share and the allocator's were never measured."""
+    """The tensors of an 8B and short rows take about 6 GB; the parts of CUDA and the allocator are assumptions."""
     machine.gpu(6.4)
     with caplog.at_level("WARNING"):
         capacity.refuse(based_on(max_length=128), tmp_path, ["train"])
@@ -128,7 +128,7 @@ def test_training_over_by_assumptions_only_is_a_warning(machine, roomy, based_on
 
 
 def test_warning_without_helping_setting_names_smaller_base(machine, roomy, based_on, tmp_path, caplog):
-    """CUDA's own share alone is more than this card has, and no setting of the recipe makes it less."""
+    """The CUDA context alone is larger than this GPU's memory, and no setting of the recipe reduces it."""
     machine.gpu(0.4)
     with caplog.at_level("WARNING"):
         capacity.refuse(based_on("tiny", quantization="nf4", gradient_checkpointing=True), tmp_path, ["train"])
@@ -202,7 +202,7 @@ def test_full_disk_is_refused_with_the_stages_sizes(machine, based_on, tmp_path,
 
 
 def test_run_that_cannot_fit_stops_before_the_download(machine, roomy, based_on, tmp_path):
-    """The rows come first: they tell how long a training's are."""
+    """The data stage runs first: its rows decide the memory of a training."""
     machine.gpu(4)
     recipe = based_on()
     for _ in range(2):

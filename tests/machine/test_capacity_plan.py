@@ -64,7 +64,7 @@ def test_plan_for_ranks_that_cannot_share_a_step_is_refused(inputs, tmp_path, mo
     ids=["packed", "checkpointing", "padded"],
 )
 def test_forecast_and_training_plan_agree(changes: dict[str, Any], tiny: Path, tmp_path: Path) -> None:
-    """Before the base exists, the forecast knows the rows' characters only."""
+    """Before the base exists, the forecast has only the characters of the rows."""
     rows = [{"instruction": f"¿Qué es {'x' * number}?", "response": "Un tipo. " * (1 + number)} for number in range(12)]
     for name, part in (("train", rows[:9]), ("held_out", rows[9:])):
         path = tmp_path / "r" / "data" / f"{name}.jsonl"

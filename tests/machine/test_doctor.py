@@ -38,7 +38,7 @@ def test_check_of_two_gpus_is_a_warning(machine):
 
 
 def installed(folder: Path, name: str, version: str) -> None:
-    """A package's metadata, which is all of it that is looked at."""
+    """An installed package: only its metadata are read."""
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
@@ -113,7 +113,7 @@ def test_check_of_missing_builds_names_the_build_command(machine, tmp_path, monk
 
 @pytest.fixture
 def ollama(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """An Ollama that says the version that it is given."""
+    """An Ollama that returns the given version."""
     expected_text = {"version": ""}
 
     class Handler(BaseHTTPRequestHandler):

@@ -76,11 +76,15 @@ GIB = 1 << 30
         ("0::/\n", {"memory.max": "max"}, None),
         ("0::/user/job\n", {"user/job/memory.max": "max", "user/memory.max": str(6 * GIB)}, 6 * GIB),
         ("0::/user/job\n", {"user/job/memory.max": str(3 * GIB), "user/memory.max": str(6 * GIB)}, 3 * GIB),
-        ("0::/user/job\n", {"memory.max": str(2 * GIB)}, 2 * GIB),  # the path is the host's, the files are ours
+        (
+            "0::/user/job\n",
+            {"memory.max": str(2 * GIB)},
+            2 * GIB,
+        ),  # the path is the host's, the files are the container's
         ("9:name=systemd:/\n4:memory:/docker/1\n", {"memory/docker/1/memory.limit_in_bytes": str(5 * GIB)}, 5 * GIB),
         ("4:cpu,memory:/docker/1\n", {"memory/memory.limit_in_bytes": str(5 * GIB)}, 5 * GIB),
         ("4:memory:/\n0::/\n", {"memory/memory.limit_in_bytes": "9223372036854771712"}, None),
-        ("0::/\n", {"memory.max": str(48 * GIB)}, None),  # above what the machine has
+        ("0::/\n", {"memory.max": str(48 * GIB)}, None),  # more than the machine's memory
         ("0::/../..\n", {"memory.max": str(4 * GIB)}, 4 * GIB),
         ("nonsense\n", {}, None),
     ],

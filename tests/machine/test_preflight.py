@@ -47,14 +47,14 @@ def recipe(recipe_file: Path) -> Recipe:
 
 @pytest.fixture
 def large(recipe_file: Path) -> Recipe:
-    """A recipe of a hub model, which wants a GPU."""
+    """A recipe of a hub model, which requires a GPU."""
     source = "hub:owner/name@" + "0" * 40
     recipe_file.write_text(recipe_file.read_text().replace('source = "tiny"', f'source = "{source}"'))
     return read_recipe(recipe_file)
 
 
 def problems(recipe: Recipe, build: Path, **options: Any) -> tuple[str, ...]:
-    """What the host lacks for a recipe; nothing when it is fit."""
+    """The faults of the host for a recipe; empty when there are none."""
     try:
         preflight.check_host(recipe, build, **options)
     except preflight.UnfitError as error:
@@ -84,7 +84,7 @@ def test_all_faults_are_reported_together(host, large, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("part", "answer", "said"),
+    ("part", "answer", "message"),
     [
         ("docker info", {"code": 1, "stderr": "Cannot connect to the Docker daemon"}, "daemon does not answer"),
         ("docker info", {"code": 1, "stderr": "permission denied while trying to connect"}, "may not use Docker"),
@@ -95,16 +95,16 @@ def test_all_faults_are_reported_together(host, large, tmp_path, monkeypatch):
         ("compose version", {"stdout": "1.29.2\n"}, "Docker Compose is 1.29.2"),
     ],
 )
-def test_unusable_docker_is_one_fault(host, recipe, tmp_path, part, answer, said):
-    host.says(part, **answer)
+def test_unusable_docker_is_one_fault(host, recipe, tmp_path, part, answer, message):
+    host.answer(part, **answer)
     found = problems(recipe, tmp_path)
     assert len(found) == 1
-    assert said in found[0]
+    assert message in found[0]
 
 
 @pytest.mark.parametrize("shown", ["2.24.0", "v2.40.3", "5.0.1", "2.26.1-4"])
 def test_newer_compose_versions_are_accepted(host, recipe, tmp_path, shown):
-    host.says("compose version", stdout=shown)
+    host.answer("compose version", stdout=shown)
     assert problems(recipe, tmp_path) == ()
 
 
@@ -115,7 +115,7 @@ def test_large_recipe_without_gpu_is_refused(host, large, tmp_path):
 
 def test_driver_without_toolkit_is_refused(host, large, tmp_path):
     host.add("nvidia-smi")
-    host.says("nvidia-smi", stdout="GPU 0: NVIDIA H200 (UUID: GPU-1)\n")
+    host.answer("nvidia-smi", stdout="GPU 0: NVIDIA H200 (UUID: GPU-1)\n")
     found = [line for line in problems(large, tmp_path) if "disk" not in line]
     assert [line.partition(";")[0] for line in found] == ["Docker has no NVIDIA Container Toolkit"]
 
@@ -125,33 +125,33 @@ def test_driver_without_toolkit_is_refused(host, large, tmp_path):
 )
 def test_available_gpu_is_used_unless_disabled(host, recipe, tmp_path, info):
     host.add("nvidia-smi")
-    host.says("nvidia-smi", stdout="GPU 0: NVIDIA H200 (UUID: GPU-1)\n")
-    host.says("docker info", stdout=json.dumps({**INFO, **info}))
+    host.answer("nvidia-smi", stdout="GPU 0: NVIDIA H200 (UUID: GPU-1)\n")
+    host.answer("docker info", stdout=json.dumps({**INFO, **info}))
     assert preflight.check_host(recipe, tmp_path) is True
     assert preflight.check_host(recipe, tmp_path, gpu=False) is False
 
 
 def test_failing_driver_counts_as_no_gpu(host, recipe, tmp_path):
     host.add("nvidia-smi")
-    host.says("docker info", stdout=json.dumps({**INFO, "Runtimes": {"nvidia": {}}}))
-    host.says("nvidia-smi", code=9, stderr="NVIDIA-SMI has failed because it couldn't communicate with the driver")
+    host.answer("docker info", stdout=json.dumps({**INFO, "Runtimes": {"nvidia": {}}}))
+    host.answer("nvidia-smi", code=9, stderr="NVIDIA-SMI has failed because it couldn't communicate with the driver")
     assert preflight.check_host(recipe, tmp_path) is False
     assert any("no NVIDIA GPU" in line for line in problems(recipe, tmp_path, gpu=True))
 
 
 def test_toolkit_with_known_escapes_is_refused(host, recipe, tmp_path):
     host.add("nvidia-smi", "nvidia-ctk")
-    host.says("nvidia-smi", stdout="GPU 0: NVIDIA H200 (UUID: GPU-1)\n")
-    host.says("docker info", stdout=json.dumps({**INFO, "Runtimes": {"nvidia": {}}}))
-    host.says("nvidia-ctk", stdout="NVIDIA Container Toolkit CLI version 1.17.7\n")
+    host.answer("nvidia-smi", stdout="GPU 0: NVIDIA H200 (UUID: GPU-1)\n")
+    host.answer("docker info", stdout=json.dumps({**INFO, "Runtimes": {"nvidia": {}}}))
+    host.answer("nvidia-ctk", stdout="NVIDIA Container Toolkit CLI version 1.17.7\n")
     assert any("1.17.8" in line for line in problems(recipe, tmp_path, gpu=True))
-    host.says("nvidia-ctk", stdout="NVIDIA Container Toolkit CLI version 1.18.0\n")
+    host.answer("nvidia-ctk", stdout="NVIDIA Container Toolkit CLI version 1.18.0\n")
     assert problems(recipe, tmp_path, gpu=True) == ()
 
 
 @pytest.fixture
 def vast(recipe_file: Path) -> Recipe:
-    """A recipe whose base would fill any disk, though not the memory that training takes."""
+    """A recipe whose base is larger than the disk, and whose training fits the memory."""
     shape = {"hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 64, "num_attention_heads": 1}
     (recipe_file.parent / "vast").mkdir()
     config = {**shape, "vocab_size": 1 << 30, "tie_word_embeddings": True, "head_dim": 1}
@@ -163,7 +163,7 @@ def vast(recipe_file: Path) -> Recipe:
 def test_full_disk_names_free_and_needed_space(host, vast, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=300 * 10**9))
     found = [line for line in problems(vast, tmp_path / "not" / "made", gpu=False) if "disk" in line]
-    # The build folder and Docker's lie on one disk: their needs add up, 782 and 357 GB.
+    # The build folder and Docker's folder are on one disk: 782 GB and 357 GB are added.
     assert found == [f"the disk of {tmp_path} has 300 GB free of 1139 GB; free disk space"]
 
 
@@ -181,18 +181,18 @@ def test_finished_stages_need_no_disk(host, vast, tmp_path, monkeypatch):
 def test_images_still_to_build_need_disk(host, recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**9))
     assert not any("disk" in line for line in problems(recipe, tmp_path))
-    host.says("docker image inspect", code=1)
+    host.answer("docker image inspect", code=1)
     assert any("1 GB free of 14 GB" in line for line in problems(recipe, tmp_path))
 
 
 def test_training_beyond_the_gpu_is_a_fault(host, large, tmp_path, monkeypatch):
-    """With the setting that fits, and among all else that is missing."""
+    """The fault names a setting that fits, and stands beside all other faults."""
     monkeypatch.setattr("tutor.machine.host.memory", lambda: Memory(32 << 30, 30 << 30, None))  # layers may wait in it
     large = large.model_copy(update={"base": type(large.base)()})
     host.add("nvidia-smi")
-    host.says("nvidia-smi --query-gpu", stdout="0, GPU-1, NVIDIA T1000, 580.95.05, 7.5, 4096, 4000\n")
-    host.says("nvidia-smi --list-gpus", stdout="GPU 0: NVIDIA T1000 (UUID: GPU-1)\n")
-    host.says("docker info", stdout=json.dumps({**INFO, "Runtimes": {"nvidia": {}}}))
+    host.answer("nvidia-smi --query-gpu", stdout="0, GPU-1, NVIDIA T1000, 580.95.05, 7.5, 4096, 4000\n")
+    host.answer("nvidia-smi --list-gpus", stdout="GPU 0: NVIDIA T1000 (UUID: GPU-1)\n")
+    host.answer("docker info", stdout=json.dumps({**INFO, "Runtimes": {"nvidia": {}}}))
     (found,) = [line for line in problems(large, tmp_path) if "disk" not in line]
     assert 'NVIDIA T1000 has 4.3 GB; set train.max_memory.gpu = "4096MiB"' in found
 
@@ -207,7 +207,7 @@ def test_port_in_use_is_a_fault(host, recipe, tmp_path, monkeypatch):
         assert len(found) == 1
         assert str(port) in found[0]
         assert "TUTOR_OLLAMA_PORT" in found[0]
-        host.says("docker ps", stdout="0123456789ab\n")  # our own Ollama has it
+        host.answer("docker ps", stdout="0123456789ab\n")  # the stack's own Ollama uses the port
         assert problems(recipe, tmp_path) == ()
 
 

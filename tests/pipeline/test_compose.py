@@ -1,6 +1,6 @@
 """The services of the stack: their order, exit codes, logs and interrupts. Covers pipeline/logged_command.py too.
 
-`docker` and `nvidia-smi` are small programs on PATH that answer as they are told (docs/facts.md, 12).
+`docker` and `nvidia-smi` are small programs on PATH with scripted answers (docs/facts.md, 12).
 """
 
 import json
@@ -38,7 +38,7 @@ def services_run(host: Host) -> list[str]:
 
 
 def test_run_all_runs_services_in_order_with_log_and_result(host, recipe, tmp_path):
-    host.says("run --rm", stdout='{"ran": true}', stderr="working on it\n")
+    host.answer("run --rm", stdout='{"ran": true}', stderr="working on it\n")
     result = compose.run_all(recipe, tmp_path / "build")
     assert services_run(host) == ["trainer", "merger", "converter", "ollama", "publisher", "evaluator", "reporter"]
     assert result["ran"] == ["trainer", "merger", "converter", "publisher", "evaluator", "reporter"]
@@ -52,8 +52,8 @@ def test_run_all_runs_services_in_order_with_log_and_result(host, recipe, tmp_pa
 
 def test_result_lines_name_the_report_by_its_path_on_this_host(host, recipe, tmp_path):
     page = '{"ran": true, "page": "build/small/report/report.html"}'
-    host.says("--name tutor-reporter", stdout=page)
-    host.says("--name tutor-publisher", stdout='{"model": "tutor", "build": "0123456789ab", "version": "0.33.3"}')
+    host.answer("--name tutor-reporter", stdout=page)
+    host.answer("--name tutor-publisher", stdout='{"model": "tutor", "build": "0123456789ab", "version": "0.33.3"}')
     result = compose.run_all(recipe, tmp_path / "elsewhere")
     seen = tmp_path / "elsewhere" / "small" / "report" / "report.html"
     assert f"Report: {seen}" in compose.result_lines(result)
@@ -61,7 +61,7 @@ def test_result_lines_name_the_report_by_its_path_on_this_host(host, recipe, tmp
 
 @pytest.mark.parametrize("name", ["converter", "publisher"])
 def test_run_all_stops_at_a_service_whose_gate_refuses(host, recipe, tmp_path, name):
-    host.says(f"--name tutor-{name}", code=8, stderr="Error: F16 -> Q8_0 (quantize) diverges in its prompt: x\n")
+    host.answer(f"--name tutor-{name}", code=8, stderr="Error: F16 -> Q8_0 (quantize) diverges in its prompt: x\n")
     with pytest.raises(StackError, match="diverges in its prompt") as caught:
         compose.run_all(recipe, tmp_path / "build")
     assert caught.value.code == 8
@@ -69,9 +69,9 @@ def test_run_all_stops_at_a_service_whose_gate_refuses(host, recipe, tmp_path, n
 
 
 def test_run_all_again_reports_that_nothing_ran(host, recipe, tmp_path):
-    host.says("run --rm", stdout='{"ran": false}')
-    host.says("run --rm --no-deps -T --name tutor-trainer", stdout='{"ran": []}')
-    host.says("run --rm --no-deps -T --name tutor-publisher", stdout='{"published": false}')
+    host.answer("run --rm", stdout='{"ran": false}')
+    host.answer("run --rm --no-deps -T --name tutor-trainer", stdout='{"ran": []}')
+    host.answer("run --rm --no-deps -T --name tutor-publisher", stdout='{"published": false}')
     assert compose.run_all(recipe, tmp_path / "build")["ran"] == []
 
 
@@ -87,7 +87,9 @@ def test_run_all_uses_up_for_the_ollama_server_alone(host, recipe, tmp_path):
 @pytest.mark.parametrize("name", [*compose.SERVICES_BEFORE, *compose.SERVICES_AFTER])
 @pytest.mark.parametrize("code", [1, 3, 8, 137, 143])
 def test_run_all_ends_with_the_exit_code_of_a_failed_service(host, recipe, tmp_path, name, code):
-    host.says(f"--name tutor-{name}", code=code, stderr="train: step 1\nError: tutor.jsonl:3: what is wrong; do this\n")
+    host.answer(
+        f"--name tutor-{name}", code=code, stderr="train: step 1\nError: tutor.jsonl:3: what is wrong; do this\n"
+    )
     with pytest.raises(StackError) as caught:
         compose.run_all(recipe, tmp_path / "build")
     assert caught.value.code == code
@@ -97,13 +99,13 @@ def test_run_all_ends_with_the_exit_code_of_a_failed_service(host, recipe, tmp_p
 
 
 def test_run_all_of_a_killed_silent_service_suggests_memory(host, recipe, tmp_path):
-    host.says("--name tutor-trainer", code=137)
+    host.answer("--name tutor-trainer", code=137)
     with pytest.raises(StackError, match="memory"):
         compose.run_all(recipe, tmp_path / "build")
 
 
 @pytest.mark.parametrize(
-    ("part", "answer", "said"),
+    ("part", "answer", "message"),
     [
         (
             "--name tutor-trainer",
@@ -126,22 +128,22 @@ def test_run_all_of_a_killed_silent_service_suggests_memory(host, recipe, tmp_pa
         ),
     ],
 )
-def test_run_all_with_a_docker_fault_raises_host_error(host, recipe, tmp_path, part, answer, said):
-    host.says(part, **answer)
-    with pytest.raises(HostError, match=said):
+def test_run_all_with_a_docker_fault_raises_host_error(host, recipe, tmp_path, part, answer, message):
+    host.answer(part, **answer)
+    with pytest.raises(HostError, match=message):
         compose.run_all(recipe, tmp_path / "build")
 
 
 def test_run_all_with_unhealthy_ollama_keeps_its_log(host, recipe, tmp_path):
-    host.says("up --detach", code=1, stderr="container tutor-ollama-1 is unhealthy\n")
-    host.says("logs --no-color", stdout="Error: could not create directory\n")
+    host.answer("up --detach", code=1, stderr="container tutor-ollama-1 is unhealthy\n")
+    host.answer("logs --no-color", stdout="Error: could not create directory\n")
     with pytest.raises(ServiceError, match=r"ollama\.log"):
         compose.run_all(recipe, tmp_path / "build")
     assert "could not create directory" in (tmp_path / "build" / "small" / "logs" / "ollama.log").read_text()
 
 
 def test_run_all_of_a_service_without_result_raises(host, recipe, tmp_path):
-    host.says("--name tutor-merger", stdout="")
+    host.answer("--name tutor-merger", stdout="")
     with pytest.raises(StackError, match="no result"):
         compose.run_all(recipe, tmp_path / "build")
 
@@ -150,8 +152,8 @@ def test_run_all_uses_the_gpu_overlay_only_with_a_gpu(host, recipe, tmp_path):
     compose.run_all(recipe, tmp_path / "build")
     assert not any("compose.gpu.yaml" in line for line in host.calls)
     host.add("nvidia-smi")
-    host.says("nvidia-smi", stdout="GPU 0: NVIDIA H200 (UUID: GPU-1)\n")
-    host.says("docker info", stdout=json.dumps({**INFO, "Runtimes": {"nvidia": {}}}))
+    host.answer("nvidia-smi", stdout="GPU 0: NVIDIA H200 (UUID: GPU-1)\n")
+    host.answer("docker info", stdout=json.dumps({**INFO, "Runtimes": {"nvidia": {}}}))
     before = len(host.calls)
     assert compose.run_all(recipe, tmp_path / "build")["gpu"] is True
     composed = [line for line in host.calls[before:] if " run --rm " in line]
@@ -199,7 +201,7 @@ def test_hub_token_is_a_private_file_and_in_no_variable(host, recipe, tmp_path, 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_run_all_interrupted_stops_and_removes_the_container(host, recipe, tmp_path, number):
-    host.says("--name tutor-trainer", seconds=60, stderr="training\n")
+    host.answer("--name tutor-trainer", seconds=60, stderr="training\n")
     code = (
         "import pathlib, signal, sys\nfrom tutor.pipeline import compose\n"
         "from tutor.recipe.reading import read_recipe\n"
@@ -251,7 +253,7 @@ def test_result_lines_name_the_model_and_the_next_step(ran, opening):
 
 @pytest.mark.parametrize("name", list(compose.COMMANDS))
 def test_run_command_uses_the_stacks_files_and_exit_code(host, recipe, tmp_path, name):
-    host.says(compose.COMMANDS[name][-1], code=3)
+    host.answer(compose.COMMANDS[name][-1], code=3)
     assert compose.run_command(recipe, tmp_path / "build", name) == 3
     line, seen = host.calls_with_environment[-1]
     assert line.endswith(" ".join(compose.COMMANDS[name]))

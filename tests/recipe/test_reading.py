@@ -159,7 +159,7 @@ def test_read_recipe_reports_all_problems_up_to_a_limit(refused):
     assert len(many) < 1000
 
 
-# K04: TOML that is damaged or means harm
+# K04: damaged or hostile TOML
 
 
 @pytest.mark.parametrize(

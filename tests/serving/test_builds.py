@@ -321,7 +321,7 @@ def test_server_without_rendered_prompts_causes_a_warning(
     assert "does not return its prompts" in caplog.text
 
 
-# Back and forth
+# Rollback and promotion
 
 
 def test_rollback_serves_the_previous_build_and_can_be_undone(server: FakeOllama, api: Ollama, model: Model) -> None:

@@ -17,7 +17,7 @@ from tutor.pipeline.registry import BY_NAME
 from tutor.pipeline.runner import clean
 from tutor.recipe.settings import Recipe
 from tutor.serving.compare import compare_models, evaluate_models
-from tutor.serving.models import parse_model
+from tutor.serving.model_names import parse_model
 
 # Evaluating
 

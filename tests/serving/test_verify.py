@@ -245,7 +245,7 @@ def test_published_model_is_identified_by_its_file(built: Built, server: fake.Fa
     rows = {row.what: row for row in verify.verify_model("tutor:latest", server.host, built.recipe, built.build)}
     assert {row.condition for what, row in rows.items() if what != "weights"} == {"ok"}
     assert rows["file"].computed == "gguf/tutor-Q8_0.gguf"
-    assert rows["weights"].condition == "unknown", "the fake's files are no GGUF"
+    assert rows["weights"].condition == "unknown", "the files of the fake are not GGUF files"
 
 
 def test_local_copy_of_a_server_file_has_its_weights_compared(built: Built, server: fake.FakeOllama) -> None:

@@ -1,7 +1,7 @@
-"""What is made once a test run and shared by all its workers: folders under the run's temporary directory.
+"""Folders that are made once a test run and shared by all workers, below the run's temporary directory.
 
-In: a name and a function that fills a folder. Out: the folder, made by whichever worker asks first. Tests get it as
-hard links (`linked`), or as copies (`copied`) where they change a file in place. `changed` names what a test spoiled.
+In: a name and a function that fills a folder. Out: the folder, made by the first worker that needs it. Tests get it as
+hard links (`linked`), or as copies (`copied`) where they change a file in place. `changed` lists the changed files.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from filelock import FileLock
 
 HASHES = "sha256.json"
 NEVER_SHARED = (".lock", ".lock.json", ".hashes.json")
-"""Files of a build folder that its current owner writes in place; so are `*.log`, which are copied."""
+"""Files of a build folder that are written in place and so cannot be linked; `*.log` files are copied."""
 
 
 def root(factory: pytest.TempPathFactory) -> Path:
@@ -49,7 +49,7 @@ def copied(folder: Path, to: Path) -> Path:
 
 
 def changed(factory: pytest.TempPathFactory) -> list[str]:
-    """Return the shared files that are no longer as they were made."""
+    """Return the shared files that a test has changed since they were made."""
     return [path for folder in sorted(root(factory).glob("*/")) for path in _changed(folder)]
 
 

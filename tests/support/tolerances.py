@@ -1,4 +1,4 @@
-"""How far two computations of the same numbers may be apart on any processor: from the arithmetic alone.
+"""Bounds of the difference between two computations of equal numbers on any two processors.
 
 Processors differ in the order in which their kernels sum, and in where they round: the width of a vector, fused
 multiplication, tiles, threads. Bounds on what that changes:
@@ -18,7 +18,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 CERTAINTY = 6
-"""Standard deviations: 3 of 100 million roundings go further."""
+"""Number of standard deviations of a bound; 3 of 100 million sums of roundings exceed it."""
 
 
 def roundoff(dtype: Any = torch.float32) -> float:

@@ -1,7 +1,7 @@
 """Writing to disk so that a crash leaves the old file or the new one, and the errors of a disk that refuses.
 
 In: a path and a value, or an exception. Out: a synced file, or a TutorError that names the disk's fault and the free
-space. Does not know what the files mean.
+space. Independent of what the files contain.
 """
 
 import errno
@@ -71,7 +71,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder with its content; a missing one is no error."""
+    """Remove a folder with its content; a missing folder is not an error."""
     if path.is_symlink():  # a folder on another disk: remove the link alone
         path.unlink()
     elif path.exists():

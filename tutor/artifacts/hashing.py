@@ -1,7 +1,7 @@
 """sha256 of values and of files; a file's hash is remembered by its size, mtime and inode.
 
 In: a value, or a file and the JSON file that holds the remembered hashes. Out: hexadecimal sha256. A file that changed
-in size, mtime or inode is read again. Knows nothing of stages.
+in size, mtime or inode is read again. Independent of stages.
 """
 
 import contextlib
@@ -60,6 +60,6 @@ def remember_sha256(path: Path, cache: Path, value: str) -> None:
 
 
 def file_state(path: Path) -> str:
-    """Size, mtime and inode of a file: while they are equal, its content is taken to be equal."""
+    """Size, mtime and inode of a file: while they are equal, the content is assumed to be equal."""
     stat = path.stat()
     return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}"

@@ -1,7 +1,7 @@
 """Every path below the build folder.
 
 In: a build folder and a recipe's name, a stage's name, the name of a model or a build. Out: paths. Creates nothing,
-reads nothing, and knows no recipe: tutor.recipe is above this package.
+reads nothing, and imports no recipe: tutor.recipe is above this package.
 """
 
 import re

@@ -2,8 +2,8 @@
 
 In: a module of tutor/, such as a stage's. Out: its Provenance: a hash of each file that it reaches, the version of each
 package that those files import, and both as key fields. Imports no module, so that the code's hash is the same without
-torch. Comments and docstrings are not hashed, and no file name is in the key: better words and moved modules make
-nothing stale.
+torch. Comments and docstrings are not hashed, and no file name is in the key: a better wording or a moved module makes
+no stage stale.
 """
 
 import importlib.metadata
@@ -98,7 +98,7 @@ class SourceTree:
         return found, skipped
 
     def _needed_by(self, path: Path) -> set[Path]:
-        """The files that a file's imports and strings name; none for a file that is no Python."""
+        """The files that a file's imports and strings name; none for a file that is not Python."""
         if path.suffix != ".py":
             return set()
         if path not in self._needs:
@@ -177,7 +177,7 @@ def _script(path: Path, name: str) -> Path | None:
 
 
 def _other_files(folder: Path) -> Iterator[Path]:
-    """The files of a folder that are no Python, without hidden ones."""
+    """The files of a folder that are not Python, without hidden ones."""
     return (path for path in folder.iterdir() if path.suffix != ".py" and path.name[0] != "." and path.is_file())
 
 

@@ -39,7 +39,7 @@ class Source:
 
 
 def read_source(path: Path) -> Source:
-    """Read a file. Raises ArtifactError when it is no Python that this interpreter can read."""
+    """Read a file. Raises ArtifactError when this interpreter cannot parse it."""
     try:
         text = path.read_text("utf-8")
         tree = ast.parse(text)
@@ -57,7 +57,7 @@ def read_source(path: Path) -> Source:
 
 
 def imports(node: ast.AST) -> Iterator[str]:
-    """The dotted names of all imports below a node, inside functions too; none of those for type checkers alone."""
+    """The dotted names of all imports below a node, inside functions too; those for type checkers alone left out."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):

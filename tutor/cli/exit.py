@@ -1,7 +1,7 @@
 """Exit codes: run a command, and turn what it raises into one line on stderr and a code.
 
 In: a click command, sys.argv. Out: the process ends; with --json an error is also an object on stdout. Other modules
-raise TutorError and never exit. Knows no command by name.
+raise TutorError and never exit. Independent of single commands.
 """
 
 import io

@@ -52,13 +52,13 @@ class OrderedGroup(click.Group):
 )
 @click.version_option(package_name="tutor")
 @click.option("--debug", is_flag=True, envvar="TUTOR_DEBUG", help="Show the traceback of an error.")
-@click.option("-q", "--quiet", is_flag=True, help="Only warnings on stderr.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only warnings on stderr.")
 @click.pass_context
 def cli(context: click.Context, *, debug: bool, quiet: bool) -> None:
     """From a JSONL file of questions and answers to `ollama run tutor`, stage by stage.
 
-    `tutor run` runs every stage that is not up to date, in order. A flag wins over its environment variable, which
-    wins over the default; the settings of the model itself are in the recipe alone.
+    `tutor run` runs every stage that is not up to date, in order. A flag overrides its environment
+    variable, which overrides the default. The settings of the model are only in the recipe.
     """
     context.obj = {"debug": debug, "quiet": quiet}
     if distributed.world_size() > 1 and context.invoked_subcommand != "train":

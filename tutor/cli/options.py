@@ -41,7 +41,7 @@ def build_option(command: Command) -> Command:
         envvar="TUTOR_BUILD",
         show_envvar=True,
         callback=_build_folder,
-        help="Where stages write, in a folder named after the recipe.",
+        help="Folder for all outputs; each recipe has a subfolder with its name.",
     )(command)
 
 
@@ -64,7 +64,7 @@ def recipe_option(command: Command) -> Command:
 host_option = click.option(
     "--host", envvar="OLLAMA_HOST", show_envvar=True, help="Address of Ollama; 127.0.0.1:11434 by default."
 )
-adapter_option = click.option("--adapter", is_flag=True, help="The base with the adapter, not the merged model.")
+adapter_option = click.option("--adapter", is_flag=True, help="Use the base with the adapter, not the merged model.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 
 

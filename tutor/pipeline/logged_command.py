@@ -1,7 +1,7 @@
 """Run one command of the stack: its output followed in the log and kept in a file, its failure as an error.
 
 In: a command line, its environment, the path of its log. Out: its stdout, or a StackError or HostError with the last
-error that it printed. Does not know which service it runs.
+error that it printed. Independent of the service that it runs.
 """
 
 import contextlib

@@ -26,7 +26,7 @@ NOT_MADE = {
     "MXFP4_MOE": "is for mixtures of experts, and Llama has none",
     **dict.fromkeys(("Q1_0", "Q2_0"), "cannot be read back (gguf-py does not dequantize it), so it is not made"),
 }
-"""Types that llama-quantize knows and a recipe may not name, each with the reason."""
+"""Types of llama-quantize that a recipe may not name, each with the reason."""
 
 
 def canonical(name: str) -> str:

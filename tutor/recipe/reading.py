@@ -36,7 +36,7 @@ RETIRED = {
 """Names of the specification and of older transformers, each with its replacement here."""
 
 MAX_BYTES = 1 << 16
-"""Maximum size of a recipe in bytes; a longer file is no recipe, and parsing takes quadratic time in a key's length."""
+"""Maximum size of a recipe in bytes; the time to parse a key is quadratic in its length."""
 
 MAX_PROBLEMS = 5
 """Maximum number of problems in one message."""

@@ -4,11 +4,12 @@ In: the build folder of a recipe whose stages have run, names of models, an Olla
 Out: answers, and comparisons of answers; builds of a model on the server, with `latest` as the one in service; records
 of what was published and promoted, in the build folder.
 
-    models          a model's name -> the engine that answers, and what its answers depend on
+    model_names     a name as a user writes it -> a ModelChoice
+    models          a ModelChoice -> the engine that answers, and what its answers depend on
     chat            a conversation at the terminal with one engine
     compare         the held-out prompts answered by any model; two models compared prompt by prompt
     builds          the builds of a model on an Ollama server: create, check, tag, list, roll back
-    adapter         `lora/`: the adapter as a GGUF of its own, with a Modelfile
+    adapter         `lora/`: the adapter as a separate GGUF, with a Modelfile
     publish         a build folder -> a checked build on the server
     promote         a build -> `latest`, when its parity passed and its answers are not worse
     ollama_parity   a model in Ollama compared with the served GGUF in llama.cpp

@@ -1,7 +1,7 @@
 """A conversation at the terminal: read a question, stream the answer, keep both unchanged as history.
 
 In: an engine, its sampling settings, a terminal. Out: the texts on that terminal, in Spanish like those of the tutor.
-Does not know which engine answers, and does not touch stdin or stdout itself.
+Independent of the engine; does not use stdin or stdout directly.
 """
 
 import re
@@ -126,6 +126,6 @@ def _trimmed(write: Callable[[str], None]) -> Callable[[str], None]:
 
 
 def _without_oldest(turns: list[Message]) -> list[Message]:
-    """Return the newer half of a conversation, beginning with a question; nothing of a single exchange."""
+    """Return the newer half of a conversation, beginning with a question; empty for a single exchange."""
     exchanges = len(turns) // 2
     return turns[(exchanges + 1) // 2 * 2 :]

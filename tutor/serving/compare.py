@@ -25,7 +25,8 @@ from tutor.formats.rows.split_files import PROMPTS, TRAIN, read_split
 from tutor.pipeline.runner import announced
 from tutor.recipe.settings import Recipe
 from tutor.serving.builds import served_name
-from tutor.serving.models import ModelChoice, answer_dependencies, open_engine, parse_model
+from tutor.serving.model_names import ModelChoice, parse_model
+from tutor.serving.models import answer_dependencies, open_engine
 from tutor.stages.evaluate import generalization, rates, stage
 from tutor.stages.evaluate.answers import Task, answer_prompts
 
@@ -90,7 +91,7 @@ def compare_models(recipe: Recipe, build: Path, before: str, after: str, **engin
     """Compare two models over the prompts that both have answered.
 
     Each is a folder with answers (a build, or an evaluation in it), an answers.json, or the name of a model for
-    `models.parse_model` with `engine` and `host`; that model then runs, `parallel` prompts at a time. Raises
+    `parse_model` with `engine` and `host`; that model then runs, `parallel` prompts at a time. Raises
     ArtifactError for a file of another form, or when no prompt is common to both; for models as `evaluate_models`.
     """
     early, late = (_answers_of(recipe, build, source, **engine_settings) for source in (before, after))

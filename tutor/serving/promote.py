@@ -22,7 +22,7 @@ from tutor.pipeline.registry import BY_NAME
 from tutor.pipeline.runner import pass_gate
 from tutor.recipe.settings import Recipe
 from tutor.serving import builds, compare, ollama_parity, publish
-from tutor.serving.models import ModelChoice
+from tutor.serving.model_names import ModelChoice
 from tutor.stages.evaluate import stage as evaluate
 from tutor.stages.parity.gate import refusal
 

@@ -123,7 +123,7 @@ def _file_row(what: str, digest: str, folder: BuildFolder, made: Mapping[str, st
         return Row(what, "unknown", digest, f"{folder.stage('convert')} has no manifest")
     if digest in made:
         return Row(what, "ok", digest, made[digest])
-    return Row(what, "wrong", digest, f"none of the {len(made)} files that were made in {folder.path}")
+    return Row(what, "wrong", digest, f"not among the {len(made)} files made in {folder.path}")
 
 
 def _weights_row(what: str, path: Path, gguf: Gguf, folder: BuildFolder) -> Row:

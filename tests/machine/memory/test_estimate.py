@@ -19,7 +19,7 @@ WIDE = Shape(4096, 2, 14336, 32, 8, 128, 49152, tied=False)  # two layers as wid
 
 
 def on_cpu(tokens: int, quantization: str, precision: str, **changes: Any) -> StepWorkload:
-    """As the measurements below were made: rank 16 on all matrices, no dropout, half of each row scored."""
+    """Workload of the measurements below: rank 16 on all matrices, no dropout, half of each row scored."""
     plain: dict[str, Any] = {"rank": 16, "targets": ALL, "dropout": False, "checkpointing": False, "gpu": False}
     row = changes.pop("row", tokens)
     made = replace(SPECIFIED, tokens=tokens, longest=row // 2, quantization=quantization, precision=precision)
@@ -42,7 +42,7 @@ SPECIFIED_ADAPTER = {"rank": 8, "targets": ATTENTION, "dropout": True}
     ],
 )
 def test_step_allocations_are_within_a_tenth_of_the_profiler(shape, training, measured):
-    """The profiler's peak of a second step, above what was there before it."""
+    """The profiler's peak of a second step, above the memory before it."""
     parts = memory(shape, training)
     assert parts["activations"] + parts["workspace"] + parts["gradients"] == pytest.approx(measured, rel=0.1)
 
@@ -103,7 +103,7 @@ def test_specified_8b_training_fits_8_gb():
 
 
 def test_head_tile_on_a_gpu_has_full_width():
-    """Measured: 698 MB for 4,096 tokens in fp32, of which main memory keeps but what is touched."""
+    """Measured: 698 MB for 4,096 tokens in fp32, of which main memory holds only the pages that are written."""
     training = on_cpu(4096, "none", "fp32", row=1024, **SPECIFIED_ADAPTER)
     assert memory(TINY, replace(training, gpu=True))["workspace"] > 4 * 4096 * 32768
     assert memory(TINY, training)["workspace"] < 2e8
@@ -127,8 +127,8 @@ def test_scoring_takes_only_a_part_of_the_logits():
 def test_waiting_layers_reduce_gpu_weights():
     layer = estimate.layer_bytes(LARGE, "nf4", 2)
     weights = [memory(LARGE, replace(SPECIFIED, resident=count))["weights"] for count in (None, 32, 31, 30, 0)]
-    assert weights[0] == weights[1] == weights[2]  # the one that waits passes through
-    assert weights[2] - weights[3] == pytest.approx(layer, rel=0.04)  # but its scales stay
+    assert weights[0] == weights[1] == weights[2]  # one waiting layer is copied to the GPU at a time
+    assert weights[2] - weights[3] == pytest.approx(layer, rel=0.04)  # its scales stay on the GPU
     assert weights[4] == pytest.approx(2.1e9 + layer + 31 * layer / 32, rel=0.01)
     assert estimate.waiting_bytes(LARGE, replace(SPECIFIED, resident=30)) == pytest.approx(2 * layer, abs=1)
     assert estimate.waiting_bytes(LARGE, SPECIFIED) == 0
@@ -181,7 +181,7 @@ def test_activations_equal_the_tensors_autograd_keeps(targets: tuple[str, ...], 
             kept[saved.untyped_storage().data_ptr()] = saved
         return saved
 
-    # As the trainer computes; the copies of the adapters that autocast makes are no activations.
+    # Autocast as in the trainer; its copies of the adapters are not activations.
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved)
     with torch.autocast("cpu", torch.bfloat16), hooks:
         hidden = model.get_base_model().model(input_ids=torch.arange(256)[None] % 100, use_cache=False)

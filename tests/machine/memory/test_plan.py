@@ -23,7 +23,7 @@ REQUEST = MemoryRequest("auto", "auto", "bf16", tokens=1024, rank=8, targets=ATT
 
 
 def device(free: float, total: float = 0, *, gpu: bool = True) -> DeviceMemory:
-    """A device with this memory in GB; all of it available where no total is given."""
+    """A device with this memory in GB; without a total, all of it is available."""
     return DeviceMemory(int(free * GB), int((total or free) * GB), "a device", gpu)
 
 
@@ -44,7 +44,7 @@ def test_micro_batch_on_a_gpu_fills_available_memory() -> None:
     assert chosen(80) == 5 * 480 <= MAX_TOKENS < 10 * 480
     assert [chosen(free) for free in (7.1, 7.7, 9)] == sorted(chosen(free) for free in (7.1, 7.7, 9))
     assert chosen(7.1) < chosen(9)
-    assert chosen(1) == 480  # nothing fits: one row a micro-batch, and the plan names what is lacking
+    assert chosen(1) == 480  # nothing fits: one row a micro-batch
 
 
 def test_gpu_limit_shrinks_micro_batch_before_streaming() -> None:

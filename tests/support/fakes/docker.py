@@ -34,7 +34,7 @@ for part, answer in json.loads((here / "answers.json").read_text()):
 INFO = {"ServerVersion": "26.1.5", "Runtimes": {"runc": {}}, "DockerRootDir": "/"}
 
 
-FIT: list[tuple[str, dict[str, Any]]] = [
+FIT_ANSWERS: list[tuple[str, dict[str, Any]]] = [
     ("docker info", {"stdout": json.dumps(INFO)}),
     ("compose version", {"stdout": "2.26.1-4\n"}),
     ("port ollama", {"stdout": "127.0.0.1:11434\n"}),
@@ -48,7 +48,7 @@ class Host:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.answers = list(FIT)
+        self.answers = list(FIT_ANSWERS)
 
     def add(self, *names: str) -> None:
         for name in names:
@@ -56,8 +56,8 @@ class Host:
             path.write_text(FAKE.format(python=sys.executable, folder=str(self.folder)))
             path.chmod(0o755)
 
-    def says(self, part: str, **answer: Any) -> None:
-        """Answer like this to command lines that contain `part`, from now on."""
+    def answer(self, part: str, **answer: Any) -> None:
+        """Set the answer to all later command lines that contain `part`; an earlier answer to them is overridden."""
         self.answers.insert(0, (part, answer))
         (self.folder / "answers.json").write_text(json.dumps(self.answers))
 
@@ -73,7 +73,7 @@ class Host:
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
-    """A host with Docker and Compose, without a GPU, with room on its disks."""
+    """A host with Docker and Compose, without a GPU, with 500 GB free on its disks."""
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=500 * 10**9))
     for name in [name for name in os.environ if name.startswith(("TUTOR_", "HF_"))]:
         monkeypatch.delenv(name)
@@ -85,5 +85,5 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     monkeypatch.setenv("PATH", str(folder))
     made = Host(folder)
     made.add("docker")
-    made.says("no such command")
+    made.answer("no such command")
     return made

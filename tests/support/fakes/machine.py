@@ -54,7 +54,7 @@ class Machine:
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """A machine without a GPU, with nothing of ours in its environment."""
+    """A machine without a GPU, without environment variables that tutor reads."""
     for name in ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_CACHE", "TUTOR_GPU", "TUTOR_RECIPE", "TUTOR_BUILD"):
         monkeypatch.delenv(name, raising=False)
     folder = tmp_path / "bin"

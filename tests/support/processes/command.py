@@ -1,6 +1,6 @@
 """Run `tutor` without paying for its imports each time: in this process, or in a fork of one that has imported them.
 
-`in_process` serves where a process is not the point. `forked` serves where it is (signals, kills): a real process with
+Use `in_process` for tests that need no separate process. Use `forked` for signals and kills: a real process with
 its own memory and file descriptors, forked from a server that has imported the stages and computed nothing. Console
 scripts, start-up and interpreters without torch are tested with real processes (the fixture `tutor` of conftest.py).
 """
@@ -28,15 +28,15 @@ from typing import Any
 ROOT = Path(__file__).parents[3]
 TUTOR = Path(sys.executable).with_name("tutor")
 TINY = ROOT / "tests" / "support" / "tiny.toml"
-OURS = ("TUTOR_", "PYTHON", "NO_COLOR", "FORCE_COLOR")
-"""Prefixes of the environment variables that a user who has set nothing of ours does not have."""
+USER_SETTINGS = ("TUTOR_", "PYTHON", "NO_COLOR", "FORCE_COLOR")
+"""Prefixes of environment variables that change the output of tutor; tests run without them."""
 
 Done = subprocess.CompletedProcess
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Return the environment of a user who has set nothing of ours."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(OURS)} | extra
+    """Return the environment of a user who has set no such variable, with `extra` added."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(USER_SETTINGS)} | extra
 
 
 def in_process(
@@ -47,7 +47,7 @@ def in_process(
 
     command = ["tutor", *map(str, arguments)]
     out, err = io.StringIO(), io.StringIO()
-    with _as_found(command, environment(**(env or {})), cwd):
+    with _process_state(command, environment(**(env or {})), cwd):
         sys.stdin = io.TextIOWrapper(io.BytesIO(stdin.encode()), "utf-8")
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
@@ -58,8 +58,8 @@ def in_process(
 
 
 @contextlib.contextmanager
-def _as_found(command: list[str], env: Mapping[str, str], cwd: Path) -> Iterator[None]:
-    """Set what a process of its own would have, and put back what was there."""
+def _process_state(command: list[str], env: Mapping[str, str], cwd: Path) -> Iterator[None]:
+    """Set arguments, environment and folder as for a new process; restore all process state at the end."""
     before = dict(os.environ)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     logger = logging.getLogger("tutor")
@@ -102,7 +102,7 @@ class Forked:
         return self.process.exitcode
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
-        """Wait until the process has come to something; its end, or `seconds`, end the wait."""
+        """Wait until `condition` holds, the process has ended, or `seconds` have passed."""
         deadline = time.monotonic() + seconds
         while not condition() and self.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -173,7 +173,7 @@ def _child(
     kill: tuple[str, int],
     entry: Callable[[], None],
 ) -> None:
-    """Be `tutor` in a forked process."""
+    """Run `tutor` in this forked process, with its output in files."""
     _replace_environment(env)
     if "OMP_NUM_THREADS" in env:  # torch read the server's when it was imported
         import torch

@@ -31,17 +31,15 @@ Actions = dict[int | str, Callable[[], object]]
 
 
 SETTINGS = {"epochs": 3, "batch_size": 2, "accumulation": 1, "save_steps": 5, "logging_steps": 2, "dropout": 0.1}
-
-
-"""18 steps, checkpoints at 5, 10, 15 and 18; losses are sums of two steps, and no checkpoint is at the end of such a
-sum."""
+"""Settings of 18 steps with checkpoints at 5, 10, 15 and 18. A logged loss is the sum of two steps; no checkpoint
+except the last is at the end of such a sum."""
 
 
 class Terminated(BaseException):
     """Raised for SIGTERM, like SystemExit by the command line; unlike SystemExit, it fails a test that ignores it."""
 
 
-class At(logging.Handler):
+class ActionHandler(logging.Handler):
     """Runs actions when a step is logged (after it was computed, before it is saved) or when a line is logged."""
 
     def __init__(self, actions: Actions) -> None:
@@ -59,7 +57,7 @@ class At(logging.Handler):
 def stage(inputs: Folders, folder: Path, at: Actions | None = None, after: Any = None, **changes: Any) -> list[str]:
     """Run the stage as the pipeline does; return its log lines."""
     wanted = recipe(Path("r.toml"), train=settings(**{**SETTINGS, **changes}).model_dump())
-    handler, logger = At(at or {}), logging.getLogger("tutor")
+    handler, logger = ActionHandler(at or {}), logging.getLogger("tutor")
     logger.addHandler(handler)
     level = logger.level
     logger.setLevel(logging.INFO)

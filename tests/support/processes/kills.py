@@ -6,11 +6,11 @@ import sys
 from collections.abc import Callable
 
 STEPS = frozenset({"open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rmdir"})
-"""Audit events of all that changes a file system: Python raises each before the call is made."""
+"""Audit events of calls that change a file system; Python raises each event before the call."""
 
 
 def in_child(work: Callable[[], object]) -> int:
-    """Do the work in a forked process; its exit status as subprocess gives it, 99 for an exception."""
+    """Do the work in a forked process; return its exit status as subprocess gives it, 99 for an exception."""
     child = os.fork()
     if not child:
         try:
@@ -22,7 +22,7 @@ def in_child(work: Callable[[], object]) -> int:
 
 
 def killed_at(step: int, work: Callable[[], object]) -> bool:
-    """Do the work in a process that is killed (-9) before its file system call number `step`; whether that came."""
+    """Do the work in a process that is killed (-9) at its file system call number `step`; return whether it was."""
 
     def run() -> None:
         left = step

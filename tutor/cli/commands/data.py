@@ -117,8 +117,8 @@ def lint_command(  # noqa: PLR0913 - a command's options
     """Report doubtful rows of FILES (or the recipe's).
 
     Duplicates and near-duplicates, contradictions, leaks into the prompts, balance, language, length, special tokens,
-    unclosed fences; every finding with its line. After the base stage has run, lengths are in its tokens. Compiles no
-    code.
+    unclosed fences; every finding with its line. Lengths are in tokens of the base once the base stage has run. No code
+    is compiled.
     """
     from tutor.recipe.settings import TrainSettings
     from tutor.stages.data import stage

@@ -21,9 +21,7 @@ from tutor.cli.options import (
     progress_on_stderr,
     recipe_option,
 )
-
-ENGINES = ("llamacpp", "ollama", "hf")
-NAMES = "tutor, base, adapter, Q8_0, base-F16, hf:tutor, ollama:NAME"
+from tutor.serving.model_names import ENGINES, KNOWN_NAMES
 
 
 def engine_options(engine_help: str) -> Callable[[Command], Command]:
@@ -53,7 +51,11 @@ def engine_options(engine_help: str) -> Callable[[Command], Command]:
 
 @click.command("eval")
 @click.option(
-    "-m", "--model", "names", metavar="NAME[,NAME]", help=f"Models to evaluate: {NAMES}. The first is the baseline."
+    "-m",
+    "--model",
+    "names",
+    metavar="NAME[,NAME]",
+    help=f"Models to evaluate: {KNOWN_NAMES}. The first is the baseline.",
 )
 @engine_options("Without --model: llamacpp compares base and tutor; ollama evaluates the published tutor.")
 @adapter_option
@@ -72,12 +74,12 @@ def eval_command(  # noqa: PLR0913 - a command's options
 ) -> None:
     """Answer the held-out prompts and grade the answers.
 
-    By default the base and the tutor answer.
+    By default the base and the tutor are evaluated.
     """
     from tutor.cli import summary
     from tutor.pipeline import runner
     from tutor.serving import compare
-    from tutor.serving.models import parse_model
+    from tutor.serving.model_names import parse_model
 
     recipe = load_recipe(recipe_path)
     with progress_on_stderr(flags):

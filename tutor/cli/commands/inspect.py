@@ -35,7 +35,7 @@ def summary_command(recipe_path: Path, build: Path, *, as_json: bool) -> None:
 def status_command(context: click.Context, recipe_path: Path, build: Path, *, verify: bool, as_json: bool) -> None:
     """Show the state of every stage.
 
-    A stage is up to date, stale, missing or damaged. Exit 5 when one is damaged.
+    A stage is up to date, stale, missing, damaged, or refused (its gate failed). Exit 5 when one is damaged.
     """
     from tutor.pipeline import runner
 

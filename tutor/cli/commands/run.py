@@ -48,9 +48,9 @@ def ladder_command(flags: dict[str, bool], recipe_path: Path, build: Path, *, as
     """Benchmark the quantizations and choose one.
 
     The table: size; perplexity of the held-out answers, and its increase over F16's (loses); KL divergence from F16
-    in nats a token, its mean and 99th percentile; how often both prefer the same token; tokens/s of reading a prompt
-    and of writing an answer, and peak memory, in llama-server on this machine. ladder.svg is the table as a picture.
-    The smallest one inside convert.budget is served where ollama.quantization is "auto".
+    in nats a token, its mean and 99th percentile; share of tokens on which both agree (same); tokens/s of a prompt
+    (reads) and of an answer (writes), and peak memory, in llama-server on this machine. ladder.svg is a chart of the
+    table. With ollama.quantization = "auto" the smallest one within convert.budget is served.
     """
     from tutor.cli.summary import ladder_lines
 
@@ -58,12 +58,14 @@ def ladder_command(flags: dict[str, bool], recipe_path: Path, build: Path, *, as
 
 
 @click.command("parity")
-@click.option("--host", metavar="HOST", help="Compare the model that this Ollama serves with the stage's record.")
+@click.option(
+    "--host", metavar="HOST", help="Compare the model on this Ollama server with the record of the parity stage."
+)
 @recipe_option
 @json_option
 @click.pass_context
 def parity_command(context: click.Context, host: str | None, recipe_path: Path, build: Path, *, as_json: bool) -> None:
-    """Compare every engine that the model passes, token by token. Exit 8 when one diverges."""
+    """Compare the model's answers in all engines, token by token. Exit 8 when an engine diverges."""
     from tutor.cli import summary
     from tutor.pipeline import runner
     from tutor.serving import publish
@@ -95,7 +97,7 @@ def clean_command(stages: tuple[str, ...], recipe_path: Path, build: Path, *, as
 
 
 def _stage_command(stage: str, command: str, about: str) -> click.Command:
-    """Return a command of this name that runs one stage, and has no options of its own."""
+    """Return a command of this name that runs one stage, without further options."""
 
     @click.command(command, help=about)
     @recipe_option

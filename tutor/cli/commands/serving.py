@@ -24,18 +24,18 @@ from tutor.cli.options import (
     progress_on_stderr,
     recipe_option,
 )
+from tutor.serving.model_names import MODELS, ModelChoice
 
 if TYPE_CHECKING:
     from tutor.engines.protocol import Engine
     from tutor.recipe.settings import Recipe
-    from tutor.serving.models import ModelChoice
 
 force_option = click.option(
     "--force", is_flag=True, help="Serve the build although a gate refused it; the refusals are recorded."
 )
 
-MODELS = ("tutor", "base", "adapter")
-ENGINES = ("llamacpp", "ollama")
+CHAT_ENGINES = ("llamacpp", "ollama")
+"""Values of --engine for ask and chat; transformers runs only `--model adapter`."""
 
 
 def model_options(command: Command) -> Command:
@@ -46,23 +46,19 @@ def model_options(command: Command) -> Command:
         type=click.Choice(MODELS),
         default="tutor",
         show_default=True,
-        help="tutor and base answer through llama.cpp; adapter is base + adapter in transformers.",
+        help="tutor and base run in llama.cpp; adapter is the base with the adapter in transformers.",
     )
-    quantization = click.option(
-        "--quantization", help="Quantization of the GGUF that answers; by default the one that is served."
-    )
+    quantization = click.option("--quantization", help="Quantization of the GGUF; by default the served one.")
     engine = click.option(
         "--engine",
-        type=click.Choice(ENGINES),
+        type=click.Choice(CHAT_ENGINES),
         default="llamacpp",
         show_default=True,
-        help="llamacpp starts its own server; ollama uses the published model.",
+        help="llamacpp starts a llama-server; ollama uses the published model.",
     )
 
     @functools.wraps(command)
     def collected(*args: Any, **options: Any) -> Any:
-        from tutor.serving.models import ModelChoice
-
         parts = {name: options.pop(name) for name in ("model", "quantization", "engine", "host")}
         return command(*args, choice=ModelChoice(**parts), **options)
 
@@ -79,7 +75,7 @@ def model_options(command: Command) -> Command:
 def ask_command(
     flags: dict[str, bool],
     question: str | None,
-    choice: "ModelChoice",
+    choice: ModelChoice,
     recipe_path: Path,
     build: Path,
     *,
@@ -122,8 +118,8 @@ def ask_command(
 @model_options
 @recipe_option
 @click.pass_obj
-def chat_command(flags: dict[str, bool], choice: "ModelChoice", recipe_path: Path, build: Path) -> None:
-    """Talk with the model; /salir leaves, Ctrl-C stops an answer."""
+def chat_command(flags: dict[str, bool], choice: ModelChoice, recipe_path: Path, build: Path) -> None:
+    """Chat with the model; /salir ends the chat, Ctrl-C stops an answer."""
     from tutor.engines.protocol import sampling
     from tutor.serving.chat import Terminal, converse
 
@@ -146,7 +142,7 @@ def chat_command(flags: dict[str, bool], choice: "ModelChoice", recipe_path: Pat
 
 
 def _answering_engine(
-    recipe: "Recipe", build: Path, choice: "ModelChoice"
+    recipe: "Recipe", build: Path, choice: ModelChoice
 ) -> "contextlib.AbstractContextManager[Engine]":
     """Return the engine that answers; in Ollama the model has the name that publishing gave it."""
     from tutor.errors import RecipeError
@@ -166,7 +162,7 @@ def _answering_engine(
 @host_option
 @adapter_option
 @click.option("--wait", default=5.0, show_default=True, help="Maximum seconds to wait for the server to start.")
-@click.option("--if-there", is_flag=True, help="End without an error when there is no server.")
+@click.option("--if-there", is_flag=True, help="Exit 0 when no server answers.")
 @force_option
 @recipe_option
 @json_option

@@ -33,7 +33,7 @@ Change = tuple[str | int, dict[str, Any]]
 
 @dataclass(frozen=True)
 class MemoryRequest:
-    """What the recipe asks for, with "auto" undecided, and the rows that are trained on."""
+    """The memory settings of a recipe, with "auto" undecided, and the sizes of its rows."""
 
     quantization: Literal["auto", "nf4", "int8", "none"]
     checkpointing: bool | Literal["auto"]
@@ -109,7 +109,7 @@ def parse_bytes(text: str) -> int:
 def memory_request(
     settings: "TrainSettings", precision: str, tokens: int, longest: int, *, on_gpu: bool
 ) -> MemoryRequest:
-    """What the settings ask for, with micro-batches of up to `tokens` and rows of up to `longest` tokens.
+    """The request of these settings, with micro-batches of up to `tokens` and rows of up to `longest` tokens.
 
     Without a GPU the whole base is in RAM and train.max_memory has no effect.
     """

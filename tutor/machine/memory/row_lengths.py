@@ -94,7 +94,7 @@ def largest_batch(settings: TrainSettings, rows: RowLengths | None, world_size: 
 
 
 def _texts(path: Path) -> Texts:
-    """The rows of a file; empty where it is no regular file, or any of its rows is malformed."""
+    """The rows of a file; empty where the path is not a regular file, or any of its rows is malformed."""
     with contextlib.suppress(TutorError, OSError, ValueError, KeyError, TypeError):
         rows = read_json_lines(path) if path.is_file() else []
         return [(row["instruction"] + "", row["response"] + "") for row in rows]

@@ -1,9 +1,9 @@
-"""serving/models.py: names of models."""
+"""serving/model_names.py: names of models. tests/serving/test_compare.py covers serving/models.py."""
 
 import pytest
 
 from tutor.errors import RecipeError
-from tutor.serving.models import ModelChoice, parse_model
+from tutor.serving.model_names import ModelChoice, parse_model
 
 
 @pytest.mark.parametrize(
