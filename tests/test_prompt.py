@@ -13,13 +13,13 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from support.fakes.ollama import CAPABILITY_WORDS
 from support.models.small_tokenizer import BOS, EOS, SENTENCES, make_tokenizer
 from support.processes.command import ROOT, environment
 
 from tutor.errors import DataError
 from tutor.prompt import (
     BOS_PREFIX,
-    CAPABILITY_WORDS,
     CUE,
     GO_TEMPLATE,
     STOPS,

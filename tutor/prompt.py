@@ -45,9 +45,6 @@ JINJA_TEMPLATE = (
 BOS_PREFIX = "{{- bos_token -}}"
 """Start of the Jinja template: apply_chat_template adds no BOS; llama.cpp strips it, and its tokenizer adds BOS."""
 
-CAPABILITY_WORDS = ("tools", "tool_call", "<think>", "</think>")
-"""Words in a GGUF's template that make Ollama >= 0.30 prefer it to the Modelfile's (docs/facts.md, 1)."""
-
 Message = Mapping[str, str]
 """A message: `role` (system, user or assistant) and `content`."""
 

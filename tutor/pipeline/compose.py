@@ -41,7 +41,7 @@ DESCRIPTIONS = {
     "build": "build the images, some minutes the first time",
     "trainer": "check the rows, fetch the base, train the adapter",
     "merger": "merge the adapter into the base",
-    "converter": "convert to GGUF, quantize, compare the engines (the parity gate), render the Modelfile",
+    "converter": "convert to GGUF, quantize, compare the engines' answers (the parity gate), render the Modelfile",
     "ollama": "start Ollama",
     "publisher": "publish the model, check it, and serve it unless it is worse",
     "evaluator": "evaluate the published model on the held-out prompts",

@@ -163,7 +163,7 @@ STAGES = (
     ),
     Stage(
         "parity",
-        "compare every engine that the model passes",
+        "compare the answers of the model in all engines",
         needs=("data", "base", "train", "merge", "convert", "ladder"),
         settings=_parity,
         derived=f"{STAGE_FOLDERS['parity']}-*",
@@ -184,7 +184,7 @@ STAGES = (
     ),
     Stage(
         "report",
-        "write the page and the model card",
+        "write the report page and the model card",
         needs=("data",),
         settings=_report,
         reads=(

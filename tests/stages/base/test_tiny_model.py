@@ -8,8 +8,9 @@ import pytest
 from support.models.tiny_models import spanish
 
 pytest.importorskip("torch")
+from support.fakes.ollama import CAPABILITY_WORDS
+
 from tutor.formats.models.model_folder import CANARIES, load_tokenizer
-from tutor.prompt import CAPABILITY_WORDS
 from tutor.stages.base.tiny_model import make_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")

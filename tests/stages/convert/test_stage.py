@@ -11,13 +11,14 @@ import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from support.fakes.ollama import CAPABILITY_WORDS
 from support.files import write_rows
 from support.models.gguf_bytes import facts
 from support.models.random_llama import llama3_splitter, make_tiny
 
 from tutor.errors import ArtifactError, HostError
 from tutor.formats.models.gguf import read_gguf
-from tutor.prompt import CAPABILITY_WORDS, adds_bos, chat_template
+from tutor.prompt import adds_bos, chat_template
 from tutor.recipe.settings import ConvertSettings, OllamaSettings, Recipe
 from tutor.stages.convert import stage
 

@@ -9,21 +9,12 @@ from support.models.tiny_models import adapter_stage, edit
 
 torch = pytest.importorskip("torch")
 
-from support.models.merging import A0, B0, MergeStages
+from support.models.merging import A0, B0, MERGE_MARKS, MergeStages
 
 from tutor.errors import ArtifactError
 from tutor.stages.merge.peft_adapter import read_adapter
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings(
-        "ignore:.*gradient_checkpointing",
-        "ignore:.*alpha_pattern keys did not match",
-        "ignore:Setting `save_embedding",
-        "ignore:Adapter 'default'",
-        "ignore:`lora_bias=True` was passed",
-    ),
-]
+pytestmark = MERGE_MARKS
 
 
 def test_adapter_without_lora_b_is_refused(stages: MergeStages) -> None:

@@ -18,7 +18,7 @@ from support.tolerances import forward_error, largest_logit
 torch = pytest.importorskip("torch")
 
 from safetensors.torch import load_file
-from support.models.merging import Q0, WORDS, MergeStages, by_peft, differing, written
+from support.models.merging import MERGE_MARKS, Q0, WORDS, MergeStages, by_peft, differing, written
 
 from tutor.artifacts.disk import read_json
 from tutor.artifacts.manifest import find_damage
@@ -33,16 +33,7 @@ from tutor.recipe.settings import Recipe
 from tutor.stages.merge import stage as merge
 from tutor.stages.merge.peft_adapter import read_adapter
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings(
-        "ignore:.*gradient_checkpointing",
-        "ignore:.*alpha_pattern keys did not match",
-        "ignore:Setting `save_embedding",
-        "ignore:Adapter 'default'",
-        "ignore:`lora_bias=True` was passed",
-    ),
-]
+pytestmark = MERGE_MARKS
 
 
 def test_base_in_one_file_gives_one_file(tiny: Path, merged: MergeStages, tmp_path: Path) -> None:

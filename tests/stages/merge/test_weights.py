@@ -14,7 +14,7 @@ from support.shared import copied
 
 torch = pytest.importorskip("torch")
 from safetensors.torch import load_file, save_file
-from support.models.merging import B0, Q0, MergeStages, by_peft, differing, written
+from support.models.merging import B0, MERGE_MARKS, Q0, MergeStages, by_peft, differing, written
 
 from tutor.artifacts.disk import read_json
 from tutor.engines.hf.loading import load_base
@@ -22,16 +22,7 @@ from tutor.errors import ArtifactError
 from tutor.formats.models.model_folder import read_facts
 from tutor.stages.merge.peft_adapter import read_adapter
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings(
-        "ignore:.*gradient_checkpointing",
-        "ignore:.*alpha_pattern keys did not match",
-        "ignore:Setting `save_embedding",
-        "ignore:Adapter 'default'",
-        "ignore:`lora_bias=True` was passed",
-    ),
-]
+pytestmark = MERGE_MARKS
 
 
 def with_biases(model: Path, to: Path) -> Path:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from support.outputs.observations import SUBJECTS, TIGHT, observation, scored
 from support.outputs.parity import write_parity
-from support.outputs.published import SYSTEM, make_stages
+from support.outputs.published import make_recipe, make_stages
 
 from tutor.artifacts.manifest import find_damage, read_manifest
 from tutor.cli import summary
@@ -16,7 +16,7 @@ from tutor.pipeline import runner
 from tutor.pipeline.registry import BY_NAME
 from tutor.recipe.quantizations import KINDS
 from tutor.recipe.reading import read_recipe
-from tutor.recipe.settings import BUDGETS, OllamaSettings, ParitySettings, Recipe
+from tutor.recipe.settings import BUDGETS, ParitySettings, Recipe
 from tutor.stages.parity.compare import Comparison, Observation
 from tutor.stages.parity.gate import HandOff, hand_off, parity_table, refusal
 
@@ -87,15 +87,12 @@ REFUSAL = {"message": "F16 -> Q8_0 (quantize) diverges in its tokens: «code»",
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
-    path = tmp_path / "small.toml"
-    path.write_text("")
-    return Recipe(system=SYSTEM, ollama=OllamaSettings(quantization="Q8_0"), path=path)
+    return make_recipe(tmp_path)
 
 
 @pytest.fixture
 def build(recipe: Recipe, tmp_path: Path) -> Path:
-    make_stages(recipe, tmp_path / "build")
-    return tmp_path / "build"
+    return make_stages(recipe, tmp_path / "build")
 
 
 def test_refused_gate_refuses_again_and_keeps_its_folder(recipe: Recipe, build: Path) -> None:

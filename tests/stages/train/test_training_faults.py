@@ -6,7 +6,6 @@ Covers stages/train/checkpoint_callback.py, with test_checkpoint_callback.py.
 import pickle
 import re
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from support.processes.interrupted import Folders, by_step, checkpoints, fail, made, noted, stage
+from support.processes.small_disk import small_disk
 
 from tutor.artifacts.disk import write_json
 from tutor.artifacts.hashing import file_sha256
@@ -101,15 +101,8 @@ def test_memory_hint_keeps_batch_in_smaller_micro_batches(batches: MicroBatches,
 @pytest.fixture
 def eight_mib(tmp_path: Path) -> Iterator[Path]:
     """A folder on a disk of eight MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    with small_disk(tmp_path / "disk", "size=8m") as folder:
+        yield folder
 
 
 def fill(disk: Path, left: Callable[[], int]) -> Callable[[], None]:

@@ -31,6 +31,8 @@ OPTIONS: dict[str, type | tuple[type, ...]] = {
     "seed": int,
     "stop": list,
 }
+CAPABILITY_WORDS = ("tools", "tool_call", "<think>", "</think>")
+"""Words in a GGUF's template that make Ollama >= 0.30 prefer it to the Modelfile's (docs/facts.md, 1)."""
 Reply = Callable[["Handler"], None]
 
 
@@ -58,9 +60,9 @@ class Model:
 
     @property
     def native(self) -> bool:
-        """Whether the GGUF's own template is preferred: it names more than ours, and no parser is set."""
-        more = "tools" in self.facts["chat_template"] or "<think>" in self.facts["chat_template"]
-        return more and "parser" not in self.body
+        """Whether the GGUF's own template is preferred: it has a capability word, and no parser is set."""
+        declares_more = any(word in self.facts["chat_template"] for word in CAPABILITY_WORDS)
+        return declares_more and "parser" not in self.body
 
     def render(self, messages: list[dict[str, str]]) -> str:
         if self.native:

@@ -28,7 +28,7 @@ def whole(
     alignment: int = 32,
     head: bytes = b"GGUF" + struct.pack("<I", 3),
 ) -> bytes:
-    """A GGUF file from its parts; one F32 vector of 8 numbers unless asked otherwise."""
+    """A GGUF file from its parts; by default with one F32 vector of 8 numbers."""
     content = head + struct.pack("<QQ", len(tensors), len(fields)) + b"".join(fields) + b"".join(tensors)
     return content + b"\0" * (-len(content) % alignment) + data
 

@@ -1,6 +1,6 @@
 """Stage folders for the merge stage's tests, and PEFT's own merge to compare with.
 
-In: the tiny model. Out: a base in two shards, an adapter of it, merged weights. Does not judge a merge.
+In: the tiny model. Out: a base in two shards, an adapter of it, merged weights. Does not check a merge.
 """
 
 import json
@@ -25,6 +25,18 @@ from tutor.formats.models.safetensors import read_folder
 from tutor.stages.merge import stage as merge
 from tutor.stages.merge import weights
 from tutor.stages.merge.peft_adapter import read_adapter
+
+MERGE_MARKS = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings(
+        "ignore:.*gradient_checkpointing",
+        "ignore:.*alpha_pattern keys did not match",
+        "ignore:Setting `save_embedding",
+        "ignore:Adapter 'default'",
+        "ignore:`lora_bias=True` was passed",
+    ),
+]
+"""Marks of the test files of the merge stage: one thread, and no warnings of PEFT about test adapters."""
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 

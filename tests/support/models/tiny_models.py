@@ -29,7 +29,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 @cache
 def spanish() -> str:
-    """Some KB of Spanish with code: the first rows of the data set, as they are when first asked for."""
+    """Some KB of Spanish with code: the first rows of the data set, read at the first call."""
     with DATA.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line, _ in zip(lines, range(12), strict=False)]
     return "\n".join(f"{row['instruction']}\n{row['response']}" for row in rows)
@@ -94,5 +94,5 @@ def adapter_stage(model: Path, folder: Path, base_weights: str, **lora: Any) -> 
 
 
 def recipe(path: Path, **sections: Mapping[str, Any]) -> Recipe:
-    """A recipe with some settings, as if it had been read from `path`."""
+    """A recipe with some settings, with `path` as its file."""
     return Recipe.model_validate({"seed": SEED, **sections}).model_copy(update={"path": path})

@@ -18,7 +18,7 @@ WORDS = re.findall(
 
 
 def row(instruction: str, response: str = "", **other: Any) -> dict[str, Any]:
-    """A row, with an answer of its own where none is given."""
+    """A row; without a `response` it gets an answer that no other row has."""
     return {"instruction": instruction, "response": response or f"{ANSWER} ({instruction})", **other}
 
 

@@ -1,4 +1,4 @@
-"""Folders of the convert, modelfile and parity stages, for tests of publishing."""
+"""Recipe and folders of the convert, modelfile and parity stages, for tests of publishing."""
 
 from pathlib import Path
 from typing import Any
@@ -8,13 +8,21 @@ from support.outputs.parity import write_parity
 from tutor.artifacts.manifest import require_stage
 from tutor.artifacts.stage_folder import writing
 from tutor.pipeline.registry import BY_NAME
-from tutor.recipe.settings import Recipe
+from tutor.recipe.settings import OllamaSettings, Recipe
 from tutor.stages.modelfile import stage as modelfile
 
 SYSTEM = 'Eres un tutor de TypeScript. Dices "hola", ñandú y 👋.'
 
 
-def make_stages(recipe: Recipe, build: Path, **facts: Any) -> None:
+def make_recipe(folder: Path) -> Recipe:
+    """Return a recipe that serves Q8_0; its file `small.toml` in `folder` is empty."""
+    path = folder / "small.toml"
+    path.write_text("")
+    return Recipe(system=SYSTEM, ollama=OllamaSettings(quantization="Q8_0"), path=path)
+
+
+def make_stages(recipe: Recipe, build: Path, **facts: Any) -> Path:
+    """Write the stage folders around a fake GGUF with these properties; return the build folder."""
     folder = build / recipe.name
     with writing(folder / "gguf", "convert", facts) as (out, _):
         write_gguf(out / "tutor-Q8_0.gguf", **facts)
@@ -23,3 +31,4 @@ def make_stages(recipe: Recipe, build: Path, **facts: Any) -> None:
     with writing(folder / "model", "modelfile", {**fields, "input.convert": gguf.fingerprint}) as (out, _):
         modelfile.run(recipe, {"convert": folder / "gguf", "ladder": folder / "ladder"}, out)
     write_parity(recipe, build)
+    return build

@@ -1,4 +1,4 @@
-"""Prompts and records with verdicts, as the graders give them."""
+"""Prompts and records with verdicts, as the graders return them."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A small stage folder: written, read back, and what lies beside it."""
+"""A small stage folder: write it, read it back."""
 
 from pathlib import Path
 from typing import Any

@@ -1,1 +1,1 @@
-"""Run `tutor` and Docker; kill, interrupt and observe processes."""
+"""Run `tutor` and Docker; kill, interrupt and observe processes; mount a small disk."""
