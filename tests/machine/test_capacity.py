@@ -48,7 +48,7 @@ def test_unknown_hub_base_has_no_shape_and_refuses_nothing(machine, based_on, tm
     recipe = based_on("hub:owner/name@" + "0" * 40)
     assert capacity.find_shape(recipe, tmp_path) is None
     with caplog.at_level("INFO"):
-        capacity.refuse(recipe, tmp_path, ["base", "train"])
+        capacity.refuse_stages(recipe, tmp_path, ["base", "train"])
     assert "not known before it is fetched" in caplog.text
 
 
@@ -99,13 +99,13 @@ def test_shape_of_a_packages_gguf_is_read(machine, based_on, tmp_path, monkeypat
 
 def test_training_that_fits_is_not_refused(machine, roomy, based_on, tmp_path):
     machine.gpu(24)
-    capacity.refuse(based_on(), tmp_path, ["base", "train", "merge", "convert"])
+    capacity.refuse_stages(based_on(), tmp_path, ["base", "train", "merge", "convert"])
 
 
 def test_training_beyond_the_gpu_names_parts_and_a_setting(machine, roomy, based_on, tmp_path):
     machine.gpu(8, name="NVIDIA RTX 4060")
     with pytest.raises(HostError) as caught:
-        capacity.refuse(based_on(quantization="none"), tmp_path, ["base", "train"])
+        capacity.refuse_stages(based_on(quantization="none"), tmp_path, ["base", "train"])
     assert caught.value.code == 4
     assert "(weights 16.1, " in caught.value.message
     assert caught.value.message.endswith("; NVIDIA RTX 4060 has 8.0 GB")
@@ -116,14 +116,14 @@ def test_training_beyond_the_gpu_names_parts_and_a_setting(machine, roomy, based
 def test_training_that_no_setting_fits_names_smaller_base(machine, roomy, based_on, tmp_path):
     machine.gpu(2)
     with pytest.raises(HostError, match="no setting makes it fit: take a smaller base"):
-        capacity.refuse(based_on(), tmp_path, ["train"])
+        capacity.refuse_stages(based_on(), tmp_path, ["train"])
 
 
 def test_training_over_by_assumptions_only_is_a_warning(machine, roomy, based_on, tmp_path, caplog):
     """The tensors of an 8B and short rows take about 6 GB; the parts of CUDA and the allocator are assumptions."""
     machine.gpu(6.4)
     with caplog.at_level("WARNING"):
-        capacity.refuse(based_on(max_length=128), tmp_path, ["train"])
+        capacity.refuse_stages(based_on(max_length=128), tmp_path, ["train"])
     assert "a card has 6.4 GB: it may not fit; if it does not, " in caplog.text
 
 
@@ -131,7 +131,7 @@ def test_warning_without_helping_setting_names_smaller_base(machine, roomy, base
     """The CUDA context alone is larger than this GPU's memory, and no setting of the recipe reduces it."""
     machine.gpu(0.4)
     with caplog.at_level("WARNING"):
-        capacity.refuse(based_on("tiny", quantization="nf4", gradient_checkpointing=True), tmp_path, ["train"])
+        capacity.refuse_stages(based_on("tiny", quantization="nf4", gradient_checkpointing=True), tmp_path, ["train"])
     assert "if it does not, no setting makes it fit: take a smaller base" in caplog.text
 
 
@@ -139,12 +139,12 @@ def test_gpu_memory_held_by_others_names_the_programs(machine, roomy, based_on, 
     machine.gpu(24, 2)
     (machine.folder / "apps").write_text("4242, /usr/bin/python3, 20480\n7, [Not Found], [N/A]\n")
     with pytest.raises(HostError, match=r"of a card 2\.0 GB are free, the rest is held by 4242 python3 \(21\.5 GB\)"):
-        capacity.refuse(based_on(), tmp_path, ["train"])
+        capacity.refuse_stages(based_on(), tmp_path, ["train"])
 
 
 def test_stages_without_training_need_no_gpu_memory(machine, roomy, based_on, tmp_path):
     machine.gpu(2)
-    capacity.refuse(based_on(), tmp_path, ["merge", "convert"])
+    capacity.refuse_stages(based_on(), tmp_path, ["merge", "convert"])
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_unsupported_precision_or_gpu_is_refused_early(
     if capability:
         machine.gpu(capability=capability)
     with pytest.raises(HostError, match=expected_text):
-        capacity.refuse(based_on(**settings), tmp_path, ["train"])
+        capacity.refuse_stages(based_on(**settings), tmp_path, ["train"])
 
 
 def test_main_memory_in_use_warns_and_too_little_refuses(caplog):
@@ -197,8 +197,8 @@ def test_full_disk_is_refused_with_the_stages_sizes(machine, based_on, tmp_path,
     with pytest.raises(
         HostError, match=r"will write 74\.5 GB \(hub 16\.1, merge 16\.1, convert 42\.4\).* has 50\.0 GB free"
     ):
-        capacity.refuse(based_on(max_length=64), tmp_path / "not" / "made", stages[:1] + stages[2:])
-    capacity.refuse(based_on(max_length=64), tmp_path, ["convert"])
+        capacity.refuse_stages(based_on(max_length=64), tmp_path / "not" / "made", stages[:1] + stages[2:])
+    capacity.refuse_stages(based_on(max_length=64), tmp_path, ["convert"])
 
 
 def test_run_that_cannot_fit_stops_before_the_download(machine, roomy, based_on, tmp_path):

@@ -9,13 +9,12 @@ import signal
 import stat
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support.fakes.docker import INFO, Host
 from support.processes.command import ROOT
+from support.processes.waiting import wait_for
 
 from tutor.errors import HostError, ServiceError
 from tutor.pipeline import compose
@@ -210,19 +209,12 @@ def test_run_all_interrupted_stops_and_removes_the_container(host, recipe, tmp_p
     )
     with subprocess.Popen([sys.executable, "-c", code, recipe.path, tmp_path / "build"], cwd=ROOT) as process:
         log = tmp_path / "build" / "small" / "logs" / "trainer.log"
-        wait_until(lambda: log.exists() and "training" in log.read_text())
+        wait_for(lambda: log.exists() and "training" in log.read_text())
         process.send_signal(number)
         assert process.wait(20) in (143, -signal.SIGINT)
-    wait_until(lambda: not running(host.folder / "docker"))
+    wait_for(lambda: not running(host.folder / "docker"))
     container = f"tutor-trainer-{process.pid}"
     assert host.calls[-2:] == [f"docker stop --time 180 {container}", f"docker rm --force {container}"]
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it took too long"
-        time.sleep(0.05)
 
 
 def running(program: Path) -> bool:

@@ -22,7 +22,7 @@ from tutor.artifacts.stage_folder import writing
 from tutor.errors import ArtifactError, DataError, RecipeError
 from tutor.pipeline import runner
 from tutor.pipeline.registry import BY_NAME, STAGES
-from tutor.pipeline.runner import clean, differences, inspect, run_all, run_one
+from tutor.pipeline.runner import clean, inspect, run_all, run_one, stale_reasons
 from tutor.recipe.reading import read_recipe
 from tutor.recipe.settings import Recipe, Settings
 
@@ -81,13 +81,13 @@ def test_run_all_of_equal_recipe_and_rows_writes_equal_bytes(recipe_file, tmp_pa
         ("[data]", "[data]\nrows = 9", "recipe.rows: 0 -> 9"),
     ],
 )
-def test_differences_name_a_changed_setting_alone(recipe_file, build, before, after, reason):
+def test_reasons_name_a_changed_setting_alone(recipe_file, build, before, after, reason):
     recipe = edited(recipe_file, before, after)
     state = state_of("data", recipe, build)
     assert state.condition == "stale"
-    assert differences(state) == [reason]
+    assert stale_reasons(state) == [reason]
     assert run_one("data", recipe, build)
-    assert differences(state_of("data", recipe, build)) == []
+    assert stale_reasons(state_of("data", recipe, build)) == []
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def edited_manifest(build: Path, change: Callable[[dict[str, Any]], object]) -> 
     path.write_text(json.dumps(manifest))
 
 
-def test_differences_name_changed_code_by_its_file(recipe_file, build):
+def test_reasons_name_changed_code_by_its_file(recipe_file, build):
     now = state_of("data", read_recipe(recipe_file), build).sources["stages/data/stage.py"]
 
     def change(manifest):
@@ -141,7 +141,7 @@ def test_differences_name_changed_code_by_its_file(recipe_file, build):
     edited_manifest(build, change)
     state = state_of("data", read_recipe(recipe_file), build)
     assert state.condition == "stale"
-    assert differences(state) == [f"code.stages/data/stage.py: {'1' * 16} -> {now}"]
+    assert stale_reasons(state) == [f"code.stages/data/stage.py: {'1' * 16} -> {now}"]
 
 
 def test_stage_stays_up_to_date_when_its_code_moves(recipe_file, build):
@@ -152,7 +152,7 @@ def test_stage_stays_up_to_date_when_its_code_moves(recipe_file, build):
     assert state_of("data", read_recipe(recipe_file), build).condition == "up to date"
 
 
-def test_differences_name_the_code_of_an_old_manifest(recipe_file, build):
+def test_reasons_name_the_code_of_an_old_manifest(recipe_file, build):
     """Manifests of older versions name their files in the key."""
 
     def age(manifest):
@@ -163,7 +163,7 @@ def test_differences_name_the_code_of_an_old_manifest(recipe_file, build):
     state = state_of("data", read_recipe(recipe_file), build)
     assert state.condition == "stale"
     code = state.fields["code"]
-    assert differences(state) == [f"code: (absent) -> {code}", f"code.stages/data.py: {'1' * 16} -> (absent)"]
+    assert stale_reasons(state) == [f"code: (absent) -> {code}", f"code.stages/data.py: {'1' * 16} -> (absent)"]
 
 
 def test_checkpoints_have_the_code_fields_of_the_train_stage(recipe_file, build):
@@ -188,7 +188,7 @@ def test_stage_is_stale_when_a_row_is_edited(recipe_file, build):
     rows.write_text(rows.read_text().replace("El número 3.", "El número tres."))
     state = state_of("data", read_recipe(recipe_file), build)
     assert state.condition == "stale"
-    (reason,) = differences(state)
+    (reason,) = stale_reasons(state)
     assert reason.startswith("file.train: ")
     assert len(reason) < 60
 
@@ -228,18 +228,18 @@ def test_run_all_makes_a_damaged_stage_again(recipe_file, build):
     assert state_of("data", recipe, build).condition == "up to date"  # by size
     state = state_of("data", recipe, build, content=True)
     assert state.condition == "damaged"
-    assert differences(state) == [f"{file} has changed since it was made"]
+    assert stale_reasons(state) == [f"{file} has changed since it was made"]
     file.write_bytes(whole[:-1])
     assert state_of("data", recipe, build).condition == "damaged"
     assert run_all(recipe, build, until="data") == ["data"]
     assert file.read_bytes() == whole
 
 
-def test_differences_after_a_damaged_stage_name_that_stage(recipe_file, build):
+def test_reasons_after_a_damaged_stage_name_that_stage(recipe_file, build):
     recipe = read_recipe(recipe_file)
     shutil.copytree(build / "small" / "data", build / "small" / "adapter")
     (build / "small" / "data" / "train.jsonl").unlink()
-    assert differences(state_of("train", recipe, build)) == ["needs data, base first"]
+    assert stale_reasons(state_of("train", recipe, build)) == ["needs data, base first"]
     with pytest.raises(ArtifactError, match=r"train\.jsonl is missing; run: tutor run --until data"):
         run_one("train", recipe, build)
 

@@ -77,7 +77,7 @@ class MemoryForecast:
         return "set " + ", ".join(f"train.{name} = {json.dumps(value)}" for name, value in self.change.items())
 
 
-def refuse(recipe: Recipe, build: Path, stages: Collection[str]) -> bool:
+def refuse_stages(recipe: Recipe, build: Path, stages: Collection[str]) -> bool:
     """Raise HostError when the named stages, which are to run, cannot: memory for training, disk for all of them.
 
     Returns whether the base's shape is known; of a hub model it may not be before it is fetched.

@@ -106,7 +106,7 @@ def examine(recipe: Recipe | None, build: Path) -> HostReport:
     try:
         # Finished stages need no more disk space and memory.
         to_do = [name for name in capacity.WEIGHT_STAGES if not preflight.is_made(recipe, build, name)]
-        capacity.refuse(recipe, build, to_do)
+        capacity.refuse_stages(recipe, build, to_do)
     except HostError as error:
         refusal = error
     return HostReport(tuple(checks), capacity.forecast_run(recipe, build, shape, next(iter(gpus), None)), refusal)

@@ -102,7 +102,7 @@ def key_fields(
     return fields, code.sources
 
 
-def differences(state: State) -> list[str]:
+def stale_reasons(state: State) -> list[str]:
     """Return why a stage is not up to date, one line a reason; empty when it is."""
     if state.manifest is None:
         return [f"{state.folder} is not there"]
@@ -133,10 +133,10 @@ def run_all(recipe: Recipe, build: Path, *, until: str | None = None) -> list[st
             else:
                 if not fits and name != "data":  # the lengths of its rows decide the memory of a training
                     to_do = [other for other in names if states[other].condition not in NOTHING_TO_DO]
-                    fits = capacity.refuse(recipe, build, to_do)
+                    fits = capacity.refuse_stages(recipe, build, to_do)
                 _run(state.stage, recipe, build, state)
                 ran.append(name)
-            pass_gate(state.folder)
+            require_gate_passed(state.folder)
     return ran
 
 
@@ -170,13 +170,13 @@ def _run_on_main_process(stage: Stage, recipe: Recipe, build: Path) -> bool:
             distributed.broadcast(None)
         else:
             if name != "data" and not distributed.is_sharded():  # the estimate is for one GPU
-                capacity.refuse(recipe, build, [name])
+                capacity.refuse_stages(recipe, build, [name])
             _run(stage, recipe, build, states[name])
-        pass_gate(states[name].folder)
+        require_gate_passed(states[name].folder)
     return not made
 
 
-def pass_gate(folder: Path) -> None:
+def require_gate_passed(folder: Path) -> None:
     """Raise GateError where a stage's gate refused. Its folder stays, with the figures of the refusal."""
     manifest = read_manifest(folder)
     if manifest and (refused := manifest.results.get(REFUSED)):

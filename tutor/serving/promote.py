@@ -19,7 +19,7 @@ from tutor.artifacts.manifest import read_manifest, require_stage
 from tutor.engines.ollama.client import Ollama, connect
 from tutor.errors import ArtifactError, GateError
 from tutor.pipeline.registry import BY_NAME
-from tutor.pipeline.runner import pass_gate
+from tutor.pipeline.runner import require_gate_passed
 from tutor.recipe.settings import Recipe
 from tutor.serving import builds, compare, ollama_parity, publish
 from tutor.serving.model_names import ModelChoice
@@ -121,7 +121,7 @@ def _parity_problem(folder: BuildFolder, server: Ollama, tag: str) -> str | None
     parity, gguf = (read_manifest(folder.stage(name)) for name in ("parity", "convert"))
     if parity and gguf and gguf.fingerprint == parity.fields.get("input.convert") == _gguf_fingerprint(record):
         try:
-            pass_gate(folder.stage("parity"))
+            require_gate_passed(folder.stage("parity"))
         except GateError as error:
             return str(error.message)
     digest = builds.model_digest(server, tag)

@@ -20,7 +20,7 @@ from tutor.artifacts.stage_folder import writing
 from tutor.engines.ollama.client import Ollama, connect
 from tutor.errors import ArtifactError, GateError
 from tutor.pipeline.registry import BY_NAME
-from tutor.pipeline.runner import announced, pass_gate
+from tutor.pipeline.runner import announced, require_gate_passed
 from tutor.prompt import display_text
 from tutor.recipe.settings import Recipe
 from tutor.serving import builds, ollama_parity
@@ -70,7 +70,7 @@ def _folder_of(name: str, recipe: Recipe, folder: BuildFolder) -> Path:
 def _reference(recipe: Recipe, folder: BuildFolder) -> ollama_parity.Reference:
     """Return the record of the parity stage. Raises GateError when that gate refused."""
     made = _folder_of("parity", recipe, folder)
-    pass_gate(made)
+    require_gate_passed(made)
     return ollama_parity.read_reference(made)
 
 

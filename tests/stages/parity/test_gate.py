@@ -99,7 +99,7 @@ def test_refused_gate_refuses_again_and_keeps_its_folder(recipe: Recipe, build: 
     made = write_parity(recipe, build, refused=REFUSAL)
     for _ in range(2):
         with pytest.raises(GateError, match=r"F16 -> Q8_0 .* diverges in its tokens.*most likely") as caught:
-            runner.pass_gate(made)
+            runner.require_gate_passed(made)
     assert caught.value.code == 8
     assert find_damage(made) == []
 
@@ -110,7 +110,7 @@ def test_refused_stage_is_refused_until_its_inputs_change(recipe: Recipe, build:
     state = runner.State(BY_NAME["parity"], build / "small/parity", manifest, manifest.fields, ())
     assert state.condition == "refused"
     assert state.condition in runner.NOTHING_TO_DO
-    assert runner.differences(state) == [REFUSAL["message"]]
+    assert runner.stale_reasons(state) == [REFUSAL["message"]]
     assert replace(state, fields={}).condition == "stale", "another input is another question"
 
 

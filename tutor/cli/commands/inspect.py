@@ -69,7 +69,7 @@ def why_command(stage: str, recipe_path: Path, build: Path, *, as_json: bool) ->
     if stage not in registry.BY_NAME:
         raise click.BadParameter(f"{stage!r}; known: {', '.join(registry.BY_NAME)}", param_hint="STAGE")
     states = {state.stage.name: state for state in runner.inspect(load_recipe(recipe_path), build)}
-    reasons = runner.differences(states[stage])
+    reasons = runner.stale_reasons(states[stage])
     lines = reasons or [f"{stage} is up to date"]
     print_result({"stage": stage, "condition": states[stage].condition, "reasons": reasons}, lines, as_json=as_json)
 
