@@ -6,7 +6,7 @@ import os
 import pytest
 from hypothesis import given
 from support.json_values import json_values
-from support.outputs.stage_folders import content, make
+from support.outputs.stage_folders import read_stage, write_stage
 
 from tutor.artifacts.disk import read_json, remove, write_json
 from tutor.errors import ArtifactError
@@ -30,10 +30,10 @@ def test_write_json_writes_all_or_nothing(tmp_path):
 
 
 def test_remove_of_a_link_leaves_its_target(tmp_path):
-    make(tmp_path / "target")
+    write_stage(tmp_path / "target")
     (tmp_path / "link").symlink_to(tmp_path / "target")
     remove(tmp_path / "link")
-    assert content(tmp_path / "target") == "new"
+    assert read_stage(tmp_path / "target") == "new"
     remove(tmp_path / "target")
     remove(tmp_path / "target")
     assert list(tmp_path.iterdir()) == []

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support.outputs.stage_folders import make
+from support.outputs.stage_folders import write_stage
 
 from tutor.artifacts.manifest import find_damage, is_made, read_manifest, require_stage
 from tutor.artifacts.stage_folder import writing
@@ -24,7 +24,7 @@ from tutor.errors import ArtifactError
     ],
 )
 def test_read_manifest_of_a_damaged_file_raises_with_the_way_out(tmp_path, damage):
-    make(tmp_path / "data")
+    write_stage(tmp_path / "data")
     path = tmp_path / "data" / "manifest.json"
     path.write_text(damage(path.read_text()))
     with pytest.raises(ArtifactError, match=f"{path} is damaged; rm -r {tmp_path}/data and run again"):
@@ -33,7 +33,7 @@ def test_read_manifest_of_a_damaged_file_raises_with_the_way_out(tmp_path, damag
 
 def test_find_damage_finds_missing_cut_and_changed_files(tmp_path):
     folder = tmp_path / "data"
-    make(folder)
+    write_stage(folder)
     (folder / "top.txt").write_text("NEW")
     assert find_damage(folder) == []
     assert find_damage(folder, content=True) == [f"{folder}/top.txt has changed since it was made"]
@@ -49,23 +49,23 @@ def test_find_damage_finds_missing_cut_and_changed_files(tmp_path):
 def test_require_stage_names_the_command_that_makes_the_folder(tmp_path):
     with pytest.raises(ArtifactError, match="is not there; run: tutor run --until train"):
         require_stage(tmp_path / "adapter", "train")
-    make(tmp_path / "adapter")
+    write_stage(tmp_path / "adapter")
     (tmp_path / "adapter" / "top.txt").write_text("")
     with pytest.raises(ArtifactError, match="has 0 bytes instead of 3; run: tutor run --until train"):
         require_stage(tmp_path / "adapter", "train")
 
 
 def test_fingerprint_depends_on_content_alone(tmp_path):
-    make(tmp_path / "a", "same", version=1)
-    make(tmp_path / "b", "same", version=2)
-    make(tmp_path / "c", "other", version=1)
+    write_stage(tmp_path / "a", "same", version=1)
+    write_stage(tmp_path / "b", "same", version=2)
+    write_stage(tmp_path / "c", "other", version=1)
     a, b, c = (require_stage(tmp_path / name, "data") for name in "abc")
     assert a.key != b.key
     assert a.fingerprint == b.fingerprint != c.fingerprint
 
 
 def test_is_made_of_equal_fields_and_whole_files_alone(tmp_path):
-    make(tmp_path / "data")
+    write_stage(tmp_path / "data")
     assert is_made(tmp_path / "data", {"text": "new"})
     assert not is_made(tmp_path / "data", {"text": "new", "more": 1})
     assert not is_made(tmp_path / "none", {"text": "new"})
@@ -74,7 +74,7 @@ def test_is_made_of_equal_fields_and_whole_files_alone(tmp_path):
 
 
 def test_other_fields_are_those_with_another_value(tmp_path):
-    make(tmp_path / "data", rank=8)
+    write_stage(tmp_path / "data", rank=8)
     manifest = require_stage(tmp_path / "data", "data")
     assert manifest.other_fields({"rank": 8}) == []
     assert manifest.other_fields({"text": "old", "rank": 8, "alpha": 1}) == ["text", "alpha"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from support.outputs.stage_folders import beside, content, make
+from support.outputs.stage_folders import names_beside, read_stage, write_stage
 from support.processes.kills import in_child, killed_at
 
 from tutor.artifacts.hashing import HASHES, cached_sha256, file_sha256, json_sha256, known_sha256, remember_sha256
@@ -26,7 +26,7 @@ from tutor.errors import ArtifactError, GateError, HostError, RecipeError
 def test_writing_leaves_a_manifest_of_fields_and_outputs(tmp_path, monkeypatch):
     times = iter([1000.0, 1012.3456])
     monkeypatch.setattr(os, "times", lambda: SimpleNamespace(elapsed=next(times)))
-    make(tmp_path / "data", number=1)
+    write_stage(tmp_path / "data", number=1)
     manifest = require_stage(tmp_path / "data", "data")
     assert manifest.fields == {"text": "new", "number": 1}
     assert manifest.key == json_sha256(manifest.fields)
@@ -35,7 +35,7 @@ def test_writing_leaves_a_manifest_of_fields_and_outputs(tmp_path, monkeypatch):
     assert manifest.results == {"rows": 1}
     assert manifest.host == platform.node()
     assert manifest.seconds == 12.346
-    assert beside(tmp_path / "data") == []
+    assert names_beside(tmp_path / "data") == []
 
 
 @pytest.mark.slow
@@ -46,19 +46,19 @@ def test_writing_killed_at_any_step_leaves_old_or_new_folder(tmp_path, before):
         folder = tmp_path / str(steps) / "data"
         folder.parent.mkdir()
         if before:
-            make(folder, before)
-        killed = killed_at(steps, partial(make, folder))
+            write_stage(folder, before)
+        killed = killed_at(steps, partial(write_stage, folder))
         if folder.exists():
-            assert content(folder) in (before, "new")
+            assert read_stage(folder) in (before, "new")
         elif before:
             # Between the two renames: both folders are complete, and the next run renames the old one back.
-            assert content(folder.with_name("data.old")) == before
+            assert read_stage(folder.with_name("data.old")) == before
             with pytest.raises(GateError), writing(folder, "data", {}):
                 raise GateError("no")
-            assert content(folder) == before
-        make(folder, "newest")
-        assert content(folder) == "newest"
-        assert beside(folder) == []
+            assert read_stage(folder) == before
+        write_stage(folder, "newest")
+        assert read_stage(folder) == "newest"
+        assert names_beside(folder) == []
         if not killed:
             break
         steps += 1
@@ -67,28 +67,28 @@ def test_writing_killed_at_any_step_leaves_old_or_new_folder(tmp_path, before):
 
 def test_writing_keeps_the_old_folder_until_the_new_is_whole(tmp_path):
     folder = tmp_path / "data"
-    make(folder, "old")
+    write_stage(folder, "old")
     with writing(folder, "data", {}) as (out, _):
         (out / "top.txt").write_text("half")
-        assert content(folder) == "old"
+        assert read_stage(folder) == "old"
     assert (folder / "top.txt").read_text() == "half"
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), GateError("no"), KeyboardInterrupt(), SystemExit(143)])
 def test_writing_with_an_error_changes_nothing_and_raises_it(tmp_path, error):
     folder = tmp_path / "data"
-    make(folder, "old")
+    write_stage(folder, "old")
     with pytest.raises(type(error)) as caught, writing(folder, "data", {}):
         raise error
     assert caught.value is error
-    assert content(folder) == "old"
-    assert beside(folder) == []
+    assert read_stage(folder) == "old"
+    assert names_beside(folder) == []
 
 
 def test_writing_makes_files_readable_by_other_users(tmp_path):
     before = os.umask(0o077)
     try:
-        make(tmp_path / "data")
+        write_stage(tmp_path / "data")
     finally:
         os.umask(before)
     modes = {
@@ -109,21 +109,21 @@ def test_writing_over_a_foreign_folder_raises(tmp_path):
     folder.mkdir()
     (folder / "tutor.jsonl").write_text("years of work")
     with pytest.raises(RecipeError, match="was not made by tutor"):
-        make(folder)
+        write_stage(folder)
     assert (folder / "tutor.jsonl").read_text() == "years of work"
-    assert beside(folder) == []
+    assert names_beside(folder) == []
     (folder / "tutor.jsonl").unlink()
-    make(folder)
-    assert content(folder) == "new"
+    write_stage(folder)
+    assert read_stage(folder) == "new"
 
 
 def test_writing_replaces_a_link_and_leaves_its_target(tmp_path):
-    make(tmp_path / "elsewhere", "old")
+    write_stage(tmp_path / "elsewhere", "old")
     (tmp_path / "build").mkdir()
     (tmp_path / "build" / "data").symlink_to(tmp_path / "elsewhere")
-    make(tmp_path / "build" / "data")
-    assert content(tmp_path / "build" / "data") == "new"
-    assert content(tmp_path / "elsewhere") == "old"
+    write_stage(tmp_path / "build" / "data")
+    assert read_stage(tmp_path / "build" / "data") == "new"
+    assert read_stage(tmp_path / "elsewhere") == "old"
 
 
 def test_writing_whose_scratch_folder_vanishes_raises(tmp_path):
@@ -151,11 +151,11 @@ def test_checkpoint_folder_survives_an_error_until_completion(tmp_path):
 
     with pytest.raises(GateError):
         stop_half_way()
-    assert beside(folder) == ["adapter.checkpoints"]
+    assert names_beside(folder) == ["adapter.checkpoints"]
     with writing(folder, "train", {}) as (out, _):
         assert (kept / "half").exists()
         (out / "top.txt").touch()
-    assert beside(folder) == []
+    assert names_beside(folder) == []
 
 
 # Resuming after a kill
@@ -192,7 +192,7 @@ def test_resumed_writing_killed_at_any_step_is_whole_or_absent(tmp_path, before)
             assert find_damage(folder, content=True) == []
             assert (folder / "a").read_text() in ("olda", "newa")
         resumed += len(in_steps(folder)) < 3
-        assert beside(folder) == []
+        assert names_beside(folder) == []
         if not killed:
             break
         steps += 1
@@ -257,13 +257,13 @@ def test_seal_outputs_takes_hashes_that_the_stage_remembered(tmp_path):
 @pytest.mark.parametrize("kind", ["bytes", "files", "safetensors", "unnamed"])
 def test_writing_on_a_full_disk_raises_and_keeps_the_old_folder(small_disk, kind):
     folder = small_disk / "data"
-    make(folder, "old")
+    write_stage(folder, "old")
     no_space = pytest.raises(HostError, match=r"No space left on device; 0\.0 GB are free")
     with no_space as caught, writing(folder, "data", {}) as (out, _):
         fill(out, kind)
     assert caught.value.code == 4
-    assert content(folder) == "old"
-    assert beside(folder) == []
+    assert read_stage(folder) == "old"
+    assert names_beside(folder) == []
 
 
 def fill(out: Path, kind: str) -> None:
@@ -294,21 +294,21 @@ def test_full_disk_allows_locking_and_hashing(small_disk):
 
 
 def test_writing_on_a_read_only_disk_raises_before_any_work(small_disk):
-    make(small_disk / "data")
+    write_stage(small_disk / "data")
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     with pytest.raises(HostError, match="Read-only file system"), locked(small_disk):
         pytest.fail("ran without the lock")
     with pytest.raises(HostError, match="Read-only file system"):
-        make(small_disk / "data")
+        write_stage(small_disk / "data")
     assert cached_sha256(Path(__file__), small_disk / ".hashes.json") == file_sha256(Path(__file__))
-    assert content(small_disk / "data") == "new"
+    assert read_stage(small_disk / "data") == "new"
 
 
 def test_writing_stays_on_the_disk_of_the_build_folder(small_disk):
     """The scratch folder is beside the final one: no rename crosses file systems (EXDEV)."""
-    make(small_disk / "data")
-    make(small_disk / "data", "newer")
-    assert content(small_disk / "data") == "newer"
+    write_stage(small_disk / "data")
+    write_stage(small_disk / "data", "newer")
+    assert read_stage(small_disk / "data") == "newer"
 
 
 def test_writing_a_file_too_large_raises_host_error(tmp_path):

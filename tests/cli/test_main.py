@@ -35,7 +35,7 @@ print(*sorted(set(sys.modules) - before), file=sys.stderr)
 """Program that runs `tutor --help` and prints the names of the imported modules on stderr."""
 
 
-OURS = frozenset(
+TUTOR_MODULES = frozenset(
     (
         "tutor", "tutor.cli", "tutor.cli.commands", "tutor.cli.commands.data", "tutor.cli.commands.doctor",
         "tutor.cli.commands.evaluate", "tutor.cli.commands.inspect", "tutor.cli.commands.run",
@@ -65,7 +65,7 @@ def test_help_imports_only_the_command_line_and_click():
     done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True, env=environment())
     assert "Exit codes" in done.stdout
     imported = done.stderr.split()
-    assert {name for name in imported if name.partition(".")[0] == "tutor"} == OURS
+    assert {name for name in imported if name.partition(".")[0] == "tutor"} == TUTOR_MODULES
     assert {name.partition(".")[0] for name in imported} - sys.stdlib_module_names == {"click", "tutor"}
     assert [name for name in imported if name in HEAVY] == []
 

@@ -14,7 +14,14 @@ from safetensors.numpy import save_file
 from support.fakes import ollama as fake
 from support.files import write_rows
 from support.models.gguf_bytes import facts
-from support.models.small_weights import ATTENTION, file, folder, moved, permuted, random
+from support.models.small_weights import (
+    ATTENTION,
+    permuted_for_llamacpp,
+    random_weights,
+    trained_weights,
+    write_gguf,
+    write_model,
+)
 
 from tutor.artifacts.hashing import file_sha256
 from tutor.artifacts.stage_folder import writing
@@ -34,12 +41,12 @@ class Built:
     def __init__(self, recipe: Path, build: Path) -> None:
         self.path, self.build, self.recipe = recipe, build, read_recipe(recipe)
         self.folder = build / self.recipe.name
-        base = random()
-        merged = moved(base)
-        model = folder(self.folder / "base" / "model", base)
+        base = random_weights()
+        merged = trained_weights(base)
+        model = write_model(self.folder / "base" / "model", base)
         known = facts(weights=lineage.weights_hash(model))
         (self.folder / "base" / "base.json").write_text(json.dumps(asdict(known)), "utf-8")
-        folder(self.folder / "merged", merged)
+        write_model(self.folder / "merged", merged)
         for name in ("data", "adapter"):
             (self.folder / name).mkdir()
         write_rows(self.folder / "data" / "train.jsonl", [{"instruction": "¿Qué?", "response": "Eso."}])
@@ -47,7 +54,7 @@ class Built:
         self.metadata = lineage.to_fields(lineage.tutor_lineage(self.recipe, self.inputs))
         with writing(self.folder / "gguf", "convert", {}) as (out, _):
             for kind in ("F16", "Q8_0"):
-                file(out / f"tutor-{kind}.gguf", merged, kind, metadata=self.metadata)
+                write_gguf(out / f"tutor-{kind}.gguf", merged, kind, metadata=self.metadata)
 
     @property
     def inputs(self) -> dict[str, Path]:
@@ -120,7 +127,7 @@ def sabotage_adapter(built: Built) -> None:
 
 def sabotage_merged(built: Built) -> None:
     shutil.rmtree(built.folder / "merged")
-    folder(built.folder / "merged", random(9))
+    write_model(built.folder / "merged", random_weights(9))
 
 
 @pytest.mark.parametrize(
@@ -172,7 +179,7 @@ def test_damaged_weights_are_unknown_and_their_hash_is_wrong(built: Built) -> No
 
 def test_other_software_versions_are_not_wrong(built: Built, tmp_path: Path) -> None:
     metadata = {**built.metadata, "tutor.version": "0.0.1", "tutor.tomorrow": "?"}
-    path = file(tmp_path / "a.gguf", random(), metadata=metadata)
+    path = write_gguf(tmp_path / "a.gguf", random_weights(), metadata=metadata)
     found = built.conditions(path)
     assert (found["version"], found["tomorrow"]) == ("other", "unknown")
 
@@ -181,7 +188,7 @@ def adapter(built: Built, path: Path) -> Path:
     """Write a GGUF of an adapter of the base's q matrix, and its PEFT folder."""
     rank = 2
     random_ = np.random.default_rng(3)
-    rows = random()[f"{ATTENTION}q_proj.weight"].shape
+    rows = random_weights()[f"{ATTENTION}q_proj.weight"].shape
     a, b = (random_.standard_normal(shape, np.float32) for shape in ((rank, rows[1]), (rows[0], rank)))
     named = f"base_model.model.{ATTENTION}q_proj.lora_"
     save_file({f"{named}A.weight": a, f"{named}B.weight": b}, built.folder / "adapter" / "adapter_model.safetensors")
@@ -190,7 +197,7 @@ def adapter(built: Built, path: Path) -> Path:
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     for key, value in lineage.to_fields(lineage.adapter_lineage(built.recipe, built.inputs)).items():
         writer.add_string(key, value)
-    ordered = permuted(f"{ATTENTION}q_proj.weight", b)
+    ordered = permuted_for_llamacpp(f"{ATTENTION}q_proj.weight", b)
     for half, matrix in (("a", a), ("b", ordered)):
         writer.add_tensor(f"blk.0.attn_q.weight.lora_{half}", matrix.astype(np.float16))
     writer.write_header_to_file()
@@ -214,7 +221,7 @@ def test_adapter_file_is_compared_with_that_of_peft(built: Built) -> None:
 
 def test_file_without_an_origin_is_an_artifact_error(built: Built, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="does not record its origin"):
-        built.conditions(file(tmp_path / "a.gguf", random()))
+        built.conditions(write_gguf(tmp_path / "a.gguf", random_weights()))
 
 
 @pytest.mark.parametrize(("name", "is_file"), [("tutor", False), ("tutor:latest", False), ("user/tutor", False)])

@@ -33,7 +33,7 @@ given = parser.parse_args()
 from conversion.base import TextModel
 model = TextModel()
 model.prepare_metadata(vocab_only=False)
-(here / "metadata.json").write_text(json.dumps(model.gguf_writer.said))
+(here / "metadata.json").write_text(json.dumps(model.gguf_writer.metadata))
 (here / "given.txt").write_text(f"{given.base} {given.outtype} {os.environ['HF_HUB_OFFLINE']}")
 shutil.copy(here / "made.gguf", given.outfile)
 """

@@ -37,7 +37,7 @@ def main():
     model = TextModel()
     given["pre"] = model.get_vocab_base_pre("a tokenizer")
     model.prepare_metadata(vocab_only=False)
-    given["metadata"] = model.gguf_writer.said
+    given["metadata"] = model.gguf_writer.metadata
     given["gguf"] = gguf.__file__
     Path(given["outfile"]).write_text(json.dumps(given))
 """

@@ -4,7 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.models.small_weights import HIDDEN, MLP, NAMES, SHAPES, file, folder, random
+from support.models.small_weights import (
+    HIDDEN,
+    MLP,
+    NAMES,
+    SHAPES,
+    random_weights,
+    write_gguf,
+    write_model,
+)
 
 from tutor.errors import ArtifactError
 from tutor.formats.models import gguf_weights
@@ -17,57 +25,66 @@ def exact(path: Path, model: Path) -> list[str]:
 
 
 def test_equal_numbers_have_no_difference(tmp_path: Path) -> None:
-    weights = random()
-    assert exact(file(tmp_path / "a.gguf", weights), folder(tmp_path / "m", weights)) == []
+    weights = random_weights()
+    assert exact(write_gguf(tmp_path / "a.gguf", weights), write_model(tmp_path / "m", weights)) == []
 
 
 def test_unpermuted_q_and_k_are_found(tmp_path: Path) -> None:
     """Ollama's own conversion of adapters makes this fault: all numbers are present, in the wrong rows."""
-    weights = random()
-    lines = exact(file(tmp_path / "a.gguf", weights, as_is=True), folder(tmp_path / "m", weights))
+    weights = random_weights()
+    lines = exact(write_gguf(tmp_path / "a.gguf", weights, as_is=True), write_model(tmp_path / "m", weights))
     assert {line.split()[0] for line in lines} == {"blk.0.attn_q.weight", "blk.0.attn_k.weight"}
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_one_changed_number_in_any_tensor_is_found(tmp_path: Path, name: str) -> None:
-    weights = random()
-    model = folder(tmp_path / "m", weights)
+    weights = random_weights()
+    model = write_model(tmp_path / "m", weights)
     weights[name].reshape(-1)[-1] += np.float16(0.125)
-    assert [line.split()[0] for line in exact(file(tmp_path / "a.gguf", weights), model)] == [NAMES[name]]
+    assert [line.split()[0] for line in exact(write_gguf(tmp_path / "a.gguf", weights), model)] == [NAMES[name]]
 
 
 def test_comparison_in_pieces_covers_the_last_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_weights, "PIECE", 3 * HIDDEN)
-    weights = random()
-    model = folder(tmp_path / "m", weights)
-    assert exact(file(tmp_path / "a.gguf", weights), model) == []
+    weights = random_weights()
+    model = write_model(tmp_path / "m", weights)
+    assert exact(write_gguf(tmp_path / "a.gguf", weights), model) == []
     weights["model.embed_tokens.weight"][-1, -1] += np.float16(0.125)
-    assert len(exact(file(tmp_path / "b.gguf", weights), model)) == 1
+    assert len(exact(write_gguf(tmp_path / "b.gguf", weights), model)) == 1
 
 
 def test_bfloat16_weights_are_decoded(tmp_path: Path) -> None:
-    weights = random()
+    weights = random_weights()
     bits = {name: (value.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16) for name, value in weights.items()}
-    model = folder(tmp_path / "m", bits)
+    model = write_model(tmp_path / "m", bits)
     path = model / "model.safetensors"
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = data[8 : 8 + size].replace(b'"U16"', b'"BF16"')
     path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
     short = {name: (value.astype(np.uint32) << 16).view(np.float32) for name, value in bits.items()}
-    assert exact(file(tmp_path / "a.gguf", short), model) == []
+    assert exact(write_gguf(tmp_path / "a.gguf", short), model) == []
 
 
 def test_unmatched_tensors_and_weights_are_named(tmp_path: Path) -> None:
-    weights = random()
+    weights = random_weights()
     less = {name: value for name, value in weights.items() if "down" not in name}
     down = "blk.0.ffn_down.weight"
-    missing = check_names(read_gguf(file(tmp_path / "a.gguf", less)), weights_of(folder(tmp_path / "m", weights)))
+    missing = check_names(
+        read_gguf(write_gguf(tmp_path / "a.gguf", less)),
+        weights_of(write_model(tmp_path / "m", weights)),
+    )
     assert missing == [f"{down} is missing"]
-    more = check_names(read_gguf(file(tmp_path / "b.gguf", weights)), weights_of(folder(tmp_path / "l", less)))
+    more = check_names(
+        read_gguf(write_gguf(tmp_path / "b.gguf", weights)),
+        weights_of(write_model(tmp_path / "l", less)),
+    )
     assert more == [f"{down} belongs to no weight"]
     other = {**weights, f"{MLP}down_proj.weight": weights[f"{MLP}down_proj.weight"].T.copy()}
-    shape = check_names(read_gguf(file(tmp_path / "c.gguf", other)), weights_of(folder(tmp_path / "o", weights)))
+    shape = check_names(
+        read_gguf(write_gguf(tmp_path / "c.gguf", other)),
+        weights_of(write_model(tmp_path / "o", weights)),
+    )
     assert shape == [f"{down} has the shape (256, 128) instead of (128, 256)"]
 
 
@@ -77,7 +94,7 @@ def test_converters_own_tensors_need_no_weight() -> None:
 
 
 def test_weight_without_gguf_name_raises_artifact_error(tmp_path: Path) -> None:
-    model = folder(tmp_path / "m", {"model.vision.weight": np.zeros((2, 2), np.float16)})
+    model = write_model(tmp_path / "m", {"model.vision.weight": np.zeros((2, 2), np.float16)})
     with pytest.raises(ArtifactError, match=r"no name for model\.vision\.weight"):
         weights_of(model)
 

@@ -6,7 +6,14 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from support.models.small_weights import MLP, Weights, file, folder, moved, random
+from support.models.small_weights import (
+    MLP,
+    Weights,
+    random_weights,
+    trained_weights,
+    write_gguf,
+    write_model,
+)
 
 from tutor.errors import ArtifactError, GateError
 from tutor.formats.models.gguf import Gguf, Tensor, read_gguf
@@ -24,9 +31,9 @@ def measure(tmp_path: Path) -> Measure:
         weights: Weights, kind: str, merged: Weights, base: Weights | None
     ) -> quantization_error.QuantizationError:
         number = len(list(tmp_path.iterdir()))
-        path = file(tmp_path / f"{number}.gguf", weights, kind)
-        merged_weights = weights_of(folder(tmp_path / f"m{number}", merged))
-        untuned = weights_of(folder(tmp_path / f"b{number}", base)) if base else None
+        path = write_gguf(tmp_path / f"{number}.gguf", weights, kind)
+        merged_weights = weights_of(write_model(tmp_path / f"m{number}", merged))
+        untuned = weights_of(write_model(tmp_path / f"b{number}", base)) if base else None
         return quantization_error.measure(path, read_gguf(path), merged_weights, untuned)
 
     return figures
@@ -34,8 +41,8 @@ def measure(tmp_path: Path) -> Measure:
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q5_0", "Q5_1", "Q4_0", "Q4_1"])
 def test_never_quantized_weights_keep_the_update(measure: Measure, kind: str) -> None:
-    base = random()
-    merged = moved(base, 0.05)
+    base = random_weights()
+    merged = trained_weights(base, 0.05)
     found = measure(merged, kind, merged, base)
     assert found.kept == pytest.approx(1, abs=0.2)
     assert 0 < found.error < 0.1
@@ -43,8 +50,8 @@ def test_never_quantized_weights_keep_the_update(measure: Measure, kind: str) ->
 
 
 def test_file_without_the_update_is_refused(measure: Measure) -> None:
-    base = random()
-    merged = moved(base)
+    base = random_weights()
+    merged = trained_weights(base)
     found = measure(base, "Q8_0", merged, base)
     assert found.kept == pytest.approx(0, abs=0.05)
     with pytest.raises(GateError, match=r"a\.gguf keeps -?\d % of the LoRA update.*Q8_0") as raised:
@@ -59,7 +66,7 @@ def once_quantized() -> Weights:
         name: gguf.dequantize(gguf.quantize(value.astype(np.float32), kind), kind).astype(np.float16)
         if value.ndim > 1
         else value
-        for name, value in random().items()
+        for name, value in random_weights().items()
     }
 
 
@@ -67,7 +74,7 @@ def once_quantized() -> Weights:
 def test_base_on_an_old_grid_is_refused(measure: Measure, kind: str, least: float, most: float) -> None:
     """Q5_1 makes every change larger (held-out perplexity 18.6 instead of 10.6), Q4_1 removes the changes."""
     base = once_quantized()
-    merged = moved(base)
+    merged = trained_weights(base)
     found = measure(merged, kind, merged, base)
     assert found.kept is not None
     assert least < found.kept < most
@@ -78,30 +85,30 @@ def test_base_on_an_old_grid_is_refused(measure: Measure, kind: str, least: floa
 @pytest.mark.parametrize("kind", ["Q8_0", "Q5_0"])
 def test_type_with_another_grid_keeps_the_update(measure: Measure, kind: str) -> None:
     base = once_quantized()
-    merged = moved(base)
+    merged = trained_weights(base)
     found = measure(merged, kind, merged, base)
     assert found.kept == pytest.approx(1, abs=0.2)
     quantization_error.require_kept(Path("a.gguf"), kind, found)
 
 
 def test_unmeasurable_update_is_not_judged(measure: Measure) -> None:
-    base = random()
+    base = random_weights()
     assert measure(base, "Q4_0", base, base).kept is None
-    merged = moved(base, 0.0005)
+    merged = trained_weights(base, 0.0005)
     assert measure(base, "Q4_0", merged, base).kept is None
     assert measure(base, "Q4_0", base, None).kept is None
     quantization_error.require_kept(Path("a.gguf"), "Q4_0", measure(base, "Q4_0", base, None))
 
 
 def test_tensor_with_large_error_is_named_with_its_type(measure: Measure) -> None:
-    weights = random()
+    weights = random_weights()
     damaged = {**weights, f"{MLP}down_proj.weight": weights[f"{MLP}down_proj.weight"] * np.float16(1.5)}
     with pytest.raises(ArtifactError, match=r"blk\.0\.ffn_down\.weight \(Q8_0\) is 50\.0 % off"):
         measure(damaged, "Q8_0", weights, None)
 
 
 def test_nan_tensor_is_refused(measure: Measure) -> None:
-    weights = random()
+    weights = random_weights()
     broken = {name: value.copy() for name, value in weights.items()}
     broken["model.norm.weight"][3] = np.nan
     with pytest.raises(ArtifactError, match=r"output_norm\.weight \(F32\) is nan % off"):

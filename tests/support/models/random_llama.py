@@ -12,10 +12,10 @@ import logging
 
 class Writer:
     def __init__(self):
-        self.said = {}
+        self.metadata = {}
 
     def add_string(self, key, value):
-        self.said[key] = value
+        self.metadata[key] = value
 
 class TextModel:
     def __init__(self):
@@ -45,7 +45,7 @@ TEXTS = (
 
 
 def make_tiny(folder: Path, splitter: Any, *, bos: bool = True) -> Path:
-    """A random Llama and a byte-level BPE that splits as asked, in the form of a hub repository."""
+    """A random Llama and a byte-level BPE with this pre-tokenizer, in the form of a hub repository."""
     torch = pytest.importorskip("torch")
     from tokenizers import AddedToken, Tokenizer, decoders, models, processors, trainers
     from tokenizers.pre_tokenizers import ByteLevel

@@ -36,21 +36,21 @@ NAMES = {
 Weights = dict[str, Any]
 
 
-def random(seed: int = 0, scale: float = 0.05) -> Weights:
+def random_weights(seed: int = 0, scale: float = 0.05) -> Weights:
     generator = np.random.default_rng(seed)
     return {name: (generator.standard_normal(shape) * scale).astype(np.float16) for name, shape in SHAPES.items()}
 
 
-def moved(weights: Weights, share: float = 0.01, seed: int = 1) -> Weights:
-    """The weights as training leaves them: its matrices changed by a share, in 16 bits again."""
-    changes = random(seed, 0.05 * share)
+def trained_weights(weights: Weights, share: float = 0.01, seed: int = 1) -> Weights:
+    """The weights after a training: the matrices changed by a share, in 16 bits again."""
+    changes = random_weights(seed, 0.05 * share)
     return {
         name: (value.astype(np.float32) + changes[name]).astype(np.float16) if "_proj" in name else value
         for name, value in weights.items()
     }
 
 
-def folder(path: Path, weights: Weights) -> Path:
+def write_model(path: Path, weights: Weights) -> Path:
     path.mkdir(parents=True)
     config = {"num_hidden_layers": 1, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
     (path / "config.json").write_text(json.dumps(config), "utf-8")
@@ -58,25 +58,25 @@ def folder(path: Path, weights: Weights) -> Path:
     return path
 
 
-def permuted(name: str, value: Any) -> Any:
-    """What llama.cpp's converter makes of q and k."""
+def permuted_for_llamacpp(name: str, value: Any) -> Any:
+    """The rows of q and k in the order that llama.cpp's converter writes; other weights unchanged."""
     heads = {"q": HEADS, "k": KV_HEADS}.get(name.rpartition("_proj")[0][-1:])
     if heads is None or "attn" not in name:
         return value
     return value.reshape(heads, 2, value.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(value.shape)
 
 
-def file(
+def write_gguf(
     path: Path, weights: Weights, kind: str = "F16", *, as_is: bool = False, metadata: Mapping[str, str] | None = None
 ) -> Path:
-    """A GGUF of the weights, matrices of one type."""
+    """Write a GGUF of the weights with matrices of one type; `as_is` keeps the row order of q and k."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])
     for key, value in (metadata or {}).items():
         writer.add_string(key, value)
     type_ = gguf.GGMLQuantizationType[kind]
     for name, value in weights.items():
-        value = value if as_is else permuted(name, value)  # noqa: PLW2901
+        value = value if as_is else permuted_for_llamacpp(name, value)  # noqa: PLW2901
         if value.ndim == 1:
             writer.add_tensor(NAMES[name], value.astype(np.float32))
         else:

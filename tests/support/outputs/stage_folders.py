@@ -7,7 +7,7 @@ from tutor.artifacts.manifest import find_damage
 from tutor.artifacts.stage_folder import writing
 
 
-def make(folder: Path, text: str = "new", **fields: Any) -> None:
+def write_stage(folder: Path, text: str = "new", **fields: Any) -> None:
     """Write a stage folder with one file at its top and one below."""
     with writing(folder, "data", {"text": text, **fields}) as (out, results):
         (out / "top.txt").write_text(text)
@@ -16,13 +16,14 @@ def make(folder: Path, text: str = "new", **fields: Any) -> None:
         results["rows"] = 1
 
 
-def content(folder: Path) -> str:
-    """What `make` wrote, after a check that folder and manifest agree to the byte."""
+def read_stage(folder: Path) -> str:
+    """Check that a folder of `write_stage` agrees with its manifest to the byte; return its text."""
     assert find_damage(folder, content=True) == []
     text = (folder / "top.txt").read_text()
     assert (folder / "below" / "file.txt").read_text() == text
     return text
 
 
-def beside(folder: Path) -> list[str]:
+def names_beside(folder: Path) -> list[str]:
+    """Return the names of all other files and folders in the parent folder."""
     return sorted(path.name for path in folder.parent.iterdir() if path != folder)
