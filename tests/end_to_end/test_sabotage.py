@@ -431,8 +431,8 @@ def test_model_replaced_after_publishing_is_refused(
     server.reply_to = lambda _: [(" Otra", -0.1), (" cosa", -0.2)]
     if not known:
         (build / "small/model/published.json").unlink()
-    said = publish.compare_published(tutor_recipe, build, host=server.host)["refused"]
-    assert said["message"].startswith("Q8_0 -> Ollama (publish) diverges in its " + ("model" if known else "greedy"))
+    refusal = publish.compare_published(tutor_recipe, build, host=server.host)["refused"]
+    assert refusal["message"].startswith("Q8_0 -> Ollama (publish) diverges in its " + ("model" if known else "greedy"))
     with pytest.raises(GateError) as caught:
-        raise GateError(said["message"], said["hint"])
+        raise GateError(refusal["message"], refusal["hint"])
     report("model replaced in Ollama after publishing", "tutor parity --host", caught)

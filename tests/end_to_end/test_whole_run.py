@@ -171,6 +171,6 @@ def test_damaged_gguf_is_detected_and_made_again(built: Path, tmp_path: Path) ->
     done = tutor("status", build=build)
     assert done.returncode == 5
     assert str(gguf) in done.stderr
-    # The same bytes come out again, so what was made of them is still right; the report tells when they were made.
+    # The new bytes are equal, so that later stages stay up to date; the report has the time of the conversion.
     assert result("run", build=build)["ran"] == ["convert", "report"]
     assert find_damage(gguf.parent, content=True) == []
