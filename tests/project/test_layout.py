@@ -4,6 +4,7 @@ import ast
 import re
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 from support.processes.command import ROOT
@@ -82,6 +83,17 @@ def test_docstrings_avoid_back_references_and_fragments():
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
         if begins.match(node.value.value.lstrip())
     ]
+    assert found == []
+
+
+def test_a_docstring_describes_one_constant():
+    found = []
+    for path in CODE:
+        body = ast.parse(path.read_text("utf-8")).body
+        for node, after in pairwise(body):
+            text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            if text and isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple):
+                found.append(f"{relative(path)}:{node.lineno}")
     assert found == []
 
 

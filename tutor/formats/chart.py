@@ -15,8 +15,10 @@ MIN_KL = 1e-5
 """Smallest KL divergence that is drawn, in nats: the place of F16's own zero on a logarithmic axis."""
 HEADROOM = 1.12
 """Length of the size axis, as a multiple of the largest file."""
-LABEL_WIDTH, LABEL_HEIGHT = 125, 16
-"""Maximum size of a label."""
+LABEL_WIDTH = 125
+"""Maximum width of a label."""
+LABEL_HEIGHT = 16
+"""Height of a label."""
 CLUSTER = 30
 """Distance below which two points share the place of their labels."""
 

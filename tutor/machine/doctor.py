@@ -25,8 +25,12 @@ from tutor.recipe.settings import Recipe
 
 CheckState = Literal["ok", "warning", "missing"]
 
-RUN, STACK, SERVE = "tutor run", "make all", "tutor publish"
-"""Commands that a check can be required by: stages in this environment, containers, publishing to Ollama."""
+RUN = "tutor run"
+"""Command that requires the checks of stages in this environment."""
+STACK = "make all"
+"""Command that requires the checks of containers."""
+SERVE = "tutor publish"
+"""Command that requires the checks of Ollama."""
 ANSWER_TIMEOUT = 2.0
 """Maximum seconds of Ollama's answer to the version request."""
 

@@ -31,12 +31,12 @@ UID = 10001
 """Uid and gid of the images. Services use them when the caller is root, which no container may be."""
 BUILT_SERVICES = ("trainer", "converter", "publisher", "ollama")
 """Services with an image of their own; merger and reporter use the trainer's, evaluator the publisher's."""
-SERVICES_BEFORE, SERVER, SERVICES_AFTER = (
-    ("trainer", "merger", "converter"),
-    "ollama",
-    ("publisher", "evaluator", "reporter"),
-)
-"""Services in the order in which they run, before and after the server of Ollama."""
+SERVICES_BEFORE = ("trainer", "merger", "converter")
+"""Services that run before the server, in their order."""
+SERVER = "ollama"
+"""Service of Ollama's server."""
+SERVICES_AFTER = ("publisher", "evaluator", "reporter")
+"""Services that run when the server is healthy, in their order."""
 DESCRIPTIONS = {
     "build": "build the images, some minutes the first time",
     "trainer": "check the rows, fetch the base, train the adapter",

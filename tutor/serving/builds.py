@@ -26,8 +26,10 @@ from tutor.recipe.settings import Recipe
 
 log = logging.getLogger(__name__)
 
-LATEST, PREVIOUS = "latest", "previous"
-"""Tags of the build in service and of the one before."""
+LATEST = "latest"
+"""Tag of the build in service."""
+PREVIOUS = "previous"
+"""Tag of the build that was in service before."""
 TAG_DIGITS = 12
 """Number of hex digits of the build hash in a tag."""
 FILE_KINDS = ("files", "adapters")

@@ -23,8 +23,12 @@ MAX_DIMENSIONS = 4
 """Maximum number of dimensions of a tensor."""
 FORMS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """struct's letter by the number of a scalar type."""
-UINT32, STRING, ARRAY = 4, 8, 9
-"""Numbers of other types of a value."""
+UINT32 = 4
+"""Type number of an unsigned 32-bit value."""
+STRING = 8
+"""Type number of a text."""
+ARRAY = 9
+"""Type number of an array."""
 
 
 @dataclass(frozen=True)

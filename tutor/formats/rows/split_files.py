@@ -9,8 +9,14 @@ from typing import Any
 
 from tutor.errors import ArtifactError
 
-TRAIN, HELD_OUT, PROMPTS, STATISTICS = "train.jsonl", "held_out.jsonl", "prompts.jsonl", "statistics.json"
-"""Names of the files of the data stage's folder."""
+TRAIN = "train.jsonl"
+"""File of the training rows."""
+HELD_OUT = "held_out.jsonl"
+"""File of the held-out rows."""
+PROMPTS = "prompts.jsonl"
+"""File of the evaluation prompts."""
+STATISTICS = "statistics.json"
+"""File of the counts and lengths of the rows."""
 FIELDS = {TRAIN: ("instruction", "response"), HELD_OUT: ("instruction", "response"), PROMPTS: ("instruction",)}
 """Keys that each row of a file has, with a text."""
 

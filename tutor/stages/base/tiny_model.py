@@ -36,8 +36,10 @@ CHAT_TEMPLATE = (
 
 WARM_UP_STEPS = 160
 """Number of optimizer steps on the text."""
-BATCH, LENGTH = 16, 64
-"""Windows a step, and tokens a window."""
+BATCH = 16
+"""Number of windows in a step."""
+LENGTH = 64
+"""Number of tokens in a window."""
 
 
 def make_tiny(folder: Path, text: str, seed: int) -> None:

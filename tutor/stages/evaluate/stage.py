@@ -52,8 +52,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ANSWERS, PARAPHRASED = "answers.json", "paraphrased.json"
-"""File names of the answers to the prompts and to the paraphrased prompts."""
+ANSWERS = "answers.json"
+"""File of the answers to the prompts."""
+PARAPHRASED = "paraphrased.json"
+"""File of the answers to the paraphrased prompts."""
 
 
 def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:

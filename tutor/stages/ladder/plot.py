@@ -13,8 +13,14 @@ from tutor.formats.chart import Frame, size_and_kl
 FRAME = Frame(width=720, height=380, left=76, right=696, top=64, floor=328)
 HALO = 'stroke="#ffffff" stroke-width="3" paint-order="stroke"'
 """Outline of a text, which keeps it readable on a line."""
-SERVED, OTHER, BUDGET, GRID = "#15803d", "#1d4ed8", "#b45309", "#dddddd"
-"""Colours."""
+SERVED = "#15803d"
+"""Colour of the served quantization."""
+OTHER = "#1d4ed8"
+"""Colour of the other quantizations."""
+BUDGET = "#b45309"
+"""Colour of the budget line."""
+GRID = "#dddddd"
+"""Colour of the grid."""
 
 
 def plot(quantizations: Mapping[str, Mapping[str, Any]], budget: float, served: str) -> str:

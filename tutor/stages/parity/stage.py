@@ -36,8 +36,10 @@ log = logging.getLogger(__name__)
 
 PARITY = "parity.json"
 """File name of the hand-offs and the refusal."""
-ADAPTER, MERGED = "base + adapter", "merged"
-"""Names of the engines in transformers."""
+ADAPTER = "base + adapter"
+"""Name of the adapter on its base, in transformers."""
+MERGED = "merged"
+"""Name of the merged model, in transformers."""
 OVERHEAD_BYTES = 1 << 30
 """Memory beside a model's weights, in bytes: logits over the vocabulary, and the process itself."""
 

@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
-PAGE, CARD = "report.html", "README.md"
-"""File names of the page and of the model card."""
+PAGE = "report.html"
+"""File of the page."""
+CARD = "README.md"
+"""File of the model card."""
 
 
 def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:

@@ -16,8 +16,14 @@ from tutor.stages.data.lint.linter import KINDS, NEAR, LintReport
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 MAX_CHARACTERS = 300
 """Maximum number of characters that are shown of a question."""
-WIDTH, HEIGHT, FLOOR, CEILING = 720, 220, 196, 24
-"""Size of the chart, and the vertical positions of the foot and the top of its bars, in the chart's units."""
+WIDTH = 720
+"""Width of the chart, in its own units, as the next three."""
+HEIGHT = 220
+"""Height of the chart."""
+FLOOR = 196
+"""Vertical position of the foot of the bars."""
+CEILING = 24
+"""Vertical position of the top of the highest bar."""
 
 Place = tuple[str, int]
 """File and line."""
