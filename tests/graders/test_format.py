@@ -5,21 +5,9 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.outputs.answers import GOOD
 
 from tutor.graders.format import grade_format, loops
-
-GOOD = """ Una interfaz describe la forma de un objeto: qué propiedades tiene y de qué tipo es cada una.
-
-```ts
-interface Libro {
-  readonly titulo: string;
-  paginas?: number;
-}
-```
-
-**Cuándo usarlo:** cuando varias funciones comparten la misma estructura.
-
-**Error habitual:** confundir `interface` con una clase; no existe en ejecución."""
 
 
 def test_good_answer_has_good_verdicts() -> None:

@@ -1,21 +1,9 @@
 """graders/language.py: Spanish prose, other languages, too little prose."""
 
 import pytest
+from support.outputs.answers import GOOD
 
 from tutor.graders.language import is_spanish, prose
-
-GOOD = """ Una interfaz describe la forma de un objeto: qué propiedades tiene y de qué tipo es cada una.
-
-```ts
-interface Libro {
-  readonly titulo: string;
-  paginas?: number;
-}
-```
-
-**Cuándo usarlo:** cuando varias funciones comparten la misma estructura.
-
-**Error habitual:** confundir `interface` con una clase; no existe en ejecución."""
 
 
 def test_prose_has_no_code_and_no_identifiers() -> None:

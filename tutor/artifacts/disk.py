@@ -33,10 +33,9 @@ def sync(path: Path) -> None:
 def read_json_object(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None when the file is missing, damaged or holds another type."""
     try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        return read_json(path)
+    except ArtifactError:
         return None
-    return value if isinstance(value, dict) else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tutor.errors import HostError
 from tutor.machine import distributed, host
-from tutor.machine.host import CUDA_CONTEXT, Gpu, Processor
+from tutor.machine.host import CUDA_CONTEXT, Gpu, Processor, dotted
 
 CUDA_CAPABILITY = (7, 5)
 """Minimum compute capability of the pinned CUDA 13 wheels."""
@@ -65,27 +65,28 @@ def refuse_precision(setting: str, capability: tuple[int, int] | None, name: str
         if setting == "fp16":
             raise HostError("fp16 needs a GPU", "set train.precision to auto, bf16 or fp32")
     elif setting == "bf16" and capability < BF16_CAPABILITY:
-        found = f"{name} has compute capability {capability[0]}.{capability[1]}"
-        raise HostError(f"{found}, which has no native bf16", "set train.precision to auto")
+        raise HostError(f"{_found(name, capability)}, which has no native bf16", "set train.precision to auto")
 
 
 def refuse_gpu(setting: str, gpu: Gpu | None) -> None:
     """Raise HostError for a GPU that the pinned CUDA does not support, or a precision that the device does not have."""
     if gpu is not None and gpu.capability < CUDA_CAPABILITY:
-        found = f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}"
-        raise HostError(f"{found}; the pinned CUDA needs 7.5", "hide it with CUDA_VISIBLE_DEVICES= to use the CPU")
+        needed = f"the pinned CUDA needs {dotted(CUDA_CAPABILITY)}"
+        raise HostError(
+            f"{_found(gpu.name, gpu.capability)}; {needed}", "hide it with CUDA_VISIBLE_DEVICES= to use the CPU"
+        )
     refuse_precision(setting, gpu.capability if gpu else None, gpu.name if gpu else "")
+
+
+def _found(name: str, capability: tuple[int, int]) -> str:
+    return f"{name} has compute capability {dotted(capability)}"
 
 
 def reported_memory(gpu: Gpu | None) -> DeviceMemory:
     """Memory as driver and kernel report it, of this GPU or without one of the machine; needs no torch."""
     if gpu is not None:
         return DeviceMemory(gpu.free, gpu.total, gpu.name, gpu=True)
-    memory = host.memory()
-    if memory is None:
-        return DeviceMemory(UNLIMITED, UNLIMITED, "this machine", gpu=False)
-    name = "this container" if memory.limit else "this machine"
-    return DeviceMemory(memory.available, memory.total, name, gpu=False)
+    return _main_memory(host.memory(), swap=True)
 
 
 def training_memory() -> DeviceMemory:
@@ -109,7 +110,7 @@ def training_memory() -> DeviceMemory:
         return DeviceMemory(available, total, "this machine", gpu=False)
     total = memory.total // processes
     available = min(memory.available // processes + own.rss - own.shared, total)
-    return DeviceMemory(available, total, "this container" if memory.limit else "this machine", gpu=False)
+    return DeviceMemory(available, total, memory.owner, gpu=False)
 
 
 def loading_memory(root: Path = Path("/")) -> DeviceMemory:
@@ -119,8 +120,11 @@ def loading_memory(root: Path = Path("/")) -> DeviceMemory:
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         return DeviceMemory(int(free), int(total), torch.cuda.get_device_name(), gpu=True)
-    memory = host.memory(root)
+    return _main_memory(host.memory(root), swap=False)
+
+
+def _main_memory(memory: host.Memory | None, *, swap: bool) -> DeviceMemory:
+    """Main memory that is available, with swap or without; unlimited where the kernel does not report it."""
     if memory is None:
         return DeviceMemory(UNLIMITED, UNLIMITED, "this machine", gpu=False)
-    name = "this container" if memory.limit else "this machine"
-    return DeviceMemory(memory.in_ram, memory.total, name, gpu=False)
+    return DeviceMemory(memory.available if swap else memory.in_ram, memory.total, memory.owner, gpu=False)

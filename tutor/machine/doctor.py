@@ -20,6 +20,7 @@ from tutor.engines.ollama.protocol import UnreachableError, check_version
 from tutor.errors import HostError, TutorError
 from tutor.graders.typescript import install as typescript_install
 from tutor.machine import capacity, device, host, preflight
+from tutor.machine.host import dotted
 from tutor.machine.memory.estimate import gb
 from tutor.recipe.settings import Recipe
 
@@ -131,7 +132,7 @@ def gpu_checks(gpus: list[host.Gpu]) -> Iterator[HostCheck]:
             several and f"{several}: set CUDA_VISIBLE_DEVICES, or use accelerate launch",
         )
     first = gpus[0]
-    capability = ".".join(map(str, first.capability))
+    capability = dotted(first.capability)
     if first.capability < device.CUDA_CAPABILITY:
         yield HostCheck(
             "compute capability", "missing", capability, "7.5 is needed; CUDA_VISIBLE_DEVICES= uses the CPU"
@@ -276,8 +277,3 @@ def docker_checks(info: Mapping[str, Any], *, gpu: bool) -> Iterator[HostCheck]:
         yield HostCheck("NVIDIA container toolkit", "missing", fault.what, fault.hint, needed_by=STACK)
     if gpu and not toolkit:
         yield HostCheck("NVIDIA container toolkit", "ok", "known to Docker", needed_by=STACK)
-
-
-def dotted(version: tuple[int, ...]) -> str:
-    """The numbers of a version, with dots between."""
-    return ".".join(map(str, version))

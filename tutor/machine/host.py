@@ -62,6 +62,11 @@ class Memory:
     limit: int | None  # the container's, where it is below the machine's
     in_ram: int = field(default=0, compare=False)  # available without swap
 
+    @property
+    def owner(self) -> str:
+        """Name for messages of what the memory is limited by."""
+        return "this container" if self.limit else "this machine"
+
 
 @dataclass(frozen=True)
 class Processor:
@@ -203,6 +208,11 @@ def version(text: str) -> tuple[int, ...]:
     """The first dotted number in a text; (0,) without one."""
     found = re.search(r"\d+(\.\d+)+", text)
     return tuple(map(int, found[0].split("."))) if found else (0,)
+
+
+def dotted(version: tuple[int, ...]) -> str:
+    """The numbers of a version, with dots between."""
+    return ".".join(map(str, version))
 
 
 def run_program(*command: str) -> tuple[int, str]:

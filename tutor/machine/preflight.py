@@ -19,7 +19,7 @@ from tutor.artifacts.layout import BuildFolder
 from tutor.artifacts.manifest import MANIFEST
 from tutor.errors import HostError, RecipeError
 from tutor.machine import capacity, host, run_cost
-from tutor.machine.host import run_program, version
+from tutor.machine.host import dotted, run_program, version
 from tutor.machine.memory.shapes import Shape
 from tutor.recipe.settings import Recipe
 
@@ -130,7 +130,7 @@ def docker_faults(info: Mapping[str, Any]) -> list[Fault]:
             else Fault("the Docker daemon does not answer", "start it: sudo systemctl start docker")
         )
     code, text = run_program("docker", "compose", "version", "--short")
-    needed = ".".join(map(str, COMPOSE_VERSION))
+    needed = dotted(COMPOSE_VERSION)
     if code:
         faults.append(Fault("Docker has no Compose plugin", f"install docker-compose-plugin {needed} or newer"))
     elif version(text) < COMPOSE_VERSION:
@@ -159,7 +159,7 @@ def gpu_faults(info: Mapping[str, Any]) -> list[Fault]:
         return faults
     code, text = run_program("nvidia-ctk", "--version")
     if code == 0 and (0,) < version(text) < TOOLKIT_VERSION:
-        oldest = ".".join(map(str, TOOLKIT_VERSION))
+        oldest = dotted(TOOLKIT_VERSION)
         faults.append(
             Fault(f"the NVIDIA Container Toolkit is older than {oldest}, which has known escapes", "update it")
         )
