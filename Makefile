@@ -6,6 +6,8 @@ SHELL := bash
 .NOTPARALLEL:
 
 PYTHON ?= python3
+# What installs into .venv: uv, or pip.
+INSTALLER ?= uv
 # The recipes of the stack and of the targets without a container; RECIPE=... sets both.
 STACK := $(or $(RECIPE),data/tutor.toml)
 RECIPE ?= data/demo.toml
@@ -14,11 +16,12 @@ PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
 PYTEST :=
 BIN := .venv/bin
 TUTOR := $(BIN)/tutor
+TOOLS := .venv/llamacpp/BUILD.json .venv/typescript/INSTALL.json
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: .venv/demo llamacpp typescript ## run the whole pipeline on this CPU: a real 135M Llama, minutes
+demo: .venv/demo ## run the whole pipeline on this CPU: a real 135M Llama, minutes
 	@$(TUTOR) run --recipe data/demo.toml
 	@$(TUTOR) publish --recipe data/demo.toml --if-there --wait 0
 	@$(TUTOR) report --recipe data/demo.toml
@@ -38,7 +41,7 @@ logs: .venv/light ## follow Ollama's log
 shell: .venv/light ## open a shell in the trainer's image
 	@$(TUTOR) stack call shell --recipe $(STACK)
 
-run: .venv/demo llamacpp typescript ## run the stages of RECIPE that are not up to date
+run: .venv/demo ## run the stages of RECIPE that are not up to date
 	@$(TUTOR) run --recipe $(RECIPE)
 
 chat: .venv/light ## chat with the tutor of RECIPE
@@ -56,41 +59,22 @@ doctor: .venv/light ## print what this machine has and lacks, and what RECIPE ne
 status: .venv/light ## print which stages are up to date
 	@$(TUTOR) status --recipe $(RECIPE)
 
-bench: .venv/demo llamacpp ## compare training, merging and converting with the plain way; options: BENCH=, BENCH_MERGE=
+bench: .venv/demo ## compare training, merging and converting with the plain way; options: BENCH=, BENCH_MERGE=
 	@$(BIN)/python scripts/bench_help.py
 	@$(BIN)/python scripts/bench_train.py $(BENCH)
 	@$(BIN)/python scripts/bench_merge.py $(BENCH_MERGE)
 
-install: .venv/demo ## make the environment only: .venv
+install: .venv/demo ## make the environment of the demo only: .venv, llama.cpp, TypeScript; INSTALLER=pip for pip
 
-# One marker file for each set of pins: pip runs again when the pins change.
-# dev.txt contains every pin of base.txt, wheel.txt and build.txt, so .venv/base is also .venv/light and .venv/build.
-.venv/base: requirements/dev.txt pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --require-hashes --only-binary :all: -r requirements/dev.txt
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
-	@touch .venv/light .venv/build $@
+# One marker file for each set of packages. The script compares the hash of the pins, Make only the times of files.
+.venv/light .venv/build .venv/demo .venv/dev .venv/lock: pyproject.toml $(wildcard requirements/*.txt)
+	@$(PYTHON) scripts/install.py $(@F) --installer $(INSTALLER)
 
-# For the commands that neither train nor convert: without torch.
-.venv/light: requirements/base.txt requirements/wheel.txt pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --require-hashes --only-binary :all: -r requirements/base.txt -r requirements/wheel.txt
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
-	@touch $@
+# The demo's set contains two tools of the user's cache: links in .venv. A removed tool is brought again.
+.venv/demo: $(TOOLS) $(wildcard $(addprefix tutor/,engines/llamacpp/build.py engines/llamacpp/src/* \
+  graders/typescript/install.py graders/typescript/src/*))
 
-# CMake, Ninja and npm, for llama.cpp and for the TypeScript compiler: without torch.
-.venv/build: .venv/light requirements/build.txt
-	$(BIN)/python -m pip install --quiet --require-hashes --only-binary :all: -r requirements/build.txt
-	@touch $@
-
-.venv/demo: .venv/base requirements/demo.txt
-	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements/demo.txt
-	@touch $@
-
-# uv, which writes the pins.
-.venv/lock: .venv/light requirements/lock.txt
-	$(BIN)/python -m pip install --quiet --require-hashes --only-binary :all: -r requirements/lock.txt
-	@touch $@
+$(TOOLS): ;
 
 llamacpp: .venv/build ## build the pinned llama.cpp, once, into the user's cache
 	@$(BIN)/python scripts/build_llamacpp.py >/dev/null
@@ -98,18 +82,18 @@ llamacpp: .venv/build ## build the pinned llama.cpp, once, into the user's cache
 typescript: .venv/build ## install the pinned TypeScript compiler, once, into the user's cache
 	@$(BIN)/python scripts/install_typescript.py >/dev/null
 
-test: .venv/demo llamacpp typescript ## run every test that needs neither GPU nor Docker
+test: .venv/demo .venv/dev ## run every test that needs neither GPU nor Docker
 	$(BIN)/pytest $(PARALLEL) -m "not docker" $(PYTEST)
 
-test-docker: .venv/demo llamacpp typescript ## run the container tests; each prints why where it cannot run
+test-docker: .venv/demo .venv/dev ## run the container tests; each prints why where it cannot run
 	$(BIN)/pytest -m docker tests/end_to_end $(PYTEST)
 
 # pytest does not import the files that use torch: its libraries alone take ten seconds.
-test-quick: .venv/base ## run the unit tests that need no torch: a minute
+test-quick: .venv/dev ## run the unit tests that need no torch: a minute
 	$(BIN)/pytest $(PARALLEL) -m "not slow and not pipeline and not llamacpp and not typescript and not docker" \
 	  $(addprefix --ignore=,$(shell grep -rlE '^(torch = |from support.models.(tiny_models|training))' tests --include='test_*.py')) $(PYTEST)
 
-check: .venv/base ## check format, lint, types, import rules
+check: .venv/dev ## check format, lint, types, import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

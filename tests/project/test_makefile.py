@@ -8,11 +8,9 @@ import pytest
 from support.processes.command import ROOT, environment
 
 MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
-CREATED = "-m venv .venv"
+INSTALL = "scripts/install.py"
 DEVELOPMENT = ("pytest", "ruff", "mypy", "lint-imports")
-"""Programs that only requirements/dev.txt installs."""
-TOOLS = ("scripts/build_llamacpp.py", "scripts/install_typescript.py")
-"""Commands that bring the tools which the tests of whole stages and of containers need."""
+"""Programs that only the set of packages for development has."""
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make on PATH")
 
@@ -35,11 +33,12 @@ def faults(makefile: str) -> list[str]:
     for target in sorted(targets(makefile)):
         done = ""
         for command in commands(makefile, target):
-            needs = {CREATED} if ".venv/bin" in command else set()
+            needs = {INSTALL} if ".venv/bin" in command else set()
             if any(f".venv/bin/{program}" in command for program in DEVELOPMENT):
-                needs.add("-r requirements/dev.txt")
-            if ".venv/bin/pytest" in command and "not llamacpp" not in command:
-                needs.update(TOOLS)
+                needs.add(f"{INSTALL} dev")
+            # The demo's set contains llama.cpp and TypeScript, which tests of whole stages and of containers need.
+            if (".venv/bin/pytest" in command and "not llamacpp" not in command) or ".venv/bin/tutor run" in command:
+                needs.add(f"{INSTALL} demo")
             found += [f"{target}: {need}" for need in sorted(needs) if need not in done]
             done += f"{command}\n"
     return found
@@ -53,11 +52,11 @@ def test_target_prerequisites_install_what_its_commands_need() -> None:
 @pytest.mark.parametrize(
     ("target", "without", "fault"),
     [
-        ("chat", "chat:", f"chat: {CREATED}"),
-        ("lock", "lock:", f"lock: {CREATED}"),
-        ("check", "check: .venv/light", "check: -r requirements/dev.txt"),
-        ("test", "test: .venv/demo typescript", f"test: {TOOLS[0]}"),
-        ("test-docker", "test-docker: .venv/demo llamacpp", f"test-docker: {TOOLS[1]}"),
+        ("chat", "chat:", f"chat: {INSTALL}"),
+        ("demo", "demo: .venv/light", f"demo: {INSTALL} demo"),
+        ("check", "check: .venv/light", f"check: {INSTALL} dev"),
+        ("test", "test: .venv/demo", f"test: {INSTALL} dev"),
+        ("test-docker", "test-docker: .venv/dev", f"test-docker: {INSTALL} demo"),
     ],
 )
 def test_target_without_its_prerequisite_is_detected(target: str, without: str, fault: str) -> None:
@@ -72,9 +71,9 @@ def test_every_target_is_phony_and_has_a_help_line() -> None:
     assert set(phony[1].split()) == targets(MAKEFILE)
 
 
-@pytest.mark.parametrize("name", ["base.txt", "wheel.txt", "build.txt"])
+@pytest.mark.parametrize("name", ["base.txt", "wheel.txt", "build.txt", "train.txt"])
 def test_development_pins_contain_each_smaller_set(name: str) -> None:
-    """.venv/base stands for the smaller environments too."""
+    """.venv/dev stands for the smaller environments too."""
 
     def pins(name: str) -> set[str]:
         text = (ROOT / "requirements" / name).read_text("utf-8")
