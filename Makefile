@@ -22,9 +22,7 @@ help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/demo ## run the whole pipeline on this CPU: a real 135M Llama, minutes
-	@$(TUTOR) run --recipe data/demo.toml
-	@$(TUTOR) publish --recipe data/demo.toml --if-there --wait 0
-	@$(TUTOR) report --recipe data/demo.toml
+	@$(TUTOR) run --publish --recipe data/demo.toml
 
 all: .venv/light ## run the whole stack in containers, on the GPU: ends with `ollama run tutor`
 	@$(TUTOR) stack run --recipe $(STACK)

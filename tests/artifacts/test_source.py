@@ -99,50 +99,44 @@ def test_read_source_of_no_python_raises_with_the_file(tmp_path: Path, text: str
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that were read; nothing is remembered by this process."""
     read: list[Path] = []
-    monkeypatch.setattr(source, "_READ", {})
+    source._source_in_state.cache_clear()
     monkeypatch.setattr(source, "read_source", lambda path: (read.append(path), read_source(path))[1])
     return read
 
 
-def read_with(cache: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(source, "_READ", {})
+def read_with(cache: Path, path: Path) -> str:
+    source._source_in_state.cache_clear()
     reader = SourceReader(cache)
     found = reader.source(path)
     reader.remember()
     return found.content
 
 
-def test_reader_reads_a_file_again_only_when_it_changed(
-    tmp_path: Path, counted: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reader_reads_a_file_again_only_when_it_changed(tmp_path: Path, counted: list[Path]) -> None:
     path, cache = written(tmp_path, "A = 1\n"), tmp_path / ".hashes.json"
     cache.write_text('{"/a": {"seen": "1", "sha256": "2"}}')
-    first = read_with(cache, path, monkeypatch)
-    assert read_with(cache, path, monkeypatch) == first
+    first = read_with(cache, path)
+    assert read_with(cache, path) == first
     assert counted == [path]
     path.write_text("A = 22\n")
-    assert read_with(cache, path, monkeypatch) != first
+    assert read_with(cache, path) != first
     assert counted == [path, path]
     assert json.loads(cache.read_text())["/a"] == {"seen": "1", "sha256": "2"}
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"sources": 1}', '{"sources": {"reader": "old", "files": {}}}'])
-def test_reader_ignores_a_cache_that_it_did_not_write(
-    tmp_path: Path, counted: list[Path], monkeypatch: pytest.MonkeyPatch, content: str
-) -> None:
+def test_reader_ignores_a_cache_that_it_did_not_write(tmp_path: Path, counted: list[Path], content: str) -> None:
     path, cache = written(tmp_path, "A = 1\n"), tmp_path / ".hashes.json"
     cache.write_text(content)
     for _ in range(2):
-        assert read_with(cache, path, monkeypatch) == read_source(path).content
+        assert read_with(cache, path) == read_source(path).content
     assert counted == [path]
 
 
-def test_reader_works_where_the_cache_cannot_be_written(
-    tmp_path: Path, counted: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reader_works_where_the_cache_cannot_be_written(tmp_path: Path, counted: list[Path]) -> None:
     path = written(tmp_path, "A = 1\n")
     (tmp_path / "file").touch()
-    assert read_with(tmp_path / "file" / "cache.json", path, monkeypatch)
+    assert read_with(tmp_path / "file" / "cache.json", path)
     assert counted == [path]
 
 

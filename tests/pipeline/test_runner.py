@@ -20,6 +20,7 @@ from tutor.artifacts.manifest import find_damage, require_stage
 from tutor.artifacts.provenance import PACKAGE, SourceTree
 from tutor.artifacts.stage_folder import writing
 from tutor.errors import ArtifactError, DataError, RecipeError
+from tutor.machine import capacity
 from tutor.pipeline import runner
 from tutor.pipeline.registry import BY_NAME, STAGES
 from tutor.pipeline.runner import clean, inspect, run_all, run_one, stale_reasons
@@ -276,7 +277,7 @@ def test_run_one_hands_the_train_stage_one_plan(recipe_file, build, monkeypatch)
         (out / "adapter.txt").write_text("adapter")
         return {}
 
-    monkeypatch.setattr(runner.capacity, "plan_training", plan_training)
+    monkeypatch.setattr(capacity, "plan_training", plan_training)
     monkeypatch.setattr(type(BY_NAME["train"]), "module", SimpleNamespace(run=run))
     assert run_one("train", recipe, build)
     assert asked == [["base", "data"]]

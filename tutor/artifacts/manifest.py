@@ -80,15 +80,18 @@ def _is_object(value: Any) -> bool:
 def find_damage(folder: Path, *, content: bool = False) -> list[str]:
     """Differences between a folder and its manifest: missing files, other sizes, with `content` other hashes."""
     manifest = read_manifest(folder)
-    if manifest is None:
-        return [f"{folder / MANIFEST} is missing"]
+    return [f"{folder / MANIFEST} is missing"] if manifest is None else differences(manifest, folder, content=content)
+
+
+def differences(manifest: Manifest, folder: Path, *, content: bool = False) -> list[str]:
+    """Differences between a folder and its manifest, which was read before."""
     problems = []
     for name, entry in manifest.outputs.items():
         path = folder / name
         if not path.is_file():
             problems.append(f"{path} is missing")
-        elif path.stat().st_size != entry["size"]:
-            problems.append(f"{path} has {path.stat().st_size} bytes instead of {entry['size']}")
+        elif (size := path.stat().st_size) != entry["size"]:
+            problems.append(f"{path} has {size} bytes instead of {entry['size']}")
         elif content and file_sha256(path) != entry["sha256"]:
             problems.append(f"{path} has changed since it was made")
     return problems
@@ -97,7 +100,7 @@ def find_damage(folder: Path, *, content: bool = False) -> list[str]:
 def is_made(folder: Path, fields: Mapping[str, Any]) -> bool:
     """Whether a folder is whole and was made of exactly these key fields."""
     manifest = read_manifest(folder)
-    return manifest is not None and manifest.has_key_of(fields) and not find_damage(folder)
+    return manifest is not None and manifest.has_key_of(fields) and not differences(manifest, folder)
 
 
 def require_stage(folder: Path, stage: str) -> Manifest:
@@ -105,7 +108,7 @@ def require_stage(folder: Path, stage: str) -> Manifest:
     manifest = read_manifest(folder)
     if manifest is None:
         raise ArtifactError(f"{folder} is not there", f"run: tutor run --until {stage}")
-    if problems := find_damage(folder):
+    if problems := differences(manifest, folder):
         raise ArtifactError(problems[0], f"run: tutor run --until {stage}")
     return manifest
 

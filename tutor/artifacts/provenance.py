@@ -60,7 +60,9 @@ class SourceTree:
         """`cache` is the JSON file that remembers what was read of each source (None: this process's memory alone)."""
         self._reader = SourceReader(cache)
         self._package = package
+        self._imports: dict[Path, list[tuple[str, list[Path]]]] = {}
         self._needs: dict[Path, set[Path]] = {}
+        self._contents: dict[Path, str] = {}
         self._versions: dict[str, str] = {}
 
     def provenance(self, module: str | Path, *, left_out: Collection[str] = LEFT_OUT) -> Provenance:
@@ -74,7 +76,7 @@ class SourceTree:
         self._reader.remember()
         return Provenance(
             {name: content for name, content in sorted(contents.items()) if content},
-            {name: self._version(name) for name in sorted(packages)},
+            {name: self.version(name) for name in sorted(packages)},
             frozenset(map(self._name, skipped)),
             json_sha256(sorted(self._with_needs(path, found) for path in found if self._content(path)))[:16],
         )
@@ -106,8 +108,13 @@ class SourceTree:
             self._needs[path] = imported | {*self._assets(path)}
         return self._needs[path]
 
-    def _imported(self, path: Path) -> Iterator[tuple[str, list[Path]]]:
+    def _imported(self, path: Path) -> list[tuple[str, list[Path]]]:
         """Each imported name with its files, the one that holds it last: of the package, or scripts beside a script."""
+        if path not in self._imports:
+            self._imports[path] = list(self._find_imported(path))
+        return self._imports[path]
+
+    def _find_imported(self, path: Path) -> Iterator[tuple[str, list[Path]]]:
         for name in self._reader.source(path).imports:
             parts = name.split(".")
             if name.startswith("."):
@@ -137,15 +144,19 @@ class SourceTree:
                 yield DISTRIBUTIONS.get(top, top)
 
     def _content(self, path: Path) -> str:
-        return self._reader.source(path).content if path.suffix == ".py" else file_sha256(path)[:16]
+        if path not in self._contents:
+            is_python = path.suffix == ".py"
+            self._contents[path] = self._reader.source(path).content if is_python else file_sha256(path)[:16]
+        return self._contents[path]
 
     def _with_needs(self, path: Path, found: set[Path]) -> list[str]:
         """The content of a file, and of each file that it needs: an import may change where no content does."""
-        names = self._imported(path) if path.suffix == ".py" else {}
+        names = self._imported(path) if path.suffix == ".py" else []
         used = [f"{name.rpartition('.')[2]} {self._content(files[-1])}" for name, files in names if files[-1] in found]
         return [self._content(path), *sorted(used)]
 
-    def _version(self, name: str) -> str:
+    def version(self, name: str) -> str:
+        """A package's version, or "not installed"."""
         if name not in self._versions:
             self._versions[name] = version_text(name)
         return self._versions[name]

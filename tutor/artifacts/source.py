@@ -6,6 +6,7 @@ reads the file do not change the hash. Imports nothing that the file imports.
 
 import ast
 import contextlib
+import functools
 import hashlib
 import io
 import re
@@ -36,6 +37,13 @@ class Source:
     content: str  # 16 hex digits of sha256 over the tokens; "" for a file of comments and docstrings alone
     imports: tuple[str, ...]  # dotted names beyond the standard library; relative ones begin with dots
     names: tuple[str, ...]  # strings that can be file names
+
+
+@functools.lru_cache(maxsize=1024)
+def _source_in_state(path: Path, state: str) -> Source:
+    """The source of a file in this state, read once a process: a run looks at the sources after every stage."""
+    del state
+    return read_source(path)
 
 
 def read_source(path: Path) -> Source:
@@ -136,24 +144,24 @@ def _between(lines: list[str], start: tuple[int, int], end: tuple[int, int]) -> 
 
 
 class SourceReader:
-    """Reads each source again only when the file changed: remembered in this process, and in a cache file."""
+    """Reads each source once; one that a cache file or this process remembers, only when the file changed since."""
 
     def __init__(self, cache: Path | None = None) -> None:
         self._cache = cache
         self._kept: dict[str, dict[str, Any]] | None = None
         self._new: dict[str, dict[str, Any]] = {}
+        self._read: dict[Path, Source] = {}
 
     def source(self, path: Path) -> Source:
         """What a file holds. Raises ArtifactError for a file that cannot be read."""
-        state = file_state(path)
-        known = _READ.get(path)
-        if known is None or known[0] != state:
+        if path not in self._read:
+            state = file_state(path)
             found = self._find(path, state)
             if found is None:
-                found = read_source(path)
+                found = _source_in_state(path, state)
                 self._new[str(path)] = {"seen": state, **asdict(found)}
-            known = _READ[path] = (state, found)
-        return known[1]
+            self._read[path] = found
+        return self._read[path]
 
     def _find(self, path: Path, state: str) -> Source | None:
         """The source as the cache file remembers it."""
@@ -173,10 +181,7 @@ class SourceReader:
             whole = read_json_object(self._cache) or {}
             files = {**_cached(self._cache), **self._new}
             write_json(self._cache, {**whole, CACHE_KEY: {"reader": file_state(Path(__file__)), "files": files}})
-
-
-_READ: dict[Path, tuple[str, Source]] = {}
-"""Each source read in this process, with the file's state then."""
+            self._new = {}
 
 
 def _cached(cache: Path | None) -> dict[str, dict[str, Any]]:

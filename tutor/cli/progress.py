@@ -80,10 +80,17 @@ class _Lines(logging.Handler):
 
 
 class _Bars(logging.Handler):
-    """Draw one live line for the running stage, which stays with its time when the stage is done."""
+    """Draw one live line for the running stage, which stays with its time when the stage is done.
+
+    rich is imported for the first message: a run with nothing to do has none.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self._progress: Any = None
+        self._task: Any = None
+
+    def _start(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -96,11 +103,12 @@ class _Bars(logging.Handler):
             console=Console(stderr=True),
         )
         self._progress.start()
-        self._task: Any = None
 
     def emit(self, record: logging.LogRecord) -> None:
         from rich.markup import escape
 
+        if self._progress is None:
+            self._start()
         text = escape(record.getMessage())
         if stage := getattr(record, "stage", None):
             self._task = self._progress.add_task(text.partition(": ")[2], total=None, stage=stage)
@@ -115,7 +123,8 @@ class _Bars(logging.Handler):
                 self._progress.update(self._task, total=total, completed=getattr(record, "done", 0))
 
     def close(self) -> None:
-        self._progress.stop()
+        if self._progress is not None:
+            self._progress.stop()
         super().close()
 
 

@@ -65,6 +65,13 @@ def summary_lines(summary: Mapping[str, Any], recipe: str) -> list[str]:
     return parts
 
 
+def report_lines(folder: Path, results: Mapping[str, Any]) -> list[str]:
+    """Return the path of the report page, its size, and the stages that it lacks."""
+    missing = [f"  not in the report, not run yet: {', '.join(results['missing'])}"] if results["missing"] else []
+    size = f"  {results['bytes'] / 1e3:.0f} kB, {results['prompts']} prompts; model card: {folder / results['card']}"
+    return [str(folder / results["page"]), size, *missing]
+
+
 def _short(path: str) -> str:
     try:
         return str(Path(path).relative_to(Path.cwd()))

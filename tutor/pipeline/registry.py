@@ -11,6 +11,8 @@ from typing import Any
 
 from tutor.artifacts.layout import LORA, OLLAMA_EVALUATION, OLLAMA_PARITY, PUBLISHED_MERGED, STAGE_FOLDERS
 from tutor.artifacts.manifest import recipe_fields
+from tutor.formats.models.base_source import source_files
+from tutor.formats.rows.recipe_files import data_files, evaluation_files
 from tutor.recipe.settings import Recipe
 from tutor.stages.convert.lineage import TOOLS, recipe_hash
 
@@ -100,38 +102,20 @@ def _report(recipe: Recipe) -> dict[str, Any]:
     return {"name": recipe.name, "model": recipe.ollama.model, "system": recipe.system}
 
 
-def _data_files(recipe: Recipe) -> Mapping[str, Path]:
-    from tutor.stages.data.stage import data_files
-
-    return data_files(recipe)
-
-
-def _base_files(recipe: Recipe) -> Mapping[str, Path]:
-    from tutor.formats.models.base_source import source_files
-
-    return source_files(recipe)
-
-
-def _evaluate_files(recipe: Recipe) -> Mapping[str, Path]:
-    from tutor.stages.evaluate.generalization import named_files
-
-    return named_files(recipe)
-
-
 STAGES = (
     Stage(
         "data",
         "check the rows and split them",
         needs=(),
         settings=_data,
-        files=_data_files,
+        files=data_files,
     ),
     Stage(
         "base",
         "fetch or make the base model and check it",
         needs=(),
         settings=_base,
-        files=_base_files,
+        files=source_files,
     ),
     Stage(
         "train",
@@ -179,7 +163,7 @@ STAGES = (
         "answer the held-out prompts and grade the answers",
         needs=("data", "base", "convert", "ladder"),
         settings=_evaluate,
-        files=_evaluate_files,
+        files=evaluation_files,
         derived=f"{STAGE_FOLDERS['evaluate']}-*",
     ),
     Stage(

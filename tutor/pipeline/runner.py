@@ -16,12 +16,12 @@ from tutor.artifacts.disk import remove
 from tutor.artifacts.hashing import cached_sha256, file_sha256, json_sha256
 from tutor.artifacts.layout import BuildFolder
 from tutor.artifacts.lock import locked
-from tutor.artifacts.manifest import Manifest, find_damage, read_manifest, require_stage
-from tutor.artifacts.provenance import SourceTree, version_text
+from tutor.artifacts.manifest import Manifest, differences, read_manifest, require_stage
+from tutor.artifacts.provenance import SourceTree
 from tutor.artifacts.stage_folder import CHECKPOINTS, LOG, OLD, PARTIAL, checkpoint_folder, refuse_foreign, writing
 from tutor.engines.llamacpp.build import build_key
 from tutor.errors import GateError, RecipeError
-from tutor.machine import capacity, distributed
+from tutor.machine import distributed
 from tutor.pipeline.registry import BY_NAME, Stage
 from tutor.recipe.settings import Recipe
 
@@ -71,7 +71,7 @@ def inspect(
     for stage in (BY_NAME[name] for name in BY_NAME if name in names):
         folder = made.stage(stage.name)
         manifest = read_manifest(folder)
-        problems = tuple(find_damage(folder, content=content)) if manifest else ()
+        problems = tuple(differences(manifest, folder, content=content)) if manifest else ()
         whole = all(states[need].manifest and not states[need].problems for need in stage.needs)
         fields, sources = key_fields(stage, recipe, made, states, tree) if whole else (None, {})
         states[stage.name] = State(stage, folder, manifest, fields, problems, sources)
@@ -88,15 +88,16 @@ def key_fields(
         manifest = states[need].manifest
         assert manifest is not None
         fields[f"input.{need}"] = manifest.fingerprint
+    manifests = {state.folder: state.manifest for state in states.values()}
     for name in stage.reads:
         path = made.path / name
-        if found := read_manifest(path):
+        if found := manifests[path] if path in manifests else read_manifest(path):
             read = {name: value for name, value in asdict(found).items() if name != "sources"}
             fields[f"input.{name}"] = json_sha256(read)  # the report shows times and results, too
         elif path.is_file():
             fields[f"input.{name}"] = file_sha256(path)
     code = tree.provenance(stage.source)
-    fields |= code.fields | {f"version.{name}": version_text(name) for name in stage.recorded}
+    fields |= code.fields | {f"version.{name}": tree.version(name) for name in stage.recorded}
     if LLAMACPP_BUILD in code.left_out:
         fields["version.llama.cpp"] = build_key()
     return fields, code.sources
@@ -120,24 +121,32 @@ def run_all(recipe: Recipe, build: Path, *, until: str | None = None) -> list[st
 
     Raises GateError, and runs no later stage, where a gate refuses.
     """
-    _refuse_early(recipe)
+    _refuse_system(recipe)
     names = list(BY_NAME)[: list(BY_NAME).index(until) + 1] if until else list(BY_NAME)
     ran: list[str] = []
     fits = False
     with locked(BuildFolder(build, recipe.name).path):
+        states = _states(recipe, build, names)
         for name in names:
-            states = {found.stage.name: found for found in inspect(recipe, build, names=names)}
-            state = states[name]
-            if state.condition in NOTHING_TO_DO:
-                remove(checkpoint_folder(state.folder))  # the last run was killed before it could
+            if states[name].condition in NOTHING_TO_DO:
+                remove(checkpoint_folder(states[name].folder))  # the last run was killed before it could
             else:
+                from tutor.machine import capacity
+
+                if not ran:
+                    _refuse_files(recipe)
                 if not fits and name != "data":  # the lengths of its rows decide the memory of a training
                     to_do = [other for other in names if states[other].condition not in NOTHING_TO_DO]
                     fits = capacity.refuse_stages(recipe, build, to_do)
-                _run(state.stage, recipe, build, state)
+                _run(states[name], recipe, build)
                 ran.append(name)
-            require_gate_passed(state.folder)
+                states = _states(recipe, build, names)
+            _refuse_at_gate(states[name].manifest)
     return ran
+
+
+def _states(recipe: Recipe, build: Path, names: Collection[str]) -> dict[str, State]:
+    return {found.stage.name: found for found in inspect(recipe, build, names=names)}
 
 
 def run_one(name: str, recipe: Recipe, build: Path) -> bool:
@@ -145,7 +154,7 @@ def run_one(name: str, recipe: Recipe, build: Path) -> bool:
 
     In several processes rank 0 decides and writes; the other ranks only run the stage's own work.
     """
-    _refuse_early(recipe)
+    _refuse_system(recipe)
     stage = BY_NAME[name]
     with distributed.process_group():
         if distributed.is_main_process():
@@ -159,7 +168,7 @@ def run_one(name: str, recipe: Recipe, build: Path) -> bool:
 def _run_on_main_process(stage: Stage, recipe: Recipe, build: Path) -> bool:
     name = stage.name
     with locked(BuildFolder(build, recipe.name).path):
-        states = {found.stage.name: found for found in inspect(recipe, build, names=_with_needs(name))}
+        states = _states(recipe, build, _with_needs(name))
         for need in stage.needs:
             require_stage(states[need].folder, need)
             if states[need].condition == "stale":
@@ -169,16 +178,22 @@ def _run_on_main_process(stage: Stage, recipe: Recipe, build: Path) -> bool:
             remove(checkpoint_folder(states[name].folder))  # the last run was killed before it could
             distributed.broadcast(None)
         else:
+            from tutor.machine import capacity
+
+            _refuse_files(recipe)
             if name != "data" and not distributed.is_sharded():  # the estimate is for one GPU
                 capacity.refuse_stages(recipe, build, [name])
-            _run(stage, recipe, build, states[name])
+            _run(states[name], recipe, build)
         require_gate_passed(states[name].folder)
     return not made
 
 
 def require_gate_passed(folder: Path) -> None:
     """Raise GateError where a stage's gate refused. Its folder stays, with the figures of the refusal."""
-    manifest = read_manifest(folder)
+    _refuse_at_gate(read_manifest(folder))
+
+
+def _refuse_at_gate(manifest: Manifest | None) -> None:
     if manifest and (refused := manifest.results.get(REFUSED)):
         raise GateError(refused["message"], refused["hint"])
 
@@ -188,12 +203,17 @@ def _with_needs(name: str) -> set[str]:
     return {name}.union(*(_with_needs(need) for need in BY_NAME[name].needs))
 
 
-def _refuse_early(recipe: Recipe) -> None:
-    """Raise RecipeError or DataError for what the last stages would refuse after hours of training."""
+def _refuse_files(recipe: Recipe) -> None:
+    """Raise DataError for files that the evaluate stage would refuse after hours of training."""
     from tutor.stages.evaluate.generalization import check_files
-    from tutor.stages.modelfile.spec import representable
 
     check_files(recipe)
+
+
+def _refuse_system(recipe: Recipe) -> None:
+    """Raise RecipeError for a system text that the modelfile stage would refuse after hours of training."""
+    from tutor.stages.modelfile.spec import representable
+
     if not representable(recipe.system):
         raise RecipeError(
             f"{recipe.path}: system has an invisible character that Ollama would drop, or a line ending in "
@@ -202,8 +222,10 @@ def _refuse_early(recipe: Recipe) -> None:
         )
 
 
-def _run(stage: Stage, recipe: Recipe, build: Path, state: State) -> None:
-    made = BuildFolder(build, recipe.name)
+def _run(state: State, recipe: Recipe, build: Path) -> None:
+    from tutor.machine import capacity
+
+    stage, made = state.stage, BuildFolder(build, recipe.name)
     for need in stage.needs:  # a folder may have been removed since its stage ran
         require_stage(made.stage(need), need)
     assert state.fields is not None, f"{stage.name} lacks an input"

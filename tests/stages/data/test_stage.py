@@ -106,18 +106,5 @@ def test_leaks_are_an_error_if_strict_or_if_no_row_is_left(tmp_path: Path) -> No
 @pytest.mark.parametrize("key", ["train", "eval"])
 def test_missing_file_of_the_recipe_is_a_recipe_error(tmp_path: Path, key: str) -> None:
     recipe = recipe_in(tmp_path, TRAINING, [{"instruction": "x"}], **{key: "absent.jsonl"})
-    for call in (lambda: data.run(recipe, {}, tmp_path / "out"), lambda: data.data_files(recipe)):
-        with pytest.raises(RecipeError, match=r"absent\.jsonl"):
-            call()
-
-
-@pytest.mark.parametrize("name", ["loop", "~nobody-of-that-name/rows.jsonl", "a\0b"])
-def test_unresolvable_path_is_a_recipe_error(tmp_path: Path, name: str) -> None:
-    (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    with pytest.raises(RecipeError):
-        data.data_files(recipe_in(tmp_path, TRAINING, [{"instruction": "x"}], train=name))
-
-
-def test_data_files_are_those_of_the_recipe(tmp_path: Path) -> None:
-    recipe = recipe_in(tmp_path, TRAINING, [{"instruction": "x"}])
-    assert data.data_files(recipe) == {"train": tmp_path / "tutor.jsonl", "eval": tmp_path / "eval.jsonl"}
+    with pytest.raises(RecipeError, match=r"absent\.jsonl"):
+        data.run(recipe, {}, tmp_path / "out")

@@ -20,11 +20,6 @@ def named(folder: Path, **files: str) -> Recipe:
     return Recipe.model_validate({"evaluate": files}).model_copy(update={"path": folder / "r.toml"})
 
 
-def test_recipe_without_files_names_none() -> None:
-    assert generalization.named_files(Recipe()) == {}
-    generalization.check_files(Recipe())
-
-
 def test_missing_file_raises_recipe_error(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"none\.jsonl"):
         generalization.check_files(named(tmp_path, general="none.jsonl"))

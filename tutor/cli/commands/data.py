@@ -69,9 +69,10 @@ def _read_files(files: tuple[Path, ...], *, strict: bool) -> list[tuple[Path, An
 
 
 def _read_recipe_files(recipe_path: Path, *, strict: bool) -> list[tuple[Path, Any, list[str]]]:
-    from tutor.stages.data import reading, splitting, stage
+    from tutor.formats.rows.recipe_files import data_files
+    from tutor.stages.data import reading, splitting
 
-    inputs = stage.data_files(load_recipe(recipe_path))
+    inputs = data_files(load_recipe(recipe_path))
     examples, notes = reading.read_examples(inputs["train"], strict=strict)
     prompts, prompt_notes = reading.read_prompts(inputs["eval"], strict=strict)
     _, leaks = splitting.without_leaks(examples, prompts)
@@ -120,13 +121,13 @@ def lint_command(  # noqa: PLR0913 - a command's options
     unclosed fences; every finding with its line. Lengths are in tokens of the base once the base stage has run. No code
     is compiled.
     """
+    from tutor.formats.rows.recipe_files import data_files
     from tutor.recipe.settings import TrainSettings
-    from tutor.stages.data import stage
     from tutor.stages.data.lint.linter import lint
     from tutor.stages.data.lint.page import lint_page
 
     recipe = load_recipe(recipe_path) if not files or recipe_path.exists() else None
-    inputs = stage.data_files(recipe) if recipe and not files else {}
+    inputs = data_files(recipe) if recipe and not files else {}
     report = lint(
         files or (inputs["train"],),
         against or inputs.get("eval"),
@@ -184,9 +185,10 @@ def _lint_lines(report: "LintReport") -> list[str]:
 def stats_command(file: Path | None, recipe_path: Path, build: Path, *, as_json: bool) -> None:
     """Count FILE (or the recipe's training rows) by category and topic, with lengths."""
     del build
+    from tutor.formats.rows.recipe_files import data_files
     from tutor.stages.data import reading, stage
 
-    path = file or stage.data_files(load_recipe(recipe_path))["train"]
+    path = file or data_files(load_recipe(recipe_path))["train"]
     counts = stage.row_statistics(reading.read_examples(path)[0])
     print_result(counts, indented(counts), as_json=as_json)
 

@@ -4,7 +4,6 @@ In: the options of a command, and the recipe that they name. Out: tables or JSON
 which is a stage; the others change nothing.
 """
 
-import webbrowser
 from pathlib import Path
 
 import click
@@ -83,6 +82,7 @@ def report_command(flags: dict[str, bool], recipe_path: Path, build: Path, *, op
     """Write all results as one page, and a model card. The page lists the stages that have not run."""
     from tutor.artifacts.layout import BuildFolder
     from tutor.artifacts.manifest import require_stage
+    from tutor.cli.summary import report_lines
     from tutor.pipeline import runner
 
     recipe = load_recipe(recipe_path)
@@ -91,11 +91,13 @@ def report_command(flags: dict[str, bool], recipe_path: Path, build: Path, *, op
     folder = BuildFolder(build, recipe.name).stage("report")
     results = require_stage(folder, "report").results
     page, card = (folder / results[name] for name in ("page", "card"))
-    missing = [f"  not in the report, not run yet: {', '.join(results['missing'])}"] if results["missing"] else []
-    size = f"  {results['bytes'] / 1e3:.0f} kB, {results['prompts']} prompts; model card: {card}"
     value = {**results, "ran": ran, "page": str(page), "card": str(card)}
-    print_result(value, [str(page), size, *missing], as_json=as_json)
-    if opened and not webbrowser.open(page.resolve().as_uri()):
+    print_result(value, report_lines(folder, results), as_json=as_json)
+    if not opened:
+        return
+    import webbrowser
+
+    if not webbrowser.open(page.resolve().as_uri()):
         click.echo("no browser could be started; open the file above", err=True)
 
 

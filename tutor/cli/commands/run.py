@@ -18,26 +18,62 @@ from tutor.machine import distributed
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from tutor.recipe.settings import Recipe
+
 
 @click.command("run")
 @click.option("--until", metavar="STAGE", help="Stop after this stage.")
+@click.option(
+    "--publish", is_flag=True, help="Then publish to Ollama where one answers (OLLAMA_HOST), and update the report."
+)
 @recipe_option
 @json_option
 @click.pass_obj
-def run_command(flags: dict[str, bool], until: str | None, recipe_path: Path, build: Path, *, as_json: bool) -> None:
+def run_command(
+    flags: dict[str, bool], until: str | None, recipe_path: Path, build: Path, *, publish: bool, as_json: bool
+) -> None:
     """Run every stage that is not up to date, and print a summary."""
+    from tutor.artifacts.layout import BuildFolder
     from tutor.cli import summary
     from tutor.pipeline import registry, runner
 
     if until is not None and until not in registry.BY_NAME:
         raise click.BadParameter(f"{until!r}; known: {', '.join(registry.BY_NAME)}", param_hint="--until")
+    if publish and until is not None:
+        raise click.UsageError("--publish needs every stage: remove --until")
     recipe = load_recipe(recipe_path)
     with progress_on_stderr(flags):
         ran = runner.run_all(recipe, build, until=until)
-    collected = summary.collect(recipe, build)
+    collected = {"ran": ran, **summary.collect(recipe, build)}
     opening = [] if ran else ["Nothing to do: every stage is up to date."]
     lines = [*opening, *summary.summary_lines(collected, str(recipe.path))]
-    print_result({"ran": ran, **collected}, lines, as_json=as_json)
+    if not publish:
+        print_result(collected, lines, as_json=as_json)
+        return
+    if not as_json:
+        print_result(None, lines, as_json=False)  # before publishing, which may be refused
+    with progress_on_stderr(flags):
+        published, lines = _publish(recipe, build)
+    collected = {"ran": ran, **summary.collect(recipe, build), "published": published}
+    page = summary.report_lines(BuildFolder(build, recipe.name).stage("report"), collected["stages"]["report"])
+    print_result(collected, [*lines, *page], as_json=as_json)
+
+
+def _publish(recipe: "Recipe", build: Path) -> tuple[dict[str, Any], list[str]]:
+    """Publish the model and update the report, where a server listens; return what was done, and that as lines."""
+    from tutor.engines.ollama.probe import require_listener
+    from tutor.engines.ollama.protocol import UnreachableError
+    from tutor.pipeline import runner
+
+    try:
+        require_listener()
+        from tutor.serving import promote, publish
+
+        result = promote.publish_and_promote(recipe, build, wait=0)
+    except UnreachableError as error:
+        return {"published": False, "why": error.message}, [f"Not published: {error.message}"]
+    runner.run_one("report", recipe, build)
+    return result, publish.published_lines(result)
 
 
 @click.command("ladder")

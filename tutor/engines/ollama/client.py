@@ -22,6 +22,8 @@ import httpx
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
 from tutor.engines.ollama.protocol import (
+    CONNECT_SECONDS,
+    START_SERVER,
     MissingError,
     UnreachableError,
     json_object,
@@ -39,8 +41,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-CONNECT_SECONDS = 5.0
-"""Maximum seconds of a connection's start."""
 SILENT_SECONDS = 900.0
 """Maximum seconds without a byte: the server may load a model, answer other requests first, or read a long prompt."""
 QUICK_SECONDS = 60.0
@@ -53,8 +53,6 @@ PIECE_BYTES = 1 << 20
 """Size of a piece of an upload in bytes."""
 SEE_LOG = "see its log for the reason"
 """Next step of an error inside the server."""
-START_SERVER = "start it (make up, or: ollama serve), or name another with --host or OLLAMA_HOST"
-"""Next step of an error without a server."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,10 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_PORT = 11434
 """Ollama's default port."""
+CONNECT_SECONDS = 5.0
+"""Maximum seconds of a connection's start."""
+START_SERVER = "start it (make up, or: ollama serve), or name another with --host or OLLAMA_HOST"
+"""Next step of an error without a server."""
 MIN_VERSION = (0, 30)
 """Minimum version of Ollama: since then llama-server generates, and a rule chooses the template (docs/facts.md, 1)."""
 MEMORY_HINT = "memory may be short: try a smaller ollama.quantization or generate.context; see the server's log"

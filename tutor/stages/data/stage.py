@@ -12,9 +12,9 @@ from pathlib import Path
 from statistics import median_low
 from typing import Any
 
-from tutor.errors import DataError, RecipeError
+from tutor.errors import DataError
 from tutor.formats.markdown import fence_languages
-from tutor.formats.rows.jsonl import check_file
+from tutor.formats.rows.recipe_files import data_files
 from tutor.formats.rows.rows import Example
 from tutor.formats.rows.split_files import HELD_OUT, PROMPTS, STATISTICS, TRAIN
 from tutor.recipe.settings import Recipe
@@ -66,18 +66,6 @@ def run(recipe: Recipe, inputs: Mapping[str, Path], out: Path, *, strict: bool =
 def _write(path: Path, texts: Iterable[str]) -> None:
     with path.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(text + "\n" for text in texts)
-
-
-def data_files(recipe: Recipe) -> dict[str, Path]:
-    """Return the files that this stage reads. Raises RecipeError or DataError where one cannot be read."""
-    files = {}
-    for key, name in (("train", recipe.data.train), ("eval", recipe.data.eval)):
-        try:
-            files[key] = recipe.resolve(name)
-        except (OSError, RuntimeError, ValueError) as error:  # a loop of links, an unknown user's ~, a NUL
-            raise RecipeError(f"data.{key} is {name!r}: {error}", "name one file") from None
-        check_file(files[key])
-    return files
 
 
 def row_statistics(examples: Sequence[Example]) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from tutor.errors import DataError
 from tutor.formats.rows.json_values import RowError
-from tutor.formats.rows.jsonl import Limits, check_file, read_values
+from tutor.formats.rows.jsonl import read_values
+from tutor.formats.rows.recipe_files import EVALUATION_LIMITS, evaluation_files
 from tutor.formats.rows.rows import PromptRow, parse_row
 from tutor.graders.copied_text import longest_copies
 from tutor.graders.verdict import LABELS
@@ -28,31 +29,20 @@ PARAPHRASE_KEYS = ("original", "instruction")
 """Required keys of a row of `evaluate.paraphrases`; every value is a text."""
 GENERAL_KEYS = ("text", "language")
 """Required keys of a row of `evaluate.general`; every value is a text."""
-LIMITS = Limits(max_total_bytes=2**24)
-"""Limits of the two files."""
 HELD_OUT = "held-out rows"
 """Key of the held-out rows among the models in `copied`: the baseline, because the author of the rows repeats text."""
 
 
-def named_files(recipe: "Recipe") -> dict[str, Path]:
-    """Return the files that [evaluate] names. Raises RecipeError or DataError for a file that cannot be read."""
-    given = {"paraphrases": recipe.evaluate.paraphrases, "general": recipe.evaluate.general}
-    files = {name: recipe.resolve(path) for name, path in given.items() if path}
-    for path in files.values():
-        check_file(path, LIMITS.max_total_bytes)
-    return files
-
-
 def check_files(recipe: "Recipe") -> None:
     """Raise RecipeError or DataError, with file and line, for a file of [evaluate] that the stage cannot use."""
-    for name, path in named_files(recipe).items():
+    for name, path in evaluation_files(recipe).items():
         read_texts(path, PARAPHRASE_KEYS if name == "paraphrases" else GENERAL_KEYS)
 
 
 def read_texts(path: Path, keys: Sequence[str]) -> list[dict[str, str]]:
     """Read a small JSONL file whose rows have exactly these keys, each with a text. Raises DataError."""
     rows, problems = [], []
-    for line, value in read_values(path, LIMITS, Counter()):
+    for line, value in read_values(path, EVALUATION_LIMITS, Counter()):
         if isinstance(value, RowError):
             problems.append(f"{path}:{line}: {value}")
         elif not isinstance(value, dict) or set(value) != set(keys):
@@ -62,7 +52,7 @@ def read_texts(path: Path, keys: Sequence[str]) -> list[dict[str, str]]:
         else:
             rows.append(value)
     if problems:
-        shown = tuple(problems[: LIMITS.max_problems])
+        shown = tuple(problems[: EVALUATION_LIMITS.max_problems])
         raise DataError(f"{path}: {len(problems)} rows are not usable", "correct these lines", shown)
     return rows
 

@@ -40,6 +40,7 @@ from tutor.engines.protocol import greedy
 from tutor.errors import ArtifactError
 from tutor.formats.models.model_folder import load_tokenizer, read_facts
 from tutor.formats.models.served_quantization import served_quantization
+from tutor.formats.rows.recipe_files import evaluation_files
 from tutor.formats.rows.split_files import HELD_OUT, PROMPTS, TRAIN, read_split
 from tutor.graders.code import wants_code
 from tutor.graders.typescript.install import find_compiler
@@ -68,7 +69,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     prompts = read_split(inputs["data"], PROMPTS)
     if any(map(wants_code, prompts)):
         find_compiler()  # before the answers, which take long
-    named = generalization.named_files(recipe)
+    named = evaluation_files(recipe)
     paraphrased = []
     if "paraphrases" in named:
         paraphrased = generalization.paraphrased_prompts(

@@ -1,0 +1,37 @@
+"""The row files that a recipe names.
+
+In: a recipe. Out: paths of files that can be read. Reads no row, and imports no parser: every `tutor run` looks here.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tutor.errors import RecipeError
+from tutor.formats.rows.jsonl import Limits, check_file
+
+if TYPE_CHECKING:
+    from tutor.recipe.settings import Recipe
+
+EVALUATION_LIMITS = Limits(max_total_bytes=2**24)
+"""Limits of the files that [evaluate] names."""
+
+
+def data_files(recipe: "Recipe") -> dict[str, Path]:
+    """Return the files that the data stage reads. Raises RecipeError or DataError where one cannot be read."""
+    files = {}
+    for key, name in (("train", recipe.data.train), ("eval", recipe.data.eval)):
+        try:
+            files[key] = recipe.resolve(name)
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of links, an unknown user's ~, a NUL
+            raise RecipeError(f"data.{key} is {name!r}: {error}", "name one file") from None
+        check_file(files[key])
+    return files
+
+
+def evaluation_files(recipe: "Recipe") -> dict[str, Path]:
+    """Return the files that [evaluate] names. Raises RecipeError or DataError for a file that cannot be read."""
+    given = {"paraphrases": recipe.evaluate.paraphrases, "general": recipe.evaluate.general}
+    files = {name: recipe.resolve(path) for name, path in given.items() if path}
+    for path in files.values():
+        check_file(path, EVALUATION_LIMITS.max_total_bytes)
+    return files
