@@ -1,5 +1,6 @@
 """engines/hf/trace.py with the tiny model."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,30 @@ def test_trace_along_own_answer_equals_its_trace(loaded: Any) -> None:
     assert [step.text for step in found.steps] == [step.text for step in own.steps]
     assert [step.logprob for step in found.steps] == pytest.approx([step.logprob for step in own.steps], abs=bound)
     assert found.finish == own.finish
+
+
+@pytest.mark.pipeline
+def test_trace_joins_a_blank_with_the_character_it_begins() -> None:
+    """The base of the demo has a token of a blank and the first byte of "¡"; llama-server returns both as one step."""
+    import torch
+
+    from tutor.engines.hf.trace import trace_along
+
+    pieces = (b":", b" \xc2", b"\xa1", b"El")
+    tokenizer = SimpleNamespace(
+        decode=lambda ids, **_: b"".join(pieces[id_] for id_ in ids).decode("utf-8", "replace"), eos_token_id=9
+    )
+
+    def model(input_ids: Any, logits_to_keep: int, **_: Any) -> Any:
+        """Prefers the next of `pieces` after each."""
+        logits = torch.nn.functional.one_hot((input_ids[0, -logits_to_keep:] + 1) % 4, 24).float()
+        return SimpleNamespace(logits=logits[None])
+
+    engine: Any = SimpleNamespace(tokenizer=tokenizer, model=model)
+    model.device = torch.device("cpu")  # type: ignore[attr-defined]
+    pieces += (b"x",) * 20
+    found = trace_along(engine, [0], [1, 2, 3])
+    assert [(step.text, step.tokens) for step in found.steps] == [(" ¡", 2), ("El", 1)]
 
 
 @pytest.mark.pipeline

@@ -80,7 +80,9 @@ def _trace(
     for position, token in enumerate(ids):
         values, best = logprobs[position].topk(TOP_CANDIDATES)
         pairs = zip(map(decoder.decode, best.tolist()), values.tolist(), strict=True)
-        text = decoder.text(ids[: position + 1])
+        text = decoder.decode(*ids[: position + 1])
+        if text.endswith("\ufffd"):  # a blank before an unfinished character waits for it, as in llama-server
+            text = before
         steps.append(Step(text[len(before) :], float(logprobs[position, token]), candidates(pairs)))
         before = text
     if ids[-1] == engine.tokenizer.eos_token_id:
@@ -95,10 +97,6 @@ class _Decoder:
         self._tokenizer = engine.tokenizer
         self._anchor = anchor
         self._skipped = len(self._decode([anchor]))
-
-    def text(self, ids: Sequence[int]) -> str:
-        """Return the complete characters of the ids."""
-        return self.decode(*ids).rstrip("\ufffd")
 
     def decode(self, *ids: int) -> str:
         return self._decode([self._anchor, *ids])[self._skipped :]
