@@ -124,8 +124,8 @@ def check_exact(path: Path, gguf: Gguf, weights: Mapping[str, Weight]) -> list[s
             lines.append(f"{name} is {tensor.kind}")
             continue
         form = np.dtype("f2" if tensor.kind == "F16" else "f4")
-        for rows in _all_rows(weight.tensor.shape):
-            ours, theirs = _folder_rows(weight, rows).astype(form), _file_rows(path, tensor, rows).astype(form)
+        for rows in all_rows(weight.tensor.shape):
+            ours, theirs = _folder_rows(weight, rows).astype(form), file_rows(path, tensor, rows).astype(form)
             if not np.array_equal(ours, theirs):
                 lines.append(f"{name} has other numbers than {weight.tensor.path}")
                 break
@@ -139,7 +139,7 @@ def error_sums(
     found = {}
     for name, weight in weights.items():
         rows = _sampled(weight.tensor.shape)
-        ours, theirs = _folder_rows(weight, rows), _file_rows(path, gguf.tensors[name], rows)
+        ours, theirs = _folder_rows(weight, rows), file_rows(path, gguf.tensors[name], rows)
         error = theirs - ours
         moved = ours - _folder_rows(base[name], rows) if base else None
         found[name] = ErrorSums(
@@ -159,7 +159,7 @@ def _dot(left: "Numbers", right: "Numbers") -> float:
     return float(np.einsum("ij,ij->", left, right, dtype=np.float64))
 
 
-def _all_rows(shape: tuple[int, ...]) -> "Iterator[NDArray[np.intp]]":
+def all_rows(shape: tuple[int, ...]) -> "Iterator[NDArray[np.intp]]":
     """All row numbers, some at a time; a vector is one row."""
     import numpy as np
 
@@ -193,7 +193,7 @@ def _folder_rows(weight: Weight, rows: "NDArray[np.intp]") -> "Numbers":
     return read.astype(np.float32)
 
 
-def _file_rows(path: Path, tensor: Tensor, rows: "NDArray[np.intp]") -> "Numbers":
+def file_rows(path: Path, tensor: Tensor, rows: "NDArray[np.intp]") -> "Numbers":
     """Rows of a GGUF's tensor, dequantized."""
     import gguf
     import numpy as np
