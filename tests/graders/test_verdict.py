@@ -1,4 +1,4 @@
-"""graders/verdict.py: the demands of each kind of prompt, and the reasons of a failure."""
+"""graders/verdict.py: the demands of each kind of prompt, and the reasons of a failure; graders/labels.py."""
 
 import json
 from typing import Any
@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from support.processes.command import ROOT
 
 from tutor.formats.markdown import fenced_blocks
+from tutor.graders.labels import LABELS
 from tutor.graders.typescript.install import is_installed
 from tutor.graders.verdict import grade, in_spanish
 
@@ -105,6 +106,13 @@ def test_usual_length_is_a_verdict_and_no_demand() -> None:
     usual = [grade([prompt()], [answer()], lengths)[0] for lengths in ((100, 200), (300, 400), (10, 50))]
     assert [record["verdicts"]["usual_length"] for record in usual] == [True, False, False]
     assert all(record["passed"] for record in usual)
+
+
+def test_every_boolean_verdict_has_a_label() -> None:
+    (record,) = grade([prompt()], [answer()], (100, 200))
+    boolean = {name for name, value in record["verdicts"].items() if isinstance(value, bool)}
+    assert "no_loop" in boolean
+    assert boolean <= set(LABELS)
 
 
 @given(st.text(max_size=200), st.sampled_from(["stop", "length"]))

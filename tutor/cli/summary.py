@@ -13,7 +13,7 @@ from typing import Any
 
 from tutor.artifacts.layout import STAGE_FOLDERS, BuildFolder
 from tutor.artifacts.manifest import read_manifest
-from tutor.graders.verdict import LABELS
+from tutor.graders.labels import LABELS
 from tutor.prompt import display_text
 from tutor.recipe.settings import Recipe
 from tutor.stages.parity.gate import parity_table

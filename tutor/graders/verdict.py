@@ -32,21 +32,6 @@ FORM_REASONS = {
 CODE_VERDICTS = ("compiles", "expected")
 """Verdicts on code and words, for prompts that state an expectation."""
 
-LABELS = {
-    "passed": "all that was asked",
-    "spanish": "in Spanish",
-    "stopped": "stopped by itself",
-    "answered": "not empty",
-    "code_block": "with code",
-    "fences_closed": "code fences closed",
-    "no_loop": "without a loop",
-    "no_leak": "no template text",
-    "usual_length": "length as trained",
-    "compiles": "code compiles",
-    "expected": "as expected",
-}
-"""Texts of the boolean verdicts, true is good, in the order in which they are shown."""
-
 
 def grade(
     prompts: Sequence[Mapping[str, Any]], answers: Sequence[Record], lengths: tuple[int, int] | None = None

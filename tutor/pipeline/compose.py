@@ -18,7 +18,7 @@ from typing import Any
 
 from tutor.artifacts.layout import BuildFolder
 from tutor.errors import HostError, ServiceError
-from tutor.graders.verdict import LABELS
+from tutor.graders.labels import LABELS
 from tutor.machine import preflight
 from tutor.pipeline.logged_command import StackError, run_logged
 from tutor.pipeline.runner import announced

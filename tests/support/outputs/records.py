@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tutor.graders.verdict import LABELS
+from tutor.graders.labels import LABELS
 
 PROMPTS = [
     {"instruction": f"¿{number}?", "category": "definicion" if number % 2 else "ejemplo"} for number in range(20)

@@ -19,7 +19,7 @@ from tutor.formats.rows.jsonl import read_values
 from tutor.formats.rows.recipe_files import EVALUATION_LIMITS, evaluation_files
 from tutor.formats.rows.rows import PromptRow, parse_row
 from tutor.graders.copied_text import longest_copies
-from tutor.graders.verdict import LABELS
+from tutor.graders.labels import LABELS
 from tutor.stages.evaluate.intervals import NO_DIFFERENCE, conclude, paired_values
 
 if TYPE_CHECKING:

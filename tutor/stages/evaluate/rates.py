@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tutor.graders.verdict import LABELS
+from tutor.graders.labels import LABELS
 from tutor.stages.evaluate.intervals import conclude, paired_verdicts, wilson
 
 BY_KIND = ("passed", "spanish", "stopped", "compiles")

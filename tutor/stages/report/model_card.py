@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tutor.formats.models.base_source import HUB
-from tutor.graders.verdict import LABELS
+from tutor.graders.labels import LABELS
 from tutor.prompt import CUE, QUESTION, STOPS
 from tutor.stages.report.tables import megabytes, percent
 from tutor.stages.report.view import StageOutputs

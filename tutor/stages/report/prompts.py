@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tutor.formats.markdown import fenced_blocks
-from tutor.graders.verdict import LABELS
+from tutor.graders.labels import LABELS
 
 Json = Mapping[str, Any]
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tutor.graders.verdict import LABELS
+from tutor.graders.labels import LABELS
 from tutor.stages.report import charts
 
 Json = Mapping[str, Any]
