@@ -156,9 +156,12 @@ def rival(name: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
     quiet()
     import train_rivals
 
+    from tutor.formats.models.model_folder import read_facts
     from tutor.machine.device import choose_precision
+    from tutor.machine.memory.shapes import read_shape
 
-    precision = choose_precision(options.precision)
+    shape = read_shape(read_facts(work / "base")[1])
+    precision = choose_precision(options.precision, shape).precision
     settings = recipe(options, work).train
     times, losses = train_rivals.train(name, options, settings, work, precision)
     return measured(times, losses, options, work, precision)

@@ -10,8 +10,9 @@ from support.files import write_rows
 from support.models.workloads import LARGE
 
 from tutor.errors import HostError
-from tutor.machine import capacity, host
-from tutor.machine.device import DeviceMemory
+from tutor.machine import capacity, host, run_cost
+from tutor.machine.device import DeviceMemory, PrecisionChoice
+from tutor.machine.matmul_rate import MatmulRates
 from tutor.machine.memory.plan import MemoryRequest
 from tutor.machine.memory.shapes import SHAPES
 from tutor.pipeline import runner
@@ -188,6 +189,48 @@ def test_long_training_on_a_cpu_is_a_warning(machine, roomy, based_on, recipe_fi
         if host.memory().total > 20e9:
             capacity.refuse_training(recipe, tmp_path, LARGE, None)
             assert "training on this CPU takes about" in caplog.text
+
+
+def test_forecast_of_a_training_follows_the_measured_rate(machine, based_on, tmp_path, monkeypatch):
+    rows = [{"instruction": f"¿{number}?", "response": "a" * 1000} for number in range(300)]
+    recipe = based_on("tiny")
+    write_rows(recipe.path.with_name("tutor.jsonl"), rows)
+    found = []
+    for rates in (MatmulRates(1e9, 2e9), MatmulRates(1e9, 4e9), MatmulRates(4e9, 1e9, measured=False)):
+        monkeypatch.setattr(capacity, "find_rates", lambda *_, rates=rates: rates)
+        found.append(capacity.forecast_run(recipe, tmp_path, SHAPES["tiny"], None))
+    slow, fast, guessed = (forecast["seconds"]["train"] - run_cost.STARTUP_SECONDS for forecast in found)
+    assert slow == pytest.approx(2 * fast)
+    assert guessed == pytest.approx(fast)
+    assert [forecast["precision"]["precision"] for forecast in found] == ["fp32", "fp32", "bf16"]
+    assert [forecast["precision"]["measured"] for forecast in found] == [True, True, False]
+    assert found[0]["precision"]["matmul_gflops"] == {"bf16": 1.0, "fp32": 2.0}
+
+
+def test_forecast_on_a_gpu_measures_no_cpu(machine, based_on, tmp_path, monkeypatch):
+    machine.gpu(24, name="NVIDIA A100")
+    monkeypatch.setattr(capacity, "find_rates", None)
+    forecast = capacity.forecast_run(based_on(), tmp_path, LARGE, host.gpus()[0])
+    assert forecast["precision"] == {
+        "precision": "bf16",
+        "precision_reason": "GPU",
+        "matmul_gflops": None,
+        "measured": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("total", "precision", "reason"), [(64, "fp32", "rates"), (24, "bf16", "memory"), (8, "fp32", "rates")]
+)
+def test_bf16_is_taken_where_fp32_does_not_fit(based_on, total, precision, reason):
+    """The 8B in 16 bits takes about 18 GB, in fp32 twice as much."""
+    memory = DeviceMemory(total * GIB, total * GIB, "this machine", gpu=False)
+    settings = based_on(quantization="none", max_length=64).train
+    choice = PrecisionChoice("fp32", "rates", MatmulRates(1e11, 2e11))
+    found = capacity.fit_precision(choice, LARGE, settings, None, memory)
+    assert (found.precision, found.reason) == (precision, reason)
+    of_the_recipe = PrecisionChoice("fp32", "setting")
+    assert capacity.fit_precision(of_the_recipe, LARGE, settings, None, memory) == of_the_recipe
 
 
 def test_full_disk_is_refused_with_the_stages_sizes(machine, based_on, tmp_path, monkeypatch):

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 from support.files import write_rows
 from support.models.tiny_models import base_stage, recipe
+from support.models.workloads import LARGE
 
 from tutor.errors import HostError, RecipeError
 from tutor.formats.models.model_folder import load_tokenizer
 from tutor.machine import capacity
-from tutor.machine.device import DeviceMemory
+from tutor.machine.device import DeviceMemory, PrecisionChoice
+from tutor.machine.matmul_rate import MatmulRates
 from tutor.machine.memory.batching import split_step
 from tutor.machine.memory.shapes import SHAPES
 from tutor.stages.train.audit import encode_rows
@@ -45,6 +47,49 @@ def test_plan_counts_rows_and_cuts_them_at_max_length(inputs, tmp_path):
     assert cut.batches.tokens == 32 * cut.batches.rows < long.batches.tokens
 
 
+@pytest.fixture
+def cpu(monkeypatch: pytest.MonkeyPatch) -> list[MatmulRates]:
+    """A CPU with 24 GiB whose rates are taken from the end of this list."""
+    memory = DeviceMemory(20 << 30, 24 << 30, "this machine", gpu=False)
+    monkeypatch.setattr("tutor.machine.device.training_memory", lambda: memory)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    rates: list[MatmulRates] = []
+    monkeypatch.setattr("tutor.machine.device.find_rates", lambda shape, processor: rates.pop())
+    return rates
+
+
+def test_plan_computes_in_the_faster_precision_and_logs_both(inputs, tmp_path, caplog, cpu):
+    cpu[:] = [MatmulRates(9e11, 2e11), MatmulRates(1.56e11, 2.88e11)]
+    with caplog.at_level("INFO"):
+        slow, fast = (capacity.plan_training(recipe(tmp_path / "r.toml"), inputs) for _ in range(2))
+    assert (slow.precision, slow.choice.reason) == ("fp32", "rates")
+    assert (fast.precision, fast.choice.reason) == ("bf16", "rates")
+    lines = [line for line in caplog.messages if "matrix products" in line]
+    assert lines[0] == "computing in fp32: matrix products reach 288 GFLOP/s in fp32, 156 in bf16"
+    assert len(lines) == 2
+
+
+def test_plan_keeps_the_precision_of_a_checkpoint_unmeasured(inputs, tmp_path, caplog, cpu):
+    with caplog.at_level("INFO"):
+        plan = capacity.plan_training(recipe(tmp_path / "r.toml"), inputs, "bf16")
+    assert (plan.precision, plan.choice) == ("bf16", PrecisionChoice("bf16", "checkpoint"))
+    assert "computing in bf16 as in the checkpoint" in caplog.messages
+
+
+def test_plan_prefers_the_recipes_precision_to_a_checkpoints(inputs, tmp_path, cpu):
+    plan = capacity.plan_training(recipe(tmp_path / "r.toml", train={"precision": "fp32"}), inputs, "bf16")
+    assert (plan.precision, plan.choice.reason) == ("fp32", "setting")
+
+
+def test_plan_takes_bf16_where_only_that_fits(inputs, tmp_path, caplog, cpu, monkeypatch):
+    cpu[:] = [MatmulRates(1e11, 2e11)]
+    monkeypatch.setattr(capacity, "read_shape", lambda folder: LARGE)
+    with caplog.at_level("INFO"):
+        plan = capacity.plan_training(recipe(tmp_path / "r.toml", train={"quantization": "none"}), inputs)
+    assert plan.choice == PrecisionChoice("bf16", "memory", MatmulRates(1e11, 2e11))
+    assert any(line.startswith("computing in bf16, because fp32 does not fit") for line in caplog.messages)
+
+
 def test_plan_that_does_not_fit_is_refused(inputs, tmp_path, monkeypatch):
     memory = DeviceMemory(10**6, 10**6, "this machine", gpu=False)
     monkeypatch.setattr("tutor.machine.device.training_memory", lambda: memory)
@@ -63,8 +108,12 @@ def test_plan_for_ranks_that_cannot_share_a_step_is_refused(inputs, tmp_path, mo
     [{}, {"quantization": "auto", "gradient_checkpointing": True}, {"packing": False, "batch_size": 3, "dropout": 0.0}],
     ids=["packed", "checkpointing", "padded"],
 )
-def test_forecast_and_training_plan_agree(changes: dict[str, Any], tiny: Path, tmp_path: Path) -> None:
+def test_forecast_and_training_plan_agree(
+    changes: dict[str, Any], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before the base exists, the forecast has only the characters of the rows."""
+    for module in ("capacity", "device"):
+        monkeypatch.setattr(f"tutor.machine.{module}.find_rates", lambda *_: MatmulRates(2e11, 3e11))
     rows = [{"instruction": f"¿Qué es {'x' * number}?", "response": "Un tipo. " * (1 + number)} for number in range(12)]
     for name, part in (("train", rows[:9]), ("held_out", rows[9:])):
         path = tmp_path / "r" / "data" / f"{name}.jsonl"

@@ -7,8 +7,16 @@ import pytest
 
 from tutor.errors import HostError
 from tutor.machine import device
-from tutor.machine.device import choose_precision, decide_precision, refuse_precision
-from tutor.machine.host import Gpu, Processor
+from tutor.machine.device import (
+    BF16_GAIN,
+    PrecisionChoice,
+    choose_precision,
+    decide_precision,
+    recorded_precision,
+    refuse_precision,
+)
+from tutor.machine.matmul_rate import MatmulRates
+from tutor.machine.memory.shapes import SHAPES
 
 
 @pytest.mark.parametrize(
@@ -39,34 +47,35 @@ def test_training_memory_of_this_process_is_plausible() -> None:
     assert 10**8 < memory.available <= memory.total < 10**14
 
 
-CPU = Processor("a processor", 2, ("avx2",))
-
-
-def test_auto_precision_without_bf16_is_fp16_or_fp32(based_on):
-    train = based_on().train
-    old = Gpu(0, "T4", "580", (7, 5), 1, 1)
-    assert device.precision_on(train.precision, old, CPU) == "fp16"
-    assert device.precision_on(train.precision, None, CPU) == "fp32"
-    assert device.precision_on(train.precision, None, Processor("x", 2, ("bf16",))) == "bf16"
+@pytest.mark.parametrize(
+    ("bf16", "fp32", "chosen"),
+    [
+        (927e9, 219e9, "bf16"),  # AVX-512 bf16 without AMX, measured
+        (156e9, 288e9, "fp32"),  # AVX-512 bf16 without AMX too, on another processor
+        (BF16_GAIN * 100e9, 100e9, "bf16"),
+        (BF16_GAIN * 100e9 - 1, 100e9, "fp32"),
+        (100e9, 100e9, "fp32"),
+    ],
+)
+def test_auto_precision_of_a_cpu_follows_its_rates(bf16: float, fp32: float, chosen: str) -> None:
+    rates = MatmulRates(bf16, fp32)
+    assert decide_precision("auto", None, rates) == PrecisionChoice(chosen, "rates", rates)
 
 
 @pytest.mark.parametrize(
-    ("capability", "cpu_bf16", "chosen"),
-    [
-        (None, True, "bf16"),
-        (None, False, "fp32"),
-        ((7, 0), True, "fp16"),
-        ((7, 5), True, "fp16"),
-        ((8, 0), False, "bf16"),
-        ((8, 9), False, "bf16"),
-        ((9, 0), False, "bf16"),
-        ((12, 0), False, "bf16"),
-    ],
+    ("capability", "chosen"),
+    [((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((8, 9), "bf16"), ((9, 0), "bf16"), ((12, 0), "bf16")],
 )
-def test_auto_precision_is_native_to_the_machine(capability: Any, cpu_bf16: Any, chosen: str) -> None:
-    assert decide_precision("auto", capability, cpu_bf16=cpu_bf16) == chosen
-    for wanted in ("fp32", "bf16" if chosen == "bf16" else "fp32"):
-        assert decide_precision(wanted, capability, cpu_bf16=cpu_bf16) == wanted
+def test_auto_precision_of_a_gpu_follows_its_capability(capability: tuple[int, int], chosen: str) -> None:
+    assert decide_precision("auto", capability, None) == PrecisionChoice(chosen, "GPU")
+
+
+@pytest.mark.parametrize(
+    ("setting", "capability"), [("fp32", None), ("bf16", None), ("fp16", (9, 0)), ("fp32", (7, 5))]
+)
+def test_precision_of_the_recipe_is_kept_for_any_rates(setting: str, capability: Any) -> None:
+    slow = MatmulRates(1e9, 1e9)
+    assert decide_precision(setting, capability, slow) == PrecisionChoice(setting, "setting", slow)
 
 
 def test_precision_unknown_to_the_machine_raises_error() -> None:
@@ -77,13 +86,41 @@ def test_precision_unknown_to_the_machine_raises_error() -> None:
         refuse_precision("bf16", (7, 5))
     for setting, capability in (("fp16", (9, 0)), ("bf16", (8, 0)), ("bf16", None), ("auto", (7, 0)), ("fp32", None)):
         refuse_precision(setting, capability)
-    assert decide_precision("fp16", (9, 0), cpu_bf16=True) == "fp16"
 
 
-def test_auto_precision_on_this_cpu_is_bf16_only_if_native() -> None:
+def test_choice_on_this_cpu_measures_only_for_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    flags = Path("/proc/cpuinfo").read_text()
-    native = any(name in flags.split() for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    assert choose_precision("auto") == ("bf16" if native else "fp32")
+    fast, measured = MatmulRates(900e9, 200e9), []
+
+    def find_rates(shape: Any, processor: Any) -> MatmulRates:
+        measured.append(shape)
+        return fast
+
+    monkeypatch.setattr(device, "find_rates", find_rates)
+    assert choose_precision("fp32", SHAPES["tiny"]) == PrecisionChoice("fp32", "setting")
+    assert measured == []
+    assert choose_precision("auto", SHAPES["tiny"]) == PrecisionChoice("bf16", "rates", fast)
+    assert measured == [SHAPES["tiny"]]
+
+
+def test_choice_is_one_line_with_both_rates_and_a_record() -> None:
+    choice = PrecisionChoice("fp32", "rates", MatmulRates(156.24e9, 288e9))
+    assert str(choice) == "computing in fp32: matrix products reach 288 GFLOP/s in fp32, 156 in bf16"
+    assert choice.record == {
+        "precision": "fp32",
+        "precision_reason": "rates",
+        "matmul_gflops": {"bf16": 156.2, "fp32": 288.0},
+    }
+    assert str(PrecisionChoice("bf16", "checkpoint")) == "computing in bf16 as in the checkpoint"
+    assert PrecisionChoice("bf16", "checkpoint").record["matmul_gflops"] is None
+
+
+@pytest.mark.parametrize(
+    ("reason", "expected"),
+    [("rates", "bf16"), ("memory", "bf16"), ("checkpoint", "bf16"), ("GPU", None), ("setting", None), (None, None)],
+)
+def test_recorded_precision_is_a_cpus_own_choice(reason: str | None, expected: str | None) -> None:
+    results = {"precision": "bf16"} | ({"precision_reason": reason} if reason else {})
+    assert recorded_precision(results) == expected

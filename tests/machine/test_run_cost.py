@@ -9,6 +9,7 @@ from support.models.workloads import ATTENTION, DEMO, LARGE
 from tutor.errors import HostError
 from tutor.formats.models import base_source
 from tutor.machine import host, run_cost
+from tutor.machine.matmul_rate import MatmulRates
 from tutor.machine.memory.estimate import trainable_parameters
 from tutor.machine.run_cost import RunWorkload, disk_bytes, estimate_seconds, gguf_bytes
 from tutor.recipe.quantizations import F16, KINDS
@@ -97,6 +98,12 @@ def test_seconds_of_the_8b_match_measurements():
 )
 def test_gpu_rate_of_known_gpus_is_found_by_name(name, card):
     assert run_cost.gpu_rate(name) == run_cost.GPU_SHARE * run_cost.PEAK_RATES[card]
+
+
+def test_cpu_rate_is_a_share_of_the_precisions_rate():
+    rates = MatmulRates(bf16=2e12, fp32=1e12)
+    assert run_cost.cpu_rate("fp32", rates) == run_cost.CPU_SHARE * 1e12
+    assert run_cost.cpu_rate("bf16", rates) == run_cost.CPU_SHARE * 2e12
 
 
 def test_gpu_rate_of_unknown_gpu_is_none():

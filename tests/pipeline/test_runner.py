@@ -262,26 +262,49 @@ def test_run_one_with_a_stale_input_warns(recipe_file, build, caplog):
     assert "base is out of date with the recipe or its inputs; for the reason: tutor why base" in caplog.text
 
 
-def test_run_one_hands_the_train_stage_one_plan(recipe_file, build, monkeypatch):
-    """The plan is made once, from the folders of its inputs; the stage gets that object."""
-    recipe, plan, asked, given = read_recipe(recipe_file), object(), [], []
+@pytest.fixture
+def trains(build, monkeypatch) -> tuple[list[Any], list[Any]]:
+    """A train stage that can run: what its plan is made from, and the plans that it gets."""
+    asked, given = [], []
     with writing(build / "small" / "base", "base", {}) as (out, _):
         (out / "model.txt").write_text("weights")
 
-    def plan_training(recipe: Recipe, inputs: dict[str, Path]) -> object:
-        asked.append(sorted(inputs))
-        return plan
+    def plan_training(recipe: Recipe, inputs: dict[str, Path], saved_precision: str | None) -> str:
+        asked.append((sorted(inputs), saved_precision))
+        return "the plan"
 
     def run(recipe: Recipe, inputs: dict[str, Path], out: Path, plan: object) -> dict[str, Any]:
         given.append(plan)
+        out.mkdir(exist_ok=True)
         (out / "adapter.txt").write_text("adapter")
         return {}
 
     monkeypatch.setattr(capacity, "plan_training", plan_training)
     monkeypatch.setattr(type(BY_NAME["train"]), "module", SimpleNamespace(run=run))
-    assert run_one("train", recipe, build)
-    assert asked == [["base", "data"]]
-    assert given == [plan]
+    return asked, given
+
+
+def test_run_one_hands_the_train_stage_one_plan(recipe_file, build, trains):
+    """The plan is made once, from the folders of its inputs; the stage gets that object."""
+    assert run_one("train", read_recipe(recipe_file), build)
+    assert trains == ([(["base", "data"], None)], ["the plan"])
+
+
+def test_plan_of_a_resumed_training_gets_its_precision(recipe_file, build, trains):
+    saved = build / "small" / "adapter.checkpoints" / "checkpoint-5"
+    with writing(saved, "train", {"device": "cpu", "precision": "bf16"}) as (out, _):
+        (out / "trainer_state.json").write_text("{}")
+    assert run_one("train", read_recipe(recipe_file), build)
+    assert trains[0] == [(["base", "data"], "bf16")]
+
+
+def test_other_ranks_train_with_the_plan_of_rank_0(recipe_file, build, trains, monkeypatch):
+    """One rank measures and decides: another may find other rates."""
+    sent = ({}, build / "small" / "adapter.partial", {"plan": "rank 0's plan"})
+    monkeypatch.setattr(runner.distributed, "is_main_process", lambda: False)
+    monkeypatch.setattr(runner.distributed, "broadcast", lambda value=None: sent)
+    assert run_one("train", read_recipe(recipe_file), build)
+    assert trains == ([], ["rank 0's plan"])
 
 
 def test_run_one_ignores_damage_of_a_stage_it_does_not_need(recipe_file, tmp_path):

@@ -1,15 +1,15 @@
 """Whether a recipe fits this machine, its memory and its disks, and the plan of its training.
 
 In: a recipe, a build folder, what host.py finds. Out: a forecast of bytes and seconds, a HostError that names a setting
-that fits, or the `TrainingPlan` for the train stage. A forecast needs no torch and no fetched base; where the base's
-shape is unknown before it is fetched, nothing is refused. Runs no stage.
+that fits, or the `TrainingPlan` for the train stage. A forecast needs no fetched base, and torch only to measure the
+CPU; where the base's shape is unknown before it is fetched, nothing is refused. Runs no stage.
 """
 
 import contextlib
 import json
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from tutor.formats.models.base_source import HUB, PACKAGE, hub_snapshot, source_
 from tutor.formats.models.gguf import read_gguf
 from tutor.formats.models.model_folder import read_facts
 from tutor.machine import device, distributed, host, run_cost
-from tutor.machine.device import DeviceMemory
+from tutor.machine.device import DeviceMemory, PrecisionChoice
 from tutor.machine.host import MIB
+from tutor.machine.matmul_rate import find_rates
 from tutor.machine.memory import estimate
 from tutor.machine.memory import plan as memory_plan
 from tutor.machine.memory.estimate import StepWorkload, gb, parts_line
@@ -53,6 +54,7 @@ class MemoryForecast:
     memory: DeviceMemory
     change: Mapping[str, str | int] | None  # settings that make all parts, or at least the certain ones, fit
     rows: RowLengths | None = None
+    choice: PrecisionChoice | None = None
 
     @property
     def gpu(self) -> bool:
@@ -113,7 +115,9 @@ def forecast_seconds(
 ) -> dict[str, float | None]:
     """Rough seconds by stage on this machine; None where no rate is known."""
     cores = host.processor().cores
-    rate = run_cost.gpu_rate(gpu.name) if gpu else cores * run_cost.CPU_RATES.get(forecast.step.precision, 0)
+    rates = forecast.choice.rates if forecast.choice else None
+    on_cpu = run_cost.cpu_rate(forecast.step.precision, rates) if rates else None
+    rate = run_cost.gpu_rate(gpu.name) if gpu else on_cpu
     work = run_cost.run_workload(recipe, shape, forecast.rows, checkpointing=forecast.step.checkpointing)
     return run_cost.estimate_seconds(shape, work, rate if forecast.rows else None, cores)
 
@@ -141,8 +145,10 @@ def forecast_memory(recipe: Recipe, build: Path, shape: Shape, gpu: host.Gpu | N
     """Forecast of a recipe's training on a GPU or, without one, on the CPU, from what is known of its rows."""
     memory = device.reported_memory(gpu)
     rows = find_row_lengths(recipe, build, BuildFolder(build, recipe.name).stage("base"))
-    precision = device.precision_on(recipe.train.precision, gpu, host.processor())
-    request = request_of(shape, recipe.train, precision, rows, memory)
+    rates = None if gpu else find_rates(shape, host.processor())
+    choice = device.decide_precision(recipe.train.precision, gpu.capability if gpu else None, rates)
+    choice = fit_precision(choice, shape, recipe.train, rows, memory)
+    request = request_of(shape, recipe.train, choice.precision, rows, memory)
     step = memory_plan.decide(shape, request, memory.available)
     allowed = {*TrainSettings.model_fields, "max_memory.gpu"}
     if (main := host.memory()) is None or main.total < estimate.layer_bytes(shape, "nf4", 2) * shape.layers:
@@ -157,7 +163,22 @@ def forecast_memory(recipe: Recipe, build: Path, shape: Shape, gpu: host.Gpu | N
             return estimate.certain_bytes(parts, gpu=step.gpu)
 
         change = memory_plan.suggest_settings(shape, step, memory.total, allowed, certain)
-    return MemoryForecast(step, request, estimate.memory(shape, step), memory, change, rows)
+    return MemoryForecast(step, request, estimate.memory(shape, step), memory, change, rows, choice)
+
+
+def fit_precision(
+    choice: PrecisionChoice, shape: Shape, settings: TrainSettings, rows: RowLengths | None, memory: DeviceMemory
+) -> PrecisionChoice:
+    """The choice, or bf16 where fp32 is only the faster one and main memory has too little for it, but not for bf16."""
+
+    def fits(precision: str) -> bool:
+        request = request_of(shape, settings, precision, rows, memory)
+        parts = estimate.memory(shape, memory_plan.decide(shape, request, memory.available))
+        return estimate.certain_bytes(parts, gpu=memory.gpu) <= memory.total
+
+    if (choice.precision, choice.reason) != ("fp32", "rates") or fits("fp32") or not fits("bf16"):
+        return choice
+    return replace(choice, precision="bf16", reason="memory")
 
 
 def request_of(
@@ -169,26 +190,35 @@ def request_of(
     return memory_plan.memory_request(settings, precision, largest, longest, on_gpu=memory.gpu)
 
 
-def plan_training(recipe: Recipe, inputs: Mapping[str, Path]) -> TrainingPlan:
+def plan_training(recipe: Recipe, inputs: Mapping[str, Path], saved_precision: str | None = None) -> TrainingPlan:
     """The plan of a training on this process's device, from the folders of the stages `base` and `data`; needs torch.
 
-    It can be exact only now: the rows are counted with the base's tokenizer. Raises HostError when it cannot fit.
+    It can be exact only now: the rows are counted with the base's tokenizer. `saved_precision` is that of a checkpoint
+    from a CPU, which "auto" keeps there: another measurement must not end a training. Raises HostError when it cannot
+    fit.
     """
     settings = recipe.train
-    precision = device.choose_precision(settings.precision)
-    rows = count_rows(recipe, inputs["data"], inputs["base"])
     memory = device.training_memory()
+    shape = read_shape(read_facts(inputs["base"])[1])
+    if saved_precision and settings.precision == "auto" and not memory.gpu:
+        choice = PrecisionChoice(saved_precision, "checkpoint")
+    else:
+        choice = device.choose_precision(settings.precision, shape)
+    rows = count_rows(recipe, inputs["data"], inputs["base"])
+    choice = fit_precision(choice, shape, settings, rows, memory)
     if settings.max_memory.gpu and not memory.gpu:
         log.warning("train.max_memory has no effect without a GPU: all of the base is in RAM")
-    shape = read_shape(read_facts(inputs["base"])[1])
-    return memory_plan.plan_training(shape, settings, precision, rows, memory, distributed.world_size())
+    if not memory.gpu:
+        log.info("%s", choice)
+    plan = memory_plan.plan_training(shape, settings, choice.precision, rows, memory, distributed.world_size())
+    return replace(plan, choice=choice)
 
 
 def forecast_run(recipe: Recipe, build: Path, shape: Shape | None, gpu: host.Gpu | None) -> dict[str, Any]:
     """Memory by part, disk and seconds by stage that a recipe takes here; nulls where they cannot be estimated."""
     result: dict[str, Any] = {"path": str(recipe.path), "base": recipe.base.source, "parameters": None}
     if shape is None:
-        return {**result, "memory": None, "disk": None, "seconds": None, "measured": []}
+        return {**result, "memory": None, "disk": None, "seconds": None, "measured": [], "precision": None}
     forecast = forecast_memory(recipe, build, shape, gpu)
     measured = measured_seconds(recipe, build)
     roughly = forecast_seconds(recipe, shape, forecast, gpu)
@@ -213,7 +243,13 @@ def forecast_run(recipe: Recipe, build: Path, shape: Shape | None, gpu: host.Gpu
             name: measured.get(name, roughly.get(name)) for name in TIMED_STAGES if name in {**roughly, **measured}
         },
         "measured": list(measured),
+        "precision": _precision_record(forecast.choice) if forecast.choice else None,
     }
+
+
+def _precision_record(choice: PrecisionChoice) -> dict[str, Any]:
+    """The precision of a forecast, with the rates of the CPU that its times come from."""
+    return {**choice.record, "measured": choice.rates.measured if choice.rates else None}
 
 
 def measured_seconds(recipe: Recipe, build: Path) -> dict[str, float]:

@@ -1,22 +1,29 @@
 """The device that computes: the precision it computes in, and the memory that is available for models.
 
-In: a recipe's setting, the GPU and processor that host.py finds, PyTorch's view of this process. Out: plain values, or
-a HostError. The only decisions about precision and available memory. torch and psutil are imported where a function
+In: a recipe's setting, the GPU that host.py finds, the CPU's rates, PyTorch's view of this process. Out: plain values,
+or a HostError. The only decisions about precision and available memory. torch and psutil are imported where a function
 needs this process's own device. Does not estimate what a model takes: memory/estimate.py does.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from tutor.errors import HostError
 from tutor.machine import distributed, host
-from tutor.machine.host import CUDA_CONTEXT, Gpu, Processor, dotted
+from tutor.machine.host import CUDA_CONTEXT, Gpu, dotted
+from tutor.machine.matmul_rate import MatmulRates, find_rates
+from tutor.machine.memory.shapes import Shape
 
 CUDA_CAPABILITY = (7, 5)
 """Minimum compute capability of the pinned CUDA 13 wheels."""
 
 BF16_CAPABILITY = (8, 0)
 """Minimum compute capability with native bf16; PyTorch's is_bf16_supported() accepts emulation (docs/facts.md, 4)."""
+
+BF16_GAIN = 1.5
+"""Minimum rate of matrix products in bf16, as a multiple of fp32's, for bf16 on a CPU."""
 
 UNLIMITED = 1 << 62
 """Bytes that stand for memory of unknown size."""
@@ -32,31 +39,57 @@ class DeviceMemory:
     gpu: bool
 
 
-def choose_precision(setting: str) -> str:
-    """bf16, fp16 or fp32 for train.precision on PyTorch's device. Raises HostError where the device lacks it."""
+@dataclass(frozen=True)
+class PrecisionChoice:
+    """The precision that a device computes in, and why."""
+
+    precision: str  # bf16, fp16 or fp32
+    reason: Literal["setting", "GPU", "checkpoint", "record", "rates", "memory"]
+    rates: MatmulRates | None = None  # of the CPU; None: they decided nothing
+
+    def __str__(self) -> str:
+        because = {"checkpoint": " as in the checkpoint", "memory": ", because fp32 does not fit into memory"}
+        rates = f": matrix products reach {self.rates}" if self.rates else ""
+        return f"computing in {self.precision}{because.get(self.reason, '')}{rates}"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The choice as results of a stage."""
+        rates = self.rates.gflops if self.rates else None
+        return {"precision": self.precision, "precision_reason": self.reason, "matmul_gflops": rates}
+
+
+def choose_precision(setting: str, shape: Shape) -> PrecisionChoice:
+    """The precision for train.precision on PyTorch's device; "auto" measures the CPU.
+
+    Raises HostError where the device lacks the precision.
+    """
     import torch
 
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     refuse_precision(setting, capability)
-    return decide_precision(setting, capability, cpu_bf16=host.processor().multiplies_bf16)
+    measures = setting == "auto" and capability is None
+    return decide_precision(setting, capability, find_rates(shape, host.processor()) if measures else None)
 
 
-def precision_on(setting: str, gpu: Gpu | None, cpu: Processor) -> str:
-    """bf16, fp16 or fp32 for train.precision on this GPU, or without one on this CPU; refuses nothing."""
-    return decide_precision(setting, gpu.capability if gpu else None, cpu_bf16=cpu.multiplies_bf16)
+def decide_precision(setting: str, capability: tuple[int, int] | None, rates: MatmulRates | None) -> PrecisionChoice:
+    """The setting, or for "auto" the fastest precision that the device computes natively; refuses nothing.
 
-
-def decide_precision(setting: str, capability: tuple[int, int] | None, *, cpu_bf16: bool) -> str:
-    """The setting, or for "auto" what the device computes natively.
-
-    `capability` is the GPU's compute capability, None without a GPU; `cpu_bf16` whether the CPU has bf16 instructions.
-    A GPU without bf16 computes in fp16, with loss scaling and fp32 adapters; a CPU without bf16 in fp32.
+    `capability` is the GPU's compute capability, None without a GPU; then `rates` decide. A GPU without bf16 computes
+    in fp16, with loss scaling and fp32 adapters.
     """
     if setting != "auto":
-        return setting
-    if capability is None:
-        return "bf16" if cpu_bf16 else "fp32"
-    return "bf16" if capability >= BF16_CAPABILITY else "fp16"
+        return PrecisionChoice(setting, "setting", rates)
+    if capability is not None:
+        return PrecisionChoice("bf16" if capability >= BF16_CAPABILITY else "fp16", "GPU")
+    assert rates is not None, "without a GPU the rates of the CPU decide"
+    return PrecisionChoice("bf16" if rates.bf16 >= BF16_GAIN * rates.fp32 else "fp32", "rates", rates)
+
+
+def recorded_precision(results: Mapping[str, Any]) -> str | None:
+    """The precision that a training on a CPU chose itself, from the results of its stage; None: there is none."""
+    own = results.get("precision_reason") in ("checkpoint", "rates", "memory")
+    return str(results["precision"]) if own else None
 
 
 def refuse_precision(setting: str, capability: tuple[int, int] | None, name: str = "this GPU") -> None:

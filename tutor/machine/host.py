@@ -35,7 +35,7 @@ GPU_FIELDS = ("index", "uuid", "name", "driver_version", "compute_cap", "memory.
 """Columns of the nvidia-smi query."""
 
 MATRIX_FEATURES = ("amx_bf16", "avx512_bf16", "bf16")
-"""Processor flags (x86, Arm) of bf16 multiplication; without one of them bf16 is slower than fp32."""
+"""Processor flags (x86, Arm) of bf16 multiplication; how fast it is has to be measured."""
 
 VECTOR_FEATURES = ("avx512f", "avx2", "asimd")
 """Processor flags (x86, Arm) of fast vector instructions."""
@@ -75,11 +75,6 @@ class Processor:
     name: str
     cores: int
     features: tuple[str, ...]  # only matrix and vector features
-
-    @property
-    def multiplies_bf16(self) -> bool:
-        """Whether bf16 is faster than fp32 on this processor."""
-        return any(name in self.features for name in MATRIX_FEATURES)
 
 
 def gpus() -> list[Gpu]:

@@ -17,6 +17,7 @@ from tutor.errors import HostError
 from tutor.formats.models.base_source import hub_cache, hub_snapshot
 from tutor.formats.models.served_quantization import possible_quantizations
 from tutor.machine import host
+from tutor.machine.matmul_rate import MatmulRates
 from tutor.machine.memory.estimate import ADAPTER_BYTES, OPTIMIZER_BYTES, gb, trainable_parameters
 from tutor.machine.memory.row_lengths import RowLengths
 from tutor.machine.memory.shapes import MATRIX_INPUTS, Shape
@@ -63,8 +64,8 @@ TOKEN_BYTES = 60
 CHECKPOINT_EXTRA = 2 << 20
 """Bytes of a checkpoint beside the adapter and the optimizer's moments."""
 
-CPU_RATES = {"bf16": 70e9, "fp32": 40e9}
-"""Floating-point operations per second and core of a training, by precision: the 135M on a core with AMX."""
+CPU_SHARE = 0.4
+"""Share of the CPU's rate of matrix products that a training reaches: the demo."""
 
 PEAK_RATES = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "T4": 65e12, "4090": 165e12}
 """Dense 16-bit operations per second of GPUs, from their data sheets."""
@@ -178,6 +179,11 @@ def estimate_seconds(
         + slow * shape.parameters / (QUANTIZE_RATE * cores),
         "evaluate": answers / (READ_RATE * cores),
     }
+
+
+def cpu_rate(precision: str, rates: MatmulRates) -> float:
+    """Floating-point operations per second of a training on a CPU with these rates of matrix products."""
+    return CPU_SHARE * (rates.fp32 if precision == "fp32" else rates.bf16)
 
 
 def gpu_rate(name: str) -> float | None:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tutor.artifacts.disk import remove
 from tutor.artifacts.hashing import cached_sha256, file_sha256, json_sha256
@@ -24,6 +24,9 @@ from tutor.errors import GateError, RecipeError
 from tutor.machine import distributed
 from tutor.pipeline.registry import BY_NAME, Stage
 from tutor.recipe.settings import Recipe
+
+if TYPE_CHECKING:
+    from tutor.machine.memory.plan import TrainingPlan
 
 log = logging.getLogger(__name__)
 
@@ -223,8 +226,6 @@ def _refuse_system(recipe: Recipe) -> None:
 
 
 def _run(state: State, recipe: Recipe, build: Path) -> None:
-    from tutor.machine import capacity
-
     stage, made = state.stage, BuildFolder(build, recipe.name)
     for need in stage.needs:  # a folder may have been removed since its stage ran
         require_stage(made.stage(need), need)
@@ -234,9 +235,17 @@ def _run(state: State, recipe: Recipe, build: Path) -> None:
         inputs = {need: made.stage(need) for need in stage.needs}
         inputs |= {name: made.path / name for name in stage.reads}
         # Made only now: the rows are counted with the base's tokenizer. The stage decides nothing about memory.
-        extra = {"plan": capacity.plan_training(recipe, inputs)} if stage.takes_plan else {}
+        extra = {"plan": _plan(recipe, inputs, state.folder)} if stage.takes_plan else {}
         distributed.broadcast((inputs, out, extra))
         results.update(stage.module.run(recipe, inputs, out, **extra))
+
+
+def _plan(recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> "TrainingPlan":
+    """The plan of the train stage, which writes `folder`; it keeps the precision of the checkpoints there."""
+    from tutor.machine import capacity
+    from tutor.stages.train.checkpoint import saved_precision
+
+    return capacity.plan_training(recipe, inputs, saved_precision(checkpoint_folder(folder)))
 
 
 @contextmanager

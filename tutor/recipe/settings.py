@@ -94,6 +94,7 @@ class TrainSettings(Settings):
     )
     # Quantization of the frozen base. nf4 is double-quantized; auto: none where 16 bits fit, nf4 elsewhere.
     quantization: Literal["auto", "nf4", "int8", "none"] = "nf4"
+    # Of the computation. auto: by compute capability on a GPU; the faster of bf16 and fp32, measured, on a CPU.
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     batch_size: int = Field(1, ge=1)
     accumulation: int = Field(10, ge=1)

@@ -40,11 +40,10 @@ def open_engine(
             yield engine
     elif choice.engine == "hf" or choice.model == "adapter":
         from tutor.engines.hf.loading import load
-        from tutor.machine import device
 
         model, adapter = _folders(folder, choice.model)
         quantization = _quantization(folder, choice.model)
-        precision = device.choose_precision(recipe.train.precision)
+        precision = _precision(recipe, folder, model)
         yield load(model, adapter, quantization=quantization, precision=precision)
     else:
         from tutor.engines.llamacpp.server import serve as serve_gguf
@@ -93,7 +92,10 @@ def answer_dependencies(recipe: "Recipe", build: Path, choice: ModelChoice) -> d
         _folders(folder, choice.model)
         stages = {"base": ("base",), "tutor": ("merge",), "adapter": ("base", "train")}[choice.model]
         made = {name: require_stage(folder.stage(name), name).fingerprint for name in stages}
-        settings = {"quantization": _quantization(folder, choice.model), "precision": recipe.train.precision}
+        settings = {
+            "quantization": _quantization(folder, choice.model),
+            "precision": _trained_precision(recipe, folder),
+        }
         return {**made, **settings, **SourceTree(folder.hashes).provenance("engines/hf/loading.py").versions}
     from tutor.engines.llamacpp.build import build_key
 
@@ -128,3 +130,24 @@ def _quantization(folder: BuildFolder, model: str) -> Literal["nf4", "int8", "no
     if model == "tutor" or trained is None:
         return "none"
     return trained.results["quantization"]  # type: ignore[no-any-return] # the recipe can leave it to the stage
+
+
+def _precision(recipe: "Recipe", folder: BuildFolder, model: Path) -> str:
+    """Return the precision in which transformers computes: of a GPU by its capability, else as in training."""
+    import torch
+
+    from tutor.machine import device
+    from tutor.machine.memory.shapes import read_shape
+
+    trained = _trained_precision(recipe, folder)
+    setting = recipe.train.precision if torch.cuda.is_available() else trained
+    return device.choose_precision(setting, read_shape(model)).precision
+
+
+def _trained_precision(recipe: "Recipe", folder: BuildFolder) -> str:
+    """Return train.precision, or for auto what a training on a CPU has chosen, so that nothing is measured again."""
+    from tutor.machine.device import recorded_precision
+
+    trained = read_manifest(folder.stage("train"))
+    chosen = recorded_precision(trained.results) if trained else None
+    return chosen if chosen and recipe.train.precision == "auto" else recipe.train.precision

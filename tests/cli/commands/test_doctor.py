@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 from support.fakes.machine import Machine
 from support.processes.command import ROOT, environment
 
+MAIN = "from tutor.cli.main import main; main()"
 
-def run(*arguments: str | Path, machine: Machine, **env: str) -> "subprocess.CompletedProcess[str]":
-    code = "from tutor.cli.main import main; main()"
+
+def run(*arguments: str | Path, machine: Machine, code: str = MAIN, **env: str) -> "subprocess.CompletedProcess[str]":
     variables = {name: os.environ[name] for name in ("PATH", "HF_HOME", "OLLAMA_HOST")}
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
@@ -64,6 +66,17 @@ def test_doctor_estimates_a_fitting_recipe_by_part_and_stage(machine, recipe_fil
     assert (memory["device"], memory["fits"], memory["settings"]) == ("NVIDIA A100", True, {})
     assert set(value["recipe"]["disk"]) == {"base", "train", "merge", "convert", "publish"}
     assert {"train", "merge", "convert", "evaluate"} <= value["recipe"]["seconds"].keys()
+
+
+@pytest.mark.parametrize("torch", [True, False])
+def test_doctor_prints_the_rates_and_labels_a_guess(machine, recipe_file, tmp_path, torch):
+    if torch:
+        pytest.importorskip("torch")
+    hidden = "" if torch else "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; "
+    done = run("doctor", "-r", recipe_file, "-b", tmp_path, machine=machine, code=hidden + MAIN)
+    line = next(line for line in done.stdout.splitlines() if line.split()[:1] == ["train"] and "computing" in line)
+    assert re.search(r"computing in (bf16|fp32); matrix products: \d+ GFLOP/s in bf16, \d+ GFLOP/s in fp32 \(", line)
+    assert line.endswith("(measured now)" if torch else "(a guess: without PyTorch nothing is measured)")
 
 
 def test_doctor_exits_4_for_a_recipe_that_does_not_fit(machine, based_on, tmp_path):

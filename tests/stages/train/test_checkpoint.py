@@ -322,6 +322,19 @@ def test_changed_rows_base_machine_or_version_is_refused(name: str, training: Tr
         newest_checkpoint(replace(training, fields=fields() | {name: "other"}))
 
 
+def test_saved_precision_is_of_the_newest_readable_checkpoint(training: TrainingRun) -> None:
+    assert checkpoint.saved_precision(training.folder) is None
+    save(replace(training, fields=fields() | {"precision": "bf16"}), 8)
+    (save(replace(training, fields=fields()), 12) / "manifest.json").write_text("{")
+    write(training, 16)  # killed before its manifest
+    assert checkpoint.saved_precision(training.folder) == "bf16"
+
+
+def test_saved_precision_of_a_gpu_is_not_kept(training: TrainingRun) -> None:
+    save(replace(training, fields=fields() | {"device": "cuda", "precision": "fp16"}), 4)
+    assert checkpoint.saved_precision(training.folder) is None
+
+
 def test_many_differences_are_cut_to_one_short_line(training: TrainingRun) -> None:
     save(replace(training, fields=fields()), 4)
     with pytest.raises(ArtifactError, match=r"and \d+ more; undo that") as caught:

@@ -12,7 +12,9 @@ from support.shared import copied, shared
 torch = pytest.importorskip("torch")
 from support.processes.interrupted import Folders, Terminated, checkpoints, fail, made, send, stage
 
+from tutor.artifacts.manifest import require_stage
 from tutor.artifacts.stage_folder import log_folder
+from tutor.machine.matmul_rate import MatmulRates
 
 pytestmark = [
     pytest.mark.pipeline,
@@ -63,6 +65,21 @@ def test_resume_with_each_base_and_precision_makes_equal_files(
         stage(inputs, folder, {6: fail(ZeroDivisionError())}, **changes)
     assert "resuming after step 5" in " ".join(stage(inputs, folder, **changes))
     assert made(folder) == made(tmp_path / "files" / "adapter")
+
+
+def test_resume_keeps_the_precision_when_the_rates_change(
+    inputs: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU's capability decides")
+    folder = tmp_path / "adapter"
+    rates = iter([MatmulRates(9e11, 2e11), MatmulRates(2e11, 9e11)])
+    monkeypatch.setattr("tutor.machine.device.find_rates", lambda *_: next(rates))
+    with pytest.raises(ZeroDivisionError):
+        stage(inputs, folder, {6: fail(ZeroDivisionError())})
+    assert "resuming after step 5" in " ".join(stage(inputs, folder))
+    results = require_stage(folder, "train").results
+    assert (results["precision"], results["precision_reason"]) == ("bf16", "checkpoint")
 
 
 def test_finished_unsealed_training_is_not_trained_again(

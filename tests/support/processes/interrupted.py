@@ -63,7 +63,8 @@ def stage(inputs: Folders, folder: Path, at: Actions | None = None, after: Any =
     logger.setLevel(logging.INFO)
     try:
         with writing(folder, "train", {}) as (out, results):
-            results.update(train.run(wanted, inputs, out, plan_training(wanted, inputs)))
+            plan = plan_training(wanted, inputs, checkpoint.saved_precision(checkpoint_folder(folder)))
+            results.update(train.run(wanted, inputs, out, plan))
             if after:
                 after()
     finally:
@@ -90,10 +91,11 @@ def checkpoints(folder: Path) -> list[str]:
 
 
 def made(folder: Path) -> dict[str, Any]:
-    """Return the results, metrics and hashes of a stage folder, without its times."""
+    """Return the results, metrics and hashes of a stage folder, without times and the reason of the precision."""
     manifest = require_stage(folder, "train")
     assert find_damage(folder, content=True) == []
-    results = {name: value for name, value in manifest.results.items() if "per_second" not in name}
+    measured = ("per_second", "precision_reason", "matmul_gflops")
+    results = {name: value for name, value in manifest.results.items() if not name.endswith(measured)}
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     files = {name: entry["sha256"] for name, entry in manifest.outputs.items()}
     return {"results": results, "metrics": metrics, "files": files}

@@ -106,11 +106,20 @@ def estimate_tables(recipe: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple
     yield "Disk", [*((name, _gb(size), "") for name, size in recipe["disk"].items()), ("total", _gb(total), "")]
     yield (
         "Time, approximate",
-        [
-            (name, _time(value), "as measured in the last run" if name in recipe["measured"] else "")
-            for name, value in recipe["seconds"].items()
-        ],
+        [(name, _time(value), _remark(name, recipe)) for name, value in recipe["seconds"].items()],
     )
+
+
+def _remark(stage: str, recipe: Mapping[str, Any]) -> str:
+    """The source of a stage's time."""
+    if stage in recipe["measured"]:
+        return "as measured in the last run"
+    found = recipe["precision"]
+    if stage != "train" or not found["matmul_gflops"]:
+        return ""
+    rates = ", ".join(f"{rate:.0f} GFLOP/s in {name}" for name, rate in found["matmul_gflops"].items())
+    source = "measured now" if found["measured"] else "a guess: without PyTorch nothing is measured"
+    return f"computing in {found['precision']}; matrix products: {rates} ({source})"
 
 
 def _needed(state: str, needed_by: str) -> str:

@@ -26,7 +26,8 @@ def streamed_logprobs(
 ) -> list[list[float]]:
     """Return the log-probability (nats, in float32) of each answer id, given the prompt and the answer before it.
 
-    `model` is the folder of config.json. Uses the first GPU when there is one; a layer must fit in it.
+    `model` is the folder of config.json. Uses the first GPU when there is one; a layer must fit in it. Computes in fp32
+    on every machine: two bases of one model differ by less than bf16 rounds.
     """
     config = LlamaConfig.from_pretrained(model, local_files_only=True)
     config._attn_implementation = "sdpa"  # from_pretrained sets it too

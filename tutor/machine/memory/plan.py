@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from tutor.errors import HostError, RecipeError
-from tutor.machine.device import DeviceMemory
+from tutor.machine.device import DeviceMemory, PrecisionChoice
 from tutor.machine.host import MIB
 from tutor.machine.memory import estimate
 from tutor.machine.memory.batching import MAX_TOKENS, MicroBatches, split_step
@@ -78,6 +78,7 @@ class TrainingPlan:
     batches: MicroBatches
     parts: Mapping[str, int]  # expected bytes
     available: int  # bytes of the device when the plan was made
+    choice: PrecisionChoice | None = None  # the reason of the precision
 
     @property
     def needed(self) -> int:

@@ -142,6 +142,7 @@ def _in_transformers(
 def transformers_precision(weights: int, free: int) -> str | None:
     """Return the precision in which transformers can compute with `free` bytes of memory; None: it cannot.
 
+    fp32 also where bf16 is faster: bf16's tolerances accept a merge into the other base (docs/parity.md).
     `weights`: size of the 16-bit weights in bytes.
     """
     if 2 * weights + OVERHEAD_BYTES <= free:

@@ -6,6 +6,7 @@ training. Damaged checkpoints are moved to a quarantine folder. Does not unpickl
 files that passed these checks, and does not need torch.
 """
 
+import contextlib
 import datetime
 import hashlib
 import logging
@@ -152,6 +153,16 @@ def newest_checkpoint(training: TrainingRun) -> Checkpoint | None:
         return path, Progress(**manifest.results)
     if damaged:
         log.warning("no intact checkpoint is left: training starts from the beginning")
+    return None
+
+
+def saved_precision(folder: Path) -> str | None:
+    """Return the precision of the newest readable checkpoint in a folder, if it is of a training on a CPU."""
+    for path in by_step(folder):
+        with contextlib.suppress(ArtifactError):
+            manifest = read_manifest(path)
+            if manifest and manifest.fields.get("device") == "cpu":
+                return str(manifest.fields["precision"])
     return None
 
 

@@ -72,6 +72,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path, plan: TrainingP
         "base_source": facts.source,
         "base_weights": facts.weights,
         "precision": precision,
+        **(plan.choice.record if plan.choice else {}),
         "quantization": plan.quantization,
         "gradient_checkpointing": plan.checkpointing,
         "rows": len(train),
