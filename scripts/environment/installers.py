@@ -25,10 +25,10 @@ BOUNDED = ["--timeout", "30", "--retries", "2"]
 """Options with which pip gives up within two minutes where nothing answers, as uv does by itself."""
 
 
-def pip_install(python: Path, pins: list[Path], *, again: bool, env: Mapping[str, str]) -> list[str]:
+def pip_install(python: Path, pins: list[Path], *, again: bool) -> list[str]:
     """Return pip's command for these files of pins; `again` writes what is there once more."""
     options = ["--force-reinstall"] if again else []
-    return [*_pip(python), *BOUNDED, *_trust(python, env), *PINNED, *options, *_files(pins)]
+    return [*_pip(python), *BOUNDED, *PINNED, *options, *_files(pins)]
 
 
 def uv_install(uv: Path, python: Path, pins: list[Path], *, again: bool) -> list[str]:
@@ -55,17 +55,19 @@ def _files(pins: list[Path]) -> list[str]:
     return [text for path in pins for text in ("--requirement", str(path))]
 
 
-def _trust(python: Path, env: Mapping[str, str]) -> list[str]:
-    """Return the option with which an old pip uses the system's certificates instead of its own."""
-    configured = pip_configuration(python, env)
-    if configured.get("cert") or env.get("REQUESTS_CA_BUNDLE") or env.get("CURL_CA_BUNDLE"):
-        return []
+def trusting_environment(python: Path, env: Mapping[str, str]) -> dict[str, str]:
+    """Return `env` so that an old pip, and npm, use the system's certificates instead of their own."""
+    found = dict(env)
+    if env.get("SSL_CERT_FILE"):
+        found.setdefault("NODE_EXTRA_CA_CERTS", env["SSL_CERT_FILE"])
+    if pip_configuration(python, env).get("cert") or env.get("REQUESTS_CA_BUNDLE") or env.get("CURL_CA_BUNDLE"):
+        return found
     done = _output([str(python), "-m", "pip", "--version"], env).split()
-    version = tuple(int(part) for part in done[1].split(".")[:2]) if len(done) > 1 else (0, 0)
-    if version >= PIP_TRUSTS_SYSTEM:
-        return []
-    places = (env.get("SSL_CERT_FILE"), ssl.get_default_verify_paths().cafile, *BUNDLES)
-    return next((["--cert", place] for place in places if place and Path(place).is_file()), [])
+    version = tuple(int(part) for part in done[1].split(".")[:2]) if len(done) > 1 else PIP_TRUSTS_SYSTEM
+    if version < PIP_TRUSTS_SYSTEM:
+        places = (env.get("SSL_CERT_FILE"), ssl.get_default_verify_paths().cafile, *BUNDLES)
+        found.update(next(({"PIP_CERT": place} for place in places if place and Path(place).is_file()), {}))
+    return found
 
 
 def pip_configuration(python: Path, env: Mapping[str, str]) -> dict[str, str]:

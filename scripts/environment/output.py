@@ -92,7 +92,7 @@ class UvReader:
         total = sum(self.sizes.values())
         complete = sum(size for name, size in self.sizes.items() if name in self.done)
         done = min(total, max(complete, self.written / UNPACKED))
-        return f"{gigabytes(done)} of {gigabytes(total)} GB, {len(self.done)} of {len(self.sizes)} large packages"
+        return f"{gigabytes(done)} of {gigabytes(total)} GB, {len(self.done)} of {len(self.sizes)} files"
 
     def summary(self) -> str:
         """Return what was installed, in words."""

@@ -20,6 +20,10 @@ SETS = {
     "lock": ("uv",),
 }
 """Files of requirements/ for each set. dev.txt has every pin of the other sets but demo.txt's."""
+PARTS = {"demo": ("train", "demo")}
+"""Files that are installed for a set where another set, which is complete, has the rest."""
+CONTAINED = {"dev": ("light", "build"), "demo": ("light", "build"), "build": ("light",)}
+"""Sets that are complete where another set is."""
 TITLES = {
     "light": "environment",
     "build": "build tools",
@@ -28,14 +32,14 @@ TITLES = {
     "lock": "uv",
 }
 """Names of the sets in the lines of progress."""
-SPACE = {"light": 0.5, "build": 0.9, "demo": 7.5, "dev": 7.5, "lock": 0.1}
-"""Disk space for each set in GB, by uv, with the virtual environment: measured on Linux with PyTorch for GPUs."""
+SPACE = {"light": 0.3, "build": 0.6, "demo": 7.3, "dev": 7.1, "lock": 0.1}
+"""Disk space for each set in GB where uv installs, the demo's with llama.cpp: measured on Linux, PyTorch for GPUs."""
 PIP_SPACE = 1.5
 """Factor of the space where pip installs: it keeps the downloads beside what it unpacks."""
 INSTALLED = "installer"
 """Name of the marker of a complete virtual environment: the installer that is in it."""
 UNFINISHED = "unfinished"
-"""Name of the file that is there while packages are written, and after an installation that was cut off."""
+"""Name of the file with the set whose packages are being written, or were when an installation was cut off."""
 
 
 class Environment:
@@ -50,6 +54,10 @@ class Environment:
     def pins(self, name: str) -> list[Path]:
         """Return the files with the pins of a set."""
         return [self.root / "requirements" / f"{file}.txt" for file in SETS[name]]
+
+    def parts(self, name: str) -> list[Path]:
+        """Return the files to install for a set; the demo's are installed after those of its build tools."""
+        return [self.root / "requirements" / f"{file}.txt" for file in PARTS.get(name, SETS[name])]
 
     def key(self, name: str) -> str:
         """Return the hash of all that decides what a set installs."""
@@ -66,20 +74,23 @@ class Environment:
         """Make a set's marker newer than its pins, for Make."""
         (self.folder / name).touch()
 
-    def begin(self) -> bool:
-        """Remove the markers that an installation makes untrue; return whether an earlier one was cut off."""
-        cut_off = (self.folder / UNFINISHED).exists()
-        for name in SETS:
-            if cut_off or self._marker(name) != self.key(name):
-                (self.folder / name).unlink(missing_ok=True)
-        (self.folder / UNFINISHED).touch()
+    def begin(self, name: str) -> bool:
+        """Remove the markers that installing a set makes untrue; return whether an earlier installation was cut off."""
+        cut_off = self._marker(UNFINISHED) is not None
+        for other in SETS:
+            if cut_off or self._marker(other) != self.key(other):
+                (self.folder / other).unlink(missing_ok=True)
+        if not cut_off:
+            (self.folder / UNFINISHED).write_text(name, "utf-8")
         return cut_off
 
-    def finish(self, names: Iterable[str]) -> None:
-        """Write the markers of these sets: they are completely installed."""
-        (self.folder / UNFINISHED).unlink()
-        for name in names:
-            (self.folder / name).write_text(self.key(name), "utf-8")
+    def finish(self, name: str) -> None:
+        """Write the markers of a set and of those in it: they are completely installed."""
+        complete = (name, *CONTAINED.get(name, ()))
+        if self._marker(UNFINISHED) in complete:
+            (self.folder / UNFINISHED).unlink()
+        for other in complete:
+            (self.folder / other).write_text(self.key(other), "utf-8")
 
     def installer(self) -> str | None:
         """Return what installs into this environment: the key of uv's pin, or "pip"; None where it is not whole."""
@@ -88,6 +99,15 @@ class Environment:
             and not subprocess.run([self.python, "-c", "import pip"], capture_output=True, check=False).returncode
         )
         return self._marker(INSTALLED) if works else None
+
+    def clear(self) -> None:
+        """Make the folder, or empty it; it may be a link to another disk."""
+        self.folder.mkdir(exist_ok=True)
+        for path in self.folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def _marker(self, name: str) -> str | None:
         try:

@@ -9,7 +9,6 @@ import errno
 import fcntl
 import importlib.util
 import os
-import shutil
 import signal
 import sys
 import time
@@ -31,8 +30,6 @@ TERMINATED = 143
 """Exit code after SIGTERM or a closed terminal."""
 TOOLS = {"llamacpp": ("llama.cpp", "build_llamacpp.py"), "typescript": ("TypeScript", "install_typescript.py")}
 """Programs that the demo needs beside packages: link in .venv -> name, script."""
-CONTAINED = {"dev": ("light", "build"), "demo": ("light", "build"), "build": ("light",)}
-"""Sets that are installed with another set."""
 
 
 class TerminatedError(Exception):
@@ -91,7 +88,7 @@ class Setup:
         self.environment = Environment(ROOT)
         self.jobs = Jobs(display)
         self.pip_env = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        self.uv_env: Mapping[str, str] | None = None
+        self.uv_env: dict[str, str] = {}
 
     def run(self) -> None:
         """Bring the set up to date, for the demo with its two tools."""
@@ -131,21 +128,21 @@ class Setup:
         if environment.has(name):
             return False
         self._virtual_environment()
-        self._refuse_small_disk(SPACE[name])
-        again = environment.begin()
-        pins = environment.pins(name)
+        self._refuse_small_disk(SPACE[self.name])  # of the whole set-up, before its first part
+        again = environment.begin(name)
+        pins = environment.parts(name)
         uv = environment.uv if self.installer == "uv" else None
         reader: UvReader | PipReader
         if uv:
             command, reader = installers.uv_install(uv, environment.python, pins, again=again), UvReader()
         else:
-            command = installers.pip_install(environment.python, pins, again=again, env=self.pip_env)
+            command = installers.pip_install(environment.python, pins, again=again)
             text = "\n".join(path.read_text("utf-8") for path in pins)
             reader = PipReader(len({line.split()[0] for line in text.splitlines() if "==" in line}))
         job = self._do(TITLES[name], command, reader)
         if name != "lock":
             self._do("tutor", installers.checkout_install(uv, environment.python, ROOT), ToolReader())
-        environment.finish((name, *CONTAINED.get(name, ())))
+        environment.finish(name)
         self.display.line(f"{TITLES[name]}: {reader.summary()} in {job.seconds} s")
         return True
 
@@ -160,21 +157,25 @@ class Setup:
                     f"{sys.executable} cannot make virtual environments: it has no venv or no ensurepip",
                     f"install it, on Debian: apt-get install {package}",
                 )
-            shutil.rmtree(environment.folder, ignore_errors=True)
-            environment.folder.mkdir()
+            environment.clear()
             self._do("virtual environment", [sys.executable, "-m", "venv", str(environment.folder)], ToolReader())
             (environment.folder / INSTALLED).write_text("pip", "utf-8")
+        self._configure()
         if self.installer == "uv" and found != pin:
             pins = environment.pins("lock")
-            command = installers.pip_install(environment.python, pins, again=bool(found), env=self.pip_env)
+            command = installers.pip_install(environment.python, pins, again=bool(found))
             self._do("uv", command, ToolReader())
             (environment.folder / INSTALLED).write_text(pin, "utf-8")
 
+    def _configure(self) -> None:
+        """Let all installers use the certificates, and uv the index, that pip is configured with."""
+        python = self.environment.python
+        self.pip_env = installers.trusting_environment(python, self.pip_env)
+        self.uv_env = installers.uv_environment(installers.pip_configuration(python, self.pip_env), self.pip_env)
+
     def _do(self, title: str, command: list[str], reader: Reader) -> Job:
         """Run a program to its end, with its lines in a log."""
-        env: Mapping[str, str] = self.pip_env
-        if command[0] == str(self.environment.uv):
-            env = self._uv_environment()
+        env = self.uv_env if command[0] == str(self.environment.uv) else self.pip_env
         job = self._start(title, command, reader, env)
         self.jobs.wait(job)
         return job
@@ -188,17 +189,11 @@ class Setup:
         title, script = TOOLS[link]
         return self._start(title, [str(self.environment.python), f"scripts/{script}"], ToolReader(), self.pip_env)
 
-    def _uv_environment(self) -> Mapping[str, str]:
-        if self.uv_env is None:
-            configured = installers.pip_configuration(self.environment.python, self.pip_env)
-            self.uv_env = installers.uv_environment(configured, self.pip_env)
-        return self.uv_env
-
     def _folders(self) -> tuple[Path, ...]:
         """Return the folders that installing fills."""
         if self.installer == "pip" or not self.environment.uv.exists():
             return (self.environment.folder,)
-        return (self.environment.folder, installers.uv_cache(self.environment.uv, self._uv_environment()))
+        return (self.environment.folder, installers.uv_cache(self.environment.uv, self.uv_env))
 
     def _refuse_small_disk(self, need: float) -> None:
         refuse_small_disk(need * (PIP_SPACE if self.installer == "pip" else 1), self._folders())

@@ -52,11 +52,15 @@ def test_old_pip_gets_the_certificates_of_the_system(tmp_path: Path) -> None:
     env = {"PATH": "/usr/bin:/bin", "SSL_CERT_FILE": str(bundle)}
     old, new = "pip 23.2.1 from /x (python 3.11)", "pip 24.2 from /x (python 3.13)"
 
-    def certificates(configuration: str, version: str) -> list[str]:
+    def certificates(configuration: str, version: str) -> str | None:
         python = fake_python(tmp_path, configuration, version)
-        command = installers.pip_install(python, [], again=False, env=env)
-        return command[command.index("--cert") :][:2] if "--cert" in command else []
+        return installers.trusting_environment(python, env).get("PIP_CERT")
 
-    assert certificates("", old) == ["--cert", str(bundle)]
-    assert certificates("", new) == []
-    assert certificates("global.cert='/etc/ca.pem'\n", old) == []
+    assert certificates("", old) == str(bundle)
+    assert certificates("", new) is None
+    assert certificates("global.cert='/etc/ca.pem'\n", old) is None
+
+
+def test_npm_gets_the_certificates_that_the_user_names(tmp_path: Path) -> None:
+    env = {"PATH": "/usr/bin:/bin", "SSL_CERT_FILE": "/mine.pem"}
+    assert installers.trusting_environment(fake_python(tmp_path, ""), env)["NODE_EXTRA_CA_CERTS"] == "/mine.pem"

@@ -30,9 +30,9 @@ BEGUN = ("Resolved 107 packages in 2ms", "Downloading torch (1.5GiB)", "Download
 def test_uv_progress_is_what_has_arrived_of_all() -> None:
     assert uv_reader().state() == "reading the package index"
     reader = uv_reader(*BEGUN)
-    assert reader.state() == "0.00 of 2.1 GB, 0 of 2 large packages"
+    assert reader.state() == "0.00 of 2.1 GB, 0 of 2 files"
     reader.read(" Downloaded triton")
-    assert reader.state() == "0.5 of 2.1 GB, 1 of 2 large packages"
+    assert reader.state() == "0.5 of 2.1 GB, 1 of 2 files"
     reader.read("Prepared 107 packages in 26.15s")
     assert reader.state() == "installing 107 packages"
     assert reader.summary() == "107 packages, 2.1 GB downloaded"
@@ -41,9 +41,9 @@ def test_uv_progress_is_what_has_arrived_of_all() -> None:
 def test_uv_progress_moves_while_a_large_package_arrives() -> None:
     reader = uv_reader(*BEGUN)
     reader.written = 1_900_000_000
-    assert reader.state() == "1.0 of 2.1 GB, 0 of 2 large packages"
+    assert reader.state() == "1.0 of 2.1 GB, 0 of 2 files"
     reader.written = 19_000_000_000
-    assert reader.state() == "2.1 of 2.1 GB, 0 of 2 large packages"
+    assert reader.state() == "2.1 of 2.1 GB, 0 of 2 files"
 
 
 def test_pip_progress_counts_packages_of_this_system() -> None:
