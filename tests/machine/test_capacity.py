@@ -196,15 +196,15 @@ def test_forecast_of_a_training_follows_the_measured_rate(machine, based_on, tmp
     recipe = based_on("tiny")
     write_rows(recipe.path.with_name("tutor.jsonl"), rows)
     found = []
-    for rates in (MatmulRates(1e9, 2e9), MatmulRates(1e9, 4e9), MatmulRates(4e9, 1e9, measured=False)):
+    for rates in (MatmulRates(1e8, 2e8), MatmulRates(1e8, 4e8), MatmulRates(4e8, 1e8, measured=False)):
         monkeypatch.setattr(capacity, "find_rates", lambda *_, rates=rates: rates)
         found.append(capacity.forecast_run(recipe, tmp_path, SHAPES["tiny"], None))
     slow, fast, guessed = (forecast["seconds"]["train"] - run_cost.STARTUP_SECONDS for forecast in found)
-    assert slow == pytest.approx(2 * fast)
+    assert slow == pytest.approx(2 * fast, rel=0.02)
     assert guessed == pytest.approx(fast)
     assert [forecast["precision"]["precision"] for forecast in found] == ["fp32", "fp32", "bf16"]
     assert [forecast["precision"]["measured"] for forecast in found] == [True, True, False]
-    assert found[0]["precision"]["matmul_gflops"] == {"bf16": 1.0, "fp32": 2.0}
+    assert found[0]["precision"]["matmul_gflops"] == {"bf16": 0.1, "fp32": 0.2}
 
 
 def test_forecast_on_a_gpu_measures_no_cpu(machine, based_on, tmp_path, monkeypatch):

@@ -100,10 +100,16 @@ def test_gpu_rate_of_known_gpus_is_found_by_name(name, card):
     assert run_cost.gpu_rate(name) == run_cost.GPU_SHARE * run_cost.PEAK_RATES[card]
 
 
-def test_cpu_rate_is_a_share_of_the_precisions_rate():
-    rates = MatmulRates(bf16=2e12, fp32=1e12)
-    assert run_cost.cpu_rate("fp32", rates) == run_cost.CPU_SHARE * 1e12
-    assert run_cost.cpu_rate("bf16", rates) == run_cost.CPU_SHARE * 2e12
+@pytest.mark.parametrize(("precision", "seconds"), [("fp32", 51.4), ("bf16", 27.2)])
+def test_cpu_rate_matches_the_demo_in_both_precisions(precision, seconds):
+    """32 rows of 361 tokens on two cores (docs/facts.md, 13)."""
+    rate = run_cost.cpu_rate(DEMO, precision, MatmulRates(bf16=953e9, fp32=222e9), 2)
+    assert 4 * DEMO.parameters * 32 * 361 / rate == pytest.approx(seconds, rel=0.1)
+
+
+def test_cpu_rate_of_a_wide_model_is_nearer_to_the_products():
+    rates = MatmulRates(bf16=953e9, fp32=222e9)
+    assert run_cost.cpu_rate(DEMO, "fp32", rates, 2) < run_cost.cpu_rate(LARGE, "fp32", rates, 2) < rates.fp32
 
 
 def test_gpu_rate_of_unknown_gpu_is_none():

@@ -116,7 +116,7 @@ def forecast_seconds(
     """Rough seconds by stage on this machine; None where no rate is known."""
     cores = host.processor().cores
     rates = forecast.choice.rates if forecast.choice else None
-    on_cpu = run_cost.cpu_rate(forecast.step.precision, rates) if rates else None
+    on_cpu = run_cost.cpu_rate(shape, forecast.step.precision, rates, cores) if rates else None
     rate = run_cost.gpu_rate(gpu.name) if gpu else on_cpu
     work = run_cost.run_workload(recipe, shape, forecast.rows, checkpointing=forecast.step.checkpointing)
     return run_cost.estimate_seconds(shape, work, rate if forecast.rows else None, cores)

@@ -64,8 +64,9 @@ TOKEN_BYTES = 60
 CHECKPOINT_EXTRA = 2 << 20
 """Bytes of a checkpoint beside the adapter and the optimizer's moments."""
 
-CPU_SHARE = 0.4
-"""Share of the CPU's rate of matrix products that a training reaches: the demo."""
+CPU_OVERHEAD = 4.0e-9
+"""Seconds of a training on one core beside matrix products, per operation and divided by the model's hidden size: the
+demo in fp32 and in bf16 on two cores (docs/facts.md, 13)."""
 
 PEAK_RATES = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "T4": 65e12, "4090": 165e12}
 """Dense 16-bit operations per second of GPUs, from their data sheets."""
@@ -181,9 +182,13 @@ def estimate_seconds(
     }
 
 
-def cpu_rate(precision: str, rates: MatmulRates) -> float:
-    """Floating-point operations per second of a training on a CPU with these rates of matrix products."""
-    return CPU_SHARE * (rates.fp32 if precision == "fp32" else rates.bf16)
+def cpu_rate(shape: Shape, precision: str, rates: MatmulRates, cores: int) -> float:
+    """Floating-point operations per second of a training on a CPU with these rates of matrix products.
+
+    Norms, activations and copies are added as a time of their own: a wider model has fewer of them per operation.
+    """
+    products = rates.fp32 if precision == "fp32" else rates.bf16
+    return 1 / (1 / products + CPU_OVERHEAD / (shape.hidden * cores))
 
 
 def gpu_rate(name: str) -> float | None:
