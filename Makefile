@@ -69,7 +69,7 @@ install: .venv/demo ## make the environment of the demo only: .venv, llama.cpp, 
 	@$(PYTHON) scripts/install.py $(@F) --installer $(INSTALLER)
 
 # The demo's set contains two tools of the user's cache: links in .venv. A removed tool is brought again.
-.venv/demo: $(TOOLS) $(wildcard $(addprefix tutor/,engines/llamacpp/build.py engines/llamacpp/src/* \
+.venv/demo: $(TOOLS) $(wildcard $(addprefix tutor/,engines/llamacpp/*build*.py engines/llamacpp/src/* \
   graders/typescript/install.py graders/typescript/src/*))
 
 $(TOOLS): ;
