@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from support.models.conversations import CONVERSATIONS
 
-from tutor.engines.llamacpp.convert import to_gguf
+from tutor.engines.llamacpp.convert import Conversion, to_gguf
 from tutor.engines.llamacpp.server import LlamaServer, serve
 from tutor.engines.llamacpp.trace import rendered
 from tutor.engines.llamacpp.trace import trace as llamacpp_trace
@@ -20,7 +20,7 @@ from tutor.prompt import render
 def served(real: None, chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaServer]:
     """A llama-server of the tiny model's F16 GGUF, with the chat template of the file."""
     gguf = tmp_path_factory.mktemp("served") / "tiny-F16.gguf"
-    to_gguf(chat_model, gguf, pre_tokenizer_name(chat_model / "tokenizer.json"))
+    to_gguf(Conversion(chat_model, gguf, pre_tokenizer_name(chat_model / "tokenizer.json")))
     with serve(gguf, context=512, threads=1, log=gguf.with_name("server.log"), own_template=True) as running:
         yield running
 
