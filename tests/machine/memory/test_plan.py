@@ -121,6 +121,17 @@ def test_main_memory_counts_in_total_not_as_available() -> None:
         plan(wanted, 1, 8)
 
 
+def test_cpu_unpacks_nf4_weights_only_where_memory_suffices() -> None:
+    wanted = replace(REQUEST, quantization="nf4", on_gpu=False)
+    plans = {free: plan(wanted, free, 64) for free in (64, 30, 14)}
+    assert {free: made.unpacked for free, made in plans.items()} == {64: True, 30: True, 14: False}
+    assert "nf4 unpacked to bf16" in str(plans[64])
+    assert "unpacked" not in str(plans[14])
+    assert plans[64].needed - plans[14].needed > 1.8 * LARGE.matrix_parameters
+    assert plans[30].needed <= 30 * GB
+    assert not any(plan(replace(wanted, **one), 64).unpacked for one in ({"on_gpu": True}, {"quantization": "int8"}))
+
+
 def test_gpu_limit_streams_layers_and_is_kept() -> None:
     found = plan(replace(REQUEST, gpu=memory_plan.parse_bytes("6GiB")), 24)
     assert (found.quantization, found.checkpointing) == ("nf4", True)

@@ -48,7 +48,7 @@ PROCESS_BYTES = 1.1e9
 """Bytes of a Python process with its libraries after a first step, measured on a CPU."""
 
 KERNEL_BYTES = 1.3e9
-"""Bytes of oneDNN's kernels for micro-batches of many lengths, in 16 bits on a CPU; zero in fp32.
+"""Bytes of oneDNN's kernels for micro-batches of many lengths on a CPU: in 16 bits, and in fp32 for fused layers.
 
 Measured: 28 MB per new length at first, hardly more after 80 micro-batches.
 """
@@ -77,6 +77,8 @@ class StepWorkload:
     resident: int | None = None  # layers on the GPU, the others wait in main memory; None: all
     packed: bool = True  # rows fill a micro-batch up to its tokens; else the recipe's number of rows
     varied: bool = False  # micro-batches have many lengths
+    fused: bool = False  # layers of the train stage's own functions (kernels/fused_layers.py), not transformers'
+    unpacked: bool = False  # 4-bit weights are kept in the precision too
 
     @property
     def width(self) -> int:
@@ -91,7 +93,7 @@ def memory(shape: Shape, step: StepWorkload) -> dict[str, int]:
     activations = _activations(shape, step)
     workspace = max(_head(shape, step), _recomputation(shape, step), _scoring(shape, step) - activations)
     fixed, slack = (CUDA_CONTEXT, GPU_SLACK) if step.gpu else (PROCESS_BYTES, CPU_SLACK)
-    if step.varied and step.width == 2 and not step.gpu:
+    if step.varied and (step.width == 2 or step.fused) and not step.gpu:
         fixed += KERNEL_BYTES
     parts = {
         "weights": _weights(shape, step),
@@ -125,7 +127,7 @@ def waiting_bytes(shape: Shape, step: StepWorkload) -> int:
 
 def _weights(shape: Shape, step: StepWorkload) -> float:
     layer = layer_bytes(shape, step.quantization, step.width)
-    rest = step.width * shape.other_parameters
+    rest = step.width * (shape.other_parameters + (shape.matrix_parameters if step.unpacked else 0))
     if step.resident is None or step.resident >= shape.layers:
         return shape.layers * layer + rest
     # One waiting layer at a time is copied to the GPU; the NF4 scales of all layers stay on the GPU.
@@ -142,6 +144,11 @@ def _activations(shape: Shape, step: StepWorkload) -> float:
 def _layer(shape: Shape, step: StepWorkload) -> int:
     """Bytes per token that one layer keeps."""
     width, inner = step.width, shape.heads * shape.head_dim
+    if step.fused:
+        # Inputs of both halves; queries, keys, values and their result; gate, up; what each adapter's A returns.
+        kept = 2 * shape.hidden + 2 * inner + 2 * shape.kv_heads * shape.head_dim + 2 * shape.intermediate
+        masks = sum(shape.matrices[name][0] for name in step.targets) if step.dropout else 0
+        return width * (kept + step.rank * len(step.targets)) + masks
     # Two norms in fp32; queries, keys, values and their result; gate, its activation, up.
     kept = 2 * 4 * shape.hidden + 4 * width * inner + 3 * width * shape.intermediate
     # An adapter keeps its own cast or dropped-out copy of its input; without both, adapters share an input.
@@ -154,7 +161,10 @@ def _recomputation(shape: Shape, step: StepWorkload) -> float:
     """Bytes to recompute one layer from its input, and its largest matrix in 16 bits where it is quantized."""
     matrix = step.width * max(inputs * outputs for inputs, outputs in shape.matrices.values())
     layer = _layer(shape, step) * step.tokens if step.checkpointing else 0
-    return float(layer + (matrix if step.quantization != "none" else 0))
+    if step.fused:
+        # Gate, its activation, up and their gradients while the MLP is differentiated.
+        layer += step.width * step.tokens * (4 * shape.intermediate + 3 * shape.hidden)
+    return float(layer + (matrix if step.quantization != "none" and not step.unpacked else 0))
 
 
 def _scoring(shape: Shape, step: StepWorkload) -> float:

@@ -63,6 +63,7 @@ class MemoryRequest:
             gpu=self.on_gpu,
             packed=self.packed,
             varied=True,
+            fused=self.packed and not self.on_gpu and quantization != "int8",  # int8 layers round their input
         )
 
 
@@ -79,6 +80,7 @@ class TrainingPlan:
     parts: Mapping[str, int]  # expected bytes
     available: int  # bytes of the device when the plan was made
     choice: PrecisionChoice | None = None  # the reason of the precision
+    unpacked: bool = False  # 4-bit weights are kept in the precision too
 
     @property
     def needed(self) -> int:
@@ -92,7 +94,8 @@ class TrainingPlan:
 
     def __str__(self) -> str:
         sixteen = self.quantization == "none" and self.precision != "fp32"
-        base = "16 bits" if sixteen else self.quantization.replace("none", "fp32")
+        unpacked = f" unpacked to {self.precision}" if self.unpacked else ""
+        base = "16 bits" if sixteen else self.quantization.replace("none", "fp32") + unpacked
         waiting = f", {self.layers - self.resident} of {self.layers} layers in RAM" if self.streams else ""
         return (
             f"base in {base}, computing in {self.precision}, gradient checkpointing "
@@ -159,7 +162,7 @@ def decide(shape: Shape, request: MemoryRequest, available: int) -> StepWorkload
     """The workload for `available` bytes of the device, at most `request.gpu` of them, whether it fits or not.
 
     For "auto": 16 bits where they fit, else nf4; checkpointing where the activations do not fit. Layers wait in RAM
-    only where train.max_memory demands it.
+    only where train.max_memory demands it. On a CPU, nf4 weights are kept unpacked where that fits: equal numbers.
     """
     budget = _budget(request, available)
     quantization: str = request.quantization
@@ -170,8 +173,9 @@ def decide(shape: Shape, request: MemoryRequest, available: int) -> StepWorkload
     if checkpointing == "auto":
         checkpointing = needed_bytes(shape, request.workload(quantization, checkpointing=False)) > budget
     step = request.workload(quantization, checkpointing=checkpointing)
+    unpacked = replace(step, unpacked=step.fused and quantization == "nf4")
     if request.gpu is None or needed_bytes(shape, step) <= budget:
-        return step
+        return unpacked if needed_bytes(shape, unpacked) <= budget else step
     streamed = [replace(step, checkpointing=True, resident=count) for count in range(shape.layers, -1, -1)]
     return next((fewer for fewer in streamed if needed_bytes(shape, fewer) <= budget), streamed[-1])
 
@@ -215,6 +219,7 @@ def plan(shape: Shape, request: MemoryRequest, batches: MicroBatches, memory: De
         batches=batches,
         parts=parts,
         available=memory.available,
+        unpacked=step.unpacked,
     )
 
 
