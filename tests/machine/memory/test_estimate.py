@@ -81,13 +81,15 @@ def test_chunked_head_is_within_a_tenth_of_the_measurement(shape, tokens, change
     assert found == pytest.approx(measured, rel=0.11)
 
 
-def test_varied_lengths_cost_kernels_only_on_a_16_bit_cpu():
+def test_varied_lengths_cost_kernels_where_onednn_multiplies():
     def process(**changes: Any) -> int:
         training = on_cpu(883, "nf4", changes.pop("precision", "bf16"), head="chunked", **SPECIFIED_ADAPTER, **changes)
         return memory(SMALL, training)["process"]
 
     assert process(varied=True) - process() == pytest.approx(estimate.KERNEL_BYTES, abs=1)
     assert process(varied=True, precision="fp32") == process(precision="fp32")
+    fused = {"precision": "fp32", "fused": True}
+    assert process(varied=True, **fused) - process(**fused) == pytest.approx(estimate.KERNEL_BYTES, abs=1)
     assert process(varied=True, gpu=True) == process(gpu=True)
 
 
@@ -113,6 +115,13 @@ def test_certain_bytes_on_a_gpu_exclude_assumptions():
     parts = memory(LARGE, SPECIFIED)
     assert estimate.certain_bytes(parts, gpu=True) == sum(parts.values()) - parts["process"]
     assert estimate.certain_bytes(parts, gpu=False) == sum(parts.values())
+
+
+def test_unpacked_weights_add_the_matrices_in_the_precision():
+    step = on_cpu(850, "nf4", "fp32", fused=True)
+    parts, unpacked = memory(DEMO, step), memory(DEMO, replace(step, unpacked=True))
+    assert unpacked["weights"] - parts["weights"] == pytest.approx(4 * DEMO.matrix_parameters, abs=1)
+    assert unpacked["workspace"] <= parts["workspace"]
 
 
 def test_scoring_takes_only_a_part_of_the_logits():
@@ -155,12 +164,16 @@ def test_larger_workload_never_takes_less_memory(training, shape):
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing", "ignore:.*autograd kernel was not registered")
 @pytest.mark.parametrize("targets", [ATTENTION, ALL], ids=["attention", "all layers"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_equal_the_tensors_autograd_keeps(targets: tuple[str, ...], checkpointing: Any, tiny: Path) -> None:
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_activations_equal_the_tensors_autograd_keeps(
+    targets: tuple[str, ...], checkpointing: Any, fused: Any, tiny: Path
+) -> None:
     torch = pytest.importorskip("torch")
     from peft import get_peft_model
 
     from tutor.engines.hf.loading import load_base
     from tutor.stages.train.kernels.fast_dropout import replace_dropout
+    from tutor.stages.train.kernels.fused_layers import fuse_layers
     from tutor.stages.train.trainer import lora_config
 
     chosen = TrainSettings(target_modules=list(targets))
@@ -172,6 +185,8 @@ def test_activations_equal_the_tensors_autograd_keeps(targets: tuple[str, ...], 
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     replace_dropout(model)
+    if fused:
+        fuse_layers(model, torch.bfloat16, unpack=False)
     model.train()
     own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept: dict[int, Any] = {}
@@ -188,7 +203,7 @@ def test_activations_equal_the_tensors_autograd_keeps(targets: tuple[str, ...], 
     found = sum(saved.untyped_storage().nbytes() for saved in kept.values())
     assert hidden.last_hidden_state.shape == (1, 256, 64)
     request = MemoryRequest("auto", "auto", "bf16", tokens=256, rank=8, targets=targets, on_gpu=False)
-    step = request.workload("none", checkpointing=checkpointing)
+    step = replace(request.workload("none", checkpointing=checkpointing), fused=fused)
     expected = memory(read_shape(tiny), step)["activations"]
     if checkpointing:
         last_norm = 4 * 256 * 64  # its input in fp32: with the head's part, and once for all layers

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from torch.utils.data import ConcatDataset, DataLoader
 from trl import SFTConfig, SFTTrainer
 
-from tutor.engines.hf.loading import load_base
+from tutor.engines.hf.loading import DTYPES, load_base
 from tutor.errors import RecipeError
 from tutor.machine import distributed
 from tutor.machine.distributed import DistributedStepSampler
@@ -25,6 +25,7 @@ from tutor.prompt import Encoded
 from tutor.stages.train.audit import label_ids
 from tutor.stages.train.kernels.chunked_loss import IGNORE_INDEX, summed_loss
 from tutor.stages.train.kernels.fast_dropout import replace_dropout
+from tutor.stages.train.kernels.fused_layers import fuse_layers
 from tutor.stages.train.kernels.layer_streaming import stream_layers
 from tutor.stages.train.kernels.packed_attention import add_lengths, use_packed_attention
 
@@ -104,6 +105,8 @@ def load_trainer(
         torch.manual_seed(arguments.seed + distributed.rank())  # its own dropout; the adapter is rank 0's
     if plan.streams:
         stream_layers(trainer.model, plan.resident, arguments.device)
+    elif arguments.use_cpu and not sharded:
+        fuse_layers(trainer.model, DTYPES[precision], unpack=plan.unpacked)
     return trainer
 
 
@@ -158,7 +161,7 @@ def training_arguments(
         use_cpu=not cuda,
         gradient_checkpointing=checkpointing,
         dataloader_pin_memory=cuda,
-        optim="adamw_torch",
+        optim="adamw_torch_fused" if not cuda and distributed.world_size() == 1 else "adamw_torch",
         ddp_find_unused_parameters=False,  # every micro-batch uses every adapter
         report_to="none",
         disable_tqdm=True,
