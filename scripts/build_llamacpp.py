@@ -2,6 +2,6 @@
 
 import sys
 
-from tutor.engines.llamacpp.build import main
+from tutor.engines.llamacpp.source_build import main
 
 sys.exit(main())

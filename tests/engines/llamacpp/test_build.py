@@ -1,11 +1,10 @@
-"""engines/llamacpp/build.py: the inputs of a build's key, the folder. `make llamacpp` makes the build itself."""
+"""engines/llamacpp/build.py: the inputs of a build's key, the folder. test_source_build.py makes builds."""
 
 from pathlib import Path
 
 import pytest
 
-from tutor.engines.llamacpp.build import SOURCE, build_folder, build_key, is_built, main
-from tutor.errors import HostError
+from tutor.engines.llamacpp.build import SOURCE, build_folder, build_key, is_built
 
 
 def append(path: Path, *lines: str) -> None:
@@ -51,18 +50,3 @@ def test_folder_is_from_variable_or_named_by_key(tmp_path: Path, monkeypatch: py
     assert not is_built(tmp_path)
     monkeypatch.delenv("TUTOR_LLAMACPP")
     assert build_folder().name == build_key()
-
-
-def test_main_prints_the_folder_of_a_complete_build(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main() == 0
-    assert capsys.readouterr().out == f"{build}\n"
-
-
-def test_main_without_compiler_returns_the_code_of_host_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("TUTOR_LLAMACPP", str(tmp_path / "build"))
-    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
-    assert main() == HostError.code
-    assert "no C++ compiler (c++) on this machine; install one" in capsys.readouterr().err
-    assert not (tmp_path / "build").exists()

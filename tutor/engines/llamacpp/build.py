@@ -1,27 +1,17 @@
-"""Build the pinned llama.cpp from source and find the build. Standard library, filelock and platformdirs only.
+"""The pin of llama.cpp, how it is built, and where the build is. Standard library and platformdirs only.
 
-In: the source distribution of `llama_cpp_python` (PyPI), which contains a complete llama.cpp.
-Out: a folder with `bin/` (programs), the converters with `conversion/` and `gguf-py/`, licences, and BUILD.json last.
-The folder's name is a hash of the build's inputs, so that `make demo` and the image share one build.
-Does not build at run time: `scripts/build_llamacpp.py` builds, the stages only look the folder up.
+In: this file's constants and the sources in src/. Out: the key and the folder of the build. The folder's name is a hash
+of the build's inputs, so that `make demo` and the image share one build. Does not build: source_build.py does, for
+scripts/build_llamacpp.py; the stages only look the folder up.
 """
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
-import shutil
-import subprocess
-import sys
-import tarfile
-import tempfile
 from pathlib import Path
 
 import platformdirs
-from filelock import FileLock
-
-from tutor.errors import ArtifactError, HostError
 
 VERSION = "0.3.36"
 """Version of `llama_cpp_python` on PyPI whose vendor/llama.cpp is built."""
@@ -47,14 +37,10 @@ CMAKE_OPTIONS = (
     "-DGGML_CCACHE=OFF",
 )
 """Options of CMake: static programs for any processor of this kind, without tests, examples and web interface."""
-CONVERTERS = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion", "gguf-py", "LICENSE", "licenses")
-"""Files and folders of llama.cpp that are copied as they are: the converters in Python, and the licences."""
 MARKER = "BUILD.json"
 """Name of the file that is written last into a complete build."""
 SOURCE = Path(__file__).parent / "src"
 """Folder of the sources that are ours: the scorer, its CMakeLists.txt, and the starters of the converters."""
-BUILD_PACKAGES = ("cmake", "ninja", "scikit-build-core")
-"""Packages that a build needs. scikit-build-core lets pip download the source without an isolated environment."""
 
 
 def build_key() -> str:
@@ -90,100 +76,3 @@ def is_built(folder: Path) -> bool:
         return all((folder / "bin" / name).stat().st_size == sizes[name] for name in PROGRAMS)
     except (OSError, KeyError, ValueError):
         return False
-
-
-def build(folder: Path, jobs: int) -> None:
-    """Build llama.cpp into `folder`, complete or absent.
-
-    Raises HostError without a compiler, ArtifactError when the build fails.
-    """
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        raise HostError("no C++ compiler (c++) on this machine", "install one, on Debian: apt-get install g++")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if is_built(folder):  # by another process, while this one waited
-            return
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="building-") as scratch:
-            work = Path(scratch)
-            source = _fetch_source(work)
-            _compile(source, work / "build", jobs)
-            _install(source, work / "build", work / "complete", compiler)
-            shutil.rmtree(folder, ignore_errors=True)
-            (work / "complete").rename(folder)
-
-
-def _fetch_source(work: Path) -> Path:
-    """Download and unpack the source distribution, checked by its hash; return its vendor/llama.cpp."""
-    pin = work / "pin.txt"
-    pin.write_text(f"llama-cpp-python=={VERSION} --hash=sha256:{SHA256}\n", "utf-8")
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
-    _run(
-        [*pip, "--require-hashes", "--no-binary", "llama-cpp-python", "-r", str(pin), "-d", str(work)],
-        "fetch the source",
-    )
-    archive = next(work.glob("llama_cpp_python-*.tar.gz"))
-    with tarfile.open(archive) as tar:
-        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.2, Debian 12's, has none
-        tar.extractall(work)  # noqa: S202 - pip has checked its hash
-    return work / f"llama_cpp_python-{VERSION}" / "vendor" / "llama.cpp"
-
-
-def _compile(source: Path, out: Path, jobs: int) -> None:
-    cmake = ["cmake", "-S", str(SOURCE), "-B", str(out), "-G", "Ninja"]
-    _run([*cmake, f"-DLLAMA_CPP_DIR={source}", *CMAKE_OPTIONS], "configure llama.cpp")
-    _run(["cmake", "--build", str(out), "--parallel", str(jobs), "--target", *PROGRAMS], "compile llama.cpp")
-
-
-def _install(source: Path, built: Path, target: Path, compiler: str) -> None:
-    (target / "bin").mkdir(parents=True)
-    for name in PROGRAMS:
-        found = next((path for path in built.rglob(name) if path.is_file()), None)
-        if found is None:
-            raise ArtifactError(f"the llama.cpp build made no {name}")
-        shutil.copy2(found, target / "bin" / name)
-    for name in CONVERTERS:
-        copy = shutil.copytree if (source / name).is_dir() else shutil.copy2
-        copy(source / name, target / name)
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    record = {
-        "llama_cpp_python": VERSION,
-        "sha256": SHA256,
-        "options": CMAKE_OPTIONS,
-        "compiler": version.partition("\n")[0],
-        "sizes": {name: (target / "bin" / name).stat().st_size for name in PROGRAMS},
-    }
-    (target / MARKER).write_text(json.dumps(record, indent=1), "utf-8")
-
-
-def _run(command: list[str], what: str) -> None:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    try:
-        done = subprocess.run(command, env={**os.environ, "PATH": path}, stdout=sys.stderr, check=False)
-    except FileNotFoundError as error:
-        missing = [name for name in BUILD_PACKAGES if not _installed(name)]
-        raise HostError(f"cannot {what}: {error.filename} not found", f"pip install {' '.join(missing)}") from error
-    if done.returncode:
-        raise ArtifactError(f"cannot {what}: {command[0]} exited with {done.returncode}", "its output stands above")
-
-
-def _installed(package: str) -> bool:
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def main() -> int:
-    """Build llama.cpp unless it is built, and print its folder; return the exit code. For scripts/build_llamacpp.py."""
-    folder = build_folder()
-    if not is_built(folder):
-        sys.stderr.write(f"building llama.cpp into {folder}: once, some minutes\n")
-        try:
-            build(folder, os.cpu_count() or 1)
-        except (HostError, ArtifactError) as error:
-            sys.stderr.write(f"Error: {error}\n")
-            return error.code
-    sys.stdout.write(f"{folder}\n")
-    return 0

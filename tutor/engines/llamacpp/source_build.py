@@ -1,0 +1,247 @@
+"""Build the pinned llama.cpp from source. Standard library and platformdirs only.
+
+In: the source distribution of `llama_cpp_python` (PyPI), which contains a complete llama.cpp.
+Out: a folder with `bin/` (programs), the converters with `conversion/` and `gguf-py/`, licences, and BUILD.json last.
+An interrupted build leaves its sources and objects beside the folder, and the next call continues from there.
+Does not decide what is built (build.py), nor print how far it is (build_output.py).
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from tutor.engines.llamacpp.build import (
+    CMAKE_OPTIONS,
+    MARKER,
+    PROGRAMS,
+    SHA256,
+    SOURCE,
+    VERSION,
+    build_folder,
+    is_built,
+)
+from tutor.engines.llamacpp.build_output import Progress, explain
+from tutor.errors import ArtifactError, HostError
+
+BUILD_PACKAGES = ("cmake", "ninja", "scikit-build-core")
+"""Packages that a build needs. scikit-build-core lets pip download the source without an isolated environment."""
+CONVERTERS = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion", "gguf-py", "LICENSE", "licenses")
+"""Files and folders of llama.cpp that are copied as they are: the converters in Python, and the licences."""
+COMPILERS = ("c++", "g++", "clang++")
+"""C++ compilers that CMake looks for, in its order; the variable CXX comes first."""
+INSTALL_COMPILER = "install one, on Debian: apt-get install g++"
+"""Next step of a user without a C++ compiler."""
+STATUS = "[%f/%t] "
+"""Beginning of Ninja's lines (NINJA_STATUS): number of finished steps, number of all steps."""
+BYTES_PER_JOB = 1 << 30
+"""Memory in bytes that one compiler may need."""
+STOP_SECONDS = 10.0
+"""Seconds between SIGTERM and SIGKILL of a program that must end."""
+TERMINATED = 128 + signal.SIGTERM
+"""Exit code after SIGTERM."""
+
+
+def build(folder: Path, jobs: int) -> None:
+    """Build llama.cpp into `folder`, complete or absent.
+
+    Raises HostError where this machine lacks something, ArtifactError when the build fails.
+    """
+    compiler = find_compiler()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder.with_name(f"{folder.name}.lock")) as lock:
+        if is_built(folder):  # by another process, while this one waited
+            return
+        work, log = (folder.with_name(f"{folder.name}.{kind}") for kind in ("partial", "log"))
+        work.mkdir(exist_ok=True)
+        log.unlink(missing_ok=True)
+        steps = Steps(log, lock)
+        source = _fetch_source(work, steps)
+        _compile(source, work / "build", jobs, compiler, steps)
+        shutil.rmtree(work / "complete", ignore_errors=True)
+        _install(source, work / "build", work / "complete", compiler)
+        shutil.rmtree(folder, ignore_errors=True)
+        (work / "complete").rename(folder)
+        shutil.rmtree(work, ignore_errors=True)
+        log.unlink()
+
+
+def find_compiler() -> list[str]:
+    """The words of the command that compiles C++: of the variable CXX, else the first known compiler that is there."""
+    asked = shlex.split(os.environ.get("CXX", ""))
+    for words in [asked] if asked else [[name] for name in COMPILERS]:
+        if shutil.which(words[0]):
+            return words
+    named = f"{asked[0]}, from the variable CXX" if asked else COMPILERS[0]
+    raise HostError(f"no C++ compiler ({named}) on this machine", INSTALL_COMPILER)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[int]:
+    """Hold the lock of a build; yield its file. Programs inherit it: it is held until the last of them has ended."""
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.stderr.write("llama.cpp: waiting for another build of it\n")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()
+
+
+class Steps:
+    """Runs the programs of a build, with their output in one log file."""
+
+    def __init__(self, log: Path, lock: int) -> None:
+        self.log, self.lock = log, lock
+        self.progress = Progress(sys.stderr)
+
+    def run(self, command: list[str], what: str) -> None:
+        """Run a program to its end. Raises HostError or ArtifactError with the line that explains its failure."""
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        env = {**os.environ, "PATH": path, "NINJA_STATUS": STATUS, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+        lines: list[str] = []
+        with self.log.open("a", encoding="utf-8") as log:
+            try:
+                process = subprocess.Popen(
+                    command,
+                    env=env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    errors="replace",
+                    pass_fds=(self.lock,),
+                )
+            except FileNotFoundError as error:
+                hint = f"pip install {' '.join(BUILD_PACKAGES)}"
+                raise HostError(f"cannot {what}: {error.filename} not found", hint) from error
+            try:
+                for line in process.stdout or ():
+                    log.write(line)
+                    lines.append(line)
+                    self.progress.read(line)
+                code = process.wait()
+            finally:
+                self.progress.end()
+                _stop(process)
+        if code:
+            raise explain(what, lines, code, self.log)
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """End a program that may still run: a build that nobody waits for would go on beside the next one."""
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+        process.kill()
+        process.wait()
+
+
+def _fetch_source(work: Path, steps: Steps) -> Path:
+    """Download and unpack the source distribution, checked by its hash; return its vendor/llama.cpp."""
+    source = work / "source"
+    if not source.is_dir():
+        steps.progress.line(f"fetching the source (llama_cpp_python {VERSION}, 77 MB)")
+        fetched = work / "fetched"
+        shutil.rmtree(fetched, ignore_errors=True)
+        fetched.mkdir()
+        pin = fetched / "pin.txt"
+        pin.write_text(f"llama-cpp-python=={VERSION} --hash=sha256:{SHA256}\n", "utf-8")
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
+        pip += ["--retries", "2", "--timeout", "30", "--require-hashes", "--no-binary", "llama-cpp-python"]
+        steps.run([*pip, "-r", str(pin), "-d", str(fetched)], "fetch the source of llama.cpp")
+        with tarfile.open(next(fetched.glob("llama_cpp_python-*.tar.gz"))) as tar:
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.2, Debian 12's, has none
+            tar.extractall(fetched)  # noqa: S202 - pip has checked its hash
+        (fetched / f"llama_cpp_python-{VERSION}").rename(source)
+        shutil.rmtree(fetched)
+    return source / "vendor" / "llama.cpp"
+
+
+def _compile(source: Path, out: Path, jobs: int, compiler: list[str], steps: Steps) -> None:
+    """Compile what is not compiled yet. Objects of another compiler are of no use."""
+    used = out / "compiler.txt"
+    text = f"{shlex.join(compiler)}\n{_version(compiler)}"
+    if out.is_dir() and not (used.is_file() and used.read_text("utf-8") == text):
+        shutil.rmtree(out)
+    cmake = ["cmake", "-S", str(SOURCE), "-B", str(out), "-G", "Ninja", f"-DLLAMA_CPP_DIR={source}", *CMAKE_OPTIONS]
+    steps.run(cmake, "configure llama.cpp")
+    used.write_text(text, "utf-8")
+    compile_ = ["cmake", "--build", str(out), "--parallel", str(jobs), "--target", *PROGRAMS]
+    steps.run(compile_, "compile llama.cpp")
+
+
+def _install(source: Path, built: Path, target: Path, compiler: list[str]) -> None:
+    (target / "bin").mkdir(parents=True)
+    for name in PROGRAMS:
+        found = next((path for path in built.rglob(name) if path.is_file()), None)
+        if found is None:
+            raise ArtifactError(f"the llama.cpp build made no {name}")
+        shutil.copy2(found, target / "bin" / name)
+    for name in CONVERTERS:
+        copy = shutil.copytree if (source / name).is_dir() else shutil.copy2
+        copy(source / name, target / name)
+    record = {
+        "llama_cpp_python": VERSION,
+        "sha256": SHA256,
+        "options": CMAKE_OPTIONS,
+        "compiler": _version(compiler),
+        "sizes": {name: (target / "bin" / name).stat().st_size for name in PROGRAMS},
+    }
+    (target / MARKER).write_text(json.dumps(record, indent=1), "utf-8")
+
+
+def _version(compiler: list[str]) -> str:
+    """First line of the compiler's own description."""
+    done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
+    return done.stdout.partition("\n")[0]
+
+
+def usable_jobs() -> int:
+    """Number of compilers to run at a time: one a core, and no more than fit in memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(cores, memory // BYTES_PER_JOB))
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(TERMINATED)
+
+
+def main() -> int:
+    """Build llama.cpp unless it is built, and print its folder; return the exit code. For scripts/build_llamacpp.py."""
+    folder = build_folder()
+    if not is_built(folder):
+        before = signal.signal(signal.SIGTERM, _terminate)
+        began = time.monotonic()
+        sys.stderr.write(f"llama.cpp: building it into {folder}: once, some minutes\n")
+        try:
+            build(folder, usable_jobs())
+        except (HostError, ArtifactError) as error:
+            sys.stderr.write(f"Error: {error}\n")
+            return error.code
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            sys.stderr.write(f"Error: cannot build llama.cpp: the disk of {folder.parent} is full; delete something\n")
+            return HostError.code
+        except KeyboardInterrupt:
+            sys.stderr.write("llama.cpp: interrupted; the next call continues from here\n")
+            return 130
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        sys.stderr.write(f"llama.cpp: built in {time.monotonic() - began:.0f} s\n")
+    sys.stdout.write(f"{folder}\n")
+    return 0
