@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tutor.engines.llamacpp.build import SOURCE, build_folder, build_key, is_built
+from tutor.engines.llamacpp.build import SOURCE, build_folder, build_key, is_built, kernels
 
 
 def append(path: Path, *lines: str) -> None:
@@ -49,4 +49,32 @@ def test_folder_is_from_variable_or_named_by_key(tmp_path: Path, monkeypatch: py
     assert build_folder() == tmp_path
     assert not is_built(tmp_path)
     monkeypatch.delenv("TUTOR_LLAMACPP")
-    assert build_folder().name == build_key()
+    assert build_folder().name.startswith(build_key())
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("fpu avx avx2 fma f16c avx_vnni", ()),
+        ("avx2 avx512f avx512_vnni", ()),
+        ("avx512f avx512bw avx512cd avx512dq avx512vl", ("AVX512",)),
+        (
+            "avx512f avx512bw avx512cd avx512dq avx512vl avx512_vnni avx512_bf16",
+            ("AVX512", "AVX512_VNNI", "AVX512_BF16"),
+        ),
+    ],
+)
+def test_kernels_are_those_that_the_processor_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, expected: tuple[str, ...]
+) -> None:
+    """A cache on another processor is not used there: the folder has another name, under the key of every stage."""
+    key = build_key()
+    monkeypatch.delenv("TUTOR_LLAMACPP", raising=False)
+    monkeypatch.setattr("tutor.engines.llamacpp.build.CPUINFO", tmp_path / "cpuinfo")
+    assert kernels() == ()
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\nbogomips\t: 5192.24\n", "utf-8")
+    assert kernels() == expected
+    assert build_folder().name == "-".join((key, *expected)).lower()
+    assert build_key() == key
+    monkeypatch.setenv("TUTOR_LLAMACPP", str(tmp_path))
+    assert kernels() == ()

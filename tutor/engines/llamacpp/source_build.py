@@ -31,6 +31,7 @@ from tutor.engines.llamacpp.build import (
     VERSION,
     build_folder,
     is_built,
+    kernels,
 )
 from tutor.engines.llamacpp.build_output import Progress, explain
 from tutor.errors import ArtifactError, HostError
@@ -176,11 +177,16 @@ def _compile(source: Path, out: Path, jobs: int, compiler: list[str], steps: Ste
     text = f"{shlex.join(compiler)}\n{_version(compiler)}"
     if out.is_dir() and not (used.is_file() and used.read_text("utf-8") == text):
         shutil.rmtree(out)
-    cmake = ["cmake", "-S", str(SOURCE), "-B", str(out), "-G", "Ninja", f"-DLLAMA_CPP_DIR={source}", *CMAKE_OPTIONS]
+    cmake = ["cmake", "-S", str(SOURCE), "-B", str(out), "-G", "Ninja", f"-DLLAMA_CPP_DIR={source}", *_options()]
     steps.run(cmake, "configure llama.cpp")
     used.write_text(text, "utf-8")
     compile_ = ["cmake", "--build", str(out), "--parallel", str(jobs), "--target", *PROGRAMS]
     steps.run(compile_, "compile llama.cpp")
+
+
+def _options() -> tuple[str, ...]:
+    """Options of CMake on this machine."""
+    return (*CMAKE_OPTIONS, *(f"-DGGML_{name}=ON" for name in kernels()))
 
 
 def _install(source: Path, built: Path, target: Path, compiler: list[str]) -> None:
@@ -196,7 +202,7 @@ def _install(source: Path, built: Path, target: Path, compiler: list[str]) -> No
     record = {
         "llama_cpp_python": VERSION,
         "sha256": SHA256,
-        "options": CMAKE_OPTIONS,
+        "options": _options(),
         "compiler": _version(compiler),
         "sizes": {name: (target / "bin" / name).stat().st_size for name in PROGRAMS},
     }
