@@ -154,7 +154,7 @@ def _fetch_source(work: Path, steps: Steps) -> Path:
     """Download and unpack the source distribution, checked by its hash; return its vendor/llama.cpp."""
     source = work / "source"
     if not source.is_dir():
-        steps.progress.line(f"fetching the source (llama_cpp_python {VERSION}, 77 MB)")
+        steps.progress.line(f"fetching the source (llama_cpp_python {VERSION})")
         fetched = work / "fetched"
         shutil.rmtree(fetched, ignore_errors=True)
         fetched.mkdir()
