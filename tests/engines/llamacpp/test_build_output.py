@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tutor.engines.llamacpp.build_output import Progress, explain
+from tutor.engines.llamacpp.build_output import BuildProgress, explain
 from tutor.errors import ArtifactError, HostError
 
 
@@ -16,7 +16,7 @@ class Terminal(io.StringIO):
 
 def test_progress_on_a_terminal_overwrites_its_line() -> None:
     stream = Terminal()
-    progress = Progress(stream)
+    progress = BuildProgress(stream)
     for line in ("-- Configuring done\n", "[1/80] Building CXX object a.o\n", "[2/80] Building CXX object b.o\n"):
         progress.read(line)
     progress.end()
@@ -26,7 +26,7 @@ def test_progress_on_a_terminal_overwrites_its_line() -> None:
 def test_progress_elsewhere_prints_the_first_and_last_steps() -> None:
     """Lines are seconds apart, so of steps that come at once only these two are printed."""
     stream = io.StringIO()
-    progress = Progress(stream)
+    progress = BuildProgress(stream)
     for step in range(1, 81):
         progress.read(f"[{step}/80] Building CXX object {step}.o\n")
     progress.end()

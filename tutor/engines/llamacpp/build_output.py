@@ -41,7 +41,7 @@ KNOWN = (
 """Patterns of known failures, the first that matches counts: pattern, error, what, next step."""
 
 
-class Progress:
+class BuildProgress:
     """Prints how far a build is: in place on a terminal, elsewhere a line every few seconds."""
 
     def __init__(self, stream: TextIO) -> None:

@@ -33,7 +33,7 @@ from tutor.engines.llamacpp.build import (
     is_built,
     kernels,
 )
-from tutor.engines.llamacpp.build_output import Progress, explain
+from tutor.engines.llamacpp.build_output import BuildProgress, explain
 from tutor.errors import ArtifactError, HostError
 
 BUILD_PACKAGES = ("cmake", "ninja", "scikit-build-core")
@@ -105,7 +105,7 @@ class Steps:
 
     def __init__(self, log: Path, lock: int) -> None:
         self.log, self.lock = log, lock
-        self.progress = Progress(sys.stderr)
+        self.progress = BuildProgress(sys.stderr)
 
     def run(self, command: list[str], what: str) -> None:
         """Run a program to its end. Raises HostError or ArtifactError with the line that explains its failure."""
