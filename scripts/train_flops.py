@@ -1,7 +1,7 @@
 """The share of the machine's own matrix rate that a training reaches (model FLOPs utilisation).
 
 In: a model's shape, the lengths and supervised tokens of the rows, the adapters' rank. Out: floating-point operations
-by part, and the rate of torch.mm at the model's own shapes. Does not train.
+by part, and the machine's rate at the model's own shapes. Does not train.
 
 What counts is what the task needs, for every implementation alike:
 - a frozen matrix 4 operations per weight and token: 2 forward, 2 for the gradient of its input; none for its own
@@ -36,9 +36,9 @@ def operations(shape: Shape, rows: Sequence[tuple[int, int]], rank: int, targets
 
 
 def matrix_rate(shape: Shape, tokens: int, precision: str) -> float:
-    """Return the operations per second of torch.mm over one layer's products, forward and for the input's gradient.
+    """Return the operations per second of one layer's products, forward and for the input's gradient.
 
-    `tokens` are those of a micro-batch.
+    By torch.mm or by oneDNN (engines/hf/products.py), whichever is faster. `tokens` are those of a micro-batch.
     """
     import torch
 
@@ -48,22 +48,28 @@ def matrix_rate(shape: Shape, tokens: int, precision: str) -> float:
     for inputs, outputs in shape.matrices.values():
         weight = torch.randn(outputs, inputs, device=device).to(dtype)
         x, gradient = (torch.randn(tokens, size, device=device).to(dtype) for size in (inputs, outputs))
-        seconds += _median_seconds(x, weight.t()) + _median_seconds(gradient, weight)
+        seconds += _median_seconds(x, weight) + _median_seconds(gradient, weight.t())
         done += 4 * tokens * inputs * outputs
     return done / seconds
 
 
-def _median_seconds(one: Any, other: Any) -> float:
+def _median_seconds(x: Any, weight: Any) -> float:
     import torch
 
-    times = []
-    for _ in range(REPEATS + 1):  # the first one warms up
-        began = time.perf_counter()
-        torch.mm(one, other)
-        if one.is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+    from tutor.engines.hf.products import product
+
+    ways = [torch.nn.functional.linear] if x.is_cuda else [torch.nn.functional.linear, product]
+    medians = []
+    for way in ways:
+        times = []
+        for _ in range(REPEATS + 1):  # the first one warms up
+            began = time.perf_counter()
+            way(x, weight)
+            if x.is_cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        medians.append(statistics.median(times[1:]))
+    return min(medians)
 
 
 def utilisation(counted: Mapping[str, int], seconds: float, rate: float) -> float:

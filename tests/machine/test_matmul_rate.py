@@ -32,19 +32,22 @@ def test_measurement_multiplies_the_shapes_matrix_in_both_types(monkeypatch):
     """Once for real; PyTorch's random state and threads stay as a training after it expects them."""
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(matmul_rate, "SECONDS", 0.0)
-    seen, linear = set(), torch.nn.functional.linear
+    from tutor.engines.hf import products
 
-    def recorded(states, weight):
-        seen.add((weight.dtype, tuple(weight.shape), tuple(states.shape)))
-        return linear(states, weight)
+    seen, product = set(), products.product
 
-    monkeypatch.setattr(torch.nn.functional, "linear", recorded)
+    def recorded(x, weight):
+        seen.add((weight.dtype, tuple(weight.shape), tuple(x.shape)))
+        return product(x, weight)
+
+    monkeypatch.setattr(products, "product", recorded)
     before, threads = torch.get_rng_state(), torch.get_num_threads()
     rates = measure_rates(replace(SHAPES["tiny"], hidden=576, intermediate=4000))
     assert rates.measured
     assert min(rates.bf16, rates.fp32) > 0
-    largest = matmul_rate.SIDES[1]
-    assert seen == {(dtype, (largest, 576), (matmul_rate.TOKENS, 576)) for dtype in (torch.bfloat16, torch.float32)}
+    largest, tokens = matmul_rate.SIDES[1], matmul_rate.TOKENS
+    shapes = [((largest, 576), (tokens, 576)), ((576, largest), (tokens, largest))]  # outputs, gradients of inputs
+    assert seen == {(dtype, *shape) for dtype in (torch.bfloat16, torch.float32) for shape in shapes}
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.get_num_threads() == threads
 

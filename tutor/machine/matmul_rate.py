@@ -76,6 +76,8 @@ def measure_rates(shape: Shape) -> MatmulRates:
     """
     import torch
 
+    from tutor.engines.hf.products import product
+
     threads = torch.get_num_threads()
     least, most = SIDES
     inputs, outputs = (min(max(side, least), most) for side in (shape.hidden, shape.intermediate))
@@ -84,8 +86,8 @@ def measure_rates(shape: Shape) -> MatmulRates:
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         sizes = ((outputs, inputs), (TOKENS, inputs), (TOKENS, outputs))
         weight, states, gradients = (torch.randn(size, generator=random).to(dtype) for size in sizes)
-        calls[name, "outputs"] = partial(torch.nn.functional.linear, states, weight)
-        calls[name, "gradients"] = partial(torch.mm, gradients, weight)
+        calls[name, "outputs"] = partial(product, states, weight)
+        calls[name, "gradients"] = partial(product, gradients, weight.t())
     torch.set_num_threads(1)
     try:
         best = fastest_seconds(calls)

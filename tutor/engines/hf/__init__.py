@@ -9,6 +9,7 @@ greedy traces with their most probable tokens.
 - score.py: teacher-forced log-probabilities of a loaded model.
 - trace.py: scores and greedy traces in the form that the parity stage compares.
 - streaming_score.py: log-probabilities of a model that is never in memory as a whole, one decoder layer at a time.
+- products.py: matrix products on the CPU by the faster library.
 - nf4.py: NF4 quantization and dequantization of one weight, in pieces.
 
 Does not fetch, train or merge a model, does not choose the device's precision, and never runs code that a model folder

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import LinearCrossEntropyOptions
 from torch.nn.functional import linear_cross_entropy
 
-from tutor.stages.train.kernels.products import product
+from tutor.engines.hf.products import product
 
 IGNORE_INDEX = -100
 """Label of ids without loss, the default of PyTorch's cross entropy."""

@@ -14,7 +14,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor
 
 from tutor.stages.train.kernels.fast_dropout import FastDropout
-from tutor.stages.train.kernels.products import product
+from tutor.engines.hf.products import product
 
 ADAPTER = "default"
 """Name that PEFT gives the only adapter."""
