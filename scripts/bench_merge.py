@@ -218,7 +218,7 @@ def convert_ours(model: Path, extra: Path, out: Path) -> dict[str, float]:
     """Convert to F16 as the convert stage does, with its comparison of all values, hashes and sync."""
     from tutor.artifacts.disk import read_json
     from tutor.artifacts.stage_folder import writing
-    from tutor.engines.llamacpp.convert import to_gguf
+    from tutor.engines.llamacpp.convert import Conversion, to_gguf
     from tutor.formats.models.gguf_metadata import check_gguf, implied_metadata
     from tutor.formats.models.gguf_weights import weights_of
     from tutor.formats.models.model_folder import Facts
@@ -232,7 +232,7 @@ def convert_ours(model: Path, extra: Path, out: Path) -> dict[str, float]:
             implied_metadata(model, replace(facts, vocabulary=config["vocab_size"])),
             scratch / "tutor-F16.gguf",
         )
-        to_gguf(model, whole, facts.pre_tokenizer)
+        to_gguf(Conversion(model, whole, facts.pre_tokenizer))
         converted = time.monotonic() - started
         require_exact(whole, check_gguf(whole, expected), weights_of(model))
     return {"work_s": converted, "checked_s": time.monotonic() - started, "imported_rss_mb": imported}

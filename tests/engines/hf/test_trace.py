@@ -4,26 +4,31 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.models.conversations import CONVERSATIONS, HELLO
+from support.models.conversations import CONVERSATIONS, HELLO, greedy_ids
 
 from tutor.engines.trace import EOS_TEXT
 from tutor.prompt import render
 
 
 @pytest.mark.pipeline
-def test_trace_along_own_answer_equals_its_trace(loaded: Any) -> None:
+def test_trace_along_own_answer_has_all_of_it(loaded: Any) -> None:
     from support.tolerances import forward_error, largest_logit
 
-    from tutor.engines.hf.trace import trace, trace_along
+    from tutor.engines.hf.score import answer_logprobs
+    from tutor.engines.hf.trace import trace_along
 
     ids = loaded.tokenizer(render(CONVERSATIONS[1]))["input_ids"]
-    path, own = trace(loaded, ids, 12)
+    path = greedy_ids(loaded, ids, 12)
     bound = forward_error(loaded.model.config, len(ids) + 12) * largest_logit(loaded.model, [(ids, path)])
-    assert min(step.margin for step in own.steps) > 2 * bound, "rounding must not decide which token is the best"
     found = trace_along(loaded, ids, path)
-    assert [step.text for step in found.steps] == [step.text for step in own.steps]
-    assert [step.logprob for step in found.steps] == pytest.approx([step.logprob for step in own.steps], abs=bound)
-    assert found.finish == own.finish
+    assert min(step.margin for step in found.steps) > 2 * bound, "rounding must not decide which token is the best"
+    assert (
+        "".join(step.text for step in found.steps)
+        == loaded.tokenizer.decode([*ids, *path])[len(loaded.tokenizer.decode(ids)) :]
+    )
+    (logprobs,) = answer_logprobs(loaded.model, [(ids, path)])
+    assert [step.logprob for step in found.steps] == pytest.approx(logprobs, abs=bound)
+    assert found.finish == "length"
 
 
 @pytest.mark.pipeline
@@ -52,10 +57,11 @@ def test_trace_joins_a_blank_with_the_character_it_begins() -> None:
 
 @pytest.mark.pipeline
 def test_trace_along_other_answer_ends_at_first_difference(loaded: Any) -> None:
-    from tutor.engines.hf.trace import trace, trace_along
+    from tutor.engines.hf.trace import trace_along
 
     ids = loaded.tokenizer(render(HELLO))["input_ids"]
-    path, own = trace(loaded, ids, 8)
+    path = greedy_ids(loaded, ids, 8)
+    own = trace_along(loaded, ids, path)
     strange = [*path[:5], (path[5] + 1) % 900, *path[6:]]
     found = trace_along(loaded, ids, strange)
     assert [step.text for step in found.steps] == [step.text for step in own.steps][: len(found.steps)]

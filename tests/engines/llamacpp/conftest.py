@@ -8,7 +8,7 @@ from support.fakes.llamacpp import script
 from support.models.random_llama import llama3_splitter, make_tiny
 
 from tutor.engines.llamacpp.build import PROGRAMS
-from tutor.engines.llamacpp.convert import to_gguf
+from tutor.engines.llamacpp.convert import Conversion, to_gguf
 from tutor.formats.models.pre_tokenizer import pre_tokenizer_name
 
 
@@ -27,7 +27,7 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def random_llama(real: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a random Llama, with its F16 GGUF beside the weights."""
     folder = make_tiny(tmp_path_factory.mktemp("random_llama"), llama3_splitter())
-    to_gguf(folder, folder / "tiny-F16.gguf", pre_tokenizer_name(folder / "tokenizer.json"))
+    to_gguf(Conversion(folder, folder / "tiny-F16.gguf", pre_tokenizer_name(folder / "tokenizer.json")))
     return folder
 
 

@@ -203,7 +203,7 @@ def test_unsupported_adapter_is_refused_before_conversion(
 def test_base_with_adapter_scores_as_merged_model(
     tmp_path: Path, tiny_with_adapter: Callable[[Path], tuple[Path, Path, Path]]
 ) -> None:
-    from tutor.engines.llamacpp.convert import to_gguf
+    from tutor.engines.llamacpp.convert import Conversion, to_gguf
     from tutor.engines.llamacpp.score import score
     from tutor.formats.models.gguf import read_gguf
     from tutor.formats.models.gguf_weights import adapter_weights_of, check_exact
@@ -212,7 +212,7 @@ def test_base_with_adapter_scores_as_merged_model(
     model, adapter, merged = tiny_with_adapter(tmp_path)
     files = {"base": model, "merged": merged}
     for name, folder in files.items():
-        to_gguf(folder, tmp_path / f"{name}.gguf", pre_tokenizer_name(folder / "tokenizer.json"))
+        to_gguf(Conversion(folder, tmp_path / f"{name}.gguf", pre_tokenizer_name(folder / "tokenizer.json")))
     lora = tmp_path / "lora.gguf"
     assert lora_to_gguf(adapter, model, tmp_path / "base.gguf", lora, {"tutor.adapter.sha256": "abc"}) == 8
     made = read_gguf(lora)

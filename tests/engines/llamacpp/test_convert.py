@@ -14,7 +14,7 @@ from support.fakes.llamacpp import script
 from support.models.random_llama import RECOGNISER, TEXTS, make_tiny
 
 from tutor.engines.llamacpp.build import VERSION
-from tutor.engines.llamacpp.convert import imatrix, quantize, to_gguf
+from tutor.engines.llamacpp.convert import Conversion, imatrix, quantize, to_gguf
 from tutor.engines.llamacpp.process import programs
 from tutor.engines.llamacpp.server import serve
 from tutor.errors import ArtifactError, HostError, RecipeError
@@ -22,7 +22,7 @@ from tutor.formats.models.pre_tokenizer import pre_tokenizer_name
 from tutor.recipe.quantizations import KINDS, NEED_IMATRIX, NOT_MADE, SECOND_NAMES
 
 CONVERTER = """
-import argparse, json, sys
+import argparse, json, os
 from pathlib import Path
 import gguf
 from conversion.base import TextModel
@@ -39,6 +39,7 @@ def main():
     model.prepare_metadata(vocab_only=False)
     given["metadata"] = model.gguf_writer.metadata
     given["gguf"] = gguf.__file__
+    given["process"] = os.getpid()
     Path(given["outfile"]).write_text(json.dumps(given))
 """
 
@@ -183,9 +184,9 @@ def converter(build: Path) -> Callable[[str], Path]:
     return make
 
 
-def converted(tmp_path: Path, pre: str, metadata: dict[str, str] | None = None) -> dict[str, Any]:
+def converted(tmp_path: Path, pre: str, **metadata: str) -> dict[str, Any]:
     target = tmp_path / "tutor-F16.gguf"
-    to_gguf(tmp_path, target, pre, metadata)
+    to_gguf(Conversion(tmp_path, target, pre, metadata))
     return json.loads(target.read_text("utf-8"))
 
 
@@ -199,7 +200,7 @@ def test_unknown_tokenizer_gets_our_name(converter: Callable[[str], Path], tmp_p
 
 def test_metadata_is_written_after_that_of_the_converter(converter: Callable[[str], Path], tmp_path: Path) -> None:
     converter("")
-    given = converted(tmp_path, "llama-bpe", {"tutor.base": "año «'\"", "tutor.version": "1"})
+    given = converted(tmp_path, "llama-bpe", **{"tutor.base": "año «'\"", "tutor.version": "1"})
     assert list(given["metadata"].items()) == [("theirs", "False"), ("tutor.base", "año «'\""), ("tutor.version", "1")]
     assert converted(tmp_path, "llama-bpe")["metadata"] == {"theirs": "False"}
 
@@ -229,6 +230,23 @@ def test_unknown_tokenizer_without_name_raises_with_its_hash(converter: Callable
         assert part in str(raised.value)
 
 
+def test_models_are_converted_in_one_process(converter: Callable[[str], Path], tmp_path: Path) -> None:
+    converter("")
+    targets = {name: tmp_path / f"{name}-F16.gguf" for name in ("tutor", "base")}
+    to_gguf(*(Conversion(tmp_path, target, "llama-bpe", {"name": name}) for name, target in targets.items()))
+    given = {name: json.loads(target.read_text("utf-8")) for name, target in targets.items()}
+    assert {name: each["metadata"]["name"] for name, each in given.items()} == {"tutor": "tutor", "base": "base"}
+    assert len({each["process"] for each in given.values()}) == 1
+
+
+def test_failed_second_model_is_named_and_leaves_no_file(converter: Callable[[str], Path], tmp_path: Path) -> None:
+    converter("smollm")
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    with pytest.raises(ArtifactError, match=f"cannot convert {bad}: the converter identifies"):
+        to_gguf(Conversion(good, tmp_path / "a.gguf", "smollm"), Conversion(bad, tmp_path / "b.gguf", "llama-bpe"))
+    assert not list(tmp_path.glob("*.gguf*"))
+
+
 def test_converter_failure_is_reported_by_its_last_line(converter: Callable[[str], Path], tmp_path: Path) -> None:
     converter("broken")
     with pytest.raises(ArtifactError, match=r"ValueError: Can not map tensor '.*absmax'") as raised:
@@ -251,7 +269,7 @@ def test_other_splitting_is_tokenized_as_transformers(real: None, tmp_path: Path
     from transformers import AutoTokenizer
 
     folder = make_tiny(tmp_path, smollm_splitter(), bos=bos)
-    to_gguf(folder, folder / "a-F16.gguf", pre_tokenizer_name(folder / "tokenizer.json"))
+    to_gguf(Conversion(folder, folder / "a-F16.gguf", pre_tokenizer_name(folder / "tokenizer.json")))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with serve(folder / "a-F16.gguf", context=64, threads=1, log=folder / "log") as server:
         assert [server.tokenize(text) for text in TEXTS] == [tokenizer(text)["input_ids"] for text in TEXTS]

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.models.conversations import CONVERSATIONS
+from support.models.conversations import CONVERSATIONS, greedy_ids
 
-from tutor.engines.llamacpp.convert import to_gguf
+from tutor.engines.llamacpp.convert import Conversion, to_gguf
 from tutor.engines.llamacpp.server import LlamaServer, serve
 from tutor.engines.llamacpp.trace import rendered
 from tutor.engines.llamacpp.trace import trace as llamacpp_trace
@@ -20,7 +20,7 @@ from tutor.prompt import render
 def served(real: None, chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaServer]:
     """A llama-server of the tiny model's F16 GGUF, with the chat template of the file."""
     gguf = tmp_path_factory.mktemp("served") / "tiny-F16.gguf"
-    to_gguf(chat_model, gguf, pre_tokenizer_name(chat_model / "tokenizer.json"))
+    to_gguf(Conversion(chat_model, gguf, pre_tokenizer_name(chat_model / "tokenizer.json")))
     with serve(gguf, context=512, threads=1, log=gguf.with_name("server.log"), own_template=True) as running:
         yield running
 
@@ -43,15 +43,17 @@ def test_llama_server_renders_template_of_its_file(served: LlamaServer, messages
 def test_trace_of_llama_server_equals_trace_of_transformers(served: LlamaServer, loaded: Any, messages: Any) -> None:
     from support.tolerances import half_error, largest_logit
 
-    from tutor.engines.hf.trace import trace
+    from tutor.engines.hf.trace import trace_along
 
     ids = loaded.tokenizer(render(messages))["input_ids"]
-    path, ours = trace(loaded, ids, 12)
+    path = greedy_ids(loaded, ids, 12)
+    ours = trace_along(loaded, ids, path)
     bound = half_error(loaded.model.config) * largest_logit(loaded.model, [(ids, path)])
-    theirs = llamacpp_trace(served, render(messages), 12)
-    assert len(path) == 12
+    taken, theirs = llamacpp_trace(served, render(messages), 12)
+    assert len(path) == len(taken) == 12
     assert (theirs.prompt_tokens, theirs.finish) == (len(ids), "length")
     same = decided(ours.steps, bound)
+    assert taken[:same] == path[:same]
     found, wanted = theirs.steps[:same], ours.steps[:same]
     assert [step.text for step in found] == [step.text for step in wanted]
     assert [step.logprob for step in found] == pytest.approx([step.logprob for step in wanted], abs=bound)

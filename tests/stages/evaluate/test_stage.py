@@ -1,6 +1,8 @@
 """stages/evaluate/stage.py: a run on fake programs, complete and interrupted."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ from support.files import write_rows
 from tutor.artifacts.disk import write_json
 from tutor.artifacts.manifest import MANIFEST
 from tutor.artifacts.stage_folder import checkpoint_folder
+from tutor.engines.llamacpp.server import serve
 from tutor.errors import ArtifactError, HostError, ServiceError
 from tutor.formats.models.served_quantization import write_served
 from tutor.recipe.settings import Recipe
+from tutor.stages.evaluate import stage
 from tutor.stages.evaluate.stage import run, side_by_side
 
 PROMPTS = [
@@ -42,6 +46,10 @@ def write_inputs(root: Path, **tutor: Any) -> dict[str, Path]:
     for name, model in (("base-Q4_K_M", base), ("tutor-Q4_K_M", tuned), ("tutor-F16", tuned)):
         (inputs["convert"] / f"{name}.gguf").write_text(json.dumps(model), "utf-8")
     return inputs
+
+
+def warms_up(request: dict[str, Any]) -> bool:
+    return request["n_predict"] == 1
 
 
 @pytest.fixture
@@ -86,7 +94,7 @@ def test_run_is_greedy_with_the_seed(tmp_path: Path, out: Path) -> None:
     run(recipe(tmp_path), write_inputs(tmp_path), out)
     requests = read_requests(tmp_path / "tutor.requests")
     assert all((line["temperature"], line["seed"]) == (0.0, 5) for line in requests)
-    assert [line["n_predict"] for line in requests] == [1, 515, 515, 515, 515]
+    assert [line["n_predict"] for line in requests if not warms_up(line)] == [515] * 4
 
 
 @pytest.mark.usefixtures("llamacpp")
@@ -102,8 +110,28 @@ def test_paraphrases_are_compared_with_their_originals(tmp_path: Path, out: Path
     assert list(row["answers"]) == ["tutor"]
     assert (summary["paraphrases"]["n"], summary["paraphrases"]["difference"]) == (1, 0.0)
     assert summary["models"]["tutor"]["all"]["n"] == 4, "they are no prompts of their own"
-    for name, count in (("base", 5), ("tutor", 6)):
-        assert sum("n_predict" in line for line in read_requests(tmp_path / f"{name}.requests")) == count
+    for name, count in (("base", 4), ("tutor", 5)):
+        assert sum(not warms_up(line) for line in read_requests(tmp_path / f"{name}.requests")) == count
+
+
+@pytest.mark.usefixtures("llamacpp")
+def test_servers_share_the_cores_and_keep_their_logs(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    @contextlib.contextmanager
+    def recorded(*arguments: Any, **options: Any) -> Iterator[Any]:
+        given.append((options["threads"], options["log"].name))
+        with serve(*arguments, **options) as server:
+            yield server
+
+    monkeypatch.setattr(stage, "serve", recorded)
+    monkeypatch.setattr(stage, "_threads", lambda: 4)
+    run(recipe(tmp_path), write_inputs(tmp_path), out)
+    assert {threads for threads, _ in given} == {2}
+    assert {name for _, name in given} >= {"base-1.log", "tutor-1.log"}
+    assert len({name for _, name in given}) == len(given)
 
 
 @pytest.mark.usefixtures("llamacpp")

@@ -78,7 +78,7 @@ def inputs(real: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     from support.models.gguf_bytes import facts
     from transformers import AutoTokenizer
 
-    from tutor.engines.llamacpp.convert import quantize, to_gguf
+    from tutor.engines.llamacpp.convert import Conversion, quantize, to_gguf
     from tutor.prompt import adds_bos
 
     home = tmp_path_factory.mktemp("build")
@@ -92,7 +92,7 @@ def inputs(real: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     (base / "base.json").write_text(json.dumps(asdict(found)), "utf-8")
     row = {"instruction": "¿Qué es una interfaz?", "response": "Una forma de objeto.", "category": "a"}
     write_rows(data / "held_out.jsonl", [{**row, "response": f"{row['response']} {n}"} for n in range(3)])
-    to_gguf(base / "model", gguf / "tutor-F16.gguf", "llama-bpe")
+    to_gguf(Conversion(base / "model", gguf / "tutor-F16.gguf", "llama-bpe"))
     for kind in ("Q8_0", "Q4_0"):
         quantize(gguf / "tutor-F16.gguf", gguf / f"tutor-{kind}.gguf", kind, 1)
     return {"data": data, "base": base, "convert": gguf}

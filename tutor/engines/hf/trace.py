@@ -30,24 +30,10 @@ def scores(engine: TransformersEngine, rows: Sequence[Row]) -> list[Score]:
 
 
 @torch.no_grad()
-def trace(engine: TransformersEngine, prompt: Sequence[int], tokens: int) -> tuple[list[int], Trace]:
-    """Return the greedy answer to a prompt, without a repetition penalty: its ids (EOS included) and its trace."""
-    ids: list[int] = []
-    given, cache, found = list(prompt), None, []
-    while len(ids) < tokens and (not ids or ids[-1] != engine.tokenizer.eos_token_id):
-        out = engine.model(
-            input_ids=torch.tensor([given], device=engine.model.device), past_key_values=cache, use_cache=True
-        )
-        cache = out.past_key_values
-        found.append(torch.log_softmax(out.logits[0, -1].float(), dim=-1))
-        given = [int(found[-1].argmax())]
-        ids += given
-    return ids, _trace(engine, prompt, ids, torch.stack(found))
-
-
-@torch.no_grad()
 def trace_along(engine: TransformersEngine, prompt: Sequence[int], path: Sequence[int]) -> Trace:
-    """Return the greedy trace along another engine's ids; it ends with the first own token that differs.
+    """Return the greedy trace along another engine's ids, without a repetition penalty.
+
+    It ends with the first own token that differs.
 
     One forward pass instead of one per token gives the same tokens: each depends only on the ids before it.
     """

@@ -7,10 +7,20 @@ import json
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tutor.engines.llamacpp.build import SOURCE, VERSION
-from tutor.engines.llamacpp.process import OFFLINE, Command, partial_path, program_error, programs, write_file
+from tutor.engines.llamacpp.process import (
+    OFFLINE,
+    Command,
+    partial_path,
+    program_error,
+    programs,
+    write_file,
+    write_files,
+)
+from tutor.engines.llamacpp.src.convert import CONVERTING
 from tutor.errors import ArtifactError, RecipeError
 from tutor.formats.models.gguf import read_gguf
 from tutor.formats.models.pre_tokenizer import equivalent_names
@@ -21,15 +31,34 @@ CHUNK_LENGTHS = (512, 256, 128, 64, 32)
 """Context lengths in tokens to choose from for llama-imatrix, which needs a text of two chunks at least."""
 
 
-def to_gguf(model: Path, target: Path, pre_tokenizer: str, metadata: Mapping[str, str] | None = None) -> None:
-    """Write the F16 GGUF of a 16-bit Hugging Face folder, with `metadata` as additional key-values.
+@dataclass(frozen=True)
+class Conversion:
+    """A 16-bit Hugging Face folder, and the F16 GGUF to write of it."""
 
-    `pre_tokenizer` is llama.cpp's name of the splitting (formats/models/pre_tokenizer.py).
+    model: Path
+    target: Path
+    pre_tokenizer: str  # llama.cpp's name of the splitting (formats/models/pre_tokenizer.py); "" for SentencePiece
+    metadata: Mapping[str, str] = field(default_factory=dict)  # additional key-values
+
+
+def to_gguf(*conversions: Conversion) -> None:
+    """Write the F16 GGUF of each folder, in one process, completely or none.
+
     Raises ArtifactError with the converter's last line.
     """
-    folder, names = programs().folder, ",".join(equivalent_names(pre_tokenizer))
-    command: Command = [sys.executable, SOURCE / "convert.py", folder, model, partial_path(target), names]
-    code, output = write_file(target, [*command, json.dumps(dict(metadata or {}))], OFFLINE)
+    jobs = [
+        {
+            "model": str(item.model),
+            "target": str(partial_path(item.target)),
+            "names": equivalent_names(item.pre_tokenizer) if item.pre_tokenizer else (),
+            "metadata": dict(item.metadata),
+        }
+        for item in conversions
+    ]
+    command: Command = [sys.executable, SOURCE / "convert.py", programs().folder, json.dumps(jobs)]
+    code, output = write_files([item.target for item in conversions], command, OFFLINE)
+    begun = len(re.findall(f"^{CONVERTING}", output, re.MULTILINE))
+    model = conversions[max(begun, 1) - 1].model
     if "BPE pre-tokenizer was not recognized" in output and code:
         found = re.search(r"chkhsh:\s*([0-9a-f]{64})", output)
         raise ArtifactError(

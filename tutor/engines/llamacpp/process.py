@@ -65,12 +65,23 @@ def partial_path(target: Path) -> Path:
 def write_file(
     target: Path, command: Command, environment: Mapping[str, str] | None = None, *, folder: Path | None = None
 ) -> tuple[int, str]:
-    """Run a program that writes `partial_path(target)`; rename the file on exit code 0. Returns code and output.
+    """Run a program that writes `partial_path(target)`, as `write_files` does."""
+    return write_files((target,), command, environment, folder=folder)
 
-    The program runs in `folder` when the file must not store another file's path. Raises ArtifactError when it ends
-    with 0 and no file.
+
+def write_files(
+    targets: Sequence[Path],
+    command: Command,
+    environment: Mapping[str, str] | None = None,
+    *,
+    folder: Path | None = None,
+) -> tuple[int, str]:
+    """Run a program that writes the `partial_path` of each target; rename them on exit code 0. Return code and output.
+
+    The program runs in `folder` when a file must not store another file's path. Raises ArtifactError when it ends
+    with 0 and a file is missing.
     """
-    partial = partial_path(target)
+    partials = {target: partial_path(target) for target in targets}
     try:
         done = subprocess.run(
             killed_with_parent(command),
@@ -85,12 +96,14 @@ def write_file(
         )
         output = done.stdout.strip()
         if done.returncode == 0:
-            if not partial.is_file():
-                raise ArtifactError(f"{command[0]} wrote no {partial}")
-            partial.replace(target)
+            if missing := [partial for partial in partials.values() if not partial.is_file()]:
+                raise ArtifactError(f"{command[0]} wrote no {missing[0]}")
+            for target, partial in partials.items():
+                partial.replace(target)
         return done.returncode, output
     finally:
-        partial.unlink(missing_ok=True)
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
 
 
 def killed_with_parent(command: Command) -> list[str]:

@@ -18,10 +18,11 @@ def rendered(server: LlamaServer, messages: Sequence[Message]) -> str:
     return str(server.post("/apply-template", {"messages": [dict(message) for message in messages]})["prompt"])
 
 
-def trace(server: LlamaServer, prompt: str, tokens: int) -> Trace:
-    """The greedy answer to a prompt, without repetition penalty. Raises ServiceError when the server fails.
+def trace(server: LlamaServer, prompt: str, tokens: int) -> tuple[list[int], Trace]:
+    """The greedy answer to a prompt, without repetition penalty: its ids (EOS included) and its trace.
 
-    There are no stop texts either: the server would delay text that may be the beginning of one.
+    There are no stop texts: the server would delay text that may be the beginning of one.
+    Raises ServiceError when the server fails.
     """
     request = {
         "prompt": prompt,
@@ -32,13 +33,15 @@ def trace(server: LlamaServer, prompt: str, tokens: int) -> Trace:
         "temperature": 0.0,
         "seed": 1,
         "cache_prompt": False,
+        "return_tokens": True,
     }
     answer = server.post("/completion", request)
     try:
         finish = FINISHES[answer["stop_type"]]
         found = [_step(item) for item in answer.get("completion_probabilities", ())]
         ended = [replace(found.pop(), text=EOS_TEXT)] if finish == "stop" else []
-        return Trace((*group_characters(found), *ended), finish, int(answer["tokens_evaluated"]))
+        ids = [int(id_) for id_ in answer["tokens"]]
+        return ids, Trace((*group_characters(found), *ended), finish, int(answer["tokens_evaluated"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ServiceError(f"llama-server returned an unknown form: {error!r}", "make llamacpp") from error
 

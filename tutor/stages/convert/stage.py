@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutor.artifacts.layout import gguf_name
-from tutor.engines.llamacpp.convert import imatrix, quantize, to_gguf
+from tutor.engines.llamacpp.convert import Conversion, imatrix, quantize, to_gguf
 from tutor.errors import ArtifactError
 from tutor.formats.models.gguf import Gguf, read_gguf
 from tutor.formats.models.gguf_metadata import (
@@ -85,11 +85,22 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     folders = {"tutor": inputs["merge"], "base": base}
     _require_disk([(folders[name], kinds) for name, kinds in wanted.items()], out)
     lineage = {"tutor": to_fields(tutor_lineage(recipe, inputs)), "base": to_fields(base_lineage(inputs["base"]))}
+    sources = [
+        ConversionSource(
+            name,
+            folders[name],
+            expected[name],
+            lineage[name],
+            rows,
+            recipe.system,
+            weights_of(base) if name == "tutor" else None,
+        )
+        for name in wanted
+    ]
+    _to_f16(sources, out)
     files: dict[str, dict[str, Any]] = {}
-    for name, kinds in wanted.items():
-        untuned = weights_of(base) if name == "tutor" else None
-        source = ConversionSource(name, folders[name], expected[name], lineage[name], rows, recipe.system, untuned)
-        files |= convert_model(source, kinds, out)
+    for source in sources:
+        files |= quantize_model(source, wanted[source.name], out)
     if recipe.convert.base and F16 not in may_be_served:
         # The base's F16 file was needed for quantization only.
         (out / gguf_name("base", F16)).unlink()
@@ -97,13 +108,26 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     return {"files": files, "pre_tokenizer": facts.pre_tokenizer, "lineage": lineage["tutor"]}
 
 
-def convert_model(source: ConversionSource, kinds: Sequence[str], out: Path) -> dict[str, dict[str, Any]]:
-    """Write and check the F16 file of a model and its quantizations; return one entry a file."""
+def _to_f16(sources: Sequence[ConversionSource], out: Path) -> None:
+    """Write the F16 file of each model."""
+    started = time.monotonic()
+    targets = [out / gguf_name(source.name, F16) for source in sources]
+    log.info("converting %s to GGUF", " and ".join(str(source.folder) for source in sources))
+    to_gguf(
+        *(
+            Conversion(source.folder, target, source.expected.pre_tokenizer or "", source.lineage)
+            for source, target in zip(sources, targets, strict=True)
+        )
+    )
+    log.info("converted in %.1f s", time.monotonic() - started)
+
+
+def quantize_model(source: ConversionSource, kinds: Sequence[str], out: Path) -> dict[str, dict[str, Any]]:
+    """Check the F16 file of a model, write and check its quantizations; return one entry a file."""
     weights = weights_of(source.folder)
     f16 = out / gguf_name(source.name, F16)
     started = time.monotonic()
-    log.info("converting %s to %s", source.folder, f16.name)
-    to_gguf(source.folder, f16, source.expected.pre_tokenizer or "", source.lineage)
+    log.info("comparing %s with %s", f16.name, source.folder)
     gguf = check_gguf(f16, source.expected)
     require_exact(f16, gguf, weights)
     entries = {f16.name: _entry(f16, F16, gguf, started)}

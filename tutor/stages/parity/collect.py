@@ -47,43 +47,31 @@ def tokenize(tokenizer: Any, conversation: Conversation) -> Tokenized:
     return Tokenized(conversation, ids, (*answer, tokenizer.eos_token_id))
 
 
-@dataclass(frozen=True)
-class TransformersRun:
-    """The observations of a model in transformers, and the ids of its greedy answers."""
-
-    observations: tuple[Observation, ...]
-    paths: Mapping[str, Sequence[int]]
-
-
 def from_transformers(
     engine: "TransformersEngine",
     conversations: Sequence[Conversation],
+    paths: Mapping[str, Sequence[int]],
     *,
-    paths: Mapping[str, Sequence[int]] | None = None,
     own_template: bool,
-) -> TransformersRun:
+) -> tuple[Observation, ...]:
     """Observe a loaded model.
 
     `own_template`: the folder's chat template renders the prompts; else the prompt contract does, because the folder of
-    a base has another template. `paths`: greedy answers of another model; this model follows them up to its first
+    a base has another template. `paths`: greedy answers of a GGUF in llama.cpp; this model follows them up to its first
     different token, which is much faster than to generate.
     """
-    from tutor.engines.hf.trace import scores, trace, trace_along
+    from tutor.engines.hf.trace import scores, trace_along
 
     items = [tokenize(engine.tokenizer, conversation) for conversation in conversations]
     given = _given(items)
     scored = dict(zip(given, scores(engine, list(given.values())), strict=True))
-    found, taken = [], dict(paths or {})
+    found = []
     for item in items:
-        conversation, answer = item.conversation, None
-        name = conversation.name
-        if paths is None and conversation.reach == "everywhere":
-            taken[name], answer = trace(engine, item.ids, GREEDY_TOKENS)
-        elif name in taken:
-            answer = trace_along(engine, item.ids, taken[name])
+        conversation, name = item.conversation, item.conversation.name
+        answer = trace_along(engine, item.ids, paths[name]) if conversation.reach == "everywhere" else None
         prompt = own_prompt(engine.tokenizer, conversation) if own_template else conversation.prompt
         found.append(Observation(name, prompt, item.ids, len(item.ids), scored.get(name), answer))
-    return TransformersRun(tuple(found), taken)
+    return tuple(found)
 
 
 def own_prompt(tokenizer: Any, conversation: Conversation) -> str:
@@ -108,26 +96,31 @@ class ServerSettings:
     bos: str  # BOS text that a template may write: llama-server keeps it where the file adds no BOS
 
 
-def from_gguf(
-    gguf: Path, items: Sequence[Tokenized], settings: ServerSettings, *, served: bool
-) -> tuple[Observation, ...]:
+@dataclass(frozen=True)
+class GgufRun:
+    """The observations of a GGUF file in llama.cpp, and the ids of its greedy answers."""
+
+    observations: tuple[Observation, ...]
+    paths: Mapping[str, Sequence[int]]
+
+
+def from_gguf(gguf: Path, items: Sequence[Tokenized], settings: ServerSettings, *, served: bool) -> GgufRun:
     """Observe a GGUF file in llama.cpp, prompted by its own chat template; `served`: the file will be published."""
     given = _given(items)
     scored = dict(
         zip(given, score(gguf, list(given.values()), threads=settings.threads, top=TOP_CANDIDATES), strict=True)
     )
-    found = []
+    found, paths = [], {}
     reaches = ("everywhere", "served") if served else ("everywhere",)
     with serve(gguf, context=settings.context, threads=settings.threads, log=settings.log, own_template=True) as server:
         for item in items:
-            conversation = item.conversation
+            conversation, name, answer = item.conversation, item.conversation.name, None
             ids = tuple(server.tokenize(conversation.prompt))
-            answer = (
-                llamacpp_trace(server, conversation.prompt, GREEDY_TOKENS) if conversation.reach in reaches else None
-            )
+            if conversation.reach in reaches:
+                paths[name], answer = llamacpp_trace(server, conversation.prompt, GREEDY_TOKENS)
             prompt = rendered(server, conversation.messages).removeprefix(settings.bos)
-            found.append(Observation(conversation.name, prompt, ids, len(ids), scored.get(conversation.name), answer))
-    return tuple(found)
+            found.append(Observation(name, prompt, ids, len(ids), scored.get(name), answer))
+    return GgufRun(tuple(found), paths)
 
 
 def quantize_base_to_nf4(engine: "TransformersEngine", precision: str) -> None:

@@ -51,19 +51,20 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     """
     tokenizer = load_tokenizer(inputs["merge"])
     conversations = _conversations(tokenizer, recipe, inputs["data"])
-    trained = _in_transformers(inputs, conversations, loading_memory().available)
     served = served_quantization(recipe.ollama.quantization, inputs["ladder"])
     items = [collect.tokenize(tokenizer, conversation) for conversation in conversations]
     bos = tokenizer.bos_token or ""
     threads = len(os.sched_getaffinity(0))
     settings = collect.ServerSettings(recipe.generate.context, threads, out.parent / "parity.log", bos)
-    observed = dict(trained.observations)
+    runs: dict[str, collect.GgufRun] = {}
     for kind in (F16, *recipe.convert.quantizations):
         gguf = inputs["convert"] / gguf_name("tutor", kind)
         if not gguf.is_file():
             raise ArtifactError(f"{gguf} is missing", "run: tutor convert")
         log.info("running %s in llama.cpp", gguf.name)
-        observed[kind] = collect.from_gguf(gguf, items, settings, served=kind == served)
+        runs[kind] = collect.from_gguf(gguf, items, settings, served=kind == served)
+    trained = _in_transformers(inputs, conversations, runs[F16].paths, loading_memory().available)
+    observed = {**trained.observations, **{kind: run.observations for kind, run in runs.items()}}
     write_json(out / REFERENCE, _reference(conversations, observed, served))
     budgets = recipe.parity.budgets
     hand_offs = [*_same_weights(observed, trained), *_quantized(observed, recipe.convert.quantizations, budgets)]
@@ -107,12 +108,9 @@ class TransformersResult:
 
 
 def _in_transformers(
-    inputs: Mapping[str, Path], conversations: Sequence[Conversation], free: int
+    inputs: Mapping[str, Path], conversations: Sequence[Conversation], paths: Mapping[str, Sequence[int]], free: int
 ) -> TransformersResult:
-    """Observe base + adapter and the merged folder in transformers.
-
-    The merged model generates its own answers; base + adapter, which is slower, follows these.
-    """
+    """Observe base + adapter and the merged folder in transformers; both follow the answers `paths` of the F16 file."""
     weights = sum(path.stat().st_size for path in inputs["merge"].glob(WEIGHTS))
     precision = transformers_precision(weights, free)
     if precision is None:
@@ -126,16 +124,16 @@ def _in_transformers(
     load = partial(loading.load, precision=precision)
     log.info("running %s in transformers (%s)", MERGED, precision)
     engine = load(inputs["merge"], None, quantization="none")
-    merged = collect.from_transformers(engine, conversations, own_template=True)
+    merged = collect.from_transformers(engine, conversations, paths, own_template=True)
     collect.free_model(engine)
     log.info("running %s in transformers (%s)", ADAPTER, precision)
     engine = load(read_facts(inputs["base"])[1], inputs["train"], quantization="none")
     if nf4_precision := _nf4_precision(inputs["merge"], inputs["train"]):
         collect.quantize_base_to_nf4(engine, nf4_precision)
-    trained = collect.from_transformers(engine, conversations, paths=merged.paths, own_template=False)
+    trained = collect.from_transformers(engine, conversations, paths, own_template=False)
     collect.free_model(engine)
     in_bf16 = read_json(inputs["merge"] / "config.json").get("dtype") == "bfloat16"
-    observations = {ADAPTER: trained.observations, MERGED: merged.observations}
+    observations = {ADAPTER: trained, MERGED: merged}
     return TransformersResult(observations, precision, coarser="bf16" if in_bf16 else precision)
 
 

@@ -1,22 +1,28 @@
 """Start llama.cpp's own converter with two changes: a name for unknown pre-tokenizers, and additional key-values.
 
-    python convert.py LLAMACPP MODEL TARGET NAMES METADATA
+    python convert.py LLAMACPP JOBS
 
-The converter identifies a byte-level BPE by a hash of one test string's tokens and refuses every unknown hash. NAMES
-are llama.cpp's names, separated by commas, of the pre-tokenizer in tokenizer.json; none for SentencePiece. The name
-that the converter identifies must be one of them; an unknown tokenizer gets the first. METADATA is a JSON object of
-strings to write into the file.
+JOBS is a JSON list of objects: the folder `model`, the file `target`, `names` and `metadata`. One process converts all
+of them: to import torch and transformers takes longer than to convert a small model.
+The converter identifies a byte-level BPE by a hash of one test string's tokens and refuses every unknown hash. `names`
+are llama.cpp's names of the pre-tokenizer in tokenizer.json; none for SentencePiece. The name that the converter
+identifies must be one of them; an unknown tokenizer gets the first. `metadata` are strings to write into the file.
+Before each model it prints CONVERTING and the folder.
 """
 
 import importlib
 import json
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+CONVERTING = "tutor converts "
+"""Beginning of the line before the output of each conversion."""
 
-def text_model(llamacpp: str, metadata: str) -> Any:
-    """llama.cpp's class of text models, changed to write the strings of the JSON object `metadata` as key-values."""
+
+def text_model(llamacpp: str, metadata: Callable[[], Mapping[str, str]]) -> Any:
+    """llama.cpp's class of text models, changed to write the strings that `metadata` returns as key-values."""
     # First in sys.path: the converter, `conversion` and gguf-py of one version belong together.
     sys.path[:0] = [llamacpp, str(Path(llamacpp) / "gguf-py")]
     model = importlib.import_module("conversion.base").TextModel
@@ -24,7 +30,7 @@ def text_model(llamacpp: str, metadata: str) -> Any:
 
     def prepare_all_metadata(self: Any, *args: Any, **options: Any) -> None:
         prepare_metadata(self, *args, **options)
-        for key, value in json.loads(metadata).items():
+        for key, value in metadata().items():
             self.gguf_writer.add_string(key, value)
 
     model.prepare_metadata = prepare_all_metadata
@@ -32,14 +38,16 @@ def text_model(llamacpp: str, metadata: str) -> Any:
 
 
 def main() -> None:
-    """Convert MODEL to the F16 GGUF file TARGET. Ends with the converter's own traceback, or with one line."""
-    llamacpp, model, target, listed, metadata = sys.argv[1:]
-    names = listed.split(",") if listed else []
-    model_class = text_model(llamacpp, metadata)
+    """Write the F16 GGUF file of each job. Ends with the converter's own traceback, or with one line."""
+    llamacpp, listed = sys.argv[1:]
+    jobs = json.loads(listed)
+    job = jobs[0]
+    model_class = text_model(llamacpp, lambda: job["metadata"])
     converter = importlib.import_module("convert_hf_to_gguf")
     recognise = model_class.get_vocab_base_pre
 
     def get_vocab_base_pre(self: Any, tokenizer: Any) -> str:
+        names: list[str] = job["names"]
         try:
             found = str(recognise(self, tokenizer))
         except NotImplementedError:
@@ -52,9 +60,12 @@ def main() -> None:
         return found
 
     model_class.get_vocab_base_pre = get_vocab_base_pre
-    name = Path(target).name.partition("-")[0]
-    sys.argv = ["convert_hf_to_gguf.py", model, "--outfile", target, "--outtype", "f16", "--model-name", name]
-    converter.main()
+    for job in jobs:
+        print(f"{CONVERTING}{job['model']}", flush=True)  # noqa: T201 - stdout is the interface
+        name = Path(job["target"]).name.partition("-")[0]
+        options = ["--outfile", job["target"], "--outtype", "f16", "--model-name", name]
+        sys.argv = ["convert_hf_to_gguf.py", job["model"], *options]
+        converter.main()
 
 
 if __name__ == "__main__":

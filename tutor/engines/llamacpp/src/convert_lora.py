@@ -5,6 +5,7 @@
 METADATA is a JSON object of strings to write into the file; ARGUMENTS are the converter's own.
 """
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from tutor.engines.llamacpp.src.convert import text_model
 def main() -> None:
     """Run the converter with ARGUMENTS. Ends with the converter's own traceback or exit code."""
     llamacpp, metadata, *arguments = sys.argv[1:]
-    text_model(llamacpp, metadata)
+    text_model(llamacpp, lambda: json.loads(metadata))
     script = str(Path(llamacpp) / "convert_lora_to_gguf.py")
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
