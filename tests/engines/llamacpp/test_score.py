@@ -1,6 +1,5 @@
 """engines/llamacpp/score.py and src/score.cpp, with fake programs and (marked llamacpp) with the pinned build."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from support.fakes.llamacpp import script
 from support.models.random_llama import TEXTS
 
 from tutor.engines.llamacpp.convert import quantize
-from tutor.engines.llamacpp.score import reference_bytes, score, score_each
+from tutor.engines.llamacpp.score import reference_bytes, score
 from tutor.errors import ArtifactError
 from tutor.formats.models.gguf import read_gguf
 
@@ -74,46 +73,6 @@ def test_reference_is_written_first_and_compared_next(build: Path, tmp_path: Pat
     (second,) = score(build / "b.gguf", rows, threads=1, reference=reference)
     assert (first.kl, first.same) == ((), ())
     assert (second.kl, second.same) == ((0.25, 0.25), (False, True))
-
-
-MEETING = """
-import json, pathlib, sys, time
-model = pathlib.Path(sys.argv[1])
-model.with_suffix(".threads").write_text(sys.argv[2])
-other = model.with_name({"a": "b", "b": "a", "c": "c"}[model.stem]).with_suffix(".threads")
-while not other.exists(): time.sleep(0.01)
-for line in sys.stdin:
-    print(json.dumps({"logprobs": [-float(ord(model.stem))], "top": [[[1, -0.5]]]}))
-"""
-"""A scorer that waits for the one of the other file: each of a and b ends only beside the other."""
-
-
-def test_files_are_scored_two_at_a_time_with_half_the_cores(build: Path) -> None:
-    script(build, "tutor-score", MEETING)
-    files = {name: build / f"{name}.gguf" for name in "abc"}
-    found = dict(score_each(files, [([1], [2])], threads=4))
-    assert {name: scores[0].logprobs for name, scores in found.items()} == {"a": (-97.0,), "b": (-98.0,), "c": (-99.0,)}
-    assert [(build / f"{name}.threads").read_text() for name in "abc"] == ["2", "2", "4"]
-
-
-FAILING = """
-import os, pathlib, sys, time
-pid = pathlib.Path(sys.argv[1]).with_name("pid")
-if sys.argv[1].endswith("b.gguf"):
-    pid.write_text(str(os.getpid()))
-    time.sleep(600)
-while not pid.exists() or not pid.read_text(): time.sleep(0.01)
-sys.exit(1)
-"""
-"""A scorer of a that fails once the one of b runs."""
-
-
-def test_second_scorer_is_stopped_where_the_first_fails(build: Path) -> None:
-    script(build, "tutor-score", FAILING)
-    with pytest.raises(ArtifactError, match=r"cannot score with .*a\.gguf"):
-        list(score_each({name: build / f"{name}.gguf" for name in "ab"}, [([1], [2])], threads=2))
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((build / "pid").read_text()), 0)
 
 
 def test_missing_comparison_raises_artifact_error(build: Path, tmp_path: Path) -> None:

@@ -5,8 +5,6 @@ divergence and size by quantization; two runs give equal bytes), served.json (th
 memory in the results only. Quantizes nothing and generates no answer.
 """
 
-import contextlib
-import itertools
 import logging
 import math
 import os
@@ -17,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tutor.artifacts.disk import write_json
 from tutor.artifacts.layout import gguf_name
-from tutor.engines.llamacpp.score import reference_bytes, score, score_each
+from tutor.engines.llamacpp.score import reference_bytes, score
 from tutor.engines.llamacpp.server import serve
 from tutor.engines.trace import Score
 from tutor.errors import ArtifactError
@@ -95,15 +93,13 @@ def benchmark(files: Mapping[str, Path], rows: TokenRows, threads: int, out: Pat
     require_disk(out, reference_bytes(rows, vocabulary), "scoring")
     reference = out / "reference.bin"
     figures: dict[str, dict[str, Any]] = {}
+    f16_scores: list[Score] = []
     try:
-        f16_scores = score(_existing(files[F16]), rows, threads=threads, reference=reference)
-        others = {kind: _existing(path) for kind, path in files.items() if kind != F16}
-        with contextlib.closing(score_each(others, rows, threads=threads, reference=reference)) as compared:
-            for kind, scores in itertools.chain([(F16, f16_scores)], compared):
-                path = files[kind]
-                figures[kind] = {"file": path.name, "size": path.stat().st_size, **against_f16(f16_scores, scores)}
-                found = figures[kind]
-                log.info("%s: held-out perplexity %.3f, KL %.5f", kind, found["perplexity"], found["kl"])
+        for kind, path in files.items():
+            scores = score(_existing(path), rows, threads=threads, reference=reference)
+            f16_scores = f16_scores or scores
+            figures[kind] = {"file": path.name, "size": path.stat().st_size, **against_f16(f16_scores, scores)}
+            log.info("%s: held-out perplexity %.3f, KL %.5f", kind, figures[kind]["perplexity"], figures[kind]["kl"])
     finally:
         reference.unlink(missing_ok=True)
     return figures
