@@ -1,4 +1,4 @@
-"""stages/train/kernels/lora_linear.py and engines/hf/products.py: outputs and gradients of PEFT's layer, for every weight."""
+"""kernels/lora_linear.py and engines/hf/products.py: outputs and gradients of PEFT's layer, for every weight."""
 
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,9 @@ torch = pytest.importorskip("torch")
 from peft import LoraConfig, get_peft_model
 
 from tutor.engines.hf.loading import load_base
+from tutor.engines.hf.products import product
 from tutor.stages.train.kernels.fast_dropout import replace_dropout
 from tutor.stages.train.kernels.lora_linear import LoraLinear
-from tutor.engines.hf.products import product
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -13,8 +13,8 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor
 
-from tutor.stages.train.kernels.fast_dropout import FastDropout
 from tutor.engines.hf.products import product
+from tutor.stages.train.kernels.fast_dropout import FastDropout
 
 ADAPTER = "default"
 """Name that PEFT gives the only adapter."""
