@@ -42,7 +42,9 @@ def matrix_rate(shape: Shape, tokens: int, precision: str) -> float:
     """
     import torch
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    from tutor.engines.hf.loading import DTYPES
+
+    dtype = DTYPES[precision]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     seconds, done = 0.0, 0
     for inputs, outputs in shape.matrices.values():

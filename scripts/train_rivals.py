@@ -55,10 +55,9 @@ def encoded_rows(tokenizer: Any, work: Path) -> Any:
 
 def labelled_rows(rows: Any) -> list[dict[str, list[int]]]:
     """Return ids and labels of every row; ids of the prompt have no label."""
-    return [
-        {"input_ids": row.ids, "labels": [token if on else -100 for token, on in zip(row.ids, row.mask, strict=True)]}
-        for row in rows
-    ]
+    from tutor.stages.train.audit import label_ids
+
+    return [{"input_ids": row.ids, "labels": label_ids(row)} for row in rows]
 
 
 def base_model(folder: Path, quantization: str, precision: str) -> Any:
@@ -82,7 +81,10 @@ def base_model(folder: Path, quantization: str, precision: str) -> Any:
 
 
 def lora(settings: Any) -> Any:
-    """Return PEFT's configuration of the recipe's adapters."""
+    """Return PEFT's configuration of the recipe's adapters.
+
+    Not the train stage's function: it would import TRL into the process of `plain`, whose memory is measured.
+    """
     from peft import LoraConfig
 
     return LoraConfig(
