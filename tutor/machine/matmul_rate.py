@@ -5,6 +5,7 @@ with AVX-512 bf16 and no AMX, one multiplied 4.2 times as fast in bf16 as in fp3
 of a second. Does not decide a precision: device.py does. Only the measurement imports torch.
 """
 
+import functools
 import importlib.util
 import math
 import time
@@ -68,11 +69,13 @@ def guess_rates(processor: Processor) -> MatmulRates:
     return MatmulRates(bf16 * processor.cores, fp32 * processor.cores, measured=False)
 
 
+@functools.lru_cache
 def measure_rates(shape: Shape) -> MatmulRates:
     """Measure with one matrix of the model's MLP what a training computes with each: outputs, and gradients of inputs.
 
     One core computes, and its rate counts for each core: products on all cores wait for the slowest one, and beside
-    another program they reached a twentieth of their rate. PyTorch's random state stays unchanged.
+    another program they reached a twentieth of their rate. PyTorch's random state stays unchanged. A shape is measured
+    once a process: a run's forecast and its plan then agree.
     """
     import torch
 
