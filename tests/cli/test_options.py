@@ -5,7 +5,10 @@ import os
 import shutil
 from pathlib import Path
 
+import click
 import pytest
+
+from tutor.cli.options import Seconds
 
 
 def test_flag_wins_over_variable_and_variable_over_default(tutor, recipe_file, tmp_path):
@@ -22,6 +25,13 @@ def test_flag_wins_over_variable_and_variable_over_default(tutor, recipe_file, t
     variables = {"TUTOR_RECIPE": str(other), "TUTOR_BUILD": "elsewhere"}
     assert folder(**variables) == "elsewhere/other/data"
     assert folder("-r", recipe_file, "-b", "flag", **variables) == "flag/small/data"
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "86401", "soon"])
+def test_wait_that_would_never_end_is_a_usage_error(value):
+    with pytest.raises(click.BadParameter):
+        Seconds().convert(value, None, None)
+    assert Seconds().convert("0.5", None, None) == 0.5
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 from support.files import write_rows
 from support.models.workloads import LARGE
 
-from tutor.errors import HostError
+from tutor.errors import HostError, RecipeError
 from tutor.machine import capacity, host, run_cost
 from tutor.machine.device import DeviceMemory, PrecisionChoice
 from tutor.machine.matmul_rate import MatmulRates
@@ -257,3 +257,15 @@ def test_run_that_cannot_fit_stops_before_the_download(machine, roomy, based_on,
 def test_run_until_data_checks_no_training_memory(machine, roomy, based_on, tmp_path):
     machine.gpu(4)
     assert runner.run_all(based_on(), tmp_path / "build", until="data") == ["data"]
+
+
+@pytest.mark.parametrize(("table", "name"), [("generate", "context"), ("train", "max_length")])
+def test_length_beyond_the_positions_of_the_base_is_refused(machine, based_on, tmp_path, table, name):
+    def refuse(tokens: int) -> None:
+        recipe = based_on("tiny")
+        settings = getattr(recipe, table).model_copy(update={name: tokens})
+        capacity.refuse_stages(recipe.model_copy(update={table: settings}), tmp_path, ["base"])
+
+    refuse(4096)
+    with pytest.raises(RecipeError, match=rf"{table}.{name} is 4097, and the base tiny has 4096 positions; set"):
+        refuse(4097)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from support.processes.command import ROOT
 
 from tutor.errors import RecipeError
 from tutor.recipe.reading import RETIRED, read_recipe
-from tutor.recipe.settings import Recipe
+from tutor.recipe.settings import Recipe, Settings
 
 
 @pytest.fixture
@@ -114,6 +115,7 @@ def test_retired_names_have_replacements_that_exist():
         ("[train]\nrank = 8.0", "train.rank is 8.0"),
         ("[train]\ntarget_modules = []", "train.target_modules is list"),
         ("[train]\ntarget_modules = ['q_proj', 'lm_head']", "train.target_modules.1 is 'lm_head': lm_head cannot be"),
+        ("system = 'Eres un tutor.<|im_end|>'", "system is 'Eres un tutor.<|im_end|>': holds <|im_end|>, which a"),
         ("[train]\nprecision = 'fp8'", "train.precision is 'fp8': Input should be 'auto', 'bf16', 'fp16' or 'fp32'"),
         (
             "[train]\nquantization = 'int4'",
@@ -139,10 +141,29 @@ def test_retired_names_have_replacements_that_exist():
         ("[generate]\nmax_new_tokens = 4096", "max_new_tokens (4096) leaves no tokens for a prompt"),
         ("[data]\ntrain = ' '", "data.train is ' ': is empty"),
         ("[data]\nheld_out = 1.0", "data.held_out is 1.0"),
+        ("[parity]\nbudgets = {Q8_0 = inf}", "parity.budgets.Q8_0 is inf"),
+        ("[parity]\nbudgets = {Q8_0 = nan}", "parity.budgets.Q8_0 is nan"),
+        ("[parity]\nbudgets = {Q8_0 = 11}", "parity.budgets.Q8_0 is 11"),
     ],
 )
 def test_read_recipe_with_wrong_value_names_the_setting(refused, text, expected):
     assert expected in refused(text)
+
+
+def numbers(model: type[Settings], where: str = "") -> Iterator[tuple[str, str]]:
+    """Table and name of each setting that is one number."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            yield from numbers(field.annotation, f"{where}.{name}".strip("."))
+        elif field.annotation in (int, float) or name == "pass_tokens":
+            yield where, name
+
+
+@pytest.mark.parametrize(("table", "name"), list(numbers(Recipe)))
+@pytest.mark.parametrize("value", ["9223372036854775807", "-1", "inf", "nan"])
+def test_read_recipe_bounds_every_number(refused, table, name, value):
+    heading = f"[{table}]\n" if table else ""
+    assert refused(f"{heading}{name} = {value}").startswith(f"{table}.{name}".strip("."))
 
 
 def test_read_recipe_takes_whole_numbers_for_fractions(tmp_path):

@@ -5,6 +5,7 @@ In: what click parsed. Out: options as decorators, the recipe, the result as JSO
 
 import contextlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -66,6 +67,23 @@ host_option = click.option(
 )
 adapter_option = click.option("--adapter", is_flag=True, help="Use the base with the adapter, not the merged model.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+
+
+class Seconds(click.FloatRange):
+    """A number of seconds from 0 to one day. NaN is refused: a wait until it is over would never end."""
+
+    name = "seconds"
+
+    def __init__(self) -> None:
+        """Set the bounds."""
+        super().__init__(min=0, max=86_400)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number. Raises BadParameter."""
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number):
+            self.fail(f"{value} is no number of seconds.", param, ctx)
+        return number
 
 
 def load_recipe(path: Path) -> "Recipe":

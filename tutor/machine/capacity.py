@@ -16,7 +16,7 @@ from typing import Any
 from tutor.artifacts.disk import read_json
 from tutor.artifacts.layout import BuildFolder
 from tutor.artifacts.manifest import read_manifest
-from tutor.errors import ArtifactError, HostError, TutorError
+from tutor.errors import ArtifactError, HostError, RecipeError, TutorError
 from tutor.formats.models.base_source import HUB, PACKAGE, hub_snapshot, source_files
 from tutor.formats.models.gguf import read_gguf
 from tutor.formats.models.model_folder import read_facts
@@ -82,12 +82,14 @@ class MemoryForecast:
 def refuse_stages(recipe: Recipe, build: Path, stages: Collection[str]) -> bool:
     """Raise HostError when the named stages, which are to run, cannot: memory for training, disk for all of them.
 
-    Returns whether the base's shape is known; of a hub model it may not be before it is fetched.
+    Returns whether the base's shape is known; of a hub model it may not be before it is fetched. Raises RecipeError
+    for settings that the base contradicts.
     """
     shape = find_shape(recipe, build)
     if shape is None:
         log.info("%s is not known before it is fetched: memory and disk cannot be estimated", recipe.base.source)
         return False
+    refuse_lengths(recipe, shape)
     if "train" in stages:
         refuse_training(recipe, build, shape, next(iter(host.gpus()), None))
     sizes = run_cost.disk_sizes(recipe, shape, [name for name in stages if name in WEIGHT_STAGES])
@@ -97,6 +99,17 @@ def refuse_stages(recipe: Recipe, build: Path, stages: Collection[str]) -> bool:
             "free disk space, or give another --build (HF_HOME for downloads from the hub)",
         )
     return True
+
+
+def refuse_lengths(recipe: Recipe, shape: Shape) -> None:
+    """Raise RecipeError for a length beyond the base's positions: Ollama would cut the context without a message."""
+    lengths = {"generate.context": recipe.generate.context, "train.max_length": recipe.train.max_length}
+    for name, tokens in lengths.items():
+        if shape.positions and tokens > shape.positions:
+            raise RecipeError(
+                f"{recipe.path}: {name} is {tokens}, and the base {recipe.base.source} has {shape.positions} positions",
+                f"set {name} to {shape.positions} or less",
+            )
 
 
 def refuse_training(recipe: Recipe, build: Path, shape: Shape, gpu: host.Gpu | None) -> None:
@@ -200,6 +213,7 @@ def plan_training(recipe: Recipe, inputs: Mapping[str, Path], saved_precision: s
     settings = recipe.train
     memory = device.training_memory()
     shape = read_shape(read_facts(inputs["base"])[1])
+    refuse_lengths(recipe, shape)
     if saved_precision and settings.precision == "auto" and not memory.gpu:
         choice = PrecisionChoice(saved_precision, "checkpoint")
     else:

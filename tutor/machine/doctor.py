@@ -17,7 +17,7 @@ from tutor.artifacts.provenance import installed_version
 from tutor.engines.llamacpp import build as llamacpp_build
 from tutor.engines.ollama.client import connect
 from tutor.engines.ollama.protocol import UnreachableError, check_version
-from tutor.errors import HostError, TutorError
+from tutor.errors import HostError, RecipeError, TutorError
 from tutor.graders.typescript import install as typescript_install
 from tutor.machine import capacity, device, host, preflight
 from tutor.machine.host import dotted
@@ -63,7 +63,7 @@ class HostReport:
 
     checks: tuple[HostCheck, ...]
     recipe: Mapping[str, Any] | None
-    refusal: HostError | None
+    refusal: HostError | RecipeError | None
 
     @property
     def missing_by_command(self) -> dict[str, list[str]]:
@@ -72,7 +72,7 @@ class HostReport:
         return {way: [what for needed_by, what in lacks if needed_by == way] for way in (RUN, STACK)}
 
     @property
-    def fault(self) -> HostError | None:
+    def fault(self) -> HostError | RecipeError | None:
         """The reason why no way to train works here; None where one works."""
         if self.refusal is not None or not all(self.missing_by_command.values()):
             return self.refusal
@@ -107,12 +107,12 @@ def examine(recipe: Recipe | None, build: Path) -> HostReport:
     if recipe is None:
         return HostReport(tuple(checks), None, None)
     shape = capacity.find_shape(recipe, build)
-    refusal = None
+    refusal: HostError | RecipeError | None = None
     try:
         # Finished stages need no more disk space and memory.
         to_do = [name for name in capacity.WEIGHT_STAGES if not preflight.is_made(recipe, build, name)]
         capacity.refuse_stages(recipe, build, to_do)
-    except HostError as error:
+    except (HostError, RecipeError) as error:
         refusal = error
     return HostReport(tuple(checks), capacity.forecast_run(recipe, build, shape, next(iter(gpus), None)), refusal)
 

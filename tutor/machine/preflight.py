@@ -74,7 +74,9 @@ def check_host(recipe: Recipe, build: Path, *, gpu: bool | None = None) -> bool:
     shape = capacity.find_shape(recipe, build)
     if shape is None:
         log.warning("%s is not known before it is fetched: memory and disk cannot be estimated", recipe.base.source)
-    elif not (required and without_gpu):
+    else:
+        capacity.refuse_lengths(recipe, shape)
+    if shape and not (required and without_gpu):
         faults += memory_faults(recipe, build, shape, gpu=gpu is not False and not without_gpu)
     faults += disk_faults(recipe, build, shape, info)
     if info:

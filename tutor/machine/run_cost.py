@@ -20,7 +20,7 @@ from tutor.machine import host
 from tutor.machine.matmul_rate import MatmulRates
 from tutor.machine.memory.estimate import ADAPTER_BYTES, OPTIMIZER_BYTES, gb, trainable_parameters
 from tutor.machine.memory.row_lengths import RowLengths
-from tutor.machine.memory.shapes import MATRIX_INPUTS, Shape
+from tutor.machine.memory.shapes import Shape
 from tutor.recipe.settings import Recipe
 
 GGUF_BITS = {
@@ -111,11 +111,10 @@ def run_workload(recipe: Recipe, shape: Shape, rows: RowLengths | None, *, check
     """The workload of a recipe; without `rows` its tokens are 0."""
     source, train = recipe.base.source, recipe.train
     evaluations = 2 + train.epochs * train.evaluations_per_epoch  # before and after the training too
-    targets = [name for name in train.target_modules if name in MATRIX_INPUTS]
     return RunWorkload(
         fetched=source.startswith("hub:"),
         made=source == "tiny" or source.startswith("package:"),
-        adapters=trainable_parameters(shape, train.rank, targets),
+        adapters=trainable_parameters(shape, train.rank, train.target_modules),
         tokens=train.epochs * rows.tokens if rows else 0,
         scored=evaluations * rows.scored if rows else 0,
         checkpointing=checkpointing,

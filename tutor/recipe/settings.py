@@ -5,7 +5,6 @@ is the specification's number unless its comment says otherwise. Does not check 
 """
 
 import contextlib
-import difflib
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,10 +12,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from tutor.errors import RecipeError
-from tutor.recipe.quantizations import AUTO, KINDS, NOT_MADE, canonical
+from tutor.recipe.values import Kind, LinearLayers, MemoryAmount, RelativePath, ServedKind, SystemText
 
-MEMORY = re.compile(r"(\d{1,6}(?:\.\d{1,3})?) ?(MB|MiB|GB|GiB)")
-"""An amount of memory: a number and its unit."""
+MANY = 1 << 24
+"""Upper bound of counts of rows, steps and tokens; no model has more positions."""
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}")
 """A model name that Ollama accepts (docs/facts.md, 5), without host, namespace and tag."""
@@ -25,7 +24,7 @@ MODEL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}")
 class Settings(BaseModel):
     """A strict, frozen table of settings: unknown keys and wrong types are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     @field_validator("*")
     @classmethod
@@ -35,26 +34,14 @@ class Settings(BaseModel):
         return value
 
 
-def _path_text(value: str) -> str:
-    if not value.strip():
-        raise ValueError("is empty")
-    if len(value) > 4096:
-        raise ValueError(f"has {len(value)} characters; a path has at most 4096")
-    return value
-
-
-RelativePath = Annotated[str, AfterValidator(_path_text)]
-"""A path, relative to the recipe's own folder; `~` is the home folder."""
-
-
 class DataSettings(Settings):
     """The rows that are used, and their split."""
 
     train: RelativePath = "tutor.jsonl"
     eval: RelativePath = "eval.jsonl"
     held_out: float = Field(0.1, gt=0, lt=0.5)  # share of the rows kept from training, by category
-    rows: int = Field(0, ge=0)  # number of rows, in proportion by category and topic; 0: all
-    prompts: int = Field(0, ge=0)  # number of prompts of data.eval, in proportion by category; 0: all
+    rows: int = Field(0, ge=0, le=MANY)  # number of rows, in proportion by category and topic; 0: all
+    prompts: int = Field(0, ge=0, le=MANY)  # number of prompts of data.eval, in proportion by category; 0: all
 
 
 class BaseSettings(Settings):
@@ -64,55 +51,42 @@ class BaseSettings(Settings):
     source: str = "hub:deepseek-ai/DeepSeek-R1-Distill-Llama-8B@6a6f4aa4197940add57724a7707d069478df56b1"
 
 
-def _linear_layer(name: str) -> str:
-    if name == "lm_head":
-        raise ValueError("lm_head cannot be adapted: a GGUF adapter and a tied embedding have no place for it")
-    return name
-
-
-def _amount(value: str) -> str:
-    if not MEMORY.fullmatch(value):
-        raise ValueError("give a number and MB, MiB, GB or GiB, as in '6GiB'")
-    return value
-
-
 class MemoryLimits(Settings):
     """Maximum memory of the base during training; without a limit, all memory that is available."""
 
-    gpu: Annotated[str, AfterValidator(_amount)] | None = None  # layers beyond it stay in main memory, streamed
-    cpu: Annotated[str, AfterValidator(_amount)] | None = None  # for the streamed layers
+    gpu: MemoryAmount | None = None  # layers beyond it stay in main memory, streamed
+    cpu: MemoryAmount | None = None  # for the streamed layers
 
 
 class TrainSettings(Settings):
     """The training of the LoRA adapter."""
 
     rank: int = Field(8, ge=1, le=1024)
-    alpha: int = Field(16, ge=1)
+    alpha: int = Field(16, ge=1, le=1 << 16)
     dropout: float = Field(0.1, ge=0, lt=1)
-    target_modules: list[Annotated[str, AfterValidator(_linear_layer)]] = Field(
-        default=["q_proj", "k_proj", "v_proj", "o_proj"], min_length=1
-    )
+    # Linear layers with an adapter, by name; "all-linear": all of them.
+    target_modules: LinearLayers = ["q_proj", "k_proj", "v_proj", "o_proj"]
     # Quantization of the frozen base. nf4 is double-quantized; auto: none where 16 bits fit, nf4 elsewhere.
     quantization: Literal["auto", "nf4", "int8", "none"] = "nf4"
     # Of the computation. auto: by compute capability on a GPU; the faster of bf16 and fp32, measured, on a CPU.
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    batch_size: int = Field(1, ge=1)
-    accumulation: int = Field(10, ge=1)
+    batch_size: int = Field(1, ge=1, le=1 << 16)
+    accumulation: int = Field(10, ge=1, le=1 << 16)
     packing: bool = True  # rows of a step in fewer micro-batches, without padding; false: batch_size rows each
     # Maximum tokens of a packed micro-batch. auto: 4096 (the fastest), or what fits without gradient checkpointing.
-    pass_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"  # noqa: S105
-    epochs: int = Field(6, ge=1)
+    pass_tokens: Literal["auto"] | Annotated[int, Field(ge=1, le=MANY)] = "auto"  # noqa: S105
+    epochs: int = Field(6, ge=1, le=10_000)
     learning_rate: float = Field(2e-4, gt=0, lt=1)  # not in the specification; TRL's 2e-5 is too low for LoRA
     warmup: float = Field(0.03, ge=0, lt=1)  # share of the steps
-    max_length: int = Field(1024, ge=16)  # tokens of prompt, answer and EOS; a longer row is an error
+    max_length: int = Field(1024, ge=16, le=MANY)  # tokens of prompt, answer and EOS; a longer row is an error
     gradient_checkpointing: Literal["auto"] | bool = "auto"  # computes activations twice; auto: where they do not fit
     max_memory: MemoryLimits = MemoryLimits()
-    evaluations_per_epoch: int = Field(2, ge=0)  # evaluations on the held-out rows; the best adapter is kept
-    patience: int = Field(0, ge=0)  # evaluations without improvement that end the training; 0: no early end
-    logging_steps: int = Field(50, ge=1)
-    save_steps: int = Field(500, ge=1)
+    evaluations_per_epoch: int = Field(2, ge=0, le=1000)  # evaluations on the held-out rows; the best adapter is kept
+    patience: int = Field(0, ge=0, le=MANY)  # evaluations without improvement that end the training; 0: no early end
+    logging_steps: int = Field(50, ge=1, le=MANY)
+    save_steps: int = Field(500, ge=1, le=MANY)
     # Minutes between checkpoints; 0: by steps alone. Not in the specification: 278 rows never reach its 500 steps.
-    save_minutes: float = Field(2, ge=0)
+    save_minutes: float = Field(2, ge=0, le=10_080)
 
 
 class MergeSettings(Settings):
@@ -122,23 +96,6 @@ class MergeSettings(Settings):
     base: Literal["auto", "original", "nf4"] = "auto"
     dtype: Literal["fp16", "bf16"] = "fp16"
 
-
-def _quantization(name: str) -> str:
-    called = canonical(name)
-    if called in NOT_MADE:
-        raise ValueError(NOT_MADE[called])
-    if called not in KINDS:
-        close = difflib.get_close_matches(called, KINDS, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(f"is no quantization of llama.cpp; {hint}known: {', '.join(KINDS)}")
-    return called
-
-
-def _served(name: str) -> str:
-    return AUTO if name.lower() == AUTO else canonical(name)
-
-
-Kind = Annotated[str, AfterValidator(_quantization)]
 
 BUDGETS: dict[str, float] = {
     "Q8_0": 0.02,
@@ -176,11 +133,11 @@ class ConvertSettings(Settings):
 class GenerateSettings(Settings):
     """Sampling of the served model; evaluation replaces temperature by 0."""
 
-    max_new_tokens: int = Field(515, ge=1)
+    max_new_tokens: int = Field(515, ge=1, le=MANY)
     temperature: float = Field(0.003, ge=0, le=2)
     top_p: float = Field(0.85, gt=0, le=1)
     repetition_penalty: float = Field(1.15, ge=1, le=2)
-    context: int = Field(4096, ge=64)  # always explicit: Ollama's default depends on the GPU (4k to 256k)
+    context: int = Field(4096, ge=64, le=MANY)  # always explicit: Ollama's default depends on the GPU (4k to 256k)
 
 
 class EvaluateSettings(Settings):
@@ -193,9 +150,9 @@ class EvaluateSettings(Settings):
 class ParitySettings(Settings):
     """The gate after conversion: equal conversations through every engine."""
 
-    prompts: int = Field(2, ge=0)  # number of held-out rows among the conversations, the shortest ones
+    prompts: int = Field(2, ge=0, le=1000)  # number of held-out rows among the conversations, the shortest ones
     # Maximum KL divergence from F16 in nats per token, by quantization; default: BUDGETS
-    budgets: Annotated[dict[Kind, Annotated[float, Field(gt=0)]], AfterValidator(_with_defaults)] = BUDGETS
+    budgets: Annotated[dict[Kind, Annotated[float, Field(gt=0, le=10)]], AfterValidator(_with_defaults)] = BUDGETS
 
 
 class OllamaSettings(Settings):
@@ -203,14 +160,14 @@ class OllamaSettings(Settings):
 
     model: str = "tutor"
     # The served one of convert.quantizations; "auto": the smallest within convert.budget.
-    quantization: Annotated[str, AfterValidator(_served)] = "Q4_K_M"
+    quantization: ServedKind = "Q4_K_M"
 
 
 class Recipe(Settings):
     """All settings of a run."""
 
     seed: int = Field(42, ge=0, lt=2**32 - 1)  # llama.cpp takes 2**32 - 1 for a random seed
-    system: str = ""  # system text of every training sample and of the Modelfile; empty: none
+    system: SystemText = ""  # system text of every training sample and of the Modelfile; empty: none
     data: DataSettings = DataSettings()
     base: BaseSettings = BaseSettings()
     train: TrainSettings = TrainSettings()

@@ -16,6 +16,7 @@ import click
 
 from tutor.cli.options import (
     Command,
+    Seconds,
     adapter_option,
     host_option,
     json_option,
@@ -161,7 +162,9 @@ def _answering_engine(
 @click.command("publish")
 @host_option
 @adapter_option
-@click.option("--wait", default=5.0, show_default=True, help="Maximum seconds to wait for the server to start.")
+@click.option(
+    "--wait", type=Seconds(), default=5.0, show_default=True, help="Maximum seconds to wait for the server to start."
+)
 @click.option("--if-there", is_flag=True, help="Exit 0 when no server answers.")
 @force_option
 @recipe_option

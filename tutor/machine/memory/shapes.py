@@ -38,6 +38,7 @@ class Shape:
     head_dim: int
     vocabulary: int
     tied: bool  # the output head is the embedding
+    positions: int | None = None  # maximum length of a text in tokens; None: unknown
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
@@ -70,8 +71,10 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape(64, 2, 128, 4, 2, 16, 1024, tied=False),
-    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": Shape(4096, 32, 14336, 32, 8, 128, 128256, tied=False),
+    "tiny": Shape(64, 2, 128, 4, 2, 16, 1024, tied=False, positions=4096),
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": Shape(
+        4096, 32, 14336, 32, 8, 128, 128256, tied=False, positions=131072
+    ),
 }
 """Shapes that are known before a config.json exists: of stages/base/tiny_model.py, and of hub models by name."""
 
@@ -97,6 +100,7 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
         head_dim=number("head_dim", max(1, hidden // heads)),
         vocabulary=number("vocab_size"),
         tied=bool(config.get("tie_word_embeddings", False)),
+        positions=number("max_position_embeddings") if "max_position_embeddings" in config else None,
     )
 
 
@@ -109,6 +113,7 @@ def shape_of_gguf(gguf: "Gguf") -> Shape:
         "num_attention_heads": "attention.head_count",
         "num_key_value_heads": "attention.head_count_kv",
         "head_dim": "attention.key_length",
+        "max_position_embeddings": "context_length",
     }
     config = {name: gguf.fields.get(f"llama.{key}") for name, key in names.items()}
     embedding = gguf.tensors.get("token_embd.weight")

@@ -107,7 +107,7 @@ def _model(vocabulary: int, seed: int) -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=2048,
+        max_position_embeddings=4096,
         rope_parameters=scaling,
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,

@@ -1,0 +1,103 @@
+"""Types of a recipe's values that need more than a range: paths, amounts, names of layers and quantizations, texts.
+
+In: one value as TOML has it. Out: the value that a `Recipe` holds, or a ValueError that says what is known instead.
+Does not read the files that a recipe names.
+"""
+
+import difflib
+import re
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from tutor.recipe.quantizations import AUTO, KINDS, NOT_MADE, canonical
+
+MEMORY = re.compile(r"(\d{1,6}(?:\.\d{1,3})?) ?(MB|MiB|GB|GiB)")
+"""An amount of memory: a number and its unit."""
+
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Linear layers of a decoder block, which an adapter can be trained on."""
+ALL_LINEAR = "all-linear"
+"""Value of `train.target_modules` for all of LINEAR_LAYERS, as PEFT calls it."""
+
+CONTROL_TEXT = re.compile(
+    r"<[|｜][\w▁.:/-]{1,64}[|｜]>|</?think>"
+    r"|</?s>|<(?:bos|eos|pad|unk|start_of_turn|end_of_turn)>|\[/?INST\]|<</?SYS>>"
+)
+"""Texts that tokenizers of the Llama, Qwen, DeepSeek, Mistral, Gemma and SmolLM families read as one control token."""
+
+
+def _path_text(value: str) -> str:
+    if not value.strip():
+        raise ValueError("is empty")
+    if len(value) > 4096:
+        raise ValueError(f"has {len(value)} characters; a path has at most 4096")
+    return value
+
+
+def _amount(value: str) -> str:
+    if not MEMORY.fullmatch(value):
+        raise ValueError("give a number and MB, MiB, GB or GiB, as in '6GiB'")
+    return value
+
+
+def _linear_layer(name: str) -> str:
+    if name in ("lm_head", "embed_tokens"):
+        raise ValueError(f"{name} cannot be adapted: a GGUF adapter and a tied embedding have no place for it")
+    if name == ALL_LINEAR:
+        raise ValueError(f"{ALL_LINEAR} stands alone: it means every linear layer")
+    if name not in LINEAR_LAYERS:
+        close = difflib.get_close_matches(name.rpartition(".")[2], LINEAR_LAYERS, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ValueError(f"is no linear layer of the base; {hint}known: {', '.join(LINEAR_LAYERS)}, or {ALL_LINEAR}")
+    return name
+
+
+def _all_layers(value: Any) -> Any:
+    return list(LINEAR_LAYERS) if value in (ALL_LINEAR, [ALL_LINEAR]) else value
+
+
+def _unique(names: list[str]) -> list[str]:
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"names {twice} twice")
+    return names
+
+
+def _quantization(name: str) -> str:
+    called = canonical(name)
+    if called in NOT_MADE:
+        raise ValueError(NOT_MADE[called])
+    if called not in KINDS:
+        close = difflib.get_close_matches(called, KINDS, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ValueError(f"is no quantization of llama.cpp; {hint}known: {', '.join(KINDS)}")
+    return called
+
+
+def _served(name: str) -> str:
+    return AUTO if name.lower() == AUTO else canonical(name)
+
+
+def _system_text(value: str) -> str:
+    if found := CONTROL_TEXT.search(value):
+        raise ValueError(f"holds {found[0]}, which a tokenizer reads as a control token: leave it out")
+    return value
+
+
+RelativePath = Annotated[str, AfterValidator(_path_text)]
+"""A path, relative to the recipe's own folder; `~` is the home folder."""
+MemoryAmount = Annotated[str, AfterValidator(_amount)]
+"""An amount of memory, as in `6GiB`."""
+LinearLayers = Annotated[
+    list[Annotated[str, AfterValidator(_linear_layer)]],
+    Field(min_length=1),
+    BeforeValidator(_all_layers),
+    AfterValidator(_unique),
+]
+"""Names of linear layers; ALL_LINEAR, alone or as the only one of a list, gives all of them."""
+Kind = Annotated[str, AfterValidator(_quantization)]
+"""A quantization that llama.cpp makes, by llama.cpp's name."""
+ServedKind = Annotated[str, AfterValidator(_served)]
+"""A quantization by llama.cpp's name, or AUTO."""
+SystemText = Annotated[str, AfterValidator(_system_text)]
+"""A system text without the texts of control tokens."""
