@@ -1,16 +1,25 @@
-"""Hashes of values and files, remembered while a file's size, mtime and inode stay."""
+"""Hashes of values and files, remembered while a file's state stays; a file that changes while it is read."""
 
+import hashlib
 import json
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.json_values import json_values
 
+from tutor.artifacts import hashing
 from tutor.artifacts.disk import write_json
-from tutor.artifacts.hashing import cached_sha256, file_sha256, json_sha256
+from tutor.artifacts.hashing import cached_sha256, file_sha256, file_state, json_sha256
 from tutor.errors import ArtifactError
+
+
+@pytest.fixture(autouse=True)
+def settled(monkeypatch):
+    """Every file counts as unchanged for long."""
+    monkeypatch.setattr(hashing, "SETTLED_NS", 0)
 
 
 @settings(max_examples=30)
@@ -41,9 +50,7 @@ def test_cached_sha256_reads_a_file_again_when_it_changed(tmp_path):
 def test_cached_sha256_replaces_a_damaged_cache(tmp_path, text):
     file, cache = tmp_path / "rows", tmp_path / "hashes.json"
     file.write_text("one")
-    stat = file.stat()
-    seen = f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}"
-    cache.write_text(text.replace("FILE", str(file)).replace("SEEN", seen))
+    cache.write_text(text.replace("FILE", str(file)).replace("SEEN", file_state(file)))
     assert cached_sha256(file, cache) == file_sha256(file)
     assert file_sha256(file) in cache.read_text()
 
@@ -51,3 +58,56 @@ def test_cached_sha256_replaces_a_damaged_cache(tmp_path, text):
 def test_file_sha256_of_an_unreadable_file_raises(tmp_path):
     with pytest.raises(ArtifactError, match="cannot read"):
         file_sha256(tmp_path)
+
+
+def test_file_with_its_old_size_and_mtime_is_read_again(tmp_path):
+    file, cache = tmp_path / "weights", tmp_path / "hashes.json"
+    file.write_text("one")
+    stat = file.stat()
+    cached_sha256(file, cache)
+    file.write_text("two")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+    assert cached_sha256(file, cache) == file_sha256(file)
+
+
+def changing(monkeypatch: pytest.MonkeyPatch, file: Path, *contents: str) -> None:
+    """Write the next content after each reading of the file, with the size and mtime of the first one."""
+    read, stat, left = hashlib.file_digest, file.stat(), list(contents)
+
+    def change(*args):
+        found = read(*args)
+        if left:
+            file.write_text(left.pop(0))
+            os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        return found
+
+    monkeypatch.setattr(hashlib, "file_digest", change)
+
+
+def test_file_that_changes_once_while_read_is_hashed_again(tmp_path, monkeypatch):
+    file, cache = tmp_path / "rows", tmp_path / "hashes.json"
+    file.write_text("one")
+    changing(monkeypatch, file, "two")
+    assert cached_sha256(file, cache) == hashlib.sha256(b"two").hexdigest()
+    assert cached_sha256(file, cache) == hashlib.sha256(b"two").hexdigest(), "what is remembered is the last content"
+
+
+def test_file_that_keeps_changing_is_refused_and_not_remembered(tmp_path, monkeypatch):
+    file, cache = tmp_path / "rows", tmp_path / "hashes.json"
+    file.write_text("one")
+    changing(monkeypatch, file, "two", "six")
+    with pytest.raises(ArtifactError, match="rows changed while it was read") as caught:
+        cached_sha256(file, cache)
+    assert caught.value.code == 5
+    assert not cache.exists()
+    assert cached_sha256(file, cache) == hashlib.sha256(b"six").hexdigest()
+
+
+def test_file_changed_a_moment_ago_is_not_remembered(tmp_path, monkeypatch):
+    """Two changes within one tick of the file system's clock leave one state."""
+    monkeypatch.setattr(hashing, "SETTLED_NS", 60 * 10**9)
+    file, cache = tmp_path / "rows", tmp_path / "hashes.json"
+    file.write_text("one")
+    assert cached_sha256(file, cache) == file_sha256(file)
+    assert not cache.exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tutor.artifacts import source
+from tutor.artifacts import hashing, source
 from tutor.artifacts.hashing import file_state
 from tutor.artifacts.source import SourceReader, code_tokens, read_source
 from tutor.errors import ArtifactError
@@ -100,6 +100,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that were read; nothing is remembered by this process."""
     read: list[Path] = []
     source._source_in_state.cache_clear()
+    monkeypatch.setattr(hashing, "SETTLED_NS", 0)  # the files of these tests are new
     monkeypatch.setattr(source, "read_source", lambda path: (read.append(path), read_source(path))[1])
     return read
 

@@ -26,6 +26,7 @@ from tutor.pipeline.registry import BY_NAME, STAGES
 from tutor.pipeline.runner import clean, inspect, run_all, run_one, stale_reasons
 from tutor.recipe.reading import read_recipe
 from tutor.recipe.settings import Recipe, Settings
+from tutor.stages.data import stage as data_stage
 
 
 @pytest.fixture
@@ -311,6 +312,24 @@ def test_run_one_ignores_damage_of_a_stage_it_does_not_need(recipe_file, tmp_pat
     recipe = edited(recipe_file, '"tiny"', '"package:no_such_package_of_ours/model.gguf"')
     assert run_one("data", recipe, tmp_path / "build")
     assert run_all(recipe, tmp_path / "build", until="data") == []
+
+
+def test_run_one_refuses_rows_that_change_while_they_are_read(recipe_file, build, monkeypatch):
+    recipe = edited(recipe_file, "held_out = 0.2", "held_out = 0.3")
+    before = require_stage(build / "small/data", "data")
+    run, rows = data_stage.run, recipe.resolve(recipe.data.train)
+
+    def run_and_edit(*args):
+        rows.write_text(rows.read_text() + "\n")
+        return run(*args)
+
+    monkeypatch.setattr(data_stage, "run", run_and_edit)
+    with pytest.raises(ArtifactError, match=f"{rows.name} changed while the data stage read it") as caught:
+        run_one("data", recipe, build)
+    assert caught.value.code == 5
+    assert require_stage(build / "small/data", "data") == before
+    monkeypatch.undo()
+    assert run_one("data", recipe, build)
 
 
 def test_run_one_with_a_wrong_row_leaves_the_last_split(recipe_file, build):

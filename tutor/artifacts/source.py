@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tutor.artifacts.disk import read_json_object, write_json
-from tutor.artifacts.hashing import file_state
+from tutor.artifacts.hashing import file_state, is_settled
 from tutor.errors import ArtifactError
 
 FILE_NAME = re.compile(r"[\w-][\w.-]*\.\w+")
@@ -159,7 +159,8 @@ class SourceReader:
             found = self._find(path, state)
             if found is None:
                 found = _source_in_state(path, state)
-                self._new[str(path)] = {"seen": state, **asdict(found)}
+                if is_settled(path):
+                    self._new[str(path)] = {"seen": state, **asdict(found)}
             self._read[path] = found
         return self._read[path]
 

@@ -107,11 +107,12 @@ def seal_outputs(partial: Path) -> dict[str, dict[str, Any]]:
     for path in sorted(partial.rglob("*")):
         if path.is_relative_to(partial / RESUME):
             continue
+        sha256 = known_sha256(path, partial / RESUME / HASHES)  # before chmod, which changes the file's state
         path.chmod(0o755 if path.is_dir() else 0o644)
         sync(path)
         if not path.is_dir():
             name = path.relative_to(partial).as_posix()
-            sha256 = known_sha256(path, partial / RESUME / HASHES) or file_sha256(path)
+            sha256 = sha256 or file_sha256(path)
             outputs[name] = {"size": path.stat().st_size, "sha256": sha256}
     return outputs
 

@@ -20,7 +20,7 @@ from tutor.artifacts.manifest import Manifest, differences, read_manifest, requi
 from tutor.artifacts.provenance import SourceTree
 from tutor.artifacts.stage_folder import CHECKPOINTS, LOG, OLD, PARTIAL, checkpoint_folder, refuse_foreign, writing
 from tutor.engines.llamacpp.build import build_key
-from tutor.errors import GateError, RecipeError
+from tutor.errors import ArtifactError, GateError, RecipeError
 from tutor.machine import distributed
 from tutor.pipeline.registry import BY_NAME, Stage
 from tutor.recipe.settings import Recipe
@@ -238,6 +238,14 @@ def _run(state: State, recipe: Recipe, build: Path) -> None:
         extra = {"plan": _plan(recipe, inputs, state.folder)} if stage.takes_plan else {}
         distributed.broadcast((inputs, out, extra))
         results.update(stage.module.run(recipe, inputs, out, **extra))
+        _require_unchanged(state, recipe, made)
+
+
+def _require_unchanged(state: State, recipe: Recipe, made: BuildFolder) -> None:
+    """Raise ArtifactError for a file of the user whose content is no longer that of the stage's key."""
+    for name, path in state.stage.files(recipe).items():
+        if state.fields and cached_sha256(path, made.hashes) != state.fields.get(f"file.{name}"):
+            raise ArtifactError(f"{path} changed while the {state.stage.name} stage read it", "run again")
 
 
 def _plan(recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> "TrainingPlan":
