@@ -4,8 +4,6 @@ In: a click command, sys.argv. Out: the process ends; with --json an error is al
 raise TutorError and never exit. Independent of single commands.
 """
 
-import io
-import json
 import os
 import signal
 import sys
@@ -19,6 +17,7 @@ from typing import NoReturn
 import click
 
 from tutor.errors import HostError, TutorError
+from tutor.formats import terminal
 from tutor.machine import distributed
 
 MAIN_PROCESS_SECONDS = 5.0
@@ -29,14 +28,10 @@ again."""
 def run_and_exit(command: click.Command, name: str) -> NoReturn:
     """Run the command of a console script, print what it raises as one line, and exit with its code."""
     signal.signal(signal.SIGTERM, _terminated)
-    # UTF-8 in every locale; bytes of a file name that are not UTF-8 are printed escaped, as JSON escapes them.
-    for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors=errors)
+    terminal.clean_streams()
     arguments = sys.argv[1:]
     debug = "--debug" in arguments or os.environ.get("TUTOR_DEBUG", "") not in ("", "0", "false")
-    if not debug:
-        sys.excepthook = _bug
+    sys.excepthook = _traceback if debug else _bug
     try:
         code = _run(command, name, arguments, debug=debug)
     except BrokenPipeError:
@@ -67,7 +62,7 @@ def _run(command: click.Command, name: str, arguments: list[str], *, debug: bool
         )
     except TutorError as error:
         if debug:
-            traceback.print_exc()
+            terminal.write_lines(traceback.format_exc().rstrip())
         return print_error(
             error.message, error.code, error.hint, as_json=as_json, problems=getattr(error, "problems", ())
         )
@@ -82,26 +77,16 @@ def print_error(message: str, code: int, hint: str | None, *, as_json: bool, pro
     """Print an error on stderr, with `as_json` also as an object on stdout; return `code`."""
     _wait_for_main_process()
     if as_json:
-        click.echo(
-            json.dumps(
-                {"ok": False, "code": code, "error": message, "hint": hint, "problems": list(problems)},
-                ensure_ascii=False,
-            )
-        )
-    click.echo(f"Error: {_plain(f'{message}; {hint}' if hint else message)}", err=True)
+        terminal.write_json({"ok": False, "code": code, "error": message, "hint": hint, "problems": list(problems)})
+    terminal.write_note(f"Error: {f'{message}; {hint}' if hint else message}")
     for problem in problems:
-        click.echo(f"  {_plain(problem)}", err=True)
+        terminal.write_note(f"  {problem}")
     return code
 
 
 def _wait_for_main_process() -> None:
     if not distributed.is_main_process():
         time.sleep(MAIN_PROCESS_SECONDS)
-
-
-def _plain(text: str) -> str:
-    """Return the text with control characters escaped: a message can hold the name or content of any file."""
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def _command_help(error: click.UsageError) -> str | None:
@@ -121,4 +106,8 @@ def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType |
         place = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
         trace = trace.tb_next
     line = f"bug in tutor: {kind.__name__}: {error} ({place}); tutor --debug shows the traceback; please report it"
-    click.echo(f"Error: {_plain(line)}", err=True)
+    terminal.write_note(f"Error: {line}")
+
+
+def _traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    terminal.write_lines("".join(traceback.format_exception(kind, error, trace)).rstrip())

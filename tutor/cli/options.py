@@ -4,13 +4,14 @@ In: what click parsed. Out: options as decorators, the recipe, the result as JSO
 """
 
 import contextlib
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from tutor.formats import terminal
 
 if TYPE_CHECKING:
     from tutor.recipe.settings import Recipe
@@ -110,10 +111,10 @@ def progress_on_stderr(flags: dict[str, bool]) -> contextlib.AbstractContextMana
 def print_result(value: Any, lines: list[str], *, as_json: bool) -> None:
     """Print the result on stdout: the value as JSON for programs, or the lines for people."""
     if as_json:
-        click.echo(json.dumps(value, ensure_ascii=False, indent=1))
+        terminal.write_json(value, indent=1)
     else:
         for line in lines:
-            click.echo(line)
+            terminal.write_result(line)
 
 
 def indented(value: Any, indent: str = "  ") -> list[str]:

@@ -7,11 +7,13 @@ bar; a record with `live` updates the bar and is left out of plain lines. Stages
 import contextlib
 import logging
 import os
-import sys
 import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
+
+from tutor.formats import terminal
+from tutor.formats.visible import one_line
 
 PLAIN_EVERY = 2.0
 """Minimum seconds between two counted lines without a terminal."""
@@ -21,7 +23,7 @@ PLAIN_EVERY = 2.0
 def log_on_stderr(*, quiet: bool = False) -> Iterator[None]:
     """Show the log of `tutor` on stderr inside the context; only warnings when quiet."""
     logger = logging.getLogger("tutor")
-    live = sys.stderr.isatty() and not quiet
+    live = terminal.is_terminal("stderr") and not quiet
     handler: logging.Handler = _Bars() if live else _Lines()
     handler.setLevel(logging.WARNING if quiet else logging.INFO)
     level, propagate = logger.level, logger.propagate
@@ -75,8 +77,7 @@ class _Lines(logging.Handler):
             text = f"{text} in {now - self._began:.0f} s"
         warning = "warning: " if record.levelno >= logging.WARNING else ""
         prefix = f"{self._stage}: " if self._stage and not text.startswith(f"{self._stage}:") else ""
-        sys.stderr.write(f"{prefix}{warning}{text}\n")
-        sys.stderr.flush()
+        terminal.write_note(f"{prefix}{warning}{text}")
 
 
 class _Bars(logging.Handler):
@@ -91,7 +92,6 @@ class _Bars(logging.Handler):
         self._task: Any = None
 
     def _start(self) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         self._progress = Progress(
@@ -100,7 +100,7 @@ class _Bars(logging.Handler):
             BarColumn(bar_width=24),
             TimeElapsedColumn(),
             TextColumn("[dim]{task.description}[/]"),
-            console=Console(stderr=True),
+            console=terminal.console("stderr"),
         )
         self._progress.start()
 
@@ -109,7 +109,7 @@ class _Bars(logging.Handler):
 
         if self._progress is None:
             self._start()
-        text = escape(record.getMessage())
+        text = escape(one_line(record.getMessage()))
         if stage := getattr(record, "stage", None):
             self._task = self._progress.add_task(text.partition(": ")[2], total=None, stage=stage)
         elif record.levelno >= logging.WARNING or self._task is None:

@@ -4,17 +4,15 @@ In: a template file, which may include page.css, and its values. Out: the text o
 rows and answers are texts of strangers. Writes no file.
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from tutor.formats.visible import visible
+
 STYLES = Path(__file__).with_name("page.css")
-PICTURE = "[\U0001f000-\U0001faff\u2600-\u27bf\ufe0f]"
-JOINER = re.compile(f"(?<={PICTURE})\u200d(?={PICTURE})")
-"""Zero-width joiner between two pictures, which makes one emoji of them; no other joiner is shown."""
 
 
 def render_page(template: Path, **values: Any) -> str:
@@ -24,15 +22,11 @@ def render_page(template: Path, **values: Any) -> str:
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
-        finalize=visible,
+        finalize=displayed,
     )
     return environment.get_template(template.name).render(values)
 
 
-def visible(value: Any) -> Any:
+def displayed(value: Any) -> Any:
     """Return a value for display: in a text, a replacement character for each character without a visible shape."""
-    if not isinstance(value, str) or isinstance(value, Markup) or value.isprintable():
-        return value
-    return "\u200d".join(
-        "".join(sign if sign.isprintable() or sign in "\n\t" else "�" for sign in part) for part in JOINER.split(value)
-    )
+    return visible(value, lambda _: "�") if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -14,23 +14,22 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_on_a_terminal_overwrites_its_line() -> None:
-    stream = Terminal()
-    progress = BuildProgress(stream)
+def test_progress_on_a_terminal_overwrites_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", stream := Terminal())
+    progress = BuildProgress()
     for line in ("-- Configuring done\n", "[1/80] Building CXX object a.o\n", "[2/80] Building CXX object b.o\n"):
         progress.read(line)
     progress.end()
     assert stream.getvalue() == "\r\033[Kllama.cpp: 1 of 80\r\033[Kllama.cpp: 2 of 80\r\033[K"
 
 
-def test_progress_elsewhere_prints_the_first_and_last_steps() -> None:
+def test_progress_elsewhere_prints_the_first_and_last_steps(capsys: pytest.CaptureFixture[str]) -> None:
     """Lines are seconds apart, so of steps that come at once only these two are printed."""
-    stream = io.StringIO()
-    progress = BuildProgress(stream)
+    progress = BuildProgress()
     for step in range(1, 81):
         progress.read(f"[{step}/80] Building CXX object {step}.o\n")
     progress.end()
-    assert stream.getvalue() == "llama.cpp: 1 of 80\nllama.cpp: 80 of 80\n"
+    assert capsys.readouterr().err == "llama.cpp: 1 of 80\nllama.cpp: 80 of 80\n"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ In: the report of tutor/machine/doctor.py. Out: a coloured table at a terminal, 
 itself.
 """
 
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,8 @@ import click
 
 from tutor.cli.exit import print_error
 from tutor.cli.options import build_option, json_option, load_recipe, print_result, progress_on_stderr
+from tutor.formats import terminal
+from tutor.formats.visible import clean
 
 if TYPE_CHECKING:
     from tutor.machine.doctor import HostReport
@@ -44,7 +45,7 @@ def doctor_command(context: click.Context, recipe_path: Path | None, build: Path
 
     with progress_on_stderr(context.obj):
         report = doctor.examine(load_recipe(recipe_path) if recipe_path else None, build)
-    if not as_json and sys.stdout.isatty():
+    if not as_json and terminal.is_terminal("stdout"):
         print_tables(report)
     else:
         print_result(report.as_dict(), list(report_lines(report)), as_json=as_json)
@@ -67,27 +68,26 @@ def report_lines(report: "HostReport") -> Iterator[str]:
 
 def print_tables(report: "HostReport") -> None:
     """Print the report as tables on the terminal."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
+    console = terminal.console("stdout")
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column()
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for check in report.checks:
-        hint = f"\n[dim]{escape(check.hint + _needed(check.state, check.needed_by))}[/]" if check.hint else ""
+        hint = f"\n[dim]{escape(clean(check.hint + _needed(check.state, check.needed_by)))}[/]" if check.hint else ""
         colour = COLOURS[check.state]
-        table.add_row(f"[{colour}]{check.state}[/]", check.what, escape(check.found) + hint)
+        table.add_row(f"[{colour}]{check.state}[/]", check.what, escape(clean(check.found)) + hint)
     console.print(table)
     for title, rows in estimate_tables(report.recipe) if report.recipe else ():
         table = Table(box=None, show_header=False)
         table.add_column(min_width=14)
         table.add_column(justify="right")
         for name, value, remark in rows:
-            table.add_row(name, value, f"[dim]{escape(remark)}[/]")
-        console.print(f"\n[bold]{escape(title)}[/]", table if rows else "")
+            table.add_row(name, value, f"[dim]{escape(clean(remark))}[/]")
+        console.print(f"\n[bold]{escape(clean(title))}[/]", table if rows else "")
 
 
 def estimate_tables(recipe: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:

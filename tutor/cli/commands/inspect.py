@@ -11,6 +11,7 @@ import click
 from tutor.cli.exit import print_error
 from tutor.cli.options import host_option, json_option, load_recipe, print_result, progress_on_stderr, recipe_option
 from tutor.errors import ArtifactError
+from tutor.formats import terminal
 
 
 @click.command("summary")
@@ -98,7 +99,7 @@ def report_command(flags: dict[str, bool], recipe_path: Path, build: Path, *, op
     import webbrowser
 
     if not webbrowser.open(page.resolve().as_uri()):
-        click.echo("no browser could be started; open the file above", err=True)
+        terminal.write_note("no browser could be started; open the file above")
 
 
 @click.command("verify")

@@ -6,7 +6,6 @@ The work is done in tutor/serving.
 
 import contextlib
 import functools
-import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from tutor.cli.options import (
     progress_on_stderr,
     recipe_option,
 )
+from tutor.formats import terminal
 from tutor.serving.model_names import MODELS, ModelChoice
 
 if TYPE_CHECKING:
@@ -93,13 +93,13 @@ def ask_command(
         raise click.UsageError(f"the question on stdin is not UTF-8 (byte {error.start})") from None
     if not text:
         raise click.UsageError("no question: give it as an argument or on stdin")
-    started = False
+    stream, started = terminal.AnswerStream(), False
 
     def write(piece: str) -> None:
         nonlocal started
         piece = piece if started else piece.lstrip()
         started = started or bool(piece)
-        click.echo(piece, nl=False)
+        stream.write(piece)
 
     with progress_on_stderr(flags), _answering_engine(recipe, build, choice) as engine:
         answer = engine.answer(
@@ -108,11 +108,11 @@ def ask_command(
             None if as_json else write,
         )
     if as_json:
-        click.echo(json.dumps({**asdict(answer), "text": display_text(answer.text)}, ensure_ascii=False))
+        terminal.write_json({**asdict(answer), "text": display_text(answer.text)})
         return
-    click.echo()
+    stream.write("\n")
     if answer.finish == "length":
-        click.echo(f"(cut at {answer.tokens} tokens)", err=True)
+        terminal.write_note(f"(cut at {answer.tokens} tokens)")
 
 
 @click.command("chat")
@@ -127,16 +127,12 @@ def chat_command(flags: dict[str, bool], choice: ModelChoice, recipe_path: Path,
     recipe = load_recipe(recipe_path)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() its line editing and history
-    terminal = Terminal(
-        read=input,
-        write=lambda piece: click.echo(piece, nl=False),
-        note=lambda line: click.echo(line, err=True),
-    )
+    place = Terminal(read=input, write=terminal.AnswerStream().write, note=terminal.write_note)
     with progress_on_stderr({**flags, "quiet": True}), _answering_engine(recipe, build, choice) as engine:
         converse(
             engine,
             sampling(recipe.generate, recipe.seed),
-            terminal,
+            place,
             system=recipe.system,
             context=recipe.generate.context,
         )

@@ -8,9 +8,9 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
 
 from tutor.errors import ArtifactError, HostError, TutorError
+from tutor.formats import terminal
 
 STEP = re.compile(r"^\[(\d+)/(\d+)\] ")
 """Beginning of a line of Ninja: number of finished steps, number of all steps."""
@@ -44,9 +44,8 @@ KNOWN = (
 class BuildProgress:
     """Prints how far a build is: in place on a terminal, elsewhere a line every few seconds."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._in_place = stream.isatty()
+    def __init__(self) -> None:
+        self._in_place = terminal.is_terminal("stderr")
         self._printed = -SECONDS
         self._open = False
 
@@ -56,23 +55,16 @@ class BuildProgress:
             return
         done, total = int(found[1]), int(found[2])
         if self._in_place:
-            self._stream.write(f"\r\033[Kllama.cpp: {done} of {total}")
+            terminal.replace_line(f"llama.cpp: {done} of {total}")
             self._open = True
         elif time.monotonic() - self._printed >= SECONDS or done == total:
-            self._stream.write(f"llama.cpp: {done} of {total}\n")
+            terminal.write_note(f"llama.cpp: {done} of {total}")
             self._printed = time.monotonic()
-        self._stream.flush()
-
-    def line(self, text: str) -> None:
-        """Print a line that stays."""
-        self.end()
-        self._stream.write(f"llama.cpp: {text}\n")
-        self._stream.flush()
 
     def end(self) -> None:
         """Remove the line that would be overwritten next."""
         if self._open:
-            self._stream.write("\r\033[K")
+            terminal.replace_line("")
             self._open = False
 
 

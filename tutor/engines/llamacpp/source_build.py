@@ -35,6 +35,7 @@ from tutor.engines.llamacpp.build import (
 )
 from tutor.engines.llamacpp.build_output import BuildProgress, explain
 from tutor.errors import ArtifactError, HostError
+from tutor.formats import terminal
 
 BUILD_PACKAGES = ("cmake", "ninja", "scikit-build-core")
 """Packages that a build needs. scikit-build-core lets pip download the source without an isolated environment."""
@@ -95,7 +96,7 @@ def _locked(path: Path) -> Iterator[int]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            sys.stderr.write("llama.cpp: waiting for another build of it\n")
+            terminal.write_note("llama.cpp: waiting for another build of it")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file.fileno()
 
@@ -105,7 +106,7 @@ class Steps:
 
     def __init__(self, log: Path, lock: int) -> None:
         self.log, self.lock = log, lock
-        self.progress = BuildProgress(sys.stderr)
+        self.progress = BuildProgress()
 
     def run(self, command: list[str], what: str) -> None:
         """Run a program to its end. Raises HostError or ArtifactError with the line that explains its failure."""
@@ -154,7 +155,7 @@ def _fetch_source(work: Path, steps: Steps) -> Path:
     """Download and unpack the source distribution, checked by its hash; return its vendor/llama.cpp."""
     source = work / "source"
     if not source.is_dir():
-        steps.progress.line(f"fetching the source (llama_cpp_python {VERSION})")
+        terminal.write_note(f"llama.cpp: fetching the source (llama_cpp_python {VERSION})")
         fetched = work / "fetched"
         shutil.rmtree(fetched, ignore_errors=True)
         fetched.mkdir()
@@ -232,22 +233,22 @@ def main() -> int:
     if not is_built(folder):
         before = signal.signal(signal.SIGTERM, _terminate)
         began = time.monotonic()
-        sys.stderr.write(f"llama.cpp: building it into {folder}: once, some minutes\n")
+        terminal.write_note(f"llama.cpp: building it into {folder}: once, some minutes")
         try:
             build(folder, usable_jobs())
         except (HostError, ArtifactError) as error:
-            sys.stderr.write(f"Error: {error}\n")
+            terminal.write_note(f"Error: {error}")
             return error.code
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            sys.stderr.write(f"Error: cannot build llama.cpp: the disk of {folder.parent} is full; delete something\n")
+            terminal.write_note(f"Error: cannot build llama.cpp: the disk of {folder.parent} is full; delete something")
             return HostError.code
         except KeyboardInterrupt:
-            sys.stderr.write("llama.cpp: interrupted; the next call continues from here\n")
+            terminal.write_note("llama.cpp: interrupted; the next call continues from here")
             return 130
         finally:
             signal.signal(signal.SIGTERM, before)
-        sys.stderr.write(f"llama.cpp: built in {time.monotonic() - began:.0f} s\n")
-    sys.stdout.write(f"{folder}\n")
+        terminal.write_note(f"llama.cpp: built in {time.monotonic() - began:.0f} s")
+    terminal.write_result(str(folder))
     return 0

@@ -12,7 +12,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import platformdirs
 from filelock import FileLock
 
 from tutor.errors import ArtifactError, HostError
+from tutor.formats import terminal
 
 VERSION = "7.0.2"
 """Version of `typescript` on npm; src/package-lock.json has the hash of every platform's program."""
@@ -121,9 +121,21 @@ def _fetch(npm: list[str], work: Path) -> None:
     # Behind a TLS-inspecting proxy the system's certificates are needed; Node.js has its own.
     trust = {"NODE_USE_SYSTEM_CA": "1", **os.environ}
     try:
-        done = subprocess.run(command, cwd=work, env=trust, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False)
+        done = subprocess.run(
+            command,
+            cwd=work,
+            env=trust,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
+        )
     except OSError as error:
         raise HostError(f"npm cannot be started: {error}", f"pip install {NODE_PACKAGE}") from error
+    for line in done.stdout.splitlines():
+        terminal.write_note(line)
     if done.returncode:
         raise ArtifactError(
             f"cannot install the TypeScript compiler {VERSION}: npm exited with {done.returncode}",
@@ -152,11 +164,11 @@ def main() -> int:
     """Install the compiler unless it is installed, and print its folder; return the exit code. For scripts/."""
     folder = install_folder()
     if not is_installed():
-        sys.stderr.write(f"installing the TypeScript compiler {VERSION} into {folder}\n")
+        terminal.write_note(f"installing the TypeScript compiler {VERSION} into {folder}")
         try:
             install(folder)
         except (HostError, ArtifactError) as error:
-            sys.stderr.write(f"Error: {error}\n")
+            terminal.write_note(f"Error: {error}")
             return error.code
-    sys.stdout.write(f"{folder}\n")
+    terminal.write_result(str(folder))
     return 0

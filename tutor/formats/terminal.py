@@ -1,0 +1,116 @@
+"""The terminal: the only module of tutor that writes to stdout and stderr.
+
+In: text of any origin. Out: stdout for results, stderr for progress and errors, without secrets and without characters
+that a terminal would obey (visible.py). Does not decide what is printed. Standard library alone, until a bar or a table
+needs rich.
+"""
+
+import io
+import re
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TextIO
+
+from tutor.formats.visible import PICTURES, clean, json_text, one_line
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_UNFINISHED = re.compile(rf"(?:[{PICTURES}\u200d]+|\r|h(?:f(?:_[A-Za-z0-9]*)?)?)\Z")
+"""End of a piece whose meaning the next piece decides: an emoji, a line end, the beginning of a token of the hub."""
+
+
+def write_result(text: str = "", *, end: str = "\n") -> None:
+    """Print a part of a command's result on stdout."""
+    _write(sys.stdout, clean(text) + end)
+
+
+def write_json(value: Any, *, indent: int | None = None) -> None:
+    """Print a command's result as one JSON document on stdout."""
+    _write(sys.stdout, f"{json_text(value, indent)}\n")
+
+
+def write_note(text: str) -> None:
+    """Print one line on stderr."""
+    _write(sys.stderr, f"{one_line(text)}\n")
+
+
+def write_lines(text: str) -> None:
+    """Print a text of several lines on stderr, such as a traceback."""
+    _write(sys.stderr, f"{clean(text)}\n")
+
+
+def replace_line(text: str) -> None:
+    """Print in place of the last line on stderr, which is a terminal."""
+    _write(sys.stderr, f"\r\033[K{one_line(text)}")
+
+
+def is_terminal(stream: str) -> bool:
+    """Whether `stream`, "stdout" or "stderr", is a terminal."""
+    found: TextIO | None = getattr(sys, stream)
+    return found is not None and found.isatty()
+
+
+def _write(stream: TextIO | None, text: str) -> None:
+    if stream is not None:  # the caller has closed it
+        stream.write(text)
+        stream.flush()
+
+
+class AnswerStream:
+    """Prints an answer on stdout while it is generated; a newline releases what the last piece left undecided."""
+
+    def __init__(self) -> None:
+        self._held = ""
+
+    def write(self, piece: str) -> None:
+        """Print a piece of the answer."""
+        text = self._held + piece
+        found = _UNFINISHED.search(text)
+        end = found.start() if found else len(text)
+        self._held = text[end:]
+        if end:
+            write_result(text[:end], end="")
+
+
+class CleanStream:
+    """A stream that cleans what libraries write to it: warnings, tracebacks, messages of servers."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.uncleaned = stream
+
+    def write(self, text: str) -> int:
+        """Write the text, cleaned; return its length."""
+        self.uncleaned.write(clean(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write the lines, cleaned."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.uncleaned, name)
+
+
+def clean_streams() -> None:
+    """Make the standard streams UTF-8 in every locale, and clean what libraries write to stderr."""
+    for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors=errors)
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr = CleanStream(sys.stderr)
+
+
+def console(stream: str) -> "Console":
+    """Return rich's console on "stdout" or "stderr", which writes its own control codes and escapes those of texts."""
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class CleanConsole(Console):
+        def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else Segment(clean(segment.text), segment.style)
+
+    found: Any = getattr(sys, stream)
+    return CleanConsole(file=getattr(found, "uncleaned", found))
