@@ -8,9 +8,12 @@ SHELL := bash
 PYTHON ?= python3
 # What installs into .venv: uv, or pip.
 INSTALLER ?= uv
-# The recipes of the stack and of the targets without a container; RECIPE=... sets both.
-STACK := $(or $(RECIPE),data/tutor.toml)
-RECIPE ?= data/demo.toml
+# The recipes of the stack and of the targets without a container; RECIPE=... sets both. The commands read them from the
+# environment, because Make cannot quote: a path may contain blanks, quotes and dollar signs.
+override RECIPE := $(value RECIPE)
+STACK := $(or $(value RECIPE),data/tutor.toml)
+override RECIPE := $(or $(value RECIPE),data/demo.toml)
+export RECIPE STACK
 # Workers of make test and make test-quick, one a core; PYTEST adds options of pytest.
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
 PYTEST :=
@@ -25,37 +28,37 @@ demo: .venv/demo ## run the whole pipeline on this CPU: a real 135M Llama, minut
 	@$(TUTOR) run --publish --recipe data/demo.toml
 
 all: .venv/light ## run the whole stack in containers, on the GPU: ends with `ollama run tutor`
-	@$(TUTOR) stack run --recipe $(STACK)
+	@$(TUTOR) stack run --recipe "$$STACK"
 
 up: .venv/light ## start Ollama's container
-	@$(TUTOR) stack call up --recipe $(STACK)
+	@$(TUTOR) stack call up --recipe "$$STACK"
 
 down: .venv/light ## stop and remove the stack's containers; models and the hub's cache stay
-	@$(TUTOR) stack call down --recipe $(STACK)
+	@$(TUTOR) stack call down --recipe "$$STACK"
 
 logs: .venv/light ## follow Ollama's log
-	@$(TUTOR) stack call logs --recipe $(STACK)
+	@$(TUTOR) stack call logs --recipe "$$STACK"
 
 shell: .venv/light ## open a shell in the trainer's image
-	@$(TUTOR) stack call shell --recipe $(STACK)
+	@$(TUTOR) stack call shell --recipe "$$STACK"
 
 run: .venv/demo ## run the stages of RECIPE that are not up to date
-	@$(TUTOR) run --recipe $(RECIPE)
+	@$(TUTOR) run --recipe "$$RECIPE"
 
 chat: .venv/light ## chat with the tutor of RECIPE
-	@$(TUTOR) chat --recipe $(RECIPE)
+	@$(TUTOR) chat --recipe "$$RECIPE"
 
 eval: .venv/light ## answer the held-out prompts again and grade the answers
-	@$(TUTOR) eval --recipe $(RECIPE)
+	@$(TUTOR) eval --recipe "$$RECIPE"
 
 report: .venv/light ## open the report of RECIPE in the browser
-	@$(TUTOR) report --open --recipe $(RECIPE)
+	@$(TUTOR) report --open --recipe "$$RECIPE"
 
 doctor: .venv/light ## print what this machine has and lacks, and what RECIPE needs
-	@$(TUTOR) doctor --recipe $(RECIPE)
+	@$(TUTOR) doctor --recipe "$$RECIPE"
 
 status: .venv/light ## print which stages are up to date
-	@$(TUTOR) status --recipe $(RECIPE)
+	@$(TUTOR) status --recipe "$$RECIPE"
 
 bench: .venv/demo ## compare training, merging and converting with the plain way; options: BENCH=, BENCH_MERGE=
 	@$(BIN)/python scripts/bench_help.py
@@ -97,10 +100,13 @@ check: .venv/dev ## check format, lint, types, import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+audit: .venv/dev ## look the pinned packages up in the database of known vulnerabilities
+	$(BIN)/pip-audit --strict --disable-pip --require-hashes $(addprefix --requirement=,$(wildcard requirements/*.txt))
+
 lock: .venv/lock ## pin the dependencies of pyproject.toml again
-	PATH="$(abspath $(BIN)):$$PATH" scripts/lock
+	PATH="$$PWD/$(BIN):$$PATH" scripts/lock
 
 clean: .venv/light ## remove the outputs of RECIPE
-	@$(TUTOR) clean --recipe $(RECIPE)
+	@$(TUTOR) clean --recipe "$$RECIPE"
 
-.PHONY: help demo all up down logs shell test-docker run chat eval report doctor status install llamacpp typescript test test-quick bench check lock clean
+.PHONY: help demo all audit up down logs shell test-docker run chat eval report doctor status install llamacpp typescript test test-quick bench check lock clean

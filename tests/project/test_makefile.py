@@ -1,8 +1,13 @@
-"""The Makefile: each target works alone in a fresh clone, so it asks for all that its commands need."""
+"""The Makefile: each target works alone in a fresh clone, for any path of a recipe and of the checkout."""
 
+import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from support.processes.command import ROOT, environment
@@ -69,6 +74,69 @@ def test_every_target_is_phony_and_has_a_help_line() -> None:
     phony = re.search(r"^\.PHONY:(.*)$", MAKEFILE, re.MULTILINE)
     assert phony
     assert set(phony[1].split()) == targets(MAKEFILE)
+
+
+RECORD = """#!{python}
+import json, pathlib, sys
+pathlib.Path("called.json").write_text(json.dumps(sys.argv[1:]))
+"""
+"""Program that writes its arguments into the current folder."""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout with a complete environment, whose `tutor` records its arguments, in a path with blanks and quotes."""
+    folder = tmp_path / "mi copia d'aquí"
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(ROOT / "Makefile", folder)
+    (folder / "pyproject.toml").touch()
+    (folder / ".venv" / "light").touch()
+    program = folder / ".venv" / "bin" / "tutor"
+    program.write_text(RECORD.format(python=sys.executable))
+    program.chmod(0o755)
+    return folder
+
+
+def called(checkout: Path, *words: str, **variables: str) -> list[str]:
+    """Return the arguments with which `make WORDS` starts tutor."""
+    plain = {name: value for name, value in environment().items() if name not in ("MAKEFLAGS", "MFLAGS", "RECIPE")}
+    done = subprocess.run(
+        ["make", *words], cwd=checkout, env={**plain, **variables}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    arguments: list[str] = json.loads((checkout / "called.json").read_text())
+    return arguments
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    ["data/mi receta.toml", 'd\'ella "x".toml', "a$b $$c $(shell touch made) `touch made`; touch made #.toml"],
+)
+def test_recipe_with_blanks_and_quotes_reaches_tutor_unchanged(checkout: Path, recipe: str) -> None:
+    assert called(checkout, "status", f"RECIPE={recipe}") == ["status", "--recipe", recipe]
+    assert called(checkout, "doctor", RECIPE=recipe) == ["doctor", "--recipe", recipe]
+    assert called(checkout, "down", f"RECIPE={recipe}") == ["stack", "call", "down", "--recipe", recipe]
+    assert not (checkout / "made").exists()
+
+
+def test_targets_without_a_recipe_take_their_default(checkout: Path) -> None:
+    assert called(checkout, "status") == ["status", "--recipe", "data/demo.toml"]
+    assert called(checkout, "down") == ["stack", "call", "down", "--recipe", "data/tutor.toml"]
+
+
+def test_audit_reads_every_pin_and_skips_none(tmp_path: Path) -> None:
+    """Without --strict a package that the database does not have is skipped, with exit code 0."""
+    command = next(shlex.split(line) for line in commands(MAKEFILE, "audit") if "pip-audit" in line)
+    assert "--strict" in command
+    read = {Path(word.partition("=")[2]).name for word in command if word.startswith("--requirement=")}
+    assert read == {path.name for path in (ROOT / "requirements").glob("*.txt")}
+    offline = {**os.environ, "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
+    program = [sys.executable, "-m", "pip_audit", *command[1:], "--dry-run"]
+    done = subprocess.run(program, cwd=ROOT, env=offline, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    count = re.search(r"would have audited (\d+) packages", done.stderr)
+    assert count
+    assert int(count[1]) > 100
 
 
 @pytest.mark.parametrize("name", ["base.txt", "wheel.txt", "build.txt", "train.txt"])
