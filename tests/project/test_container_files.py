@@ -130,11 +130,8 @@ def test_dockerfile_has_every_target_of_the_compose_file():
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
-def test_dockerfile_installs_hashed_pins_and_holds_no_secret(path):
+def test_dockerfile_holds_no_secret(path):
     for line in re.sub(r"\\\n", " ", path.read_text()).splitlines():
-        for part in line.split("&&"):
-            if "pip install" in part:
-                assert "--require-hashes" in part or "--no-index" in part
         assert not re.match(r"(ARG|ENV) .*(TOKEN|SECRET|PASSWORD)", line)
         assert not re.match(r"ADD ", line)
 

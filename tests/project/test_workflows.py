@@ -42,3 +42,9 @@ def test_workflow_cache_keys_name_files_that_exist(path):
         assert patterns
         for pattern in patterns:
             assert list(ROOT.glob(pattern)), pattern
+
+
+def test_a_scheduled_workflow_audits_the_pins():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "nightly.yml").read_text())
+    assert workflow[True]["schedule"]  # YAML reads `on` as true
+    assert any(step.get("run") == "make audit" for step in workflow["jobs"]["audit"]["steps"])

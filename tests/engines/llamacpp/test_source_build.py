@@ -158,10 +158,10 @@ def test_main_without_compiler_returns_the_code_of_host_error(
     assert not (tmp_path / "build.partial").exists()
 
 
-def test_main_without_cmake_names_the_packages(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_without_cmake_names_the_target_that_brings_it(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "cmake").unlink()
     assert main() == HostError.code
-    assert "cmake not found; pip install cmake ninja scikit-build-core" in capsys.readouterr().err
+    assert "cmake not found; make llamacpp brings it" in capsys.readouterr().err
 
 
 def test_main_prints_the_folder_of_a_complete_build(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

