@@ -2,9 +2,10 @@
 
 
 class TutorError(Exception):
-    """An error in one line: what, with the value or file:line; `hint` is the next step."""
+    """An error in one line: what, with the value or file:line; `hint` is the next step, `stage` what was running."""
 
     code = 1
+    stage: str | None = None
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)

@@ -1,6 +1,7 @@
 """Damage of a folder, and the manifest that names what made it."""
 
 import json
+import shlex
 
 import pytest
 from support.outputs.stage_folders import write_stage
@@ -29,6 +30,16 @@ def test_read_manifest_of_a_damaged_file_raises_with_the_way_out(tmp_path, damag
     path.write_text(damage(path.read_text()))
     with pytest.raises(ArtifactError, match=f"{path} is damaged; rm -r {tmp_path}/data and run again"):
         read_manifest(tmp_path / "data")
+
+
+@pytest.mark.parametrize("name", ["con blanco", "it's", 'a"b', "$(touch x)", "-rf ~", "a;b"])
+def test_hint_of_a_damaged_manifest_can_be_pasted(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(ArtifactError) as caught:
+        read_manifest(folder)
+    assert shlex.split(caught.value.hint or "")[:4] == ["rm", "-r", str(folder), "and"]
 
 
 def test_find_damage_finds_missing_cut_and_changed_files(tmp_path):

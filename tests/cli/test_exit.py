@@ -80,11 +80,26 @@ def test_error_with_json_is_also_an_object_on_stdout(tmp_path, arguments, code):
     where = () if arguments[0] == "data" else ("-b", tmp_path / "build")
     done = in_process(*arguments, "--json", *where)
     value = json.loads(done.stdout)
-    assert sorted(value) == ["code", "error", "hint", "ok", "problems"]
+    assert sorted(value) == ["code", "error", "hint", "ok", "problems", "stage"]
     assert value["ok"] is False
     assert value["code"] == done.returncode == code
     assert value["error"] in done.stderr
     assert value["hint"] is None or value["hint"] in done.stderr
+
+
+def test_error_with_json_names_the_stage_that_was_running(tmp_path, recipe_file):
+    write_text(tmp_path / "train.jsonl", "{}\n")
+    where = ("-r", recipe_file, "-b", tmp_path / "build", "--json")
+    assert json.loads(in_process("data", "split", *where).stdout)["stage"] == "data"
+    assert json.loads(in_process("train", *where).stdout)["stage"] is None
+
+
+def test_bug_with_json_is_also_an_object_on_stdout(tutor, tmp_path):
+    write_text(tmp_path / "markdown_it.py", 'raise RuntimeError("broken")')
+    done = tutor("data", "stats", "--json", "-r", TINY, env={"PYTHONPATH": str(tmp_path)})
+    value = json.loads(done.stdout)
+    assert (value["ok"], value["code"], value["stage"]) == (False, 1, None)
+    assert value["error"].startswith("bug in tutor: RuntimeError: broken (markdown_it.py:1)")
 
 
 def test_error_with_control_characters_is_printed_escaped(tutor, tmp_path):
@@ -118,6 +133,25 @@ def test_debug_shows_a_traceback_and_keeps_the_exit_code(tutor):
         assert "Traceback (most recent call last)" in done.stderr
         assert done.stderr.splitlines()[-1].startswith("Error: cannot read recipe none.toml")
     assert "Traceback" not in tutor("status", "-r", "none.toml", env={"TUTOR_DEBUG": "0"}).stderr
+
+
+@pytest.mark.parametrize("flag", [(), ("--debug",)])
+def test_secret_is_in_no_output_of_an_error(tutor, tmp_path, flag):
+    token = "hf_" + "Q" * 30
+    done = tutor(*flag, "status", "--json", "-r", f"{token}.toml")
+    assert done.returncode == 2
+    assert ("Traceback" in done.stderr) == bool(flag)
+    assert "[redacted].toml" in done.stderr
+    assert "[redacted].toml" in json.loads(done.stdout)["error"]
+    library = f'import sys\nsys.stderr.write("{token} \\x9b2J\\n")\nraise RuntimeError("Authorization: Bearer abc")'
+    write_text(tmp_path / "markdown_it.py", library)
+    bug = tutor(*flag, "data", "stats", "-r", TINY, env={"PYTHONPATH": str(tmp_path), "OLLAMA_API_KEY": "sk-secret-1"})
+    assert bug.returncode == 1
+    assert bug.stderr.startswith("[redacted] \\x9b2J\n")
+    assert "Authorization: Bearer [redacted]" in bug.stderr
+    for text in (done.stdout, done.stderr, bug.stdout, bug.stderr):
+        assert "QQQ" not in text
+        assert "abc" not in text
 
 
 # Streams

@@ -1,6 +1,7 @@
 """cli/summary.py: tables of the stages that have run, also when some have not."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +145,14 @@ def test_larger_and_less_accurate_quantization_is_marked():
     assert [line[2:15].strip() for line in lines[2:5]] == ["F16", "Q5_1 !", "Q5_0 *"]
     assert lines[-1] == "  ! Q5_1 is larger and less accurate than Q5_0: remove it from convert.quantizations"
     assert len({len(line) for line in lines[1:5]}) == 1
+
+
+@pytest.mark.parametrize("name", ["con blanco", "it's", 'a"b', "$(touch x)"])
+def test_next_commands_of_the_summary_can_be_pasted(name: str, tmp_path: Path) -> None:
+    stages = {"report": {}, "convert": {"files": FILES}}
+    recipe = str(tmp_path / name / "r.toml")
+    lines = [line for line in summary.summary_lines({"stages": stages, "examples": []}, recipe) if " -r " in line]
+    for line in lines:
+        words = shlex.split(line)
+        assert words[words.index("-r") + 1] == recipe
+    assert len(lines) == 2

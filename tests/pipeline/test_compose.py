@@ -63,7 +63,7 @@ def test_run_all_stops_at_a_service_whose_gate_refuses(host, recipe, tmp_path, n
     host.answer(f"--name tutor-{name}", code=8, stderr="Error: F16 -> Q8_0 (quantize) diverges in its prompt: x\n")
     with pytest.raises(StackError, match="diverges in its prompt") as caught:
         compose.run_all(recipe, tmp_path / "build")
-    assert caught.value.code == 8
+    assert (caught.value.code, caught.value.stage) == (8, name)
     assert services_run(host)[-1] == name
 
 
@@ -139,6 +139,19 @@ def test_run_all_with_unhealthy_ollama_keeps_its_log(host, recipe, tmp_path):
     with pytest.raises(ServiceError, match=r"ollama\.log"):
         compose.run_all(recipe, tmp_path / "build")
     assert "could not create directory" in (tmp_path / "build" / "small" / "logs" / "ollama.log").read_text()
+
+
+def test_service_logs_hold_no_secret_and_no_control_character(host, recipe, tmp_path):
+    text = f"fetched with hf_{'a' * 30} \x1b]0;x\x07\n"
+    host.answer("--name tutor-trainer", stdout='{"ran": true}', stderr=text)
+    host.answer("up --detach", code=1, stderr=text)
+    host.answer("logs --no-color", stdout=f"Authorization: Bearer {text}")
+    with pytest.raises(ServiceError):
+        compose.run_all(recipe, tmp_path / "build")
+    logs = tmp_path / "build" / "small" / "logs"
+    shown = r"fetched with [redacted] \x1b]0;x\x07" + "\n"
+    assert (logs / "trainer.log").read_text() == shown + '{"ran": true}'
+    assert (logs / "ollama.log").read_text() == shown + f"Authorization: Bearer [redacted] {shown[8:]}"
 
 
 def test_run_all_of_a_service_without_result_raises(host, recipe, tmp_path):

@@ -4,6 +4,7 @@ In: a folder, or the key fields that a result depends on. Out: the folder's Mani
 the key fields that differ. Writes nothing.
 """
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +70,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     if manifest is None or not all(
         map(_is_object, (manifest.fields, manifest.outputs, manifest.results, manifest.sources))
     ):
-        raise ArtifactError(f"{path} is damaged", f"rm -r {folder} and run again")
+        raise ArtifactError(f"{path} is damaged", f"rm -r {shlex.quote(str(folder))} and run again")
     return manifest
 
 

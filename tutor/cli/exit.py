@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn
@@ -31,7 +32,7 @@ def run_and_exit(command: click.Command, name: str) -> NoReturn:
     terminal.clean_streams()
     arguments = sys.argv[1:]
     debug = "--debug" in arguments or os.environ.get("TUTOR_DEBUG", "") not in ("", "0", "false")
-    sys.excepthook = _traceback if debug else _bug
+    sys.excepthook = partial(_bug, debug=debug, as_json="--json" in arguments)
     try:
         code = _run(command, name, arguments, debug=debug)
     except BrokenPipeError:
@@ -63,9 +64,8 @@ def _run(command: click.Command, name: str, arguments: list[str], *, debug: bool
     except TutorError as error:
         if debug:
             terminal.write_lines(traceback.format_exc().rstrip())
-        return print_error(
-            error.message, error.code, error.hint, as_json=as_json, problems=getattr(error, "problems", ())
-        )
+        problems = getattr(error, "problems", ())
+        return print_error(error.message, error.code, error.hint, as_json=as_json, problems=problems, stage=error.stage)
     except SystemExit:
         if sys.stdout is not stdout:  # click met a closed pipe: it wraps stdout, and would exit 1
             raise BrokenPipeError from None
@@ -73,11 +73,23 @@ def _run(command: click.Command, name: str, arguments: list[str], *, debug: bool
     return code if isinstance(code, int) else 0
 
 
-def print_error(message: str, code: int, hint: str | None, *, as_json: bool, problems: Sequence[str] = ()) -> int:
-    """Print an error on stderr, with `as_json` also as an object on stdout; return `code`."""
+def print_error(
+    message: str,
+    code: int,
+    hint: str | None,
+    *,
+    as_json: bool,
+    problems: Sequence[str] = (),
+    stage: str | None = None,
+) -> int:
+    """Print an error on stderr, with `as_json` also as an object on stdout; return `code`.
+
+    `stage` is the stage that was running.
+    """
     _wait_for_main_process()
     if as_json:
-        terminal.write_json({"ok": False, "code": code, "error": message, "hint": hint, "problems": list(problems)})
+        error = {"ok": False, "code": code, "stage": stage, "error": message, "hint": hint}
+        terminal.write_json({**error, "problems": list(problems)})
     terminal.write_note(f"Error: {f'{message}; {hint}' if hint else message}")
     for problem in problems:
         terminal.write_note(f"  {problem}")
@@ -99,15 +111,16 @@ def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
     sys.exit(128 + signum)
 
 
-def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    _wait_for_main_process()
+def _bug(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None, *, debug: bool, as_json: bool
+) -> None:
+    """Print an exception that no command handles: one line, or with `debug` its traceback."""
+    if debug:
+        terminal.write_lines("".join(traceback.format_exception(kind, error, trace)).rstrip())
+        return
     place = ""
     while trace is not None:
         place = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
         trace = trace.tb_next
-    line = f"bug in tutor: {kind.__name__}: {error} ({place}); tutor --debug shows the traceback; please report it"
-    terminal.write_note(f"Error: {line}")
-
-
-def _traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    terminal.write_lines("".join(traceback.format_exception(kind, error, trace)).rstrip())
+    hint = "tutor --debug shows the traceback; please report it"
+    print_error(f"bug in tutor: {kind.__name__}: {error} ({place})", 1, hint, as_json=as_json)

@@ -4,8 +4,10 @@ In: the manifests of a build folder and the answers of its evaluation. Out: the 
 lines. Runs no stage and computes no figure.
 """
 
+import contextlib
 import json
 import math
+import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,9 +61,9 @@ def summary_lines(summary: Mapping[str, Any], recipe: str) -> list[str]:
     for example in summary["examples"]:
         parts += _example(example)
     if "report" in stages:
-        parts += ["", f"Everything on one page: tutor report --open -r {_short(recipe)}"]
+        parts += ["", f"Everything on one page: tutor report --open -r {_quoted(recipe)}"]
     if "convert" in stages:
-        parts += ["", f"Next: make chat, or: tutor ask -r {_short(recipe)} '¿Qué es una interfaz?'"]
+        parts += ["", f"Next: make chat, or: tutor ask -r {_quoted(recipe)} '¿Qué es una interfaz?'"]
     return parts
 
 
@@ -72,11 +74,11 @@ def report_lines(folder: Path, results: Mapping[str, Any]) -> list[str]:
     return [str(folder / results["page"]), size, *missing]
 
 
-def _short(path: str) -> str:
-    try:
-        return str(Path(path).relative_to(Path.cwd()))
-    except ValueError:
-        return path
+def _quoted(path: str) -> str:
+    """Return the path for a command line: relative to the current folder, where it is below."""
+    with contextlib.suppress(ValueError):
+        path = str(Path(path).relative_to(Path.cwd()))
+    return shlex.quote(path)
 
 
 def _training(train: Mapping[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from tutor.artifacts.layout import BuildFolder
 from tutor.errors import HostError, ServiceError
+from tutor.formats.visible import clean
 from tutor.graders.labels import LABELS
 from tutor.machine import preflight
 from tutor.pipeline.logged_command import StackError, run_logged
@@ -198,9 +199,17 @@ def start_server(stack: Stack) -> None:
         output = path.read_text("utf-8", "replace")
         if "port is already allocated" in output or "address already in use" in output:
             raise HostError("the port of Ollama is taken", "set TUTOR_OLLAMA_PORT to another") from error
-        with path.open("ab") as kept:
-            logs = stack.command("logs", "--no-color", "--tail", "200", SERVER)
-            subprocess.run(logs, env=stack.environment(), stdout=kept, stderr=kept, check=False)
+        done = subprocess.run(
+            stack.command("logs", "--no-color", "--tail", "200", SERVER),
+            env=stack.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
+        )
+        with path.open("a", encoding="utf-8") as kept:
+            kept.write(clean(done.stdout))
         raise ServiceError("Ollama does not become healthy", f"its log: {path}") from error
 
 

@@ -1,7 +1,7 @@
 """Run one command of the stack: its output followed in the log and kept in a file, its failure as an error.
 
 In: a command line, its environment, the path of its log. Out: its stdout, or a StackError or HostError with the last
-error that it printed. Independent of the service that it runs.
+error that it printed; a log without secrets and control characters. Independent of the service that it runs.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from tutor.errors import HostError, TutorError
+from tutor.formats.visible import clean
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def run_logged(name: str, command: Sequence[str], environment: Mapping[str, str]
         code, last = _followed(command, environment, kept, out)
         out.seek(0)
         text = out.read()
-        kept.write(text)
+        kept.write(clean(text))
     if code:
         raise _failure(name, code, last, path)
     return text
@@ -59,7 +60,7 @@ def _followed(
     assert process.stderr is not None
     try:
         for line in process.stderr:
-            kept.write(line)
+            kept.write(clean(line))
             kept.flush()
             last.append(line.rstrip())
             log.info("%s", line.rstrip())

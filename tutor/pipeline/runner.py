@@ -20,7 +20,7 @@ from tutor.artifacts.manifest import Manifest, differences, read_manifest, requi
 from tutor.artifacts.provenance import SourceTree
 from tutor.artifacts.stage_folder import CHECKPOINTS, LOG, OLD, PARTIAL, checkpoint_folder, refuse_foreign, writing
 from tutor.engines.llamacpp.build import build_key
-from tutor.errors import ArtifactError, GateError, RecipeError
+from tutor.errors import ArtifactError, GateError, RecipeError, TutorError
 from tutor.machine import distributed
 from tutor.pipeline.registry import BY_NAME, Stage
 from tutor.recipe.settings import Recipe
@@ -198,7 +198,9 @@ def require_gate_passed(folder: Path) -> None:
 
 def _refuse_at_gate(manifest: Manifest | None) -> None:
     if manifest and (refused := manifest.results.get(REFUSED)):
-        raise GateError(refused["message"], refused["hint"])
+        error = GateError(refused["message"], refused["hint"])
+        error.stage = manifest.stage
+        raise error
 
 
 def _with_needs(name: str) -> set[str]:
@@ -258,9 +260,13 @@ def _plan(recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> "Training
 
 @contextmanager
 def announced(name: str, about: str) -> Iterator[None]:
-    """Log the start and the end of the block as a stage's, for the progress display."""
+    """Log the start and the end of the block as a stage's, for the progress display; name the stage in its errors."""
     log.info("%s: %s", name, about, extra={"stage": name})
-    yield
+    try:
+        yield
+    except TutorError as error:
+        error.stage = error.stage or name
+        raise
     log.info("%s: done", name, extra={"stage_done": name})
 
 

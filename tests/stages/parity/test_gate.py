@@ -100,7 +100,7 @@ def test_refused_gate_refuses_again_and_keeps_its_folder(recipe: Recipe, build: 
     for _ in range(2):
         with pytest.raises(GateError, match=r"F16 -> Q8_0 .* diverges in its tokens.*most likely") as caught:
             runner.require_gate_passed(made)
-    assert caught.value.code == 8
+    assert (caught.value.code, caught.value.stage) == (8, "parity")
     assert find_damage(made) == []
 
 

@@ -6,6 +6,7 @@ hashes. Changes no file of the repository, and fetches no weights of a model who
 
 import logging
 import re
+import shlex
 from pathlib import Path
 
 from tutor.artifacts.disk import read_json
@@ -58,4 +59,5 @@ def _check_hashes(folder: Path) -> None:
     for path in sorted(folder.glob(WEIGHTS)):
         name = path.resolve().name
         if re.fullmatch(r"[0-9a-f]{64}", name) and file_sha256(path) != name:
-            raise ArtifactError(f"{path} is damaged: its hash is not {name[:12]}…", f"rm {path.resolve()}, run again")
+            remove = f"rm {shlex.quote(str(path.resolve()))}"
+            raise ArtifactError(f"{path} is damaged: its hash is not {name[:12]}…", f"{remove} and run again")
