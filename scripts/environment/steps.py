@@ -24,16 +24,18 @@ from environment.state import INSTALLED, PIP_SPACE, SETS, SPACE, TITLES, Environ
 
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout."""
-INTERRUPTED = 130
-"""Exit code after Ctrl-C."""
-TERMINATED = 143
-"""Exit code after SIGTERM or a closed terminal."""
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+"""Signals that end the set-up as Ctrl-C does, with exit code 128 + number: a stop, a closed terminal."""
 TOOLS = {"llamacpp": ("llama.cpp", "build_llamacpp.py"), "typescript": ("TypeScript", "install_typescript.py")}
 """Programs that the demo needs beside packages: link in .venv -> name, script."""
 
 
 class TerminatedError(Exception):
-    """The set-up has received SIGTERM or SIGHUP."""
+    """The set-up has received one of ENDING_SIGNALS."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.code = 128 + number
 
 
 def run(arguments: list[str]) -> int:
@@ -43,8 +45,9 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--installer", choices=("uv", "pip"), default="uv")
     options = parser.parse_args(arguments)
     display = Display(sys.stderr)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _terminate)
+    for number in ENDING_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, _terminate)
     try:
         with Path(__file__).open("rb") as lock:
             _lock(lock.fileno())
@@ -59,12 +62,13 @@ def run(arguments: list[str]) -> int:
         return HOST
     except (KeyboardInterrupt, TerminatedError) as error:
         display.line(f"interrupted; {AGAIN}")
-        return TERMINATED if isinstance(error, TerminatedError) else INTERRUPTED
+        return error.code if isinstance(error, TerminatedError) else 128 + signal.SIGINT
     return 0
 
 
-def _terminate(_number: int, _frame: FrameType | None) -> None:
-    raise TerminatedError
+def _terminate(number: int, _frame: FrameType | None) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal sends it twice
+    raise TerminatedError(number)
 
 
 def _lock(file: int) -> None:

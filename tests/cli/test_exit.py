@@ -2,9 +2,11 @@
 
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
+import sys
 
 import pytest
 from support.files import write_rows, write_text
@@ -203,7 +205,10 @@ def test_closed_stdin_or_stdout_is_not_reported_as_a_bug(tmp_path):
 # Signals
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGQUIT, 131)],
+)
 def test_signal_while_waiting_gives_the_shell_exit_code(start, number, code):
     process = start(TUTOR, "ask", "-r", TINY, stdin=subprocess.PIPE)
     process.stdin.write("¿Qué")
@@ -212,3 +217,44 @@ def test_signal_while_waiting_gives_the_shell_exit_code(start, number, code):
     process.send_signal(number)
     assert process.wait(30) == code
     assert "Traceback" not in process.stderr.read()
+
+
+def test_nohup_keeps_a_command_alive_without_its_terminal(start):
+    process = start("nohup", TUTOR, "ask", "-r", TINY, stdin=subprocess.PIPE)
+    process.stdin.write("¿Qué")
+    process.stdin.flush()
+    wait_for(lambda: unread(process.stdin) == 0)
+    process.send_signal(signal.SIGHUP)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 5
+    assert "gguf is not there" in errors
+
+
+CLEANUP = """
+import os, pathlib, signal, sys, time
+import click
+from tutor.cli.exit import run_and_exit
+@click.command()
+def command():
+    try:
+        pathlib.Path("started").touch()
+        time.sleep(60)
+    finally:
+        click.echo("ending", err=True)
+        os.kill(os.getpid(), signal.SIGHUP)
+        pathlib.Path("cleaned").touch()
+run_and_exit(command, "command")
+"""
+"""A command whose cleanup prints, and during which SIGHUP comes again."""
+
+
+def test_closed_terminal_ends_through_every_cleanup(tmp_path):
+    """The terminal's end closes: every write to it fails, and SIGHUP comes from the kernel."""
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(tmp_path)
+        os.execv(sys.executable, [sys.executable, "-c", CLEANUP])
+    wait_for((tmp_path / "started").exists)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 129
+    assert (tmp_path / "cleaned").exists()

@@ -72,6 +72,17 @@ def test_quiet_shows_only_warnings(capsys):
     assert capsys.readouterr().err == "warning: look\n"
 
 
+def test_lines_without_a_reader_are_lost_and_the_run_goes_on(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1, closefd=False) as closed, monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", closed)
+        with log_on_stderr():
+            log.info("step 1 of 9")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)
+    os.close(writer)
+
+
 def test_logger_is_restored_after_an_error(monkeypatch):
     logger = logging.getLogger("tutor")
     monkeypatch.setattr(logger, "propagate", True)

@@ -44,7 +44,7 @@ def test_no_other_module_writes_to_the_terminal() -> None:
     modules = [path for path in sorted((ROOT / "tutor").rglob("*.py")) if path not in here]
     found = [line for path in modules for line in writers(path) if not line.startswith(CHILD_PROGRAMS)]
     assert found == []
-    assert [line.split()[-1] for line in writers(ROOT / "tutor" / "cli" / "exit.py")] == ["stdout"] * 3
+    assert [line.split()[-1] for line in writers(ROOT / "tutor" / "cli" / "exit.py")] == ["stdout"] * 2
     assert writers(ROOT / "tutor" / "formats" / "terminal.py")
 
 

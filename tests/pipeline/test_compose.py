@@ -8,12 +8,11 @@ import os
 import signal
 import stat
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from support.fakes.docker import INFO, Host
-from support.processes.command import ROOT
+from support.processes.command import ROOT, TUTOR
 from support.processes.waiting import wait_for
 
 from tutor.errors import HostError, ServiceError
@@ -211,23 +210,21 @@ def test_hub_token_is_a_private_file_and_in_no_variable(host, recipe, tmp_path, 
     assert "hf_canary" not in logs
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_run_all_interrupted_stops_and_removes_the_container(host, recipe, tmp_path, number):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_run_all_interrupted_stops_and_removes_the_container(host, recipe, tmp_path, monkeypatch, number, code):
+    monkeypatch.setenv("HF_TOKEN", "hf_canary")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     host.answer("--name tutor-trainer", seconds=60, stderr="training\n")
-    code = (
-        "import pathlib, signal, sys\nfrom tutor.pipeline import compose\n"
-        "from tutor.recipe.reading import read_recipe\n"
-        "signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))\n"
-        "compose.run_all(read_recipe(pathlib.Path(sys.argv[1])), pathlib.Path(sys.argv[2]))"
-    )
-    with subprocess.Popen([sys.executable, "-c", code, recipe.path, tmp_path / "build"], cwd=ROOT) as process:
+    command = [TUTOR, "stack", "run", "-r", recipe.path, "-b", tmp_path / "build"]
+    with subprocess.Popen(command, cwd=ROOT) as process:
         log = tmp_path / "build" / "small" / "logs" / "trainer.log"
         wait_for(lambda: log.exists() and "training" in log.read_text())
         process.send_signal(number)
-        assert process.wait(20) in (143, -signal.SIGINT)
+        assert process.wait(20) == code
     wait_for(lambda: not running(host.folder / "docker"))
     container = f"tutor-trainer-{process.pid}"
     assert host.calls[-2:] == [f"docker stop --time 180 {container}", f"docker rm --force {container}"]
+    assert list(tmp_path.glob("tutor-*")) == [], "the file of the token is left"
 
 
 def running(program: Path) -> bool:

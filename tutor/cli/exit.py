@@ -21,6 +21,8 @@ from tutor.errors import HostError, TutorError
 from tutor.formats import terminal
 from tutor.machine import distributed
 
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+"""Signals that end a command through its cleanups: a stop, a closed terminal, Ctrl-\\ (which saves no checkpoint)."""
 MAIN_PROCESS_SECONDS = 5.0
 """Head start of rank 0 for its error line, in seconds: the launcher then ends the other ranks before they print it
 again."""
@@ -28,7 +30,9 @@ again."""
 
 def run_and_exit(command: click.Command, name: str) -> NoReturn:
     """Run the command of a console script, print what it raises as one line, and exit with its code."""
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in ENDING_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, _terminated)
     terminal.clean_streams()
     arguments = sys.argv[1:]
     debug = "--debug" in arguments or os.environ.get("TUTOR_DEBUG", "") not in ("", "0", "false")
@@ -37,8 +41,8 @@ def run_and_exit(command: click.Command, name: str) -> NoReturn:
         code = _run(command, name, arguments, debug=debug)
     except BrokenPipeError:
         # `tutor ... | head` closed the pipe: no reader is left, and nothing is wrong.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    terminal.drop_closed_streams()
     sys.exit(code)
 
 
@@ -106,8 +110,11 @@ def _command_help(error: click.UsageError) -> str | None:
 
 
 def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
-    """Handle SIGTERM: exit through every cleanup, with the code that a shell gives."""
+    """Handle an ending signal: exit through every cleanup, with the code that a shell gives."""
     del frame
+    # Of a closed terminal both the shell and the kernel send it: the second one must not interrupt a cleanup.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    terminal.drop_closed_streams()
     sys.exit(128 + signum)
 
 

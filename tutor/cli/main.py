@@ -16,8 +16,8 @@ from tutor.machine import distributed
 EXIT_CODES = """\b
 Exit codes: 0 ok · 1 a bug · 2 usage or recipe · 3 bad data · 4 this machine
 (GPU, memory, disk, programs) · 5 an artifact is damaged or does not match ·
-6 a service · 7 another run holds the lock · 8 a gate refused · 130 Ctrl-C ·
-143 SIGTERM."""
+6 a service · 7 another run holds the lock · 8 a gate refused · 129 closed
+terminal · 130 Ctrl-C · 131 Ctrl-\\ · 143 SIGTERM."""
 
 COMMANDS = (
     doctor.doctor_command,

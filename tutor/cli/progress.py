@@ -105,6 +105,10 @@ class _Bars(logging.Handler):
         self._progress.start()
 
     def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):  # the terminal is gone: the run goes on
+            self._show(record)
+
+    def _show(self, record: logging.LogRecord) -> None:
         from rich.markup import escape
 
         if self._progress is None:
@@ -124,7 +128,8 @@ class _Bars(logging.Handler):
 
     def close(self) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            with contextlib.suppress(OSError):
+                self._progress.stop()
         super().close()
 
 

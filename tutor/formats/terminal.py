@@ -5,8 +5,11 @@ that a terminal would obey (visible.py). Does not decide what is printed. Standa
 needs rich.
 """
 
+import contextlib
 import io
+import os
 import re
+import select
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TextIO
@@ -32,17 +35,17 @@ def write_json(value: Any, *, indent: int | None = None) -> None:
 
 def write_note(text: str) -> None:
     """Print one line on stderr."""
-    _write(sys.stderr, f"{one_line(text)}\n")
+    _write_error(f"{one_line(text)}\n")
 
 
 def write_lines(text: str) -> None:
     """Print a text of several lines on stderr, such as a traceback."""
-    _write(sys.stderr, f"{clean(text)}\n")
+    _write_error(f"{clean(text)}\n")
 
 
 def replace_line(text: str) -> None:
     """Print in place of the last line on stderr, which is a terminal."""
-    _write(sys.stderr, f"\r\033[K{one_line(text)}")
+    _write_error(f"\r\033[K{one_line(text)}")
 
 
 def is_terminal(stream: str) -> bool:
@@ -55,6 +58,22 @@ def _write(stream: TextIO | None, text: str) -> None:
     if stream is not None:  # the caller has closed it
         stream.write(text)
         stream.flush()
+
+
+def _write_error(text: str) -> None:
+    """Print on stderr; the text is lost where its reader or terminal is gone, and the run goes on."""
+    with contextlib.suppress(OSError):
+        _write(sys.stderr, text)
+
+
+def drop_closed_streams() -> None:
+    """Send to /dev/null what is written to stdout and stderr from now on, where their reader or terminal is gone."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # no stream, or none with a descriptor
+            poll = select.poll()
+            poll.register(stream.fileno(), 0)
+            if poll.poll(0):  # without events that are asked for it reports only errors and hang-ups
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class AnswerStream:

@@ -178,7 +178,7 @@ def test_small_memory_reduces_the_number_of_compilers(monkeypatch: pytest.Monkey
     assert usable_jobs() == 3
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_signal_ends_the_compiler_and_the_next_call_continues(
     home: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:

@@ -179,7 +179,7 @@ def test_failed_installation_ends_the_build_of_llamacpp(checkout: Checkout) -> N
     assert "error: something new" in done.stderr
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signal_ends_all_programs_with_one_line(checkout: Checkout, number: signal.Signals, code: int) -> None:
     checkout.install("build")
     (checkout.folder / "build_llamacpp.wait").touch()

@@ -62,16 +62,17 @@ def trainer_of(tiny: Path, tokenizer: Any, tmp_path: Path) -> Callable[..., Any]
 
 @pytest.fixture
 def sigterm() -> Iterator[None]:
-    """Let SIGTERM raise an exception, as `tutor` does."""
+    """Let SIGTERM and SIGHUP raise an exception, as `tutor` does."""
 
     def raise_it(number: int, frame: FrameType | None) -> NoReturn:
         raise Terminated
 
-    before = signal.signal(signal.SIGTERM, raise_it)
+    before = {number: signal.signal(number, raise_it) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield
-    assert signal.getsignal(signal.SIGTERM) is raise_it
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        assert signal.getsignal(number) is raise_it
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

@@ -119,7 +119,10 @@ def test_saving_every_few_minutes_does_not_change_the_files(
 # --- signals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
+@pytest.mark.parametrize(
+    ("number", "raised"),
+    [(signal.SIGTERM, Terminated), (signal.SIGHUP, Terminated), (signal.SIGINT, KeyboardInterrupt)],
+)
 def test_signal_ends_step_saves_and_run_resumes_there(
     number: signal.Signals, raised: type[BaseException], inputs: Folders, tmp_path: Path, files: dict[str, Any]
 ) -> None:
@@ -153,6 +156,20 @@ def test_second_signal_ends_training_at_once(step: int, inputs: Folders, tmp_pat
     assert made(folder) == files
 
 
+@pytest.mark.parametrize("first", [signal.SIGHUP, signal.SIGTERM])
+def test_hangup_as_second_signal_keeps_the_checkpoint(first: signal.Signals, inputs: Folders, tmp_path: Path) -> None:
+    """A closed terminal sends SIGHUP twice, the end of a login session SIGTERM and then SIGHUP."""
+
+    def twice() -> None:
+        send(first)()
+        send(signal.SIGHUP)()
+
+    folder = tmp_path / "adapter"
+    with pytest.raises(Terminated):
+        stage(inputs, folder, {6: twice})
+    assert checkpoints(folder) == ["checkpoint-6", "checkpoint-5"]
+
+
 def test_signal_in_last_step_ends_and_trains_nothing_twice(
     inputs: Folders, tmp_path: Path, files: dict[str, Any]
 ) -> None:
@@ -165,12 +182,14 @@ def test_signal_in_last_step_ends_and_trains_nothing_twice(
 
 
 def test_ignored_signal_stays_ignored(inputs: Folders, tmp_path: Path, files: dict[str, Any]) -> None:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignored = (signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in ignored}
     try:
-        stage(inputs, tmp_path / "adapter", {6: send(signal.SIGINT)})
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        stage(inputs, tmp_path / "adapter", {6: send(signal.SIGINT), 7: send(signal.SIGHUP)})
+        assert {signal.getsignal(number) for number in ignored} == {signal.SIG_IGN}
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert made(tmp_path / "adapter") == files
 
 
@@ -210,7 +229,9 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shared(tmp_path_factory, "user", make)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGKILL, -9)]
+)
 def test_command_resumes_after_a_signal(number: signal.Signals, code: int, user: Path, tmp_path: Path) -> None:
     folder = copied(user, tmp_path / "user")
     build = folder / "build" / "r"

@@ -25,6 +25,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from tutor.cli.exit import ENDING_SIGNALS
+
 ROOT = Path(__file__).parents[3]
 TUTOR = Path(sys.executable).with_name("tutor")
 TINY = ROOT / "tests" / "support" / "tiny.toml"
@@ -61,7 +63,7 @@ def in_process(
 def _process_state(command: list[str], env: Mapping[str, str], cwd: Path) -> Iterator[None]:
     """Set arguments, environment and folder as for a new process; restore all process state at the end."""
     before = dict(os.environ)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (*ENDING_SIGNALS, signal.SIGINT)}
     logger = logging.getLogger("tutor")
     level, propagate = logger.level, logger.propagate
     argv, hook, stdin, place = sys.argv, sys.excepthook, sys.stdin, Path.cwd()

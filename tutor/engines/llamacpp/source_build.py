@@ -49,8 +49,8 @@ BYTES_PER_JOB = 1 << 30
 """Memory in bytes that one compiler may need."""
 STOP_SECONDS = 10.0
 """Seconds between SIGTERM and SIGKILL of a program that must end."""
-TERMINATED = 128 + signal.SIGTERM
-"""Exit code after SIGTERM."""
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+"""Signals that end a build, with exit code 128 + number: a stop, a closed terminal."""
 
 
 def build(folder: Path, jobs: int) -> None:
@@ -221,15 +221,17 @@ def usable_jobs() -> int:
     return max(1, min(cores, memory // BYTES_PER_JOB))
 
 
-def _terminate(_number: int, _frame: FrameType | None) -> None:
-    raise SystemExit(TERMINATED)
+def _terminate(number: int, _frame: FrameType | None) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal sends it twice
+    raise SystemExit(128 + number)
 
 
 def main() -> int:
     """Build llama.cpp unless it is built, and print its folder; return the exit code. For scripts/build_llamacpp.py."""
     folder = build_folder()
     if not is_built(folder):
-        before = signal.signal(signal.SIGTERM, _terminate)
+        ignored = {number for number in ENDING_SIGNALS if signal.getsignal(number) is signal.SIG_IGN}  # by nohup
+        before = {number: signal.signal(number, _terminate) for number in ENDING_SIGNALS if number not in ignored}
         began = time.monotonic()
         terminal.write_note(f"llama.cpp: building it into {folder}: once, some minutes")
         try:
@@ -246,7 +248,8 @@ def main() -> int:
             terminal.write_note("llama.cpp: interrupted; the next call continues from here")
             return 130
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
         terminal.write_note(f"llama.cpp: built in {time.monotonic() - began:.0f} s")
     terminal.write_result(str(folder))
     return 0

