@@ -1,4 +1,4 @@
-"""stages/data/splitting.py: the normal form of questions, splits and samples."""
+"""stages/data/splitting.py: leaks, splits and samples."""
 
 import random
 from collections import Counter
@@ -8,46 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tutor.errors import DataError
-from tutor.formats.rows.rows import Example
+from tutor.formats.rows.rows import Example, Prompt
 from tutor.stages.data import splitting
-from tutor.stages.data.splitting import normalise
+from tutor.stages.data.normal_form import normalise
 
 
-def test_typing_variants_have_one_normal_form() -> None:
-    question = "¿Qué es una «unión», y cómo se escribe?"
-    normal = "que es una union y como se escribe"
-    assert normalise(question) == normal
-    assert normalise("Que es una union y como se escribe") == normal
-    assert normalise("  QUÉ ES UNA UNIÓN…\n¡Y cómo se escribe!") == normal
-    assert normalise("¿Qué\u200b es una “unión” y cómo\u00a0se escribe?") == normal
-    assert normalise("Que es una u\u00adnión y cómo se escribe") == normal
-    assert normalise("ﬁle № １") == normalise("file no 1")
-    assert normalise("e\u0301xito") == normalise("éxito")
-
-
-def test_punctuation_in_code_changes_the_normal_form() -> None:
-    assert normalise("¿Qué hace `?.`?") != normalise("¿Qué hace `??`?")
-    assert normalise("```ts\nlet x: T[];\n```") != normalise("```ts\nlet x: T;\n```")
-    assert normalise("¿Qué es `keyof`?") == normalise("Que es keyof")
-    assert normalise("???") != normalise("!!!")
-    assert normalise("कि") != normalise("की")
-
-
-SPANISH = st.text("aábcñüZÁ ¿?¡!,.«»-\n\t·0 9", max_size=40)
-
-
-@given(SPANISH)
-def test_normal_form_is_stable_and_ignores_case_and_ends(text: str) -> None:
-    once = normalise(text)
-    assert normalise(once) == once
-    assert normalise(text.upper()) == normalise(text.lower()) == once
-    assert normalise(f"\n¿{text}?  ") == once or not any(sign.isalnum() for sign in text)
-
-
-@given(st.text())
-def test_normal_form_is_one_line_and_empty_only_for_blanks(text: str) -> None:
-    assert normalise(text).split() == [word for word in normalise(text).split(" ") if word]
-    assert bool(normalise(text)) == bool(text.replace("\u0345", "").split())
+def test_questions_that_differ_in_an_operator_are_no_leaks() -> None:
+    examples = [Example(f"¿Cuánto es {sum_}?", "r", line=n) for n, sum_ in enumerate(("7+3", "7-3", "7 / 3"), 1)]
+    kept, leaks = splitting.without_leaks(examples, [Prompt("cuanto es 7/3", line=9), Prompt("¿Cuánto es 7*3?")])
+    assert kept == examples[:2]
+    assert leaks == [(3, 9)]
 
 
 SETS = st.lists(

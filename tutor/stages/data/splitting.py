@@ -1,4 +1,4 @@
-"""Normal form of questions, rows that evaluation asks too, samples, and the split into training and held-out rows.
+"""Groups of equal questions, rows that evaluation asks too, samples, and the split into training and held-out rows.
 
 In: the rows of a recipe. Out: the chosen rows, in the order of their file. Pure: the same rows and seed give the same
 result. Reads and writes no file.
@@ -6,18 +6,13 @@ result. Reads and writes no file.
 
 import hashlib
 import itertools
-import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from tutor.errors import DataError
 from tutor.formats.rows.rows import Example, Prompt
-
-_ACCENTS = re.compile("[\u0300-\u036f]")
-_BEYOND_ASCII = re.compile(r"[^\x00-\x7f]")
-_PROSE_MARKS = re.compile(r"[^0-9a-z\x80-\U0010ffff]+")
+from tutor.stages.data.normal_form import normalise, plain_words
 
 RowType = TypeVar("RowType", Example, Prompt)
 Key = TypeVar("Key", bound=Hashable)
@@ -39,26 +34,6 @@ def without_leaks(
     found = [(example, asked.get(normalise(example.instruction))) for example in examples]
     leaks = [(example.line, line) for example, line in found if line is not None]
     return [example for example, line in found if line is None], leaks
-
-
-def normalise(text: str) -> str:
-    """Return the normal form of a text, in which repeats are found: no case, accents, punctuation, extra blanks.
-
-    Punctuation between backticks stays: it makes the difference between `a?.b` and `a!.b`. Empty only for a blank text.
-    """
-    folded = unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", text).casefold())
-    parts = folded.split("`")
-    parts[::2] = [_PROSE_MARKS.sub(" ", _BEYOND_ASCII.sub(_fold, part)) for part in parts[::2]]
-    parts[1::2] = [_ACCENTS.sub("", part) for part in parts[1::2]]
-    return " ".join(" ".join(parts).split()) or " ".join(folded.split())
-
-
-def _fold(sign: re.Match[str]) -> str:
-    """Replace an accent or an invisible character by nothing, punctuation and symbols by a blank."""
-    category = unicodedata.category(sign[0])
-    if category == "Cf" or _ACCENTS.match(sign[0]):
-        return ""
-    return " " if category[0] in "PSZC" else sign[0]
 
 
 def sample(examples: Sequence[RowType], rows: int, seed: int) -> list[RowType]:
@@ -114,9 +89,10 @@ def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Ex
     sizes = {stratum: sum(rows[question] for question in members) for stratum, members in strata.items()}
     least = {stratum: int(stratum is not None) for stratum in strata}
     quota = _apportion(max(1, round(share * len(examples))), sizes, least)
+    words = {question: min(plain_words(each.instruction) for each in group) for question, group in questions.items()}
     chosen: set[str] = set()
     for stratum, members in strata.items():
-        members.sort(key=lambda question: _rank(seed, question))
+        members.sort(key=lambda question: (_rank(seed, words[question]), question))
         chosen.update(_fill(members, rows, quota[stratum]))
     sides: tuple[list[Example], list[Example]] = ([], [])
     for example in examples:

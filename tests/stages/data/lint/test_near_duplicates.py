@@ -9,7 +9,7 @@ from support.outputs.lint_rows import WORDS
 
 from tutor.stages.data.lint.linter import NEAR
 from tutor.stages.data.lint.near_duplicates import Questions, groups_by_key, near_pairs, nearest
-from tutor.stages.data.splitting import normalise
+from tutor.stages.data.normal_form import normalise
 
 
 def questions(texts: list[str]) -> Questions:

@@ -30,8 +30,8 @@ class Questions:
     bands: "list[array[int]]" = field(default_factory=lambda: [array("Q") for _ in range(BINS // BAND)])
 
     def add(self, normalised: str) -> None:
-        """Add a text in normal form (splitting.normalise): words with one blank between them."""
-        words = normalised.encode().split()
+        """Add a text in normal form (normal_form.py): words and operators with one blank between them."""
+        words = normalised.casefold().encode().split()
         pairs = [crc32(second, crc32(first + b" ")) for first, second in pairwise(words)]
         hashes = sorted({*map(crc32, words), *pairs})
         self.hashes.extend(hashes)

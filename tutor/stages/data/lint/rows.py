@@ -18,7 +18,7 @@ from tutor.formats.rows.json_values import RowError
 from tutor.formats.rows.jsonl import Limits, check_file, read_values
 from tutor.formats.rows.rows import SPECIAL, ExampleRow, PromptRow, parse_row
 from tutor.stages.data.lint.near_duplicates import Questions
-from tutor.stages.data.splitting import normalise
+from tutor.stages.data.normal_form import normalise
 
 LISTED = 200
 """Maximum number of kept findings of a kind; all are counted."""
