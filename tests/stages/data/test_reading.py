@@ -1,4 +1,5 @@
-"""stages/data/reading.py, and with it formats/rows/jsonl.py, formats/rows/json_values.py, formats/rows/rows.py."""
+"""stages/data/reading.py, and with it formats/rows/jsonl.py, formats/rows/json_values.py, formats/rows/rows.py,
+formats/rows/texts.py."""
 
 import gzip
 import json
@@ -101,9 +102,17 @@ def test_line_numbers_are_of_the_file_in_jsonl_and_arrays(file: Any) -> None:
 
 
 def test_texts_are_stripped_at_their_ends_only(file: Any) -> None:
-    text = "\n a\r\n\tb \u2028 c\u0085d\x0b\x1ce  \n"
-    examples, _ = reading.read_examples(file(with_response(text)))
-    assert examples[1].response == "a\r\n\tb \u2028 c\u0085d\x0b\x1ce"
+    text = "\n a\n\tb \u2028 c\u00a0d  \n"
+    examples, notes = reading.read_examples(file(with_response(text)))
+    assert examples[1].response == "a\n\tb \u2028 c\u00a0d"
+    assert notes.windows_line_ends == 0
+
+
+def test_windows_line_ends_in_a_text_are_read_as_lf(file: Any) -> None:
+    examples, notes = reading.read_examples(file(with_response("a\r\n\r\n  b\r\n")))
+    assert examples[1].response == "a\n\n  b"
+    assert notes.windows_line_ends == 1
+    assert notes.warnings() == ["rows.jsonl: line ends of Windows (CRLF) in the texts of 1 rows read as LF"]
 
 
 def test_absent_labels_are_empty_and_given_ones_kept(file: Any) -> None:
@@ -192,6 +201,11 @@ def test_plain_file_over_the_limit_is_refused(file: Any, name: str) -> None:
         pytest.param(lines({**GOOD, "instruction": " \n\u00a0"}), "instruction is empty", id="D16-only-blanks"),
         pytest.param(lines({**GOOD, "response": "\u200b\ufeff"}), "response is empty", id="D16-only-invisible"),
         pytest.param(b'{"instruction": "a", "response": "b", "response": "c"}', "key response twice", id="D19"),
+        pytest.param(lines({**GOOD, "response": "a\rb"}), "holds \\r, a control character", id="lone-CR"),
+        pytest.param(lines({**GOOD, "response": "\x1b[1mb"}), "holds \\x1b, a control", id="escape-sequence"),
+        pytest.param(lines({**GOOD, "instruction": "a\x0b"}), "instruction holds \\x0b", id="control-at-the-end"),
+        pytest.param(lines({**GOOD, "instruction": "a\x7fb"}), "holds \\x7f", id="DEL"),
+        pytest.param(lines({**GOOD, "category": "a\x85b"}), "category holds \\x85", id="C1-control"),
         pytest.param(lines({**GOOD, "response": "a\0b"}), "response holds \\x00", id="D22-escaped-NUL"),
         pytest.param(b'{"instruction": "a", "response": "\0"}', "holds a raw NUL byte", id="D23-raw-NUL"),
         pytest.param(b'{"instruction": "a", "respon', "is unfinished: file cut?", id="D24-in-a-key"),
@@ -263,6 +277,22 @@ def test_unknown_keys_are_dropped_or_refused_if_strict(file: Any) -> None:
     assert len(examples) == 2
     assert notes.dropped_keys == {"fuente": 1, "expect": 1}
     assert "unknown key expect, fuente; known: id, instruction" in refused(path, strict=True).problems[0]
+
+
+@pytest.mark.parametrize("key", ["input", "context", "system", "history", "messages", "System ", "INPUT"])
+def test_key_with_a_part_of_the_question_is_refused(file: Any, key: str) -> None:
+    for value in ("¿Y esto?", [["a", "b"]], {"role": "user"}):
+        fault = refused(file(lines(OTHER, {**GOOD, key: value})))
+        assert f"rows.jsonl:2: {key} holds a part of the question" in fault.problems[0]
+        assert "into instruction" in (fault.hint or "")
+    for empty in ("", " \n", None, [], {}):
+        assert reading.read_examples(file(lines({**GOOD, key: empty})))[1].dropped_keys == {key: 1}
+
+
+@pytest.mark.parametrize("key", ["Category", "category ", "CODE", "Response"])
+def test_key_that_differs_in_case_or_blanks_is_refused(file: Any, key: str) -> None:
+    (problem,) = refused(file(lines({**GOOD, key: "x"}))).problems
+    assert problem.endswith(f"key {key!r} is written {key.strip().lower()!r}")
 
 
 def test_unprintable_key_is_escaped_in_notes(file: Any) -> None:

@@ -46,7 +46,7 @@ def recipe_in(
 
 
 TRAINING = [
-    {"instruction": f"¿Qué es {n}?", "response": f"«{n}»\u2028\x85", "category": "ab"[n % 2]} for n in range(20)
+    {"instruction": f"¿Qué es {n}?", "response": f"«{n}»\u2028\u2029.", "category": "ab"[n % 2]} for n in range(20)
 ]
 
 

@@ -5,7 +5,6 @@ usable is an error with its line; nothing is guessed. Does not tokenize, and doe
 """
 
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,16 +18,19 @@ from tutor.errors import DataError
 from tutor.formats.markdown import fence_languages
 from tutor.formats.rows.json_values import ONE_LINE, TOO_DEEP, RowError, printable
 from tutor.formats.rows.jsonl import Limits, check_file, read_values, unchanged
+from tutor.formats.rows.texts import clean_text, some_text, without_marks
 from tutor.prompt import CUE, STOPS
 
-SPECIAL = re.compile(r"<[|｜][\w▁.:/-]{1,64}[|｜]>|</?think>")
-"""Texts that tokenizers of the Llama, Qwen, DeepSeek and SmolLM families read as one id: a role, an end, a thought."""
-UNWRITABLE = re.compile("[\0\ud800-\udfff]")
-"""Characters that JSON can escape and that UTF-8 or a C string cannot hold; pydantic accepts both."""
 MAX_DEPTH = 16
 """Maximum depth of lists and objects inside each other; a row needs four."""
 ONE_TURN = "a row is one question and one answer, both text: multi-turn not supported"
 """Next step for a row of another form."""
+IN_INSTRUCTION = "put all of the question into instruction, and a system text for every row into the recipe's system"
+"""Next step for a row with a part of its question under another key."""
+QUESTION_KEYS = frozenset(
+    ("input", "context", "system", "system_prompt", "history", "messages", "conversations", "prompt", "question")
+)
+"""Keys of other formats that hold a part of the question: dropped, the rest would be trained as if it were all."""
 WANTED = {"string_type": "a text", "list_type": "a list", "bool_type": "true or false", "model_type": "an object"}
 """Expected type in words, by pydantic's name of the error."""
 
@@ -68,6 +70,7 @@ class Notes:
     blank_lines: int = 0
     byte_order_marks: int = 0
     gzip_unnamed: bool = False  # gzip by its content, not by its name
+    windows_line_ends: int = 0  # rows with a text that had CRLF
     dropped_keys: Mapping[str, int] = field(default_factory=dict)  # unknown key -> rows
     duplicates: tuple[tuple[int, int], ...] = ()  # dropped line, equal line that was kept
     conflicts: tuple[tuple[int, ...], ...] = ()  # lines of one question with different answers
@@ -86,6 +89,8 @@ class Notes:
             texts.append("byte order mark (BOM) stripped")
         if self.gzip_unnamed:
             texts.append("is gzip, though its name does not end in .gz")
+        if self.windows_line_ends:
+            texts.append(f"line ends of Windows (CRLF) in the texts of {self.windows_line_ends} rows read as LF")
         if self.dropped_keys:
             counts = ", ".join(f"{key} ({count} rows)" for key, count in list(self.dropped_keys.items())[:5])
             texts.append(f"unknown keys dropped: {counts}")
@@ -98,31 +103,10 @@ class Notes:
         return [f"{self.file}: {text}" for text in texts]
 
 
-def _text(value: str) -> str:
-    if found := UNWRITABLE.search(value):
-        raise ValueError(f"holds {printable(found[0])}: a NUL, or half of a surrogate pair")
-    if found := SPECIAL.search(value):
-        raise ValueError(f"holds {found[0]}, which a tokenizer reads as a token of its own")
-    return value.strip()
-
-
-def _some_text(value: str) -> str:
-    if not any(sign.isprintable() and not sign.isspace() for sign in value):
-        raise ValueError("is empty")
-    return value
-
-
-def _without(value: str, marks: tuple[str, ...]) -> str:
-    for mark in marks:
-        if mark in value:
-            raise ValueError(f"has a line that begins with {mark.strip()!r}, as a turn of the prompt does")
-    return value
-
-
-_Text = Annotated[str, AfterValidator(_text)]
-_Some = Annotated[_Text, AfterValidator(_some_text)]
-_NO_STOP = AfterValidator(partial(_without, marks=STOPS))
-_NO_TURN = AfterValidator(partial(_without, marks=(CUE, *STOPS)))
+_Text = Annotated[str, AfterValidator(clean_text)]
+_Some = Annotated[_Text, AfterValidator(some_text)]
+_NO_STOP = AfterValidator(partial(without_marks, marks=STOPS))
+_NO_TURN = AfterValidator(partial(without_marks, marks=(CUE, *STOPS)))
 
 
 class _Expect(BaseModel):
@@ -182,6 +166,7 @@ def read_rows(
         for line, found in read_values(path, limits, tolerated):
             try:
                 rows.append((line, parse_row(found, model, dropped, strict=strict)))
+                tolerated["crlf"] += any(isinstance(text, str) and "\r\n" in text for text in found.values())
             except RowError as fault:
                 bad += 1
                 if bad <= limits.max_problems:
@@ -196,6 +181,7 @@ def read_rows(
         rows=len(rows),
         blank_lines=tolerated["blank"],
         byte_order_marks=tolerated["bom"],
+        windows_line_ends=tolerated["crlf"],
         gzip_unnamed=bool(tolerated["gzip"]) and path.suffix.lower() != ".gz",
         dropped_keys=dict(dropped.most_common(20)),
     )
@@ -223,6 +209,7 @@ def parse_row(found: Any, model: type[RowModel], dropped: Counter[str], *, stric
     unknown = sorted(printable(key) for key in found.keys() - model.model_fields.keys())
     if unknown and strict:
         raise RowError(f"unknown key {', '.join(unknown)}; known: {', '.join(model.model_fields)}")
+    _check_keys(found, model)
     if _depth_exceeds(found, MAX_DEPTH):
         raise RowError(TOO_DEEP)
     try:
@@ -234,6 +221,17 @@ def parse_row(found: Any, model: type[RowModel], dropped: Counter[str], *, stric
     _check_code(row)
     dropped.update(unknown)
     return row
+
+
+def _check_keys(found: Mapping[str, Any], model: type[BaseModel]) -> None:
+    """Raise RowError for an unknown key that must not be dropped: misspelt, or with a part of the question."""
+    for key in found.keys() - model.model_fields.keys():
+        name = key.strip().casefold()
+        if name in model.model_fields:
+            raise RowError(f"key {printable(key)!r} is written {name!r}", "keys are in lower case: rename it")
+        value = found[key]
+        if name in QUESTION_KEYS and (value.strip() if isinstance(value, str) else value):
+            raise RowError(f"{printable(key)} holds a part of the question, which would not be trained", IN_INSTRUCTION)
 
 
 def _depth_exceeds(value: Any, most: int) -> bool:

@@ -31,14 +31,14 @@ _NEIGHBOURS = 8
 
 def normalise(text: str) -> str:
     """Return the normal form of a text. Empty only for a blank text."""
-    parts = unicodedata.normalize("NFKC", text).split("`")
+    composed = unicodedata.normalize("NFKC", text)
+    parts = composed.split("`")
     parts[::2] = [unicodedata.normalize("NFKD", part.casefold()) for part in parts[::2]]
     parts[1::2] = [unicodedata.normalize("NFKD", part) for part in parts[1::2]]
-    folded = " ".join(parts)
     parts[0] = "\n" + parts[0]
     parts[::2] = map(_prose, parts[::2])
     parts[1::2] = [" ".join(_TOKENS.findall(_ACCENTS.sub("", part))) for part in parts[1::2]]
-    return " ".join(" ".join(parts).split()) or " ".join(folded.split())
+    return " ".join(" ".join(parts).split()) or " ".join(composed.casefold().split())
 
 
 def _prose(text: str) -> str:

@@ -22,6 +22,7 @@ KINDS = {
     "schema": "rows that the data stage refuses",
     "unknown-key": "keys that are dropped",
     "special-token": "texts that a tokenizer or a template may read as a token of its own",
+    "characters": "characters read in another encoding, invisible ones, and accents apart from their letters",
     "fence": "code fences that do not close",
     "length": "rows longer than train.max_length: they would be cut, or refused",
     "duplicate": "rows that repeat another one",

@@ -16,7 +16,9 @@ from pathlib import Path
 from tutor.formats.markdown import fences_are_closed
 from tutor.formats.rows.json_values import RowError
 from tutor.formats.rows.jsonl import Limits, check_file, read_values
-from tutor.formats.rows.rows import SPECIAL, ExampleRow, PromptRow, parse_row
+from tutor.formats.rows.rows import ExampleRow, PromptRow, parse_row
+from tutor.formats.rows.texts import SPECIAL
+from tutor.stages.data.lint.characters import doubtful_characters
 from tutor.stages.data.lint.near_duplicates import Questions
 from tutor.stages.data.normal_form import normalise
 
@@ -29,7 +31,7 @@ _SPECIAL_TEXT = re.compile(
     r"<(?:/s|(?<!\w<)s|unk|pad|mask|bos|eos|start_of_turn|end_of_turn|</?SYS>)>"
     r"|\[(?:/?INST|BOS|EOS|PAD|CLS|SEP|MASK)\]"
 )
-"""Special tokens of families that rows.SPECIAL accepts, because HTML and code may contain the same texts."""
+"""Special tokens of families that texts.SPECIAL accepts, because HTML and code may contain the same texts."""
 
 LengthCheck = Callable[[str, str], str | None]
 """Returns why a question with its answer is too long, or None."""
@@ -155,6 +157,8 @@ def _check_row(index: RowIndex, row: ExampleRow | PromptRow, length_check: Lengt
     for name, text in (("instruction", row.instruction), ("response", row.response)):
         if found := _SPECIAL_TEXT.search(text):
             index.add_row("special-token", number, f"{name} holds {found[0]}")
+        if doubtful := doubtful_characters(text):
+            index.add_row("characters", number, f"{name} {doubtful}")
         if not fences_are_closed(text):
             index.add_row("fence", number, f"a code fence in {name} does not close")
     if why := length_check(row.instruction, row.response):
