@@ -213,7 +213,6 @@ def test_template_that_renders_another_prompt_is_refused(
         ({"capabilities": ["completion", "tools"]}, "capabilities is"),
         ({"details": {"family": "gemma2", "quantization_level": "Q8_0"}}, "family is 'gemma2' instead of 'llama'"),
         ({"details": {"family": "llama", "quantization_level": "Q4_K_M"}}, "quantization is 'Q4_K_M' instead of"),
-        ({"details": None}, "family is None"),
     ],
 )
 def test_mismatch_in_show_is_named(

@@ -13,6 +13,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -107,10 +108,12 @@ class FakeOllama(ThreadingHTTPServer):
         self.models: dict[str, Model] = {}
         self.order: list[str] = []  # names, the last written last
         self.loaded: list[str] = []
+        self.gpu_share = 0.75  # of every loaded model
         self.shows_prompts = True
         self.reply_to: Callable[[str], list[tuple[str, float]]] | None = None  # prompt -> pieces with log-probabilities
         self.counts = lambda prompt: len(prompt.split())  # tokens
         self.requests: list[tuple[str, Any]] = []
+        self.headers: list[Message] = []  # of each request
         self.scripts: dict[str, list[Reply | None]] = {}
         self.cancelled = threading.Event()
 
@@ -148,6 +151,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_one(self, method: str) -> None:
         where = f"{method} {self.path}"
+        self.server.headers.append(self.headers)
         short = re.sub(r"/sha256:.*", "", where)
         scripted = self.server.scripts.get(short)
         reply = scripted.pop(0) if scripted else None
@@ -164,7 +168,7 @@ class Handler(BaseHTTPRequestHandler):
         routes: dict[str, Callable[[Any], None]] = {
             "GET /api/version": lambda _: self.json({"version": self.server.version}),
             "GET /api/tags": lambda _: self.json({"models": self.tags()}),
-            "GET /api/ps": lambda _: self.json({"models": [*map(running_model, self.server.loaded)]}),
+            "GET /api/ps": lambda _: self.json({"models": [*map(self.running_model, self.server.loaded)]}),
             "HEAD /api/blobs": lambda _: self.empty(200 if self.blob_name() in self.server.blobs else 404),
             "POST /api/create": self.create,
             "POST /api/show": self.show,
@@ -180,9 +184,16 @@ class Handler(BaseHTTPRequestHandler):
 
     # Responses
 
-    def send(self, status: int, data: bytes, kind: str = "application/json; charset=utf-8") -> None:
+    def send(
+        self,
+        status: int,
+        data: bytes,
+        kind: str = "application/json; charset=utf-8",
+        headers: dict[str, str] | None = None,
+    ) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", kind)
+        for name, value in {"Content-Type": kind, **(headers or {})}.items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command != "HEAD":
@@ -242,7 +253,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.error(400, f"strict: unknown fields {unknown}")
         if not body.get("files"):
             return self.error(400, "neither 'from' or 'files' was specified")
-        if not re.fullmatch(r"[\w-][\w.-]*(:[\w][\w.-]*)?", body["model"], re.ASCII):
+        if not re.fullmatch(r"((\w[\w.:-]*/)?\w[\w-]*/)?\w[\w.-]*(:\w[\w.-]*)?", body["model"], re.ASCII):
             return self.error(400, "invalid model name")
         digest = next(iter(body["files"].values()))
         try:
@@ -329,6 +340,9 @@ class Handler(BaseHTTPRequestHandler):
             for number, name in reversed(list(enumerate(self.server.order)))
         ]
 
+    def running_model(self, name: str) -> dict[str, Any]:
+        return {"name": name, "model": name, "size": 400, "size_vram": int(400 * self.server.gpu_share)}
+
     def copy(self, body: dict[str, Any]) -> None:
         if model := self.find(body["source"]):
             self.remember(body["destination"], model)
@@ -347,6 +361,7 @@ class Handler(BaseHTTPRequestHandler):
         """Whether the request is refused, and the answer is out."""
         options = body.get("options", {})
         thinks = "thinking" in self.server.capabilities or model.native
+        answers = "prompt" in body or "messages" in body
         if unknown := set(body) - fields:
             self.error(400, f"strict: unknown fields {unknown}")
         elif reloading := set(options) & LOAD_TIME:
@@ -355,9 +370,9 @@ class Handler(BaseHTTPRequestHandler):
             self.error(500, f'option "{wrong[0]}" must be of another type')
         elif body.get("think") and not thinks:
             self.error(400, f'"{body["model"]}" does not support thinking')
-        elif "keep_alive" not in body and options.get("num_predict", 0) <= 0:
+        elif answers and options.get("num_predict", 0) <= 0:
             self.error(400, "strict: num_predict <= 0 is no limit")
-        elif "keep_alive" not in body and body.get("truncate") is not False:
+        elif answers and body.get("truncate") is not False:
             self.error(400, "strict: without truncate false a long prompt is cut silently")
         else:
             return False
@@ -375,7 +390,10 @@ class Handler(BaseHTTPRequestHandler):
         if "prompt" not in body:
             name = self.existing(body["model"])
             self.server.loaded = [known for known in self.server.loaded if known != name]
-            self.json({"model": body["model"], "response": "", "done": True, "done_reason": "unload"})
+            unload = body.get("keep_alive") == 0
+            self.server.loaded += [] if unload else [name or ""]
+            reason = "unload" if unload else "load"
+            self.json({"model": body["model"], "response": "", "done": True, "done_reason": reason})
         else:
             self.answer(body, model, [{"role": "user", "content": body["prompt"]}], {"response": ""})
 
@@ -404,10 +422,6 @@ class Handler(BaseHTTPRequestHandler):
         return self.lines([*(chunk(piece, logprob, top) for piece, logprob in pieces), last])
 
 
-def running_model(name: str) -> dict[str, Any]:
-    return {"name": name, "model": name, "size": 400, "size_vram": 300}
-
-
 def chunk(text: str, logprob: float = 0.0, top: int = 0) -> dict[str, Any]:
     event: dict[str, Any] = {"message": {"role": "assistant", "content": text}, "done": False}
     if top:
@@ -419,8 +433,8 @@ def chunk(text: str, logprob: float = 0.0, top: int = 0) -> dict[str, Any]:
 # Bad replies, for `script`
 
 
-def status(code: int, text: str, kind: str = "application/json") -> Reply:
-    return lambda handler: handler.send(code, text.encode(), kind)
+def status(code: int, text: str, kind: str = "application/json", headers: dict[str, str] | None = None) -> Reply:
+    return lambda handler: handler.send(code, text.encode(), kind, headers)
 
 
 def stream(*values: Any, end: str = "complete", pause: float = 0.0) -> Reply:

@@ -4,7 +4,10 @@ In: a host, names of models, conversations. Out: answers, greedy traces, the lis
 the next step.
 
 client    the HTTP API: models, blobs, streams, and the mapping of errors
-protocol  plain values of the API, without a connection: hosts, versions, parameters, events, error texts
+address   OLLAMA_HOST and --host, as a URL
+transport the connections: limits of time and size, no key, no redirects
+answers   the answers of the API as strict models
+protocol  plain values of the API, without a connection: versions, parameters, lines, error texts
 engine    one model of the server as an `Engine`
 trace     greedy traces
 

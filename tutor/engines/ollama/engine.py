@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from tutor.engines.ollama.answers import ChatEvent
 from tutor.engines.ollama.client import Ollama, connect
 from tutor.engines.ollama.protocol import LOOP_ERROR, MissingError, parse_parameters
 from tutor.engines.protocol import TOP_K, Answer, Finish, Generation
@@ -45,7 +46,7 @@ class OllamaServer:
         self._server = server
         self._model = model
         self._thinks = "thinking" in description.get("capabilities", ())
-        self.context: int | None = parse_parameters(description).get("num_ctx")
+        self.context = served_context(server.host, description)
 
     def answer(
         self, messages: Sequence[Message], generation: Generation, on_text: Callable[[str], None] | None = None
@@ -54,20 +55,20 @@ class OllamaServer:
         render(messages)  # raises for turns that Ollama would drop or join
         started = time.monotonic()
         pieces: list[str] = []
-        end: dict[str, Any] = {}
+        end: ChatEvent | None = None
         # Leaving this block by any exception closes the connection, which ends the generation too.
-        with contextlib.closing(self._server.stream("/api/chat", self._request(messages, generation))) as events:
+        with contextlib.closing(self._server.chat(self._request(messages, generation))) as events:
             for event in events:
-                piece = _content(event)
+                piece = event.message.content
                 pieces.append(piece)
                 if on_text and piece:
                     on_text(piece)
-                if event.get("done"):
+                if event.done:
                     end = event
-        finish = FINISHES.get(end.get("done_reason", ""))
-        if finish is None:
+        finish = FINISHES.get(end.done_reason) if end else None
+        if end is None or finish is None:
             raise ServiceError(f"Ollama: {_why_unfinished(pieces, end)}", "the answer is incomplete; ask again")
-        prompt, tokens = end.get("prompt_eval_count", 0), end.get("eval_count", 0)
+        prompt, tokens = end.prompt_eval_count, end.eval_count
         if self.context and prompt + tokens > self.context:
             logger.warning(
                 "the context of %d tokens was full: the beginning of the conversation was lost", self.context
@@ -79,7 +80,7 @@ class OllamaServer:
             tokens=tokens - (finish == "stop"),  # the EOS, or the stop text's end
             seconds=time.monotonic() - started,
             # Durations are in nanoseconds, and left out when zero.
-            tokens_per_second=tokens / end["eval_duration"] * 1e9 if end.get("eval_duration") else 0.0,
+            tokens_per_second=tokens / end.eval_duration * 1e9 if end.eval_duration else 0.0,
         )
 
     def _request(self, messages: Sequence[Message], generation: Generation) -> dict[str, Any]:
@@ -101,15 +102,21 @@ class OllamaServer:
         return {**body, "think": False} if self._thinks else body
 
 
-def _content(event: Mapping[str, Any]) -> str:
-    message = event.get("message")
-    return str(message.get("content") or "") if isinstance(message, Mapping) else ""
+def served_context(host: str, description: Mapping[str, Any]) -> int | None:
+    """The context of a model in tokens, from /api/show; None when its Modelfile sets none."""
+    context = parse_parameters(description).get("num_ctx")
+    if context is not None and type(context) is not int:
+        raise ServiceError(
+            f"the answer of Ollama at {host} to POST /api/show has a wrong parameters.num_ctx: {context!r:.60}",
+            "publish again",
+        )
+    return context
 
 
-def _why_unfinished(pieces: Sequence[str], end: Mapping[str, Any]) -> str:
+def _why_unfinished(pieces: Sequence[str], end: ChatEvent | None) -> str:
     """The reason of an incomplete stream: another last event, Ollama's limit on repeated tokens, or a lost server."""
     if end:
-        return f"the answer ended with done_reason {end.get('done_reason')!r}"
+        return f"the answer ended with done_reason {end.done_reason!r:.60}"
     last = {piece.strip() for piece in pieces[-REPEATED_PIECES:]}
     if len(pieces) >= REPEATED_PIECES and len(last) == 1:
         return f"{LOOP_ERROR} ({last.pop()[:20]!r})"

@@ -6,22 +6,29 @@ In: text from the server. Out: plain values, or a ServiceError with the next ste
 import contextlib
 import json
 import logging
-import os
 import re
+import socket
+import ssl
 from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from tutor.errors import RecipeError, ServiceError
+from pydantic_core import ValidationError, from_json
+
+from tutor.errors import ServiceError
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_PORT = 11434
-"""Ollama's default port."""
 CONNECT_SECONDS = 5.0
 """Maximum seconds of a connection's start."""
+HTTP_PORT = 80
+"""Port of http:// without a port."""
 START_SERVER = "start it (make up, or: ollama serve), or name another with --host or OLLAMA_HOST"
 """Next step of an error without a server."""
+SEE_LOG = "see its log for the reason"
+"""Next step of an error inside the server."""
+MAX_LINE_BYTES = 1 << 20
+"""Maximum bytes of an event; one token with its 20 candidates has 3 kB."""
 MIN_VERSION = (0, 30)
 """Minimum version of Ollama: since then llama-server generates, and a rule chooses the template (docs/facts.md, 1)."""
 MEMORY_HINT = "memory may be short: try a smaller ollama.quantization or generate.context; see the server's log"
@@ -33,6 +40,7 @@ HINTS = {
     r"llama-quantize|GGUF|file size|unknown type|EOF$": "the file may be damaged: tutor status --verify",
     r"digest mismatch": "the file changed while it was sent: publish again",
     r"no space left": "free disk space: a model needs up to three times its size while it is created",
+    r"HTTP request to an HTTPS server": "the server has TLS: give its address as https://NAME:PORT",
     r"busy|maximum pending": "other requests are being answered: try again later",
 }
 """Next steps by a pattern of the server's error text."""
@@ -41,40 +49,37 @@ LOOP_ERROR = "aborted: the model repeated one token over and over"
 
 
 class UnreachableError(ServiceError):
-    """No server answers at the host."""
+    """The host refuses connections to the port: no server is there."""
 
 
 class MissingError(ServiceError):
     """The server has no such model, blob or address."""
 
 
-def normalized_url(host: str | None) -> str:
-    """`host`, else OLLAMA_HOST, else this machine, as a URL with its port. Raises RecipeError for an invalid host."""
-    given = (host or os.environ.get("OLLAMA_HOST", "")).strip(" \"'") or "127.0.0.1"
-    hint = "give it as NAME, NAME:PORT or http://NAME:PORT"
-    if "@" in given:
-        raise RecipeError("Ollama's host holds a user name, which would appear in logs", hint)
-    try:
-        parts = urlsplit(given if "://" in given else f"http://{given}")
-        # Ollama's port also for http://, where the package would use 80.
-        name, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else DEFAULT_PORT)
-    except ValueError as error:
-        raise RecipeError(f"Ollama's host is {given!r}: {error}", hint) from None
-    if (
-        parts.scheme not in ("http", "https")
-        or not re.fullmatch(r"[A-Za-z0-9_.:-]+", name)
-        or parts.query
-        or parts.fragment
-    ):
-        raise RecipeError(f"Ollama's host is {given!r}", hint)
-    # A client cannot connect to a wildcard address.
-    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)  # noqa: S104
-    return f"{parts.scheme}://{f'[{name}]' if ':' in name else name}:{port}{parts.path.rstrip('/')}"
+def connection_error(url: str, error: object) -> ServiceError:
+    """The error for a failed connection: UnreachableError for a refused one alone, else one that names the cause."""
+    address = urlsplit(url)
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if isinstance(error, ConnectionRefusedError):
+        hint = "http:// without a port is port 80, Ollama's own is 11434; " if address.port == HTTP_PORT else ""
+        return UnreachableError(f"no Ollama at {url} ({reason})", hint + START_SERVER)
+    if isinstance(error, ssl.SSLCertVerificationError):
+        hint = "name its CA in SSL_CERT_FILE, and the server as its certificate does"
+        return ServiceError(f"TLS to {url} fails: its certificate is not trusted ({error.verify_message})", hint)
+    if isinstance(error, ssl.SSLError):
+        hint = f"a server without TLS has the address http://{url.partition('://')[2]}"
+        return ServiceError(f"TLS to {url} fails ({error.reason or reason})", hint)
+    if isinstance(error, socket.gaierror):
+        return ServiceError(
+            f"Ollama's host {address.hostname!r} cannot be found ({reason})", "check the name and the network"
+        )
+    hint = "check the host and the network" + ("; has the server TLS?" if address.scheme == "https" else "")
+    return ServiceError(f"no connection to Ollama at {url} ({reason})", hint)
 
 
 def check_version(version: str) -> None:
     """Raise ServiceError for a version that is too old; log a warning for an unknown one."""
-    found = re.match(r"v?(\d+)\.(\d+)", version)
+    found = re.match(r"v?(\d{1,9})\.(\d{1,9})", version)
     number = (int(found[1]), int(found[2])) if found else (0, 0)
     if number == (0, 0):
         logger.warning("Ollama has version %s (built from source?): accepted as new enough", version)
@@ -89,7 +94,7 @@ def parse_parameters(description: Mapping[str, Any]) -> dict[str, Any]:
     for line in str(description.get("parameters") or "").split("\n"):
         name, _, text = line.strip().partition(" ")
         try:
-            value = json.loads(text)
+            value = from_json(text)
         except ValueError:
             value = text.strip()
         if name == "stop":
@@ -102,6 +107,14 @@ def parse_parameters(description: Mapping[str, Any]) -> dict[str, Any]:
 def not_ollama(host: str, why: str) -> ServiceError:
     """The error for a server that is not Ollama."""
     return ServiceError(f"the server at {host} is not Ollama: {why}", "a proxy, or another program? give --host")
+
+
+def wrong_field(host: str, endpoint: str, error: ValidationError) -> ServiceError:
+    """The error for an answer that lacks a field, or has one of another type."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    field = ".".join(map(str, first["loc"]))
+    hint = "update the server; a proxy, or another program? give --host"
+    return ServiceError(f"the answer of Ollama at {host} to {endpoint} has a wrong {field}: {first['msg']}", hint)
 
 
 def server_error(host: str, error: object, status: int) -> ServiceError:
@@ -125,7 +138,7 @@ def error_text(error: object) -> str:
             return str(error)[:300]
         error = error.get("message", error.get("error", str(error)))
     with contextlib.suppress(ValueError):
-        inner = json.loads(error)
+        inner = from_json(error)
         if isinstance(inner, dict):
             return error_text(inner)
     return error.strip()[:300]
@@ -135,7 +148,7 @@ def json_object(text: bytes) -> dict[str, Any]:
     """Parse a JSON object. Raises ollama's ResponseError for one with an error, ValueError for anything else."""
     from ollama import ResponseError
 
-    value = json.loads(text)
+    value = from_json(text)
     if not isinstance(value, dict):
         raise ValueError(f"{text[:60]!r}")
     if "error" in value:
@@ -144,10 +157,17 @@ def json_object(text: bytes) -> dict[str, Any]:
 
 
 def split_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines separated by newlines alone; httpx would also split at the U+0085 that a model may write."""
-    rest = b""
+    """Lines separated by newlines alone; httpx would also split at the U+0085 that a model may write.
+
+    Raises ValueError for a line of more than MAX_LINE_BYTES.
+    """
+    rest = bytearray()
     for chunk in chunks:
-        *complete, rest = (rest + chunk).split(b"\n")
-        yield from (line for line in complete if line.strip())
+        rest += chunk
+        if b"\n" in chunk:  # the rest before it was searched already
+            *complete, rest = rest.split(b"\n")
+            yield from (bytes(line) for line in complete if line.strip())
+        if len(rest) > MAX_LINE_BYTES:
+            raise ValueError(f"a line has more than {MAX_LINE_BYTES} bytes")
     if rest.strip():
-        yield rest
+        yield bytes(rest)

@@ -3,9 +3,10 @@
 In: a server, a model's name, a conversation. Out: a `Trace`. Compares nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from tutor.engines.ollama.answers import TokenLogprob
 from tutor.engines.ollama.client import Ollama
 from tutor.engines.ollama.engine import FINISHES
 from tutor.engines.trace import EOS_TEXT, TOP_CANDIDATES, Step, Trace, candidates
@@ -19,23 +20,22 @@ def trace(server: Ollama, model: str, messages: Sequence[Message], tokens: int) 
     body: dict[str, Any] = {"model": model, "messages": [dict(message) for message in messages], "stream": True}
     body |= {"truncate": False, "options": {**options, "stop": []}, "logprobs": True, "top_logprobs": TOP_CANDIDATES}
     steps: list[Step] = []
-    end: Mapping[str, Any] = {}
-    for event in server.stream("/api/chat", body):
-        end = event if event.get("done") else end
-        text = str((event.get("message") or {}).get("content") or "")
-        if text:
-            steps.append(_step(text, event.get("logprobs") or ()))
-    finish = FINISHES.get(end.get("done_reason", ""))
-    if finish is None:
+    end = None
+    for event in server.chat(body):
+        end = event if event.done else end
+        if event.message.content:
+            steps.append(_step(event.message.content, event.logprobs or ()))
+    finish = FINISHES.get(end.done_reason) if end else None
+    if end is None or finish is None:
         raise ServiceError("Ollama: the answer ended without its last event", "ask again")
     if finish == "stop":
         steps.append(Step(EOS_TEXT, None))
-    return Trace(tuple(steps), finish, int(end.get("prompt_eval_count", 0)))
+    return Trace(tuple(steps), finish, end.prompt_eval_count)
 
 
-def _step(text: str, logprobs: Sequence[Mapping[str, Any]]) -> Step:
+def _step(text: str, logprobs: Sequence[TokenLogprob]) -> Step:
     """A piece of an answer. For a character of several tokens Ollama returns the last token's probability only."""
-    if len(logprobs) != 1 or logprobs[0].get("token") != text:
+    if len(logprobs) != 1 or logprobs[0].token != text:
         return Step(text, None, tokens=max(len(logprobs), 1))
-    top = candidates((entry["token"], float(entry["logprob"])) for entry in logprobs[0].get("top_logprobs") or ())
-    return Step(text, float(logprobs[0]["logprob"]), top)
+    top = candidates((entry.token, entry.logprob) for entry in logprobs[0].top_logprobs or ())
+    return Step(text, logprobs[0].logprob, top)
