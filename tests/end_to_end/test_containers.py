@@ -185,6 +185,8 @@ def test_images_contain_only_the_programs_they_need(images: None) -> None:
     assert not has("tutor-client", "python", "-c", "import torch")
     assert has("tutor-client", "tutor", "--version")
     assert has("tutor-trainer", "gcc", "--version")  # Triton's
+    assert has("tutor-trainer", "test", "-x", "/opt/llama.cpp/bin/llama-tokenize")  # the base stage's
+    assert not has("tutor-trainer", "test", "-e", "/opt/llama.cpp/bin/llama-server")
     assert not has("tutor-converter", "g++", "--version")
 
 

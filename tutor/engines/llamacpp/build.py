@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import platformdirs
@@ -17,7 +18,7 @@ VERSION = "0.3.36"
 """Version of `llama_cpp_python` on PyPI whose vendor/llama.cpp is built."""
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 """SHA-256 of that source distribution; pip checks it."""
-PROGRAMS = ("llama-quantize", "llama-server", "llama-imatrix", "tutor-score")
+PROGRAMS = ("llama-quantize", "llama-server", "llama-imatrix", "llama-tokenize", "tutor-score")
 """Names of the programs that are built, as CMake targets."""
 CMAKE_OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
@@ -101,10 +102,13 @@ def build_folder() -> Path:
     return platformdirs.user_cache_path("tutor") / "llama.cpp" / name
 
 
-def is_built(folder: Path) -> bool:
-    """Whether `folder` holds a complete build: its marker has the sizes of the programs in it."""
+def is_built(folder: Path, names: Sequence[str] = PROGRAMS) -> bool:
+    """Whether `folder` holds a complete build: its marker has the sizes of the programs in it.
+
+    With `names` these programs are enough: the trainer's image has the converter and the tokenizer alone.
+    """
     try:
         sizes = json.loads((folder / MARKER).read_text("utf-8"))["sizes"]
-        return all((folder / "bin" / name).stat().st_size == sizes[name] for name in PROGRAMS)
+        return all((folder / "bin" / name).stat().st_size == sizes[name] for name in names)
     except (OSError, KeyError, ValueError):
         return False

@@ -96,7 +96,8 @@ def quantize(
     for name, type_ in (types or {}).items():
         options += ["--tensor-type", f"^{re.escape(name)}$={type_.lower()}"]
     # The GGUF stores the matrix's path as given: a bare name, so that two build folders give the same bytes.
-    command = [programs().quantize, *options, source.resolve(), partial_path(target).resolve(), kind, threads]
+    program = programs("llama-quantize").quantize
+    command = [program, *options, source.resolve(), partial_path(target).resolve(), kind, threads]
     code, output = write_file(target, command, folder=matrix.parent if matrix else None)
     if code:
         raise program_error(f"cannot quantize {source} to {kind}", code, output)
@@ -108,7 +109,7 @@ def imatrix(source: Path, text: Path, target: Path, tokens: int, threads: int) -
     `tokens` is the text's approximate length. Raises ArtifactError when it is too short or the program fails.
     """
     chunk = next((chunk for chunk in CHUNK_LENGTHS if 2 * chunk <= tokens), CHUNK_LENGTHS[-1])
-    command: list[str | Path | int] = [programs().imatrix, "-m", source.resolve(), "-f", text.name]
+    command: list[str | Path | int] = [programs("llama-imatrix").imatrix, "-m", source.resolve(), "-f", text.name]
     command += ["-o", partial_path(target).resolve(), "--output-format", "gguf", "-c", chunk, "-b", max(CHUNK_LENGTHS)]
     command += ["-t", threads, "-tb", threads, "--parse-special", "--no-ppl", "--fit", "off", "--offline"]
     code, output = write_file(target, command, folder=text.parent)

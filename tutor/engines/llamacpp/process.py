@@ -43,17 +43,22 @@ class Programs:
     server: Path
     score: Path
     imatrix: Path
+    tokenize: Path
 
 
-def programs() -> Programs:
-    """The programs of the pinned build. Raises HostError when there is none, with the command that builds it."""
+def programs(*needed: str) -> Programs:
+    """The paths of the pinned build.
+
+    Raises HostError where it lacks one of the programs `needed`, with the command that builds it; without names, where
+    it is not there at all (the converters are Python files of it).
+    """
     folder = build_folder()
-    if not is_built(folder):
+    if not is_built(folder, needed):
         raise HostError(
             f"llama.cpp is not built: {folder} is missing or incomplete",
             "run: make llamacpp (or: python scripts/build_llamacpp.py), once, some minutes",
         )
-    names = ("llama-quantize", "llama-server", "tutor-score", "llama-imatrix")
+    names = ("llama-quantize", "llama-server", "tutor-score", "llama-imatrix", "llama-tokenize")
     return Programs(folder, *(folder / "bin" / name for name in names))
 
 

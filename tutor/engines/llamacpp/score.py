@@ -31,7 +31,7 @@ def score(
     """
     if not rows:
         return []
-    command: list[str | Path | int] = [programs().score, gguf, threads, top]
+    command: list[str | Path | int] = [programs("tutor-score").score, gguf, threads, top]
     compare = reference is not None and reference.exists()
     for option, path in (("--lora", lora), ("--reference" if compare else "--write-reference", reference)):
         command += [option, path] if path else []

@@ -44,7 +44,8 @@ def serve(
     `context` in tokens; `log` receives the server's output; `own_template` keeps the file's chat template, which is
     used by /apply-template only. Raises ServiceError when the server does not become healthy.
     """
-    command: Command = [programs().server, "-m", gguf, "-c", context, "-t", threads, "-tb", threads, "-np", 1]
+    program = programs("llama-server").server
+    command: Command = [program, "-m", gguf, "-c", context, "-t", threads, "-tb", threads, "-np", 1]
     command = [*command, "--offline", "--no-webui", "--no-slots", "--fit", "off", "--cache-ram", 0]
     # Requests have rendered prompts: the file's own template is not used.
     template = ("--jinja",) if own_template else ("--no-jinja", "--chat-template", "chatml")
