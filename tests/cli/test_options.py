@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import pytest
 
-from tutor.cli.options import Seconds
+from tutor.cli.options import Seconds, TextCommand, json_option
 
 
 def test_flag_wins_over_variable_and_variable_over_default(tutor, recipe_file, tmp_path):
@@ -60,3 +60,36 @@ def test_stdout_holds_only_the_result_as_one_json_document(tutor, recipe_file, t
     assert json.loads(tutor("why", "train", *where).stdout)["condition"] == "missing"
     assert json.loads(tutor("run", "--until", "data", *where).stdout)["ran"] == []
     assert json.loads(tutor("clean", *where).stdout)["removed"] == [str(tmp_path / "build" / "small" / "data")]
+
+
+@click.command(cls=TextCommand)
+@click.argument("question", required=False)
+@click.option("-m", "--model", default="tutor")
+@json_option
+def question_command(question: str | None, model: str, *, as_json: bool) -> tuple[str | None, str, bool]:
+    return question, model, as_json
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("-5 % 3",), ("-5 % 3", "tutor", False)),
+        (("-5", "--json"), ("-5", "tutor", True)),
+        (("--json", "- ¿qué?"), ("- ¿qué?", "tutor", True)),
+        (("-m", "base", "-x + 1"), ("-x + 1", "base", False)),
+        (("-mbase", "--x y"), ("--x y", "base", False)),
+        (("-m", "-5 x", "hola"), ("hola", "-5 x", False)),
+        (("--model=a b", "hola"), ("hola", "a b", False)),
+        (("--json", "--", "--json"), ("--json", "tutor", True)),
+        (("-",), ("-", "tutor", False)),
+        ((), (None, "tutor", False)),
+    ],
+)
+def test_text_that_begins_with_a_dash_is_no_option(arguments, expected):
+    assert question_command.main(list(arguments), standalone_mode=False) == expected
+
+
+@pytest.mark.parametrize("word", ["--jsn", "-x", "--modell=a b"])
+def test_unknown_option_beside_a_text_is_refused(word):
+    with pytest.raises(click.NoSuchOption):
+        question_command.main([word, "hola"], standalone_mode=False)

@@ -171,5 +171,26 @@ def test_report_with_one_way_to_train_has_no_fault():
     assert report(no_docker, no_ollama).fault is None
     assert report(no_torch, no_ollama).fault is None
     fault = report(no_torch, no_docker).fault
-    assert "tutor run lacks train environment; make all lacks Docker" in fault.message
+    assert fault.message == "tutor run needs train environment; make all needs Docker"
     assert report(refusal=HostError("too large")).fault.message == "too large"
+
+
+def test_report_without_packages_and_docker_names_the_demo():
+    no_torch = doctor.HostCheck("train environment", "missing", "", "make install")
+    docker = [doctor.HostCheck("Docker", "missing", found, needed_by=doctor.STACK) for found in ("daemon", "Compose")]
+    found = report(no_torch, *docker)
+    assert str(found.fault) == (
+        "tutor run needs train environment; make all needs Docker; "
+        "make demo installs what tutor run needs, and uses neither Docker nor a GPU"
+    )
+    assert found.conclusions == {
+        "make demo": "installs what tutor run needs, and uses neither Docker nor a GPU",
+        "tutor run": "needs train environment",
+        "make all": "needs Docker",
+    }
+    old_gpu = doctor.HostCheck("compute capability", "missing", "6.1", "7.5 is needed")
+    blocked = report(no_torch, old_gpu, *docker)
+    assert "make demo" not in {**blocked.conclusions}
+    assert "make demo" not in str(blocked.fault)
+    assert report(refusal=HostError("too large")).conclusions == {}
+    assert report(*docker).conclusions == {"tutor run": "lacks nothing", "make all": "needs Docker"}

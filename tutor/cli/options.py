@@ -4,7 +4,9 @@ In: what click parsed. Out: options as decorators, the recipe, the result as JSO
 """
 
 import contextlib
+import itertools
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -85,6 +87,36 @@ class Seconds(click.FloatRange):
         if math.isnan(number):
             self.fail(f"{value} is no number of seconds.", param, ctx)
         return number
+
+
+class TextCommand(click.Command):
+    """A command whose argument is a text, which may begin with a dash: `-5 % 3` is no option."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments, with the texts behind `--`, where click takes no word for an option."""
+        options = [item for item in self.get_params(ctx) if isinstance(item, click.Option)]
+        takes_value = {name: not item.is_flag for item in options for name in item.opts}
+        words = iter(args)
+        known: list[str] = []
+        texts: list[str] = []
+        for word in words:
+            name = word.partition("=")[0] if word.startswith("--") else word[:2]
+            if word == "--":
+                texts += words
+            elif not word.startswith("-") or word == "-":
+                known.append(word)
+            elif takes_value.get(name) or (name in takes_value and not _is_phrase(word)):
+                known.append(word)
+                if word == name and takes_value[name]:
+                    known += itertools.islice(words, 1)
+            else:  # an unknown option is left to click, which names similar ones
+                (texts if _is_phrase(word) else known).append(word)
+        return super().parse_args(ctx, [*known, "--", *texts] if texts else known)
+
+
+def _is_phrase(word: str) -> bool:
+    """Whether a word that begins with a dash is no option: a digit comes first, or it holds a blank and no value."""
+    return word[1:2].isdigit() or (any(map(str.isspace, word)) and not re.match(r"--[\w-]+=", word))
 
 
 def load_recipe(path: Path) -> "Recipe":

@@ -28,6 +28,10 @@ CheckState = Literal["ok", "warning", "missing"]
 
 RUN = "tutor run"
 """Command that requires the checks of stages in this environment."""
+DEMO = "make demo"
+"""Command that installs what the stages need, and trains a small model on the CPU."""
+INSTALLS = f"installs what {RUN} needs, and uses neither Docker nor a GPU"
+"""What that command does where packages or llama.cpp are missing."""
 STACK = "make all"
 """Command that requires the checks of containers."""
 SERVE = "tutor publish"
@@ -69,15 +73,32 @@ class HostReport:
     def missing_by_command(self) -> dict[str, list[str]]:
         """Missing requirements of each way to train: the stages in this environment, and the containers."""
         lacks = [(check.needed_by, check.what) for check in self.checks if check.state == "missing"]
-        return {way: [what for needed_by, what in lacks if needed_by == way] for way in (RUN, STACK)}
+        return {way: list(dict.fromkeys(what for by, what in lacks if by == way)) for way in (RUN, STACK)}
+
+    @property
+    def conclusions(self) -> dict[str, str]:
+        """What each way to train still needs here, by its command; nothing for a recipe that cannot run here."""
+        if self.refusal is not None:
+            return {}
+        needs = {way: f"needs {', '.join(lacks)}" for way, lacks in self.missing_by_command.items() if lacks}
+        demo = {DEMO: INSTALLS} if RUN in needs and self._installable else {}
+        return {**demo, **{way: needs.get(way, "lacks nothing") for way in (RUN, STACK)}}
+
+    @property
+    def _installable(self) -> bool:
+        """Whether everything that the stages lack is a package or program that `make` installs."""
+        lacks = [check for check in self.checks if (check.state, check.needed_by) == ("missing", RUN)]
+        return all(check.hint.startswith("make ") for check in lacks)
 
     @property
     def fault(self) -> HostError | RecipeError | None:
         """The reason why no way to train works here; None where one works."""
         if self.refusal is not None or not all(self.missing_by_command.values()):
             return self.refusal
-        lacks = "; ".join(f"{way} lacks {', '.join(what)}" for way, what in self.missing_by_command.items())
-        return HostError(f"this machine cannot train yet: {lacks}", "follow the hints in the list above")
+        needs = "; ".join(f"{way} needs {', '.join(what)}" for way, what in self.missing_by_command.items())
+        if self._installable:
+            return HostError(needs, f"{DEMO} {INSTALLS}")
+        return HostError(needs, "follow the hints in the list above")
 
     def as_dict(self) -> dict[str, Any]:
         """The report as a JSON object."""
@@ -196,7 +217,7 @@ def package_checks() -> Iterator[HostCheck]:
         found = versions[name]
         if found is not None and first <= numbers(found) < good:
             bad.add(name)
-            yield HostCheck(name, "missing", f"{found} {harm}", f"{dotted(good)} or newer: make install")
+            yield HostCheck(name, "missing", f"{found} {harm}", f"make install: it brings {dotted(good)} or newer")
     for name, specifier in wanted.items():
         found = versions[name]
         if found is not None and name not in bad and not satisfies(found, specifier):

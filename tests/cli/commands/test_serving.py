@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from support.fakes.ollama import FakeOllama, Model, gguf, running
 from support.processes.command import ROOT, TUTOR, environment
 
-from tutor.cli.commands.serving import ask_command
+from tutor.cli.commands.serving import ask_command, chat_command
 from tutor.prompt import GO_TEMPLATE
 
 
@@ -39,3 +39,31 @@ def test_ask_prints_the_answer_without_its_leading_blank(server: FakeOllama, rec
     assert done.stdout == "Una interfaz describe un objeto.\n"
     as_json = CliRunner().invoke(ask_command, ["Hola", *where, "--json"], obj={"quiet": True})
     assert json.loads(as_json.stdout)["text"] == "Una interfaz describe un objeto."
+
+
+def test_ask_takes_a_question_that_begins_with_a_dash(server: FakeOllama, recipe_file: Path, tmp_path: Path) -> None:
+    where = ["--engine", "ollama", "--host", server.host, "-r", str(recipe_file), "-b", str(tmp_path)]
+    done = CliRunner().invoke(ask_command, ["-5 % 3", *where, "--json"], obj={"quiet": True})
+    assert done.exit_code == 0, done.output
+    assert "-5 % 3" in str(server.requests)
+
+
+def test_answer_with_control_characters_is_shown_escaped(server: FakeOllama, recipe_file: Path, tmp_path: Path) -> None:
+    server.pieces = [
+        " \x1b",
+        "]52;c;eA==\x07 👩",
+        "\u200d",
+        "💻 \u202e\r",
+        "\nfin \x9b31",
+        "m hf_" + "a" * 15,
+        "b" * 15,
+    ]
+    shown = "\\x1b]52;c;eA==\\x07 👩‍💻 \\u202e\r\nfin \\x9b31m [redacted]\n"
+    where = ["--engine", "ollama", "--host", server.host, "-r", str(recipe_file), "-b", str(tmp_path)]
+    done = CliRunner().invoke(ask_command, ["Hola", *where], obj={"quiet": True})
+    assert done.stdout_bytes.decode() == shown
+    chat = CliRunner().invoke(chat_command, where, obj={"quiet": True}, input="Hola\n/salir\n")
+    assert shown in chat.stdout_bytes.decode()
+    as_json = CliRunner().invoke(ask_command, ["Hola", *where, "--json"], obj={"quiet": True}).stdout
+    assert json.loads(as_json)["text"].startswith("\x1b]52;c;eA==\x07 👩‍💻 \u202e\r\nfin \x9b31m")
+    assert not {"\x1b", "\x9b", "\u202e"} & set(as_json)

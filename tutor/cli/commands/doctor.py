@@ -64,6 +64,8 @@ def report_lines(report: "HostReport") -> Iterator[str]:
         yield ""
         yield title
         yield from (f"  {name:<14} {value:>12}  {remark}".rstrip() for name, value, remark in rows)
+    yield from [""] if report.conclusions else []
+    yield from (f"{command:<10} {conclusion}" for command, conclusion in report.conclusions.items())
 
 
 def print_tables(report: "HostReport") -> None:
@@ -88,6 +90,10 @@ def print_tables(report: "HostReport") -> None:
         for name, value, remark in rows:
             table.add_row(name, value, f"[dim]{escape(clean(remark))}[/]")
         console.print(f"\n[bold]{escape(clean(title))}[/]", table if rows else "")
+    if report.conclusions:
+        console.print()
+    for command, conclusion in report.conclusions.items():
+        console.print(f"[bold]{command:<10}[/] {conclusion}")
 
 
 def estimate_tables(recipe: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:

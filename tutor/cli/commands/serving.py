@@ -16,6 +16,7 @@ import click
 from tutor.cli.options import (
     Command,
     Seconds,
+    TextCommand,
     adapter_option,
     host_option,
     json_option,
@@ -67,7 +68,7 @@ def model_options(command: Command) -> Command:
     return wrapped  # type: ignore[no-any-return]
 
 
-@click.command("ask")
+@click.command("ask", cls=TextCommand)
 @click.argument("question", required=False)
 @model_options
 @recipe_option
@@ -82,7 +83,10 @@ def ask_command(
     *,
     as_json: bool,
 ) -> None:
-    """Ask one QUESTION (or the text on stdin) and print the answer."""
+    """Ask one QUESTION (or the text on stdin) and print the answer.
+
+    A QUESTION that looks like an option goes behind --.
+    """
     from tutor.engines.protocol import sampling
     from tutor.prompt import conversation, display_text
 
