@@ -136,7 +136,7 @@ def test_retired_names_have_replacements_that_exist():
             "merge.base is 'nf4' and train.quantization is 'none'; set merge.base to original or auto",
         ),
         ("[ollama]\nquantization = 'Q4'", "ollama.quantization is 'Q4'; converted are Q4_K_M, Q5_K_M, Q8_0, F16"),
-        ("[ollama]\nmodel = 'host/tutor'", "ollama.model is 'host/tutor'"),
+        ("[ollama]\nmodel = 'us.er/tutor'", "ollama.model is 'us.er/tutor'"),
         ("[ollama]\nmodel = 'deepseek-r1'", "ollama.model is 'deepseek-r1'"),
         ("[generate]\nmax_new_tokens = 4096", "max_new_tokens (4096) leaves no tokens for a prompt"),
         ("[data]\ntrain = ' '", "data.train is ' ': is empty"),

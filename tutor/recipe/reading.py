@@ -12,8 +12,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from tutor.errors import RecipeError
+from tutor.recipe.ollama_names import FORMS, is_base_name
 from tutor.recipe.quantizations import AUTO, F16, NEED_IMATRIX
-from tutor.recipe.settings import MODEL_NAME, Recipe
+from tutor.recipe.settings import Recipe
 
 RETIRED = {
     "warmup_ratio": "it is called train.warmup here",
@@ -105,11 +106,9 @@ def _check_together(recipe: Recipe) -> None:
         raise RecipeError(
             f"{recipe.path}: ollama.quantization is {recipe.ollama.quantization!r}; converted are {', '.join(known)}"
         )
-    if not MODEL_NAME.fullmatch(recipe.ollama.model) or recipe.ollama.model == "deepseek-r1":
-        raise RecipeError(
-            f"{recipe.path}: ollama.model is {recipe.ollama.model!r}",
-            "letters, digits, '_', '-' and '.', at most 80, and not deepseek-r1, which Ollama treats specially",
-        )
+    if not is_base_name(recipe.ollama.model):
+        hint = f"{FORMS} (75 for the model), without a tag, and not deepseek-r1, which Ollama treats specially"
+        raise RecipeError(f"{recipe.path}: ollama.model is {recipe.ollama.model[:200]!r}", hint)
     if recipe.train.patience and not recipe.train.evaluations_per_epoch:
         raise RecipeError(f"{recipe.path}: train.patience counts evaluations, and train.evaluations_per_epoch is 0")
     if recipe.train.max_memory.gpu and recipe.train.quantization == "int8":

@@ -5,7 +5,6 @@ is the specification's number unless its comment says otherwise. Does not check 
 """
 
 import contextlib
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,9 +15,6 @@ from tutor.recipe.values import Kind, LinearLayers, MemoryAmount, RelativePath, 
 
 MANY = 1 << 24
 """Upper bound of counts of rows, steps and tokens; no model has more positions."""
-
-MODEL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}")
-"""A model name that Ollama accepts (docs/facts.md, 5), without host, namespace and tag."""
 
 
 class Settings(BaseModel):

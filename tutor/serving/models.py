@@ -15,6 +15,7 @@ from tutor.artifacts.manifest import read_manifest, require_stage
 from tutor.artifacts.provenance import SourceTree
 from tutor.errors import ArtifactError, RecipeError
 from tutor.formats.models.served_quantization import served_quantization
+from tutor.recipe.ollama_names import split_tag
 from tutor.serving.model_names import ModelChoice
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def answer_dependencies(recipe: "Recipe", build: Path, choice: ModelChoice) -> d
         with connect(choice.host) as server:
             digest = model_digest(server, choice.model) or ""
             # The digest identifies the build: answers given under its tag are valid under its name, too.
-            name = choice.model.partition(":")[0]
+            name = split_tag(choice.model)[0]
             return {"model": name, "host": server.host, "version": server.version(), "digest": digest}
     if choice.engine == "hf" or choice.model == "adapter":
         _folders(folder, choice.model)

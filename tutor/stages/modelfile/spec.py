@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tutor.errors import ArtifactError, RecipeError
 from tutor.prompt import CUE
-from tutor.recipe.settings import MODEL_NAME
+from tutor.recipe.ollama_names import FORMS, NAME, SPECIAL_MODEL, SPECIAL_TAGS
 
 Parameter = int | float | bool | str | list[str]
 Kind = type[int] | type[float] | type[bool] | type[list[str]]
@@ -42,11 +42,6 @@ REMOVED = {"tfs_z", "numa", "num_gqa", "embedding_only", "rope_frequency_base", 
 FLOAT32_LIMIT = 2.0**128 - 2.0**103
 """Smallest number that rounds to no finite float32: Go refuses it."""
 
-NAME_PATTERN = re.compile(
-    r"(?:(?:[A-Za-z0-9_][A-Za-z0-9_.:-]{0,349}/)?[A-Za-z0-9_][A-Za-z0-9_-]{0,79}/)?"  # host, namespace
-    rf"(?P<model>{MODEL_NAME.pattern})(?::(?P<tag>{MODEL_NAME.pattern}))?"
-)
-"""Pattern of a model name that Ollama accepts."""
 RESPONSE_PATTERN = re.compile(r"\{\{\s*\.Response\s*\}\}")
 """Pattern of the place of the answer in a Go template."""
 BOS_TEXTS = ("<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<|startoftext|>", "<|im_start|>", "<bos>", "<s>")
@@ -69,9 +64,9 @@ class ModelSpec:
 
 def check_spec(spec: ModelSpec) -> None:
     """Raise RecipeError for what Ollama would refuse or alter, ArtifactError for a missing file."""
-    name = NAME_PATTERN.fullmatch(spec.name)
-    if not name or name["model"] == "deepseek-r1" or re.search(r"(^|-)(cloud|local)$", name["tag"] or ""):
-        hint = "letters, digits, '_', '-' and '.', at most 80; deepseek-r1 and the tags cloud and local are special"
+    name = NAME.fullmatch(spec.name)
+    if not name or name["model"].lower() == SPECIAL_MODEL or SPECIAL_TAGS.search(name["tag"] or ""):
+        hint = f"{FORMS}; deepseek-r1 and the tags cloud and local are special"
         raise RecipeError(f"model name is {spec.name!r}", hint)
     _check_template(spec.template)
     _check_text("system", spec.system)
