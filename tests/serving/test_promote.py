@@ -16,7 +16,7 @@ from tutor.artifacts.manifest import require_stage
 from tutor.artifacts.stage_folder import writing
 from tutor.errors import GateError, RecipeError, ServiceError
 from tutor.pipeline.registry import BY_NAME
-from tutor.recipe.settings import Recipe
+from tutor.recipe.settings import OllamaSettings, Recipe
 from tutor.serving import promote, publish
 
 PROMPTS = [f"¿Qué es {number}?" for number in range(24)]
@@ -74,6 +74,15 @@ def test_first_build_is_served_and_its_answers_are_stored(server: FakeOllama, re
     assert "refused" not in publish.compare_published(
         recipe.model_copy(update={"system": "uno"}), build, host=server.host
     ), "published.json names what is served"
+
+
+def test_model_with_host_and_namespace_is_promoted(server: FakeOllama, recipe: Recipe, build: Path) -> None:
+    named = recipe.model_copy(update={"ollama": OllamaSettings(model="h:5000/team/tutor", quantization="Q8_0")})
+    first, second = put(server, named, build, "uno", GOOD), put(server, named, build, "dos", GOOD)
+    assert second["tag"] == f"h:5000/team/tutor:{second['build']}"
+    assert second["promotion"]["instead_of"] == first["build"]
+    assert "24 prompts" in second["promotion"]["comparison"]
+    assert server.models["h:5000/team/tutor:latest"].body["system"] == "dos"
 
 
 def test_worse_build_is_refused_with_its_worse_questions(server: FakeOllama, recipe: Recipe, build: Path) -> None:

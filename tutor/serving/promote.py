@@ -88,7 +88,7 @@ def promote(
 def _promote(recipe: Recipe, build: Path, tag: str, *, host: str | None, force: bool) -> dict[str, Any]:
     """Compare a tag with `latest`, make it `latest` and record that. Raises GateError when refused and not forced."""
     folder = BuildFolder(build, recipe.name)
-    name, _, new = tag.partition(":")
+    name, _, new = tag.rpartition(":")
     with connect(host) as server:
         old, at = _served_build(server, name), server.host
         overrode = [problem] if (problem := _parity_problem(folder, server, tag)) else []
@@ -114,7 +114,7 @@ def _served_build(server: Ollama, name: str) -> str | None:
 
 def _parity_problem(folder: BuildFolder, server: Ollama, tag: str) -> str | None:
     """Return why parity failed for a published tag; None when it passed, or is unknown in this build folder."""
-    record = _read_record(folder, tag.partition(":")[2])
+    record = _read_record(folder, tag.rpartition(":")[2])
     if not record:
         log.warning("%s was not published from %s: its parity is unknown", tag, folder.path)
         return None
@@ -139,7 +139,7 @@ def _compare_with_latest(
 ) -> tuple[str, str | None]:
     """Return the comparison of a tag with `latest` in one line, and the reason why it must not be served, or None."""
     folder = BuildFolder(build, recipe.name)
-    name, _, new = tag.partition(":")
+    name, _, new = tag.rpartition(":")
     if old is None:
         _keep_answers(folder, new)
         return "no build was in service before: not compared", None
