@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tutor.artifacts.hashing import file_sha256
 from tutor.engines.ollama.client import Ollama, connect
 from tutor.errors import ArtifactError, GateError, RecipeError, ServiceError
 from tutor.prompt import GO_TEMPLATE, STOPS
+from tutor.serving import builds
 from tutor.serving.builds import (
     Model,
     build_id,
@@ -260,22 +262,109 @@ def test_latest_is_unchanged_when_the_server_fails(
     assert len([name for name in server.models if name not in ("tutor:latest", "tutor:previous")]) == 1
 
 
-def test_ctrl_c_during_the_checks_deletes_the_build(
-    server: FakeOllama, api: Ollama, model: Model, caplog: pytest.LogCaptureFixture
-) -> None:
-    def interrupt(record: logging.LogRecord) -> bool:
-        if record.getMessage().endswith(": success"):
+class Interrupted(logging.Filter):
+    """Raise KeyboardInterrupt at a message."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if self.text in record.getMessage():
             raise KeyboardInterrupt
         return True
 
+
+@contextmanager
+def ctrl_c_at(text: str, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Expect a Ctrl-C, which is pressed at a message."""
     caplog.set_level(logging.INFO, "tutor")
-    caplog.handler.addFilter(interrupt)
+    caplog.handler.addFilter(made := Interrupted(text))
     try:
         with pytest.raises(KeyboardInterrupt):
-            put(model, api)
+            yield
     finally:
-        caplog.handler.removeFilter(interrupt)
+        caplog.handler.removeFilter(made)
+
+
+def test_ctrl_c_during_the_checks_deletes_the_build(
+    server: FakeOllama, api: Ollama, model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ctrl_c_at(": success", caplog):
+        put(model, api)
     assert server.models == {}
+
+
+def test_ctrl_c_during_the_checks_keeps_a_build_proven_before(
+    server: FakeOllama, api: Ollama, model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = put(model, api, system="uno")["tag"]
+    put(model, api, system="dos")
+    put(model, api, system="tres")  # the first is neither latest nor previous
+    before = dict(server.models)
+    server.shows_prompts = False
+    with ctrl_c_at("does not return its prompts", caplog):
+        put(model, api, system="uno")
+    assert server.models == before
+    assert first in server.models
+
+
+def test_failed_check_keeps_a_build_proven_before(server: FakeOllama, api: Ollama, model: Model) -> None:
+    put(model, api, system="uno")
+    put(model, api, system="dos")
+    before = dict(server.models)
+    server.script("POST /api/generate", fake.status(500, '{"error": "boom"}'))
+    with pytest.raises(ServiceError, match="boom"):
+        put(model, api, system="uno")
+    assert server.models == before
+
+
+def test_interrupted_creation_keeps_the_build_of_that_name(
+    server: FakeOllama, api: Ollama, model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    tag = put(model, api)["tag"]
+    put(model, api, system="dos")
+    server.models[tag].body["system"] = "cambiado"  # created again, and interrupted before the server writes it
+    before = dict(server.models)
+    server.script("POST /api/create", fake.stream({"status": "parsing GGUF"}, {"status": "x"}, end="drop"))
+    with ctrl_c_at("parsing GGUF", caplog):
+        put(model, api)
+    assert server.models == before
+
+
+@pytest.mark.parametrize("name", ["user/tutor", "registry.example:5000/team/tutor", "library/tutor"])
+def test_model_with_a_namespace_is_published_and_rolled_back(
+    server: FakeOllama, api: Ollama, model: Model, name: str
+) -> None:
+    model = replace(model, name=name)
+    put(replace(model, name="tutor.other"), api)
+    first, second = put(model, api, system="uno"), put(model, api, system="dos")
+    assert first["tag"] == f"{name}:{first['build']}"
+    assert [(row["build"], row["latest"]) for row in list_builds(api, name)] == [
+        (second["build"], True),
+        (first["build"], False),
+    ]
+    assert find_build(api, name, first["build"][:5]) == first["build"]
+    assert rollback(api, name)["build"] == first["build"]
+    assert server.models[f"{name}:latest"].body["system"] == "uno"
+    with pytest.raises(KeyError):
+        server.models["tutor:latest"]
+
+
+def test_default_namespace_names_the_same_model(api: Ollama, model: Model) -> None:
+    build = put(model, api)["build"]
+    assert find_build(api, "registry.ollama.ai/library/Tutor") == build
+
+
+def test_publishing_to_a_server_without_the_gpu_warns(
+    server: FakeOllama, api: Ollama, model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.gpu_share = 0.0
+    assert put(model, api)["gpu_share"] == 0
+    assert "GPU" not in caplog.text, "this machine has none"
+    monkeypatch.setattr(builds.host, "gpus", lambda: ["a GPU"])
+    tag = put(model, api, system="dos")["tag"]
+    assert f"Ollama has only 0% of {tag} on it; restart Ollama" in caplog.text
 
 
 def test_server_death_during_the_checks_is_the_reported_error(
@@ -283,7 +372,7 @@ def test_server_death_during_the_checks_is_the_reported_error(
 ) -> None:
     gone = [fake.hang_up] * 5
     server.script("POST /api/generate", *gone)
-    server.script("POST /api/show", None, None, *gone)
+    server.script("GET /api/tags", None, *gone)
     with pytest.raises(ServiceError, match="broke"):
         put(model, api)
     assert "is still on the server" in caplog.text

@@ -9,7 +9,7 @@ Changes nothing in the build folder, and makes no GGUF.
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,14 @@ from typing import Any
 from tutor.artifacts.hashing import json_sha256
 from tutor.engines.ollama.client import Ollama, Tag
 from tutor.engines.ollama.engine import OllamaServer
+from tutor.engines.ollama.gpu import gpu_notice, gpu_share
+from tutor.engines.ollama.prompts import OWN_TEMPLATE, QUESTION, check_prompts
 from tutor.engines.ollama.protocol import check_version, parse_parameters
 from tutor.engines.protocol import Generation
 from tutor.errors import ArtifactError, GateError, RecipeError, TutorError
-from tutor.prompt import Message, conversation, render
+from tutor.machine import host
+from tutor.prompt import conversation
+from tutor.recipe.ollama_names import canonical, split_tag
 from tutor.recipe.settings import Recipe
 
 log = logging.getLogger(__name__)
@@ -34,29 +38,10 @@ TAG_DIGITS = 12
 """Number of hex digits of the build hash in a tag."""
 FILE_KINDS = ("files", "adapters")
 """Keys of the create body whose values are files."""
-WARM_UP_QUESTION = "¿Qué es una interfaz en TypeScript?"
 WARM_UP_TOKENS = 24
 """Number of tokens of the warm-up answer; Ollama aborts a longer answer that repeats itself."""
-OWN_TEMPLATE = (
-    "Ollama uses the GGUF's own chat template, which declares more (tools, thinking) than TEMPLATE: convert again, "
-    "so that the file carries tutor's template"
-)
 TagCheck = Callable[[Ollama, str], dict[str, Any]]
 """Further check of a tag before it is served; returns findings for the result. Raises GateError."""
-PROBES: tuple[list[Message], ...] = (
-    [{"role": "user", "content": "Hola"}],
-    [{"role": "system", "content": "Otro sistema: «ñ».\nDos líneas."}, {"role": "user", "content": WARM_UP_QUESTION}],
-    [
-        {"role": "user", "content": WARM_UP_QUESTION},
-        {"role": "assistant", "content": " Describe la forma de un objeto:\n\n```ts\ninterface A { b?: string }\n```"},
-        {"role": "user", "content": "¿Y \"esto\" o 'aquello'?"},
-        {"role": "assistant", "content": " Sí.\n"},
-        {"role": "user", "content": "  Gracias \\n {{ .System }} {% raw %} <think> \t$&"},
-    ],
-    [{"role": "user", "content": "Sigue."}, {"role": "assistant", "content": " Una respuesta que"}],
-    [{"role": "user", "content": "Emoji 👩‍💻, combinado é, ancho\u00a0fijo, 日本語, \u2028, <b>&amp;</b>"}],
-)
-"""Conversations whose rendered prompts are compared; the model adds its system text to those without one."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +112,7 @@ def publish_build(
     made = shown is None or mismatches(shown, model) != []
     if not made and _is_latest(server, model.name, tag):
         return {**result, "published": False, "seconds": round(time.monotonic() - started, 3)}
-    with _deleted_on_failure(server, tag):
+    with _taken_back_on_failure(server, tag):
         if made:
             _create(model, hashes, server, tag)
         checks = check_build(model, server, tag)
@@ -138,14 +123,18 @@ def publish_build(
 
 
 @contextmanager
-def _deleted_on_failure(server: Ollama, tag: str) -> Iterator[None]:
-    """Delete the tag when a check inside fails, or after Ctrl-C, unless the tag is `latest` already."""
+def _taken_back_on_failure(server: Ollama, tag: str) -> Iterator[None]:
+    """Delete the tag when a check inside fails, or after Ctrl-C, if it was made inside and is not `latest`.
+
+    A build that was on the server before stays: an earlier run has proven it, and it may be the one to roll back to.
+    """
+    before = model_digest(server, tag)
     try:
         yield
     except BaseException:
         try:
-            name = tag.partition(":")[0]
-            if server.show(tag) is not None and not _is_latest(server, name, tag):
+            now = model_digest(server, tag)
+            if now not in (None, before) and not _is_latest(server, split_tag(tag)[0], tag):
                 server.delete(tag)
         except TutorError as second:
             log.warning("%s is still on the server: %s", tag, second)
@@ -168,17 +157,15 @@ def check_build(model: Model, server: Ollama, tag: str) -> dict[str, Any]:
         hint = OWN_TEMPLATE if "{%" in str((shown or {}).get("template")) else "publish again"
         raise GateError(f"{tag} is not what was sent: {'; '.join(problems[:3])}", hint)
     latest = f"{model.name}:{LATEST}"
-    if latest.lower() in map(str.lower, server.loaded()):
+    if canonical(latest) in map(canonical, server.loaded()):
         server.unload(latest)  # two models need twice the memory
-    prompts = check_prompts(model, server, tag)
-    answer = OllamaServer(server, tag).answer(
-        conversation(WARM_UP_QUESTION), Generation(WARM_UP_TOKENS, 0.0, 1.0, 1.0, 1)
-    )
+    prompts = check_prompts(server, tag, model.settings.get("system", ""))
+    answer = OllamaServer(server, tag).answer(conversation(QUESTION), Generation(WARM_UP_TOKENS, 0.0, 1.0, 1.0, 1))
     if not answer.text.strip():
-        raise GateError(f"{tag} returns an empty answer to {WARM_UP_QUESTION!r}", "look at its training: tutor summary")
-    share = server.loaded().get(tag)  # None when another name of the same file was loaded already
-    if share is not None and share < 1:
-        log.info("%s runs with %.0f %% of its memory on a GPU", tag, 100 * share)
+        raise GateError(f"{tag} returns an empty answer to {QUESTION!r}", "look at its training: tutor summary")
+    share = gpu_share(server, tag)  # None when another name of the same file was loaded already
+    if notice := gpu_notice(server, host_has_gpu=bool(host.gpus()), model=tag):
+        log.warning("%s", notice)
     return {"prompts": prompts, "answer": answer.text, "gpu_share": share}
 
 
@@ -196,39 +183,10 @@ def mismatches(shown: Mapping[str, Any], model: Model) -> list[str]:
     return [f"{name} is {got!r:.160} instead of {want!r:.160}" for name, (got, want) in expected.items() if got != want]
 
 
-def check_prompts(model: Model, server: Ollama, tag: str) -> int:
-    """Return the number of prompts that the server renders as the prompt contract does. Raises GateError otherwise.
-
-    The number is 0, with a warning, when the server cannot return rendered prompts.
-    """
-    system = model.settings.get("system", "")
-    cases: list[tuple[str | Sequence[Message], str]] = []
-    for turns in PROBES:
-        opening: list[Message] = [{"role": "system", "content": system}] if system else []
-        whole = turns if turns[0]["role"] == "system" else [*opening, *turns]
-        cases.append((turns, render(whole)))
-        if len(turns) == 1:
-            cases.append((turns[0]["content"], render(whole)))
-    for asked, expected in cases:
-        prompt = server.rendered(tag, asked)
-        if prompt is None:
-            log.warning("this Ollama does not return its prompts: only /api/show was compared")
-            return 0
-        if prompt != expected:
-            at = next((i for i, (a, b) in enumerate(zip(prompt, expected, strict=False)) if a != b), len(expected))
-            path = "/api/generate" if isinstance(asked, str) else "/api/chat"
-            raise GateError(
-                f"{tag} gets another prompt than in training: {path} sends {prompt[max(at - 20, 0) : at + 60]!r} "
-                f"instead of {expected[max(at - 20, 0) : at + 60]!r}",
-                OWN_TEMPLATE,
-            )
-    return len(cases)
-
-
 def serve_as_latest(server: Ollama, name: str, tag: str) -> None:
     """Tag a build `latest`, and the build that was latest `previous`."""
     tags = _tags(server, name)
-    target, latest = tags[tag.partition(":")[2].lower()], tags.get(LATEST)
+    target, latest = tags[canonical(tag)[1]], tags.get(LATEST)
     if latest is not None and latest.digest != target.digest:
         server.copy(f"{name}:{LATEST}", f"{name}:{PREVIOUS}")
     server.copy(tag, f"{name}:{LATEST}")
@@ -281,18 +239,18 @@ def list_builds(server: Ollama, name: str) -> list[dict[str, Any]]:
 
 def model_digest(server: Ollama, model: str) -> str | None:
     """Return the digest of a published model, by tag or (without a tag) of `latest`; None when it is missing."""
-    name, _, tag = model.partition(":")
-    found = _tags(server, name).get(tag or LATEST)
+    found = _tags(server, split_tag(model)[0]).get(canonical(model)[1])
     return found.digest if found else None
 
 
 def _tags(server: Ollama, name: str) -> dict[str, Tag]:
-    """Return every tag of a name, by the text after the colon; names are case-insensitive in Ollama."""
-    tags = ((tag.name.lower().partition(":"), tag) for tag in server.tags())
-    return {parts[2]: tag for parts, tag in tags if parts[0] == name.lower()}
+    """Return every tag of a name without a tag, by its text after the colon in lower case."""
+    wanted = canonical(name)[0]
+    tags = ((canonical(tag.name), tag) for tag in server.tags())
+    return {parts[1]: tag for parts, tag in tags if parts[0] == wanted}
 
 
 def _is_latest(server: Ollama, name: str, tag: str) -> bool:
     tags = _tags(server, name)
-    found = tags.get(tag.partition(":")[2].lower())
+    found = tags.get(canonical(tag)[1])
     return found is not None and LATEST in tags and tags[LATEST].digest == found.digest

@@ -299,7 +299,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def existing(self, name: str) -> str | None:
         """A model's name as it is kept: without a tag it is `latest`, and case does not matter."""
-        full = name if ":" in name else f"{name}:latest"
+        full = name if ":" in name.rpartition("/")[2] else f"{name}:latest"
         return next((known for known in self.server.models if known.lower() == full.lower()), None)
 
     def find(self, name: str) -> Model | None:
