@@ -90,7 +90,8 @@ def prepare(options: argparse.Namespace, work: Path) -> None:
 
     (work / "data").mkdir(parents=True, exist_ok=True)
     lines = (Path(__file__).parent.parent / "data" / "tutor.jsonl").read_text("utf-8").split("\n")[: options.rows + 4]
-    (work / "data" / "held_out.jsonl").write_text("\n".join(lines[:4]) + "\n", "utf-8")
+    for name in ("held_out", "prompts"):
+        (work / "data" / f"{name}.jsonl").write_text("\n".join(lines[:4]) + "\n", "utf-8")
     (work / "data" / "train.jsonl").write_text("\n".join(lines[4:]) + "\n", "utf-8")
     if (work / "base" / "base.json").is_file():
         return

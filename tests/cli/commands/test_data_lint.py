@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 from support.files import write_rows
 from support.html_pages import Page
-from support.models.small_tokenizer import write_byte_tokenizer
+from support.models.small_tokenizer import write_base, write_byte_tokenizer
 from support.outputs.lint_rows import GOOD
 
 from tutor.cli.commands.data import lint_command
@@ -48,11 +48,7 @@ def test_default_files_are_those_of_the_recipe(recipe_file: Path, tmp_path: Path
 
 def test_lengths_are_in_tokens_after_the_base_stage(recipe_file: Path, tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
-    base = tmp_path / "build" / "small" / "base"
-    (base / "model").mkdir(parents=True)
-    write_byte_tokenizer(base / "model" / "tokenizer.json")
-    facts = {"source": "tiny", "model": "model", "weights": "", "vocabulary": 256, "add_bos": False, "bos": None}
-    (base / "base.json").write_text(json.dumps({**facts, "eos": 0, "pad": None, "pre_tokenizer": ""}), "utf-8")
+    write_base(tmp_path / "build" / "small" / "base", write_byte_tokenizer(tmp_path / "tokenizer.json"))
     done = command("-r", recipe_file, "-b", tmp_path / "build", "--json")
     assert json.loads(done.stdout)["figures"]["lengths"]["unit"] == "tokens"
 

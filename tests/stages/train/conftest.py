@@ -37,7 +37,7 @@ def inputs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     """The folders of the data and base stages."""
     folder = tmp_path_factory.mktemp("inputs")
     (folder / "data").mkdir()
-    for name, held in (("train", ROWS), ("held_out", HELD_OUT)):
+    for name, held in (("train", ROWS), ("held_out", HELD_OUT), ("prompts", HELD_OUT)):
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in held]
         (folder / "data" / f"{name}.jsonl").write_text("".join(lines), "utf-8")
     base_stage(tiny, folder / "base")

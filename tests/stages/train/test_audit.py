@@ -10,10 +10,11 @@ from support.models.training import ROWS, settings
 from transformers import DataCollatorForLanguageModeling
 
 from tutor.engines.hf.loading import load_base
-from tutor.errors import DataError
+from tutor.errors import DataError, RecipeError
+from tutor.formats.models.model_folder import load_tokenizer
 from tutor.machine.memory.batching import split_step
 from tutor.prompt import Encoded, audit, completion, conversation, render
-from tutor.stages.train.audit import audit_labels, encode_rows, label_ids
+from tutor.stages.train.audit import audit_labels, encode_prompts, encode_rows, label_ids, refuse_control_tokens
 from tutor.stages.train.kernels.packed_attention import LENGTHS, split_rows
 from tutor.stages.train.trainer import lora_config, make_trainer, training_arguments
 
@@ -46,6 +47,35 @@ def test_encoded_row_is_served_prompt_answer_and_eos(tokenizer: Any, rows: list[
         answer = tokenizer(completion(source["response"]), add_special_tokens=False)["input_ids"]
         assert row.ids[row.n_prompt :] == [*answer, tokenizer.eos_token_id]
         assert audit(row, row.ids[: row.n_prompt], tokenizer) == []
+
+
+def test_control_token_of_the_base_is_refused(tiny: Path) -> None:
+    tokenizer = load_tokenizer(tiny)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<filename>"]})
+    tokenizer.add_tokens(["interfaz"])  # text of its own token is text
+
+    def encoded(question: str, answer: str) -> Encoded:
+        return encode_rows(tokenizer, [{"instruction": question, "response": answer}], "", 1024)[0]
+
+    good = ("r.jsonl:1", encoded("¿Qué es una interfaz?", "Un <div> no, ni < filename >."))
+    bad = [
+        ("r.jsonl:4", encoded("cat <filename>", "a")),
+        ("r.jsonl:9", encoded("a", "</think> <filename>")),
+        ("eval.jsonl:2", encode_prompts(tokenizer, [{"instruction": "<｜User｜>"}], "")[0]),
+    ]
+    refuse_control_tokens(tokenizer, [good], "Eres un tutor de <div>.")
+    with pytest.raises(DataError, match="3 of 4 rows hold a control token of the base") as caught:
+        refuse_control_tokens(tokenizer, [good, *bad], "")
+    assert caught.value.code == 3
+    assert caught.value.problems == (
+        "r.jsonl:4: holds <filename>", "r.jsonl:9: holds </think>, <filename>", "eval.jsonl:2: holds <｜User｜>",
+    )  # fmt: skip
+    with pytest.raises(DataError, match="25 of 25") as many:
+        refuse_control_tokens(tokenizer, [bad[0]] * 25, "")
+    assert len(many.value.problems) == 20
+    with pytest.raises(RecipeError, match="system holds <filename>") as system:
+        refuse_control_tokens(tokenizer, [good], "Eres <filename>.")
+    assert system.value.code == 2
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from support.models.training import SOURCE, settings
 
 from tutor.artifacts.stage_folder import log_folder
-from tutor.errors import ArtifactError
+from tutor.errors import ArtifactError, DataError
 from tutor.machine.capacity import plan_training
 from tutor.prompt import Encoded
 from tutor.stages.train import held_out_loss, loop
@@ -40,6 +40,21 @@ def run(inputs: dict[str, Path], out: Path, **changes: Any) -> dict[str, Any]:
     out.mkdir()
     wanted = recipe(Path("r.toml"), train=settings(**{**LONG, **changes}).model_dump())
     return train.run(wanted, inputs, out, plan_training(wanted, inputs))
+
+
+@pytest.mark.parametrize(
+    ("name", "source"), [("train", "tutor.jsonl"), ("held_out", "tutor.jsonl"), ("prompts", "eval.jsonl")]
+)
+def test_control_token_in_a_row_is_refused_before_the_model(
+    name: str, source: str, inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = copied(inputs["data"], tmp_path / "data")
+    with (data / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"instruction": "¿Qué es <｜Assistant｜>?", "response": "a", "line": 77}) + "\n")
+    monkeypatch.setattr(train, "load_trainer", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(DataError) as caught:
+        run({**inputs, "data": data}, tmp_path / "adapter")
+    assert caught.value.problems == (f"{Path(source).resolve()}:77: holds <｜Assistant｜>",)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """Small byte-level tokenizers, made during the test."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +43,11 @@ def write_byte_tokenizer(path: Path) -> Path:
     made.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=256, initial_alphabet=alphabet))
     made.save(str(path))
     return path
+
+
+def write_base(base: Path, tokenizer: Path) -> None:
+    """Write a base stage's folder that has this tokenizer.json and no weights."""
+    (base / "model").mkdir(parents=True)
+    shutil.copy(tokenizer, base / "model" / "tokenizer.json")
+    facts = {"source": "tiny", "model": "model", "weights": "", "vocabulary": 256, "add_bos": False, "bos": None}
+    (base / "base.json").write_text(json.dumps({**facts, "eos": 0, "pad": None, "pre_tokenizer": ""}), "utf-8")

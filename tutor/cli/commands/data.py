@@ -18,6 +18,7 @@ from tutor.errors import ArtifactError, DataError, RecipeError
 
 if TYPE_CHECKING:
     from tutor.recipe.settings import Recipe
+    from tutor.stages.data.base_tokens import TokenFinder
     from tutor.stages.data.lint.linter import LintReport
 
 files_argument = click.argument("files", nargs=-1, type=click.Path(path_type=Path))
@@ -38,17 +39,22 @@ def check_command(
 ) -> None:
     """Check every row of FILES (or the recipe's), and its code.
 
-    Every fault is printed with its file and line.
+    Every fault is printed with its file and line. Control tokens of the base in a text are faults once the base stage
+    has run.
     """
-    del build
     from tutor.graders.typescript.install import INSTALL, is_installed
+    from tutor.stages.data.base_tokens import refuse_control_tokens
     from tutor.stages.data.code_check import check_code
 
+    recipe = load_recipe(recipe_path) if not files or recipe_path.exists() else None
+    find = _control_token_finder(recipe, build) if recipe else None
     compiled = is_installed() if code is None else code
     checked = []
     for path, rows, notes in (
-        _read_files(files, strict=strict) if files else _read_recipe_files(recipe_path, strict=strict)
+        _read_recipe_files(recipe, strict=strict) if recipe and not files else _read_files(files, strict=strict)
     ):
+        if find:
+            refuse_control_tokens(path, rows, find)
         item: dict[str, Any] = {"file": str(path), "rows": len(rows), "notes": notes}
         checked.append({**item, "code": check_code(path, rows)} if compiled else item)
     if code is None and not compiled:
@@ -68,11 +74,11 @@ def _read_files(files: tuple[Path, ...], *, strict: bool) -> list[tuple[Path, An
     return found
 
 
-def _read_recipe_files(recipe_path: Path, *, strict: bool) -> list[tuple[Path, Any, list[str]]]:
+def _read_recipe_files(recipe: "Recipe", *, strict: bool) -> list[tuple[Path, Any, list[str]]]:
     from tutor.formats.rows.recipe_files import data_files
     from tutor.stages.data import reading, splitting
 
-    inputs = data_files(load_recipe(recipe_path))
+    inputs = data_files(recipe)
     examples, notes = reading.read_examples(inputs["train"], strict=strict)
     prompts, prompt_notes = reading.read_prompts(inputs["eval"], strict=strict)
     _, leaks = splitting.without_leaks(examples, prompts)
@@ -156,6 +162,14 @@ def _tokenizer(recipe: "Recipe", build: Path) -> Path | None:
             path = read_facts(BuildFolder(build, recipe.name).stage("base"))[1] / "tokenizer.json"
             return path if path.is_file() else None
     return None
+
+
+def _control_token_finder(recipe: "Recipe", build: Path) -> "TokenFinder | None":
+    """Return a finder of the base's control tokens, or None before the base stage."""
+    from tutor.stages.data.base_tokens import control_token_finder, read_tokenizer
+
+    path = _tokenizer(recipe, build)
+    return control_token_finder(read_tokenizer(path)) if path else None
 
 
 def _lint_lines(report: "LintReport") -> list[str]:

@@ -1,13 +1,14 @@
 """Encode the rows for the trainer, and check that its collator returns them unchanged.
 
-In: rows of a split, the trainer. Out: ids and masks, labels; DataError for a row that is too long or that the collator
-changes. Does not change the rows or the trainer.
+In: rows of a split, the trainer. Out: ids and masks, labels; DataError for a row that is too long, that holds a control
+token, or that the collator changes. Does not change the rows or the trainer.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tutor.errors import DataError
+from tutor.errors import DataError, RecipeError
+from tutor.formats.rows.control_tokens import INSTEAD, control_tokens
 from tutor.prompt import Encoded, Tokenizer, audit, encode
 from tutor.stages.train.kernels.chunked_loss import IGNORE_INDEX
 from tutor.stages.train.kernels.packed_attention import split_rows
@@ -31,6 +32,26 @@ def encode_rows(tokenizer: Tokenizer, rows: Sequence[Mapping[str, str]], system:
             problems=tuple(long[:20]),
         )
     return encoded
+
+
+def encode_prompts(tokenizer: Tokenizer, rows: Sequence[Mapping[str, str]], system: str) -> list[Encoded]:
+    """Return the ids of the evaluation prompts, each with an empty answer."""
+    return [encode(tokenizer, row["instruction"], "", system) for row in rows]
+
+
+def refuse_control_tokens(tokenizer: Any, rows: Sequence[tuple[str, Encoded]], system: str) -> None:
+    """Check that no text gives a control token of the base; `rows` are encoded, each with its file and line.
+
+    Raises RecipeError for the system text, DataError that lists the first rows.
+    """
+    tokens = control_tokens(tokenizer.added_tokens_decoder, encode(tokenizer, "a", "a").ids)
+    if held := tokens.found(encode(tokenizer, "a", "a", system).ids):
+        raise RecipeError(f"system holds {', '.join(held)}, a control token of the base", INSTEAD)
+    problems = [f"{where}: holds {', '.join(held)}" for where, row in rows if (held := tokens.found(row.ids))]
+    if problems:
+        raise DataError(
+            f"{len(problems)} of {len(rows)} rows hold a control token of the base", INSTEAD, tuple(problems[:20])
+        )
 
 
 def audit_labels(trainer: "Trainer", rows: Sequence[Encoded], tokenizer: Any) -> int:

@@ -15,12 +15,12 @@ from transformers import set_seed
 from tutor.artifacts.provenance import SourceTree
 from tutor.artifacts.stage_folder import log_folder
 from tutor.formats.models.model_folder import load_tokenizer, read_facts
-from tutor.formats.rows.split_files import HELD_OUT, TRAIN, read_split
+from tutor.formats.rows.split_files import HELD_OUT, PROMPTS, TRAIN, read_split
 from tutor.machine import distributed
 from tutor.machine.memory.plan import TrainingPlan
 from tutor.prompt import Encoded
 from tutor.stages.train import checkpoint
-from tutor.stages.train.audit import audit_labels, encode_rows
+from tutor.stages.train.audit import audit_labels, encode_prompts, encode_rows, refuse_control_tokens
 from tutor.stages.train.checkpoint_callback import memory_hint, saving
 from tutor.stages.train.held_out_loss import mean_loss, perplexity
 from tutor.stages.train.loop import fit, write_outputs
@@ -42,10 +42,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path, plan: TrainingP
     settings, precision, batches = recipe.train, plan.precision, plan.batches
     facts, model_folder = read_facts(inputs["base"])
     tokenizer = load_tokenizer(model_folder)
-    train, held_out = (
-        encode_rows(tokenizer, read_split(inputs["data"], name), recipe.system, settings.max_length)
-        for name in (TRAIN, HELD_OUT)
-    )
+    train, held_out = _encode(recipe, inputs["data"], tokenizer)
     log.info("%s", plan)
     training = _training_run(recipe, plan, {"train": train, "held_out": held_out}, facts.weights, out)
     saved = distributed.broadcast_result(checkpoint.resume, training)
@@ -86,6 +83,24 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path, plan: TrainingP
         "samples_per_second": round(fitted.epochs * monitoring.rows / fitted.seconds, 3),
         "tokens_per_second": round(fitted.epochs * monitoring.tokens / fitted.seconds, 1),
     }
+
+
+def _encode(recipe: "Recipe", data: Path, tokenizer: Any) -> tuple[list[Encoded], list[Encoded]]:
+    """Return the training and the held-out rows as ids.
+
+    Raises DataError for a row that is too long, and for a row or prompt that holds a control token of the base.
+    """
+    rows = [read_split(data, name) for name in (TRAIN, HELD_OUT, PROMPTS)]
+    train, held_out = (encode_rows(tokenizer, each, recipe.system, recipe.train.max_length) for each in rows[:2])
+    prompts = encode_prompts(tokenizer, rows[2], recipe.system)
+    files = [recipe.resolve(name) for name in (recipe.data.train, recipe.data.train, recipe.data.eval)]
+    located = [
+        (f"{file}:{row.get('line')}", ids)
+        for file, group, encoded in zip(files, rows, (train, held_out, prompts), strict=True)
+        for row, ids in zip(group, encoded, strict=True)
+    ]
+    refuse_control_tokens(tokenizer, located, recipe.system)
+    return train, held_out
 
 
 def _training_run(

@@ -1,21 +1,14 @@
 """The linter's figures: lengths with a histogram, rows by category and topic.
 
-In: texts, lengths or counts. Out: figures as JSON values, and the check of a row's length. Reads no file but a
-tokenizer's.
+In: texts, lengths or counts. Out: figures as JSON values, and the check of a row's length. Reads no file.
 """
 
-import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from tutor.errors import ArtifactError
-from tutor.prompt import conversation, render
-
-TokenCounter = Callable[[str, str], int]
-"""Returns the tokens of a question with its answer in training."""
+from tutor.stages.data.base_tokens import TokenCounter
 
 MAX_CHARACTERS_PER_TOKEN = 4
 """Upper bound of characters per token. Without a tokenizer, a row above limit x this bound is certainly too long."""
@@ -23,23 +16,6 @@ MIN_CHARACTERS_PER_TOKEN = 2
 """Lower bound of characters per token. A row below limit x this bound is counted only if it is in the sample."""
 BARS = 12
 """Number of bars that a histogram has at most; one more where the last one holds the maximum alone."""
-
-
-def token_counter(tokenizer: Path, system: str = "") -> TokenCounter:
-    """Return a counter of a row's tokens, BOS and EOS included. Raises ArtifactError for a damaged tokenizer.json."""
-    from tokenizers import Tokenizer
-
-    try:
-        text = tokenizer.read_text("utf-8")
-        json.loads(text)  # for a truncated file the package raises a bare Exception
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{tokenizer} is damaged: {error}", "run: tutor base") from None
-    made = Tokenizer.from_str(text)
-
-    def count(question: str, answer: str) -> int:
-        return len(made.encode(f"{render(conversation(question, system))} {answer}").ids) + 1
-
-    return count
 
 
 def length_check(max_length: int, counter: TokenCounter | None) -> Callable[[str, str], str | None]:

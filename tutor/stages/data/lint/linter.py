@@ -14,14 +14,15 @@ from tutor.errors import RecipeError
 from tutor.formats.rows.json_values import printable
 from tutor.formats.rows.jsonl import Limits
 from tutor.graders.language import MIN_WORDS, is_spanish, prose
+from tutor.stages.data.base_tokens import TokenCounter, control_token_finder, read_tokenizer, token_counter
 from tutor.stages.data.lint import figures
 from tutor.stages.data.lint.near_duplicates import groups_by_key, near_pairs, nearest
-from tutor.stages.data.lint.rows import LintFinding, RowIndex, index_file
+from tutor.stages.data.lint.rows import LintFinding, RowChecks, RowIndex, index_file
 
 KINDS = {
     "schema": "rows that the data stage refuses",
     "unknown-key": "keys that are dropped",
-    "special-token": "texts that a tokenizer or a template may read as a token of its own",
+    "special-token": "texts that the base, or a tokenizer or template of another, reads as a token of its own",
     "characters": "characters read in another encoding, invisible ones, and accents apart from their letters",
     "fence": "code fences that do not close",
     "length": "rows longer than train.max_length: they would be cut, or refused",
@@ -84,11 +85,13 @@ def lint(
         raise RecipeError(f"{against} is both looked through and held out", "name another file for one of them")
     index = RowIndex()
     sizes = {}
-    counter = figures.token_counter(tokenizer, system) if tokenizer else None
+    made = read_tokenizer(tokenizer) if tokenizer else None
+    counter = token_counter(made, system) if made else None
+    row_checks = RowChecks(figures.length_check(max_length, counter), control_token_finder(made) if made else None)
     for path in [*files, *([against] if against else [])]:
         if path is against:
             index.held_out = str(path)
-        sizes[str(path)] = index_file(path, index, limits or Limits(), figures.length_check(max_length, counter))
+        sizes[str(path)] = index_file(path, index, limits or Limits(), row_checks)
     train, prompts = index.side(held_out=False), index.side(held_out=True)
     for rows in (train, prompts):
         _repeats(index, rows)
@@ -161,9 +164,7 @@ def _leaks(index: RowIndex, train: Sequence[int], prompts: Sequence[int]) -> dic
     }
 
 
-def _lengths(
-    index: RowIndex, train: Sequence[int], max_length: int, counter: figures.TokenCounter | None
-) -> dict[str, Any]:
+def _lengths(index: RowIndex, train: Sequence[int], max_length: int, counter: TokenCounter | None) -> dict[str, Any]:
     """Figures of the sample in tokens, or of all rows in characters; find too long rows that were not counted yet."""
     if counter is None:
         return figures.length_figures([index.characters[row] for row in train], "characters", None)

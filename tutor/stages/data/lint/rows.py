@@ -18,6 +18,7 @@ from tutor.formats.rows.json_values import RowError
 from tutor.formats.rows.jsonl import Limits, check_file, read_values
 from tutor.formats.rows.rows import ExampleRow, PromptRow, parse_row
 from tutor.formats.rows.texts import SPECIAL
+from tutor.stages.data.base_tokens import TokenFinder
 from tutor.stages.data.lint.characters import doubtful_characters
 from tutor.stages.data.lint.near_duplicates import Questions
 from tutor.stages.data.normal_form import normalise
@@ -33,8 +34,16 @@ _SPECIAL_TEXT = re.compile(
 )
 """Special tokens of families that texts.SPECIAL accepts, because HTML and code may contain the same texts."""
 
-LengthCheck = Callable[[str, str], str | None]
-"""Returns why a question with its answer is too long, or None."""
+
+@dataclass(frozen=True)
+class RowChecks:
+    """Checks of a question with its answer that depend on the base.
+
+    `length` returns why it is too long, or None; `control_tokens` the base's control tokens in it.
+    """
+
+    length: Callable[[str, str], str | None]
+    control_tokens: TokenFinder | None = None  # None without the base's tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +96,7 @@ class RowIndex:
         return [row for row, file in enumerate(self.file) if (file == number) == held_out]
 
 
-def index_file(path: Path, index: RowIndex, limits: Limits, length_check: LengthCheck) -> dict[str, int]:
+def index_file(path: Path, index: RowIndex, limits: Limits, checks: RowChecks) -> dict[str, int]:
     """Add the rows of a file; return the numbers of its rows, unusable rows and blank lines.
 
     Raises RecipeError or DataError where the file as a whole cannot be read.
@@ -113,7 +122,7 @@ def index_file(path: Path, index: RowIndex, limits: Limits, length_check: Length
             index.add("special-token" if _holds_special(found) else "schema", name, line, str(fault))
             continue
         _add_row(index, line, row)
-        _check_row(index, row, length_check)
+        _check_row(index, row, checks)
     if not total:
         index.add("schema", name, 0, "0 rows")
     for key, count in dropped.items():
@@ -151,7 +160,7 @@ def _hash(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") or 1
 
 
-def _check_row(index: RowIndex, row: ExampleRow | PromptRow, length_check: LengthCheck) -> None:
+def _check_row(index: RowIndex, row: ExampleRow | PromptRow, checks: RowChecks) -> None:
     """Add findings about the row that was added last."""
     number = len(index.line) - 1
     for name, text in (("instruction", row.instruction), ("response", row.response)):
@@ -161,5 +170,7 @@ def _check_row(index: RowIndex, row: ExampleRow | PromptRow, length_check: Lengt
             index.add_row("characters", number, f"{name} {doubtful}")
         if not fences_are_closed(text):
             index.add_row("fence", number, f"a code fence in {name} does not close")
-    if why := length_check(row.instruction, row.response):
+    if why := checks.length(row.instruction, row.response):
         index.add_row("length", number, why)
+    if checks.control_tokens and (tokens := checks.control_tokens(row.instruction, row.response)):
+        index.add_row("special-token", number, f"holds {', '.join(tokens)}, a control token of the base")
