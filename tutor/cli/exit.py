@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import click
 
+from tutor.artifacts.disk import host_fault
 from tutor.errors import HostError, TutorError
 from tutor.formats import terminal
 from tutor.machine import distributed
@@ -51,7 +52,7 @@ def _run(command: click.Command, name: str, arguments: list[str], *, debug: bool
     as_json = "--json" in arguments
     stdout = sys.stdout
     try:
-        code = command.main(arguments, prog_name=name, standalone_mode=False)
+        code = _call(command, name, arguments)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return error.exit_code
@@ -75,6 +76,17 @@ def _run(command: click.Command, name: str, arguments: list[str], *, debug: bool
             raise BrokenPipeError from None
         raise
     return code if isinstance(code, int) else 0
+
+
+def _call(command: click.Command, name: str, arguments: list[str]) -> object:
+    """Run a command and return what it returns. Raises HostError for a fault of a disk outside the stages."""
+    try:
+        return command.main(arguments, prog_name=name, standalone_mode=False)
+    except OSError as error:
+        fault = host_fault(error, Path(os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "."))
+        if fault is None:
+            raise
+        raise fault from error
 
 
 def print_error(
