@@ -1,4 +1,4 @@
-"""The services of the stack: their order, exit codes, logs and interrupts. Covers pipeline/logged_command.py too.
+"""The services of the stack: their order, exit codes, logs and interrupts.
 
 `docker` and `nvidia-smi` are small programs on PATH with scripted answers (docs/facts.md, 12).
 """

@@ -21,7 +21,8 @@ from tutor.errors import HostError, ServiceError
 from tutor.formats.visible import clean
 from tutor.graders.labels import LABELS
 from tutor.machine import preflight
-from tutor.pipeline.logged_command import StackError, run_logged
+from tutor.pipeline.logged_command import LogError, StackError, run_logged
+from tutor.pipeline.recipe_folder import held
 from tutor.pipeline.runner import announced
 from tutor.recipe.settings import Recipe
 
@@ -115,6 +116,8 @@ def run_all(recipe: Recipe, build: Path, *, gpu: bool | None = None) -> dict[str
 
     Raises UnfitError with everything that this host lacks, StackError with the exit code of the service that failed.
     """
+    with held(recipe, build):  # the services see another path of the recipe, and do not compare it
+        pass
     stack = Stack(recipe.path, build, preflight.check_host(recipe, build, gpu=gpu))
     prepare(stack)
     log.info("the log of every service: %s", stack.logs)
@@ -179,11 +182,15 @@ def run_service(stack: Stack, name: str, token: Path | None = None) -> dict[str,
 
 @contextlib.contextmanager
 def _stopped(container: str) -> Iterator[None]:
-    """Stop the container when Ctrl-C or SIGTERM ends the block; Compose would leave it running."""
+    """Stop the container when Ctrl-C, SIGTERM, a closed terminal or a full disk ends the block.
+
+    Compose would leave it running.
+    """
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
-        log.warning("stopping %s: this may take some minutes, because a training saves a checkpoint", container)
+    except (KeyboardInterrupt, SystemExit, BrokenPipeError, LogError):
+        with contextlib.suppress(BrokenPipeError):
+            log.warning("stopping %s: this may take some minutes, because a training saves a checkpoint", container)
         for command in (("stop", "--time", STOP_TIMEOUT), ("rm", "--force")):
             subprocess.run(["docker", *command, container], capture_output=True, start_new_session=True, check=False)
         raise
@@ -196,7 +203,7 @@ def start_server(stack: Stack) -> None:
         _step(stack, SERVER, stack.command("--progress", "plain", "up", *wait, SERVER))
     except StackError as error:
         path = stack.logs / f"{SERVER}.log"
-        output = path.read_text("utf-8", "replace")
+        output = path.read_text("utf-8", "replace") if path.is_file() else ""
         if "port is already allocated" in output or "address already in use" in output:
             raise HostError("the port of Ollama is taken", "set TUTOR_OLLAMA_PORT to another") from error
         done = subprocess.run(

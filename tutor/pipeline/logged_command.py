@@ -1,7 +1,8 @@
 """Run one command of the stack: its output followed in the log and kept in a file, its failure as an error.
 
 In: a command line, its environment, the path of its log. Out: its stdout, or a StackError or HostError with the last
-error that it printed; a log without secrets and control characters. Independent of the service that it runs.
+error that it printed; a log without secrets and control characters. A command whose log cannot be written is ended.
+Independent of the service that it runs.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from tutor.artifacts.disk import host_fault
 from tutor.errors import HostError, TutorError
 from tutor.formats.visible import clean
 
@@ -30,13 +32,28 @@ class StackError(TutorError):
         self.code = code
 
 
+class LogError(HostError):
+    """A log that cannot be written, and whose command was ended."""
+
+
 def run_logged(name: str, command: Sequence[str], environment: Mapping[str, str], path: Path) -> str:
-    """Run a command with its log in `path`; return its stdout. Raises StackError or HostError when it fails."""
-    with path.open("w", encoding="utf-8") as kept, tempfile.TemporaryFile("w+", encoding="utf-8") as out:
-        code, last = _followed(command, environment, kept, out)
-        out.seek(0)
-        text = out.read()
-        kept.write(clean(text))
+    """Run a command with its log in `path`; return its stdout.
+
+    Raises StackError or HostError when it fails, LogError when the log cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # somebody may tidy up while a service runs
+        with path.open("w", encoding="utf-8") as kept, tempfile.TemporaryFile("w+", encoding="utf-8") as out:
+            code, last = _followed(command, environment, kept, out)
+            out.seek(0)
+            text = out.read()
+            kept.write(clean(text))
+    except BrokenPipeError:  # the terminal's, not the log's
+        raise
+    except OSError as error:
+        fault = host_fault(error, path)
+        message, hint = (fault.message, fault.hint) if fault else (f"{path}: {error.strerror}", None)
+        raise LogError(message, hint) from error
     if code:
         raise _failure(name, code, last, path)
     return text
