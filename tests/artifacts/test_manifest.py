@@ -6,30 +6,44 @@ import shlex
 import pytest
 from support.outputs.stage_folders import write_stage
 
-from tutor.artifacts.manifest import find_damage, is_made, read_manifest, require_stage
+from tutor.artifacts.manifest import find_damage, find_manifest, is_made, is_ours, read_manifest, require_stage
 from tutor.artifacts.stage_folder import writing
 from tutor.errors import ArtifactError
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda text: text[: len(text) // 2],
-        lambda text: "",
-        lambda text: "[]",
-        lambda text: text.replace('"key"', '"kee"'),
-        lambda text: text.replace('"stage"', '"older": 1, "stage"'),
-        lambda text: json.dumps({**json.loads(text), "outputs": []}),
-        lambda text: json.dumps({**json.loads(text), "fields": None}),
-        lambda text: "\ufffd" * 1000,
-    ],
-)
-def test_read_manifest_of_a_damaged_file_raises_with_the_way_out(tmp_path, damage):
+def changed(**values):
+    """A change of a manifest's text: other values of its fields."""
+    return lambda text: json.dumps({**json.loads(text), **values})
+
+
+DAMAGES = {
+    "cut": lambda text: text[: len(text) // 2],
+    "other field": lambda text: text.replace('"key"', '"kee"'),
+    "another version": lambda text: text.replace('"stage"', '"older": 1, "stage"'),
+    "list of outputs": changed(outputs=[]),
+    "output without hash": changed(outputs={"top.txt": {"size": 3}}),
+    "output that is text": changed(outputs={"top.txt": "3"}),
+    "no fields": changed(fields=None),
+    "results that are text": changed(results="x"),
+    "key that is a number": changed(key=1),
+    "seconds that are text": changed(seconds="1"),
+}
+"""Damage after which the file is still recognised as tutor's."""
+UNREADABLE = {"empty": "", "other JSON": "[]", "null": "null", "noise": "\ufffd" * 1000, "other program": '{"name": 1}'}
+
+
+@pytest.mark.parametrize("name", [*DAMAGES, *UNREADABLE])
+def test_read_manifest_of_a_damaged_file_raises(tmp_path, name):
     write_stage(tmp_path / "data")
     path = tmp_path / "data" / "manifest.json"
-    path.write_text(damage(path.read_text()))
-    with pytest.raises(ArtifactError, match=f"{path} is damaged; rm -r {tmp_path}/data and run again"):
+    path.write_text(DAMAGES[name](path.read_text()) if name in DAMAGES else UNREADABLE[name])
+    with pytest.raises(ArtifactError, match=f"{path} is damaged"):
         read_manifest(tmp_path / "data")
+    with pytest.raises(ArtifactError, match="is damaged; run: tutor run --until data"):
+        require_stage(tmp_path / "data", "data")
+    assert find_manifest(tmp_path / "data") is None
+    assert not is_made(tmp_path / "data", {"text": "new"})
+    assert is_ours(tmp_path / "data") == (name in DAMAGES)
 
 
 @pytest.mark.parametrize("name", ["con blanco", "it's", 'a"b', "$(touch x)", "-rf ~", "a;b"])

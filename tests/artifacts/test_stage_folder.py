@@ -52,7 +52,7 @@ def test_writing_killed_at_any_step_leaves_old_or_new_folder(tmp_path, before):
             assert read_stage(folder) in (before, "new")
         elif before:
             # Between the two renames: both folders are complete, and the next run renames the old one back.
-            assert read_stage(folder.with_name("data.old")) == before
+            assert read_stage(folder.with_name("data.replaced")) == before
             with pytest.raises(GateError), writing(folder, "data", {}):
                 raise GateError("no")
             assert read_stage(folder) == before
@@ -85,22 +85,25 @@ def test_writing_with_an_error_changes_nothing_and_raises_it(tmp_path, error):
     assert names_beside(folder) == []
 
 
-def test_writing_makes_files_readable_by_other_users(tmp_path):
-    before = os.umask(0o077)
+@pytest.mark.parametrize(
+    ("mask", "folder", "file"), [(0o022, 0o755, 0o644), (0o027, 0o750, 0o640), (0o077, 0o700, 0o600)]
+)
+def test_writing_gives_files_the_permissions_of_new_ones(tmp_path, mask, folder, file):
+    """Libraries make some files with 0600, and copy permissions of others."""
+    before = os.umask(mask)
     try:
-        write_stage(tmp_path / "data")
+        with writing(tmp_path / "data", "data", {}) as (out, _):
+            (out / "below").mkdir(mode=0o700)
+            for name, mode in (("library.txt", 0o600), ("copied.txt", 0o666), ("below/new.txt", None)):
+                (out / name).touch()
+                (out / name).chmod(mode or file)
     finally:
         os.umask(before)
-    modes = {
-        path.name: oct(path.stat().st_mode & 0o777) for path in [tmp_path / "data", *(tmp_path / "data").rglob("*")]
+    found = {path: path.stat().st_mode & 0o777 for path in [tmp_path / "data", *(tmp_path / "data").rglob("*")]}
+    assert {path.name: oct(mode) for path, mode in found.items()} == {
+        path.name: oct(folder if path.is_dir() else file) for path in found
     }
-    assert modes == {
-        "data": "0o755",
-        "below": "0o755",
-        "file.txt": "0o644",
-        "top.txt": "0o644",
-        "manifest.json": "0o644",
-    }
+    assert len(found) == 6
 
 
 def test_writing_over_a_foreign_folder_raises(tmp_path):
@@ -115,6 +118,38 @@ def test_writing_over_a_foreign_folder_raises(tmp_path):
     (folder / "tutor.jsonl").unlink()
     write_stage(folder)
     assert read_stage(folder) == "new"
+
+
+def test_writing_over_a_file_raises(tmp_path):
+    (tmp_path / "data").write_text("mine")
+    with pytest.raises(RecipeError, match="was not made by tutor: it is a file"):
+        write_stage(tmp_path / "data")
+    assert (tmp_path / "data").read_text() == "mine"
+
+
+@pytest.mark.parametrize("manifest", ['{"name": "Mi aplicación", "icons": []}', "", "[]", "null"])
+def test_writing_keeps_a_folder_that_may_be_the_users(tmp_path, caplog, manifest):
+    """Web applications have a manifest.json; an empty one can be a stage's, after the power failed."""
+    for number in (1, 2):
+        folder = tmp_path / "report"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / "index.html").write_text(f"work {number}")
+        (folder / "manifest.json").write_text(manifest)
+        write_stage(folder)
+        assert read_stage(folder) == "new"
+    assert (tmp_path / "report.aside" / "index.html").read_text() == "work 1"
+    assert (tmp_path / "report.aside.2" / "index.html").read_text() == "work 2"
+    assert f"the folder is now {tmp_path}/report.aside.2" in caplog.text
+
+
+def test_writing_replaces_a_folder_whose_manifest_is_cut(tmp_path):
+    write_stage(tmp_path / "data")
+    text = (tmp_path / "data" / "manifest.json").read_text()
+    (tmp_path / "data" / "manifest.json").write_text(text[:50])
+    write_stage(tmp_path / "data", "newer")
+    assert read_stage(tmp_path / "data") == "newer"
+    assert names_beside(tmp_path / "data") == []
 
 
 def test_writing_replaces_a_link_and_leaves_its_target(tmp_path):

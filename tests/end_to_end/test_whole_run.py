@@ -45,7 +45,9 @@ def test_run_completes_the_folder_of_every_stage(built: Path) -> None:
     for state in result("status", "--verify", build=built):
         assert state["condition"] == "up to date", state
     left = [
-        path.name for path in (built / "tiny").iterdir() if path.name.endswith((".partial", ".old", ".checkpoints"))
+        path.name
+        for path in (built / "tiny").iterdir()
+        if path.name.endswith((".partial", ".replaced", ".checkpoints"))
     ]
     assert left == []
 

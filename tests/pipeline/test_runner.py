@@ -23,7 +23,7 @@ from tutor.errors import ArtifactError, DataError, RecipeError
 from tutor.machine import capacity
 from tutor.pipeline import runner
 from tutor.pipeline.registry import BY_NAME, STAGES
-from tutor.pipeline.runner import clean, inspect, run_all, run_one, stale_reasons
+from tutor.pipeline.runner import inspect, run_all, run_one, stale_reasons
 from tutor.recipe.reading import read_recipe
 from tutor.recipe.settings import Recipe, Settings
 from tutor.stages.data import stage as data_stage
@@ -237,6 +237,19 @@ def test_run_all_makes_a_damaged_stage_again(recipe_file, build):
     assert file.read_bytes() == whole
 
 
+@pytest.mark.parametrize("damage", [lambda text: text[:99], lambda _: "", lambda _: "[]", lambda _: '{"name": "x"}'])
+def test_run_all_makes_a_stage_with_a_damaged_manifest_again(recipe_file, build, caplog, damage):
+    recipe, folder = read_recipe(recipe_file), build / "small" / "data"
+    manifest = folder / "manifest.json"
+    manifest.write_text(damage(manifest.read_text()))
+    state = state_of("data", recipe, build)
+    assert state.condition == "damaged"
+    assert stale_reasons(state) == [f"{manifest} is damaged"]
+    assert run_all(recipe, build, until="data") == ["data"]
+    assert f"{manifest} is damaged: making {folder} again" in caplog.text
+    assert state_of("data", recipe, build).condition == "up to date"
+
+
 def test_reasons_after_a_damaged_stage_name_that_stage(recipe_file, build):
     recipe = read_recipe(recipe_file)
     shutil.copytree(build / "small" / "data", build / "small" / "adapter")
@@ -351,33 +364,7 @@ def test_run_all_refuses_a_system_text_that_ollama_cannot_keep(recipe_file, tmp_
     assert not (tmp_path / "build").exists()
 
 
-# Clean
-
-
-def test_clean_removes_a_stage_and_what_a_kill_leaves(recipe_file, build):
-    recipe = read_recipe(recipe_file)
-    folder = build / "small"
-    for name in ("data.partial", "data.old", "data.log", "base.partial"):
-        (folder / name).mkdir()
-    gone = [folder / name for name in ("data", "data.partial", "data.old", "data.log")]
-    assert clean(recipe, build, ("data",)) == gone
-    assert clean(recipe, build, ()) == [folder / "base.partial"]
-    assert clean(recipe, build, ()) == []
-
-
-def test_clean_removes_folders_that_commands_derived(recipe_file, build):
-    recipe = read_recipe(recipe_file)
-    folder = build / "small"
-    for name in ("lora", "eval-ollama"):
-        with writing(folder / name, name, {}):
-            pass
-    for name in ("adapter.checkpoints", "lora.partial"):
-        (folder / name).mkdir()
-    assert clean(recipe, build, ("merge",)) == []
-    assert sorted(clean(recipe, build, ("train",))) == [
-        folder / "adapter.checkpoints", folder / "lora", folder / "lora.partial"
-    ]  # fmt: skip
-    assert clean(recipe, build, ()) == [folder / "data", folder / "eval-ollama"]
+# Files left over
 
 
 def test_run_all_removes_checkpoints_left_by_a_kill(recipe_file, build):
@@ -388,17 +375,6 @@ def test_run_all_removes_checkpoints_left_by_a_kill(recipe_file, build):
         left.mkdir()
         assert not run()
         assert not left.exists()
-
-
-def test_clean_refuses_unknown_stages_and_foreign_folders(recipe_file, build):
-    recipe = read_recipe(recipe_file)
-    with pytest.raises(RecipeError, match="no stage 'dta'; known: data, base"):
-        clean(recipe, build, ("dta",))
-    (build / "small" / "gguf").mkdir()
-    (build / "small" / "gguf" / "mine.gguf").touch()
-    with pytest.raises(RecipeError, match="was not made by tutor"):
-        clean(recipe, build, ("convert",))
-    assert (build / "small" / "gguf" / "mine.gguf").exists()
 
 
 def test_manifest_names_fields_and_code_and_holds_no_path(recipe_file, build):

@@ -13,8 +13,8 @@ from support.outputs.evaluations import PROMPTS, write_evaluation
 from tutor.artifacts.stage_folder import writing
 from tutor.cli import summary
 from tutor.errors import ArtifactError, RecipeError, ServiceError
+from tutor.pipeline.cleaning import clean
 from tutor.pipeline.registry import BY_NAME
-from tutor.pipeline.runner import clean
 from tutor.recipe.settings import Recipe
 from tutor.serving.compare import compare_models, evaluate_models
 from tutor.serving.model_names import parse_model

@@ -39,6 +39,9 @@ SERVED = "served"
 SERVER_LOG = "server.log"
 """Log of a llama-server that no stage started."""
 
+OWNER = ".recipe.json"
+"""File of a recipe's folder that names the recipe file."""
+
 SERVICE_LOGS = "logs"
 """Folder of the logs of the containers."""
 
@@ -74,6 +77,11 @@ class BuildFolder:
     def hashes(self) -> Path:
         """File with the remembered hashes."""
         return self.path / HASHES
+
+    @property
+    def owner(self) -> Path:
+        """File that names the recipe file that the folder belongs to."""
+        return self.path / OWNER
 
     @property
     def server_log(self) -> Path:

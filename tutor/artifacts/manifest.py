@@ -4,7 +4,6 @@ In: a folder, or the key fields that a result depends on. Out: the folder's Mani
 the key fields that differ. Writes nothing.
 """
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,9 @@ from tutor.artifacts.hashing import file_sha256, json_sha256
 from tutor.errors import ArtifactError
 
 MANIFEST = "manifest.json"
+
+BEGINNING = b'{\n "stage": "'
+"""First bytes of a manifest, as `write_json` writes it."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +69,47 @@ def read_manifest(folder: Path) -> Manifest | None:
         manifest = Manifest(**(read_json_object(path) or {}))
     except TypeError:
         manifest = None
-    if manifest is None or not all(
-        map(_is_object, (manifest.fields, manifest.outputs, manifest.results, manifest.sources))
-    ):
-        raise ArtifactError(f"{path} is damaged", f"rm -r {shlex.quote(str(folder))} and run again")
+    if manifest is None or not _is_well_formed(manifest):
+        raise ArtifactError(f"{path} is damaged", "run again the command that made it")
     return manifest
 
 
-def _is_object(value: Any) -> bool:
-    return isinstance(value, dict)
+def find_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a whole folder; None also when it is damaged, for callers that can do without the folder."""
+    try:
+        return read_manifest(folder)
+    except ArtifactError:
+        return None
+
+
+def _is_well_formed(manifest: Manifest) -> bool:
+    """Whether the fields have their types: JSON of any shape can stand in the file."""
+    texts = (manifest.stage, manifest.key, manifest.started, manifest.host)
+    objects = (manifest.fields, manifest.outputs, manifest.results, manifest.sources)
+    return (
+        all(isinstance(text, str) for text in texts)
+        and isinstance(manifest.seconds, int | float)
+        and all(isinstance(value, dict) for value in objects)
+        and all(map(_is_output, manifest.outputs.values()))
+    )
+
+
+def _is_output(entry: object) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether tutor made a folder, by the content of its manifest: other programs write a manifest.json, too.
+
+    One that is cut still begins as only tutor's does.
+    """
+    path = folder / MANIFEST
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(BEGINNING))
+    except OSError:
+        return False
+    return start == BEGINNING or {"stage", "key", "outputs"} <= (read_json_object(path) or {}).keys()
 
 
 def find_damage(folder: Path, *, content: bool = False) -> list[str]:
@@ -89,9 +123,10 @@ def differences(manifest: Manifest, folder: Path, *, content: bool = False) -> l
     problems = []
     for name, entry in manifest.outputs.items():
         path = folder / name
-        if not path.is_file():
+        size = path.stat().st_size if path.is_file() else None
+        if size is None:
             problems.append(f"{path} is missing")
-        elif (size := path.stat().st_size) != entry["size"]:
+        elif size != entry["size"]:
             problems.append(f"{path} has {size} bytes instead of {entry['size']}")
         elif content and file_sha256(path) != entry["sha256"]:
             problems.append(f"{path} has changed since it was made")
@@ -100,18 +135,27 @@ def differences(manifest: Manifest, folder: Path, *, content: bool = False) -> l
 
 def is_made(folder: Path, fields: Mapping[str, Any]) -> bool:
     """Whether a folder is whole and was made of exactly these key fields."""
-    manifest = read_manifest(folder)
+    manifest = find_manifest(folder)
     return manifest is not None and manifest.has_key_of(fields) and not differences(manifest, folder)
 
 
 def require_stage(folder: Path, stage: str) -> Manifest:
     """The manifest of a stage that must have run. Raises ArtifactError with the command that makes the folder."""
-    manifest = read_manifest(folder)
+    manifest, problems = inspect_folder(folder)
+    if problems:
+        raise ArtifactError(problems[0], f"run: tutor run --until {stage}")
     if manifest is None:
         raise ArtifactError(f"{folder} is not there", f"run: tutor run --until {stage}")
-    if problems := differences(manifest, folder):
-        raise ArtifactError(problems[0], f"run: tutor run --until {stage}")
     return manifest
+
+
+def inspect_folder(folder: Path, *, content: bool = False) -> tuple[Manifest | None, tuple[str, ...]]:
+    """The manifest of a folder, None when it is missing or damaged, and the damage as `find_damage` describes it."""
+    try:
+        manifest = read_manifest(folder)
+    except ArtifactError as error:
+        return None, (error.message,)
+    return manifest, tuple(differences(manifest, folder, content=content)) if manifest else ()
 
 
 def changed_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,8 @@ with checkpoints, `.checkpoints`, which stays until the stage is complete. Does 
 
 import contextlib
 import datetime
+import itertools
+import logging
 import os
 import platform
 from collections.abc import Iterator, Mapping
@@ -14,13 +16,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tutor.artifacts.disk import disk_fault, read_json_object, remove, sync, write_json
+from tutor.artifacts.disk import disk_fault, open_to_users, read_json_object, remove, sync, write_json
 from tutor.artifacts.hashing import HASHES, file_sha256, json_sha256, known_sha256
-from tutor.artifacts.manifest import MANIFEST, Manifest
+from tutor.artifacts.manifest import MANIFEST, Manifest, is_ours
 from tutor.errors import RecipeError
 
+log = logging.getLogger(__name__)
+
 PARTIAL = ".partial"
-OLD = ".old"
+OLD = ".replaced"
+"""Suffix of the former folder between the two renames of a swap."""
+ASIDE = ".aside"
+"""Suffix of a folder whose manifest is not readable as tutor's: it is kept, because it may be the user's."""
 CHECKPOINTS = ".checkpoints"
 LOG = ".log"
 RESUME = ".resume"
@@ -28,8 +35,12 @@ RESUME = ".resume"
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Raise RecipeError for a folder that no stage made: replacing or removing it would delete the user's files."""
-    if folder.is_dir() and not (folder / MANIFEST).exists() and any(folder.iterdir()):
+    """Raise RecipeError for a file, and for a folder that no stage made: replacing it would delete the user's files."""
+    if folder.is_symlink() or not folder.exists():
+        return
+    if not folder.is_dir():
+        raise RecipeError(f"{folder} was not made by tutor: it is a file", "give another --build, or move it away")
+    if not (folder / MANIFEST).exists() and any(folder.iterdir()):
         raise RecipeError(
             f"{folder} was not made by tutor: it holds files and no {MANIFEST}", "give another --build, or move it away"
         )
@@ -101,14 +112,17 @@ class _Clock:
 
 
 def seal_outputs(partial: Path) -> dict[str, dict[str, Any]]:
-    """Make every file readable (safetensors writes 0600), sync it, and return its size and hash by relative path."""
+    """Give every file the permissions of a new one (safetensors writes 0600), and sync it.
+
+    Return size and hash by relative path.
+    """
     outputs = {}
-    partial.chmod(0o755)
+    open_to_users(partial)
     for path in sorted(partial.rglob("*")):
         if path.is_relative_to(partial / RESUME):
             continue
         sha256 = known_sha256(path, partial / RESUME / HASHES)  # before chmod, which changes the file's state
-        path.chmod(0o755 if path.is_dir() else 0o644)
+        open_to_users(path)
         sync(path)
         if not path.is_dir():
             name = path.relative_to(partial).as_posix()
@@ -121,12 +135,22 @@ def _swap(partial: Path, folder: Path) -> None:
     """Replace the old folder by the new one; between the two renames the name is absent, never half written."""
     sync(partial)
     old = folder.with_name(folder.name + OLD)
-    if folder.exists():
+    if folder.is_symlink() or is_ours(folder):
         folder.rename(old)
+    elif folder.exists() and any(folder.iterdir()):
+        aside = free_path(folder.with_name(folder.name + ASIDE))
+        folder.rename(aside)
+        log.warning("the %s of %s is not tutor's, or damaged: the folder is now %s", MANIFEST, folder, aside)
     partial.rename(folder)
     sync(folder.parent)
     remove(old)
     remove(checkpoint_folder(folder))
+
+
+def free_path(path: Path) -> Path:
+    """The first of `path`, `path.2`, `path.3` ... that does not exist."""
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
+    return next(found for found in itertools.chain([path], numbered) if not os.path.lexists(found))
 
 
 def checkpoint_folder(folder: Path) -> Path:
@@ -135,7 +159,7 @@ def checkpoint_folder(folder: Path) -> Path:
 
 
 def _finish_interrupted_swap(folder: Path) -> None:
-    """Rename `.old`, which a kill between the two renames leaves, back to the folder's name."""
+    """Rename what a kill between the two renames leaves back to the folder's name."""
     old = folder.with_name(folder.name + OLD)
     if old.exists() and not folder.exists():
         old.rename(folder)

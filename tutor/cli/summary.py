@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from tutor.artifacts.layout import STAGE_FOLDERS, BuildFolder
-from tutor.artifacts.manifest import read_manifest
+from tutor.artifacts.manifest import find_manifest
 from tutor.graders.labels import LABELS
+from tutor.pipeline.recipe_folder import refuse_folder
 from tutor.prompt import display_text
 from tutor.recipe.settings import Recipe
 from tutor.stages.parity.gate import parity_table
@@ -28,10 +29,11 @@ TABLE_VERDICTS = ("passed", "spanish", "stopped", "code_block", "no_loop", "comp
 
 def collect(recipe: Recipe, build: Path) -> dict[str, Any]:
     """Collect the results of the stages that have run, by stage, and EXAMPLES prompts with their answers."""
+    refuse_folder(recipe, build)
     folder = BuildFolder(build, recipe.name)
     results: dict[str, Any] = {}
     for stage in STAGE_FOLDERS:
-        manifest = read_manifest(folder.stage(stage))
+        manifest = find_manifest(folder.stage(stage))
         if manifest is not None:
             results[stage] = {"seconds": manifest.seconds, **manifest.results}
     answers = folder.stage("evaluate") / "answers.json"

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 from tutor.artifacts.disk import remove
 from tutor.artifacts.hashing import cached_sha256, file_sha256, json_sha256
 from tutor.artifacts.layout import BuildFolder
-from tutor.artifacts.lock import locked
-from tutor.artifacts.manifest import Manifest, differences, read_manifest, require_stage
+from tutor.artifacts.manifest import Manifest, find_manifest, inspect_folder, read_manifest, require_stage
 from tutor.artifacts.provenance import SourceTree
-from tutor.artifacts.stage_folder import CHECKPOINTS, LOG, OLD, PARTIAL, checkpoint_folder, refuse_foreign, writing
+from tutor.artifacts.stage_folder import checkpoint_folder, writing
 from tutor.engines.llamacpp.build import build_key
 from tutor.errors import ArtifactError, GateError, RecipeError, TutorError
 from tutor.machine import distributed
+from tutor.pipeline.recipe_folder import held, refuse_folder
 from tutor.pipeline.registry import BY_NAME, Stage
 from tutor.recipe.settings import Recipe
 
@@ -52,10 +52,10 @@ class State:
     @property
     def condition(self) -> str:
         """missing, damaged, stale, refused (made, and its gate refused) or up to date."""
-        if self.manifest is None:
-            return "missing"
         if self.problems:
             return "damaged"
+        if self.manifest is None:
+            return "missing"
         if self.fields is None or not self.manifest.has_key_of(self.fields):
             return "stale"
         return "refused" if REFUSED in self.manifest.results else "up to date"
@@ -66,15 +66,15 @@ def inspect(
 ) -> list[State]:
     """Return the state of the named stages, in order; `names` must include the stages that they need.
 
-    `content` hashes every output instead of trusting its size.
+    `content` hashes every output instead of trusting its size. Raises RecipeError for the folder of another recipe.
     """
+    refuse_folder(recipe, build)
     states: dict[str, State] = {}
     made = BuildFolder(build, recipe.name)
     tree = SourceTree(made.hashes)
     for stage in (BY_NAME[name] for name in BY_NAME if name in names):
         folder = made.stage(stage.name)
-        manifest = read_manifest(folder)
-        problems = tuple(differences(manifest, folder, content=content)) if manifest else ()
+        manifest, problems = inspect_folder(folder, content=content)
         whole = all(states[need].manifest and not states[need].problems for need in stage.needs)
         fields, sources = key_fields(stage, recipe, made, states, tree) if whole else (None, {})
         states[stage.name] = State(stage, folder, manifest, fields, problems, sources)
@@ -94,7 +94,7 @@ def key_fields(
     manifests = {state.folder: state.manifest for state in states.values()}
     for name in stage.reads:
         path = made.path / name
-        if found := manifests[path] if path in manifests else read_manifest(path):
+        if found := manifests[path] if path in manifests else find_manifest(path):
             read = {name: value for name, value in asdict(found).items() if name != "sources"}
             fields[f"input.{name}"] = json_sha256(read)  # the report shows times and results, too
         elif path.is_file():
@@ -108,10 +108,10 @@ def key_fields(
 
 def stale_reasons(state: State) -> list[str]:
     """Return why a stage is not up to date, one line a reason; empty when it is."""
-    if state.manifest is None:
-        return [f"{state.folder} is not there"]
     if state.problems:
         return list(state.problems)
+    if state.manifest is None:
+        return [f"{state.folder} is not there"]
     if state.condition == "refused":
         return [str(state.manifest.results[REFUSED]["message"])]
     if state.fields is None:
@@ -128,7 +128,7 @@ def run_all(recipe: Recipe, build: Path, *, until: str | None = None) -> list[st
     names = list(BY_NAME)[: list(BY_NAME).index(until) + 1] if until else list(BY_NAME)
     ran: list[str] = []
     fits = False
-    with locked(BuildFolder(build, recipe.name).path):
+    with held(recipe, build):
         states = _states(recipe, build, names)
         for name in names:
             if states[name].condition in NOTHING_TO_DO:
@@ -170,7 +170,7 @@ def run_one(name: str, recipe: Recipe, build: Path) -> bool:
 
 def _run_on_main_process(stage: Stage, recipe: Recipe, build: Path) -> bool:
     name = stage.name
-    with locked(BuildFolder(build, recipe.name).path):
+    with held(recipe, build):
         states = _states(recipe, build, _with_needs(name))
         for need in stage.needs:
             require_stage(states[need].folder, need)
@@ -232,6 +232,8 @@ def _run(state: State, recipe: Recipe, build: Path) -> None:
     for need in stage.needs:  # a folder may have been removed since its stage ran
         require_stage(made.stage(need), need)
     assert state.fields is not None, f"{stage.name} lacks an input"
+    if state.condition == "damaged":
+        log.warning("%s: making %s again", state.problems[0], state.folder)
     scratch = writing(state.folder, stage.name, state.fields, sources=state.sources, resume=stage.resumes)
     with announced(stage.name, stage.about), scratch as (out, results):
         inputs = {need: made.stage(need) for need in stage.needs}
@@ -268,23 +270,3 @@ def announced(name: str, about: str) -> Iterator[None]:
         error.stage = error.stage or name
         raise
     log.info("%s: done", name, extra={"stage_done": name})
-
-
-def clean(recipe: Recipe, build: Path, names: tuple[str, ...]) -> list[Path]:
-    """Remove the folders of the named stages, or of all stages; return the removed paths."""
-    if unknown := [name for name in names if name not in BY_NAME]:
-        raise RecipeError(f"no stage {unknown[0]!r}; known: {', '.join(BY_NAME)}")
-    removed = []
-    with locked(BuildFolder(build, recipe.name).path):
-        for stage in (BY_NAME[name] for name in names or BY_NAME):
-            made = BuildFolder(build, recipe.name).stage(stage.name)
-            found = [made, *(sorted(made.parent.glob(stage.derived)) if stage.derived else ())]
-            ends = (PARTIAL, OLD, CHECKPOINTS, LOG)
-            for folder in found:
-                if not folder.name.endswith(ends):
-                    refuse_foreign(folder)
-            for path in (*found, *(made.with_name(made.name + end) for end in ends)):
-                if path.exists():
-                    remove(path)
-                    removed.append(path)
-    return removed

@@ -16,12 +16,12 @@ from typing import Any
 from tutor.artifacts import provenance
 from tutor.artifacts.disk import write_json
 from tutor.artifacts.layout import OLLAMA, STAGE_FOLDERS, BuildFolder
-from tutor.artifacts.lock import locked
 from tutor.artifacts.manifest import is_made, require_stage
 from tutor.artifacts.stage_folder import checkpoint_folder, log_folder, writing
 from tutor.engines.protocol import greedy
 from tutor.errors import ArtifactError, RecipeError
 from tutor.formats.rows.split_files import PROMPTS, TRAIN, read_split
+from tutor.pipeline.recipe_folder import held
 from tutor.pipeline.runner import announced
 from tutor.recipe.settings import Recipe
 from tutor.serving.builds import served_name
@@ -148,7 +148,7 @@ def _answers(recipe: Recipe, build: Path, choice: ModelChoice, label: str, paral
     folder = BuildFolder(build, recipe.name)
     generation = greedy(recipe.generate, recipe.seed)
     target = folder.evaluation(label)
-    with locked(folder.path):
+    with held(recipe, build):
         data = require_stage(folder.stage("data"), "data").fingerprint
         served = answer_dependencies(recipe, build, choice)
         if choice.engine == "ollama" and parallel > 1:

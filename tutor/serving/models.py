@@ -15,6 +15,7 @@ from tutor.artifacts.manifest import read_manifest, require_stage
 from tutor.artifacts.provenance import SourceTree
 from tutor.errors import ArtifactError, RecipeError
 from tutor.formats.models.served_quantization import served_quantization
+from tutor.pipeline.recipe_folder import refuse_folder
 from tutor.recipe.ollama_names import split_tag
 from tutor.serving.model_names import ModelChoice
 
@@ -31,8 +32,10 @@ def open_engine(
 
     `share` is the number of engines that run at a time; each gets its part of the cores. `log` is the file for the
     output of llama-server (None: server.log in the build folder).
-    Raises ArtifactError naming the missing stage, ServiceError for faults of a server.
+    Raises RecipeError for the folder of another recipe, ArtifactError naming the missing stage, ServiceError for
+    faults of a server.
     """
+    refuse_folder(recipe, build)
     folder = BuildFolder(build, recipe.name)
     if choice.engine == "ollama":
         from tutor.engines.ollama.engine import serve as serve_published

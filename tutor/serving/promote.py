@@ -18,6 +18,7 @@ from tutor.artifacts.layout import OLLAMA, BuildFolder
 from tutor.artifacts.manifest import read_manifest, require_stage
 from tutor.engines.ollama.client import Ollama, connect
 from tutor.errors import ArtifactError, GateError
+from tutor.pipeline.recipe_folder import refuse_folder
 from tutor.pipeline.registry import BY_NAME
 from tutor.pipeline.runner import require_gate_passed
 from tutor.recipe.settings import Recipe
@@ -87,6 +88,7 @@ def promote(
 
 def _promote(recipe: Recipe, build: Path, tag: str, *, host: str | None, force: bool) -> dict[str, Any]:
     """Compare a tag with `latest`, make it `latest` and record that. Raises GateError when refused and not forced."""
+    refuse_folder(recipe, build)
     folder = BuildFolder(build, recipe.name)
     name, _, new = tag.rpartition(":")
     with connect(host) as server:
@@ -138,6 +140,7 @@ def _compare_with_latest(
     recipe: Recipe, build: Path, tag: str, old: str | None, host: str | None
 ) -> tuple[str, str | None]:
     """Return the comparison of a tag with `latest` in one line, and the reason why it must not be served, or None."""
+    refuse_folder(recipe, build)
     folder = BuildFolder(build, recipe.name)
     name, _, new = tag.rpartition(":")
     if old is None:

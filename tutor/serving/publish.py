@@ -14,11 +14,11 @@ from typing import Any
 
 from tutor.artifacts.hashing import cached_sha256
 from tutor.artifacts.layout import OLLAMA_PARITY, BuildFolder
-from tutor.artifacts.lock import locked
 from tutor.artifacts.manifest import read_manifest, require_stage
 from tutor.artifacts.stage_folder import writing
 from tutor.engines.ollama.client import Ollama, connect
 from tutor.errors import ArtifactError, GateError
+from tutor.pipeline.recipe_folder import held
 from tutor.pipeline.registry import BY_NAME
 from tutor.pipeline.runner import announced, require_gate_passed
 from tutor.prompt import display_text
@@ -46,7 +46,7 @@ def publish(
     server, GateError when the server would serve another model than the trained one.
     """
     folder = BuildFolder(build, recipe.name)
-    with locked(folder.path), announced("publish", "publish the model to Ollama and check it"):
+    with held(recipe, build), announced("publish", "publish the model to Ollama and check it"):
         made, reference = _folder_of("modelfile", recipe, folder), _reference(recipe, folder)
         with connect(host) as server:
             server.wait_ready(wait)  # before gigabytes are hashed in vain
@@ -92,7 +92,7 @@ def compare_published(recipe: Recipe, build: Path, *, host: str | None = None) -
     stage, ServiceError when the model is missing.
     """
     folder, name = BuildFolder(build, recipe.name), builds.served_name(recipe)
-    with locked(folder.path), connect(host) as server:
+    with held(recipe, build), connect(host) as server:
         reference = _reference(recipe, folder)
         version, found = server.version(), builds.model_digest(server, name)
         served = {"model": name, "host": server.host, "version": version, "digest": found or ""}

@@ -125,11 +125,13 @@ def parity_command(context: click.Context, host: str | None, recipe_path: Path, 
 @recipe_option
 @json_option
 def clean_command(stages: tuple[str, ...], recipe_path: Path, build: Path, *, as_json: bool) -> None:
-    """Delete the outputs of STAGES (all when none is named)."""
-    from tutor.pipeline import runner
+    """Delete the outputs of STAGES (all when none is named), and nothing that tutor did not make."""
+    from tutor.pipeline.cleaning import clean
 
-    removed = [str(path) for path in runner.clean(load_recipe(recipe_path), build, stages)]
-    print_result({"removed": removed}, [f"removed {path}" for path in removed], as_json=as_json)
+    cleaned = clean(load_recipe(recipe_path), build, stages)
+    value = {"removed": list(map(str, cleaned.removed)), "left": {str(path): why for path, why in cleaned.left.items()}}
+    lines = [f"removed {path}" for path in cleaned.removed]
+    print_result(value, [*lines, *(f"left {path}: {why}" for path, why in cleaned.left.items())], as_json=as_json)
 
 
 def _stage_command(stage: str, command: str, about: str) -> click.Command:

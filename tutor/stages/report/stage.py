@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutor.artifacts.layout import OLLAMA_EVALUATION, PUBLISHED_MERGED
-from tutor.artifacts.manifest import read_manifest
+from tutor.artifacts.manifest import find_manifest
 from tutor.errors import ArtifactError
 from tutor.formats.html import render_page
 from tutor.formats.models.model_folder import load_tokenizer, read_facts
@@ -60,7 +60,7 @@ def page(outputs: StageOutputs, values: Mapping[str, Any] | None = None) -> str:
 
 def gather(name: str, model: str, system: str, inputs: Mapping[str, Path]) -> StageOutputs:
     """Read the outputs of the stages from their folders."""
-    manifests = {folder: manifest for folder, path in inputs.items() if (manifest := read_manifest(path)) is not None}
+    manifests = {folder: manifest for folder, path in inputs.items() if (manifest := find_manifest(path)) is not None}
     evaluated = inputs["eval" if "eval" in manifests else OLLAMA_EVALUATION]
     answers = _json(evaluated / "answers.json", "tutor eval")
     labels, no_labels = _labels(inputs, manifests, system)
