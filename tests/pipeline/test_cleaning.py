@@ -59,7 +59,7 @@ APP = json.dumps({"name": "Mi aplicación", "icons": [], "start_url": "/"})
         ("report/manifest.json", "its manifest.json is not tutor's"),
         ("gguf/mine.gguf", "it has no manifest.json"),
         ("eval.log/notes.txt", "tutor writes no notes.txt"),
-        ("eval-notes.md", "it is a file"),
+        ("eval-notes.txt", "it is a file"),
         ("data.aside/notes.txt", None),
     ],
 )

@@ -48,7 +48,7 @@ def test_second_recipe_of_a_name_is_refused_by_both_paths(recipe_file, build, tm
 
 def test_recipe_takes_the_folder_that_was_cleaned(recipe_file, build, tmp_path):
     use(recipe_file, build)
-    (build / "small" / "eval-notes.md").touch()
+    (build / "small" / "eval-notes.txt").touch()
     clean(read_recipe(recipe_file), build, ())
     other = copy_of(recipe_file, tmp_path / "other")
     use(other, build)

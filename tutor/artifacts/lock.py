@@ -18,8 +18,10 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from tutor.artifacts.disk import host_fault, read_json_object, write_json
 from tutor.errors import HostError, LockError
 
-LOCK, SOFT_LOCK = ".lock", ".lock.soft"
-"""Files that hold the lock: by the kernel, and by existing, on a file system that has no locks."""
+LOCK = ".lock"
+"""File that the kernel locks."""
+SOFT_LOCK = ".lock.soft"
+"""File that is the lock by existing, on a file system that has no locks."""
 HOLDER = ".lock.json"
 """File that names the holder, for the message of another run."""
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})

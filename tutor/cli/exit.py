@@ -17,7 +17,6 @@ from typing import NoReturn
 
 import click
 
-from tutor.artifacts.disk import host_fault
 from tutor.errors import HostError, TutorError
 from tutor.formats import terminal
 from tutor.machine import distributed
@@ -83,6 +82,8 @@ def _call(command: click.Command, name: str, arguments: list[str]) -> object:
     try:
         return command.main(arguments, prog_name=name, standalone_mode=False)
     except OSError as error:
+        from tutor.artifacts.disk import host_fault
+
         fault = host_fault(error, Path(os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "."))
         if fault is None:
             raise
