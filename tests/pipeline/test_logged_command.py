@@ -1,4 +1,4 @@
-"""A command of the stack whose log, or whose terminal, cannot be written is ended with its container."""
+"""A command of the stack whose log cannot be written is ended with its container."""
 
 import os
 import shutil
@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 from support.fakes.docker import Host
-from support.processes.command import ROOT
-from support.processes.waiting import wait_for
 
 from tutor.pipeline import compose, logged_command
 from tutor.pipeline.logged_command import LogError, run_logged
@@ -79,23 +77,6 @@ def test_run_all_with_a_full_disk_stops_the_container(host: Host, recipe, tmp_pa
         compose.run_all(recipe, tmp_path / "build")
     container = f"tutor-trainer-{os.getpid()}"
     assert host.calls[-2:] == [f"docker stop --time 180 {container}", f"docker rm --force {container}"]
-
-
-def test_run_all_with_a_closed_terminal_stops_the_container(host: Host, recipe, tmp_path):
-    """`make all 2>&1 | head` closes both."""
-    host.answer("--name tutor-trainer", seconds=60, stderr="training\n" * 20_000)
-    code = (
-        "import pathlib, sys\nfrom tutor.cli.progress import log_on_stderr\nfrom tutor.pipeline import compose\n"
-        "from tutor.recipe.reading import read_recipe\nwith log_on_stderr():\n"
-        "    compose.run_all(read_recipe(pathlib.Path(sys.argv[1])), pathlib.Path(sys.argv[2]))"
-    )
-    where = [str(recipe.path), str(tmp_path / "build")]
-    with subprocess.Popen([sys.executable, "-c", code, *where], cwd=ROOT, stderr=subprocess.PIPE) as process:
-        assert process.stderr is not None
-        assert any(b"training" in line for line in process.stderr)
-        process.stderr.close()  # more was written than the pipe holds
-        process.wait(20)
-    wait_for(lambda: host.calls[-1] == f"docker rm --force tutor-trainer-{process.pid}")
 
 
 def test_run_all_makes_its_folder_the_recipes(host: Host, recipe, tmp_path):

@@ -182,15 +182,11 @@ def run_service(stack: Stack, name: str, token: Path | None = None) -> dict[str,
 
 @contextlib.contextmanager
 def _stopped(container: str) -> Iterator[None]:
-    """Stop the container when Ctrl-C, SIGTERM, a closed terminal or a full disk ends the block.
-
-    Compose would leave it running.
-    """
+    """Stop the container when Ctrl-C, a signal or a full disk ends the block; Compose would leave it running."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, BrokenPipeError, LogError):
-        with contextlib.suppress(BrokenPipeError):
-            log.warning("stopping %s: this may take some minutes, because a training saves a checkpoint", container)
+    except (KeyboardInterrupt, SystemExit, LogError):
+        log.warning("stopping %s: this may take some minutes, because a training saves a checkpoint", container)
         for command in (("stop", "--time", STOP_TIMEOUT), ("rm", "--force")):
             subprocess.run(["docker", *command, container], capture_output=True, start_new_session=True, check=False)
         raise

@@ -48,8 +48,6 @@ def run_logged(name: str, command: Sequence[str], environment: Mapping[str, str]
             out.seek(0)
             text = out.read()
             kept.write(clean(text))
-    except BrokenPipeError:  # the terminal's, not the log's
-        raise
     except OSError as error:
         fault = host_fault(error, path)
         message, hint = (fault.message, fault.hint) if fault else (f"{path}: {error.strerror}", None)
