@@ -16,6 +16,8 @@ from support.files import write_rows
 from support.models.gguf_bytes import facts
 from support.models.small_weights import (
     ATTENTION,
+    NAMES,
+    SHAPES,
     permuted_for_llamacpp,
     random_weights,
     trained_weights,
@@ -166,6 +168,68 @@ def test_missing_inputs_are_unknown_with_a_reason(built: Built, tmp_path: Path) 
     assert unknown == {"file", "weights", "data.sha256", "adapter.sha256", "merged.sha256", "base.sha256"}
     assert "adapter" in rows["adapter.sha256"].computed
     assert not verify.wrong_rows(list(rows.values()))
+    assert not verify.is_shown(list(rows.values())), "the hashes that a file records show nothing of its tensors"
+
+
+@pytest.mark.parametrize(
+    ("conditions", "shown"),
+    [
+        ([("file", "ok"), ("weights", "unknown"), ("merged.sha256", "unknown")], True),
+        ([("file", "unknown"), ("weights", "ok")], True),
+        ([("file", "unknown"), ("weights", "unknown"), ("merged.sha256", "ok"), ("base", "ok")], False),
+        ([("file", "ok"), ("weights", "ok"), ("adapter file", "unknown"), ("adapter weights", "unknown")], False),
+        ([("file", "unknown"), ("adapter file", "ok"), ("adapter weights", "ok")], False),
+        ([("file", "unknown")], False),
+        ([("version", "ok")], False),
+        ([], False),
+    ],
+)
+def test_origin_is_shown_only_by_the_bytes_of_every_file(conditions: list[tuple[str, Any]], shown: bool) -> None:  # noqa: FBT001
+    assert verify.is_shown([verify.Row(what, condition, "", "") for what, condition in conditions]) is shown
+
+
+DTYPES = {"BOOL": 8, "I8": 8, "U8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
+DTYPES |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32}
+DTYPES |= {"F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F3": 3}
+"""Bits a number by the names of the safetensors format, and a name that it does not have."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_source_of_any_dtype_is_compared_or_unknown(built: Built, dtype: str) -> None:
+    size = 64 * DTYPES[dtype] // 8
+    entry = {"dtype": dtype, "shape": [64], "data_offsets": [0, size]}
+    header = json.dumps({"model.norm.weight": entry}).encode()
+    path = built.folder / "merged" / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * size)
+    found = built.conditions(built.gguf())
+    assert found["weights"] == ("wrong" if dtype in ("F16", "BF16", "F32") else "unknown")
+
+
+@pytest.mark.parametrize("kind", ["F64", "I8", "I16", "I32", "I64", "Q8_1"])
+@pytest.mark.parametrize("labelled", ["F16", "Q8_0"])
+def test_tensor_of_any_type_is_compared(built: Built, tmp_path: Path, kind: str, labelled: str) -> None:
+    """No file of llama.cpp has such weights: llama.cpp itself keeps a few small tables in them."""
+    type_ = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[type_]
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{labelled}"])
+    for key, value in built.metadata.items():
+        writer.add_string(key, value)
+    for name, shape in SHAPES.items():
+        rows = np.full((*shape[:-1], shape[-1] // block * size), 1, np.uint8)
+        writer.add_tensor(NAMES[name], rows, raw_shape=rows.shape, raw_dtype=type_)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert built.conditions(tmp_path / "a.gguf")["weights"] == "wrong"
+
+
+def test_file_that_changes_while_it_is_verified_is_refused(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = built.gguf()
+    monkeypatch.setattr(verify, "_weights_row", lambda *_: (path.touch(), verify.Row("weights", "ok", "", ""))[1])
+    with pytest.raises(ArtifactError, match=r"tutor-Q8_0\.gguf changed while it was read"):
+        built.conditions(path)
 
 
 def test_damaged_weights_are_unknown_and_their_hash_is_wrong(built: Built) -> None:
@@ -296,6 +360,9 @@ def test_verify_command_exits_5_when_a_row_is_wrong(built: Built, tutor: Run) ->
     assert "data.sha256" in bad.stderr
     assert {row["what"]: row["condition"] for row in json.loads(bad.stdout)}["data.sha256"] == "wrong"
     assert tutor("verify", "gone.gguf", *where).returncode == 2
+    elsewhere = tutor("verify", built.gguf(), "-r", built.path, "-b", built.build / "x")
+    assert (elsewhere.returncode, elsewhere.stderr.count("\n")) == (8, 1)
+    assert "nothing shows that" in elsewhere.stderr
 
 
 def test_row_lines_shorten_hashes_and_name_unchecked_values() -> None:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tutor.artifacts.hashing import file_sha256
+from tutor.artifacts.hashing import file_sha256, file_state
 from tutor.artifacts.layout import LORA, STAGE_FOLDERS, BuildFolder
 from tutor.artifacts.manifest import read_manifest
 from tutor.engines.ollama.client import connect
@@ -45,14 +45,21 @@ class Row:
 
 
 def verify_file(path: Path, recipe: Recipe, build: Path) -> list[Row]:
-    """Return the rows of a GGUF file. Raises ArtifactError for a damaged file or one without a recorded origin."""
+    """Return the rows of a GGUF file.
+
+    Raises ArtifactError for a damaged file, one without a recorded origin, or one that changes meanwhile.
+    """
+    state = file_state(path)
     gguf = read_gguf(path)
     recorded = lineage.from_fields(gguf.fields)
     if not recorded:
         raise ArtifactError(f"{path} does not record its origin", "was it made by another program than tutor convert?")
     folder = BuildFolder(build, recipe.name)
     known = _file_row("file", file_sha256(path), folder, _recorded_files(folder))
-    return [known, _weights_row("weights", path, gguf, folder), *_lineage_rows(recorded, recipe, folder)]
+    weights = _weights_row("weights", path, gguf, folder)
+    if file_state(path) != state:
+        raise ArtifactError(f"{path} changed while it was read", "run again when no other program writes it")
+    return [known, weights, *_lineage_rows(recorded, recipe, folder)]
 
 
 def verify_model(model: str, host: str | None, recipe: Recipe, build: Path) -> list[Row]:
@@ -193,6 +200,20 @@ def _base_folder(folder: BuildFolder) -> Path:
 def wrong_rows(rows: Sequence[Row]) -> list[Row]:
     """Return the rows whose condition is wrong."""
     return [row for row in rows if row.condition == "wrong"]
+
+
+def is_shown(rows: Sequence[Row]) -> bool:
+    """Return whether the bytes of every file were compared: its sha256, or its tensors, with those of the build folder.
+
+    The other rows compare what the file records, which any program can write into it.
+    """
+    shown: list[bool] = []
+    for row in rows:
+        if row.what.endswith("file"):
+            shown.append(row.condition == "ok")
+        elif row.what.endswith("weights") and shown:  # those of the file in the row before
+            shown[-1] |= row.condition == "ok"
+    return bool(shown) and all(shown)
 
 
 def row_lines(rows: Sequence[Row]) -> list[str]:

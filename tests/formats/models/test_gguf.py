@@ -1,12 +1,14 @@
 """formats/models/gguf.py: reading of whole, damaged and truncated GGUF files."""
 
 import struct
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from support.models.gguf_bytes import ARCHITECTURE, field, tensor, text, whole
 
 from tutor.errors import ArtifactError
+from tutor.formats.models import gguf
 from tutor.formats.models.gguf import Tensor, read_gguf
 
 
@@ -47,6 +49,10 @@ DAMAGED = {
     "string of another encoding": whole((field("a", 8, struct.pack("<Q", 2) + b"\xff\xfe"),)),
     "huge array of numbers": whole((field("a", 9, struct.pack("<IQ", 5, 1 << 40)),)),
     "huge array of strings": whole((field("a", 9, struct.pack("<IQ", 8, 1 << 40)),)),
+    "more texts than the limit": whole((field("a", 9, struct.pack("<IQ", 8, 5) + 5 * text("")),)),
+    "texts longer than the limit": whole((field("a", 8, text(70 * "x")), field("b", 8, text(70 * "x")))),
+    "more values than the limit": whole(tuple(field(str(number), 0, b"1") for number in range(9))),
+    "more tensors than the limit": whole(tensors=tuple(tensor(str(number)) for number in range(9))),
     "array in an array": whole((field("a", 9, struct.pack("<IQ", 9, 1)),)),
     "unknown type": whole((field("a", 77, b""),)),
     "empty key": whole((field("", 4, b"\0" * 4),)),
@@ -72,14 +78,46 @@ DAMAGED = {
 }
 
 
+LIMITS = {"MAX_TEXTS": 4, "MAX_TEXT_BYTES": 120, "MAX_FIELDS": 8, "MAX_TENSORS": 8}
+"""Limits of these tests; the files above that have other faults stay below them."""
+
+
 @pytest.mark.parametrize("fault", DAMAGED)
 @pytest.mark.timeout(5)
-def test_damaged_file_raises_artifact_error_with_its_name(tmp_path: Path, fault: str) -> None:
+def test_damaged_file_raises_artifact_error_with_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    if "the limit" in fault:
+        for name, value in LIMITS.items():
+            monkeypatch.setattr(gguf, name, value)
     (tmp_path / "a.gguf").write_bytes(DAMAGED[fault])
     with pytest.raises(ArtifactError, match=r"a\.gguf is no whole GGUF: .") as raised:
         read_gguf(tmp_path / "a.gguf")
     assert raised.value.code == 5
     assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 300 + len(str(tmp_path))
+
+
+def test_array_of_numbers_takes_no_memory_until_used(tmp_path: Path) -> None:
+    """The array is three times as large as this machine's memory may be: a sparse file."""
+    path, count = tmp_path / "a.gguf", 3 << 30
+    with path.open("wb") as file:
+        file.write(struct.pack("<4sIQQ", b"GGUF", 3, 1, 1) + field("n", 9, struct.pack("<IQ", 1, count)))
+        file.seek(count - 1, 1)
+        file.write(b"\x85" + tensor())
+        file.write(b"\0" * (-file.tell() % 32 + 32))
+    tracemalloc.start()
+    try:
+        numbers = read_gguf(path).fields["n"]
+        assert (len(numbers), numbers[-1], numbers[:2], str(numbers)) == (count, -123, [0, 0], f"{count} numbers")
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_empty_array_of_numbers_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(whole((field("n", 9, struct.pack("<IQ", 5, 0)),)))
+    assert read_gguf(tmp_path / "a.gguf").fields == {"n": []}
 
 
 def test_file_truncated_anywhere_raises_artifact_error(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import click
 
 from tutor.cli.exit import print_error
 from tutor.cli.options import host_option, json_option, load_recipe, print_result, progress_on_stderr, recipe_option
-from tutor.errors import ArtifactError
+from tutor.errors import ArtifactError, GateError
 from tutor.formats import terminal
 
 
@@ -115,7 +115,8 @@ def verify_command(
 
     One row each for the file's own sha256, its tensors compared with the weights that it was made of, the hashes of
     rows, recipe, adapter, merged weights and base, and the software. ok: equal. wrong: not equal. other: software
-    versions differ (allowed). unknown: cannot be recomputed here; the reason follows. Exit 5 when a row is wrong.
+    versions differ (allowed). unknown: cannot be recomputed here; the reason follows. Exit 5 when a row is wrong, 8 when
+    neither the sha256 nor the tensors of a file could be compared: then nothing shows its origin.
     """
     from tutor.serving import verify
 
@@ -130,3 +131,7 @@ def verify_command(
         # The rows are the result and already on stdout: with --json they stay the only document there.
         hint = "give the --recipe and --build that it was made with"
         context.exit(print_error(message, ArtifactError.code, hint, as_json=False))
+    if not verify.is_shown(rows):
+        message = f"nothing shows that {what} was made from this recipe and build: its bytes were compared with nothing"
+        hint = "give the --build that it was made in, with its gguf/ or merged/"
+        context.exit(print_error(message, GateError.code, hint, as_json=False))

@@ -16,6 +16,7 @@ from tutor.formats.models.gguf import Gguf, Tensor
 from tutor.formats.models.safetensors import WEIGHTS, Stored, folder_weights, read_header
 
 if TYPE_CHECKING:
+    import gguf
     import numpy as np
     from numpy.typing import NDArray
 
@@ -29,6 +30,8 @@ COMPUTED = ("rope_freqs.weight",)
 """Tensors that the converter computes from config.json, so that no folder holds them."""
 FORMS = {"F16": "<f2", "BF16": "<u2", "F32": "<f4"}
 """numpy's type by safetensors' name; numpy has no bfloat16."""
+PLAIN = {"F64": "<f8", "I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
+"""numpy's type by GGUF's name, for the types that the gguf package does not dequantize."""
 
 
 @dataclass(frozen=True)
@@ -136,11 +139,16 @@ def error_sums(
     path: Path, gguf: Gguf, weights: Mapping[str, Weight], base: Mapping[str, Weight] | None = None
 ) -> dict[str, ErrorSums]:
     """Compare a sample of each tensor of a quantized file with the folder's and, where given, with the base's."""
+    import numpy as np
+
     found = {}
     for name, weight in weights.items():
         rows = _sampled(weight.tensor.shape)
         ours, theirs = _folder_rows(weight, rows), file_rows(path, gguf.tensors[name], rows)
-        error = theirs - ours
+        with np.errstate(
+            invalid="ignore"
+        ):  # infinite minus infinite; the error is then no number, and over every limit
+            error = theirs - ours
         moved = ours - _folder_rows(base[name], rows) if base else None
         found[name] = ErrorSums(
             kind=gguf.tensors[name].kind,
@@ -202,5 +210,18 @@ def file_rows(path: Path, tensor: Tensor, rows: "NDArray[np.intp]") -> "Numbers"
     block, size = gguf.GGML_QUANT_SIZES[kind]
     length, count = tensor.shape[0], math.prod(tensor.shape[1:])
     stored = np.memmap(path, np.uint8, "r", tensor.start, (count, length // block * size))
-    read: Numbers = gguf.dequantize(stored[rows], kind).astype(np.float32, copy=False)
+    data = stored[rows]
+    numbers = data.view(PLAIN[tensor.kind]) if tensor.kind in PLAIN else _dequantized(data, kind)
+    with np.errstate(over="ignore"):
+        read: Numbers = numbers.astype(np.float32, copy=False)
     return read.reshape(len(rows), length)
+
+
+def _dequantized(data: "NDArray[np.uint8]", kind: "gguf.GGMLQuantizationType") -> "Numbers":
+    import gguf
+
+    try:
+        read: Numbers = gguf.dequantize(data, kind)
+    except NotImplementedError:
+        raise ArtifactError(f"the gguf package cannot read numbers of type {kind.name}") from None
+    return read
