@@ -51,3 +51,10 @@ def test_divergence_without_shared_candidates_is_large() -> None:
     sure = {1: math.log(0.98), 2: math.log(0.01)}
     other = {7: math.log(0.98), 8: math.log(0.01)}
     assert divergence(sure, other) > 3
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1000.0])
+def test_divergence_of_no_probability_is_nan(value: float) -> None:
+    known, other = {1: -0.1, 2: -3.0}, {1: -0.1, 2: value}
+    assert math.isnan(divergence(known, other))
+    assert math.isnan(divergence(other, known))

@@ -17,6 +17,8 @@ EOS_TEXT = ""
 """Text of the step for EOS; no other step is empty."""
 MIN_REST = 1e-4
 """Lower bound of the probability mass outside the top candidates; less is rounding."""
+MAX_EXPONENT = 700.0
+"""Upper bound of a natural logarithm whose exponential is a float."""
 Key = TypeVar("Key")
 Candidates = tuple[tuple[str, float], ...]
 """Texts and their natural-log probabilities, best first; equal texts (parts of characters) are merged."""
@@ -45,6 +47,12 @@ class Step:
     def margin(self) -> float | None:
         """Log-probability of the best candidate minus that of the second one, in nats; None when unknown."""
         return self.top[0][1] - self.top[1][1] if len(self.top) > 1 else None
+
+    def distance(self, other: "Step") -> float | None:
+        """Log-probability of the best candidate minus that of another step's text, in nats; None when unknown."""
+        text = other.text if other.tokens == 1 else ""  # its first token is a part of a character
+        found = dict(self.top).get(text)
+        return None if found is None else self.top[0][1] - found
 
 
 @dataclass(frozen=True)
@@ -97,8 +105,10 @@ def divergence(reference: Mapping[Key, float], other: Mapping[Key, float]) -> fl
     """KL(reference || other) in nats over the reference's candidates, with all other tokens as one.
 
     A candidate that `other` lacks gets the log-probability of the last candidate in `other`: the result is a lower
-    estimate.
+    estimate. NaN where a value is not finite, or no logarithm of a number.
     """
+    if not all(math.isfinite(value) and value < MAX_EXPONENT for side in (reference, other) for value in side.values()):
+        return math.nan
     last = min(other.values())
     pairs = [(logprob, other.get(key, last)) for key, logprob in reference.items()]
     rests = [max(1.0 - math.fsum(math.exp(pair[side]) for pair in pairs), MIN_REST) for side in (0, 1)]

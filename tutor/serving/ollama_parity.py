@@ -15,7 +15,7 @@ from tutor.engines.ollama.trace import trace
 from tutor.errors import ArtifactError
 from tutor.prompt import Message
 from tutor.stages.parity.compare import Comparison, Observation
-from tutor.stages.parity.gate import SAME_FILE, HandOff, hand_off
+from tutor.stages.parity.gate import MODEL, SAME_FILE, HandOff, hand_off
 from tutor.stages.parity.record import REFERENCE, from_record
 
 log = logging.getLogger(__name__)
@@ -56,13 +56,13 @@ def compare_model(reference: Reference, server: Ollama, model: str, *, same_file
     """
     ours = [item if same_file else _without_answer(item) for item in reference.seen]
     theirs = list(_observe(reference, server, model, same_file=same_file))
-    return hand_off("publish", (reference.engine, "Ollama"), (ours, theirs), SAME_FILE)
+    return hand_off("publish", (reference.engine, "Ollama"), (ours, theirs), SAME_FILE, answers=same_file)
 
 
 def compare_digest(engine: str, found: str, wanted: str) -> HandOff:
     """Compare the digest of a model with that of the published one. With another digest no answer is compared."""
     what = "" if found == wanted else f"its digest is {found[:12]}, published was {wanted[:12]}"
-    return HandOff("publish", engine, "Ollama", (Comparison("model", not what, {}, what),), SAME_FILE)
+    return HandOff("publish", engine, "Ollama", (Comparison(MODEL, not what, {}, what),), SAME_FILE)
 
 
 def _observe(reference: Reference, server: Ollama, model: str, *, same_file: bool) -> Iterator[Observation]:

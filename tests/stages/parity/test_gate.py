@@ -1,5 +1,7 @@
 """stages/parity/gate.py: budgets, the refusal with its cause, the table, and the gate in the pipeline."""
 
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,44 @@ def test_every_difference_of_every_hand_off_has_a_cause(kind: Any, check: str) -
     refused = refusal([HandOff(kind, "a", "b", (Comparison(check, ok=False, figures={}, what="x"),), TIGHT)])
     assert refused is not None
     assert refused["hint"].startswith("most likely: ")
+
+
+@pytest.mark.parametrize("kind", ["merge", "convert", "quantize", "publish"])
+@pytest.mark.parametrize(
+    ("silent", "what"),
+    [({"scored": None, "trace": None}, "log-probabilities"), ({"prompt": None, "ids": None, "tokens": None}, "tokens")],
+)
+def test_hand_off_that_shows_nothing_is_refused(kind: Any, silent: dict[str, Any], what: str) -> None:
+    item = compared(kind, observation(**silent))
+    assert item.state == "diverges"
+    refused = refusal([item])
+    assert refused is not None
+    assert refused["message"] == f"a -> b ({kind}) is not shown: of its {what} nothing could be compared"
+    assert refused["hint"]
+
+
+def test_hand_off_with_a_number_that_is_none_is_refused() -> None:
+    item = compared("quantize", observation(scored=scored(-0.5, math.nan)))
+    json.dumps(item.record(), allow_nan=False)
+    refused = refusal([item])
+    assert refused is not None
+    assert "which must be finite" in refused["message"]
+    parity_table([item.record()])
+
+
+def test_no_hand_off_is_refused() -> None:
+    refused = refusal([])
+    assert refused is not None
+    assert "no two engines were compared" in refused["message"]
+
+
+def test_table_names_what_was_not_compared() -> None:
+    item = hand_off(
+        "publish", ("a", "b"), ([observation()], [observation(scored=None, trace=None)]), TIGHT, answers=False
+    )
+    assert item.state == "same"
+    assert item.record()["not_compared"] == ["log-probabilities", "greedy answer", "end"]
+    assert parity_table([item.record()])[1].endswith("not compared: log-probabilities, greedy answer, end")
 
 
 def test_table_lists_a_hand_off_that_was_not_checked() -> None:

@@ -115,8 +115,8 @@ def verify_command(
 
     One row each for the file's own sha256, its tensors compared with the weights that it was made of, the hashes of
     rows, recipe, adapter, merged weights and base, and the software. ok: equal. wrong: not equal. other: software
-    versions differ (allowed). unknown: cannot be recomputed here; the reason follows. Exit 5 when a row is wrong, 8 when
-    neither the sha256 nor the tensors of a file could be compared: then nothing shows its origin.
+    versions differ (allowed). unknown: cannot be recomputed here; the reason follows. Exit 5 when a row is wrong; 8
+    when neither the sha256 nor the tensors of a file could be compared, so that nothing shows its origin.
     """
     from tutor.serving import verify
 

@@ -1,12 +1,13 @@
 """Compare two engines conversation by conversation. Pure.
 
 In: the observations of both engines, for equal conversations. Out: one `Comparison` a subject, from cause to effect:
-prompts, their tokens, log-probabilities, greedy answers, their ends. Chooses no tolerance.
+prompts, their tokens, log-probabilities, greedy answers, their ends. A subject that must be shown and of which nothing
+could be compared is a difference. Chooses no tolerance.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tutor.engines.trace import EOS_TEXT, Step, Trace, divergence
@@ -46,24 +47,38 @@ class Comparison:
     figures: dict[str, float]
     what: str = ""  # the first difference, with both sides
 
+    @property
+    def compared(self) -> bool:
+        """Whether there was a value that both engines have."""
+        return self.figures.get("of", self.figures.get("tokens", 0.0)) > 0
+
 
 FIGURE_NAMES = {"kl": "KL", "mean": "mean difference", "worst": "worst difference"}
 """Names of the limited figures in messages."""
 
 
+NOTHING = "nothing could be compared"
+"""Text of a comparison without a value that both engines have."""
+
+
 def compare_engines(
-    ours: Sequence[Observation], theirs: Sequence[Observation], tolerance: Tolerance
+    ours: Sequence[Observation], theirs: Sequence[Observation], tolerance: Tolerance, *, answers: bool = True
 ) -> list[Comparison]:
-    """Return the comparisons of two engines; no figure counts a value that one side lacks."""
+    """Return the comparisons of two engines; no figure counts a value that one side lacks.
+
+    The prompts must be shown to be equal, as texts or as tokens, and with `answers` the weights: by a log-probability
+    that both have, or by equal greedy answers.
+    """
     pairs = list(zip(ours, theirs, strict=True))
     assert all(a.name == b.name for a, b in pairs), "the same conversations"
-    return [
-        _prompts(pairs),
-        _tokens(pairs),
-        _logprobs(pairs, tolerance),
-        _greedy(pairs, tolerance.margin),
-        _ends(pairs, tolerance.margin),
-    ]
+    prompts, tokens = _prompts(pairs), _tokens(pairs)
+    logprobs, greedy = _logprobs(pairs, tolerance), _greedy(pairs, tolerance.margin)
+    if not prompts.compared and not tokens.compared:
+        tokens = replace(tokens, ok=False, what=NOTHING)
+    all_equal = greedy.compared and greedy.figures["equal"] == greedy.figures["of"]
+    if answers and greedy.ok and not logprobs.compared and not all_equal:
+        logprobs = replace(logprobs, ok=False, what=NOTHING)
+    return [prompts, tokens, logprobs, greedy, _ends(pairs, tolerance.margin)]
 
 
 Pair = tuple[Observation, Observation]
@@ -115,6 +130,16 @@ class ComparedToken:
     theirs: float
     kl: float | None
 
+    @property
+    def difference(self) -> float:
+        """Difference of the log-probabilities in nats, without its sign."""
+        return abs(self.ours - self.theirs)
+
+    @property
+    def finite(self) -> bool:
+        """Whether all its values are numbers."""
+        return all(math.isfinite(value) for value in (self.ours, self.theirs, self.kl or 0.0))
+
 
 def _compared_tokens(pairs: Sequence[Pair]) -> Iterator[ComparedToken]:
     for a, b in pairs:
@@ -129,25 +154,44 @@ def _compared_tokens(pairs: Sequence[Pair]) -> Iterator[ComparedToken]:
                     kl = divergence(dict(x.top), dict(y.top)) if x.top and y.top else None
                     yield ComparedToken(f"«{a.name}», step {number} ({x.text!r})", x.logprob, y.logprob, kl)
                 if x.text != y.text:
+                    yield from _at_difference(f"«{a.name}», step {number}", x, y)
                     break
+
+
+def _at_difference(where: str, x: Step, y: Step) -> Iterator[ComparedToken]:
+    """Compare the candidates of the first different step: the text before it is equal.
+
+    Compared is the best token of one side that is a candidate of the other side too.
+    """
+    if x.top and y.top:
+        ours, theirs = dict(x.top), dict(y.top)
+        common = [text for text in (x.top[0][0], y.top[0][0]) if text in ours and text in theirs]
+        for text in common[:1]:
+            yield ComparedToken(f"{where} ({text!r})", ours[text], theirs[text], divergence(ours, theirs))
 
 
 def _logprobs(pairs: Sequence[Pair], tolerance: Tolerance) -> Comparison:
     tokens = list(_compared_tokens(pairs))
     if not tokens:
         return Comparison("log-probabilities", ok=True, figures={"tokens": 0.0})
+    if broken := next((token for token in tokens if not token.finite), None):
+        what = f"at {broken.where} {broken.ours} and {broken.theirs} (KL {broken.kl}), which must be finite"
+        return Comparison("log-probabilities", ok=False, figures={"tokens": float(len(tokens))}, what=what)
     kls = [token.kl for token in tokens if token.kl is not None]
-    worst = max(tokens, key=lambda token: abs(token.ours - token.theirs))
+    worst = max(tokens, key=lambda token: token.difference)
     figures = {
         "tokens": float(len(tokens)),
         "change": math.fsum(token.theirs - token.ours for token in tokens) / len(tokens),
-        "mean": math.fsum(abs(token.ours - token.theirs) for token in tokens) / len(tokens),
-        "worst": abs(worst.ours - worst.theirs),
-        "kl": math.fsum(kls) / len(kls) if kls else 0.0,
+        "mean": math.fsum(token.difference for token in tokens) / len(tokens),
+        "worst": worst.difference,
+        **({"kl": math.fsum(kls) / len(kls)} if kls else {}),
     }
-    limits = {"kl": tolerance.kl, "mean": tolerance.mean, "worst": tolerance.worst}
-    # NaN is over every limit.
-    over = [name for name, limit in limits.items() if limit is not None and not figures[name] <= limit]
+    all_limits = {"kl": tolerance.kl, "mean": tolerance.mean, "worst": tolerance.worst}
+    limits = {name: limit for name, limit in all_limits.items() if limit is not None and name in figures}
+    if not limits:
+        return Comparison("log-probabilities", ok=False, figures={"tokens": 0.0}, what=NOTHING)
+    # NaN is over every limit, and above NaN is everything.
+    over = [name for name, limit in limits.items() if not figures[name] <= limit]
     what = ", ".join(f"{FIGURE_NAMES[name]} {figures[name]:.3g} instead of at most {limits[name]:.3g}" for name in over)
     what += f"; the worst at {worst.where}: {worst.ours:.2f} and {worst.theirs:.2f}" if over else ""
     return Comparison("log-probabilities", not over, {name: round(value, 6) for name, value in figures.items()}, what)
@@ -180,9 +224,14 @@ def _greedy(pairs: Sequence[Pair], margin: float | None) -> Comparison:
 
 
 def _is_tie(x: Step, y: Step, margin: float | None) -> bool:
-    """Whether a tolerated difference could have swapped the two best tokens of one side."""
-    known = [step.margin for step in (x, y) if step.margin is not None]
-    return margin is None or any(value <= margin for value in known)
+    """Whether a tolerated difference could have made one side choose the other side's token.
+
+    Of EOS the margin of the two best tokens counts: not every engine lists EOS among the candidates.
+    """
+    distances = (x.distance(y), y.distance(x))
+    if EOS_TEXT in (x.text, y.text):
+        distances = (x.margin, y.margin)
+    return margin is None or any(value is not None and value <= margin for value in distances)
 
 
 def _ends(pairs: Sequence[Pair], margin: float | None) -> Comparison:
@@ -193,7 +242,7 @@ def _ends(pairs: Sequence[Pair], margin: float | None) -> Comparison:
         if a.scored and b.scored:
             compared += 1
             x, y = (_last(side.scored) for side in (a, b) if side.scored)
-            if x[0] != y[0] and margin is not None and min(x[1], y[1]) > margin:
+            if x[0] != y[0] and margin is not None and not any(value <= margin for value in (x[1], y[1])):
                 wrong.append(f"«{a.name}», behind the given answer: {_ending(x[0])} and {_ending(y[0])}")
         if a.trace and b.trace:
             compared += 1

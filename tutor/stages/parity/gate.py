@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from tutor.stages.parity.compare import Comparison, Observation, Tolerance, compare_engines
+from tutor.stages.parity.compare import NOTHING, Comparison, Observation, Tolerance, compare_engines
 
 Kind = Literal["merge", "convert", "quantize", "publish"]
+MODEL = "model"
+"""Name of the comparison of a model's digest."""
 
 SAME_WEIGHTS = {
     "fp32": Tolerance(kl=1e-4, mean=0.02, worst=0.5, margin=0.1),
@@ -57,6 +59,13 @@ CAUSES: Mapping[Kind, Mapping[str, str]] = {
     },
 }
 """Likeliest causes of a difference, by the kind of hand-off and the subject of the comparison."""
+UNSEEN: Mapping[Kind, str] = {
+    **dict.fromkeys(
+        ("merge", "convert", "quantize"), "the record of an engine is empty: tutor clean parity, and again"
+    ),
+    "publish": "Ollama returned no log-probabilities that can be compared: is it older than 0.30, or behind a proxy?",
+}
+"""Next steps where two engines have nothing in common to compare."""
 ANSWER_CAUSES = {
     "greedy answer": "equal log-probabilities, another token: a sampler, a penalty or a stop text has an effect",
     "end": "the end-of-sequence token: another eos_token_id, a stop text, or an end that was not learnt",
@@ -85,16 +94,27 @@ class HandOff:
         """Return `same`, `diverges` or `not checked`."""
         return "not checked" if self.missing else "diverges" if self.failed else "same"
 
+    @property
+    def not_compared(self) -> list[str]:
+        """Names of the subjects of which the two engines have no value in common."""
+        return [check.name for check in self.checks if not check.compared and check.name != MODEL]
+
     def record(self) -> dict[str, Any]:
         """Return the hand-off as JSON values, for parity.json and the manifest."""
-        return {**asdict(self), "checks": [asdict(check) for check in self.checks], "state": self.state}
+        checks = [asdict(check) for check in self.checks]
+        return {**asdict(self), "checks": checks, "state": self.state, "not_compared": self.not_compared}
 
 
 def hand_off(
-    kind: Kind, names: tuple[str, str], sides: tuple[Sequence[Observation], Sequence[Observation]], limit: Tolerance
+    kind: Kind,
+    names: tuple[str, str],
+    sides: tuple[Sequence[Observation], Sequence[Observation]],
+    limit: Tolerance,
+    *,
+    answers: bool = True,
 ) -> HandOff:
-    """Compare two neighbouring engines."""
-    return HandOff(kind, *names, tuple(compare_engines(*sides, limit)), limit)
+    """Compare two neighbouring engines; without `answers` their prompts alone."""
+    return HandOff(kind, *names, tuple(compare_engines(*sides, limit, answers=answers)), limit)
 
 
 def quantization_tolerance(kl: float) -> Tolerance:
@@ -103,9 +123,16 @@ def quantization_tolerance(kl: float) -> Tolerance:
 
 
 def refusal(hand_offs: Sequence[HandOff]) -> dict[str, str] | None:
-    """Return `message` and `hint` of the first hand-off that diverges; None where none does."""
+    """Return `message` and `hint` of the first hand-off that diverges or shows nothing; None where none does."""
+    if not hand_offs:
+        return {"message": "no two engines were compared", "hint": "tutor clean parity, and run again"}
     for item in hand_offs:
-        if check := item.failed:
+        if (check := item.failed) and check.what == NOTHING:
+            return {
+                "message": f"{item.ours} -> {item.theirs} ({item.kind}) is not shown: of its {check.name} {NOTHING}",
+                "hint": UNSEEN[item.kind],
+            }
+        if check:
             cause = CAUSES[item.kind].get(check.name) or ANSWER_CAUSES[check.name]
             return {
                 "message": f"{item.ours} -> {item.theirs} ({item.kind}) diverges in its {check.name}: {check.what}",
@@ -124,7 +151,7 @@ def parity_table(records: Sequence[Mapping[str, Any]]) -> list[str]:
         if item["missing"]:
             rows.append(f"  {name:<26}  not checked: {item['missing']}")
             continue
-        if "model" in checks:
+        if MODEL in checks:
             rows.append(f"  {name:<26}  <- another model: {item['checks'][0]['what']}")
             continue
         numbers = checks["log-probabilities"]
@@ -135,7 +162,8 @@ def parity_table(records: Sequence[Mapping[str, Any]]) -> list[str]:
             _share(checks["greedy answer"], "agreed", "steps"),
             _share(checks["end"]),
         ]
-        mark = "" if item["state"] == "same" else "  <- diverges"
+        unseen = ", ".join(item.get("not_compared", ()))
+        mark = "  <- diverges" if item["state"] != "same" else f"  not compared: {unseen}" if unseen else ""
         rows.append(f"  {name:<26}" + "".join(f"{cell:>10}" for cell in cells) + mark)
     return rows
 

@@ -3,6 +3,7 @@
 In: observations. Out: the values of reference.json, and observations again. Reads and writes no file.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -17,12 +18,16 @@ REFERENCE = "reference.json"
 def to_record(observation: Observation, *, candidates: bool) -> dict[str, Any]:
     """Return an observation as JSON values, with or without the candidates of each step of the greedy answer.
 
-    The candidates of a given answer's tokens are left out: they are many.
+    The candidates of a given answer's tokens are left out: they are many. A number that is not finite, which JSON
+    cannot hold, is None; the gate refuses it.
     """
     trace = asdict(observation.trace) if observation.trace else None
-    for step in trace["steps"] if trace and not candidates else ():
-        del step["top"]
-    scored = [round(value, 6) for value in observation.scored.logprobs] if observation.scored else None
+    for step in trace["steps"] if trace else ():
+        step["logprob"] = _finite(step["logprob"])
+        step["top"] = [(text, value) for text, value in step["top"] if math.isfinite(value)]
+        if not candidates:
+            del step["top"]
+    scored = [_finite(round(value, 6)) for value in observation.scored.logprobs] if observation.scored else None
     record = {
         "name": observation.name,
         "prompt": observation.prompt,
@@ -31,6 +36,10 @@ def to_record(observation: Observation, *, candidates: bool) -> dict[str, Any]:
         "logprobs": scored,
     }
     return {**record, "trace": trace}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def from_record(record: Mapping[str, Any]) -> Observation:
