@@ -186,7 +186,7 @@ def unreachable(done: "CompletedProcess[str]", revision: str = REVISION) -> bool
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 6, done.stderr
     assert last.startswith(f"Error: cannot fetch {REPO}@{revision} from the model hub: ")
-    assert last.endswith("check the network, or name a local copy: base.source = 'path:FOLDER'")
+    assert last.endswith(", or name a local copy: base.source = 'path:FOLDER'")
     return True
 
 
