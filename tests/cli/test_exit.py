@@ -90,10 +90,11 @@ def test_error_with_json_is_also_an_object_on_stdout(tmp_path, arguments, code):
 
 
 def test_error_with_json_names_the_stage_that_was_running(tmp_path, recipe_file):
-    write_text(tmp_path / "train.jsonl", "{}\n")
+    write_text(tmp_path / "tutor.jsonl", "{}\n")
     where = ("-r", recipe_file, "-b", tmp_path / "build", "--json")
-    assert json.loads(in_process("data", "split", *where).stdout)["stage"] == "data"
-    assert json.loads(in_process("train", *where).stdout)["stage"] is None
+    for command, code, stage in ((("data", "split"), 3, "data"), (("train",), 5, None)):
+        value = json.loads(in_process(*command, *where).stdout)
+        assert (value["ok"], value["code"], value["stage"]) == (False, code, stage)
 
 
 def test_bug_with_json_is_also_an_object_on_stdout(tutor, tmp_path):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 import pytest
+from support.files import write_rows
+from support.processes.command import in_process
 
 from tutor.cli.options import Seconds, TextCommand, json_option
 
@@ -93,3 +95,41 @@ def test_text_that_begins_with_a_dash_is_no_option(arguments, expected):
 def test_unknown_option_beside_a_text_is_refused(word):
     with pytest.raises(click.NoSuchOption):
         question_command.main([word, "hola"], standalone_mode=False)
+
+
+HOSTILE = "\x1b]0;x\x07\u202e\x9b2J"
+ESCAPED = r"\x1b]0;x\x07\u202e\x9b2J"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("data", "stats", "ROWS"),
+        ("data", "check", "ROWS", "--no-code"),
+        ("data", "lint", "ROWS"),
+        ("data", "split"),
+        ("status",),
+        ("why", "data"),
+        ("why", HOSTILE),
+        ("run", "--until", HOSTILE),
+        ("clean", HOSTILE),
+        ("summary", "-r", f"{HOSTILE}.toml"),
+        ("data", "stats", f"{HOSTILE}.jsonl"),
+        ("status", f"--{HOSTILE}"),
+        (HOSTILE,),
+        ("verify", f"./{HOSTILE}.gguf"),
+    ],
+    ids=lambda arguments: " ".join(arguments).encode("unicode_escape").decode(),
+)
+@pytest.mark.parametrize("as_json", [False, True], ids=["lines", "json"])
+def test_text_of_strangers_reaches_no_terminal_unescaped(recipe_file, tmp_path, arguments, as_json):
+    hostile = tmp_path / f"{HOSTILE}.jsonl"
+    write_rows(hostile, [{"instruction": "¿?", "response": "Sí.", "category": HOSTILE, "topic": HOSTILE}])
+    words = [str(hostile) if word == "ROWS" else word for word in arguments]
+    where = () if "-r" in words or words[0] == HOSTILE else ("-r", recipe_file, "-b", tmp_path / HOSTILE)
+    done = in_process(*words, *where, *(["--json"] if as_json else []))
+    text = done.stdout + done.stderr
+    assert not {"\x1b", "\x07", "\u202e", "\x9b"} & set(text)
+    assert ESCAPED in text or r"\u001b]0;x\u0007\u202e\u009b2J" in text
+    if as_json and done.stdout:
+        json.loads(done.stdout)

@@ -29,6 +29,9 @@ def writers(path: Path) -> list[str]:
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             owner = node.value.id
             names = [node.attr] if (owner == "sys" and node.attr in ATTRIBUTES) or node.attr in METHODS else []
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("subprocess.run", "subprocess.Popen"):
+            given = {keyword.arg for keyword in node.keywords}
+            names = [] if given & {"stdout", "capture_output"} else ["a program"]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names if alias.name in LIBRARIES]
         elif isinstance(node, ast.ImportFrom):

@@ -264,6 +264,12 @@ def test_run_command_uses_the_stacks_files_and_exit_code(host, recipe, tmp_path,
     assert seen["TUTOR_UID"] != "0"
 
 
+def test_followed_log_of_the_server_is_shown_escaped(host, recipe, tmp_path, capsys):
+    host.answer("logs --follow", stdout="GET /api/chat \x1b]0;x\x07\n", stderr=f"key hf_{'a' * 30}\n")
+    compose.run_command(recipe, tmp_path / "build", "logs")
+    assert sorted(capsys.readouterr().out.splitlines()) == [r"GET /api/chat \x1b]0;x\x07", "key [redacted]"]
+
+
 def test_run_command_without_docker_raises_host_error(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(HostError, match="make demo"):

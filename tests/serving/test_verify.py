@@ -365,6 +365,17 @@ def test_verify_command_exits_5_when_a_row_is_wrong(built: Built, tutor: Run) ->
     assert "nothing shows that" in elsewhere.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_verify_shows_key_values_of_a_file_escaped(built: Built, tutor: Run, flags: tuple[str, ...]) -> None:
+    title = "\x1b]0;x\x07"
+    write_gguf(built.gguf(), random_weights(), "Q8_0", metadata={f"tutor.{title}": "\u202e", "tutor.base": title})
+    done = tutor("verify", built.gguf(), *flags, "-r", built.path, "-b", built.build)
+    assert done.returncode == 5
+    assert not {"\x1b", "\x07", "\u202e"} & set(done.stdout + done.stderr)
+    assert all(text in done.stdout for text in ("\\u202e", "]0;x"))
+
+
 def test_row_lines_shorten_hashes_and_name_unchecked_values() -> None:
     rows = [
         verify.Row("file", "ok", 64 * "a", "gguf/tutor-F16.gguf"),

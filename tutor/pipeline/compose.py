@@ -21,7 +21,7 @@ from tutor.errors import HostError, ServiceError
 from tutor.formats.visible import clean
 from tutor.graders.labels import LABELS
 from tutor.machine import preflight
-from tutor.pipeline.logged_command import LogError, StackError, run_logged
+from tutor.pipeline.logged_command import LogError, StackError, print_output, run_logged
 from tutor.pipeline.recipe_folder import held
 from tutor.pipeline.runner import announced
 from tutor.recipe.settings import Recipe
@@ -57,6 +57,8 @@ COMMANDS = {
     "shell": ("run", "--rm", "--no-deps", "trainer", "bash"),
 }
 """Arguments of `docker compose` for the other commands of `tutor stack`."""
+INTERACTIVE = ("up", "down", "shell")
+"""Commands that get this terminal: Compose's own progress, or a shell."""
 PRINTED_VERDICTS = ("passed", "spanish", "stopped", "code_block")
 """Verdicts of the evaluator that the last lines print; eval-ollama/ has all of them."""
 RUN_COMMAND = "docker compose exec ollama ollama run"
@@ -249,7 +251,10 @@ def run_command(recipe: Recipe, build: Path, name: str) -> int:
         raise HostError("Docker is not installed (no `docker` on PATH)", "without it: make demo")
     stack = Stack(recipe.path, build, gpu=not preflight.gpu_faults(preflight.daemon()))
     prepare(stack)
-    return subprocess.run(stack.command(*COMMANDS[name]), env=stack.environment(), check=False).returncode
+    command = stack.command(*COMMANDS[name])
+    if name in INTERACTIVE:
+        return subprocess.run(command, env=stack.environment(), stdout=None, check=False).returncode
+    return print_output(command, stack.environment())
 
 
 def _step(stack: Stack, name: str, command: Sequence[str], token: Path | None = None) -> str:

@@ -16,6 +16,7 @@ from typing import IO
 
 from tutor.artifacts.disk import host_fault
 from tutor.errors import HostError, TutorError
+from tutor.formats import terminal
 from tutor.formats.visible import clean
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,22 @@ def _followed(
                 process.wait(10)
             process.kill()
         process.stderr.close()
+
+
+def print_output(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a command, print the lines of its output while they come, and return its exit code."""
+    with subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+    ) as process:
+        for line in process.stdout or ():
+            terminal.write_result(line, end="")
+    return process.returncode
 
 
 def _failure(name: str, code: int, last: Sequence[str], path: Path) -> TutorError:
