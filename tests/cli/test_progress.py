@@ -130,6 +130,8 @@ with log_on_stderr():
     log.info("train: [bold]x[/] [/]", extra={"stage": "train"})
     log.info("step 1 [red]", extra={"done": 1, "total": 2})
     log.warning("a [b]name[/b] of a file")
+    log.warning("title \\x1b]0;x\\x07 \\x9b2J \\u202e key hf_abcdefghijklmnopqrstuvw")
+    log.info("step 2 \\x1b[2J", extra={"done": 2, "total": 2})
     log.info("train: done", extra={"stage_done": "train"})
     log.info("behind the stages")
     log.info("again: and failing", extra={"stage": "again"})
@@ -143,6 +145,9 @@ def test_bar_escapes_markup_and_survives_a_failed_stage():
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sent)
     for text in ("[bold]x[/] [/]", "warning: a [b]name[/b] of a file", "✓ train", "behind the stages", "and failing"):
         assert text in plain
+    assert r"title \x1b]0;x\x07 \x9b2J \u202e key [redacted]" in plain.replace("\r\n", " ")
+    assert r"step 2 \x1b[2J" in plain
+    assert not {"\x07", "\x9b", "\u202e"} & set(plain)
     assert sent.rstrip().endswith("\x1b[?25h")  # the cursor is visible again
 
 

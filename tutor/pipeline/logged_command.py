@@ -44,7 +44,10 @@ def run_logged(name: str, command: Sequence[str], environment: Mapping[str, str]
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)  # somebody may tidy up while a service runs
-        with path.open("w", encoding="utf-8") as kept, tempfile.TemporaryFile("w+", encoding="utf-8") as out:
+        with (
+            path.open("w", encoding="utf-8") as kept,
+            tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as out,
+        ):
             code, last = _followed(command, environment, kept, out)
             out.seek(0)
             text = out.read()
