@@ -139,12 +139,13 @@ def ollama(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
 @pytest.mark.parametrize(("version", "state"), [("0.33.3", "ok"), ("0.29.9", "missing"), ("0.0.0", "warning")])
 def test_check_of_ollama_compares_its_version(machine, ollama, version, state):
     ollama(version)
-    check = doctor.ollama_check()
+    address, check = doctor.ollama_checks(gpu=False)
+    assert (address.what, address.found.split()[1]) == ("OLLAMA_HOST", "is")
     assert (check.state, version in check.found) == (state, True)
 
 
 def test_check_of_missing_ollama_stops_only_publishing(machine):
-    check = doctor.ollama_check()
+    *_, check = doctor.ollama_checks(gpu=False)
     assert (check.state, check.needed_by) == ("missing", "tutor publish")
     assert "ollama serve" in check.hint
 

@@ -15,9 +15,8 @@ from typing import Any, Literal
 
 from tutor.artifacts.provenance import installed_version
 from tutor.engines.llamacpp import build as llamacpp_build
-from tutor.engines.ollama.client import connect
-from tutor.engines.ollama.protocol import UnreachableError, check_version
-from tutor.errors import HostError, RecipeError, TutorError
+from tutor.engines.ollama.health import server_states
+from tutor.errors import HostError, RecipeError
 from tutor.graders.typescript import install as typescript_install
 from tutor.machine import capacity, device, host, preflight
 from tutor.machine.host import dotted
@@ -122,7 +121,7 @@ def examine(recipe: Recipe | None, build: Path) -> HostReport:
         *machine_checks(build),
         *package_checks(),
         *program_checks(),
-        ollama_check(),
+        *ollama_checks(gpu=bool(gpus)),
         *docker_checks(info, gpu=bool(gpus)),
     ]
     if recipe is None:
@@ -267,22 +266,10 @@ def program_checks() -> Iterator[HostCheck]:
         yield HostCheck("TypeScript compiler", "ok", f"{typescript_install.VERSION}, {program.parent}")
 
 
-def ollama_check() -> HostCheck:
-    """Check the server that `tutor publish` would use."""
-    try:
-        with connect(None, silent=ANSWER_TIMEOUT) as server:
-            version = server.version(ANSWER_TIMEOUT)
-            if host.version(version) == (0, 0, 0):
-                return HostCheck(
-                    "Ollama", "warning", f"{version} at {server.host}", "built from source? assumed to be new enough"
-                )
-            check_version(version)
-            return HostCheck("Ollama", "ok", f"{version} at {server.host}", needed_by=SERVE)
-    except UnreachableError as error:
-        program = "installed, " if shutil.which("ollama") else ""
-        return HostCheck("Ollama", "missing", f"{program}{error.message}", error.hint or "", needed_by=SERVE)
-    except TutorError as error:
-        return HostCheck("Ollama", "missing", error.message, error.hint or "", needed_by=SERVE)
+def ollama_checks(*, gpu: bool) -> Iterator[HostCheck]:
+    """Check the server that `tutor publish` would use, and show how its address is understood."""
+    for what, state, found, hint in server_states(ANSWER_TIMEOUT, host_has_gpu=gpu):
+        yield HostCheck(what, state, found, hint, needed_by=SERVE)
 
 
 def docker_checks(info: Mapping[str, Any], *, gpu: bool) -> Iterator[HostCheck]:

@@ -18,7 +18,7 @@ from typing import Any
 from tutor.artifacts.hashing import json_sha256
 from tutor.engines.ollama.client import Ollama, Tag
 from tutor.engines.ollama.engine import OllamaServer
-from tutor.engines.ollama.gpu import gpu_notice, gpu_share
+from tutor.engines.ollama.health import gpu_notice, gpu_share
 from tutor.engines.ollama.prompts import OWN_TEMPLATE, QUESTION, check_prompts
 from tutor.engines.ollama.protocol import check_version, parse_parameters
 from tutor.engines.protocol import Generation

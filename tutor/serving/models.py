@@ -59,6 +59,18 @@ def open_engine(
             yield server
 
 
+def gpu_notice(choice: ModelChoice) -> str | None:
+    """Return one line when a model in Ollama is not, or not all, on this machine's GPU; None otherwise. Loads it."""
+    if choice.engine != "ollama":
+        return None
+    from tutor.engines.ollama import health
+    from tutor.engines.ollama.client import connect
+    from tutor.machine import host
+
+    with connect(choice.host) as server:
+        return health.gpu_notice(server, host_has_gpu=bool(host.gpus()), model=choice.model)
+
+
 def quantization_of(recipe: "Recipe", folder: BuildFolder) -> str:
     """Return the quantization that is served from a build folder. Raises ArtifactError before the ladder stage."""
     return served_quantization(recipe.ollama.quantization, folder.stage("ladder"))

@@ -8,7 +8,7 @@ address   OLLAMA_HOST and --host, as a URL
 transport the connections: limits of time and size, no key, no redirects
 answers   the answers of the API as strict models
 protocol  plain values of the API, without a connection: versions, parameters, lines, error texts
-gpu       a line where a model is not on the host's GPU
+health    state of a server: address, version, GPU
 prompts   the rendered prompts, compared with those of training
 engine    one model of the server as an `Engine`
 trace     greedy traces

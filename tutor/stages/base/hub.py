@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,6 @@ FILES = (WEIGHTS, "*.json", "*.jinja", "tokenizer.model", "LICENSE*", "NOTICE*")
 """Patterns of the files that are fetched."""
 LOCAL = "or name a local copy: base.source = 'path:FOLDER'"
 """Next step of any error of the hub."""
-UNAUTHORIZED, FORBIDDEN, TOO_MANY = 401, 403, 429
-"""HTTP status codes of the hub."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Numbers of the errors of a full disk."""
 FULL_TEXT = re.compile(r"No space left|os error 28|Disk quota", re.IGNORECASE)
@@ -122,15 +121,19 @@ def _refusal(error: "HfHubHTTPError", page: str) -> tuple[str, str]:
     reason = _line(words) if words else "no reason given"
     account = "with the account of your token" if token else "and set HF_TOKEN to a token of that account"
     private = "the token's account may not see it" if token else "a private one needs HF_TOKEN"
-    bad_token = status == UNAUTHORIZED and token is not None and code != "RepoNotFound"
+    bad_token = status == HTTPStatus.UNAUTHORIZED and token is not None and code != "RepoNotFound"
     cases = (
         (isinstance(error, errors.GatedRepoError), "it is gated", f"accept its licence at {page} {account}"),
         (isinstance(error, errors.RevisionNotFoundError), "no such revision", f"copy a hash from {page}/commits/main"),
         (isinstance(error, errors.EntryNotFoundError), "no config.json", "name a repository of a transformers model"),
         (bad_token, f"the hub refuses the token ({reason})", "set HF_TOKEN to a valid one or unset it"),
         (isinstance(error, errors.RepositoryNotFoundError), "no such repository", f"check its name ({private})"),
-        (status == FORBIDDEN, f"it is forbidden ({reason})", "give the token the right to read it"),
-        (status == TOO_MANY, "the hub gets too many requests", "wait some minutes (HF_TOKEN raises the limit)"),
+        (status == HTTPStatus.FORBIDDEN, f"it is forbidden ({reason})", "give the token the right to read it"),
+        (
+            status == HTTPStatus.TOO_MANY_REQUESTS,
+            "the hub gets too many requests",
+            "wait some minutes (HF_TOKEN raises the limit)",
+        ),
         (True, f"the hub answers {status} ({reason})", "try again later"),
     )
     return next((problem, hint) for applies, problem, hint in cases if applies)
