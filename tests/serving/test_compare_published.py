@@ -11,6 +11,7 @@ from support.fakes.ollama import FakeOllama
 from tutor.artifacts.stage_folder import writing
 from tutor.cli import summary
 from tutor.errors import ServiceError
+from tutor.machine import host
 from tutor.recipe.settings import Recipe
 from tutor.serving import compare, promote
 
@@ -46,6 +47,24 @@ def test_published_model_is_evaluated_greedily_and_once(
     server.requests.clear()
     assert evaluated(server, recipe, build) == {**result, "ran": False}
     assert not server.bodies("POST /api/chat")
+
+
+def test_evaluation_without_the_gpu_of_this_machine_warns(
+    server: FakeOllama,
+    recipe: Recipe,
+    build: Path,
+    prompts: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    del prompts  # written
+    promote.publish_and_promote(recipe, build, host=server.host)
+    caplog.clear()
+    monkeypatch.setattr(host, "gpus", lambda: ["a GPU"])
+    server.gpu_share = 0.25
+    evaluated(server, recipe, build)
+    assert "Ollama has only 25% of " in caplog.text
+    assert "restart Ollama" in caplog.text
 
 
 def test_another_build_of_the_same_name_is_evaluated_again(

@@ -8,6 +8,7 @@ computes them.
 
 import itertools
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,9 +27,11 @@ from tutor.pipeline.runner import announced
 from tutor.recipe.settings import Recipe
 from tutor.serving.builds import served_name
 from tutor.serving.model_names import ModelChoice, parse_model
-from tutor.serving.models import answer_dependencies, open_engine
+from tutor.serving.models import answer_dependencies, gpu_notice, open_engine
 from tutor.stages.evaluate import generalization, rates, stage
 from tutor.stages.evaluate.answers import Task, answer_prompts
+
+log = logging.getLogger(__name__)
 
 LEFT_OUT = (*provenance.LEFT_OUT, "pipeline", "serving/builds.py")
 """Modules that no answer depends on, beside those of every key: the order of the stages, and names on a server."""
@@ -159,6 +162,8 @@ def _answers(recipe: Recipe, build: Path, choice: ModelChoice, label: str, paral
         fields = {"input.data": data, **sampling, **served, "code": code}
         ran = not is_made(target, fields)
         if ran:
+            if notice := gpu_notice(choice):
+                log.warning("%s", notice)
             announcement = announced("evaluate", f"answer the prompts with {label} and grade")
             with announcement, writing(target, target.name, fields) as (out, results):
                 task = Task(label, generation, recipe.system, checkpoint_folder(out) / "answers.jsonl", served)
