@@ -11,6 +11,7 @@ from support.fakes.ollama import FakeOllama, Model, gguf, running
 from support.processes.command import ROOT, TUTOR, environment
 
 from tutor.cli.commands.serving import ask_command, chat_command
+from tutor.machine import host
 from tutor.prompt import GO_TEMPLATE
 
 
@@ -46,6 +47,19 @@ def test_ask_takes_a_question_that_begins_with_a_dash(server: FakeOllama, recipe
     done = CliRunner().invoke(ask_command, ["-5 % 3", *where, "--json"], obj={"quiet": True})
     assert done.exit_code == 0, done.output
     assert "-5 % 3" in str(server.requests)
+
+
+def test_first_line_of_a_chat_names_a_lost_gpu(
+    server: FakeOllama, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = ["--engine", "ollama", "--host", server.host, "-r", str(recipe_file), "-b", str(tmp_path)]
+    done = CliRunner().invoke(chat_command, where, obj={"quiet": True}, input="/salir\n")
+    assert "GPU" not in done.stderr, "this machine has none"
+    monkeypatch.setattr(host, "gpus", lambda: ["a GPU"])
+    server.gpu_share = 0.0
+    done = CliRunner().invoke(chat_command, where, obj={"quiet": True}, input="/salir\n")
+    first = done.stderr.splitlines()[0]
+    assert first.startswith("this machine has a GPU, but Ollama has only 0% of tutor:latest on it; restart Ollama")
 
 
 def test_answer_with_control_characters_is_shown_escaped(server: FakeOllama, recipe_file: Path, tmp_path: Path) -> None:

@@ -127,12 +127,15 @@ def chat_command(flags: dict[str, bool], choice: ModelChoice, recipe_path: Path,
     """Chat with the model; /salir ends the chat, Ctrl-C stops an answer."""
     from tutor.engines.protocol import sampling
     from tutor.serving.chat import Terminal, converse
+    from tutor.serving.models import gpu_notice
 
     recipe = load_recipe(recipe_path)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() its line editing and history
     place = Terminal(read=input, write=terminal.AnswerStream().write, note=terminal.write_note)
     with progress_on_stderr({**flags, "quiet": True}), _answering_engine(recipe, build, choice) as engine:
+        if notice := gpu_notice(published(recipe, choice)):
+            terminal.write_note(notice)
         converse(
             engine,
             sampling(recipe.generate, recipe.seed),
@@ -145,18 +148,22 @@ def chat_command(flags: dict[str, bool], choice: ModelChoice, recipe_path: Path,
 def _answering_engine(
     recipe: "Recipe", build: Path, choice: ModelChoice
 ) -> "contextlib.AbstractContextManager[Engine]":
-    """Return the engine that answers; in Ollama the model has the name that publishing gave it."""
-    from tutor.errors import RecipeError
-    from tutor.serving.builds import served_name
+    """Return the engine that answers."""
     from tutor.serving.models import open_engine
 
-    if choice.engine == "ollama":
-        if choice.model == "base" or choice.quantization:
-            raise RecipeError(
-                "Ollama has only the published model: no base, and one quantization", "try --engine llamacpp"
-            )
-        choice = replace(choice, model=served_name(recipe, adapter=choice.model == "adapter"))
-    return open_engine(recipe, build, choice)
+    return open_engine(recipe, build, published(recipe, choice))
+
+
+def published(recipe: "Recipe", choice: ModelChoice) -> ModelChoice:
+    """Return the choice; in Ollama the model has the name that publishing gave it."""
+    from tutor.errors import RecipeError
+    from tutor.serving.builds import served_name
+
+    if choice.engine != "ollama":
+        return choice
+    if choice.model == "base" or choice.quantization:
+        raise RecipeError("Ollama has only the published model: no base, and one quantization", "try --engine llamacpp")
+    return replace(choice, model=served_name(recipe, adapter=choice.model == "adapter"))
 
 
 @click.command("publish")
