@@ -1,14 +1,13 @@
 """Names of models: parse `[ENGINE:]NAME` into a ModelChoice.
 
-In: a name as a user writes it. Out: a ModelChoice. Imports only the errors and Ollama's rules of names: the help of the
-command line uses it.
+In: a name as a user writes it. Out: a ModelChoice. Imports only the errors: the help of the command line
+uses it.
 """
 
 import re
 from dataclasses import dataclass
 
 from tutor.errors import RecipeError
-from tutor.recipe.ollama_names import FORMS, NAME
 
 MODELS = ("tutor", "base", "adapter")
 ENGINES = ("llamacpp", "ollama", "hf")
@@ -40,11 +39,19 @@ def parse_model(text: str, engine: str = "llamacpp", host: str | None = None) ->
     engine, name = (before, name) if before in ENGINES and name else (engine, text)
     if not name:
         raise RecipeError("a model without a name", f"known: {KNOWN_NAMES}")
-    if engine == "ollama" and not NAME.fullmatch(name):
-        raise RecipeError(f"no name of a model in Ollama: {name[:200]!r}", f"it is {FORMS}, and then maybe :TAG")
+    if engine == "ollama":
+        _check_ollama_name(name)
     if engine == "ollama" or name in MODELS:
         return ModelChoice(name, None, engine, host)
     match = _GGUF_NAME.fullmatch(name)
     if match is None or engine == "hf":
         raise RecipeError(f"no model {name!r}", f"known: {KNOWN_NAMES}")
     return ModelChoice(match[1] or "tutor", match[2], engine, host)
+
+
+def _check_ollama_name(name: str) -> None:
+    """Raise RecipeError for a name that no model in Ollama has."""
+    from tutor.recipe.ollama_names import FORMS, NAME
+
+    if not NAME.fullmatch(name):
+        raise RecipeError(f"no name of a model in Ollama: {name[:200]!r}", f"it is {FORMS}, and then maybe :TAG")
