@@ -1,5 +1,6 @@
 """The processes of a distributed training: environment, rows of each rank, FSDP settings."""
 
+import os
 import subprocess
 import sys
 
@@ -10,6 +11,12 @@ from support.processes.command import ROOT, environment
 
 from tutor.errors import RecipeError
 from tutor.machine import distributed
+
+
+@pytest.fixture(autouse=True)
+def restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Restore the environment, from which settle_environment() removes variables."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
 
 
 def launched(monkeypatch: pytest.MonkeyPatch, number: int = 1, count: int = 2, **more: str) -> None:
@@ -26,6 +33,79 @@ def test_one_process_without_launcher_does_not_import_torch() -> None:
     code += "assert found == (1, 0, True, 1, False)"
     env = environment(PYTHONPATH=str(ROOT), WORLD_SIZE="4")  # some batch systems set only this variable
     subprocess.run([sys.executable, "-c", code], check=True, env=env, timeout=30)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"WORLD_SIZE": ""},
+        {"WORLD_SIZE": "4"},
+        {"RANK": "x"},
+        {"LOCAL_RANK": "0"},
+        {"LOCAL_RANK": "x", "RANK": "0"},
+        {"WORLD_SIZE": "", "RANK": "", "MASTER_ADDR": ""},
+        {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "node1", "MASTER_PORT": "23456"},  # a Kubernetes job of one pod
+        {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1"},
+        {"PMI_SIZE": "x"},
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "x", "SLURM_LOCALID": ""},
+        {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"},
+        {"ACCELERATE_USE_DEEPSPEED": "maybe", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "gone.json"},
+        {"ACCELERATE_USE_CPU": "maybe"},
+        {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "inductor"},
+        {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "x"},
+    ],
+    ids=",".join,
+)
+def test_left_over_variables_train_alone(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert (distributed.world_size(), distributed.rank(), distributed.is_sharded()) == (1, 0, False)
+    distributed.settle_environment()
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    found = accelerate.Accelerator(cpu=True)
+    assert (found.num_processes, found.mixed_precision, found.distributed_type) == (1, "no", "NO")
+    assert found.gradient_accumulation_steps == 1
+    assert found.state.dynamo_plugin.backend == "NO"
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"RANK": "x"}, "RANK is 'x'"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+        ({"RANK": "2"}, "RANK is '2'"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK is ''"),
+        ({"MASTER_PORT": "x"}, "MASTER_PORT is 'x'"),
+        ({"LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE is 'x'"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "configured for DEEPSPEED"),
+    ],
+)
+def test_launcher_with_wrong_variables_is_refused(
+    monkeypatch: pytest.MonkeyPatch, changed: dict[str, str], expected: str
+) -> None:
+    launched(monkeypatch, LOCAL_RANK="1", MASTER_PORT="29500")
+    distributed.settle_environment()
+    launched(monkeypatch, **{"LOCAL_RANK": "1", "MASTER_PORT": "29500", **changed})
+    with pytest.raises(RecipeError, match=expected) as caught:
+        distributed.settle_environment()
+    assert caught.value.hint
+
+
+def test_launcher_keeps_its_own_variables_but_not_the_recipe_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched(monkeypatch, LOCAL_RANK="1", MASTER_PORT="29500", ACCELERATE_MIXED_PRECISION="fp8", FSDP_VERSION="2")
+    distributed.settle_environment()
+    assert os.environ["FSDP_VERSION"] == "2"
+    assert "ACCELERATE_MIXED_PRECISION" not in os.environ
+
+
+@pytest.mark.parametrize("name", distributed.ALLOCATOR_SETTINGS)
+def test_allocator_setting_that_aborts_pytorch_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "expandable_segments:True")
+    distributed.settle_environment()
+    monkeypatch.setenv(name, "garbage")
+    with pytest.raises(RecipeError, match=f"{name} is 'garbage'"):
+        distributed.settle_environment()
 
 
 @given(st.integers(0, 40), st.integers(1, 5), st.integers(1, 4))

@@ -5,6 +5,7 @@ Only rank 0 prints, locks and writes. With one process every function is a no-op
 """
 
 import contextlib
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +14,28 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 from tutor.errors import HostError, RecipeError
 
+log = logging.getLogger(__name__)
+
 Arguments = ParamSpec("Arguments")
 Value = TypeVar("Value")
+
+LAUNCHER = ("WORLD_SIZE", "RANK", "MASTER_ADDR")
+"""Variables that every launcher sets: where one is missing or empty, the others are left over."""
+
+LIBRARY_SETTINGS = re.compile(
+    r"(ACCELERATE|FSDP|DEEPSPEED|MEGATRON_LM|PARALLELISM_CONFIG|TORCHELASTIC|PMI|OMPI_COMM_WORLD|MV2_COMM_WORLD)_\w+"
+    r"|(LOCAL_|GROUP_|NODE_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)"
+)
+"""Names of variables that accelerate, transformers and PyTorch read as settings of a launcher."""
+
+RECIPE_SETTINGS = re.compile(r"ACCELERATE_(MIXED_PRECISION|GRADIENT_ACCUMULATION_STEPS|DOWNCAST_BF16|DYNAMO_\w+)")
+"""Names of those that would change what the recipe decides."""
+
+OTHER_TRAINERS = ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+"""Ways to train in several processes that accelerate can be configured for, and tutor cannot."""
+
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Variables whose value PyTorch parses when it is imported; without a colon in it the process aborts."""
 
 TIMEOUT = timedelta(minutes=30)
 """Maximum wait for the other ranks; rank 0 may hash a base of 16 GB in that time."""
@@ -24,8 +45,10 @@ PEER_LOST = re.compile(r"gloo|NCCL|Connection (closed|reset)|Broken pipe|process
 
 
 def world_size() -> int:
-    """Number of processes of this training."""
-    return int(os.environ["WORLD_SIZE"]) if {"WORLD_SIZE", "RANK", "MASTER_ADDR"} <= os.environ.keys() else 1
+    """Number of processes of this training; 1 where the launcher's variables are incomplete or no numbers."""
+    size, rank, address = (os.environ.get(name, "") for name in LAUNCHER)
+    valid = size.isdecimal() and rank.isdecimal() and int(rank) < int(size)
+    return int(size) if valid and address else 1
 
 
 def rank() -> int:
@@ -40,7 +63,46 @@ def is_main_process() -> bool:
 
 def local_world_size() -> int:
     """Number of this training's processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size() > 1 else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or "1") if world_size() > 1 else 1
+
+
+def settle_environment() -> None:
+    """Remove variables that libraries would take for a launcher's settings: all without a launcher, else the recipe's.
+
+    Raises RecipeError for a launcher whose variables are wrong, or that is configured for another way to train, and for
+    settings of PyTorch's allocator that end the process.
+    """
+    for name in ALLOCATOR_SETTINGS:
+        if (value := os.environ.get(name)) and not re.match(r"\w+:.", value):
+            raise RecipeError(f"{name} is {value!r}, at which PyTorch aborts", f"give NAME:VALUE, or: unset {name}")
+    launched = world_size() > 1
+    if launched or (all(map(os.environ.get, LAUNCHER)) and os.environ["WORLD_SIZE"] != "1"):
+        _refuse_launcher()
+    settings = RECIPE_SETTINGS if launched else LIBRARY_SETTINGS
+    ignored = [name for name in os.environ if settings.fullmatch(name)]
+    for name in ignored:
+        del os.environ[name]
+    if ignored and not launched:
+        log.info("no launcher started this process: ignoring %s", ", ".join(sorted(ignored)))
+
+
+def _refuse_launcher() -> None:
+    """Raise RecipeError for a variable that is no number, and for a configuration of another trainer."""
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
+    values = {name: os.environ.get(name, "") for name in names}
+    values["LOCAL_WORLD_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE") or "1"
+    wrong = {name: value for name, value in values.items() if not value.isdecimal()}
+    if wrong or int(values["RANK"]) >= int(values["WORLD_SIZE"]):
+        found = ", ".join(f"{name} is {value!r}" for name, value in (wrong or values).items())
+        raise RecipeError(
+            f"a launcher's variables are wrong: {found}",
+            "start it with accelerate launch; if none started it: unset WORLD_SIZE RANK MASTER_ADDR",
+        )
+    for name in OTHER_TRAINERS:
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+            raise RecipeError(
+                f"accelerate is configured for {name}", "set distributed_type to MULTI_GPU, MULTI_CPU or FSDP"
+            )
 
 
 def is_sharded() -> bool:

@@ -124,6 +124,7 @@ def run_all(recipe: Recipe, build: Path, *, until: str | None = None) -> list[st
 
     Raises GateError, and runs no later stage, where a gate refuses.
     """
+    distributed.settle_environment()
     _refuse_system(recipe)
     names = list(BY_NAME)[: list(BY_NAME).index(until) + 1] if until else list(BY_NAME)
     ran: list[str] = []
@@ -157,6 +158,7 @@ def run_one(name: str, recipe: Recipe, build: Path) -> bool:
 
     In several processes rank 0 decides and writes; the other ranks only run the stage's own work.
     """
+    distributed.settle_environment()
     _refuse_system(recipe)
     stage = BY_NAME[name]
     with distributed.process_group():
