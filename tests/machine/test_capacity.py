@@ -1,6 +1,7 @@
 """Whether a recipe fits a machine. The plan of its training: test_capacity_plan.py."""
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,6 +52,27 @@ def test_unknown_hub_base_has_no_shape_and_refuses_nothing(machine, based_on, tm
     with caplog.at_level("INFO"):
         capacity.refuse_stages(recipe, tmp_path, ["base", "train"])
     assert "not known before it is fetched" in caplog.text
+
+
+def test_old_driver_is_refused_before_a_base_is_fetched(machine, based_on, tmp_path):
+    machine.gpu()
+    heading = machine.folder / "heading"
+    heading.write_text(heading.read_text().replace("13.0", "12.8"))
+    recipe = based_on("hub:owner/name@" + "0" * 40)
+    capacity.refuse_stages(recipe, tmp_path, ["convert"])
+    with pytest.raises(HostError, match=r"runs CUDA up to 12\.8"):
+        capacity.refuse_stages(recipe, tmp_path, ["base", "train"])
+
+
+def test_run_sees_one_gpu_before_its_first_stage(machine, based_on, tmp_path, monkeypatch):
+    """CUDA reads the variable once, when it starts."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    machine.gpu()
+    machine.gpu()
+    monkeypatch.setattr(capacity, "refuse_stages", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        runner.run_all(based_on("tiny"), tmp_path / "build")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-0aaaa-0"
 
 
 def test_shape_is_read_from_the_nearest_copy_of_the_base(machine, based_on, recipe_file, tmp_path):

@@ -1,12 +1,16 @@
 """The device's precision and available memory, in a container and outside."""
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.fakes.machine import HEADING
+from support.processes.command import ROOT
 
 from tutor.errors import HostError
-from tutor.machine import device
+from tutor.machine import device, host
 from tutor.machine.device import (
     BF16_GAIN,
     PrecisionChoice,
@@ -124,3 +128,78 @@ def test_choice_is_one_line_with_both_rates_and_a_record() -> None:
 def test_recorded_precision_is_a_cpus_own_choice(reason: str | None, expected: str | None) -> None:
     results = {"precision": "bf16"} | ({"precision_reason": reason} if reason else {})
     assert recorded_precision(results) == expected
+
+
+# GPUs that PyTorch cannot use, or that are too many
+
+
+def test_pinned_cuda_is_that_of_the_requirements() -> None:
+    text = (ROOT / "requirements" / "train.txt").read_text("utf-8")
+    assert f"nvidia-cuda-runtime=={'.'.join(map(str, device.PINNED_CUDA))}." in text
+
+
+def test_driver_older_than_pytorch_is_refused_with_both(machine: Any) -> None:
+    pytest.importorskip("torch")
+    machine.gpu()
+    for runs in ("13.0", "14.1"):
+        (machine.folder / "heading").write_text(HEADING.replace("13.0", runs))
+        device.refuse_unusable_gpu(*host.gpus())
+    (machine.folder / "heading").write_text(HEADING.replace("13.0", "12.8"))
+    with pytest.raises(
+        HostError, match=r"driver 580\.95\.05 of a card runs CUDA up to 12\.8, and PyTorch needs 13\.2"
+    ) as one:
+        device.refuse_unusable_gpu(*host.gpus())
+    assert "update the driver" in one.value.hint
+    assert "CUDA_VISIBLE_DEVICES=" in one.value.hint
+
+
+def test_pytorch_without_cuda_is_refused_where_a_gpu_is(
+    machine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metadata = tmp_path / "site" / "torch-2.15.0+cpu.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.15.0+cpu\n")
+    machine.gpu()
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site")])
+    with pytest.raises(HostError, match=r"PyTorch 2\.15\.0\+cpu has no CUDA, which a card needs; make install"):
+        device.refuse_unusable_gpu(*host.gpus())
+
+
+def test_gpu_that_pytorch_does_not_see_is_refused_with_reason(machine: Any) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("PyTorch sees a GPU here")
+    machine.gpu()
+    with pytest.raises(HostError, match=r"the driver shows a card, PyTorch does not: .*NVIDIA driver"):
+        device.training_memory()
+
+
+def test_first_of_two_gpus_is_used_and_named(
+    machine: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    machine.gpu(name="first")
+    device.use_one_gpu()
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+    machine.gpu(name="second")
+    device.use_one_gpu()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-0aaaa-0"
+    assert [gpu.name for gpu in host.gpus()] == ["first"]
+    assert "2 GPUs are visible: training uses the first, first" in caplog.text
+
+
+def test_launched_processes_keep_all_gpus(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.gpu()
+    machine.gpu()
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x"}.items():
+        monkeypatch.setenv(name, value)
+    device.use_one_gpu()
+    assert len(host.gpus()) == 2
+
+
+def test_two_gpus_that_nvidia_smi_does_not_show_are_refused(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(HostError, match="2 GPUs are visible, and training takes one; set CUDA_VISIBLE_DEVICES=0"):
+        device.training_memory()

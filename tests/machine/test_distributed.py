@@ -92,7 +92,7 @@ def test_launcher_with_wrong_variables_is_refused(
     assert caught.value.hint
 
 
-def test_launcher_keeps_its_own_variables_but_not_the_recipe_s(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launcher_keeps_its_variables_and_not_the_recipe_s(monkeypatch: pytest.MonkeyPatch) -> None:
     launched(monkeypatch, LOCAL_RANK="1", MASTER_PORT="29500", ACCELERATE_MIXED_PRECISION="fp8", FSDP_VERSION="2")
     distributed.settle_environment()
     assert os.environ["FSDP_VERSION"] == "2"

@@ -11,7 +11,8 @@ from tutor.machine.host import MIB, Gpu, Memory
 
 def test_gpus_are_read_with_memory_in_bytes(machine):
     machine.gpu(24, 20, name="NVIDIA GeForce RTX 4090")
-    assert host.gpus() == [Gpu(0, "NVIDIA GeForce RTX 4090", "580.95.05", (8, 9), 22888 * MIB, round(20e9 / MIB) * MIB)]
+    sizes = (22888 * MIB, round(20e9 / MIB) * MIB)
+    assert host.gpus() == [Gpu(0, "NVIDIA GeForce RTX 4090", "580.95.05", (8, 9), *sizes, "GPU-0aaaa-0")]
     assert host.driver_cuda() == (13, 0)
 
 

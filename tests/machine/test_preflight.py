@@ -120,6 +120,16 @@ def test_driver_without_toolkit_is_refused(host, large, tmp_path):
     assert [line.partition(";")[0] for line in found] == ["Docker has no NVIDIA Container Toolkit"]
 
 
+def test_driver_older_than_the_image_is_refused(host, large, tmp_path):
+    host.add("nvidia-smi")
+    host.answer("nvidia-smi", stdout="| NVIDIA-SMI 550.1  Driver Version: 550.1  CUDA Version: 12.4 |\n")
+    host.answer("nvidia-smi --list-gpus", stdout="GPU 0: a card (UUID: GPU-1)\n")
+    host.answer("nvidia-smi --query-gpu", stdout="0, GPU-1, a card, 550.1, 8.9, 24000, 23000\n")
+    host.answer("docker info", stdout=json.dumps({**INFO, "Runtimes": {"nvidia": {}}}))
+    (found,) = [line for line in problems(large, tmp_path) if "disk" not in line]
+    assert "driver 550.1 of a card runs CUDA up to 12.4, and PyTorch needs 13.2; update the driver" in found
+
+
 @pytest.mark.parametrize(
     "info", [{"Runtimes": {"nvidia": {}}}, {"DiscoveredDevices": [{"Source": "cdi", "ID": "nvidia.com/gpu=0"}]}]
 )

@@ -85,13 +85,16 @@ def refuse_stages(recipe: Recipe, build: Path, stages: Collection[str]) -> bool:
     Returns whether the base's shape is known; of a hub model it may not be before it is fetched. Raises RecipeError
     for settings that the base contradicts.
     """
+    gpu = next(iter(host.gpus()), None) if "train" in stages else None
+    if gpu:
+        device.refuse_unusable_gpu(gpu)
     shape = find_shape(recipe, build)
     if shape is None:
         log.info("%s is not known before it is fetched: memory and disk cannot be estimated", recipe.base.source)
         return False
     refuse_lengths(recipe, shape)
     if "train" in stages:
-        refuse_training(recipe, build, shape, next(iter(host.gpus()), None))
+        refuse_training(recipe, build, shape, gpu)
     sizes = run_cost.disk_sizes(recipe, shape, [name for name in stages if name in WEIGHT_STAGES])
     for place, free, need in run_cost.short_disks(run_cost.folder_sizes(recipe, build, sizes)):
         raise HostError(

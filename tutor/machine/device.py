@@ -5,16 +5,32 @@ or a HostError. The only decisions about precision and available memory. torch a
 needs this process's own device. Does not estimate what a model takes: memory/estimate.py does.
 """
 
+import importlib.metadata
+import logging
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tutor.artifacts.provenance import installed_version
 from tutor.errors import HostError
 from tutor.machine import distributed, host
 from tutor.machine.host import CUDA_CONTEXT, Gpu, dotted
 from tutor.machine.matmul_rate import MatmulRates, find_rates
 from tutor.machine.memory.shapes import Shape
+
+log = logging.getLogger(__name__)
+
+PINNED_CUDA = (13, 2)
+"""CUDA version of the pinned PyTorch, which the trainer's image has."""
+
+CUDA_PACKAGE = re.compile(r"nvidia-cuda-runtime(-cu\d+)?")
+"""Package whose version is the CUDA of the installed PyTorch."""
+
+HIDE = "or hide the GPU to train on the CPU: CUDA_VISIBLE_DEVICES="
+"""End of the hint of an error about a GPU."""
 
 CUDA_CAPABILITY = (7, 5)
 """Minimum compute capability of the pinned CUDA 13 wheels."""
@@ -117,6 +133,43 @@ def _found(name: str, capability: tuple[int, int]) -> str:
     return f"{name} has compute capability {dotted(capability)}"
 
 
+def built_for_cuda() -> tuple[int, ...] | None:
+    """The CUDA version of the installed PyTorch; None without CUDA."""
+    for package in importlib.metadata.distributions():
+        if CUDA_PACKAGE.fullmatch(package.metadata["Name"] or ""):
+            return host.version(package.version)[:2]
+    return None
+
+
+def refuse_old_driver(gpu: Gpu, built: tuple[int, ...]) -> None:
+    """Raise HostError for a driver that cannot run a PyTorch built for this CUDA; PyTorch would only see no GPU."""
+    runs = host.driver_cuda()
+    if runs and runs[0] < built[0]:
+        raise HostError(
+            f"the driver {gpu.driver} of {gpu.name} runs CUDA up to {dotted(runs)}, and PyTorch needs {dotted(built)}",
+            f"update the driver, {HIDE}",
+        )
+
+
+def refuse_unusable_gpu(gpu: Gpu) -> None:
+    """Raise HostError where the installed PyTorch cannot use this GPU: it would train on the CPU without a word."""
+    found, built = installed_version("torch"), built_for_cuda()
+    if found and built is None:
+        raise HostError(f"PyTorch {found} has no CUDA, which {gpu.name} needs", f"make install, {HIDE}")
+    refuse_old_driver(gpu, built or PINNED_CUDA)
+
+
+def use_one_gpu() -> None:
+    """Hide all GPUs but the first before CUDA starts: a training that no launcher started uses one."""
+    gpus = host.gpus()
+    if distributed.world_size() == 1 and len(gpus) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[0].uuid
+        log.warning(
+            "%d GPUs are visible: training uses the first, %s (CUDA_VISIBLE_DEVICES chooses another, accelerate launch "
+            "uses all)", len(gpus), gpus[0].name,
+        )  # fmt: skip
+
+
 def reported_memory(gpu: Gpu | None) -> DeviceMemory:
     """Memory as driver and kernel report it, of this GPU or without one of the machine; needs no torch."""
     if gpu is not None:
@@ -133,10 +186,12 @@ def training_memory() -> DeviceMemory:
     import torch
 
     if torch.cuda.is_available():
+        _refuse_several(torch.cuda.device_count())
         free, total = torch.cuda.mem_get_info()
         gpus = distributed.world_size() if distributed.is_sharded() else 1
         name = torch.cuda.get_device_name()
         return DeviceMemory(min(int(free + CUDA_CONTEXT), total) * gpus, total * gpus, name, gpu=True)
+    _refuse_unseen()
     processes, own = distributed.local_world_size(), psutil.Process().memory_info()
     memory = host.memory()
     if memory is None:
@@ -146,6 +201,27 @@ def training_memory() -> DeviceMemory:
     total = memory.total // processes
     available = min(memory.available // processes + own.rss - own.shared, total)
     return DeviceMemory(available, total, memory.owner, gpu=False)
+
+
+def _refuse_several(count: int) -> None:
+    """Raise HostError for several GPUs without a launcher, where nvidia-smi could not show them (`use_one_gpu`)."""
+    if count > 1 and distributed.world_size() == 1:
+        raise HostError(
+            f"{count} GPUs are visible, and training takes one", "set CUDA_VISIBLE_DEVICES=0, or use accelerate launch"
+        )
+
+
+def _refuse_unseen() -> None:
+    """Raise HostError with PyTorch's reason where the driver shows a GPU that PyTorch does not."""
+    import torch
+
+    if gpu := next(iter(host.gpus()), None):
+        reason = "it gives no reason"
+        try:
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).partition("\n")[0]
+        raise HostError(f"the driver shows {gpu.name}, PyTorch does not: {reason}", f"see tutor doctor, {HIDE}")
 
 
 def loading_memory(root: Path = Path("/")) -> DeviceMemory:

@@ -45,9 +45,6 @@ KNOWN_BAD = (
 )
 """Package, first faulty and first good version, the fault (docs/facts.md, 8)."""
 
-CUDA_PACKAGE = re.compile(r"nvidia-cuda-runtime(-cu\d+)?")
-"""Package whose version is the CUDA of the installed PyTorch."""
-
 
 @dataclass(frozen=True)
 class HostCheck:
@@ -161,7 +158,7 @@ def gpu_checks(gpus: list[host.Gpu]) -> Iterator[HostCheck]:
         yield HostCheck("compute capability", "warning", capability, "no bf16 below 8.0: training uses fp16")
     else:
         yield HostCheck("compute capability", "ok", capability)
-    runs, built = host.driver_cuda(), built_for_cuda()
+    runs, built = host.driver_cuda(), device.built_for_cuda()
     found = f"{first.driver}, runs CUDA {dotted(runs)}" if runs else first.driver
     if runs and built and runs[0] < built[0]:
         yield HostCheck(
@@ -169,14 +166,6 @@ def gpu_checks(gpus: list[host.Gpu]) -> Iterator[HostCheck]:
         )
     else:
         yield HostCheck("driver", "ok", found)
-
-
-def built_for_cuda() -> tuple[int, ...] | None:
-    """The CUDA version of the installed PyTorch; None without CUDA."""
-    for package in importlib.metadata.distributions():
-        if CUDA_PACKAGE.fullmatch(package.metadata["Name"] or ""):
-            return host.version(package.version)[:2]
-    return None
 
 
 def machine_checks(build: Path) -> Iterator[HostCheck]:

@@ -51,6 +51,7 @@ class Gpu:
     capability: tuple[int, int]
     total: int  # bytes
     free: int  # bytes
+    uuid: str = ""  # the name that CUDA_VISIBLE_DEVICES takes, whatever the order of CUDA's numbers
 
 
 @dataclass(frozen=True)
@@ -80,26 +81,26 @@ class Processor:
 def gpus() -> list[Gpu]:
     """The GPUs that CUDA would show, in nvidia-smi's order; empty without a working driver."""
     code, text = run_program("nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits")
-    found = [(uuid, gpu) for line in text.splitlines() if code == 0 for uuid, gpu in _gpu(line)]
+    found = [gpu for line in text.splitlines() if code == 0 for gpu in _gpu(line)]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return [gpu for _, gpu in found]
+        return found
     return list(_visible(found, [name.strip() for name in visible.split(",")]))
 
 
-def _gpu(line: str) -> Iterator[tuple[str, Gpu]]:
-    """UUID and GPU of a line from nvidia-smi; nothing for another line, or where a number is missing ([N/A])."""
+def _gpu(line: str) -> Iterator[Gpu]:
+    """The GPU of a line from nvidia-smi; nothing for another line, or where a number is missing ([N/A])."""
     values = [value.strip() for value in line.split(",")]
     with contextlib.suppress(ValueError):
         index, uuid, name, driver, capability, total, free = values
         major, minor = map(int, capability.split("."))
-        yield uuid, Gpu(int(index), name, driver, (major, minor), int(total) * MIB, int(free) * MIB)
+        yield Gpu(int(index), name, driver, (major, minor), int(total) * MIB, int(free) * MIB, uuid)
 
 
-def _visible(found: Sequence[tuple[str, Gpu]], names: Iterable[str]) -> Iterator[Gpu]:
+def _visible(found: Sequence[Gpu], names: Iterable[str]) -> Iterator[Gpu]:
     """The GPUs of CUDA_VISIBLE_DEVICES as CUDA reads it: numbers or UUID prefixes, up to the first unknown one."""
     for name in names:
-        matches = [gpu for uuid, gpu in found if name == str(gpu.index) or (len(name) > 4 and uuid.startswith(name))]
+        matches = [gpu for gpu in found if name == str(gpu.index) or (len(name) > 4 and gpu.uuid.startswith(name))]
         if not matches:
             return
         yield matches[0]

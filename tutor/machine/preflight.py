@@ -18,7 +18,7 @@ from typing import Any
 from tutor.artifacts.layout import BuildFolder
 from tutor.artifacts.manifest import MANIFEST
 from tutor.errors import HostError, RecipeError
-from tutor.machine import capacity, host, run_cost
+from tutor.machine import capacity, device, host, run_cost
 from tutor.machine.host import dotted, run_program, version
 from tutor.machine.memory.shapes import Shape
 from tutor.recipe.settings import Recipe
@@ -148,8 +148,13 @@ def gpu_faults(info: Mapping[str, Any]) -> list[Fault]:
         faults.append(
             Fault("no NVIDIA GPU answers (nvidia-smi --list-gpus)", "another recipe runs on the CPU: data/demo.toml")
         )
-    devices = [str(device) for device in info.get("DiscoveredDevices") or ()]
-    known = "nvidia" in (info.get("Runtimes") or {}) or any("nvidia.com/gpu" in device for device in devices)
+    for gpu in host.gpus()[:1]:
+        try:
+            device.refuse_old_driver(gpu, device.PINNED_CUDA)
+        except HostError as error:
+            faults.append(Fault(error.message, error.hint or ""))
+    devices = [str(found) for found in info.get("DiscoveredDevices") or ()]
+    known = "nvidia" in (info.get("Runtimes") or {}) or any("nvidia.com/gpu" in name for name in devices)
     if not known and shutil.which("nvidia-container-runtime-hook") is None:
         faults.append(
             Fault(

@@ -6,7 +6,7 @@ nothing to do. Does no stage's work.
 """
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -139,6 +139,7 @@ def run_all(recipe: Recipe, build: Path, *, until: str | None = None) -> list[st
 
                 if not ran:
                     _refuse_files(recipe)
+                    _use_one_gpu(states.values())
                 if not fits and name != "data":  # the lengths of its rows decide the memory of a training
                     to_do = [other for other in names if states[other].condition not in NOTHING_TO_DO]
                     fits = capacity.refuse_stages(recipe, build, to_do)
@@ -186,6 +187,7 @@ def _run_on_main_process(stage: Stage, recipe: Recipe, build: Path) -> bool:
             from tutor.machine import capacity
 
             _refuse_files(recipe)
+            _use_one_gpu([states[name]])
             if name != "data" and not distributed.is_sharded():  # the estimate is for one GPU
                 capacity.refuse_stages(recipe, build, [name])
             _run(states[name], recipe, build)
@@ -215,6 +217,14 @@ def _refuse_files(recipe: Recipe) -> None:
     from tutor.stages.evaluate.generalization import check_files
 
     check_files(recipe)
+
+
+def _use_one_gpu(states: Iterable[State]) -> None:
+    """Choose the GPU of a training that is to run, before any stage starts CUDA."""
+    from tutor.machine import device
+
+    if any(state.stage.takes_plan and state.condition not in NOTHING_TO_DO for state in states):
+        device.use_one_gpu()
 
 
 def _refuse_system(recipe: Recipe) -> None:
