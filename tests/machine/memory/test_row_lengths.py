@@ -1,5 +1,6 @@
 """Lengths of rows: counted, bounded by their characters, cut at the recipe's limit."""
 
+import gzip
 import os
 from pathlib import Path
 
@@ -33,6 +34,13 @@ def test_row_lengths_prefer_the_split_over_the_file(machine, based_on, recipe_fi
 def test_malformed_rows_have_no_lengths(machine, based_on, recipe_file, tmp_path, text):
     recipe_file.with_name("tutor.jsonl").write_bytes(text.encode("utf-8", "surrogateescape"))
     assert rows_of(based_on(), tmp_path) is None
+
+
+def test_row_lengths_are_of_every_form_of_rows(machine, based_on, recipe_file, tmp_path):
+    file = recipe_file.with_name("tutor.jsonl")
+    plain = rows_of(based_on("tiny"), tmp_path)
+    file.write_bytes(gzip.compress(b"\xef\xbb\xbf" + file.read_bytes()))
+    assert rows_of(based_on("tiny"), tmp_path) == plain
 
 
 def test_row_lengths_do_not_wait_for_a_pipe(machine, based_on, recipe_file, tmp_path):

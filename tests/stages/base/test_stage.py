@@ -1,5 +1,7 @@
 """stages/base/stage.py and formats/models/base_source.py: refused folders, known and unknown sources."""
 
+import gzip
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from tutor.errors import ArtifactError, HostError, RecipeError, TutorError
 from tutor.formats.models import base_source
 from tutor.formats.models.model_folder import check_model_folder, load_tokenizer, read_facts
 from tutor.stages.base import stage as base
+from tutor.stages.base import tiny_model
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -206,3 +209,22 @@ def test_facts_of_the_tiny_model_are_correct(tiny: Path) -> None:
     assert (facts.bos, facts.eos, facts.pad) == (1017, 1018, 1018)
     assert facts.pre_tokenizer == "llama-bpe"
     assert re.fullmatch(r"[0-9a-f]{64}", facts.weights)
+
+
+@pytest.mark.parametrize("form", ["gzip", "byte order mark", "array"])
+def test_tiny_base_reads_the_forms_of_rows_that_data_reads(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"instruction": "¿Qué?", "response": "Eso."}, {"instruction": "¿Y?", "response": "Nada."}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    name, content = {
+        "gzip": ("rows.jsonl.gz", gzip.compress(lines)),
+        "byte order mark": ("rows.jsonl", b"\xef\xbb\xbf" + lines),
+        "array": ("rows.json", json.dumps(rows, indent=1).encode()),
+    }[form]
+    (tmp_path / name).write_bytes(content)
+    made_of = []
+    monkeypatch.setattr(tiny_model, "make_tiny", lambda model, text, seed: made_of.append(text))
+    with pytest.raises(ArtifactError, match=r"config\.json"):  # of the folder that the replaced function did not make
+        base.run(recipe(tmp_path / "r.toml", base={"source": "tiny"}, data={"train": name}), {}, tmp_path / "base")
+    assert made_of == ["¿Qué?\nEso.\n\n¿Y?\nNada."]

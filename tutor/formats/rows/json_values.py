@@ -5,10 +5,11 @@ key, no NaN and no second value; does not read files (jsonl.py).
 """
 
 import json
+import re
 from collections import Counter
 from typing import Any
 
-BLANKS = (" ", "\t", "\n", "\r")
+_BLANKS = re.compile("[ \t\n\r]*")
 """Whitespace of JSON."""
 TOO_DEEP = "is nested too deeply"
 """Message of a value that is nested too deeply."""
@@ -54,30 +55,33 @@ def too_long(max_bytes: int) -> RowError:
     return RowError(f"is longer than {max_bytes} bytes", "is a line end missing?")
 
 
-def not_utf8(error: UnicodeDecodeError) -> RowError:
-    """Return the row's error for bytes that are no UTF-8."""
+def not_utf8(error: UnicodeDecodeError, offset: int = 0) -> RowError:
+    """Return the row's error for bytes that are no UTF-8; `offset`: number of bytes before those of the error."""
     byte = error.object[error.start]
     cut = error.end == len(error.object) and error.reason == "unexpected end of data"
-    return RowError(f"is not UTF-8 at byte {error.start + 1} (0x{byte:02x})", ICONV, unfinished=cut)
+    return RowError(f"is not UTF-8 at byte {offset + error.start + 1} (0x{byte:02x})", ICONV, unfinished=cut)
 
 
 def skip_blanks(text: str, at: int) -> int:
     """Return the first position from `at` on that is no JSON blank."""
-    while text[at : at + 1] in BLANKS:
-        at += 1
-    return at
+    found = _BLANKS.match(text, at)
+    return found.end() if found else at
 
 
-def decode_value(text: str, at: int) -> tuple[Any, int]:
-    """Return the JSON value that begins at `at`, and its end. Raises RowError."""
+def decode_value(text: str, at: int, column: int = 0) -> tuple[Any, int]:
+    """Return the JSON value that begins at `at`, and its end; `column`: characters of its line before `text`.
+
+    Raises RowError.
+    """
     try:
         value, end = _DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
         rest = text[at : at + 2]
         if rest in ("//", "/*") or rest.startswith("#"):
             raise RowError("is a comment, which JSON does not have") from None
+        place = error.colno + (column if error.lineno == 1 else 0)
         unfinished = not text[error.pos :].strip() or error.msg.startswith("Unterminated")
-        raise RowError(f"is not JSON: {error.msg} at column {error.colno}", unfinished=unfinished) from None
+        raise RowError(f"is not JSON: {error.msg} at column {place}", unfinished=unfinished) from None
     except RecursionError:
         raise RowError(TOO_DEEP) from None
     except ValueError as error:

@@ -7,7 +7,6 @@ In: a path, plain or gzip, or a .json array. Out: each line's JSON value, or its
 import errno
 import gzip
 import hashlib
-import io
 import re
 import stat
 import zlib
@@ -19,7 +18,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tutor.errors import ArtifactError, DataError, RecipeError
-from tutor.formats.rows.json_values import ONE_LINE, RowError, decode_value, not_utf8, parse_line, skip_blanks, too_long
+from tutor.formats.rows.json_array import ArrayReader
+from tutor.formats.rows.json_values import ONE_LINE, RowError, parse_line
 
 BOM = b"\xef\xbb\xbf"
 """Byte order mark of UTF-8."""
@@ -180,39 +180,29 @@ def _refuse_layout(content: bytes, fault: RowError, where: str, *, ended: bool) 
 
 
 def _array(stream: Stream, path: Path, limits: Limits, tolerated: Counter[str]) -> Iterator[LineValue]:
-    """Elements of a .json file: one array of objects, read whole; anything else in it is read as JSON Lines."""
-    data = stream.read(limits.max_total_bytes + 1)
-    if len(data) > limits.max_total_bytes:
-        raise _too_large(path, limits)
-    if not data.removeprefix(BOM).lstrip().startswith(b"["):
-        yield from _lines(io.BytesIO(data), path, limits, tolerated)
-        return
-    tolerated["bom"] += data.startswith(BOM)
-    data = data.removeprefix(BOM)
+    """Elements of a .json file: one array of objects; anything else in it is read as JSON Lines."""
+    total = 0
+
+    def read(size: int) -> bytes:
+        nonlocal total
+        data = stream.read(size)
+        total += len(data)
+        if total > limits.max_total_bytes:
+            raise _too_large(path, limits)
+        return data
+
+    marked = stream.read(len(BOM)) == BOM
+    if not marked:
+        stream.seek(0)
+    reader = ArrayReader(read)
     try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        yield data.count(b"\n", 0, error.start) + 1, not_utf8(error)
+        first = reader.next_sign()
+    except RowError:
+        first = ""
+    if first != "[":
+        stream.seek(0)
+        yield from _lines(stream, path, limits, tolerated)
         return
-    line, counted = 1, 0
-    for start, found in _elements(text, limits.max_line_bytes):
-        line, counted = line + text.count("\n", counted, start), start
-        yield line, found
-
-
-def _elements(text: str, max_bytes: int) -> Iterator[LineValue]:
-    """Each element of an array with its position. Ends at a syntax error: the start of the next element is unknown."""
-    at = skip_blanks(text, text.index("[") + 1)
-    mark = "]" if text.startswith("]", at) else ","
-    end = at
-    while mark == ",":
-        try:
-            value, end = decode_value(text, at)
-        except RowError as fault:
-            yield at, fault
-            return
-        yield at, value if end - at <= max_bytes else too_long(max_bytes)
-        end = skip_blanks(text, end)
-        mark, at = text[end : end + 1], skip_blanks(text, end + 1)
-    if mark != "]" or skip_blanks(text, end + 1) < len(text):
-        yield end, RowError("the array goes wrong here: no comma, no ] or more text behind it")
+    tolerated["bom"] += marked
+    reader.skip()
+    yield from reader.elements(limits.max_line_bytes)

@@ -6,6 +6,7 @@ count tokens it needs transformers.
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from tutor.artifacts.disk import read_json
 from tutor.artifacts.layout import BuildFolder
 from tutor.errors import TutorError
 from tutor.formats.models.model_folder import load_tokenizer, read_facts
-from tutor.formats.rows.split_files import HELD_OUT, TRAIN, read_json_lines, read_split
+from tutor.formats.rows.jsonl import Limits, read_values
+from tutor.formats.rows.split_files import HELD_OUT, TRAIN, read_split
 from tutor.machine.memory.batching import max_tokens, split_step
 from tutor.prompt import encode
 from tutor.recipe.settings import Recipe, TrainSettings
@@ -96,7 +98,7 @@ def largest_batch(settings: TrainSettings, rows: RowLengths | None, world_size: 
 def _texts(path: Path) -> Texts:
     """The rows of a file; empty where the path is not a regular file, or any of its rows is malformed."""
     with contextlib.suppress(TutorError, OSError, ValueError, KeyError, TypeError):
-        rows = read_json_lines(path) if path.is_file() else []
+        rows = [row for _, row in read_values(path, Limits(), Counter())] if path.is_file() else []
         return [(row["instruction"] + "", row["response"] + "") for row in rows]
     return []
 

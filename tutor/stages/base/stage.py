@@ -18,6 +18,8 @@ from tutor.formats.models.base_source import HUB, PACKAGE, local_folder, package
 from tutor.formats.models.model_folder import EMBEDDING, Facts, check_model_folder, load_tokenizer
 from tutor.formats.models.pre_tokenizer import pre_tokenizer_name
 from tutor.formats.models.safetensors import WEIGHTS, folder_weights
+from tutor.formats.rows.jsonl import Limits
+from tutor.formats.rows.rows import ExampleRow, read_rows
 from tutor.prompt import adds_bos
 
 if TYPE_CHECKING:
@@ -42,9 +44,8 @@ def _model_folder(recipe: "Recipe", model: Path) -> Path:
     if source == "tiny":
         from tutor.stages.base.tiny_model import make_tiny
 
-        lines = recipe.resolve(recipe.data.train).read_text("utf-8").split("\n")
-        rows = [json.loads(line) for line in lines if line.strip()]
-        make_tiny(model, "\n\n".join(f"{row['instruction']}\n{row['response']}" for row in rows), recipe.seed)
+        rows, _ = read_rows(recipe.resolve(recipe.data.train), ExampleRow, strict=False, limits=Limits())
+        make_tiny(model, "\n\n".join(f"{row.instruction}\n{row.response}" for _, row in rows), recipe.seed)
         return model
     if found := PACKAGE.fullmatch(source):
         gguf = package_file(found["module"], found["file"])
