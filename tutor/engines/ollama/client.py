@@ -134,11 +134,14 @@ class Ollama:
         return self._ask(VersionReply, "GET", "/api/version", **limits)[0].version
 
     def wait_ready(self, seconds: float) -> str:
-        """The version of a server that may still be starting. Raises UnreachableError after `seconds`."""
+        """The version of a server that may still be starting. Raises UnreachableError after `seconds`.
+
+        A server that listens has CONNECT_SECONDS to answer, whatever `seconds` is.
+        """
         end, logged = time.monotonic() + seconds, False
         while True:
             try:
-                return self.version(max(0.2, min(CONNECT_SECONDS, end - time.monotonic())))
+                return self.version()
             except UnreachableError:
                 if time.monotonic() + 0.5 > end:
                     raise
