@@ -15,7 +15,8 @@ from support.processes.command import TUTOR
 from support.processes.waiting import wait_for
 
 from tutor.cli.commands.run import run_command
-from tutor.errors import GateError
+from tutor.engines.ollama.protocol import UnreachableError
+from tutor.errors import GateError, ServiceError
 from tutor.pipeline import runner
 from tutor.recipe.reading import read_recipe
 from tutor.serving import promote
@@ -87,6 +88,22 @@ def test_publish_without_ollama_prints_so_and_the_report(published: Any, tmp_pat
     result = json.loads(published("--json", host="127.0.0.1:1").stdout)
     assert result["published"] == {"published": False, "why": reason}
     assert result["ran"] == []
+
+
+def test_publish_to_an_unknown_host_is_a_service_error(published: Any) -> None:
+    done = published(host="host.invalid")
+    assert isinstance(done.exception, ServiceError)
+    assert done.exception.code == 6
+
+
+def test_server_that_ends_during_publishing_is_no_absence(published: Any, monkeypatch: Any) -> None:
+    def end(*_: Any, **__: Any) -> None:
+        raise UnreachableError("no Ollama")
+
+    monkeypatch.setattr(promote, "publish_and_promote", end)
+    with running_ollama() as server:
+        done = published(host=server.host)
+    assert isinstance(done.exception, UnreachableError)
 
 
 def test_publish_to_ollama_updates_the_report(published: Any, tmp_path: Path, monkeypatch: Any) -> None:

@@ -4,7 +4,8 @@ import pytest
 from support.fakes.ollama import FakeOllama
 
 from tutor.engines.ollama.client import Ollama, connect
-from tutor.engines.ollama.health import REMEDY, gpu_fault, gpu_notice, gpu_share, server_states
+from tutor.engines.ollama.health import REMEDY, absence, gpu_fault, gpu_notice, gpu_share, server_states
+from tutor.errors import ServiceError
 
 
 @pytest.mark.parametrize(("share", "said"), [(0.0, "0% of tutor on it"), (0.4, "40% of tutor on it"), (1.0, None)])
@@ -70,3 +71,12 @@ def test_states_without_a_server_name_the_next_step(monkeypatch: pytest.MonkeyPa
     assert "'a b'" in found
     monkeypatch.delenv("OLLAMA_HOST")
     assert next(server_states(2.0, host_has_gpu=True))[2] == "not set: http://127.0.0.1:11434"
+
+
+def test_absent_server_is_one_that_refuses_connections(server: FakeOllama) -> None:
+    assert absence(server.host, 0) is None
+    assert absence("127.0.0.1:1", 0) == "no Ollama at http://127.0.0.1:1 (Connection refused)"
+    with pytest.raises(ServiceError, match=r"Ollama's host 'host\.invalid' cannot be found"):
+        absence("host.invalid", 0)
+    with pytest.raises(ServiceError, match="TLS to https"):
+        absence(server.host.replace("http:", "https:"), 0)

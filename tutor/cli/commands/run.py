@@ -67,11 +67,11 @@ def _publish(recipe: "Recipe", build: Path) -> tuple[dict[str, Any], list[str]]:
 
     try:
         require_listener()
-        from tutor.serving import promote, publish
-
-        result = promote.publish_and_promote(recipe, build, wait=0)
     except UnreachableError as error:
         return {"published": False, "why": error.message}, [f"Not published: {error.message}"]
+    from tutor.serving import promote, publish
+
+    result = promote.publish_and_promote(recipe, build, wait=0)
     runner.run_one("report", recipe, build)
     return result, publish.published_lines(result)
 

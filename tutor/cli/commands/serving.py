@@ -193,19 +193,15 @@ def publish_command(  # noqa: PLR0913 - a command's options
 
     The published build is first compared with the trained model; a build that passes is served as latest.
     """
-    from tutor.engines.ollama.protocol import UnreachableError
+    from tutor.engines.ollama.health import absence
     from tutor.serving import promote, publish
 
-    try:
-        with progress_on_stderr(flags):
-            result = promote.publish_and_promote(
-                load_recipe(recipe_path), build, host=host, adapter=adapter, wait=wait, force=force
-            )
-    except UnreachableError as error:
-        if not if_there:
-            raise
-        print_result({"published": False, "why": error.message}, [f"Not published: {error.message}"], as_json=as_json)
-        return
+    recipe = load_recipe(recipe_path)
+    with progress_on_stderr(flags):
+        if if_there and (absent := absence(host, wait)):
+            print_result({"published": False, "why": absent}, [f"Not published: {absent}"], as_json=as_json)
+            return
+        result = promote.publish_and_promote(recipe, build, host=host, adapter=adapter, wait=wait, force=force)
     print_result(result, publish.published_lines(result), as_json=as_json)
 
 

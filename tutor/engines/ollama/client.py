@@ -93,11 +93,8 @@ def connect(host: str | None = None, *, silent: float = SILENT_SECONDS, pause: f
 
     slow, quick = (httpx.Timeout(seconds, connect=CONNECT_SECONDS) for seconds in (silent, min(silent, QUICK_SECONDS)))
     # The environment's proxies are for other addresses. The package would follow redirects to other hosts.
-    settings: dict[str, Any] = {
-        "trust_env": False,
-        "follow_redirects": False,
-        "transport": Transport(address, QUICK_SECONDS),
-    }
+    settings: dict[str, Any] = {"trust_env": False, "follow_redirects": False}
+    settings["transport"] = Transport(address, QUICK_SECONDS)
     with (
         ollama.Client(address, timeout=quick, **settings) as client,
         httpx.Client(base_url=address, timeout=slow, **settings) as http,
@@ -134,9 +131,9 @@ class Ollama:
         return self._ask(VersionReply, "GET", "/api/version", **limits)[0].version
 
     def wait_ready(self, seconds: float) -> str:
-        """The version of a server that may still be starting. Raises UnreachableError after `seconds`.
+        """The version of a server that may still be starting; one that listens has CONNECT_SECONDS to answer.
 
-        A server that listens has CONNECT_SECONDS to answer, whatever `seconds` is.
+        Raises UnreachableError after `seconds`.
         """
         end, logged = time.monotonic() + seconds, False
         while True:
@@ -278,8 +275,7 @@ class Ollama:
         except ValidationError as error:
             raise wrong_field(self.host, endpoint, error) from error
         except (ValueError, RecursionError) as error:
-            what = f"its answer to {endpoint} has another form ({str(error)[:120]})"
-            raise not_ollama(self.host, what) from error
+            raise not_ollama(self.host, f"its answer to {endpoint} has another form ({str(error)[:120]})") from error
         except (TypeError, AttributeError) as error:
             # The package fails on an error body that is JSON but no object.
             what = f"Ollama at {self.host} sent an error to {endpoint} that its own client cannot read"

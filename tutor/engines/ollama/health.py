@@ -47,6 +47,16 @@ def server_states(seconds: float, *, host_has_gpu: bool) -> Iterator[State]:
         yield "Ollama", "missing", error.message, error.hint or ""
 
 
+def absence(host: str | None, wait: float) -> str | None:
+    """Why no server is at a host after `wait` seconds; None when one is. Raises ServiceError for any other fault."""
+    try:
+        with connect(host) as server:
+            server.wait_ready(wait)
+    except UnreachableError as error:
+        return str(error.message)
+    return None
+
+
 def gpu_share(server: Ollama, model: str) -> float | None:
     """The share of a model that is on a GPU; None when it is not in memory under this name."""
     return {canonical(name): share for name, share in server.loaded().items()}.get(canonical(model))
