@@ -1,4 +1,4 @@
-"""The Compose stack in Docker: its images, its services with a small recipe, and its Ollama.
+"""The Compose stack in Docker: its services with a small recipe, and its Ollama.
 
     make test-docker
 
@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tarfile
 import xml.etree.ElementTree as ET
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 import httpx
 import pytest
 from support.processes.command import ROOT, environment
-from support.processes.docker_cli import docker, inspected
+from support.processes.docker_cli import CANARY, docker, inspected
 
 from tutor.artifacts.manifest import require_stage
 from tutor.engines.llamacpp.build import build_folder, is_built
@@ -30,19 +29,17 @@ from tutor.engines.ollama.client import connect
 from tutor.engines.ollama.engine import serve
 from tutor.engines.protocol import Generation
 from tutor.errors import HostError, ServiceError
-from tutor.machine import preflight
+from tutor.machine import container_host, preflight
 from tutor.pipeline import compose as stack
-from tutor.pipeline.compose import Stack
+from tutor.pipeline import compose_command
+from tutor.pipeline.compose_command import Stack
 from tutor.pipeline.logged_command import StackError
 from tutor.prompt import conversation
-from tutor.recipe.reading import read_recipe
 from tutor.recipe.settings import Recipe
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(3600)]
 
 TUTOR = Path(sys.executable).with_name("tutor")
-RECIPE = ROOT / os.environ.get("TUTOR_TEST_RECIPE", "tests/support/tiny.toml")
-CANARY = "hf_canary0123456789"
 MADE = ("adapter", "merged", "gguf")
 PROBE = """
 import json, os, pathlib, socket
@@ -60,46 +57,12 @@ print(json.dumps({
     "writable": [path for path in ("/", "/work", "/work/data", "/work/build", "/opt", "/cache", "/etc")
                  if writable(path)],
     "interfaces": sorted(name for _, name in socket.if_nameindex()), "environment": dict(os.environ),
+    "leaves": any(line.split()[1] == "00000000" for line in open("/proc/net/route").readlines()[1:]),
+    "shared_memory": os.statvfs("/dev/shm").f_frsize * os.statvfs("/dev/shm").f_blocks,
     "token": pathlib.Path("/run/secrets/hf_token").read_text() if os.path.exists("/run/secrets/hf_token") else None,
 }))
 """
-"""Program that prints the ids, privileges, writable folders and environment of a process in a service."""
-
-
-@pytest.fixture(scope="module")
-def project(docker_compose_project_name: str) -> Iterator[str]:
-    """The Compose project's name; our own commands get it from the environment."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COMPOSE_PROJECT_NAME", docker_compose_project_name)
-        patch.setenv("TUTOR_OLLAMA_PORT", "")  # any free one
-        yield docker_compose_project_name
-
-
-@pytest.fixture(scope="module")
-def recipe(project: str, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """The recipe in one folder with its rows, which the containers mount."""
-    folder = tmp_path_factory.mktemp("recipe") / "data"
-    folder.mkdir()
-    for rows in (ROOT / "data").glob("*.jsonl"):
-        shutil.copy(rows, folder)
-    path = folder / RECIPE.name
-    path.write_text(RECIPE.read_text().replace("../../data/", ""))
-    return read_recipe(path)
-
-
-@pytest.fixture(scope="module")
-def compose(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Stack:
-    """The stack of that recipe, with its folders."""
-    made = Stack(recipe.path, tmp_path_factory.mktemp("contained") / "build")
-    stack.prepare(made)
-    return made
-
-
-@pytest.fixture(scope="module")
-def images(base_image: str, compose: Stack) -> None:
-    """The images of the stages, built while a token is in the environment."""
-    command = compose.command("--progress", "plain", "build", "trainer", "converter", "publisher")
-    subprocess.run(command, env={**compose.environment(), "HF_TOKEN": CANARY}, check=True, timeout=3000)
+"""Program that prints the ids, privileges, folders, networks and environment of a process in a service."""
 
 
 @pytest.fixture(scope="module")
@@ -166,136 +129,41 @@ def test_compose_file_without_variables_has_safe_defaults(project: str) -> None:
     assert "host_ip: 127.0.0.1" in done.stdout
 
 
-# The images
-
-
-@pytest.mark.parametrize("image", ["tutor-trainer", "tutor-converter", "tutor-client"])
-def test_image_built_with_token_is_unprivileged_and_without_it(images: None, image: str) -> None:
-    assert inspected("image", image)["Config"]["User"] == "10001:10001"
-    assert CANARY not in docker("history", "--no-trunc", image)
-    assert CANARY not in json.dumps(inspected("image", image))
-
-
-def test_images_contain_only_the_programs_they_need(images: None) -> None:
-    def has(image: str, *command: str) -> bool:
-        run = ["docker", "run", "--rm", "--network", "none", image, *command]
-        return subprocess.run(run, capture_output=True, check=False).returncode == 0
-
-    assert has("tutor-client", "python", "-c", "import tutor.serving.publish, ollama")
-    assert not has("tutor-client", "python", "-c", "import torch")
-    assert has("tutor-client", "tutor", "--version")
-    assert has("tutor-trainer", "gcc", "--version")  # Triton's
-    assert has("tutor-trainer", "test", "-x", "/opt/llama.cpp/bin/llama-tokenize")  # the base stage's
-    assert not has("tutor-trainer", "test", "-e", "/opt/llama.cpp/bin/llama-server")
-    assert not has("tutor-converter", "g++", "--version")
-
-
-def test_converter_image_shares_the_layers_of_trainer(images: None) -> None:
-    """They store PyTorch once."""
-    layers = [inspected("image", name)["RootFS"]["Layers"] for name in ("tutor-trainer", "tutor-converter")]
-    sizes = [inspected("image", name)["Size"] for name in ("tutor-trainer", "tutor-converter")]
-    shared = [layer for layer in layers[0] if layer in layers[1]]
-    assert shared == layers[0][: len(shared)]
-    assert sizes[1] - sizes[0] < 500e6
-    assert len(shared) >= len(layers[0]) - 1
-
-
-INDEX = """
-import functools, http.server, ssl
-handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory="/served")
-server = http.server.HTTPServer(("", 8443), handler)
-context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-context.load_cert_chain("/served/ca.crt", "/served/ca.key")
-server.socket = context.wrap_socket(server.socket, server_side=True)
-server.serve_forever()
-"""
-"""Package index with a certificate of an unknown authority, as a proxy that inspects TLS presents it."""
-
-
-@pytest.fixture(scope="module")
-def trusting_build(
-    images: None, base_image: str, project: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[str, str]]:
-    """The Dockerfile's first stage on a base image that trusts one more authority, and the network of an index."""
-    served = tmp_path_factory.mktemp("served")
-    served.chmod(0o755)  # the index runs as the image's own user
-    subject = ("-subj", "/CN=index", "-addext", "subjectAltName=DNS:index")
-    key = ("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "/served/ca.key", "-out", "/served/ca.crt")
-    as_root = ("run", "--rm", "--user", "0", "--volume", f"{served}:/served", "tutor-client")
-    docker(*as_root, "openssl", *key, *subject)
-    docker(*as_root, "chmod", "0644", "/served/ca.key")
-    with zipfile.ZipFile(served / "probe-1-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("probe-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: probe\nVersion: 1\n")
-        wheel.writestr("probe-1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr("probe-1.dist-info/RECORD", "")
-    lines = (
-        f"FROM {base_image}",
-        "RUN apt-get update && apt-get install --yes --no-install-recommends ca-certificates",
-        "COPY ca.crt /usr/local/share/ca-certificates/",
-        "RUN update-ca-certificates",
-    )
-    (served / "Dockerfile").write_text("\n".join(lines) + "\n")
-    trusting, first = f"{project}-base", f"{project}-python"
-    docker("build", "--quiet", "--tag", trusting, str(served))
-    dockerfile = ("--file", str(ROOT / "docker" / "Dockerfile"), "--target", "python", str(ROOT))
-    docker("build", "--quiet", "--build-arg", f"BASE_IMAGE={trusting}", "--tag", first, *dockerfile)
-    docker("network", "create", "--internal", first)
-    index = ("--name", f"{project}-index", "--network", first, "--network-alias", "index")
-    docker("run", "--detach", *index, "--volume", f"{served}:/served:ro", "tutor-client", "python", "-c", INDEX)
-    yield first, first
-    docker("rm", "--force", f"{project}-index")
-    docker("network", "rm", first)
-    docker("image", "rm", first, trusting)
-
-
-def test_build_trusts_only_certificates_of_base_image(trusting_build: tuple[str, str]) -> None:
-    image, network = trusting_build
-
-    def download(image: str) -> "subprocess.CompletedProcess[str]":
-        pip = ("pip", "download", "--retries", "5", "--no-index", "--find-links", "https://index:8443/", "probe")
-        run = ["docker", "run", "--rm", "--network", network, "--workdir", "/tmp", image, *pip]
-        return subprocess.run(run, capture_output=True, text=True, check=False)
-
-    trusted, other = download(image), download("tutor-client")
-    assert trusted.returncode == 0, trusted.stderr
-    assert "Saved ./probe-1-py3-none-any.whl" in trusted.stdout
-    assert other.returncode != 0
-    assert "CERTIFICATE_VERIFY_FAILED" in other.stdout + other.stderr
-
-
 # The services
 
 
-@pytest.mark.parametrize("service", ["trainer", "merger", "converter", "publisher", "evaluator", "reporter"])
+@pytest.mark.parametrize("service", [*stack.SERVICES_BEFORE, *stack.SERVICES_AFTER])
 def test_service_user_is_unprivileged_and_writes_own_folders(images: None, compose: Stack, service: str) -> None:
     found = inside(compose, service)
-    assert (found["uid"], found["gid"]) == stack.owner()
-    assert found["uid"] != 0
-    assert 0 not in found["groups"]
+    assert (found["uid"], found["gid"]) == compose_command.owner(compose.daemon)
+    assert compose.daemon.rootless or 0 not in (found["uid"], *found["groups"])
     assert (found["effective"], found["bounding"], found["no_new_privileges"]) == (0, 0, "1")
     # The build folder's top is the caller's, who may be root; the recipe's own folder is the service's.
     own = {"/work/build"} if os.getuid() else set()
-    assert set(found["writable"]) == own | ({"/cache"} if service == "trainer" else set())
-    assert (found["interfaces"] == ["lo"]) == (service in ("merger", "reporter"))
+    assert set(found["writable"]) == own | ({"/cache"} if service == "fetcher" else set())
+    alone = service not in ("fetcher", "publisher", "evaluator")
+    assert (found["interfaces"] == ["lo"]) == alone
+    assert found["leaves"] == (service == "fetcher")
+    assert (found["shared_memory"] >= 2 << 30) == (service == "trainer")
 
 
-def test_token_reaches_only_trainer_and_only_as_file(
+def test_token_reaches_only_fetcher_and_only_as_file(
     images: None, compose: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert inside(compose, "trainer")["token"] == ""
+    assert inside(compose, "fetcher")["token"] == ""
     monkeypatch.setenv("HF_TOKEN", CANARY)
-    with stack.hub_token() as token:
-        found = inside(compose, "trainer", token)
+    with compose_command.hub_token(compose.daemon) as token:
+        found = inside(compose, "fetcher", token)
         assert found.pop("token") == CANARY
         assert CANARY not in json.dumps(found)
-        assert inside(compose, "converter", token)["token"] is None
+        assert inside(compose, "trainer", token)["token"] is None
 
 
-def test_service_outputs_belong_to_caller_and_are_readable(contained: Path) -> None:
+def test_service_outputs_belong_to_caller_and_are_readable(contained: Path, compose: Stack) -> None:
     made = [path for name in (*MADE, "data", "base", "model") for path in (contained / name).rglob("*")]
     assert len(made) > 20
     for path in made:
-        assert (path.stat().st_uid, path.stat().st_gid) == stack.owner()
+        assert (path.stat().st_uid, path.stat().st_gid) == compose_command.owner(compose.daemon)
         assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644), path
 
 
@@ -319,13 +187,13 @@ def test_container_outputs_equal_those_of_tutor_run(contained: Path, embedded: P
 
 
 def test_services_run_again_do_nothing(contained: Path, compose: Stack) -> None:
-    assert [stack.had_work(stack.run_service(compose, name)) for name in stack.SERVICES_BEFORE] == [False] * 3
+    assert [stack.had_work(stack.run_service(compose, name)) for name in stack.SERVICES_BEFORE] == [False] * 4
 
 
 def test_service_that_fails_returns_its_exit_code(images: None, recipe: Recipe, tmp_path: Path) -> None:
     """Exit code 5 without an adapter to merge; Docker's own error where a folder does not exist."""
-    empty = Stack(recipe.path, tmp_path / "build")
-    stack.prepare(empty)
+    empty = Stack(recipe.path, tmp_path / "build", daemon=container_host.daemon())
+    compose_command.prepare(empty)
     with pytest.raises(StackError, match="tutor run --until data") as caught:
         stack.run_service(empty, "merger")
     assert caught.value.code == 5
@@ -336,7 +204,7 @@ def test_service_that_fails_returns_its_exit_code(images: None, recipe: Recipe, 
 
 
 def test_gpu_not_available_raises_host_error(images: None, compose: Stack) -> None:
-    if not preflight.gpu_faults(preflight.daemon()):
+    if not preflight.gpu_faults(compose.daemon):
         pytest.skip("this host has a GPU")
     with pytest.raises(HostError, match="NVIDIA Container Toolkit"):
         stack.run_service(Stack(compose.recipe, compose.build, gpu=True), "trainer")
@@ -483,16 +351,38 @@ def test_server_port_taken_raises_host_error(server: str, compose: Stack, monkey
         with pytest.raises(HostError, match="TUTOR_OLLAMA_PORT"):
             stack.start_server(compose)
     finally:
-        subprocess.run(compose.command("down", "--volumes"), env=compose.environment(), capture_output=True, check=True)
+        down = compose.command("down", "--volumes", "--rmi", "all")
+        subprocess.run(down, env=compose.environment(), capture_output=True, check=True)
+
+
+def test_containers_of_another_checkout_are_left_alone(
+    server: str, project: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert container_host.project_faults(container_host.project()) == []
+    other = tmp_path / "copy"
+    other.mkdir()
+    shutil.copy(ROOT / "compose.yaml", other)
+    shutil.copytree(ROOT / "docker", other / "docker")
+    monkeypatch.setattr(container_host, "CHECKOUT", other)
+    found = container_host.project()
+    assert found.name == project
+    (fault,) = container_host.project_faults(found)
+    assert f"belong to the checkout {ROOT}" in fault.what
+    monkeypatch.delenv("COMPOSE_PROJECT_NAME")
+    assert container_host.project_faults(container_host.project()) == []  # named "copy", by its folder
 
 
 # All of it
 
 
-def test_stack_run_all_twice_does_nothing_more(server: str, images: None, recipe: Recipe, compose: Stack) -> None:
+def test_stack_run_all_twice_does_nothing_more(
+    server: str, images: None, recipe: Recipe, compose: Stack, base_image: str, ollama_image: str
+) -> None:
     """`tutor stack run` where Ollama's container is missing, and once more."""
     docker("rm", "--force", server)
     first = stack.run_all(recipe, compose.build, gpu=False)
     assert re.fullmatch(r"127\.0\.0\.1:\d+", first["host"])
     assert set(first["services"]) == {*stack.SERVICES_BEFORE, *stack.SERVICES_AFTER}
+    assert {base_image, ollama_image, "trainer", "ollama"} <= set(first["images"])
+    assert all("sha256:" in image for image in first["images"].values())
     assert stack.run_all(recipe, compose.build, gpu=False)["ran"] == []

@@ -1,6 +1,7 @@
 """The checks of `tutor doctor`; nvidia-smi is a small program on PATH. The command: tests/cli/commands."""
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -11,7 +12,9 @@ import pytest
 from support.fakes.machine import HEADING
 
 from tutor.errors import HostError
-from tutor.machine import doctor, host
+from tutor.machine import doctor
+from tutor.machine import host as hardware
+from tutor.machine.container_host import Daemon
 from tutor.machine.host import Gpu
 
 GIB = 1 << 30
@@ -50,7 +53,7 @@ def test_check_of_old_driver_names_both_cuda_versions(machine, tmp_path, monkeyp
     monkeypatch.syspath_prepend(tmp_path / "site")
     machine.gpu()
     (machine.folder / "heading").write_text(HEADING.replace("13.0", runs))
-    check = next(check for check in doctor.gpu_checks(host.gpus()) if check.what == "driver")
+    check = next(check for check in doctor.gpu_checks(hardware.gpus()) if check.what == "driver")
     assert check.state == state
     assert runs in check.found
     assert ("CUDA 13.2" in check.hint) == (state == "missing")
@@ -151,14 +154,19 @@ def test_check_of_missing_ollama_stops_only_publishing(machine):
 
 
 def test_check_of_docker_stops_only_the_containers(machine):
-    assert {check.needed_by for check in doctor.docker_checks({}, gpu=True)} == {"make all"}
-    machine.program("docker", "#!/bin/sh\necho 2.40.0\n")
-    machine.gpu()
+    assert {check.needed_by for check in doctor.docker_checks(Daemon(), gpu=True)} == {"make all"}
+
+
+def test_check_of_docker_names_its_kind_images_and_toolkit(host):
     info = {"ServerVersion": "26.1.5", "Runtimes": {}}
-    assert states(doctor.docker_checks(info, gpu=True)) == {"Docker": "ok", "NVIDIA container toolkit": "missing"}
+    assert states(doctor.docker_checks(Daemon(info), gpu=True))["NVIDIA container toolkit"] == "missing"
     with_toolkit = {**info, "Runtimes": {"nvidia": {}}}
-    assert states(doctor.docker_checks(with_toolkit, gpu=True))["NVIDIA container toolkit"] == "ok"
-    assert states(doctor.docker_checks(info, gpu=False)) == {"Docker": "ok"}
+    assert states(doctor.docker_checks(Daemon(with_toolkit), gpu=True))["NVIDIA container toolkit"] == "ok"
+    rootless = Daemon({**info, "SecurityOptions": ["name=rootless"]}) if os.getuid() else Daemon(info)
+    host.answer("image inspect", stdout='["ollama/ollama@sha256:ab"] sha256:cd\n')
+    found = {check.what: check.found for check in doctor.docker_checks(rootless, gpu=False)}
+    assert found["Docker"] == ("26.1.5, rootless" if os.getuid() else "26.1.5")
+    assert "ollama/ollama:0.33.3@sha256:ab" in found["images"]
 
 
 def report(*checks: doctor.HostCheck, refusal: HostError | None = None) -> doctor.HostReport:

@@ -1,6 +1,7 @@
 """Requirements of the Compose stack; `docker` and `nvidia-smi` are small programs on PATH (docs/facts.md, 12)."""
 
 import json
+import os
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from support.models.workloads import LARGE
 from support.processes.command import ROOT
 
 from tutor.errors import HostError, RecipeError
-from tutor.machine import preflight
+from tutor.machine import container_host, preflight
 from tutor.machine.host import Memory
 from tutor.recipe.reading import read_recipe
 from tutor.recipe.settings import Recipe
@@ -56,7 +57,7 @@ def large(recipe_file: Path) -> Recipe:
 def problems(recipe: Recipe, build: Path, **options: Any) -> tuple[str, ...]:
     """The faults of the host for a recipe; empty when there are none."""
     try:
-        preflight.check_host(recipe, build, **options)
+        preflight.check_host(recipe, build, container_host.daemon(), container_host.project(), **options)
     except preflight.UnfitError as error:
         return error.problems
     return ()
@@ -64,12 +65,12 @@ def problems(recipe: Recipe, build: Path, **options: Any) -> tuple[str, ...]:
 
 def test_unfit_host_exits_4_and_names_the_demo(host, large, tmp_path):
     with pytest.raises(HostError, match="make demo") as caught:
-        preflight.check_host(large, tmp_path)
+        preflight.check_host(large, tmp_path, container_host.daemon(), container_host.project())
     assert caught.value.code == 4
 
 
 def test_small_recipe_needs_no_gpu(host, recipe, tmp_path):
-    assert preflight.check_host(recipe, tmp_path) is False
+    assert preflight.check_host(recipe, tmp_path, container_host.daemon(), container_host.project()) is False
 
 
 def test_all_faults_are_reported_together(host, large, tmp_path, monkeypatch):
@@ -81,31 +82,6 @@ def test_all_faults_are_reported_together(host, large, tmp_path, monkeypatch):
         "Docker has no NVIDIA Container Toolkit",
     ]
     assert all("; " in line and "\n" not in line for line in found)
-
-
-@pytest.mark.parametrize(
-    ("part", "answer", "message"),
-    [
-        ("docker info", {"code": 1, "stderr": "Cannot connect to the Docker daemon"}, "daemon does not answer"),
-        ("docker info", {"code": 1, "stderr": "permission denied while trying to connect"}, "may not use Docker"),
-        ("docker info", {"stdout": '{"ServerErrors": ["no daemon"]}'}, "daemon does not answer"),
-        ("docker info", {"stdout": "not JSON"}, "daemon does not answer"),
-        ("compose version", {"code": 1, "stderr": "docker: 'compose' is not a docker command."}, "no Compose plugin"),
-        ("compose version", {"stdout": "v2.23.3\n"}, "Docker Compose is v2.23.3"),
-        ("compose version", {"stdout": "1.29.2\n"}, "Docker Compose is 1.29.2"),
-    ],
-)
-def test_unusable_docker_is_one_fault(host, recipe, tmp_path, part, answer, message):
-    host.answer(part, **answer)
-    found = problems(recipe, tmp_path)
-    assert len(found) == 1
-    assert message in found[0]
-
-
-@pytest.mark.parametrize("shown", ["2.24.0", "v2.40.3", "5.0.1", "2.26.1-4"])
-def test_newer_compose_versions_are_accepted(host, recipe, tmp_path, shown):
-    host.answer("compose version", stdout=shown)
-    assert problems(recipe, tmp_path) == ()
 
 
 def test_large_recipe_without_gpu_is_refused(host, large, tmp_path):
@@ -137,15 +113,15 @@ def test_available_gpu_is_used_unless_disabled(host, recipe, tmp_path, info):
     host.add("nvidia-smi")
     host.answer("nvidia-smi", stdout="GPU 0: NVIDIA H200 (UUID: GPU-1)\n")
     host.answer("docker info", stdout=json.dumps({**INFO, **info}))
-    assert preflight.check_host(recipe, tmp_path) is True
-    assert preflight.check_host(recipe, tmp_path, gpu=False) is False
+    assert preflight.check_host(recipe, tmp_path, container_host.daemon(), container_host.project()) is True
+    assert preflight.check_host(recipe, tmp_path, container_host.daemon(), container_host.project(), gpu=False) is False
 
 
 def test_failing_driver_counts_as_no_gpu(host, recipe, tmp_path):
     host.add("nvidia-smi")
     host.answer("docker info", stdout=json.dumps({**INFO, "Runtimes": {"nvidia": {}}}))
     host.answer("nvidia-smi", code=9, stderr="NVIDIA-SMI has failed because it couldn't communicate with the driver")
-    assert preflight.check_host(recipe, tmp_path) is False
+    assert preflight.check_host(recipe, tmp_path, container_host.daemon(), container_host.project()) is False
     assert any("no NVIDIA GPU" in line for line in problems(recipe, tmp_path, gpu=True))
 
 
@@ -157,6 +133,26 @@ def test_toolkit_with_known_escapes_is_refused(host, recipe, tmp_path):
     assert any("1.17.8" in line for line in problems(recipe, tmp_path, gpu=True))
     host.answer("nvidia-ctk", stdout="NVIDIA Container Toolkit CLI version 1.18.0\n")
     assert problems(recipe, tmp_path, gpu=True) == ()
+
+
+def test_training_beyond_dockers_machine_is_a_fault(host, recipe, tmp_path, monkeypatch):
+    """The virtual machine of Docker Desktop has less memory than this one; its disk cannot be seen from here."""
+    monkeypatch.setattr("tutor.machine.host.memory", lambda: Memory(32 << 30, 30 << 30, None))
+    monkeypatch.setattr(preflight.capacity, "find_shape", lambda recipe, build: LARGE)
+    desktop = {**INFO, "OperatingSystem": "Docker Desktop", "DockerRootDir": "/var/lib/docker", "MemTotal": 4 << 30}
+    host.answer("docker info", stdout=json.dumps(desktop))
+    (found,) = problems(recipe, tmp_path, gpu=False)
+    assert "Docker's machine has 4.3 GB; raise its memory" in found
+    host.answer("docker info", stdout=json.dumps({**desktop, "MemTotal": 31 << 30}))
+    assert problems(recipe, tmp_path, gpu=False) == ()
+
+
+def test_disk_of_dockers_machine_is_not_taken_for_this_one(host, recipe, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**9))
+    host.answer("docker image inspect", code=1)
+    host.answer("docker info", stdout=json.dumps({**INFO, "OperatingSystem": "Docker Desktop"}))
+    assert not any("disk" in line for line in problems(recipe, tmp_path))
+    assert "Docker Desktop's machine needs 14" in caplog.text
 
 
 @pytest.fixture
@@ -207,7 +203,7 @@ def test_training_beyond_the_gpu_is_a_fault(host, large, tmp_path, monkeypatch):
     assert 'NVIDIA T1000 has 4.3 GB; set train.max_memory.gpu = "4096MiB"' in found
 
 
-def test_port_in_use_is_a_fault(host, recipe, tmp_path, monkeypatch):
+def test_port_in_use_is_a_fault_that_names_its_holder(host, recipe, tmp_path, monkeypatch):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -217,7 +213,10 @@ def test_port_in_use_is_a_fault(host, recipe, tmp_path, monkeypatch):
         assert len(found) == 1
         assert str(port) in found[0]
         assert "TUTOR_OLLAMA_PORT" in found[0]
-        host.answer("docker ps", stdout="0123456789ab\n")  # the stack's own Ollama uses the port
+        assert f" ({os.getpid()})" in found[0]
+        host.answer("docker ps --filter publish", stdout="other-web-1\tother\n")
+        assert "held by container other-web-1" in problems(recipe, tmp_path)[0]
+        host.answer("docker ps --filter publish", stdout="tutor-ollama-1\ttutor\n")  # the project's own Ollama
         assert problems(recipe, tmp_path) == ()
 
 
@@ -230,7 +229,9 @@ def test_invalid_port_is_a_fault(host, recipe, tmp_path, monkeypatch, given):
 def test_rows_outside_the_recipe_folder_are_refused(host, recipe_file, tmp_path):
     recipe_file.write_text('[data]\ntrain = "../elsewhere/tutor.jsonl"\n[base]\nsource = "path:../model"\n')
     with pytest.raises(RecipeError, match=r"data.train is \.\./elsewhere/tutor.jsonl, base.source is \.\./model, and"):
-        preflight.check_host(read_recipe(recipe_file), tmp_path, gpu=False)
+        preflight.check_host(
+            read_recipe(recipe_file), tmp_path, container_host.Daemon(), container_host.Project(), gpu=False
+        )
 
 
 def test_shipped_recipes_are_beside_their_rows():

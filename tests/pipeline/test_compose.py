@@ -1,4 +1,4 @@
-"""The services of the stack: their order, exit codes, logs and interrupts.
+"""The services of the stack: their order, exit codes, logs and interrupts. Covers compose_command.py too.
 
 `docker` and `nvidia-smi` are small programs on PATH with scripted answers (docs/facts.md, 12).
 """
@@ -6,18 +6,20 @@
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 from pathlib import Path
 
 import pytest
-from support.fakes.docker import INFO, Host
+from support.fakes.docker import INFO, PROJECT, Host
 from support.processes.command import ROOT, TUTOR
 from support.processes.waiting import wait_for
 
 from tutor.errors import HostError, ServiceError
-from tutor.pipeline import compose
-from tutor.pipeline.compose import Stack
+from tutor.machine.container_host import Daemon
+from tutor.pipeline import compose, compose_command
+from tutor.pipeline.compose_command import Stack
 from tutor.pipeline.logged_command import StackError
 from tutor.recipe.reading import read_recipe
 from tutor.recipe.settings import Recipe
@@ -38,8 +40,8 @@ def services_run(host: Host) -> list[str]:
 def test_run_all_runs_services_in_order_with_log_and_result(host, recipe, tmp_path):
     host.answer("run --rm", stdout='{"ran": true}', stderr="working on it\n")
     result = compose.run_all(recipe, tmp_path / "build")
-    assert services_run(host) == ["trainer", "merger", "converter", "ollama", "publisher", "evaluator", "reporter"]
-    assert result["ran"] == ["trainer", "merger", "converter", "publisher", "evaluator", "reporter"]
+    assert services_run(host) == [*compose.SERVICES_BEFORE, "ollama", *compose.SERVICES_AFTER]
+    assert result["ran"] == [*compose.SERVICES_BEFORE, *compose.SERVICES_AFTER]
     assert result["host"] == "127.0.0.1:11434"
     build = next(index for index, line in enumerate(host.calls) if " build " in line)
     assert build < next(index for index, line in enumerate(host.calls) if " run " in line)
@@ -68,7 +70,7 @@ def test_run_all_stops_at_a_service_whose_gate_refuses(host, recipe, tmp_path, n
 
 def test_run_all_again_reports_that_nothing_ran(host, recipe, tmp_path):
     host.answer("run --rm", stdout='{"ran": false}')
-    host.answer("run --rm --no-deps -T --name tutor-trainer", stdout='{"ran": []}')
+    host.answer("run --rm --no-deps -T --name tutor-fetcher", stdout='{"ran": []}')
     host.answer("run --rm --no-deps -T --name tutor-publisher", stdout='{"published": false}')
     assert compose.run_all(recipe, tmp_path / "build")["ran"] == []
 
@@ -82,8 +84,13 @@ def test_run_all_uses_up_for_the_ollama_server_alone(host, recipe, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*compose.SERVICES_BEFORE, *compose.SERVICES_AFTER])
-@pytest.mark.parametrize("code", [1, 3, 8, 137, 143])
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        *((name, 3) for name in (*compose.SERVICES_BEFORE, *compose.SERVICES_AFTER)),
+        *(("merger", code) for code in (1, 8, 137, 143)),
+    ],
+)
 def test_run_all_ends_with_the_exit_code_of_a_failed_service(host, recipe, tmp_path, name, code):
     host.answer(
         f"--name tutor-{name}", code=code, stderr="train: step 1\nError: tutor.jsonl:3: what is wrong; do this\n"
@@ -190,7 +197,7 @@ def test_prepare_as_root_changes_owners_and_follows_no_link(host, recipe, tmp_pa
     outside = tmp_path / "outside"
     outside.touch()
     (build / "small" / "link").symlink_to(outside)
-    compose.prepare(Stack(recipe.path, build))
+    compose_command.prepare(Stack(recipe.path, build))
     assert (build / "small" / ".lock").stat().st_uid == 10001
     assert outside.stat().st_uid == 0
 
@@ -199,12 +206,12 @@ def test_hub_token_is_a_private_file_and_in_no_variable(host, recipe, tmp_path, 
     monkeypatch.setenv("HF_TOKEN", "hf_canary")
     compose.run_all(recipe, tmp_path / "build")
     for line, environment in host.calls_with_environment:
-        if line.startswith("docker compose") and "version" not in line:
+        if line.startswith("docker compose") and not line.endswith(("version --short", "config --format json")):
             assert "HF_TOKEN" not in environment
-        if "--name tutor-trainer" in line:
+        if "--name tutor-fetcher" in line:
             assert (environment["token"], environment["mode"]) == ("hf_canary", oct(stat.S_IFREG | 0o600))
             assert not Path(environment["HF_TOKEN_FILE"]).exists(), "it outlived the services that may need it"
-        if "--name tutor-evaluator" in line:
+        if "--name tutor-trainer" in line:
             assert "HF_TOKEN_FILE" not in environment
     logs = "".join(path.read_text() for path in (tmp_path / "build" / "small" / "logs").iterdir())
     assert "hf_canary" not in logs
@@ -244,7 +251,7 @@ def test_result_lines_name_the_model_and_the_next_step(ran, opening):
         "all": {"n": 15, "errors": 0, "spanish": {"n": 14, "share": 0.9333}, "stopped": {"n": 9, "share": 0.6}}
     }
     services = {"publisher": published, "evaluator": evaluated}
-    result = {"ran": ran, "gpu": False, "host": "127.0.0.1:11434", "services": services}
+    result = {"ran": ran, "gpu": False, "host": "127.0.0.1:11434", "project": "tutor", "services": services}
     assert compose.result_lines(result) == [
         *opening,
         "tutor is build 0123456789ab, at http://127.0.0.1:11434 in Ollama 0.33.3, without a GPU.",
@@ -272,11 +279,100 @@ def test_followed_log_of_the_server_is_shown_escaped(host, recipe, tmp_path, cap
 
 def test_run_command_without_docker_raises_host_error(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(HostError, match="make demo"):
+    with pytest.raises(HostError, match="Docker is not installed"):
         compose.run_command(recipe, tmp_path / "build", "down")
 
 
+# Kinds of hosts
+
+
+@pytest.mark.parametrize(
+    ("option", "variables", "overlay"),
+    [
+        ("name=seccomp,profile=builtin", {}, False),
+        ("name=rootless", {"TUTOR_UID": "0", "TUTOR_GID": "0"}, False),
+        ("name=userns", {"TUTOR_USERNS": "host"}, False),
+        ("name=selinux", {}, True),
+    ],
+)
+def test_stack_adapts_to_the_kind_of_daemon(recipe, tmp_path, option, variables, overlay):
+    """Rootless: uid 0 inside is the caller. Remapped uids: the host's are kept. SELinux: no label in the way."""
+    plain = Stack(recipe.path, tmp_path / "build").environment()
+    stack = Stack(recipe.path, tmp_path / "build", daemon=Daemon({"SecurityOptions": [option]}))
+    assert stack.environment() == {**plain, **variables}
+    assert ("docker/compose.selinux.yaml" in " ".join(stack.command("ps"))) == overlay
+
+
+def test_run_all_records_what_each_tag_was(host, recipe, tmp_path, caplog):
+    """A digest comes from the log of the build, or from this host's images; none is made up."""
+    pulled = "sha256:" + "0123456789abcdef" * 4
+    step = f"#5 [python 1/4] FROM docker.io/library/debian:trixie-slim@{pulled}\n"
+    host.answer("build trainer", stderr=step)
+    host.answer("image inspect --format", code=1)
+    host.answer("{{.Id}} tutor-trainer", stdout="[] sha256:aa\n")
+    host.answer("{{.Id}} ollama/ollama", stdout='["ollama/ollama@sha256:bb"] sha256:cc\n')
+    with caplog.at_level("INFO"):
+        images = compose.run_all(recipe, tmp_path / "build")["images"]
+    assert images == {
+        "debian:trixie-slim": f"debian:trixie-slim@{pulled}",
+        "ollama/ollama:0.33.3": "ollama/ollama:0.33.3@sha256:bb",
+        "trainer": "tutor-trainer, image id sha256:aa",
+        "publisher": "tutor-client",
+        "ollama": "tutor-ollama",
+    }
+    assert f"debian:trixie-slim is named by its tag only; now it is debian:trixie-slim@{pulled}" in caplog.text
+    call = next(line for line in host.calls if "--name tutor-trainer" in line)
+    assert "--env TUTOR_IMAGE=tutor-trainer, image id sha256:aa" in call
+
+
+def test_run_all_with_images_by_digest_names_no_tag(host, recipe, tmp_path, caplog):
+    pinned = {"OLLAMA_IMAGE": f"ollama/ollama:0.33.3@sha256:{'0' * 64}"}
+    services = {"ollama": {"image": "tutor-ollama", "build": {"args": pinned}}}
+    host.answer("config --format json", stdout=json.dumps({"name": "tutor", "services": services}))
+    with caplog.at_level("INFO"):
+        images = compose.run_all(recipe, tmp_path / "build")["images"]
+    assert images[pinned["OLLAMA_IMAGE"]] == pinned["OLLAMA_IMAGE"]
+    assert "by its tag only" not in caplog.text
+
+
+def test_run_all_of_a_new_project_names_the_volumes_before(host, recipe, tmp_path, caplog):
+    host.answer("config --format json", stdout=json.dumps({**PROJECT, "name": "copia"}))
+    host.answer("project=tutor", stdout="tutor_hub\ntutor_models\n")
+    compose.run_all(recipe, tmp_path / "build")
+    assert "copia is a new project; COMPOSE_PROJECT_NAME=tutor uses tutor_hub, tutor_models" in caplog.text
+
+
+@pytest.mark.parametrize("name", list(compose.COMMANDS))
+def test_run_command_leaves_another_checkout_alone(host, recipe, tmp_path, name):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "compose.yaml").touch()
+    host.answer("working_dir", stdout=f"{tmp_path / 'other'}\n")
+    with pytest.raises(HostError, match=r"belong to the checkout .*other; .*COMPOSE_PROJECT_NAME"):
+        compose.run_command(recipe, tmp_path / "build", name)
+    assert not any(line.endswith(" ".join(compose.COMMANDS[name])) for line in host.calls)
+
+
+def test_up_with_a_taken_port_starts_nothing(host, recipe, tmp_path):
+    host.answer("docker ps --filter publish", stdout="other-ollama-1\tother\n")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", int(os.environ["TUTOR_OLLAMA_PORT"])))
+        taken.listen()
+        with pytest.raises(HostError, match=r"held by container other-ollama-1; .*TUTOR_OLLAMA_PORT"):
+            compose.run_command(recipe, tmp_path / "build", "up")
+    assert not any(" up " in line for line in host.calls)
+
+
+def test_next_step_names_a_project_of_the_environment(monkeypatch):
+    published = {"model": "tutor", "build": "0", "version": "0.33.3"}
+    services = {"publisher": published, "evaluator": {}}
+    result = {"ran": ["trainer"], "gpu": True, "host": "x", "project": "copia", "services": services}
+    monkeypatch.setenv("COMPOSE_PROJECT_NAME", "copia")
+    assert compose.result_lines(result)[-1] == "Next: docker compose --project-name copia exec ollama ollama run tutor"
+    monkeypatch.delenv("COMPOSE_PROJECT_NAME")
+    assert compose.result_lines(result)[-1] == "Next: docker compose exec ollama ollama run tutor"
+
+
 def test_command_outside_a_checkout_raises_host_error(monkeypatch, tmp_path):
-    monkeypatch.setattr(compose, "ROOT", tmp_path)
+    monkeypatch.setattr(compose_command, "CHECKOUT", tmp_path)
     with pytest.raises(HostError, match="checkout"):
         Stack(tmp_path / "a.toml", tmp_path).command("ps")

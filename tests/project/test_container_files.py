@@ -46,7 +46,21 @@ def test_service_publishes_ports_on_this_host_alone(name):
     for port in SERVICES[name].get("ports", ()):
         assert str(port).startswith("127.0.0.1:")
     assert bool(SERVICES[name].get("ports")) == (name == "ollama")
-    assert SERVICES[name].get("network_mode", "none") == "none"
+
+
+@each_service
+def test_service_has_no_network_that_it_does_not_need(name):
+    """The fetcher needs the hub; publisher and evaluator need Ollama alone, which publishes a port on this host."""
+    service = SERVICES[name]
+    found = service.get("network_mode") or service.get("networks", ["default"])
+    expected = {
+        "fetcher": ["default"],
+        "ollama": ["default", "server"],
+        "publisher": ["server"],
+        "evaluator": ["server"],
+    }
+    assert found == expected.get(name, "none")
+    assert COMPOSE["networks"] == {"server": {"internal": True}}
 
 
 @each_service
@@ -59,7 +73,7 @@ def test_service_runs_a_tutor_command_unless_ollama(name):
 @each_service
 def test_service_writes_the_build_folder_and_reads_the_rest(name):
     for volume in SERVICES[name].get("volumes", ()):
-        writable = {"/work/build"} | ({"/cache"} if name == "trainer" else set()) | {"/models"}
+        writable = {"/work/build"} | ({"/cache"} if name == "fetcher" else set()) | {"/models"}
         assert volume.get("read_only", False) == (volume["target"] not in writable)
         if volume["type"] == "bind":
             assert volume["bind"] == {"create_host_path": False}
@@ -70,7 +84,7 @@ def test_service_has_no_secret_in_a_variable(name):
     service = SERVICES[name]
     text = json.dumps({key: service.get(key) for key in ("environment", "command", "build", "labels")})
     assert not re.search(r"\$\{?\w*(TOKEN|SECRET|PASSWORD|KEY)", text)
-    assert service.get("secrets", []) == (["hf_token"] if name == "trainer" else [])
+    assert service.get("secrets", []) == (["hf_token"] if name == "fetcher" else [])
 
 
 def test_compose_file_takes_an_empty_hub_token():
@@ -80,10 +94,10 @@ def test_compose_file_takes_an_empty_hub_token():
 @each_service
 def test_service_image_is_pinned_or_built_here(name):
     service = SERVICES[name]
-    assert service["image"].startswith("tutor-")
+    assert re.fullmatch(r"\$\{COMPOSE_PROJECT_NAME\}-\w+", service["image"])  # of this checkout alone
     assert service["pull_policy"] == "never"
     for value in service.get("build", {}).get("args", {}).values():
-        tag = re.fullmatch(r"\$\{\w+:-[\w./-]+:([\w.-]+)\}", value)
+        tag = re.fullmatch(r"\$\{\w+:-[\w./-]+:([\w.-]+)(@sha256:[0-9a-f]{64})?\}", value)
         assert tag, value
         assert tag[1] != "latest"
 
@@ -91,7 +105,19 @@ def test_service_image_is_pinned_or_built_here(name):
 def test_ollama_image_has_a_version_that_publishing_takes():
     """0.30 is the oldest that publishing takes."""
     pinned = SERVICES["ollama"]["build"]["args"]["OLLAMA_IMAGE"]
-    assert version(pinned.rpartition(":")[2]) >= (0, 30)
+    assert version(pinned.partition("@")[0].rpartition(":")[2]) >= (0, 30)
+
+
+def test_selinux_overlay_changes_the_label_of_each_stage_alone():
+    overlay = yaml.safe_load((ROOT / "docker" / "compose.selinux.yaml").read_text())
+    assert set(overlay["services"]) == {*SERVICES} - {"ollama"}
+    assert all(service == {"security_opt": ["label=disable"]} for service in overlay["services"].values())
+
+
+def test_trainer_has_shared_memory_and_can_run_compiled_code():
+    """PyTorch's workers end with a bus error in Docker's 64 MB; Triton loads what it compiles from /tmp."""
+    assert SERVICES["trainer"]["shm_size"] == "2g"
+    assert any(mount.endswith(",exec") for mount in SERVICES["trainer"]["tmpfs"])
 
 
 def test_gpu_overlay_adds_gpus_alone():

@@ -87,7 +87,7 @@ def writing(
             results=results,
             started=started.isoformat(timespec="seconds"),
             seconds=round(clock.seconds(), 3),
-            host=platform.node(),
+            host=_host(),
             sources=dict(sources or {}),
         )
         write_json(partial / MANIFEST, asdict(manifest))
@@ -99,6 +99,12 @@ def writing(
         if fault:
             raise fault from error
         raise
+
+
+def _host() -> str:
+    """Name of this machine; in a container of the stack the image too, because the container's name is random."""
+    image = os.environ.get("TUTOR_IMAGE")
+    return f"{platform.node()} ({image})" if image else platform.node()
 
 
 class _Clock:

@@ -13,6 +13,7 @@ Modules, each using only those below it:
     memory         estimate of a training step, row lengths, shapes of models, micro-batches
     device         precision and available memory: decided once
     matmul_rate    rate of matrix products on the CPU, measured
+    container_host Docker, the kind of its daemon, the Compose project of this checkout
     host           GPUs, memory, processor and disks, read without torch
     distributed    processes of one training: rank, world size, broadcast, all_gather
 
@@ -20,6 +21,5 @@ A forecast is made before the base is fetched, from the rows' characters, and re
 plan is made once, right before the train stage: only then the rows can be counted with the base's tokenizer. The runner
 (tutor/pipeline/runner.py) hands the plan to the train stage, which decides nothing about memory.
 
-Runs no stage, loads no model, changes nothing on the machine. Only `device`, `matmul_rate` and `distributed` import
-torch, inside the functions that need it.
+Runs no stage, loads no model, changes nothing. `device`, `matmul_rate` and `distributed` import torch when needed.
 """

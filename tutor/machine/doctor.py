@@ -18,7 +18,7 @@ from tutor.engines.llamacpp import build as llamacpp_build
 from tutor.engines.ollama.health import server_states
 from tutor.errors import HostError, RecipeError
 from tutor.graders.typescript import install as typescript_install
-from tutor.machine import capacity, device, host, preflight
+from tutor.machine import capacity, container_host, device, host, preflight
 from tutor.machine.host import dotted
 from tutor.machine.memory.estimate import gb
 from tutor.recipe.settings import Recipe
@@ -112,14 +112,13 @@ class HostReport:
 def examine(recipe: Recipe | None, build: Path) -> HostReport:
     """Check everything that a run needs; with a recipe also forecast what it takes."""
     gpus = host.gpus()
-    info = preflight.daemon()
     checks = [
         *gpu_checks(gpus),
         *machine_checks(build),
         *package_checks(),
         *program_checks(),
         *ollama_checks(gpu=bool(gpus)),
-        *docker_checks(info, gpu=bool(gpus)),
+        *docker_checks(container_host.daemon(), gpu=bool(gpus)),
     ]
     if recipe is None:
         return HostReport(tuple(checks), None, None)
@@ -261,16 +260,17 @@ def ollama_checks(*, gpu: bool) -> Iterator[HostCheck]:
         yield HostCheck(what, state, found, hint, needed_by=SERVE)
 
 
-def docker_checks(info: Mapping[str, Any], *, gpu: bool) -> Iterator[HostCheck]:
-    """Check Docker with Compose, and the toolkit that gives containers access to a GPU."""
-    faults = preflight.docker_faults(info)
-    for fault in faults:
-        yield HostCheck("Docker", "missing", fault.what, fault.hint, needed_by=STACK)
+def docker_checks(daemon: container_host.Daemon, *, gpu: bool) -> Iterator[HostCheck]:
+    """Check Docker with Compose, its images, and the toolkit that gives containers access to a GPU."""
+    if not (faults := container_host.docker_faults(daemon)):
+        faults = container_host.project_faults(project := container_host.project())
     if faults:
+        yield from (HostCheck("Docker", "missing", fault.what, fault.hint, needed_by=STACK) for fault in faults)
         return
-    yield HostCheck("Docker", "ok", str(info.get("ServerVersion", "")), needed_by=STACK)
-    toolkit = [fault for fault in preflight.gpu_faults(info) if "Toolkit" in fault.what]
-    for fault in toolkit if gpu else ():
-        yield HostCheck("NVIDIA container toolkit", "missing", fault.what, fault.hint, needed_by=STACK)
-    if gpu and not toolkit:
-        yield HostCheck("NVIDIA container toolkit", "ok", "known to Docker", needed_by=STACK)
+    found = f"{daemon.info.get('ServerVersion', '')}{', rootless' if daemon.rootless else ''}"
+    yield HostCheck("Docker", "ok", found, needed_by=STACK)
+    yield HostCheck("images", "ok", container_host.tagged_images(project) or "named by digest", needed_by=STACK)
+    if gpu:
+        lacks = [fault for fault in preflight.gpu_faults(daemon) if "Toolkit" in fault.what]
+        found, hint = (lacks[0].what, lacks[0].hint) if lacks else ("known to Docker", "")
+        yield HostCheck("NVIDIA container toolkit", "missing" if lacks else "ok", found, hint, needed_by=STACK)

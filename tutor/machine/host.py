@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 PROGRAM_TIMEOUT = 60
 """Maximum seconds that a program may run, such as nvidia-smi or docker."""
@@ -80,7 +81,7 @@ class Processor:
 
 def gpus() -> list[Gpu]:
     """The GPUs that CUDA would show, in nvidia-smi's order; empty without a working driver."""
-    code, text = run_program("nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits")
+    code, text, _ = run_program("nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits")
     found = [gpu for line in text.splitlines() if code == 0 for gpu in _gpu(line)]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
@@ -108,14 +109,14 @@ def _visible(found: Sequence[Gpu], names: Iterable[str]) -> Iterator[Gpu]:
 
 def driver_cuda() -> tuple[int, ...] | None:
     """The newest CUDA version that the driver can run, from nvidia-smi's heading; None without one."""
-    code, text = run_program("nvidia-smi")
+    code, text, _ = run_program("nvidia-smi")
     found = re.search(r"CUDA[\w ]*Version\s*:\s*(\d+(?:\.\d+)+)", text)
     return version(found[1]) if code == 0 and found else None
 
 
 def gpu_users() -> list[str]:
     """The programs that hold GPU memory, each as "PID NAME (N.N GB)"."""
-    code, text = run_program(
+    code, text, _ = run_program(
         "nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader,nounits"
     )
     rows = [line.split(",") for line in text.splitlines() if code == 0 and line.count(",") >= 2]
@@ -200,6 +201,18 @@ def _exists(path: Path) -> bool:
     return False
 
 
+def listener(port: int, root: Path = Path("/")) -> str:
+    """The program that listens on a TCP port, as "NAME (PID)"; "" where none is found, as of another user."""
+    lines = (line.split() for name in ("tcp", "tcp6") for line in _lines(root / "proc/net" / name)[1:])
+    sockets = {f"socket:[{line[9]}]" for line in lines if line[3] == "0A" and line[1].endswith(f":{port:04X}")}
+    for link in (root / "proc").glob("[0-9]*/fd/*") if sockets else ():
+        with contextlib.suppress(OSError):
+            if str(link.readlink()) in sockets:
+                folder = link.parents[1]
+                return f"{''.join(_lines(folder / 'comm')[:1])} ({folder.name})"
+    return ""
+
+
 def version(text: str) -> tuple[int, ...]:
     """The first dotted number in a text; (0,) without one."""
     found = re.search(r"\d+(\.\d+)+", text)
@@ -211,21 +224,30 @@ def dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
 
 
-def run_program(*command: str) -> tuple[int, str]:
+class ProgramOutput(NamedTuple):
     """Exit code and output of a program; 127 when it is not installed, 126 when it fails to run or times out."""
+
+    code: int
+    text: str  # stdout
+    error: str  # stderr, or why it did not run
+
+
+def run_program(*command: str) -> ProgramOutput:
+    """Run a program to its end, without input. What it prints on stderr, such as a warning, is no part of its text."""
     try:
         done = subprocess.run(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            capture_output=True,
             text=True,
             errors="replace",
             timeout=PROGRAM_TIMEOUT,
             check=False,
         )
     except FileNotFoundError:
-        return 127, ""
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return 126, str(error)
-    return done.returncode, done.stdout
+        return ProgramOutput(127, "", "")
+    except subprocess.TimeoutExpired:
+        return ProgramOutput(126, "", f"no answer within {PROGRAM_TIMEOUT} s")
+    except OSError as error:
+        return ProgramOutput(126, "", str(error))
+    return ProgramOutput(done.returncode, done.stdout, done.stderr)

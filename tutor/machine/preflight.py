@@ -1,55 +1,40 @@
 """Requirements of the Compose stack that this host does not meet, all together and before anything is built.
 
 In: a recipe, a build folder, the programs on PATH. Out: faults, one line each. Starts nothing and changes nothing.
+What Docker itself lacks is in container_host.py.
 """
 
-import contextlib
-import json
 import logging
 import os
 import re
 import shutil
 import socket
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tutor.artifacts.layout import BuildFolder
 from tutor.artifacts.manifest import MANIFEST
 from tutor.errors import HostError, RecipeError
-from tutor.machine import capacity, device, host, run_cost
+from tutor.machine import capacity, container_host, device, host, run_cost
+from tutor.machine.container_host import Daemon, Fault, Project
 from tutor.machine.host import dotted, run_program, version
+from tutor.machine.memory.estimate import gb
 from tutor.machine.memory.shapes import Shape
 from tutor.recipe.settings import Recipe
 
 log = logging.getLogger(__name__)
 
-COMPOSE_VERSION = (2, 24)
-"""Minimum version of Docker Compose."""
-
 TOOLKIT_VERSION = (1, 17, 8)
 """Minimum version of the NVIDIA Container Toolkit; older ones let an image escape (CVE-2025-23266)."""
-
-IMAGES = ("tutor-trainer", "tutor-converter", "tutor-client", "tutor-ollama")
-"""Images that the stack builds."""
 
 IMAGES_GB = 14.0
 """Disk space of the images in GB."""
 
+VIRTUAL = 0.95
+"""Share of this machine's memory below which Docker's is that of a virtual machine; both count a little apart."""
+
 OLLAMA_PORT = 11434
 """Default port of Ollama on 127.0.0.1."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One requirement that is not met, and the next step."""
-
-    what: str
-    hint: str
-
-    def __str__(self) -> str:
-        return f"{self.what}; {self.hint}"
 
 
 class UnfitError(HostError):
@@ -61,26 +46,28 @@ class UnfitError(HostError):
         self.problems = tuple(map(str, faults))
 
 
-def check_host(recipe: Recipe, build: Path, *, gpu: bool | None = None) -> bool:
+def check_host(recipe: Recipe, build: Path, daemon: Daemon, project: Project, *, gpu: bool | None = None) -> bool:
     """Whether the stack of a recipe gets a GPU here. Raises UnfitError with all faults, RecipeError.
 
     `gpu`: True requires one, False uses none, None uses an available one and requires one for a large base.
     """
     refuse_files_outside(recipe)
-    info = daemon()
-    without_gpu = [] if gpu is False else gpu_faults(info)
+    without_gpu = [] if gpu is False else gpu_faults(daemon)
     required = gpu or (gpu is None and is_large(recipe))
-    faults = [*docker_faults(info), *(without_gpu if required else ())]
+    faults = container_host.docker_faults(daemon) or container_host.project_faults(project)
+    faults += without_gpu if required else ()
     shape = capacity.find_shape(recipe, build)
     if shape is None:
         log.warning("%s is not known before it is fetched: memory and disk cannot be estimated", recipe.base.source)
     else:
         capacity.refuse_lengths(recipe, shape)
     if shape and not (required and without_gpu):
-        faults += memory_faults(recipe, build, shape, gpu=gpu is not False and not without_gpu)
-    faults += disk_faults(recipe, build, shape, info)
-    if info:
-        faults += port_faults()
+        with_gpu = gpu is not False and not without_gpu
+        faults += memory_faults(recipe, build, shape, gpu=with_gpu)
+        faults += [] if with_gpu else docker_memory_faults(recipe, build, shape, daemon)
+    faults += disk_faults(recipe, build, shape, daemon, project)
+    if daemon.info:
+        faults += port_faults(project)
     if faults:
         raise UnfitError(faults)
     return gpu is not False and not without_gpu
@@ -108,42 +95,10 @@ def refuse_files_outside(recipe: Recipe) -> None:
         )
 
 
-def daemon() -> dict[str, Any]:
-    """The output of `docker info`; empty when there is no daemon, or it does not answer."""
-    code, text = run_program("docker", "info", "--format", "{{json .}}")
-    with contextlib.suppress(ValueError):
-        info = json.loads(text)
-        if code == 0 and isinstance(info, dict) and not info.get("ServerErrors"):
-            return info
-    return {}
-
-
-def docker_faults(info: Mapping[str, Any]) -> list[Fault]:
-    """Faults of Docker, its daemon and Compose."""
-    if shutil.which("docker") is None:
-        return [Fault("Docker is not installed (no `docker` on PATH)", "install Docker Engine with Compose")]
-    faults = []
-    if not info:
-        _, text = run_program("docker", "info")
-        denied = "permission denied" in text.lower()
-        faults.append(
-            Fault("this user may not use Docker", "add it to the group docker, then log in again")
-            if denied
-            else Fault("the Docker daemon does not answer", "start it: sudo systemctl start docker")
-        )
-    code, text = run_program("docker", "compose", "version", "--short")
-    needed = dotted(COMPOSE_VERSION)
-    if code:
-        faults.append(Fault("Docker has no Compose plugin", f"install docker-compose-plugin {needed} or newer"))
-    elif version(text) < COMPOSE_VERSION:
-        faults.append(Fault(f"Docker Compose is {text.strip()}", f"update it to {needed} or newer"))
-    return faults
-
-
-def gpu_faults(info: Mapping[str, Any]) -> list[Fault]:
+def gpu_faults(daemon: Daemon) -> list[Fault]:
     """Faults of the GPU, its driver, and the toolkit that gives containers access to it."""
     faults = []
-    code, text = run_program("nvidia-smi", "--list-gpus")
+    code, text, _ = run_program("nvidia-smi", "--list-gpus")
     if code or "GPU " not in text:
         faults.append(
             Fault("no NVIDIA GPU answers (nvidia-smi --list-gpus)", "another recipe runs on the CPU: data/demo.toml")
@@ -153,8 +108,8 @@ def gpu_faults(info: Mapping[str, Any]) -> list[Fault]:
             device.refuse_old_driver(gpu, device.PINNED_CUDA)
         except HostError as error:
             faults.append(Fault(error.message, error.hint or ""))
-    devices = [str(found) for found in info.get("DiscoveredDevices") or ()]
-    known = "nvidia" in (info.get("Runtimes") or {}) or any("nvidia.com/gpu" in name for name in devices)
+    devices = [str(found) for found in daemon.info.get("DiscoveredDevices") or ()]
+    known = "nvidia" in (daemon.info.get("Runtimes") or {}) or any("nvidia.com/gpu" in name for name in devices)
     if not known and shutil.which("nvidia-container-runtime-hook") is None:
         faults.append(
             Fault(
@@ -164,7 +119,7 @@ def gpu_faults(info: Mapping[str, Any]) -> list[Fault]:
             )
         )
         return faults
-    code, text = run_program("nvidia-ctk", "--version")
+    code, text, _ = run_program("nvidia-ctk", "--version")
     if code == 0 and (0,) < version(text) < TOOLKIT_VERSION:
         oldest = dotted(TOOLKIT_VERSION)
         faults.append(
@@ -187,17 +142,41 @@ def memory_faults(recipe: Recipe, build: Path, shape: Shape, *, gpu: bool) -> li
     return []
 
 
-def disk_faults(recipe: Recipe, build: Path, shape: Shape | None, info: Mapping[str, Any]) -> list[Fault]:
-    """Faults of disks with too little space for the files still to write; folders on one disk are added up."""
+def docker_memory_faults(recipe: Recipe, build: Path, shape: Shape, daemon: Daemon) -> list[Fault]:
+    """The fault of a training on the CPU that does not fit the virtual machine of Docker, smaller than this one."""
+    here = host.memory()
+    if is_made(recipe, build, "train") or not daemon.memory or (here and daemon.memory >= VIRTUAL * here.total):
+        return []
+    need = capacity.forecast_memory(recipe, build, shape, None).certain
+    if need <= daemon.memory:
+        return []
+    return [
+        Fault(
+            f"this training takes at least {gb(need)} of memory, and Docker's machine has {gb(daemon.memory)}",
+            "raise its memory (Docker Desktop: Settings, Resources)",
+        )
+    ]
+
+
+def disk_faults(recipe: Recipe, build: Path, shape: Shape | None, daemon: Daemon, project: Project) -> list[Fault]:
+    """Faults of disks with too little space for the files still to write; folders on one disk are added up.
+
+    The disk of a virtual machine of Docker cannot be seen from here: what it needs is logged.
+    """
     to_do = [name for name in capacity.WEIGHT_STAGES if not is_made(recipe, build, name)]
     sizes = run_cost.disk_sizes(recipe, shape, [*to_do, "publish"]) if shape else {}
     if BuildFolder(build, recipe.name).published().exists():
         sizes.pop("publish", None)
     # The hub's cache and Ollama's models are in volumes of Docker.
     in_docker = sum(sizes.pop(name, 0) for name in ("hub", "publish"))
-    if not info or run_program("docker", "image", "inspect", *IMAGES)[0]:
+    images = sorted(set(project.images.values()))
+    if not images or run_program("docker", "image", "inspect", *images).code:
         in_docker += round(IMAGES_GB * 1e9)
-    needs = [(build, sum(sizes.values())), (Path(info.get("DockerRootDir") or "/"), in_docker)]
+    needs = [(build, sum(sizes.values()))]
+    if daemon.desktop:
+        log.warning("the disk of Docker Desktop's machine needs %s for images and models", gb(in_docker))
+    else:
+        needs.append((Path(daemon.info.get("DockerRootDir") or "/"), in_docker))
     return [
         Fault(f"the disk of {place} has {free / 1e9:.0f} GB free of {need / 1e9:.0f} GB", "free disk space")
         for place, free, need in run_cost.short_disks(needs)
@@ -209,21 +188,25 @@ def is_made(recipe: Recipe, build: Path, stage: str) -> bool:
     return (BuildFolder(build, recipe.name).stage(stage) / MANIFEST).exists()
 
 
-def port_faults() -> list[Fault]:
-    """The fault of another program on Ollama's published port; the stack's own Ollama may use it."""
+def port_faults(project: Project) -> list[Fault]:
+    """The fault of another program on Ollama's published port; the project's own Ollama may use it."""
     given = os.environ.get("TUTOR_OLLAMA_PORT", str(OLLAMA_PORT))
     if given in ("", "0"):
         return []
     if not re.fullmatch(r"[0-9]{1,5}", given) or int(given) > 65535:
         return [Fault(f"TUTOR_OLLAMA_PORT is {given!r}", "give a number up to 65535")]
-    ours = ("--filter", "label=com.docker.compose.service=ollama", "--filter", f"publish={given}")
-    if run_program("docker", "ps", "--quiet", *ours)[1].strip():
+    shown = ("--format", '{{.Names}}\t{{.Label "com.docker.compose.project"}}')
+    found = run_program("docker", "ps", "--filter", f"publish={given}", *shown).text.splitlines()
+    names = [name for name, _, owner in (line.partition("\t") for line in found) if owner != project.name]
+    if found and not names:
         return []
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", int(given)))
         except OSError as error:
-            hint = "end what listens there (an Ollama of your own?), or set TUTOR_OLLAMA_PORT to another"
-            return [Fault(f"port {given} of 127.0.0.1 cannot be used: {error.strerror}", hint)]
+            holder = f"container {names[0]}" if names else host.listener(int(given))
+            held = f", held by {holder}" if holder else ""
+            hint = f"end what listens there{'' if holder else ' (an Ollama of your own?)'}, or set TUTOR_OLLAMA_PORT"
+            return [Fault(f"port {given} of 127.0.0.1 cannot be used: {error.strerror}{held}", f"{hint} to another")]
     return []

@@ -8,19 +8,20 @@ import contextlib
 import json
 import logging
 import os
-import shutil
+import re
+import shlex
 import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tutor.artifacts.layout import BuildFolder
 from tutor.errors import HostError, ServiceError
 from tutor.formats.visible import clean
 from tutor.graders.labels import LABELS
-from tutor.machine import preflight
+from tutor.machine import container_host, preflight
+from tutor.machine.container_host import Project
+from tutor.pipeline.compose_command import Stack, hub_token, prepare
 from tutor.pipeline.logged_command import LogError, StackError, print_output, run_logged
 from tutor.pipeline.recipe_folder import held
 from tutor.pipeline.runner import announced
@@ -28,12 +29,9 @@ from tutor.recipe.settings import Recipe
 
 log = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[2]
-UID = 10001
-"""Uid and gid of the images. Services use them when the caller is root, which no container may be."""
 BUILT_SERVICES = ("trainer", "converter", "publisher", "ollama")
-"""Services with an image of their own; merger and reporter use the trainer's, evaluator the publisher's."""
-SERVICES_BEFORE = ("trainer", "merger", "converter")
+"""Services with an image of their own; fetcher, merger and reporter use the trainer's, evaluator the publisher's."""
+SERVICES_BEFORE = ("fetcher", "trainer", "merger", "converter")
 """Services that run before the server, in their order."""
 SERVER = "ollama"
 """Service of Ollama's server."""
@@ -41,7 +39,8 @@ SERVICES_AFTER = ("publisher", "evaluator", "reporter")
 """Services that run when the server is healthy, in their order."""
 DESCRIPTIONS = {
     "build": "build the images, some minutes the first time",
-    "trainer": "check the rows, fetch the base, train the adapter",
+    "fetcher": "check the rows, fetch the base",
+    "trainer": "train the adapter",
     "merger": "merge the adapter into the base",
     "converter": "convert to GGUF, quantize, compare the engines' answers (the parity gate), render the Modelfile",
     "ollama": "start Ollama",
@@ -61,56 +60,12 @@ INTERACTIVE = ("up", "down", "shell")
 """Commands that get this terminal: Compose's own progress, or a shell."""
 PRINTED_VERDICTS = ("passed", "spanish", "stopped", "code_block")
 """Verdicts of the evaluator that the last lines print; eval-ollama/ has all of them."""
-RUN_COMMAND = "docker compose exec ollama ollama run"
-"""Command that asks a published model, without the model's name."""
+RUN_COMMAND = "exec ollama ollama run"
+"""Arguments of `docker compose` that ask a published model, without the model's name."""
 START_TIMEOUT = "180"
 """Maximum seconds until Ollama is healthy."""
 STOP_TIMEOUT = "180"
 """Maximum seconds until a stopped service ends: training saves a checkpoint."""
-
-
-@dataclass(frozen=True)
-class Stack:
-    """The containers of a recipe: the host folders that they see, and whether they use its GPU."""
-
-    recipe: Path
-    build: Path
-    gpu: bool = False
-
-    @property
-    def folder(self) -> Path:
-        """The folder that the services write."""
-        return BuildFolder(self.build, self.recipe.stem).path
-
-    @property
-    def logs(self) -> Path:
-        """The folder of the services' logs."""
-        return BuildFolder(self.build, self.recipe.stem).service_logs
-
-    def command(self, *arguments: str) -> list[str]:
-        """Return a command line of `docker compose`. Raises HostError outside a checkout."""
-        if not (ROOT / "compose.yaml").is_file():
-            raise HostError(f"{ROOT} has no compose.yaml", "the stack needs a checkout: git clone, then make all")
-        overlay = ["--file", str(ROOT / "docker" / "compose.gpu.yaml")] if self.gpu else []
-        return ["docker", "compose", "--file", str(ROOT / "compose.yaml"), *overlay, *arguments]
-
-    def environment(self, token: Path | None = None) -> dict[str, str]:
-        """Return the variables that compose.yaml reads; the hub's token is in a file, never in a variable."""
-        uid, gid = owner()
-        values = {
-            "TUTOR_UID": str(uid),
-            "TUTOR_GID": str(gid),
-            "TUTOR_DATA": str(self.recipe.parent),
-            "TUTOR_BUILD": str(self.build.resolve()),
-            "TUTOR_RECIPE": f"data/{self.recipe.name}",
-            **({"HF_TOKEN_FILE": str(token)} if token else {}),
-        }
-        return {name: value for name, value in os.environ.items() if name != "HF_TOKEN"} | values
-
-
-def owner() -> tuple[int, int]:
-    """Return the uid and gid of the services: the caller's, or for root those of the images."""
-    return (os.getuid(), os.getgid()) if os.getuid() else (UID, UID)
 
 
 def run_all(recipe: Recipe, build: Path, *, gpu: bool | None = None) -> dict[str, Any]:
@@ -120,18 +75,41 @@ def run_all(recipe: Recipe, build: Path, *, gpu: bool | None = None) -> dict[str
     """
     with held(recipe, build):  # the services see another path of the recipe, and do not compare it
         pass
-    stack = Stack(recipe.path, build, preflight.check_host(recipe, build, gpu=gpu))
+    daemon = container_host.daemon()
+    project = container_host.project() if daemon.info else Project()
+    stack = Stack(recipe.path, build, preflight.check_host(recipe, build, daemon, project, gpu=gpu), daemon)
     prepare(stack)
+    if volumes := container_host.first_volumes(project):
+        before = container_host.FIRST_PROJECT
+        log.warning("%s is a new project; COMPOSE_PROJECT_NAME=%s uses %s", project.name, before, ", ".join(volumes))
     log.info("the log of every service: %s", stack.logs)
     _step(stack, "build", stack.command("--progress", "plain", "build", *BUILT_SERVICES))
-    with hub_token() as token:
-        results = {name: run_service(stack, name, token) for name in SERVICES_BEFORE}
+    stack = replace(stack, images=find_images(stack, project))
+    with hub_token(daemon) as token:
+        results = {SERVICES_BEFORE[0]: run_service(stack, SERVICES_BEFORE[0], token)}
+    results |= {name: run_service(stack, name) for name in SERVICES_BEFORE[1:]}
     start_server(stack)
     results |= {name: run_service(stack, name) for name in SERVICES_AFTER}
     ran = [name for name, result in results.items() if had_work(result)]
     page = Path(results[SERVICES_AFTER[2]].get("page", "")).parts[-2:]  # the container sees another path
     report = {"report": str(stack.folder.joinpath(*page))} if page else {}
-    return {"ran": ran, "gpu": stack.gpu, "host": address(stack), **report, "services": results}
+    made = {"ran": ran, "gpu": stack.gpu, "project": project.name, "images": dict(stack.images)}
+    return {**made, "host": address(stack), **report, "services": results}
+
+
+def find_images(stack: Stack, project: Project) -> dict[str, str]:
+    """Return each service's image and those below them with their digests or ids: a tag may move.
+
+    BuildKit pulls an image without adding it to this host's list: its digest is then in the log of the build.
+    """
+    built = (stack.logs / "build.log").read_text("utf-8", "replace")
+    found = {}
+    for name in project.bases:
+        pulled = re.search(rf"FROM \S*{re.escape(name)}@(sha256:[0-9a-f]{{64}})", built)
+        found[name] = f"{name}@{pulled[1]}" if pulled else container_host.identified(name)
+        if "@" not in name:
+            log.info("%s is named by its tag only; now it is %s", name, found[name])
+    return found | {name: container_host.identified(image) for name, image in project.images.items()}
 
 
 def had_work(result: dict[str, Any]) -> bool:
@@ -139,38 +117,14 @@ def had_work(result: dict[str, Any]) -> bool:
     return bool(result.get("ran", result.get("published", True)))
 
 
-def prepare(stack: Stack) -> None:
-    """Make the folders for the uid of the services. Raises HostError when they cannot be made."""
-    try:
-        stack.logs.mkdir(parents=True, exist_ok=True)
-        if os.getuid() == 0:
-            for path in (stack.folder, *stack.folder.rglob("*")):
-                os.chown(path, *owner(), follow_symlinks=False)
-    except OSError as error:
-        raise HostError(f"cannot prepare {stack.folder}: {error.strerror}", "give another --build") from None
-
-
-@contextlib.contextmanager
-def hub_token() -> Iterator[Path | None]:
-    """HF_TOKEN as a file that only the services' user can read, removed at the end; None when it is not set."""
-    token = os.environ.get("HF_TOKEN", "").strip()
-    if not token:
-        yield None
-        return
-    with tempfile.TemporaryDirectory(prefix="tutor-") as folder:
-        path = Path(folder) / "hf_token"
-        path.touch(0o600)
-        path.write_text(token, "utf-8")
-        if os.getuid() == 0:
-            os.chown(path, *owner())
-        yield path
-
-
 def run_service(stack: Stack, name: str, token: Path | None = None) -> dict[str, Any]:
     """Run a service to its end; return the JSON that it prints. Raises StackError with its exit code and last error."""
     # Not `up`: its exit code is 0 when a service fails.
     container = f"tutor-{name}-{os.getpid()}"
-    command = stack.command("--progress", "quiet", "run", "--rm", "--no-deps", "-T", "--name", container, name)
+    shown = {"TUTOR_IMAGE": stack.images.get(name), "TUTOR_OLLAMA_IMAGE": stack.images.get(SERVER)}
+    variables = [word for each, value in shown.items() if value for word in ("--env", f"{each}={value}")]
+    options = ("run", "--rm", "--no-deps", "-T", "--name", container, *variables)
+    command = stack.command("--progress", "quiet", *options, name)
     with _stopped(container):
         text = _step(stack, name, command, token)
     try:
@@ -241,15 +195,25 @@ def result_lines(result: Mapping[str, Any]) -> list[str]:
         f"{where}{'' if result['gpu'] else ', without a GPU'}.",
         *answers,
         *found,
-        f"Next: {RUN_COMMAND} {model}",
+        f"Next: docker compose {_named(result['project'])}{RUN_COMMAND} {model}",
     ]
 
 
+def _named(project: str) -> str:
+    """Return the option that names a project where only the environment of this process does."""
+    return f"--project-name {shlex.quote(project)} " if os.environ.get("COMPOSE_PROJECT_NAME") else ""
+
+
 def run_command(recipe: Recipe, build: Path, name: str) -> int:
-    """Run one of COMMANDS on this terminal; return its exit code. Raises HostError without Docker."""
-    if shutil.which("docker") is None:
-        raise HostError("Docker is not installed (no `docker` on PATH)", "without it: make demo")
-    stack = Stack(recipe.path, build, gpu=not preflight.gpu_faults(preflight.daemon()))
+    """Run one of COMMANDS on this terminal; return its exit code. Raises HostError where Docker cannot run it."""
+    daemon = container_host.daemon()
+    faults = container_host.docker_faults(daemon)
+    if not faults:
+        project = container_host.project()
+        faults = container_host.project_faults(project) or (preflight.port_faults(project) if name == "up" else [])
+    if faults:
+        raise HostError(faults[0].what, faults[0].hint)
+    stack = Stack(recipe.path, build, not preflight.gpu_faults(daemon), daemon)
     prepare(stack)
     command = stack.command(*COMMANDS[name])
     if name in INTERACTIVE:

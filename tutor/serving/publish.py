@@ -7,6 +7,7 @@ In: a recipe and the folders of its stages, checked to belong together. Out: a b
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -53,7 +54,9 @@ def publish(
             made = lora_folder(recipe, folder) if adapter else made
             model = builds.read_model(made, quantization_of(recipe, folder))
             check = partial(_check_parity, reference, same_file=not adapter)
-            return builds.publish_build(model, _hashes(model, folder), server, check=check)
+            image = os.environ.get("TUTOR_OLLAMA_IMAGE")  # set by the stack
+            done = builds.publish_build(model, _hashes(model, folder), server, check=check)
+            return {**done, **({"image": image} if image else {})}
 
 
 def _folder_of(name: str, recipe: Recipe, folder: BuildFolder) -> Path:

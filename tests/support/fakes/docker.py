@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-FAKE = """#!{python}
+FAKE = """#!{python} -S
 import json, os, pathlib, sys, time
 here = pathlib.Path({folder!r})
 line = " ".join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -34,8 +34,21 @@ for part, answer in json.loads((here / "answers.json").read_text()):
 INFO = {"ServerVersion": "26.1.5", "Runtimes": {"runc": {}}, "DockerRootDir": "/"}
 
 
+PROJECT = {
+    "name": "tutor",
+    "services": {
+        "trainer": {"image": "tutor-trainer", "build": {"args": {"BASE_IMAGE": "debian:trixie-slim"}}},
+        "publisher": {"image": "tutor-client", "build": {"args": {"BASE_IMAGE": "debian:trixie-slim"}}},
+        "ollama": {"image": "tutor-ollama", "build": {"args": {"OLLAMA_IMAGE": "ollama/ollama:0.33.3"}}},
+    },
+}
+"""Part of the output of `docker compose config` for compose.yaml."""
+
+
 FIT_ANSWERS: list[tuple[str, dict[str, Any]]] = [
     ("docker info", {"stdout": json.dumps(INFO)}),
+    ("context inspect", {"stdout": "unix:///var/run/docker.sock\n"}),
+    ("config --format json", {"stdout": json.dumps(PROJECT)}),
     ("compose version", {"stdout": "2.26.1-4\n"}),
     ("port ollama", {"stdout": "127.0.0.1:11434\n"}),
     ("run --rm", {"stdout": '{"ran": true}'}),
@@ -75,7 +88,7 @@ class Host:
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     """A host with Docker and Compose, without a GPU, with 500 GB free on its disks."""
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=500 * 10**9))
-    for name in [name for name in os.environ if name.startswith(("TUTOR_", "HF_"))]:
+    for name in [name for name in os.environ if name.startswith(("TUTOR_", "HF_", "COMPOSE_"))]:
         monkeypatch.delenv(name)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -8,6 +8,9 @@ import json
 import subprocess
 from typing import Any
 
+CANARY = "hf_canary0123456789"
+"""Token in the environment while the images are built; it must be in none of them."""
+
 
 def docker(*arguments: str, check: bool = True) -> str:
     """Run `docker` with arguments; return its stdout. Fails where the command does, without `check` it does not."""
