@@ -7,21 +7,14 @@ from pathlib import Path
 from support.processes.command import ROOT
 
 COMMAND = re.compile(
-    r"(?:^|[\s`(])(?:rm|mv|cp|ls|cd|chmod|chown|tutor|make|docker|ollama|pip|python|git|sudo)\s(?:[^;:.`]*\s)?$"
+    r"\b(?:(?:rm|mv|cp|ls|cd|cat|chmod|chown)\s(?:-\S+\s)*"
+    r"|(?:tutor|make|docker|ollama|pip|python|git|sudo)\s(?:[^;:.`]*\s)?(?:-[a-z]\s|--[a-z-]+[ =]|[A-Z]+=)"
+    r"|tutor (?:(?:data )?(?:check|lint|stats)|verify|compare)\s)$"
 )
-"""Beginning of a command whose next word is a value."""
+"""Beginning of a command whose next word is the name of a file: a program for files, an option, an argument."""
 QUOTED = re.compile(r"shlex\.(quote|join)\(|_quoted\(")
-NO_PATHS = (
-    "cannot make ",  # prose
-    "cannot make an importance matrix of ",
-    "tutor is tested with ",
-    "and this is tutor ",
-    "tutor run --until ",  # names of stages
-    "pip install ",  # names of packages
-    "tutor promote ",  # a build: hexadecimal digits
-    "ollama run ",  # a model's name: the recipe admits no blank and no quote
-)
-"""Beginnings with another value than a path."""
+NO_FILES = ("tutor run --until ",)
+"""Beginnings whose next word is no name of a file."""
 
 
 def unquoted(path: Path) -> list[str]:
@@ -34,7 +27,7 @@ def unquoted(path: Path) -> list[str]:
             if isinstance(part, ast.Constant):
                 text += str(part.value)
                 continue
-            if COMMAND.search(text) and not text.endswith(NO_PATHS) and not QUOTED.match(ast.unparse(part)[1:]):
+            if COMMAND.search(text) and not text.endswith(NO_FILES) and not QUOTED.match(ast.unparse(part)[1:]):
                 found.append(f"{path.name}:{node.lineno} {text}")
             text += "value"
     return found
