@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from support.fakes.docker import INFO, PROJECT, Host
+from support.fakes.ollama import running as ollama_running
 from support.processes.command import ROOT, TUTOR
 from support.processes.waiting import wait_for
 
@@ -176,6 +177,23 @@ def test_run_all_uses_the_gpu_overlay_only_with_a_gpu(host, recipe, tmp_path):
     assert compose.run_all(recipe, tmp_path / "build")["gpu"] is True
     composed = [line for line in host.calls[before:] if " run --rm " in line]
     assert all("docker/compose.gpu.yaml" in line for line in composed)
+
+
+def test_run_all_names_a_gpu_that_ollama_lost(host, recipe, tmp_path, caplog):
+    """The publisher's container sees no GPU, so it cannot know."""
+    host.add("nvidia-smi")
+    host.answer("nvidia-smi", stdout="GPU 0: NVIDIA H200 (UUID: GPU-1)\n")
+    host.answer("docker info", stdout=json.dumps({**INFO, "Runtimes": {"nvidia": {}}}))
+    host.answer("--name tutor-publisher", stdout='{"model": "tutor", "published": true}')
+    with ollama_running() as server:
+        server.loaded, server.gpu_share = ["tutor:latest"], 0.0
+        host.answer("port ollama", stdout=f"127.0.0.1:{server.server_port}\n")
+        compose.run_all(recipe, tmp_path / "build")
+        assert "only 0% of tutor:latest on it; restart Ollama" in caplog.text
+        caplog.clear()
+        server.gpu_share = 1.0
+        compose.run_all(recipe, tmp_path / "build")
+        assert "restart Ollama" not in caplog.text
 
 
 def test_environment_has_recipe_folder_and_unprivileged_ids(host, recipe, tmp_path):

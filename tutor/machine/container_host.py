@@ -1,7 +1,7 @@
 """The Docker of this host: whether it answers, which kind it is, and which Compose project is this checkout's.
 
 In: `docker` on PATH, the checkout's compose.yaml. Out: a `Daemon`, a `Project`, and faults with the next step, one line
-each. Reads only what docker prints on stdout: its warnings on stderr are no answer. Starts and changes nothing.
+each (docs/facts.md, 14). Reads only docker's stdout: warnings on stderr are no answer. Starts and changes nothing.
 """
 
 import contextlib

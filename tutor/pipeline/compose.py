@@ -16,7 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tutor.errors import HostError, ServiceError
+from tutor.engines.ollama.client import connect
+from tutor.engines.ollama.health import gpu_notice
+from tutor.errors import HostError, ServiceError, TutorError
 from tutor.formats.visible import clean
 from tutor.graders.labels import LABELS
 from tutor.machine import container_host, preflight
@@ -89,7 +91,9 @@ def run_all(recipe: Recipe, build: Path, *, gpu: bool | None = None) -> dict[str
         results = {SERVICES_BEFORE[0]: run_service(stack, SERVICES_BEFORE[0], token)}
     results |= {name: run_service(stack, name) for name in SERVICES_BEFORE[1:]}
     start_server(stack)
-    results |= {name: run_service(stack, name) for name in SERVICES_AFTER}
+    results[SERVICES_AFTER[0]] = run_service(stack, SERVICES_AFTER[0])
+    _warn_of_cpu(stack, results[SERVICES_AFTER[0]])  # before hours of answers from it
+    results |= {name: run_service(stack, name) for name in SERVICES_AFTER[1:]}
     ran = [name for name, result in results.items() if had_work(result)]
     page = Path(results[SERVICES_AFTER[2]].get("page", "")).parts[-2:]  # the container sees another path
     report = {"report": str(stack.folder.joinpath(*page))} if page else {}
@@ -110,6 +114,15 @@ def find_images(stack: Stack, project: Project) -> dict[str, str]:
         if "@" not in name:
             log.info("%s is named by its tag only; now it is %s", name, found[name])
     return found | {name: container_host.identified(image) for name, image in project.images.items()}
+
+
+def _warn_of_cpu(stack: Stack, published: Mapping[str, Any]) -> None:
+    """Log a warning when the published model is not on this host's GPU, which the services cannot see."""
+    if not stack.gpu or "model" not in published:
+        return
+    with contextlib.suppress(TutorError), connect(f"http://{address(stack)}") as server:
+        if notice := gpu_notice(server, host_has_gpu=True, model=published["model"]):
+            log.warning("%s", notice)
 
 
 def had_work(result: dict[str, Any]) -> bool:
