@@ -57,3 +57,23 @@ def test_unwritable_page_is_a_recipe_error(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", GOOD)
     done = command(tmp_path / "rows.jsonl", "--html", tmp_path / "none" / "page.html")
     assert isinstance(done.exception, RecipeError)
+
+
+def test_page_never_replaces_a_file_that_is_read(recipe_file: Path, tmp_path: Path) -> None:
+    given = ("-r", recipe_file, "-b", tmp_path / "build")
+    other = tmp_path / "mine.jsonl"
+    write_rows(other, GOOD)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for arguments, page in (
+        ((other,), other),
+        ((other,), tmp_path / "." / "mine.jsonl"),
+        ((other, "--against", tmp_path / "eval.jsonl"), tmp_path / "eval.jsonl"),
+        ((other,), tmp_path / "eval.jsonl"),
+        ((), tmp_path / "tutor.jsonl"),
+        ((), recipe_file),
+    ):
+        done = command(*arguments, *given, "--html", page)
+        assert isinstance(done.exception, RecipeError)
+        assert done.exception.code == 2
+        assert done.stdout == ""
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

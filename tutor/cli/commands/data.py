@@ -14,7 +14,8 @@ import click
 from tutor.cli.commands.run import data_split
 from tutor.cli.exit import print_error
 from tutor.cli.options import indented, json_option, load_recipe, print_result, recipe_option
-from tutor.errors import ArtifactError, DataError, RecipeError
+from tutor.cli.output_file import check_output, write_output
+from tutor.errors import ArtifactError, DataError
 
 if TYPE_CHECKING:
     from tutor.recipe.settings import Recipe
@@ -127,25 +128,26 @@ def lint_command(  # noqa: PLR0913 - a command's options
     unclosed fences; every finding with its line. Lengths are in tokens of the base once the base stage has run. No code
     is compiled.
     """
-    from tutor.formats.rows.recipe_files import data_files
+    from tutor.formats.rows.recipe_files import data_files, named_files
     from tutor.recipe.settings import TrainSettings
     from tutor.stages.data.lint.linter import lint
     from tutor.stages.data.lint.page import lint_page
 
     recipe = load_recipe(recipe_path) if not files or recipe_path.exists() else None
     inputs = data_files(recipe) if recipe and not files else {}
+    tokenizer = _tokenizer(recipe, build) if recipe else None
+    if html:
+        read = [*files, *([against] if against else []), *([tokenizer] if tokenizer else []), recipe_path]
+        check_output(html, [*read, *(named_files(recipe) if recipe else [])])
     report = lint(
         files or (inputs["train"],),
         against or inputs.get("eval"),
         max_length=(recipe.train if recipe else TrainSettings()).max_length,
-        tokenizer=_tokenizer(recipe, build) if recipe else None,
+        tokenizer=tokenizer,
         system=recipe.system if recipe else "",
     )
     if html:
-        try:
-            html.write_text(lint_page(report), "utf-8")
-        except OSError as error:
-            raise RecipeError(f"{html} cannot be written: {error.strerror}") from None
+        write_output(html, lint_page(report))
     print_result(report.as_dict(), _lint_lines(report), as_json=as_json)
     if strict and (total := sum(report.counts.values())):
         # The report is the result and already on stdout: with --json it stays the only document there.

@@ -3,6 +3,7 @@
 In: a recipe. Out: paths of files that can be read. Reads no row, and imports no parser: every `tutor run` looks here.
 """
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,3 +36,13 @@ def evaluation_files(recipe: "Recipe") -> dict[str, Path]:
     for path in files.values():
         check_file(path, EVALUATION_LIMITS.max_total_bytes)
     return files
+
+
+def named_files(recipe: "Recipe") -> list[Path]:
+    """Return every file of rows that the recipe names, readable or not."""
+    data, evaluate = recipe.data, recipe.evaluate
+    found = []
+    for name in filter(None, (data.train, data.eval, evaluate.paraphrases, evaluate.general)):
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
+            found.append(recipe.resolve(name))
+    return found

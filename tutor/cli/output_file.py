@@ -1,0 +1,43 @@
+"""Write a file that the user names, never over one that the command reads.
+
+In: the name, the command's input files, a text. Out: the file, whole or unchanged. Does not choose names.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from tutor.artifacts.disk import open_to_users
+from tutor.errors import RecipeError
+
+
+def check_output(path: Path, inputs: Iterable[Path]) -> None:
+    """Raise RecipeError where the path, by any name or link, is one of the inputs; call it before the work."""
+    for each in inputs:
+        with contextlib.suppress(OSError, ValueError):  # one of them does not exist
+            if path.samefile(each):
+                raise RecipeError(f"{path} is {each}, an input: it would be lost", "name another file to write")
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write the text, or leave what is there. Raises RecipeError where it cannot be written."""
+    try:
+        target = path.resolve()
+        if target.exists() and not target.is_file():
+            target.write_text(text, "utf-8")  # a pipe or a device
+            return
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=target.name[:100], delete=False) as made:
+            try:
+                made.write(text.encode())
+                made.flush()
+                open_to_users(Path(made.name))
+                Path(made.name).replace(target)
+            except BaseException:
+                Path(made.name).unlink(missing_ok=True)
+                raise
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, in Python 3.12 and older
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RecipeError(
+            f"{path} cannot be written: {reason}", "name a file in a folder that can be written"
+        ) from None
