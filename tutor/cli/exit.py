@@ -4,9 +4,11 @@ In: a click command, sys.argv. Out: the process ends; with --json an error is al
 raise TutorError and never exit. Independent of single commands.
 """
 
+import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -37,6 +39,7 @@ def run_and_exit(command: click.Command, name: str) -> NoReturn:
     arguments = sys.argv[1:]
     debug = "--debug" in arguments or os.environ.get("TUTOR_DEBUG", "") not in ("", "0", "false")
     sys.excepthook = partial(_bug, debug=debug, as_json="--json" in arguments)
+    threading.excepthook = partial(_end_from_thread, as_json="--json" in arguments)
     try:
         code = _run(command, name, arguments, debug=debug)
     except BrokenPipeError:
@@ -129,6 +132,18 @@ def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     terminal.drop_closed_streams()
     sys.exit(128 + signum)
+
+
+def _end_from_thread(failed: threading.ExceptHookArgs, *, as_json: bool) -> None:
+    """End the process at an error that a thread raises because the main thread hangs (machine/watchdog.py)."""
+    error = failed.exc_value
+    if not isinstance(error, TutorError):
+        threading.__excepthook__(failed)
+        return
+    terminal.drop_closed_streams()
+    logging.shutdown()  # a bar gives the terminal back
+    print_error(error.message, error.code, error.hint, as_json=as_json, stage=error.stage)
+    os._exit(error.code)
 
 
 def _bug(

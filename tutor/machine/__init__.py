@@ -16,10 +16,10 @@ Modules, each using only those below it:
     container_host Docker, the kind of its daemon, the Compose project of this checkout
     host           GPUs, memory, processor and disks, read without torch
     distributed    processes of one training: rank, world size, broadcast, all_gather
+    watchdog       finds work that hangs in native code
 
 A forecast is made before the base is fetched, from the rows' characters, and refuses what certainly cannot run. The
-plan is made once, right before the train stage: only then the rows can be counted with the base's tokenizer. The runner
-(tutor/pipeline/runner.py) hands the plan to the train stage, which decides nothing about memory.
+plan is made once, right before the train stage, when the rows can be counted with the base's tokenizer.
 
 Runs no stage, loads no model, changes nothing. `device`, `matmul_rate` and `distributed` import torch when needed.
 """

@@ -3,12 +3,14 @@
 Covers stages/train/checkpoint_callback.py, with test_checkpoint_callback.py.
 """
 
+import itertools
 import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,8 +25,9 @@ from tutor.artifacts.manifest import read_manifest
 from tutor.artifacts.stage_folder import checkpoint_folder
 from tutor.errors import ArtifactError, HostError
 from tutor.machine.memory.batching import MicroBatches
-from tutor.stages.train import checkpoint
-from tutor.stages.train.checkpoint_callback import memory_hint
+from tutor.machine.watchdog import Watchdog
+from tutor.stages.train import checkpoint, loop, monitor
+from tutor.stages.train.checkpoint_callback import gpu_fault, memory_hint
 
 pytestmark = [
     pytest.mark.pipeline,
@@ -70,6 +73,39 @@ def test_out_of_memory_keeps_checkpoint_and_its_hint_resumes(
     assert ours["loss_after"] == pytest.approx(theirs["loss_after"], rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (
+            "CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be",
+            "uncorrectable ECC error encoun",
+        ),
+        ("CUDA error: unspecified launch failure\nSearch for `cudaErrorLaunchFailure'", "unspecified launch failure"),
+        ("CUDA error: the launch timed out and was terminated", "the launch timed out"),
+        ("CUDA error: unknown error", "unknown error"),
+        ("CUDA error: device-side assert triggered", None),
+        ("shape mismatch", None),
+    ],
+)
+def test_failed_gpu_is_host_error_and_other_errors_are_bugs(message: str, reason: str | None) -> None:
+    trainer = SimpleNamespace(state=SimpleNamespace(global_step=5, max_steps=18))
+    fault = gpu_fault(RuntimeError(message), trainer)
+    if reason is None:
+        assert fault is None
+    else:
+        assert fault is not None
+        assert fault.code == 4
+        assert fault.message.startswith(f"the GPU failed in step 6 of 18: {reason}")
+        assert "\n" not in fault.message
+
+
+def test_failed_gpu_keeps_the_last_checkpoint(inputs: Folders, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    with pytest.raises(HostError, match=r"the GPU failed in step \d+ of 18: unknown error; see nvidia-smi and dmesg"):
+        stage(inputs, folder, {6: fail(RuntimeError("CUDA error: unknown error"))})
+    assert checkpoints(folder) == ["checkpoint-5"]
+
+
 def test_out_of_memory_with_one_row_does_not_suggest_less(inputs: Folders, tmp_path: Path) -> None:
     with pytest.raises(HostError, match=r"out of memory in step \d+ of 18; free what other programs"):
         stage(inputs, tmp_path / "adapter", {6: exhaust_memory}, batch_size=1, accumulation=2, packing=False)
@@ -96,6 +132,53 @@ def test_out_of_memory_with_one_row_does_not_suggest_less(inputs: Folders, tmp_p
 )
 def test_memory_hint_keeps_batch_in_smaller_micro_batches(batches: MicroBatches, expected: str) -> None:
     assert memory_hint(batches).startswith(expected)
+
+
+# --- steps that hang -------------------------------------------------------------------------------------------------
+
+
+def test_only_the_steps_are_watched(inputs: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations and saves, which take long, are between the end of a step and the begin of the next."""
+    events: list[str] = []
+    for name in ("begin", "end"):
+        monkeypatch.setattr(Watchdog, name, lambda _, name=name: events.append(name))
+    monkeypatch.setattr(monitor.Monitor, "_evaluate", lambda *_: events.append("evaluate"))
+    monkeypatch.setattr(checkpoint, "seal", noted_call(checkpoint.seal, events))
+    stage(inputs, tmp_path / "adapter")
+    assert events.count("begin") == events.count("end") == 18
+    assert {"evaluate", "save"} < {*events}
+    for before, event in itertools.pairwise(events):
+        assert (event == "end") == (before == "begin")
+
+
+def noted_call(plain: Callable[..., Any], events: list[str]) -> Callable[..., Any]:
+    """Return a function that notes a save, and does what `plain` does."""
+
+    def call(*given: Any) -> Any:
+        events.append("save")
+        return plain(*given)
+
+    return call
+
+
+def test_hanging_step_is_named_with_its_checkpoint(inputs: Folders, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    with pytest.raises(ZeroDivisionError):
+        stage(inputs, folder, {6: fail(ZeroDivisionError())})
+    state, place = SimpleNamespace(global_step=5, max_steps=18), str(checkpoint_folder(folder))
+    hangs = loop.hanging_step(
+        SimpleNamespace(state=state, args=SimpleNamespace(output_dir=place, use_cpu=False)), 612, 2
+    )
+    assert (hangs.code, hangs.stage) == (4, "train")
+    assert str(hangs) == (
+        "step 6 of 18 hangs: it has taken 612 s, steps before it 2.0 s; see nvidia-smi and dmesg (Xid, ECC), "
+        "then run again: it resumes after step 5"
+    )
+    shutil.rmtree(place)
+    hangs = loop.hanging_step(
+        SimpleNamespace(state=state, args=SimpleNamespace(output_dir=place, use_cpu=True)), 612, 2
+    )
+    assert "the machine's memory, then run again: it resumes from the beginning" in str(hangs)
 
 
 @pytest.fixture

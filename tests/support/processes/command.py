@@ -17,6 +17,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -67,6 +68,7 @@ def _process_state(command: list[str], env: Mapping[str, str], cwd: Path) -> Ite
     logger = logging.getLogger("tutor")
     level, propagate = logger.level, logger.propagate
     argv, hook, stdin, place = sys.argv, sys.excepthook, sys.stdin, Path.cwd()
+    thread_hook = threading.excepthook
     try:
         _replace_environment(env)
         os.chdir(cwd)
@@ -76,6 +78,7 @@ def _process_state(command: list[str], env: Mapping[str, str], cwd: Path) -> Ite
         _replace_environment(before)
         os.chdir(place)
         sys.argv, sys.excepthook, sys.stdin = argv, hook, stdin
+        threading.excepthook = thread_hook
         logger.setLevel(level)
         logger.propagate = propagate
         for number, handler in handlers.items():

@@ -174,6 +174,12 @@ def by_step(folder: Path) -> list[Path]:
     return sorted(steps, key=steps.__getitem__, reverse=True)
 
 
+def newest_step(folder: Path) -> int | None:
+    """Return the step of the newest checkpoint that was saved to its end; None without one."""
+    steps = (path.name.rpartition("-")[2] for path in by_step(folder) if (path / MANIFEST).exists())
+    return next(map(int, steps), None)
+
+
 def first_damage(path: Path) -> str | None:
     """Return the first fault of a checkpoint, or None. Reads all of its bytes."""
     try:

@@ -34,6 +34,14 @@ NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|A
 """Texts of a RuntimeError for memory that ran out, by CUDA, cuBLAS and PyTorch's CPU allocator."""
 
 
+GPU_FAILED = re.compile(
+    r"CUDA error: (.*(ECC|launch failure|timed out|busy or unavailable|no CUDA-capable|unknown error|lost|hardware"
+    r"|NVLink).*)",
+    re.IGNORECASE,
+)
+"""Texts of a RuntimeError for a GPU that failed; other CUDA errors are faults of software."""
+
+
 class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
     """Requests saves from the trainer, and seals each folder that it saved as a checkpoint."""
 
@@ -165,7 +173,7 @@ def saving(
     except BaseException as error:
         # Look at the disk before the unfinished checkpoint, which fills it, is removed.
         fault = distributed.is_main_process() and disk_fault(error, training.out)
-        fault = fault or memory_fault(error, trainer, memory_hint)
+        fault = fault or memory_fault(error, trainer, memory_hint) or gpu_fault(error, trainer)
         if distributed.is_main_process():
             checkpoint.discard_unfinished(training)
         if fault:
@@ -188,6 +196,17 @@ def memory_fault(error: BaseException, trainer: Any, hint: str) -> TutorError | 
         return None
     step, steps = _steps(trainer)
     return HostError(f"out of memory in step {step + 1} of {steps}", hint)
+
+
+def gpu_fault(error: BaseException, trainer: Any) -> TutorError | None:
+    """Return an error with the step in which the GPU failed, or None for another error."""
+    if not isinstance(error, RuntimeError) or not (found := GPU_FAILED.search(str(error))):
+        return None
+    step, steps = _steps(trainer)
+    return HostError(
+        f"the GPU failed in step {step + 1} of {steps}: {found[1]}",
+        "see nvidia-smi and dmesg (Xid, ECC), then run again: it resumes from the last checkpoint",
+    )
 
 
 def memory_hint(batches: MicroBatches) -> str:

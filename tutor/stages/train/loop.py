@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback
 
-from tutor.errors import ArtifactError
+from tutor.errors import ArtifactError, HostError
 from tutor.machine.distributed import full_tensor, is_main_process
+from tutor.machine.watchdog import Watchdog
 from tutor.prompt import Encoded
+from tutor.stages.train import checkpoint
 from tutor.stages.train.held_out_loss import mean_loss, perplexity, refuse_inference_layout
 from tutor.stages.train.monitor import Monitor, MonitorSettings, report_lines, restore_best
 from tutor.stages.train.plot import draw
@@ -52,9 +54,11 @@ def fit(
     model = trainer.model
     refuse_inference_layout(model)
     trainer.remove_callback(PrinterCallback)
+    watchdog = Watchdog(lambda seconds, median: hanging_step(trainer, seconds, median))
+    trainer.add_callback(StepWatch(watchdog))  # the first one: it ends a step before others evaluate, report and save
     monitor = Monitor(folder, monitoring, lambda: mean_loss(model, held_out))
     trainer.add_callback(monitor)
-    with contextlib.closing(monitor), session:
+    with contextlib.closing(monitor), session, watchdog:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     state = trainer.state
     if state.global_step != state.max_steps and not monitor.stopped:
@@ -66,6 +70,36 @@ def fit(
     if after > monitoring.loss_before:
         log.warning("training made the held-out loss worse: %.4f, and %.4f before", after, monitoring.loss_before)
     return FitResult(kept or state.global_step, after, *monitor.pace.elapsed(state.epoch))
+
+
+class StepWatch(TrainerCallback):  # type: ignore[misc]
+    """Lets a watchdog watch the steps; evaluations and saves are outside of them."""
+
+    def __init__(self, watchdog: Watchdog) -> None:
+        self._watchdog = watchdog
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Note the begin of a step."""
+        del args, state, control
+        self._watchdog.begin()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Note the end of a step."""
+        del args, state, control
+        self._watchdog.end()
+
+
+def hanging_step(trainer: Any, seconds: float, median: float) -> HostError:
+    """Return the error for a step that has taken `seconds`, and the steps before `median`, without an end."""
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    saved = checkpoint.newest_step(Path(trainer.args.output_dir))
+    look = "see dmesg and the machine's memory" if trainer.args.use_cpu else "see nvidia-smi and dmesg (Xid, ECC)"
+    error = HostError(
+        f"step {step + 1} of {steps} hangs: it has taken {seconds:.0f} s, steps before it {median:.1f} s",
+        f"{look}, then run again: it resumes {f'after step {saved}' if saved else 'from the beginning'}",
+    )
+    error.stage = "train"
+    return error
 
 
 def round_adapter(model: Any) -> None:
