@@ -38,6 +38,12 @@ def test_writing_leaves_a_manifest_of_fields_and_outputs(tmp_path, monkeypatch):
     assert names_beside(tmp_path / "data") == []
 
 
+def test_manifest_of_a_container_names_the_image(tmp_path, monkeypatch):
+    monkeypatch.setenv("TUTOR_IMAGE", "tutor-trainer, image id sha256:ab")
+    write_stage(tmp_path / "data")
+    assert require_stage(tmp_path / "data", "data").host == f"{platform.node()} (tutor-trainer, image id sha256:ab)"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("before", [None, "old"])
 def test_writing_killed_at_any_step_leaves_old_or_new_folder(tmp_path, before):

@@ -162,8 +162,8 @@ def test_tagged_images_are_shown_with_what_they_are_here(host):
     host.answer("{{.Id}} debian", stdout='["debian@sha256:ab"] sha256:cd\n')
     host.answer("{{.Id}} mirror/debian", stdout="[] sha256:ef\n")
     names = ("debian:trixie-slim", "mirror/debian:trixie", "absent:1", digest)
-    assert container_host.tagged_images(Project("tutor", {}, names)) == (
+    assert container_host.tagged_images(Project("tutor", {}, {f"x-{name}": name for name in names})) == (
         "named by tag only: debian:trixie-slim@sha256:ab; mirror/debian:trixie, image id sha256:ef; "
         "absent:1, not pulled yet"
     )
-    assert container_host.tagged_images(Project("tutor", {}, (digest,))) == ""
+    assert container_host.tagged_images(Project("tutor", {}, {"tutor-ollama": digest})) == ""

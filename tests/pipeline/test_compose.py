@@ -332,15 +332,13 @@ def test_run_all_records_what_each_tag_was(host, recipe, tmp_path, caplog):
     with caplog.at_level("INFO"):
         images = compose.run_all(recipe, tmp_path / "build")["images"]
     assert images == {
-        "debian:trixie-slim": f"debian:trixie-slim@{pulled}",
-        "ollama/ollama:0.33.3": "ollama/ollama:0.33.3@sha256:bb",
-        "trainer": "tutor-trainer, image id sha256:aa",
-        "publisher": "tutor-client",
-        "ollama": "tutor-ollama",
+        "trainer": f"tutor-trainer, image id sha256:aa, from debian:trixie-slim@{pulled}",
+        "publisher": f"tutor-client, from debian:trixie-slim@{pulled}",
+        "ollama": "tutor-ollama, from ollama/ollama:0.33.3@sha256:bb",
     }
     assert f"debian:trixie-slim is named by its tag only; now it is debian:trixie-slim@{pulled}" in caplog.text
     call = next(line for line in host.calls if "--name tutor-trainer" in line)
-    assert "--env TUTOR_IMAGE=tutor-trainer, image id sha256:aa" in call
+    assert f"--env TUTOR_IMAGE={images['trainer']} --env TUTOR_OLLAMA_IMAGE={images['ollama']} trainer" in call
 
 
 def test_run_all_with_images_by_digest_names_no_tag(host, recipe, tmp_path, caplog):
@@ -349,7 +347,7 @@ def test_run_all_with_images_by_digest_names_no_tag(host, recipe, tmp_path, capl
     host.answer("config --format json", stdout=json.dumps({"name": "tutor", "services": services}))
     with caplog.at_level("INFO"):
         images = compose.run_all(recipe, tmp_path / "build")["images"]
-    assert images[pinned["OLLAMA_IMAGE"]] == pinned["OLLAMA_IMAGE"]
+    assert images == {"ollama": f"tutor-ollama, from {pinned['OLLAMA_IMAGE']}"}
     assert "by its tag only" not in caplog.text
 
 

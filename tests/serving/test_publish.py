@@ -36,6 +36,15 @@ def test_output_of_the_modelfile_stage_is_published(server: FakeOllama, recipe: 
     assert not find_damage(build / "small/model", content=True)
 
 
+def test_record_of_the_stack_names_the_image_of_ollama(
+    server: FakeOllama, recipe: Recipe, build: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUTOR_OLLAMA_IMAGE", "ollama/ollama:0.33.3@sha256:ab")
+    promote.publish_and_promote(recipe, build, host=server.host)
+    record = json.loads((build / "small/model/published.json").read_text("utf-8"))
+    assert record["image"] == "ollama/ollama:0.33.3@sha256:ab"
+
+
 def test_create_body_equals_that_of_the_modelfile_spec(recipe: Recipe, build: Path) -> None:
     model = read_model(build / "small/model", "Q8_0")
     settings = modelfile.ollama_parameters(recipe.generate.model_dump(), recipe.seed, STOPS)

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,8 +154,8 @@ class Project:
     """The Compose project of this checkout: its name, its images by service, the images that they are built from."""
 
     name: str = ""
-    images: Mapping[str, str] = field(default_factory=dict)
-    bases: Sequence[str] = ()
+    images: Mapping[str, str] = field(default_factory=dict)  # service -> image
+    bases: Mapping[str, str] = field(default_factory=dict)  # image -> image that it is built from
     error: str = ""  # Compose's message where it refuses the file or the name
 
 
@@ -166,10 +166,11 @@ def project() -> Project:
     try:
         found = json.loads(done.text)
         services: dict[str, Any] = found["services"]
-        built = [service.get("build", {}).get("args", {}) for service in services.values()]
-        bases = {value: None for args in built for value in args.values()}
-        return Project(str(found["name"]), {name: each["image"] for name, each in services.items()}, tuple(bases))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        images = {name: str(each["image"]) for name, each in services.items()}
+        built = {images[name]: each["build"]["args"] for name, each in services.items() if "build" in each}
+        bases = {image: str(next(iter(args.values()))) for image, args in built.items()}
+        return Project(str(found["name"]), images, bases)
+    except (ValueError, LookupError, TypeError, AttributeError, StopIteration):
         return Project(error=_last_line(done.error) or f"docker compose config ended with exit code {done.code}")
 
 
@@ -214,7 +215,7 @@ def identified(name: str) -> str:
 
 def tagged_images(found: Project) -> str:
     """Return a line about the images that only a tag names, and what they are here; "" where each has its digest."""
-    tagged = [name for name in found.bases if "@" not in name]
+    tagged = [name for name in dict.fromkeys(found.bases.values()) if "@" not in name]
     shown = [here if (here := identified(name)) != name else f"{name}, not pulled yet" for name in tagged]
     return f"named by tag only: {'; '.join(shown)}" if shown else ""
 

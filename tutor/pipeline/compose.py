@@ -102,18 +102,20 @@ def run_all(recipe: Recipe, build: Path, *, gpu: bool | None = None) -> dict[str
 
 
 def find_images(stack: Stack, project: Project) -> dict[str, str]:
-    """Return each service's image and those below them with their digests or ids: a tag may move.
+    """Return each service's image and the one below it, with their digests or ids: a tag may move.
 
     BuildKit pulls an image without adding it to this host's list: its digest is then in the log of the build.
     """
     built = (stack.logs / "build.log").read_text("utf-8", "replace")
-    found = {}
-    for name in project.bases:
+    below = {}
+    for name in dict.fromkeys(project.bases.values()):
         pulled = re.search(rf"FROM \S*{re.escape(name)}@(sha256:[0-9a-f]{{64}})", built)
-        found[name] = f"{name}@{pulled[1]}" if pulled else container_host.identified(name)
+        below[name] = f"{name}@{pulled[1]}" if pulled else container_host.identified(name)
         if "@" not in name:
-            log.info("%s is named by its tag only; now it is %s", name, found[name])
-    return found | {name: container_host.identified(image) for name, image in project.images.items()}
+            log.info("%s is named by its tag only; now it is %s", name, below[name])
+    found = {image: container_host.identified(image) for image in dict.fromkeys(project.images.values())}
+    found |= {image: f"{found[image]}, from {below[name]}" for image, name in project.bases.items()}
+    return {service: found[image] for service, image in project.images.items()}
 
 
 def _warn_of_cpu(stack: Stack, published: Mapping[str, Any]) -> None:
