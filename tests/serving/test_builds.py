@@ -49,14 +49,20 @@ def model(tmp_path: Path) -> Model:
     return Model("tutor", "Q8_0", {path.name: path}, {}, settings)
 
 
+PROOFS: dict[tuple[str, str], dict[str, str]] = {}
+"""Last check of each build on each host."""
+
+
 def hashes(model: Model) -> dict[Path, str]:
     return {path: file_sha256(path) for path in model.paths}
 
 
 def put(model: Model, api: Ollama, **settings: Any) -> dict[str, Any]:
     """Publish a model with these settings, and serve a new build as `latest`."""
-    result = publish_build(replace(model, settings={**model.settings, **settings}), hashes(model), api)
+    changed = replace(model, settings={**model.settings, **settings})
+    result = publish_build(changed, hashes(model), api, last_proof=lambda *where: PROOFS.get(where, {}))
     if result["published"]:
+        PROOFS[result["build"], api.host] = {name: result[name] for name in ("version", "digest")}
         serve_as_latest(api, model.name, result["tag"])
     return result
 
@@ -372,7 +378,7 @@ def test_server_death_during_the_checks_is_the_reported_error(
 ) -> None:
     gone = [fake.hang_up] * 5
     server.script("POST /api/generate", *gone)
-    server.script("GET /api/tags", None, *gone)
+    server.script("GET /api/tags", None, None, *gone)
     with pytest.raises(ServiceError, match="broke"):
         put(model, api)
     assert "is still on the server" in caplog.text

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from support.fakes import ollama as fake
 from support.fakes.ollama import FakeOllama
+from support.outputs.published import write_data
 
-from tutor.artifacts.stage_folder import writing
 from tutor.cli import summary
 from tutor.errors import ServiceError
 from tutor.machine import host
@@ -19,11 +19,9 @@ from tutor.serving import compare, promote
 @pytest.fixture
 def prompts(recipe: Recipe, build: Path) -> list[dict[str, Any]]:
     """Three prompts, as the data stage writes them."""
-    rows = [{"instruction": f"¿Qué es {thing}?", "category": "tipos"} for thing in ("any", "never", "void")]
-    with writing(build / "small/data", "data", {}) as (out, _):
-        (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-        (out / "train.jsonl").write_text(json.dumps({"instruction": "¿?", "response": "Sí."}) + "\n", "utf-8")
-    return rows
+    questions = [f"¿Qué es {thing}?" for thing in ("any", "never", "void")]
+    write_data(recipe, build, questions)
+    return [{"instruction": question} for question in questions]
 
 
 def evaluated(server: FakeOllama, recipe: Recipe, build: Path) -> dict[str, Any]:

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.fakes.ollama import FakeOllama, write_gguf
-from support.outputs.published import SYSTEM, make_stages
+from support.fakes.ollama import FakeOllama, Model, write_gguf
+from support.outputs.published import SYSTEM, make_stages, write_data
 
+from tutor.artifacts.disk import remove
 from tutor.artifacts.lock import locked
 from tutor.artifacts.manifest import find_damage
 from tutor.artifacts.stage_folder import writing
-from tutor.errors import ArtifactError, LockError, TutorError
+from tutor.errors import ArtifactError, GateError, LockError, TutorError
 from tutor.prompt import GO_TEMPLATE, STOPS
 from tutor.recipe.settings import Recipe
 from tutor.serving import promote, publish
@@ -112,9 +113,97 @@ def test_build_lines_show_which_build_is_served(server: FakeOllama, recipe: Reci
     first = promote.publish_and_promote(recipe, build, host=server.host)
     changed = recipe.model_copy(update={"system": "otro"})
     make_stages(changed, build)
+    write_data(changed, build, ["¿Qué es any?"])
     second = promote.publish_and_promote(changed, build, host=server.host)
     lines = publish.build_lines(publish.published_builds(recipe, host=server.host))
     assert [line.split()[0] for line in lines] == [second["tag"], first["tag"]]
     assert [line.split()[-1] for line in lines] == ["latest", "previous"]
     assert publish.rollback(recipe, host=server.host)["build"] == first["build"]
     assert promote.promote(recipe, build, second["build"], host=server.host)["build"] == second["build"]
+
+
+# Edited inputs
+
+
+def test_model_of_edited_inputs_is_published_only_by_force(server: FakeOllama, recipe: Recipe, build: Path) -> None:
+    """Seen: `tutor publish` after the rows were edited is "Nothing to do", without a word."""
+    promote.publish_and_promote(recipe, build, host=server.host)
+    server.requests.clear()
+    changed = recipe.model_copy(update={"train": recipe.train.model_copy(update={"rank": 4})})
+    with pytest.raises(
+        ArtifactError, match=r"model of an older state: convert was made of another recipe\.lineage"
+    ) as caught:
+        promote.publish_and_promote(changed, build, host=server.host)
+    assert caught.value.code == 5
+    assert "tutor publish --force" in str(caught.value)
+    assert server.requests == []
+    forced = promote.publish_and_promote(changed, build, host=server.host, force=True)
+    assert forced["edited"] == ["convert was made of another recipe.lineage"]
+    assert any("Forced although it is of an older state: convert" in line for line in publish.published_lines(forced))
+
+
+# Another version of the server
+
+
+def sent(server: FakeOllama) -> set[str]:
+    return {where for where, _ in server.requests} & {"POST /api/blobs", "POST /api/create", "POST /api/chat"}
+
+
+@pytest.mark.parametrize("version", ["0.34.0", "0.0.0"])
+def test_other_server_version_is_checked_again_without_upload(
+    server: FakeOllama, recipe: Recipe, build: Path, version: str
+) -> None:
+    """Seen: Ollama went from 0.0.0 to 0.33.0 under the same models, and `publish` had nothing to do."""
+    first = promote.publish_and_promote(recipe, build, host=server.host)
+    server.version = version
+    server.requests.clear()
+    again = promote.publish_and_promote(recipe, build, host=server.host)
+    assert sent(server) == {"POST /api/chat"}
+    assert (again["published"], again["created"], again["build"]) == (True, False, first["build"])
+    assert (again["version"], again["checked_before_on"], again["parity"]["state"]) == (version, "0.33.0-rc2", "same")
+    assert publish.published_lines(again)[0].startswith("Checked again tutor:")
+    assert "last checked on version 0.33.0-rc2" in publish.published_lines(again)[1]
+    assert json.loads((build / "small/model/published.json").read_text("utf-8"))["version"] == version
+    server.requests.clear()
+    assert promote.publish_and_promote(recipe, build, host=server.host)["published"] is False
+    assert sent(server) == set()
+
+
+def test_version_that_answers_otherwise_is_refused_every_time(server: FakeOllama, recipe: Recipe, build: Path) -> None:
+    promote.publish_and_promote(recipe, build, host=server.host)
+    server.version = "0.34.0"
+    server.reply_to = lambda _: [(" Otra", -0.1)]
+    for _ in range(2):
+        with pytest.raises(GateError, match="diverges in its greedy answer"):
+            promote.publish_and_promote(recipe, build, host=server.host)
+    server.reply_to = None
+    assert promote.publish_and_promote(recipe, build, host=server.host)["published"]
+
+
+def test_build_without_a_record_of_its_check_is_checked(server: FakeOllama, recipe: Recipe, build: Path) -> None:
+    first = promote.publish_and_promote(recipe, build, host=server.host)
+    remove(build / "small/served")
+    server.requests.clear()
+    again = promote.publish_and_promote(recipe, build, host=server.host)
+    assert sent(server) == {"POST /api/chat"}
+    assert (again["build"], again["created"]) == (first["build"], False)
+
+
+def test_record_is_of_one_host(recipe: Recipe, build: Path, server: FakeOllama) -> None:
+    promote.publish_and_promote(recipe, build, host=server.host)
+    other_name = server.host.replace("127.0.0.1", "localhost")
+    assert promote.publish_and_promote(recipe, build, host=other_name)["published"]
+    for host in (server.host, other_name):
+        assert promote.publish_and_promote(recipe, build, host=host)["published"] is False
+
+
+def test_build_replaced_on_the_server_is_created_again(server: FakeOllama, recipe: Recipe, build: Path) -> None:
+    """Its settings are equal: only the digest shows that another file has the tag."""
+    first = promote.publish_and_promote(recipe, build, host=server.host)
+    theirs = server.models[first["tag"]]
+    server.blobs["sha256:" + "0" * 64] = b"another"
+    for name in (first["tag"], "tutor:latest"):
+        server.models[name] = Model(theirs.body, theirs.facts, "sha256:" + "0" * 64)
+    again = promote.publish_and_promote(recipe, build, host=server.host)
+    assert (again["created"], again["digest"]) == (True, first["digest"])
+    assert server.models["tutor:latest"].blob == theirs.blob

@@ -40,6 +40,8 @@ FILE_KINDS = ("files", "adapters")
 """Keys of the create body whose values are files."""
 WARM_UP_TOKENS = 24
 """Number of tokens of the warm-up answer; Ollama aborts a longer answer that repeats itself."""
+LastProof = Callable[[str, str], Mapping[str, str]]
+"""The server's `version` and the model's `digest` at the last check of a build on a host; empty without one."""
 TagCheck = Callable[[Ollama, str], dict[str, Any]]
 """Further check of a tag before it is served; returns findings for the result. Raises GateError."""
 
@@ -95,12 +97,14 @@ def publish_build(
     *,
     wait: float = 5.0,
     check: TagCheck | None = None,
+    last_proof: LastProof = lambda _build, _host: {},
 ) -> dict[str, Any]:
     """Create a build on a server, without tagging it `latest`, and check it; return what was done.
 
-    A build that is `latest` already is not checked again. `hashes` has the sha256 of each file in hex, `wait` is the
+    A build that is `latest` already is checked again only when `last_proof` is of another version of the server or of
+    another digest; in the latter case it is created again. `hashes` has the sha256 of each file in hex, `wait` is the
     maximum number of seconds for the start of the server, `check` runs after all other checks. Raises GateError when
-    the server would serve another model: the build is then deleted.
+    the server would serve another model: the build is then deleted, if it was made here.
     """
     started = time.monotonic()
     version = server.wait_ready(wait)
@@ -109,8 +113,10 @@ def publish_build(
     tag = f"{model.name}:{build}"
     result = {"model": model.name, "build": build, "tag": tag, "host": server.host, "version": version}
     shown = server.show(tag)
-    made = shown is None or mismatches(shown, model) != []
-    if not made and _is_latest(server, model.name, tag):
+    proof, digest = last_proof(build, server.host), model_digest(server, tag)
+    made = shown is None or mismatches(shown, model) != [] or proof.get("digest", digest) != digest
+    is_proven = proof.get("version") == version and proof.get("digest") == digest
+    if not made and is_proven and _is_latest(server, model.name, tag):
         return {**result, "published": False, "seconds": round(time.monotonic() - started, 3)}
     with _taken_back_on_failure(server, tag):
         if made:

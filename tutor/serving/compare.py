@@ -10,14 +10,14 @@ import itertools
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tutor.artifacts import provenance
 from tutor.artifacts.disk import write_json
 from tutor.artifacts.layout import OLLAMA, STAGE_FOLDERS, BuildFolder
-from tutor.artifacts.manifest import is_made, require_stage
+from tutor.artifacts.manifest import find_damage, is_made, require_stage
 from tutor.artifacts.stage_folder import checkpoint_folder, log_folder, writing
 from tutor.engines.protocol import greedy
 from tutor.errors import ArtifactError, RecipeError
@@ -98,13 +98,20 @@ def compare_models(recipe: Recipe, build: Path, before: str, after: str, **engin
     ArtifactError for a file of another form, or when no prompt is common to both; for models as `evaluate_models`.
     """
     early, late = (_answers_of(recipe, build, source, **engine_settings) for source in (before, after))
+    return compare_answers(early, late, recipe.seed)
+
+
+def compare_answers(early: ModelAnswers, late: ModelAnswers, seed: int) -> dict[str, Any]:
+    """Compare the answers of two models to their common prompts. Raises ArtifactError when they have none."""
     places = {prompt["instruction"]: place for place, prompt in enumerate(late.prompts)}
     common = [place for place, prompt in enumerate(early.prompts) if prompt["instruction"] in places]
     if not common:
-        raise ArtifactError(f"{before} and {after} have no prompt in common", "evaluate both on the same data.eval")
+        raise ArtifactError(
+            f"{early.label} and {late.label} have no prompt in common", "evaluate both on the same data.eval"
+        )
     prompts = [early.prompts[place] for place in common]
     theirs = [late.records[places[prompt["instruction"]]] for prompt in prompts]
-    changes = rates.changes(prompts, [early.records[place] for place in common], theirs, recipe.seed)
+    changes = rates.changes(prompts, [early.records[place] for place in common], theirs, seed)
     return {
         "before": early.label,
         "after": late.label,
@@ -121,23 +128,28 @@ def _answers_of(
     path = Path(source)
     for answers in (path / STAGE_FOLDERS["evaluate"] / stage.ANSWERS, path / stage.ANSWERS, path):
         if answers.name.endswith(".json") and answers.is_file():
-            return _from_file(answers, source)
+            return read_answers(answers, source)
     if "/" in source and engine != "ollama" and not source.startswith("ollama:"):
         raise ArtifactError(f"{source} has no answers", "name a build folder in which tutor eval has run")
     choice = parse_model(source, engine, host)
     return _answers(recipe, build, choice, choice.label, parallel)
 
 
-def _from_file(path: Path, label: str) -> ModelAnswers:
-    """Return the answers of the tutor in an answers.json, or those of the first model in it."""
+def read_answers(path: Path, label: str) -> ModelAnswers:
+    """Return the answers of the tutor in an answers.json, or those of the first model in it.
+
+    Raises ArtifactError for a file of another form.
+    """
     try:
         rows = json.loads(path.read_text("utf-8"))
         names = list(rows[0]["answers"])
         name = "tutor" if "tutor" in names else names[0]
         records = [row["answers"][name] for row in rows]
         good = all(isinstance(record["passed"], bool) for record in records)
+        good &= all(isinstance(record.get("verdicts", {}), dict) for record in records)
+        good &= all(isinstance(row["instruction"], str) for row in rows)
         prompts = [{"instruction": row["instruction"], "category": row["category"]} for row in rows]
-    except (OSError, ValueError, TypeError, LookupError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise ArtifactError(
             f"{path} has no verdicts ({type(error).__name__}: {error})", "evaluate again: tutor eval"
         ) from None
@@ -160,7 +172,7 @@ def _answers(recipe: Recipe, build: Path, choice: ModelChoice, label: str, paral
         tree = provenance.SourceTree(folder.hashes)
         code = tree.provenance("serving/compare.py", left_out=LEFT_OUT).code
         fields = {"input.data": data, **sampling, **served, "code": code}
-        ran = not is_made(target, fields)
+        ran = not is_made(target, fields) or find_damage(target, content=True) != []
         if ran:
             if notice := gpu_notice(choice):
                 log.warning("%s", notice)
@@ -169,9 +181,7 @@ def _answers(recipe: Recipe, build: Path, choice: ModelChoice, label: str, paral
                 task = Task(label, generation, recipe.system, checkpoint_folder(out) / "answers.jsonl", served)
                 results.update(_answer_and_grade(recipe, build, choice, task, out, parallel))
         results = require_stage(target, target.name).results
-        rows = json.loads((target / stage.ANSWERS).read_text("utf-8"))
-    prompts = [{name: value for name, value in row.items() if name != "answers"} for row in rows]
-    return ModelAnswers(label, prompts, [row["answers"][label] for row in rows], results, ran)
+        return replace(read_answers(target / stage.ANSWERS, label), results=results, ran=ran)
 
 
 def _answer_and_grade(

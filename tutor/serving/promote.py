@@ -8,28 +8,38 @@ compared with it.
 
 import datetime
 import logging
-import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tutor.artifacts.disk import read_json, write_json
+from tutor.artifacts.disk import write_json
 from tutor.artifacts.layout import OLLAMA, BuildFolder
 from tutor.artifacts.manifest import read_manifest, require_stage
 from tutor.engines.ollama.client import Ollama, connect
-from tutor.errors import ArtifactError, GateError
+from tutor.errors import GateError, TutorError
 from tutor.pipeline.recipe_folder import refuse_folder
 from tutor.pipeline.registry import BY_NAME
 from tutor.pipeline.runner import require_gate_passed
 from tutor.recipe.settings import Recipe
 from tutor.serving import builds, compare, ollama_parity, publish
+from tutor.serving.build_records import (
+    keep_answers,
+    kept_answers,
+    last_proof,
+    read_record,
+    record_proof,
+    update_record,
+)
 from tutor.serving.model_names import ModelChoice
-from tutor.stages.evaluate import stage as evaluate
-from tutor.stages.parity.gate import refusal
+from tutor.stages.parity.gate import HandOff, refusal
 
 log = logging.getLogger(__name__)
 
-RECORD, COMPARISON = "record.json", "compared.json"
+COMPARISON = "compared.json"
+"""File of the comparison of a build with the one that was `latest`."""
+MIN_PROMPTS = 5
+"""Minimum number of prompts of which the comparison can show a loss: with four, even four losses can be chance."""
 MAX_QUESTIONS_NAMED = 3
 """Maximum number of worse questions in an error message; compared.json lists all of them."""
 
@@ -47,16 +57,16 @@ def publish_and_promote(
 
     Raises as publish.publish, and GateError when it is worse: the build then stays on the server without `latest`.
     """
-    result = publish.publish(recipe, build, host=host, adapter=adapter, wait=wait)
+    result = publish.publish(recipe, build, host=host, adapter=adapter, wait=wait, force=force)
     folder = BuildFolder(build, recipe.name)
     record = folder.published(adapter=adapter)
     if not result["published"]:
         if not record.exists():
-            write_json(record, {**result, "digest": _read_record(folder, result["build"]).get("digest")})
+            write_json(record, {**result, "digest": read_record(folder, result["build"]).get("digest")})
         return result
     # The evaluate stage runs the merged model: the answers of an adapter are found by its digest.
     evaluated = {} if adapter else _evaluation(recipe, folder)
-    _update_record(
+    update_record(
         folder, result["build"], digest=result["digest"], parity=result["parity"]["state"], evaluate=evaluated
     )
     promotion = _promote(recipe, build, result["tag"], host=host, force=force)
@@ -94,7 +104,12 @@ def _promote(recipe: Recipe, build: Path, tag: str, *, host: str | None, force: 
     with connect(host) as server:
         old, at = _served_build(server, name), server.host
         overrode = [problem] if (problem := _parity_problem(folder, server, tag)) else []
-        comparison, worse = _compare_with_latest(recipe, build, tag, old, host)
+        try:
+            comparison, worse = _compare_with_latest(recipe, build, tag, old, host)
+        except TutorError as error:
+            if not force:
+                raise
+            comparison = worse = f"not compared: {error.message}"
         overrode += [worse] if worse else []
         if overrode and not force:
             raise GateError(overrode[0], f"to serve it all the same: tutor promote {new} --force")
@@ -104,8 +119,8 @@ def _promote(recipe: Recipe, build: Path, tag: str, *, host: str | None, force: 
         builds.serve_as_latest(server, name, tag)
     promotion = {"host": at, "instead_of": old, "comparison": comparison, "forced": force, "overrode": overrode}
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    before = _read_record(folder, new).get("promotions", [])
-    _update_record(folder, new, promotions=[*before, {"at": now, **promotion}])
+    before = read_record(folder, new).get("promotions", [])
+    update_record(folder, new, promotions=[*before, {"at": now, **promotion}])
     return promotion
 
 
@@ -115,54 +130,117 @@ def _served_build(server: Ollama, name: str) -> str | None:
 
 
 def _parity_problem(folder: BuildFolder, server: Ollama, tag: str) -> str | None:
-    """Return why parity failed for a published tag; None when it passed, or is unknown in this build folder."""
-    record = _read_record(folder, tag.rpartition(":")[2])
-    if not record:
-        log.warning("%s was not published from %s: its parity is unknown", tag, folder.path)
-        return None
+    """Return why parity failed for a published tag, or is not shown; None when it passed."""
+    build = tag.rpartition(":")[2]
+    record = read_record(folder, build)
+    if not record.get("digest"):
+        return f"{tag} was not published from {folder.path}: nothing shows its parity"
     parity, gguf = (read_manifest(folder.stage(name)) for name in ("parity", "convert"))
-    if parity and gguf and gguf.fingerprint == parity.fields.get("input.convert") == _gguf_fingerprint(record):
+    is_here = bool(parity and gguf and gguf.fingerprint == parity.fields.get("input.convert") == _gguf_of(record))
+    if is_here:
         try:
             require_gate_passed(folder.stage("parity"))
         except GateError as error:
             return str(error.message)
     digest = builds.model_digest(server, tag)
     if digest != record.get("digest"):
-        refused = refusal([ollama_parity.compare_digest(tag, digest or "", str(record.get("digest")))])
-        return refused["message"] if refused else None
+        return _refusal(ollama_parity.compare_digest(tag, digest or "", str(record.get("digest"))))
     compared = read_manifest(folder.ollama_parity)
     if compared and compared.fields.get("digest") == digest and "refused" in compared.results:
         return str(compared.results["refused"]["message"])
+    return _version_problem(folder, server, tag, is_here=is_here)
+
+
+def _version_problem(folder: BuildFolder, server: Ollama, tag: str, *, is_here: bool) -> str | None:
+    """Return why a tag is not shown on this version of the server; None when it was checked there.
+
+    A build whose GGUF and record of parity are still in the folder (`is_here`) is compared again on another version.
+    """
+    version, build = server.version(), tag.rpartition(":")[2]
+    checked_on = last_proof(folder, build, server.host).get("version")
+    if checked_on == version:
+        return None
+    if not is_here:
+        return f"{tag} was checked on version {checked_on or '(unknown)'} of {server.host}, which is now {version}"
+    log.info("comparing %s again: it was checked on version %s of the server", tag, checked_on or "(unknown)")
+    reference = ollama_parity.read_reference(folder.stage("parity"))
+    if problem := _refusal(ollama_parity.compare_model(reference, server, tag)):
+        return problem
+    record_proof(folder, build, server.host, {"version": version, "digest": builds.model_digest(server, tag)})
     return None
+
+
+def _refusal(item: HandOff) -> str | None:
+    refused = refusal([item])
+    return refused["message"] if refused else None
 
 
 def _compare_with_latest(
     recipe: Recipe, build: Path, tag: str, old: str | None, host: str | None
 ) -> tuple[str, str | None]:
-    """Return the comparison of a tag with `latest` in one line, and the reason why it must not be served, or None."""
+    """Return the comparison of a tag with `latest` in one line, and the reason why it must not be served, or None.
+
+    Answers that are not kept, or damaged, are asked again. Raises TutorError when that fails, or the build in service
+    has answered no prompt.
+    """
     refuse_folder(recipe, build)
     folder = BuildFolder(build, recipe.name)
     name, _, new = tag.rpartition(":")
     if old is None:
-        _keep_answers(folder, new)
+        kept_answers(folder, new)
         return "no build was in service before: not compared", None
     if old == new:
         return f"{tag} is in service already", None
-    known = _keep_answers(folder, old) if old else None
-    if known is None:
-        _keep_answers(folder, new)
-        return f"no answers of {name}:{old or builds.LATEST}, which is in service, are kept: not compared", None
-    if _keep_answers(folder, new) is None:
-        log.info("evaluating %s, to compare it with %s, which is in service", tag, old)
-        compare.published_answers(recipe, build, ModelChoice(tag, None, "ollama", host))
-        _keep_answers(folder, new)
-    try:
-        result = compare.compare_models(recipe, build, str(known), str(folder.served(new)))
-    except ArtifactError as error:
-        return f"not compared: {error.message}", None
-    write_json(folder.served(new) / COMPARISON, {**result, "before": old, "after": new})
-    line = _comparison_line(f"{name}:{old}", tag, result)
-    return line, (line if result["all"]["passed"]["conclusion"] == "worse" else None)
+    if not old:
+        kept_answers(folder, new)
+        return f"{name}:{builds.LATEST}, which is in service, was not published by tutor: not compared", None
+    before = f"{name}:{old}"
+    late = kept_answers(folder, new) or _ask(recipe, build, tag, host)
+    early = kept_answers(folder, old)
+    if early is None or _are_disjoint(early, late):
+        early = _ask(recipe, build, before, host)
+    if _are_disjoint(early, late):  # the kept answers are to older prompts
+        late = _ask(recipe, build, tag, host)
+    answered, errors = _without_errors(early)
+    if not answered.prompts:
+        raise GateError(
+            f"{before}, in service, has answered none of {errors} prompts: {tag} cannot be compared with it"
+        )
+    result = compare.compare_answers(answered, late, recipe.seed)
+    write_json(folder.served(new) / COMPARISON, {**result, "before": old, "after": new, "not_answered": errors})
+    line = _comparison_line(before, tag, result)
+    line += f"; {errors} prompts that {before} did not answer were not compared" if errors else ""
+    return line, (line if _is_worse(result) else None)
+
+
+def _ask(recipe: Recipe, build: Path, tag: str, host: str | None) -> compare.ModelAnswers:
+    """Evaluate a build on the server and keep its answers."""
+    log.info("evaluating %s, whose answers are not kept or cannot be compared", tag)
+    found = compare.published_answers(recipe, build, ModelChoice(tag, None, "ollama", host))
+    folder = BuildFolder(build, recipe.name)
+    keep_answers(folder, tag.rpartition(":")[2], folder.evaluation(OLLAMA))
+    return found
+
+
+def _are_disjoint(early: compare.ModelAnswers, late: compare.ModelAnswers) -> bool:
+    return {prompt["instruction"] for prompt in early.prompts}.isdisjoint(row["instruction"] for row in late.prompts)
+
+
+def _without_errors(answers: compare.ModelAnswers) -> tuple[compare.ModelAnswers, int]:
+    """Return the answers without those that ended with an error, and the number of errors.
+
+    An error of the build in service is no failed prompt: a worse build could hide behind it.
+    """
+    places = [place for place, record in enumerate(answers.records) if "error" not in record]
+    prompts, records = ([rows[place] for place in places] for rows in (answers.prompts, answers.records))
+    return replace(answers, prompts=prompts, records=records), len(answers.records) - len(places)
+
+
+def _is_worse(result: Mapping[str, Any]) -> bool:
+    """Return whether a comparison shows a loss, or a loss that too few prompts can show."""
+    change = result["all"]["passed"]
+    is_loss = not change["difference"] >= 0
+    return bool(change["conclusion"] == "worse" or (is_loss and result["n"] < MIN_PROMPTS))
 
 
 def _comparison_line(old: str, new: str, result: Mapping[str, Any]) -> str:
@@ -172,6 +250,8 @@ def _comparison_line(old: str, new: str, result: Mapping[str, Any]) -> str:
     interval = f"{100 * change['difference']:+.0f} points [{100 * change['low']:+.0f}, {100 * change['high']:+.0f}]"
     text = f"{old}, in service, and {new} answer {shares} of {result['n']} prompts well, {interval}"
     text += f": {change['conclusion']}"
+    if result["n"] < MIN_PROMPTS:
+        text += f"; {result['n']} prompts are too few to show a loss"
     if not (questions := result["worse"]):
         return text
     named = ", ".join(f"«{question}»" for question in questions[:MAX_QUESTIONS_NAMED])
@@ -183,44 +263,13 @@ def _comparison_line(old: str, new: str, result: Mapping[str, Any]) -> str:
     return f"{text}; {len(questions)} got worse: {named}{more}"
 
 
-def _keep_answers(folder: BuildFolder, build: str) -> Path | None:
-    """Return `served/<build>/` with the answers, copied from where they were stored; None when there are none."""
-    kept = folder.served(build) / evaluate.ANSWERS
-    if kept.is_file():
-        return kept.parent
-    record = _read_record(folder, build)
-    by_llama_server, by_ollama = (folder.stage("evaluate"), folder.evaluation(OLLAMA))
-    one, other = read_manifest(by_llama_server), read_manifest(by_ollama)
-    if other and record.get("digest") and other.fields.get("digest") == record["digest"]:
-        found = by_ollama
-    elif one and record.get("evaluate") and not one.other_fields(record["evaluate"]):
-        found = by_llama_server
-    else:
-        return None
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(found / evaluate.ANSWERS, kept)
-    return kept.parent
-
-
 def _evaluation(recipe: Recipe, folder: BuildFolder) -> dict[str, Any]:
     """Return the fields of the evaluate stage's manifest that identify whose answers it holds."""
     gguf = require_stage(folder.stage("convert"), "convert")
     return {**BY_NAME["evaluate"].recipe_fields(recipe), "input.convert": gguf.fingerprint}
 
 
-def _gguf_fingerprint(record: Mapping[str, Any]) -> str | None:
+def _gguf_of(record: Mapping[str, Any]) -> str | None:
     """Return the fingerprint of the GGUF folder that a build was published from."""
     found: str | None = record.get("evaluate", {}).get("input.convert")
     return found
-
-
-def _read_record(folder: BuildFolder, build: str) -> dict[str, Any]:
-    """Return the record of a build; empty for one published from elsewhere. Raises ArtifactError when damaged."""
-    path = folder.served(build) / RECORD
-    return read_json(path) if path.exists() else {}
-
-
-def _update_record(folder: BuildFolder, build: str, **more: Any) -> None:
-    path = folder.served(build) / RECORD
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**_read_record(folder, build), "build": build, **more})

@@ -22,10 +22,12 @@ from tutor.errors import ArtifactError, GateError
 from tutor.pipeline.recipe_folder import held
 from tutor.pipeline.registry import BY_NAME
 from tutor.pipeline.runner import announced, require_gate_passed
+from tutor.pipeline.staleness import edited_inputs
 from tutor.prompt import display_text
 from tutor.recipe.settings import Recipe
 from tutor.serving import builds, ollama_parity
 from tutor.serving.adapter import lora_folder
+from tutor.serving.build_records import last_proof, record_proof
 from tutor.serving.models import quantization_of
 from tutor.stages.parity.gate import parity_table, refusal
 
@@ -39,24 +41,46 @@ def publish(
     host: str | None = None,
     adapter: bool = False,
     wait: float = 5.0,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Publish the model of a build folder and check it; return what was done. The server has `wait` seconds to start.
 
-    Neither tags the build `latest` nor records it as served: promote.py does both.
-    Raises ArtifactError when the folders are missing, damaged or of other settings, ServiceError for faults of the
-    server, GateError when the server would serve another model than the trained one.
+    Records where the build was checked; on another version of the server it is checked again. Neither tags the build
+    `latest` nor records it as served: promote.py does both.
+    Raises ArtifactError when the folders are missing, damaged or of other settings, or (unless `force`) when an input
+    was edited since; ServiceError for faults of the server, GateError when it would serve another model.
     """
     folder = BuildFolder(build, recipe.name)
     with held(recipe, build), announced("publish", "publish the model to Ollama and check it"):
         made, reference = _folder_of("modelfile", recipe, folder), _reference(recipe, folder)
+        edited = _edited_inputs(recipe, folder, force=force)
         with connect(host) as server:
             server.wait_ready(wait)  # before gigabytes are hashed in vain
             made = lora_folder(recipe, folder) if adapter else made
             model = builds.read_model(made, quantization_of(recipe, folder))
             check = partial(_check_parity, reference, same_file=not adapter)
+            proof = partial(last_proof, folder)
+            result = builds.publish_build(model, _hashes(model, folder), server, check=check, last_proof=proof)
+            if result["published"]:
+                before = proof(result["build"], server.host).get("version")
+                result |= {"checked_before_on": before} if before not in (None, result["version"]) else {}
+                checked = {name: result[name] for name in ("version", "digest")}
+                record_proof(folder, result["build"], server.host, checked)
             image = os.environ.get("TUTOR_OLLAMA_IMAGE")  # set by the stack
-            done = builds.publish_build(model, _hashes(model, folder), server, check=check)
-            return {**done, **({"image": image} if image else {})}
+            return {**result, **({"image": image} if image else {}), **({"edited": edited} if edited else {})}
+
+
+def _edited_inputs(recipe: Recipe, folder: BuildFolder, *, force: bool) -> list[str]:
+    """Return what was edited since the model was made. Raises ArtifactError for the first one unless `force`."""
+    edited = edited_inputs(recipe, folder.build, ("modelfile", "parity"))
+    for line in edited:
+        log.warning("the model is of an older state: %s", line)
+    if edited and not force:
+        raise ArtifactError(
+            f"{folder.path} holds a model of an older state: {edited[0]}; nothing was published",
+            "run: tutor run; to publish the older model all the same: tutor publish --force",
+        )
+    return edited
 
 
 def _folder_of(name: str, recipe: Recipe, folder: BuildFolder) -> Path:
@@ -149,12 +173,16 @@ def published_builds(recipe: Recipe, *, host: str | None = None) -> list[dict[st
 def published_lines(result: Mapping[str, Any]) -> list[str]:
     """Return the result of publishing as lines for a terminal."""
     where = f"{result['tag']} at {result['host']} (Ollama {result['version']})"
+    older = [f"Forced although it is of an older state: {line}" for line in result.get("edited", ())]
     if not result["published"]:
-        return [f"Nothing to do: {where} is already served as {result['model']}."]
+        return [f"Nothing to do: {where} is already served as {result['model']}.", *older]
     checked = f"{result['prompts']} prompts as in training; answer: {display_text(result['answer'])!r}"
     compared = parity_table([result["parity"]]) if "parity" in result else []
     compared += promotion_lines(result["promotion"]) if "promotion" in result else []
-    return [f"Published {where}: {checked}", *compared, f"Next: ollama run {result['model']}"]
+    done = "Published" if result["created"] or "checked_before_on" not in result else "Checked again"
+    if done == "Checked again":
+        compared = [f"It was last checked on version {result['checked_before_on']} of this server.", *compared]
+    return [f"{done} {where}: {checked}", *older, *compared, f"Next: ollama run {result['model']}"]
 
 
 def promotion_lines(promotion: Mapping[str, Any]) -> list[str]:

@@ -1,9 +1,11 @@
 """Recipe and folders of the convert, modelfile and parity stages, for tests of publishing."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from support.fakes.ollama import write_gguf
+from support.files import write_rows
 from support.outputs.parity import write_parity
 from tutor.artifacts.manifest import require_stage
 from tutor.artifacts.stage_folder import writing
@@ -24,7 +26,7 @@ def make_recipe(folder: Path) -> Recipe:
 def make_stages(recipe: Recipe, build: Path, **facts: Any) -> Path:
     """Write the stage folders around a fake GGUF with these properties; return the build folder."""
     folder = build / recipe.name
-    with writing(folder / "gguf", "convert", facts) as (out, _):
+    with writing(folder / "gguf", "convert", {**BY_NAME["convert"].recipe_fields(recipe), **facts}) as (out, _):
         write_gguf(out / "tutor-Q8_0.gguf", **facts)
     gguf = require_stage(folder / "gguf", "convert")
     fields = BY_NAME["modelfile"].recipe_fields(recipe)
@@ -32,3 +34,11 @@ def make_stages(recipe: Recipe, build: Path, **facts: Any) -> Path:
         modelfile.run(recipe, {"convert": folder / "gguf", "ladder": folder / "ladder"}, out)
     write_parity(recipe, build)
     return build
+
+
+def write_data(recipe: Recipe, build: Path, questions: Sequence[str]) -> None:
+    """Write the folder of the data stage with these prompts, and training rows of a short and a long answer."""
+    prompts = [{"instruction": question, "category": "tipos"} for question in questions]
+    with writing(build / recipe.name / "data", "data", BY_NAME["data"].recipe_fields(recipe)) as (out, _):
+        write_rows(out / "prompts.jsonl", prompts)
+        write_rows(out / "train.jsonl", [{"instruction": "¿?", "response": answer} for answer in ("Sí.", 400 * "x")])
