@@ -1,4 +1,7 @@
-"""serving/promote.py and serving/build_records.py against a fake server: a worse build never replaces the served one, and the reason is stored."""
+"""serving/promote.py and serving/build_records.py against a fake server: a worse build never replaces the served one.
+
+What refused it, and the answers that it was compared by, are stored.
+"""
 
 import json
 from collections.abc import Callable, Sequence

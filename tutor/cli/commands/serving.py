@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from tutor.recipe.settings import Recipe
 
 force_option = click.option(
-    "--force", is_flag=True, help="Serve the build although a gate refused it; the refusals are recorded."
+    "--force",
+    is_flag=True,
+    help="Serve the build although a gate refused it, or its inputs were edited since; both are recorded.",
 )
 
 CHAT_ENGINES = ("llamacpp", "ollama")
@@ -191,7 +193,9 @@ def publish_command(  # noqa: PLR0913 - a command's options
 ) -> None:
     """Publish the model to Ollama and serve it unless it is worse.
 
-    The published build is first compared with the trained model; a build that passes is served as latest.
+    The published build is first compared with the trained model; a build that passes is served as latest. On another
+    version of the server it is checked again, without an upload. Exit 5 when the rows, the recipe or another input
+    were edited since the model was made: what is published is then of the older ones, and stays.
     """
     from tutor.engines.ollama.health import absence
     from tutor.serving import promote, publish
