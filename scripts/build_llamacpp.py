@@ -3,5 +3,7 @@
 import sys
 
 from tutor.engines.llamacpp.source_build import main
+from tutor.machine import host
 
-sys.exit(main())
+memory = host.memory()
+sys.exit(main(host.usable_cores(), memory.total if memory else None))

@@ -99,12 +99,22 @@ def test_launcher_keeps_its_variables_and_not_the_recipe_s(monkeypatch: pytest.M
     assert "ACCELERATE_MIXED_PRECISION" not in os.environ
 
 
-@pytest.mark.parametrize("name", distributed.ALLOCATOR_SETTINGS)
-def test_allocator_setting_that_aborts_pytorch_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setenv(name, "expandable_segments:True")
+@pytest.mark.parametrize(
+    ("name", "right"),
+    [
+        ("PYTORCH_ALLOC_CONF", "expandable_segments:True"),
+        ("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,roundup_power2_divisions:[256:1,512:2]"),
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "60"),
+        ("HF_HUB_ETAG_TIMEOUT", "5"),
+    ],
+)
+def test_variable_that_ends_a_library_s_import_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, right: str
+) -> None:
+    monkeypatch.setenv(name, right)
     distributed.settle_environment()
     monkeypatch.setenv(name, "garbage")
-    with pytest.raises(RecipeError, match=f"{name} is 'garbage'"):
+    with pytest.raises(RecipeError, match=f"{name} is 'garbage', not "):
         distributed.settle_environment()
 
 

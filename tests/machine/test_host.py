@@ -142,6 +142,37 @@ def test_processor_features_are_read_from_cpuinfo(tmp_path, text, name, features
     assert found.cores == len(os.sched_getaffinity(0))
 
 
+@pytest.mark.parametrize(
+    ("cgroup", "files", "expected"),
+    [
+        ("0::/\n", {"cpu.max": "max 100000\n"}, 8),
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 2),
+        ("0::/\n", {"cpu.max": "10000 100000\n"}, 1),
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "300000 100000\n"}, 3),
+        ("0::/of/the/host\n", {"cpu.max": "400000 100000\n"}, 4),
+        ("0::/\n", {"cpu.max": "9900000 100000\n"}, 8),
+        ("3:cpu,cpuacct:/\n", {"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
+        ("3:cpu,cpuacct:/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+        ("0::/\n", {"cpu.max": "garbage"}, 8),
+        ("", {}, 8),
+    ],
+)
+def test_quota_of_a_container_limits_the_usable_cores(tmp_path, monkeypatch, cgroup, files, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    root = kernel(tmp_path, cgroup, **files)
+    assert host.usable_cores(root) == expected
+    assert host.processor(root).cores == expected
+
+
+@pytest.mark.parametrize(("cores", "given", "expected"), [(2, None, "2"), (2, "6", "6"), (8, None, None)])
+def test_quota_limits_the_threads_of_libraries(monkeypatch, cores, given, expected):
+    monkeypatch.setattr(os, "environ", {} if given is None else {"OMP_NUM_THREADS": given})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(host, "usable_cores", lambda: cores)
+    host.limit_threads()
+    assert os.environ.get("OMP_NUM_THREADS") == expected
+
+
 def test_closed_folder_is_on_its_parents_disk(tmp_path):
     (tmp_path / "closed" / "inside").mkdir(parents=True)
     (tmp_path / "closed").chmod(0)

@@ -15,6 +15,7 @@ from support.processes.command import ROOT
 from tutor.errors import HostError, RecipeError
 from tutor.machine import container_host, preflight
 from tutor.machine.host import Memory
+from tutor.machine.memory.shapes import SHAPES
 from tutor.recipe.reading import read_recipe
 from tutor.recipe.settings import Recipe
 
@@ -94,6 +95,16 @@ def test_driver_without_toolkit_is_refused(host, large, tmp_path):
     host.answer("nvidia-smi", stdout="GPU 0: NVIDIA H200 (UUID: GPU-1)\n")
     found = [line for line in problems(large, tmp_path) if "disk" not in line]
     assert [line.partition(";")[0] for line in found] == ["Docker has no NVIDIA Container Toolkit"]
+
+
+@pytest.mark.parametrize(("name", "there"), [("7", False), ("x", False), ("", True), ("0", True), ("GPU-1", True)])
+def test_gpu_of_the_stack_must_be_a_visible_one(host, recipe, tmp_path, monkeypatch, name, there):
+    host.add("nvidia-smi")
+    host.answer("nvidia-smi --query-gpu", stdout="0, GPU-1, a card, 580.1, 8.9, 80000, 79000\n")
+    monkeypatch.setenv("TUTOR_GPU", name)
+    found = [str(fault) for fault in preflight.memory_faults(recipe, tmp_path, SHAPES["tiny"], gpu=True)]
+    refused = f"TUTOR_GPU is {name!r}, and the visible GPUs are 0; set TUTOR_GPU to one of them"
+    assert found == ([] if there else [refused])
 
 
 def test_driver_older_than_the_image_is_refused(host, large, tmp_path):

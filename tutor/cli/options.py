@@ -133,8 +133,10 @@ def progress_on_stderr(flags: dict[str, bool]) -> contextlib.AbstractContextMana
     """
     from tutor.cli.progress import log_discarded, log_on_stderr, quiet_libraries
     from tutor.machine.distributed import is_main_process
+    from tutor.machine.host import limit_threads
 
     quiet_libraries()
+    limit_threads()
     if not is_main_process():
         return log_discarded()
     return log_on_stderr(quiet=flags["quiet"])

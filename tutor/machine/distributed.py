@@ -34,8 +34,13 @@ RECIPE_SETTINGS = re.compile(r"ACCELERATE_(MIXED_PRECISION|GRADIENT_ACCUMULATION
 OTHER_TRAINERS = ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
 """Ways to train in several processes that accelerate can be configured for, and tutor cannot."""
 
-ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""Variables whose value PyTorch parses when it is imported; without a colon in it the process aborts."""
+PARSED_AT_IMPORT = {
+    "PYTORCH_ALLOC_CONF": (r"(\w+:.+)?", "NAME:VALUE"),
+    "PYTORCH_CUDA_ALLOC_CONF": (r"(\w+:.+)?", "NAME:VALUE"),
+    "HF_HUB_DOWNLOAD_TIMEOUT": (r"\d+", "a whole number of seconds"),
+    "HF_HUB_ETAG_TIMEOUT": (r"\d+", "a whole number of seconds"),
+}
+"""Variables that end the process when a library that parses them is imported: pattern of a value, in words."""
 
 TIMEOUT = timedelta(minutes=30)
 """Maximum wait for the other ranks; rank 0 may hash a base of 16 GB in that time."""
@@ -70,11 +75,11 @@ def settle_environment() -> None:
     """Remove variables that libraries would take for a launcher's settings: all without a launcher, else the recipe's.
 
     Raises RecipeError for a launcher whose variables are wrong, or that is configured for another way to train, and for
-    settings of PyTorch's allocator that end the process.
+    a variable at which a library would end the process.
     """
-    for name in ALLOCATOR_SETTINGS:
-        if (value := os.environ.get(name)) and not re.match(r"\w+:.", value):
-            raise RecipeError(f"{name} is {value!r}, at which PyTorch aborts", f"give NAME:VALUE, or: unset {name}")
+    for name, (pattern, expected) in PARSED_AT_IMPORT.items():
+        if name in os.environ and not re.fullmatch(pattern, os.environ[name]):
+            raise RecipeError(f"{name} is {os.environ[name]!r}, not {expected}", f"correct it, or: unset {name}")
     launched = world_size() > 1
     if launched or (all(map(os.environ.get, LAUNCHER)) and os.environ["WORLD_SIZE"] != "1"):
         _refuse_launcher()

@@ -7,7 +7,6 @@ recipe's forecast by part and stage (capacity.py). Starts nothing, downloads not
 import importlib.metadata
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 from tutor.artifacts.provenance import installed_version
 from tutor.engines.llamacpp import build as llamacpp_build
+from tutor.engines.llamacpp.source_build import find_compiler
 from tutor.engines.ollama.health import server_states
 from tutor.errors import HostError, RecipeError
 from tutor.graders.typescript import install as typescript_install
@@ -242,8 +242,11 @@ def program_checks() -> Iterator[HostCheck]:
     if llamacpp_build.is_built(folder):
         yield HostCheck("llama.cpp", "ok", f"of llama_cpp_python {llamacpp_build.VERSION}, {folder}")
     else:
-        compiler = shutil.which(os.environ.get("CXX", "c++"))
-        hint = "make llamacpp" if compiler else "install a C++ compiler (apt-get install g++), then: make llamacpp"
+        hint = "make llamacpp"
+        try:
+            find_compiler()
+        except HostError as error:
+            hint = f"{error}; then: make llamacpp"
         yield HostCheck("llama.cpp", "missing", f"not built ({folder})", hint)
     try:
         program = typescript_install.find_compiler()

@@ -5,6 +5,7 @@ values that the trainer's image gives. Does not decide whether anything fits.
 """
 
 import contextlib
+import math
 import os
 import re
 import shutil
@@ -145,20 +146,46 @@ def memory(root: Path = Path("/")) -> Memory | None:
 def _cgroup_limits(root: Path) -> list[tuple[int, int]]:
     """Memory limits of this process's cgroup and of those above it, with what each has in use; both in bytes."""
     limits = []
+    for folder, version in _cgroups(root, "memory"):
+        limit, usage, cache = CGROUP_V2 if version == 2 else CGROUP_V1
+        sizes = (size for size in _numbers(folder / limit) if size < NO_LIMIT)
+        limits += [(size, _cgroup_use(folder, usage, cache)) for size in sizes]
+    return limits
+
+
+def _cgroups(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
+    """The folders of this process's cgroup and of those above it, each with its version of cgroup."""
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = (*line.split(":", 2), "-", "")[:3]
-        if controllers == "":
-            top, (limit, usage, cache) = root / "sys/fs/cgroup", CGROUP_V2
-        elif "memory" in controllers.split(","):
-            top, (limit, usage, cache) = root / "sys/fs/cgroup/memory", CGROUP_V1
-        else:
+        if controllers and controller not in controllers.split(","):
             continue
+        top = root / "sys/fs/cgroup" / (controller if controllers else "")
         # In a container the path may be the host's; the container's own files are then at the top.
         folders = [top / path.strip("/"), *(top / path.strip("/")).parents]
         for folder in folders[: folders.index(top) + 1]:
-            sizes = (size for size in _numbers(folder / limit) if size < NO_LIMIT)
-            limits += [(size, _cgroup_use(folder, usage, cache)) for size in sizes]
-    return limits
+            yield folder, 1 if controllers else 2
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Number of threads that compute at a time: the cores of this process, or less by a container's quota of time."""
+    quotas = [len(os.sched_getaffinity(0))]
+    for folder, version in _cgroups(root, "cpu"):
+        names = ("cpu.max",) if version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        quota, period, *_ = (
+            *(word for name in names for line in _lines(folder / name) for word in line.split()),
+            "",
+            "",
+        )
+        if quota.isdigit() and period.isdigit() and int(period):
+            quotas.append(math.ceil(int(quota) / int(period)))
+    return max(1, min(quotas))
+
+
+def limit_threads() -> None:
+    """Let libraries start no more threads than a container's quota has cores. Call it before torch is imported."""
+    cores = usable_cores()
+    if cores < len(os.sched_getaffinity(0)):
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
 
 
 def _cgroup_use(folder: Path, usage: str, cache: Sequence[str]) -> int:
@@ -186,7 +213,7 @@ def processor(root: Path = Path("/")) -> Processor:
     }
     flags = set(fields.get("flags", fields.get("Features", "")).split())
     features = tuple(name for name in (*MATRIX_FEATURES, *VECTOR_FEATURES) if name in flags)
-    return Processor(fields.get("model name", os.uname().machine), len(os.sched_getaffinity(0)), features)
+    return Processor(fields.get("model name", os.uname().machine), usable_cores(root), features)
 
 
 def free_disk(folder: Path) -> tuple[int, Path, int]:

@@ -132,11 +132,16 @@ def memory_faults(recipe: Recipe, build: Path, shape: Shape, *, gpu: bool) -> li
     """The fault of a training still to run that fits neither the GPU nor, without one, main memory."""
     if is_made(recipe, build, "train"):
         return []
-    gpus = {str(found.index): found for found in host.gpus()} if gpu else {}
+    gpus = host.gpus() if gpu else []
     if gpu and not gpus:
         return []  # nvidia-smi omits a value that is needed here: the trainer checks it
+    name = os.environ.get("TUTOR_GPU") or "0"
+    chosen = next((found for found in gpus if name in (str(found.index), found.uuid)), None)
+    if gpus and chosen is None:
+        visible = ", ".join(str(found.index) for found in gpus)
+        return [Fault(f"TUTOR_GPU is {name!r}, and the visible GPUs are {visible}", "set TUTOR_GPU to one of them")]
     try:
-        capacity.refuse_training(recipe, build, shape, gpus.get(os.environ.get("TUTOR_GPU", "0")))
+        capacity.refuse_training(recipe, build, shape, chosen)
     except HostError as error:
         return [Fault(error.message, error.hint or "")]
     return []

@@ -5,7 +5,6 @@ makes no file.
 """
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +14,7 @@ from tutor.artifacts.manifest import read_manifest, require_stage
 from tutor.artifacts.provenance import SourceTree
 from tutor.errors import ArtifactError, RecipeError
 from tutor.formats.models.served_quantization import served_quantization
+from tutor.machine.host import usable_cores
 from tutor.pipeline.recipe_folder import refuse_folder
 from tutor.recipe.ollama_names import split_tag
 from tutor.serving.model_names import ModelChoice
@@ -53,7 +53,7 @@ def open_engine(
         from tutor.engines.llamacpp.server import serve as serve_gguf
 
         gguf = gguf_of(recipe, build, choice)
-        threads = max(1, len(os.sched_getaffinity(0)) // share)
+        threads = max(1, usable_cores() // share)
         log = log or folder.server_log
         with serve_gguf(gguf, context=recipe.generate.context, threads=threads, log=log) as server:
             yield server

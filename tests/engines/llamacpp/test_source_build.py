@@ -79,7 +79,7 @@ def calls(home: Path) -> list[str]:
 def test_build_is_complete_and_leaves_nothing_else(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main() == 0
+    assert main(2, None) == 0
     folder = tmp_path / "build"
     assert is_built(folder)
     assert {path.name for path in folder.iterdir()} == {"bin", "BUILD.json", *CONVERTERS}
@@ -94,7 +94,7 @@ def test_failed_compile_names_its_log_and_continues(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (home / "cmake_fails").write_text("a.cpp:1: error: no such type", "utf-8")
-    assert main() == ArtifactError.code
+    assert main(2, None) == ArtifactError.code
     log = tmp_path / "build.log"
     assert f"cannot compile llama.cpp: a.cpp:1: error: no such type; all output: {log}\n" in capsys.readouterr().err
     assert "[1/2] Building CXX object a.o" in log.read_text("utf-8")
@@ -105,7 +105,7 @@ def test_failed_compile_names_its_log_and_continues(
         home / "cmake",
         f"import pathlib; assert pathlib.Path({str(tmp_path)!r}, 'build.partial/build/kept.o').exists()" + CMAKE,
     )
-    assert main() == 0
+    assert main(2, None) == 0
     assert calls(home) == ["pip", "-S", "--build", "-S", "--build"]
 
 
@@ -133,7 +133,7 @@ def test_failed_download_is_one_line_with_its_code(
     home: Path, capsys: pytest.CaptureFixture[str], text: str, code: int, words: str
 ) -> None:
     (home / "pip_fails").write_text(text, "utf-8")
-    assert main() == code
+    assert main(2, None) == code
     errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("llama.cpp: ")]
     assert len(errors) == 1
     assert "cannot fetch the source of llama.cpp" in errors[0]
@@ -147,35 +147,41 @@ def test_compiler_command_may_have_several_words(home: Path, monkeypatch: pytest
     assert find_compiler() == (value.split() or ["c++"])
 
 
+def test_compiler_command_with_an_open_quote_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", 'g++ "-O2')
+    with pytest.raises(HostError, match="with an open quote"):
+        find_compiler()
+
+
 @pytest.mark.parametrize("value", ["", "no-compiler -O1"])
 def test_main_without_compiler_returns_the_code_of_host_error(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: str
 ) -> None:
     (home / "c++").unlink()
     monkeypatch.setenv("CXX", value)
-    assert main() == HostError.code
+    assert main(2, None) == HostError.code
     assert "on this machine; install one, on Debian: apt-get install g++" in capsys.readouterr().err
     assert not (tmp_path / "build.partial").exists()
 
 
 def test_main_without_cmake_names_the_target_that_brings_it(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "cmake").unlink()
-    assert main() == HostError.code
+    assert main(2, None) == HostError.code
     assert "cmake not found; make llamacpp brings it" in capsys.readouterr().err
 
 
 def test_main_prints_the_folder_of_a_complete_build(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main()
+    main(2, None)
     capsys.readouterr()
-    assert main() == 0
+    assert main(2, None) == 0
     assert capsys.readouterr() == (f"{os.environ['TUTOR_LLAMACPP']}\n", "")
     assert calls(home).count("--build") == 1
 
 
-def test_small_memory_reduces_the_number_of_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 3 << 18}.__getitem__)
-    assert usable_jobs() == 3
+def test_small_memory_reduces_the_number_of_compilers() -> None:
+    assert usable_jobs(8, 3 << 30) == 3
+    assert usable_jobs(2, 3 << 30) == 2
+    assert usable_jobs(8, 1 << 20) == 1
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])

@@ -127,7 +127,7 @@ def test_servers_share_the_cores_and_keep_their_logs(
             yield server
 
     monkeypatch.setattr(stage, "serve", recorded)
-    monkeypatch.setattr(stage, "_threads", lambda: 4)
+    monkeypatch.setattr(stage, "usable_cores", lambda: 4)
     run(recipe(tmp_path), write_inputs(tmp_path), out)
     assert {threads for threads, _ in given} == {2}
     assert {name for _, name in given} >= {"base-1.log", "tutor-1.log"}

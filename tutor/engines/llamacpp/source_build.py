@@ -78,8 +78,14 @@ def build(folder: Path, jobs: int) -> None:
 
 
 def find_compiler() -> list[str]:
-    """The words of the command that compiles C++: of the variable CXX, else the first known compiler that is there."""
-    asked = shlex.split(os.environ.get("CXX", ""))
+    """The words of the command that compiles C++: of the variable CXX, else the first known compiler that is there.
+
+    Raises HostError when it is not on this machine.
+    """
+    try:
+        asked = shlex.split(os.environ.get("CXX", ""))
+    except ValueError:
+        raise HostError(f"CXX is {os.environ['CXX']!r}, with an open quote", "correct it, or: unset CXX") from None
     for words in [asked] if asked else [[name] for name in COMPILERS]:
         if shutil.which(words[0]):
             return words
@@ -214,11 +220,9 @@ def _version(compiler: list[str]) -> str:
     return done.stdout.partition("\n")[0]
 
 
-def usable_jobs() -> int:
-    """Number of compilers to run at a time: one a core, and no more than fit in memory."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(cores, memory // BYTES_PER_JOB))
+def usable_jobs(cores: int, memory: int | None) -> int:
+    """Number of compilers to run at a time: one a core, and no more than fit in `memory` bytes (None: unknown)."""
+    return cores if memory is None else max(1, min(cores, memory // BYTES_PER_JOB))
 
 
 def _terminate(number: int, _frame: FrameType | None) -> None:
@@ -226,8 +230,11 @@ def _terminate(number: int, _frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
-def main() -> int:
-    """Build llama.cpp unless it is built, and print its folder; return the exit code. For scripts/build_llamacpp.py."""
+def main(cores: int, memory: int | None) -> int:
+    """Build llama.cpp unless it is built, and print its folder; return the exit code. For scripts/build_llamacpp.py.
+
+    `cores` and `memory` (bytes) are those that this process may use.
+    """
     folder = build_folder()
     if not is_built(folder):
         ignored = {number for number in ENDING_SIGNALS if signal.getsignal(number) is signal.SIG_IGN}  # by nohup
@@ -235,7 +242,7 @@ def main() -> int:
         began = time.monotonic()
         terminal.write_note(f"llama.cpp: building it into {folder}: once, some minutes")
         try:
-            build(folder, usable_jobs())
+            build(folder, usable_jobs(cores, memory))
         except (HostError, ArtifactError) as error:
             terminal.write_note(f"Error: {error}")
             return error.code

@@ -6,7 +6,6 @@ sets them, `base-<Q>.gguf` and importance matrices. Does not merge, choose or pu
 """
 
 import logging
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from tutor.formats.models.gguf_weights import Weight, weights_of
 from tutor.formats.models.model_folder import read_facts
 from tutor.formats.models.served_quantization import possible_quantizations
 from tutor.formats.rows.split_files import TRAIN, read_split
+from tutor.machine.host import usable_cores
 from tutor.machine.memory.shapes import read_shape
 from tutor.machine.run_cost import gguf_bytes, require_disk
 from tutor.prompt import chat_template, completion, conversation, render
@@ -146,7 +146,7 @@ def _quantized(
 ) -> tuple[Gguf, dict[str, Any]]:
     """Make and check a quantization; a second time without a fallback type that does not keep the LoRA update."""
     f16 = target.with_name(gguf_name(source.name, F16))
-    expected, threads = replace(source.expected, file_type=kind), len(os.sched_getaffinity(0))
+    expected, threads = replace(source.expected, file_type=kind), usable_cores()
 
     def make(types: Mapping[str, str] | None = None) -> tuple[Gguf, QuantizationError]:
         quantize(f16, target, kind, threads, matrix=matrix, types=types)
@@ -183,7 +183,7 @@ def importance_matrix(source: ConversionSource, f16: Path, out: Path) -> Path:
     text_file.write_text(text, "utf-8")
     try:
         # A lower bound of the number of tokens is enough: texts average less than eight characters a token.
-        imatrix(f16, text_file, matrix, len(text) // 8, len(os.sched_getaffinity(0)))
+        imatrix(f16, text_file, matrix, len(text) // 8, usable_cores())
     finally:
         text_file.unlink()
     return matrix

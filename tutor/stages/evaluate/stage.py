@@ -21,7 +21,6 @@ Does not decide whether the model is good enough.
 
 import itertools
 import logging
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -46,6 +45,7 @@ from tutor.formats.rows.split_files import HELD_OUT, PROMPTS, TRAIN, read_split
 from tutor.graders.code import wants_code
 from tutor.graders.typescript.install import find_compiler
 from tutor.graders.verdict import Record, grade
+from tutor.machine.host import usable_cores
 from tutor.stages.evaluate import generalization, rates
 from tutor.stages.evaluate.answers import Task, answer_prompts
 
@@ -100,19 +100,15 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     return {**results, "findings": generalization.findings(results)}
 
 
-def _threads() -> int:
-    return len(os.sched_getaffinity(0))
-
-
 def _answers(recipe: "Recipe", name: str, gguf: Path, out: Path, prompts: Sequence[Mapping[str, Any]]) -> list[Record]:
     """The answers of one GGUF file, from llama-servers that serve this file alone."""
-    context, servers = recipe.generate.context, min(SERVERS, _threads())
+    context, servers = recipe.generate.context, min(SERVERS, usable_cores())
     logs, numbers = log_folder(out), itertools.count(1)
     logs.mkdir(exist_ok=True)
 
     def start() -> AbstractContextManager[Engine]:
         log_file = logs / f"{name}-{next(numbers)}.log"
-        return serve(gguf, context=context, threads=_threads() // servers, log=log_file)
+        return serve(gguf, context=context, threads=usable_cores() // servers, log=log_file)
 
     manifest = read_manifest(gguf.parent)
     made = manifest.outputs.get(gguf.name, {}).get("sha256") if manifest else None
@@ -177,7 +173,7 @@ def _general(
     tokenizer = load_tokenizer(read_facts(base)[1])
     ids = [list(tokenizer(row["text"])["input_ids"]) for row in texts]
     rows = [(each[:1], each[1:]) for each in ids]
-    scores = {name: score(gguf, rows, threads=_threads()) for name, gguf in files.items()}
+    scores = {name: score(gguf, rows, threads=usable_cores()) for name, gguf in files.items()}
     losses = {name: [-statistics.fmean(item.logprobs) for item in found] for name, found in scores.items()}
     return generalization.drift(losses, texts, recipe.seed)
 

@@ -7,7 +7,6 @@ memory in the results only. Quantizes nothing and generates no answer.
 
 import logging
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from tutor.errors import ArtifactError
 from tutor.formats.models.gguf import read_gguf
 from tutor.formats.models.served_quantization import resolve, write_served
 from tutor.formats.rows.held_out_ids import TokenRows, held_out_ids
+from tutor.machine.host import usable_cores
 from tutor.machine.run_cost import require_disk
 from tutor.recipe.quantizations import AUTO, F16
 from tutor.stages.ladder.plot import plot
@@ -48,7 +48,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     rows = sample_rows(held_out_ids(inputs["data"], inputs["base"], recipe.system), MAX_TOKENS)
     kinds = [F16, *recipe.convert.quantizations]
     files = {kind: inputs["convert"] / gguf_name("tutor", kind) for kind in kinds}
-    threads = len(os.sched_getaffinity(0))
+    threads = usable_cores()
     figures = benchmark(files, rows, threads, out)
     chosen = choose(figures, recipe.convert.budget)
     served = resolve(recipe.ollama.quantization, chosen)

@@ -6,7 +6,6 @@ that hand-off is compared with reference.json after publishing (tutor/serving/ol
 """
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,6 +21,7 @@ from tutor.formats.models.safetensors import WEIGHTS
 from tutor.formats.models.served_quantization import served_quantization
 from tutor.formats.rows.split_files import HELD_OUT, read_split
 from tutor.machine.device import loading_memory
+from tutor.machine.host import usable_cores
 from tutor.recipe.quantizations import F16
 from tutor.stages.parity import collect
 from tutor.stages.parity.compare import Observation
@@ -54,7 +54,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     served = served_quantization(recipe.ollama.quantization, inputs["ladder"])
     items = [collect.tokenize(tokenizer, conversation) for conversation in conversations]
     bos = tokenizer.bos_token or ""
-    threads = len(os.sched_getaffinity(0))
+    threads = usable_cores()
     settings = collect.ServerSettings(recipe.generate.context, threads, out.parent / "parity.log", bos)
     runs: dict[str, collect.GgufRun] = {}
     for kind in (F16, *recipe.convert.quantizations):
