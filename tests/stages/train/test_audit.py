@@ -35,6 +35,9 @@ def test_too_long_rows_are_refused_by_name_and_not_cut(tokenizer: Any, rows: lis
         encode_rows(tokenizer, ROWS, "", limit - 1)
     assert one.value.problems == (f"{limit} tokens: {ROWS[longest]['instruction']!r}",)
     assert one.value.code == 3
+    with pytest.raises(DataError) as located:
+        encode_rows(tokenizer, [{**ROWS[longest], "line": 9}], "", 16, Path("mine.jsonl"))
+    assert located.value.problems[0].startswith(f"mine.jsonl:9: {limit} tokens: ")
     with pytest.raises(DataError, match="30 of 30 rows") as many:
         encode_rows(tokenizer, [{**ROWS[0], "instruction": "ñ" * 200}] * 30, "", 16)
     assert len(many.value.problems) == 20

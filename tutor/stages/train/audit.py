@@ -5,6 +5,7 @@ token, or that the collator changes. Does not change the rows or the trainer.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutor.errors import DataError, RecipeError
@@ -17,11 +18,16 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
-def encode_rows(tokenizer: Tokenizer, rows: Sequence[Mapping[str, str]], system: str, max_length: int) -> list[Encoded]:
-    """Return the ids and masks of all rows, uncut. Raises DataError listing rows that are longer than `max_length`."""
+def encode_rows(
+    tokenizer: Tokenizer, rows: Sequence[Mapping[str, Any]], system: str, max_length: int, file: Path | None = None
+) -> list[Encoded]:
+    """Return the ids and masks of all rows, uncut; `file` is the user's file that they come from.
+
+    Raises DataError listing rows that are longer than `max_length`.
+    """
     encoded = [encode(tokenizer, row["instruction"], row["response"], system) for row in rows]
     long = [
-        f"{len(row.ids)} tokens: {source['instruction'][:60]!r}"
+        f"{_place(file, source)}{len(row.ids)} tokens: {source['instruction'][:60]!r}"
         for row, source in zip(encoded, rows, strict=True)
         if len(row.ids) > max_length
     ]
@@ -32,6 +38,10 @@ def encode_rows(tokenizer: Tokenizer, rows: Sequence[Mapping[str, str]], system:
             problems=tuple(long[:20]),
         )
     return encoded
+
+
+def _place(file: Path | None, row: Mapping[str, Any]) -> str:
+    return f"{file}:{row.get('line')}: " if file else ""
 
 
 def encode_prompts(tokenizer: Tokenizer, rows: Sequence[Mapping[str, str]], system: str) -> list[Encoded]:

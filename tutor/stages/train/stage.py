@@ -91,9 +91,11 @@ def _encode(recipe: "Recipe", data: Path, tokenizer: Any) -> tuple[list[Encoded]
     Raises DataError for a row that is too long, and for a row or prompt that holds a control token of the base.
     """
     rows = [read_split(data, name) for name in (TRAIN, HELD_OUT, PROMPTS)]
-    train, held_out = (encode_rows(tokenizer, each, recipe.system, recipe.train.max_length) for each in rows[:2])
-    prompts = encode_prompts(tokenizer, rows[2], recipe.system)
     files = [recipe.resolve(name) for name in (recipe.data.train, recipe.data.train, recipe.data.eval)]
+    train, held_out = (
+        encode_rows(tokenizer, rows[place], recipe.system, recipe.train.max_length, files[place]) for place in (0, 1)
+    )
+    prompts = encode_prompts(tokenizer, rows[2], recipe.system)
     located = [
         (f"{file}:{row.get('line')}", ids)
         for file, group, encoded in zip(files, rows, (train, held_out, prompts), strict=True)
