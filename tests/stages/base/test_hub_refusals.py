@@ -145,7 +145,7 @@ def explained(error: Exception) -> TutorError:
 @pytest.mark.parametrize(
     ("error", "kind", "text"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), HostError, "it is full"),
+        (OSError(errno.ENOSPC, "Kein Speicherplatz"), HostError, "it is full"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), HostError, "it is full"),
         (RuntimeError("Data processing error: No space left on device (os error 28)"), HostError, "it is full"),
         (OSError(errno.EROFS, "Read-only file system", "/x"), HostError, "make the folder of HF_HOME writable"),
