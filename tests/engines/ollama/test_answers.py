@@ -79,6 +79,7 @@ def test_wrong_logprob_of_a_trace_is_named(server: FakeOllama, api: Ollama, logp
         ({"details": {"family": None}}, "details.family"),
         ({"parameters": {"num_ctx": 3}}, "parameters"),
         ({"parameters": "num_ctx many"}, "parameters.num_ctx"),
+        ({"parameters": "num_ctx \ud800"}, "parameters.num_ctx"),
         ({"parameters": "num_ctx " + "[" * 5000}, "parameters.num_ctx"),
     ],
 )
@@ -144,6 +145,7 @@ def test_wrong_event_of_a_creation_is_named(server: FakeOllama, api: Ollama) -> 
         '{"a": ' * 100_000,
         '{"models": ' + "9" * 10_000 + "}",
         '{"error": "' + "[" * 100_000 + '"}',
+        r'{"error": "\ud800"}',
         '{"error": ' + "[" * 100 + "]" * 100 + "}",
         "null",
         "\ufeff{}",
