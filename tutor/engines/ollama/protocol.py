@@ -94,7 +94,7 @@ def parse_parameters(description: Mapping[str, Any]) -> dict[str, Any]:
     for line in str(description.get("parameters") or "").split("\n"):
         name, _, text = line.strip().partition(" ")
         try:
-            value = from_json(text.encode("utf-8", "replace"))  # a lone surrogate is no UTF-8
+            value = from_json(text)
         except ValueError:
             value = text.strip()
         if name == "stop":
@@ -138,7 +138,7 @@ def error_text(error: object) -> str:
             return str(error)[:300]
         error = error.get("message", error.get("error", str(error)))
     with contextlib.suppress(ValueError):
-        inner = from_json(error.encode("utf-8", "replace"))
+        inner = from_json(error.encode("utf-8", "replace"))  # the package's parser lets lone surrogates through
         if isinstance(inner, dict):
             return error_text(inner)
     return error.strip()[:300]
