@@ -6,10 +6,12 @@ pytest-docker starts and stops the project (conftest.py). TUTOR_TEST_RECIPE=data
 instead of the tiny one's. Does not test a GPU beyond the error where there is none.
 """
 
+import errno
 import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -213,7 +215,9 @@ def test_gpu_not_available_raises_host_error(images: None, compose: Stack) -> No
 # Its Ollama
 
 
-def test_ollama_is_unprivileged_and_listens_on_loopback_only(server: str, compose: Stack) -> None:
+def test_ollama_is_unprivileged_and_listens_on_loopback_only(
+    server: str, images: None, project: str, compose: Stack
+) -> None:
     found = inspected("container", server)
     kept = found["HostConfig"]
     assert found["Config"]["User"] == "10001:10001"
@@ -229,6 +233,11 @@ def test_ollama_is_unprivileged_and_listens_on_loopback_only(server: str, compos
         lines = Path(f"/proc/net/{name}").read_text().splitlines()[1:]
         listening = [line.split()[1] for line in lines if line.split()[3] == "0A"]
         assert {at.partition(":")[0] for at in listening if at.endswith(f":{port:04X}")} <= {loopback}
+    gateway = inspected("network", "bridge")["IPAM"]["Config"][0]["Gateway"]
+    for address in (gateway, socket.gethostbyname(socket.gethostname())):  # as another host reaches this one
+        code = f"import socket; print(socket.socket().connect_ex(({address!r}, {port})))"
+        other = ("run", "--rm", f"{project}-client", "python", "-c", code)
+        assert address.startswith("127.") or docker(*other).strip() == str(errno.ECONNREFUSED)
     done = subprocess.run(["docker", "exec", server, "touch", "/probe"], capture_output=True, text=True, check=False)
     assert "Read-only file system" in done.stderr
 

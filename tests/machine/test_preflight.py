@@ -95,6 +95,9 @@ def test_driver_without_toolkit_is_refused(host, large, tmp_path):
     host.answer("nvidia-smi", stdout="GPU 0: NVIDIA H200 (UUID: GPU-1)\n")
     found = [line for line in problems(large, tmp_path) if "disk" not in line]
     assert [line.partition(";")[0] for line in found] == ["Docker has no NVIDIA Container Toolkit"]
+    assert "no-cgroups" not in found[0]
+    rootless = container_host.Daemon({**INFO, "SecurityOptions": ["name=rootless"]})
+    assert "no-cgroups" in str(preflight.gpu_faults(rootless)[-1])
 
 
 @pytest.mark.parametrize(("name", "there"), [("7", False), ("x", False), ("", True), ("0", True), ("GPU-1", True)])

@@ -27,6 +27,15 @@ log = logging.getLogger(__name__)
 TOOLKIT_VERSION = (1, 17, 8)
 """Minimum version of the NVIDIA Container Toolkit; older ones let an image escape (CVE-2025-23266)."""
 
+TOOLKIT = "sudo nvidia-ctk runtime configure --runtime=docker"
+"""Command that adds the NVIDIA Container Toolkit to Docker."""
+
+ROOTLESS_TOOLKIT = (
+    "nvidia-ctk runtime configure --runtime=docker --config=$HOME/.config/docker/daemon.json, "
+    "and sudo nvidia-ctk config --set nvidia-container-cli.no-cgroups --in-place"
+)
+"""Commands that add the NVIDIA Container Toolkit to rootless Docker, from NVIDIA's installation guide."""
+
 IMAGES_GB = 14.0
 """Disk space of the images in GB."""
 
@@ -111,13 +120,9 @@ def gpu_faults(daemon: Daemon) -> list[Fault]:
     devices = [str(found) for found in daemon.info.get("DiscoveredDevices") or ()]
     known = "nvidia" in (daemon.info.get("Runtimes") or {}) or any("nvidia.com/gpu" in name for name in devices)
     if not known and shutil.which("nvidia-container-runtime-hook") is None:
-        faults.append(
-            Fault(
-                "Docker has no NVIDIA Container Toolkit",
-                "install nvidia-container-toolkit, run: sudo nvidia-ctk runtime configure --runtime=docker, "
-                "restart Docker",
-            )
-        )
+        command = ROOTLESS_TOOLKIT if daemon.rootless else TOOLKIT
+        hint = f"install nvidia-container-toolkit, run: {command}, restart Docker"
+        faults.append(Fault("Docker has no NVIDIA Container Toolkit", hint))
         return faults
     code, text, _ = run_program("nvidia-ctk", "--version")
     if code == 0 and (0,) < version(text) < TOOLKIT_VERSION:
