@@ -229,7 +229,7 @@ def test_port_in_use_is_a_fault_that_names_its_holder(host, recipe, tmp_path, mo
         assert "TUTOR_OLLAMA_PORT" in found[0]
         assert f" ({os.getpid()})" in found[0]
         host.answer("docker ps --filter publish", stdout="other-web-1\tother\n")
-        assert "held by container other-web-1" in problems(recipe, tmp_path)[0]
+        assert "held by container other-web-1; docker stop other-web-1, or set" in problems(recipe, tmp_path)[0]
         host.answer("docker ps --filter publish", stdout="tutor-ollama-1\ttutor\n")  # the project's own Ollama
         assert problems(recipe, tmp_path) == ()
 

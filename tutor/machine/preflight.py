@@ -217,6 +217,7 @@ def port_faults(project: Project) -> list[Fault]:
         except OSError as error:
             holder = f"container {names[0]}" if names else host.listener(int(given))
             held = f", held by {holder}" if holder else ""
-            hint = f"end what listens there{'' if holder else ' (an Ollama of your own?)'}, or set TUTOR_OLLAMA_PORT"
-            return [Fault(f"port {given} of 127.0.0.1 cannot be used: {error.strerror}{held}", f"{hint} to another")]
+            end = f"docker stop {names[0]}" if names else "end what listens there (an Ollama of your own?)"
+            hint = f"{end}, or set TUTOR_OLLAMA_PORT to another"
+            return [Fault(f"port {given} of 127.0.0.1 cannot be used: {error.strerror}{held}", hint)]
     return []
