@@ -3,6 +3,7 @@
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,9 @@ from support.processes.interrupted import Folders, Terminated, checkpoints, fail
 from tutor.artifacts.manifest import require_stage
 from tutor.artifacts.stage_folder import log_folder
 from tutor.machine.matmul_rate import MatmulRates
+from tutor.stages.train import checkpoint_callback
+from tutor.stages.train.checkpoint import TrainingRun
+from tutor.stages.train.checkpoint_callback import LAUNCHER_SECONDS, saving
 
 pytestmark = [
     pytest.mark.pipeline,
@@ -168,6 +172,28 @@ def test_hangup_as_second_signal_keeps_the_checkpoint(first: signal.Signals, inp
     with pytest.raises(Terminated):
         stage(inputs, folder, {6: twice})
     assert checkpoints(folder) == ["checkpoint-6", "checkpoint-5"]
+
+
+@pytest.mark.parametrize("seconds", [0, LAUNCHER_SECONDS])
+def test_signal_that_a_launcher_repeats_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """At a terminal Ctrl-C goes to all ranks and to the launcher, which sends it to the ranks again."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "x"}.items():
+        monkeypatch.setenv(name, value)
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(checkpoint_callback, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    state = SimpleNamespace(global_step=5, max_steps=18)
+    trainer = SimpleNamespace(model=torch.nn.Linear(1, 1), add_callback=lambda _: None, state=state)
+    reached = []
+
+    def ctrl_c_twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        clock.now += seconds
+        signal.raise_signal(signal.SIGINT)
+        reached.append("the end of the step")
+
+    with pytest.raises(KeyboardInterrupt), saving(trainer, TrainingRun(tmp_path, {}), None, 0, ""):
+        ctrl_c_twice()
+    assert bool(reached) == (seconds == 0)
 
 
 def test_signal_in_last_step_ends_and_trains_nothing_twice(

@@ -50,6 +50,11 @@ def test_count_parameters_unpacks_4_bit_weights(trainer_of: Any, rows: list[Enco
         assert count_parameters(trainer_of(rows, quantization).model) == (adapter, plain + adapter)
 
 
+def test_rows_are_loaded_without_workers_and_shared_memory(trainer_of: Any, rows: list[Encoded]) -> None:
+    """A worker passes rows through /dev/shm, of which a container has 64 MB."""
+    assert trainer_of(rows).get_train_dataloader().num_workers == 0
+
+
 @pytest.mark.slow
 def test_accumulated_gradient_equals_that_of_one_batch(trainer_of: Any, tokenizer: Any, rows: list[Encoded]) -> None:
     long = {"instruction": "¿Y todo junto?", "response": " ".join(row["response"] for row in ROWS[:6])}

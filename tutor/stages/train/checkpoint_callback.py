@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Signals that end a training after its current step."""
+LAUNCHER_SECONDS = 2.0
+"""Seconds after a signal in which others are its repetition: at a terminal a launcher passes on what all ranks got."""
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
 """Texts of a RuntimeError for memory that ran out, by CUDA, cuBLAS and PyTorch's CPU allocator."""
 
@@ -153,15 +155,19 @@ def saving(
     callback = CheckpointCallback(trainer, training, saved, minutes)
     trainer.add_callback(callback)  # the last one: files that other callbacks write at a step are in its checkpoint
     handlers: dict[int, Any] = {}
+    repeated_until = 0.0
 
     def restore() -> None:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
     def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal repeated_until
         if callback.signal is None:
+            repeated_until = time.monotonic() + (LAUNCHER_SECONDS if distributed.world_size() > 1 else 0)
             callback.stop(number, frame)
-        elif number != signal.SIGHUP:  # the shell and the kernel both send it when a terminal is closed
+        # SIGHUP: the shell and the kernel both send it when a terminal is closed.
+        elif number != signal.SIGHUP and time.monotonic() >= repeated_until:
             restore()
             signal.raise_signal(number)
 
