@@ -165,6 +165,29 @@ def test_pytorch_without_cuda_is_refused_where_a_gpu_is(
         device.refuse_unusable_gpu(*host.gpus())
 
 
+@pytest.mark.parametrize(
+    ("says", "refused"),
+    [
+        ("Failed to initialize NVML: Driver/library version mismatch\nNVML library version: 580.95", True),
+        ("Unable to determine the device handle for GPU0000:01:00.0: Unknown Error", True),
+        ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", False),  # perhaps no GPU
+    ],
+)
+def test_lost_gpu_is_refused_unless_it_is_hidden(
+    machine: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    says: str,
+    refused: bool,  # noqa: FBT001
+) -> None:
+    machine.program("nvidia-smi", f'#!/bin/sh\necho "{says}"\nexit 18\n')
+    if refused:
+        with pytest.raises(HostError, match=r"the GPU does not answer: .*; reboot the machine") as one:
+            device.refuse_unusable_gpu(None)
+        assert one.value.message.endswith(says.partition("\n")[0])
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    device.refuse_unusable_gpu(None)
+
+
 def test_gpu_that_pytorch_does_not_see_is_refused_with_reason(machine: Any) -> None:
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():

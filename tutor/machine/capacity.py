@@ -86,7 +86,7 @@ def refuse_stages(recipe: Recipe, build: Path, stages: Collection[str]) -> bool:
     for settings that the base contradicts.
     """
     gpu = next(iter(host.gpus()), None) if "train" in stages else None
-    if gpu:
+    if "train" in stages:
         device.refuse_unusable_gpu(gpu)
     shape = find_shape(recipe, build)
     if shape is None:

@@ -151,8 +151,12 @@ def refuse_old_driver(gpu: Gpu, built: tuple[int, ...]) -> None:
         )
 
 
-def refuse_unusable_gpu(gpu: Gpu) -> None:
-    """Raise HostError where the installed PyTorch cannot use this GPU: it would train on the CPU without a word."""
+def refuse_unusable_gpu(gpu: Gpu | None) -> None:
+    """Raise HostError where the installed PyTorch cannot use this GPU, or a GPU is lost: the CPU would train."""
+    if gpu is None:
+        if "CUDA_VISIBLE_DEVICES" not in os.environ and (lost := host.lost_gpu()):
+            raise HostError(f"the GPU does not answer: {lost}", f"reboot the machine, {HIDE}")
+        return
     found, built = installed_version("torch"), built_for_cuda()
     if found and built is None:
         raise HostError(f"PyTorch {found} has no CUDA, which {gpu.name} needs", f"make install, {HIDE}")

@@ -36,6 +36,9 @@ CGROUP_V2 = ("memory.max", "memory.current", ("inactive_file", "active_file"))
 GPU_FIELDS = ("index", "uuid", "name", "driver_version", "compute_cap", "memory.total", "memory.free")
 """Columns of the nvidia-smi query."""
 
+LOST_GPU = re.compile(r"library version mismatch|GPU is lost|Unable to determine the device handle")
+"""Texts of nvidia-smi for a driver that was updated under its kernel module, and a GPU that fell off the bus."""
+
 MATRIX_FEATURES = ("amx_bf16", "avx512_bf16", "bf16")
 """Processor flags (x86, Arm) of bf16 multiplication; how fast it is has to be measured."""
 
@@ -113,6 +116,13 @@ def driver_cuda() -> tuple[int, ...] | None:
     code, text, _ = run_program("nvidia-smi")
     found = re.search(r"CUDA[\w ]*Version\s*:\s*(\d+(?:\.\d+)+)", text)
     return version(found[1]) if code == 0 and found else None
+
+
+def lost_gpu() -> str | None:
+    """The line in which nvidia-smi reports a GPU that only a reboot brings back; None without one."""
+    code, *texts = run_program("nvidia-smi")
+    lines = (line.strip() for line in "\n".join(texts).splitlines() if code and LOST_GPU.search(line))
+    return next(lines, None)
 
 
 def gpu_users() -> list[str]:
