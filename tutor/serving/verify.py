@@ -18,6 +18,7 @@ from tutor.artifacts.layout import LORA, STAGE_FOLDERS, BuildFolder
 from tutor.artifacts.manifest import read_manifest
 from tutor.engines.ollama.client import connect
 from tutor.errors import ArtifactError, RecipeError, ServiceError
+from tutor.formats.models.base_source import public_source
 from tutor.formats.models.gguf import Gguf, read_gguf
 from tutor.formats.models.model_folder import read_facts
 from tutor.formats.rows.split_files import TRAIN
@@ -174,7 +175,7 @@ def _lineage_rows(recorded: Mapping[str, str], recipe: Recipe, folder: BuildFold
         "recipe.sha256": lambda: lineage.recipe_hash(recipe),
         "adapter.sha256": lambda: lineage.weights_hash(folder.stage("train")),
         "merged.sha256": lambda: lineage.weights_hash(folder.stage("merge")),
-        "base": lambda: recipe.base.source,
+        "base": lambda: _base_name(recipe.base.source, folder),
         "base.sha256": lambda: lineage.weights_hash(_base_folder(folder)),
         **{name: partial(lineage.software().__getitem__, name) for name in lineage.SOFTWARE_KEYS},
     }
@@ -191,6 +192,11 @@ def _row(name: str, recorded: str, compute: Callable[[], str] | None) -> Row:
     if found == recorded:
         return Row(name, "ok", recorded, found)
     return Row(name, "other" if name in lineage.SOFTWARE_KEYS else "wrong", recorded, found)
+
+
+def _base_name(source: str, folder: BuildFolder) -> str:
+    """Return the public name of a base; that of a folder needs the base stage's facts."""
+    return public_source(source, read_facts(folder.stage("base"))[0].weights) if source.startswith("path:") else source
 
 
 def _base_folder(folder: BuildFolder) -> Path:

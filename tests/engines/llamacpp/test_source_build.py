@@ -1,5 +1,7 @@
 """engines/llamacpp/source_build.py: whole builds with small programs for pip, CMake and the compiler."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -95,7 +97,7 @@ def test_failed_compile_names_its_log_and_continues(
 ) -> None:
     (home / "cmake_fails").write_text("a.cpp:1: error: no such type", "utf-8")
     assert main(2, None) == ArtifactError.code
-    log = tmp_path / "build.log"
+    log = tmp_path / "build.partial" / "build.log"
     assert f"cannot compile llama.cpp: a.cpp:1: error: no such type; all output: {log}\n" in capsys.readouterr().err
     assert "[1/2] Building CXX object a.o" in log.read_text("utf-8")
     assert not (tmp_path / "build").exists()
@@ -107,6 +109,47 @@ def test_failed_compile_names_its_log_and_continues(
     )
     assert main(2, None) == 0
     assert calls(home) == ["pip", "-S", "--build", "-S", "--build"]
+
+
+@pytest.mark.parametrize("name", ["main.cpp", "BUILD.json"])
+def test_build_leaves_a_folder_that_tutor_did_not_make(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """TUTOR_LLAMACPP can name the user's own checkout, and its log can be beside it."""
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / name).write_text("{}", "utf-8")
+    (tmp_path / "build.log").write_text("mine", "utf-8")
+    assert main(2, None) == HostError.code
+    assert f"{tmp_path}/build was not made by tutor: it has no BUILD.json of tutor's; set" in capsys.readouterr().err
+    (tmp_path / "build" / name).write_text('{"llama_cpp_python": "0.1", "sizes": {}}', "utf-8")
+    (tmp_path / "build" / name).rename(tmp_path / "build" / "BUILD.json")
+    assert main(2, None) == 0
+    assert (tmp_path / "build.log").read_text("utf-8") == "mine"
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_build_on_a_disk_without_locks_is_one_line(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert main(2, None) == HostError.code
+    assert f"build.lock: {os.strerror(number)}; set XDG_CACHE_HOME to a local disk\n" in capsys.readouterr().err
+
+
+def test_two_processes_build_once_in_a_shared_folder(home: Path, tmp_path: Path) -> None:
+    """The cache folder of two hosts: the second waits, and uses what the first has built."""
+    code = (
+        "import sys\nfrom tutor.engines.llamacpp import source_build\n"
+        f"sys.executable = {str(home / 'python')!r}\nsys.exit(source_build.main(2, None))"
+    )
+    python = site.PREFIXES[0] + "/bin/python"
+    run = [subprocess.Popen([python, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate(timeout=60)[0] for process in run] == [f"{tmp_path}/build\n"] * 2
+    assert [process.returncode for process in run] == [0, 0]
+    assert calls(home) == ["pip", "-S", "--build"]
 
 
 def test_objects_of_another_compiler_are_not_used(home: Path, tmp_path: Path) -> None:

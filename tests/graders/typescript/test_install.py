@@ -84,6 +84,16 @@ def test_install_runs_once_and_leaves_a_complete_folder(npm: Any, capfd: pytest.
     assert [path.name for path in installer.install_folder().parent.iterdir() if path.is_dir()] == ["compiler"]
 
 
+def test_install_leaves_a_folder_that_tutor_did_not_make(npm: Any) -> None:
+    npm()
+    folder = installer.install_folder()
+    folder.mkdir(parents=True)
+    (folder / "mine.ts").touch()
+    with pytest.raises(HostError, match=r"was not made by tutor: it has no INSTALL\.json; set TUTOR_TYPESCRIPT"):
+        installer.install(folder)
+    assert (folder / "mine.ts").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"), [({"code": 3}, "npm exited with 3"), ({"version": "7.1.0"}, "not 7.0.2")]
 )

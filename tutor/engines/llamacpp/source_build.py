@@ -43,6 +43,8 @@ COMPILERS = ("c++", "g++", "clang++")
 """C++ compilers that CMake looks for, in its order; the variable CXX comes first."""
 INSTALL_COMPILER = "install one, on Debian: apt-get install g++"
 """Next step of a user without a C++ compiler."""
+RECORD = "llama_cpp_python"
+"""First key of the marker."""
 STATUS = "[%f/%t] "
 """Beginning of Ninja's lines (NINJA_STATUS): number of finished steps, number of all steps."""
 BYTES_PER_JOB = 1 << 30
@@ -59,12 +61,14 @@ def build(folder: Path, jobs: int) -> None:
     Raises HostError where this machine lacks something, ArtifactError when the build fails.
     """
     compiler = find_compiler()
+    _refuse_foreign_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_name(f"{folder.name}.lock")) as lock:
         if is_built(folder):  # by another process, while this one waited
             return
-        work, log = (folder.with_name(f"{folder.name}.{kind}") for kind in ("partial", "log"))
+        work = folder.with_name(f"{folder.name}.partial")
         work.mkdir(exist_ok=True)
+        log = work / "build.log"
         log.unlink(missing_ok=True)
         steps = Steps(log, lock)
         source = _fetch_source(work, steps)
@@ -74,7 +78,25 @@ def build(folder: Path, jobs: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         (work / "complete").rename(folder)
         shutil.rmtree(work, ignore_errors=True)
-        log.unlink()
+
+
+def _refuse_foreign_folder(folder: Path) -> None:
+    """Raise HostError where TUTOR_LLAMACPP names a folder with other content, which a build would delete."""
+    if not os.environ.get("TUTOR_LLAMACPP") or not folder.exists():
+        return
+    if not folder.is_dir() or (any(folder.iterdir()) and not _is_build(folder)):
+        raise HostError(
+            f"{folder} was not made by tutor: it has no {MARKER} of tutor's",
+            "set TUTOR_LLAMACPP to another folder, or move this one away",
+        )
+
+
+def _is_build(folder: Path) -> bool:
+    """Whether tutor made a folder, complete or not: its marker has the key that only this module writes."""
+    try:
+        return RECORD in (folder / MARKER).read_text("utf-8", "replace")
+    except OSError:
+        return False
 
 
 def find_compiler() -> list[str]:
@@ -102,6 +124,8 @@ def _locked(path: Path) -> Iterator[int]:
         except BlockingIOError:
             terminal.write_note("llama.cpp: waiting for another build of it")
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise HostError(f"cannot lock {path}: {error.strerror}", "set XDG_CACHE_HOME to a local disk") from None
         yield file.fileno()
 
 
@@ -205,7 +229,7 @@ def _install(source: Path, built: Path, target: Path, compiler: list[str]) -> No
         copy = shutil.copytree if (source / name).is_dir() else shutil.copy2
         copy(source / name, target / name)
     record = {
-        "llama_cpp_python": VERSION,
+        RECORD: VERSION,
         "sha256": SHA256,
         "options": _options(),
         "compiler": _version(compiler),

@@ -19,6 +19,8 @@ HUB = re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
 """Source of a repository on the model hub."""
 PACKAGE = re.compile(r"package:(?P<module>\w+)/(?P<file>[\w.-]+\.gguf)")
 """Source of a GGUF in a Python package."""
+LOCAL = "local:"
+"""Beginning of the public name of a `path:` source."""
 KNOWN = "known: hub:OWNER/NAME@40-HEX-REVISION, path:FOLDER, package:MODULE/FILE.gguf, tiny"
 """Next step for an unknown source."""
 
@@ -34,6 +36,11 @@ def source_files(recipe: "Recipe") -> dict[str, Path]:
         folder = local_folder(recipe, source)
         return {path.name: path for pattern in (WEIGHTS, "*.json", "*.jinja") for path in sorted(folder.glob(pattern))}
     return {}
+
+
+def public_source(source: str, weights: str) -> str:
+    """Return a source for files that are given to others: a folder of this machine by the hash of its weights."""
+    return f"{LOCAL}{weights[:12]}" if source.startswith("path:") else source
 
 
 def local_folder(recipe: "Recipe", source: str) -> Path:

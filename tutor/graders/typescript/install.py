@@ -89,6 +89,7 @@ def install(folder: Path) -> None:
     Raises HostError without npm, ArtifactError when the installation fails.
     """
     npm = npm_command()
+    _refuse_foreign_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (
         FileLock(folder.with_suffix(".lock")),
@@ -106,6 +107,17 @@ def install(folder: Path) -> None:
         (work / MARKER).write_text(json.dumps(record, indent=1), "utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         work.rename(folder)
+
+
+def _refuse_foreign_folder(folder: Path) -> None:
+    """Raise HostError where TUTOR_TYPESCRIPT names a folder with other content, which an installation would delete."""
+    if not os.environ.get("TUTOR_TYPESCRIPT") or not folder.exists():
+        return
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARKER).is_file()):
+        raise HostError(
+            f"{folder} was not made by tutor: it has no {MARKER}",
+            "set TUTOR_TYPESCRIPT to another folder, or move this one away",
+        )
 
 
 def npm_command() -> list[str]:

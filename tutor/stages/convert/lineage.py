@@ -1,7 +1,7 @@
 """The origin of a GGUF file: hashes of data, recipe, base, adapter and merged weights, and versions of the software.
 
 In: the stages' folders and the recipe. Out: key-values `tutor.*` for the converter. Two identical runs give equal
-values: no times, no names, no paths except base.source. tutor/serving/verify.py computes them again.
+values: no times, no names, no paths. tutor/serving/verify.py computes them again.
 """
 
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ from tutor.artifacts.manifest import read_manifest
 from tutor.artifacts.provenance import version_text
 from tutor.engines.llamacpp.build import VERSION, build_key
 from tutor.errors import ArtifactError
+from tutor.formats.models.base_source import public_source
 from tutor.formats.models.model_folder import read_facts
 from tutor.formats.models.safetensors import WEIGHTS
 from tutor.formats.rows.split_files import TRAIN
@@ -63,7 +64,7 @@ def _recorded_weights_hash(folder: Path) -> str:
 def base_lineage(base: Path) -> dict[str, str]:
     """Return the lineage of the untuned base's GGUF."""
     facts, _ = read_facts(base)
-    return {"base": facts.source, "base.sha256": facts.weights, **software()}
+    return {"base": public_source(facts.source, facts.weights), "base.sha256": facts.weights, **software()}
 
 
 def adapter_lineage(recipe: "Recipe", inputs: Mapping[str, Path]) -> dict[str, str]:

@@ -220,13 +220,15 @@ def copy_other_files(base: Path, out: Path, *, dtype: str, add_bos: bool) -> Non
         for path in base.glob(pattern):
             shutil.copyfile(path, out / path.name)
     config = read_json(base / "config.json")
-    config.pop("torch_dtype", None)
+    for name in ("torch_dtype", "_name_or_path"):  # the latter is a path of the machine that saved it
+        config.pop(name, None)
     config["dtype"] = dtype
     # transformers 4 and llama.cpp read the older name, transformers 5 reads both.
     config["torch_dtype"] = dtype
     _write(out / "config.json", config)
     template = chat_template(add_bos=add_bos)
     tokenizer_config = read_json(base / "tokenizer_config.json")
+    tokenizer_config.pop("name_or_path", None)
     tokenizer_config["chat_template"] = template
     _write(out / "tokenizer_config.json", tokenizer_config)
     (out / "chat_template.jinja").write_text(template, "utf-8")

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tutor.formats.models.base_source import HUB
+from tutor.formats.models.base_source import HUB, LOCAL
 from tutor.graders.labels import LABELS
 from tutor.prompt import CUE, QUESTION, STOPS
 from tutor.stages.report.tables import megabytes, percent
@@ -59,7 +59,7 @@ def _head(outputs: StageOutputs, source: str) -> list[str]:
 
 def _opening(outputs: StageOutputs, source: str) -> list[str]:
     trained = outputs.results("adapter")
-    known = hub_name(source) or ("" if source.startswith("path:") else source)
+    known = hub_name(source) or ("" if source.startswith(("path:", LOCAL)) else source)
     base = escaped(known) if known else "a local model"
     if trained is None:
         return [f"# {escaped(outputs.model)}", "", f"Made from {base}."]

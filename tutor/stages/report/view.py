@@ -190,14 +190,13 @@ def _facts(outputs: StageOutputs, found: Json, fields: Json, seconds: float) -> 
 
 
 def stages(outputs: StageOutputs) -> list[dict[str, Any]]:
-    """Return every stage that has run: time, duration, host, key and files."""
+    """Return every stage that has run: time, duration, key and files."""
     return [
         {
             "name": manifest.stage,
             "folder": folder,
             "started": moment(manifest.started),
             "seconds": duration(manifest.seconds),
-            "host": manifest.host,
             "key": manifest.key,
             "files": [{"name": name, **entry} for name, entry in sorted(manifest.outputs.items())],
         }

@@ -14,6 +14,7 @@ from transformers import set_seed
 
 from tutor.artifacts.provenance import SourceTree
 from tutor.artifacts.stage_folder import log_folder
+from tutor.formats.models.base_source import public_source
 from tutor.formats.models.model_folder import load_tokenizer, read_facts
 from tutor.formats.rows.split_files import HELD_OUT, PROMPTS, TRAIN, read_split
 from tutor.machine import distributed
@@ -64,9 +65,10 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path, plan: TrainingP
     monitoring = _monitoring(settings, train, before, precision)
     session = saving(trainer, training, saved, settings.save_minutes, memory_hint(batches))
     fitted = fit(trainer, monitoring, held_out, log_folder(out), session, resume=saved[0] if saved else None)
-    size = write_outputs(trainer, monitoring, fitted, facts.source, out)
+    source = public_source(facts.source, facts.weights)
+    size = write_outputs(trainer, monitoring, fitted, source, out)
     return {
-        "base_source": facts.source,
+        "base_source": source,
         "base_weights": facts.weights,
         "precision": precision,
         **(plan.choice.record if plan.choice else {}),

@@ -22,10 +22,19 @@ CONVERTING = "tutor converts "
 
 
 def text_model(llamacpp: str, metadata: Callable[[], Mapping[str, str]]) -> Any:
-    """llama.cpp's class of text models, changed to write the strings that `metadata` returns as key-values."""
+    """llama.cpp's class of text models, changed to write the strings that `metadata` returns as key-values.
+
+    It no longer guesses general.* from the folder: the names given to the converter remain.
+    """
     # First in sys.path: the converter, `conversion` and gguf-py of one version belong together.
     sys.path[:0] = [llamacpp, str(Path(llamacpp) / "gguf-py")]
     model = importlib.import_module("conversion.base").TextModel
+    # Its guesses come from a folder's name, config.json and model card, which can name a path of this machine.
+    gguf_metadata = importlib.import_module("gguf").Metadata
+    guess = gguf_metadata.apply_metadata_heuristic
+    gguf_metadata.apply_metadata_heuristic = staticmethod(
+        lambda metadata, _card, _params, _folder, total: guess(metadata, {}, {}, Path("model"), total)
+    )
     prepare_metadata = model.prepare_metadata
 
     def prepare_all_metadata(self: Any, *args: Any, **options: Any) -> None:
