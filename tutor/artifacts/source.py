@@ -169,9 +169,10 @@ class SourceReader:
         if self._kept is None:
             self._kept = _cached(self._cache)
         entry = self._kept.get(str(path))
-        if entry is None or entry["seen"] != state:
-            return None
-        return Source(entry["content"], tuple(entry["imports"]), tuple(entry["names"]))
+        with contextlib.suppress(KeyError, TypeError):  # a damaged cache
+            if entry is not None and entry["seen"] == state:
+                return Source(str(entry["content"]), tuple(entry["imports"]), tuple(entry["names"]))
+        return None
 
     def remember(self) -> None:
         """Add what was read to the cache file, where it can be written: it only saves time."""
@@ -188,6 +189,10 @@ class SourceReader:
 def _cached(cache: Path | None) -> dict[str, dict[str, Any]]:
     """The sources of a cache file, as far as this version of the reader wrote them."""
     kept = (read_json_object(cache) or {}).get(CACHE_KEY) if cache else None
-    if isinstance(kept, dict) and kept.get("reader") == file_state(Path(__file__)) and isinstance(kept["files"], dict):
-        return kept["files"]
+    if (
+        isinstance(kept, dict)
+        and kept.get("reader") == file_state(Path(__file__))
+        and isinstance(kept.get("files"), dict)
+    ):
+        return dict(kept["files"])
     return {}

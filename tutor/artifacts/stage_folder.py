@@ -11,6 +11,7 @@ import itertools
 import logging
 import os
 import platform
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +31,8 @@ ASIDE = ".aside"
 """Suffix of a folder whose manifest is not readable as tutor's: it is kept, because it may be the user's."""
 CHECKPOINTS = ".checkpoints"
 LOG = ".log"
+LOG_FILES = re.compile(r".*\.log|metrics\.jsonl|events\.out\.tfevents\..*")
+"""Names of the files that stages write into their log folders."""
 RESUME = ".resume"
 """Subfolder of the scratch folder with what a killed run resumes from; never part of the finished folder."""
 
@@ -170,6 +173,18 @@ def _finish_interrupted_swap(folder: Path) -> None:
     if old.exists() and not folder.exists():
         old.rename(folder)
     remove(old)
+
+
+def is_log(name: str) -> bool:
+    """Whether a file in a log folder has a name that stages give."""
+    return LOG_FILES.fullmatch(name) is not None
+
+
+def remove_logs(folder: Path) -> None:
+    """Remove the logs of a former run; other files stay."""
+    for path in folder.rglob("*"):
+        if is_log(path.name) and not path.is_dir():
+            path.unlink()
 
 
 def log_folder(partial: Path) -> Path:

@@ -37,7 +37,9 @@ def collect(recipe: Recipe, build: Path) -> dict[str, Any]:
         if manifest is not None:
             results[stage] = {"seconds": manifest.seconds, **manifest.results}
     answers = folder.stage("evaluate") / "answers.json"
-    examples = json.loads(answers.read_text("utf-8")) if answers.is_file() else []
+    examples: list[Any] = []
+    with contextlib.suppress(OSError, ValueError, TypeError):  # not there, or damaged: the run makes it again
+        examples = list(json.loads(answers.read_text("utf-8")))
     return {"recipe": str(recipe.path), "stages": results, "examples": _spread(examples, EXAMPLES)}
 
 

@@ -282,7 +282,7 @@ def measured_seconds(recipe: Recipe, build: Path) -> dict[str, float]:
 def find_shape(recipe: Recipe, build: Path) -> Shape | None:
     """The base's shape: from the base stage, the folder, the package's GGUF, the hub's cache, or a known name."""
     source = recipe.base.source
-    with contextlib.suppress(TutorError, OSError, ValueError, ImportError):
+    with contextlib.suppress(TutorError, OSError, ValueError, KeyError, TypeError, ImportError):
         base = BuildFolder(build, recipe.name).stage("base")
         if (base / "base.json").exists() and (facts := read_json(base / "base.json")).get("source") == source:
             return shape_of(read_json(base / str(facts["model"]) / "config.json"))

@@ -5,7 +5,6 @@ not recognised as tutor's, which stay. A folder is recognised by its manifest, a
 no link.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +12,12 @@ from pathlib import Path
 from tutor.artifacts.disk import remove
 from tutor.artifacts.layout import BuildFolder
 from tutor.artifacts.manifest import MANIFEST, is_ours
-from tutor.artifacts.stage_folder import CHECKPOINTS, LOG, OLD, PARTIAL
+from tutor.artifacts.stage_folder import CHECKPOINTS, LOG, OLD, PARTIAL, is_log
 from tutor.errors import RecipeError
 from tutor.pipeline.recipe_folder import held
 from tutor.pipeline.registry import BY_NAME
 from tutor.recipe.settings import Recipe
 
-LOG_FILES = re.compile(r".*\.log|metrics\.jsonl|training\.svg|events\.out\.tfevents\..*")
-"""Names of the files that stages write into their log folders."""
 SCRATCH = (PARTIAL, OLD, CHECKPOINTS)
 """Suffixes of folders that a killed run leaves; no other program uses them on these names."""
 
@@ -63,7 +60,7 @@ def _not_ours(path: Path) -> str:
     """Why a path is not recognised as tutor's; empty for one that is."""
     if path.name.endswith(LOG):
         files = [path] if path.is_file() else [file for file in path.rglob("*") if not file.is_dir()]
-        other = [file.name for file in files if not LOG_FILES.fullmatch(file.name)]
+        other = [file.name for file in files if not is_log(file.name)]
         return f"tutor writes no {other[0]}" if other else ""
     if not path.is_dir():
         return "it is a file" if path.exists() else "it is a link to nothing"

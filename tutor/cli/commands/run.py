@@ -35,7 +35,7 @@ def run_command(
     """Run every stage that is not up to date, and print a summary."""
     from tutor.artifacts.layout import BuildFolder
     from tutor.cli import summary
-    from tutor.pipeline import registry, runner
+    from tutor.pipeline import registry, repair
 
     if until is not None and until not in registry.BY_NAME:
         raise click.BadParameter(f"{until!r}; known: {', '.join(registry.BY_NAME)}", param_hint="--until")
@@ -43,7 +43,7 @@ def run_command(
         raise click.UsageError("--publish needs every stage: remove --until")
     recipe = load_recipe(recipe_path)
     with progress_on_stderr(flags):
-        ran = runner.run_all(recipe, build, until=until)
+        ran = repair.run_all(recipe, build, until=until)
     collected = {"ran": ran, **summary.collect(recipe, build)}
     opening = [] if ran else ["Nothing to do: every stage is up to date."]
     lines = [*opening, *summary.summary_lines(collected, str(recipe.path))]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from tutor.artifacts.disk import read_json, write_json
+from tutor.artifacts.disk import read_json, read_json_object, write_json
 from tutor.artifacts.hashing import HASHES, file_sha256, known_sha256, remember_sha256
 from tutor.artifacts.manifest import read_manifest
 from tutor.artifacts.stage_folder import RESUME
@@ -106,8 +106,8 @@ def choose(
     The choice is written below `notes`, and a resumed run reads it from there.
     """
     note = notes / "choice.json"
-    if note.exists():
-        return read_json(note)
+    if (kept := read_json_object(note)) and kept.get("base") in candidates:
+        return kept
     if len(candidates) == 1 or not rows:
         return {"base": next(iter(candidates))}
     losses = {name: held_out_loss(merged, base, rows) for name, merged in candidates.items()}
@@ -151,8 +151,9 @@ def write_shards(merged: MergedWeights, files: Files, out: Path) -> float:
     for path, stored in files.items():
         target, note = out / path.name, out / RESUME / f"{path.name}.json"
         sha256 = known_sha256(target, hashes) if target.exists() else None
-        if sha256 and note.exists() and file_sha256(target) == sha256:
-            change = float(read_json(note)["largest_change"])
+        noted = (read_json_object(note) or {}).get("largest_change")
+        if sha256 and isinstance(noted, float) and file_sha256(target) == sha256:
+            change = noted
             log.info("%s was finished before", path.name)
         else:
             sha256, change = write_shard(merged, stored, target, done, total)

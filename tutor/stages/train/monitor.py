@@ -9,7 +9,6 @@ Does not write checkpoints.
 import json
 import logging
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
+from tutor.artifacts.stage_folder import remove_logs
 from tutor.errors import ArtifactError
 from tutor.formats.models.safetensors import open_weights
 from tutor.machine.distributed import full_tensor, is_main_process, shard_like
@@ -158,10 +158,10 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
         path = self._folder / "metrics.jsonl"
         kept = []
         if state.global_step:
-            lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            lines = path.read_text("utf-8", "replace").splitlines(keepends=True) if path.is_file() else []
+            kept = [line for line in lines if _step_of(line) <= state.global_step]
         else:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            remove_logs(self._folder)
             (Path(args.output_dir) / BEST).unlink(missing_ok=True)
         self._folder.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(kept), "utf-8")
@@ -228,6 +228,14 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
         """Flush and close TensorBoard's writer."""
         if self._board is not None:
             self._board.close()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite for a line that a kill has cut."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def save_trainable(model: Any, path: Path, step: int, loss: float) -> None:
