@@ -14,7 +14,6 @@ import click
 from tutor.cli.commands.run import data_split
 from tutor.cli.exit import print_error
 from tutor.cli.options import indented, json_option, load_recipe, print_result, recipe_option
-from tutor.cli.output_file import check_output, write_output
 from tutor.errors import ArtifactError, DataError
 
 if TYPE_CHECKING:
@@ -128,6 +127,7 @@ def lint_command(  # noqa: PLR0913 - a command's options
     unclosed fences; every finding with its line. Lengths are in tokens of the base once the base stage has run. No code
     is compiled.
     """
+    from tutor.cli.output_file import check_output, write_output
     from tutor.formats.rows.recipe_files import data_files, named_files
     from tutor.recipe.settings import TrainSettings
     from tutor.stages.data.lint.linter import lint
