@@ -149,3 +149,18 @@ def test_replacement_lists_every_matrix() -> None:
         "blk.0.attn_q.weight": "Q8_0",
         "blk.0.ffn_down.weight": "Q5_K",
     }
+
+
+@pytest.mark.parametrize("kept", [float("nan"), float("inf"), -float("inf")])
+def test_share_that_is_no_number_is_refused(kept: float) -> None:
+    with pytest.raises(GateError, match="of the LoRA update"):
+        quantization_error.require_kept(Path("a.gguf"), "Q8_0", figures(kept))
+
+
+def test_file_of_which_no_tensor_is_compared_is_refused(tmp_path: Path) -> None:
+    """The file's tensors belong to no weight."""
+    path = write_gguf(tmp_path / "a.gguf", random_weights(), "Q8_0")
+    with pytest.raises(ArtifactError, match="belongs to no weight"):
+        quantization_error.measure(path, read_gguf(path), {}, None)
+    with pytest.raises(ArtifactError, match="belongs to no weight"):
+        quantization_error.require_exact(path, read_gguf(path), {})

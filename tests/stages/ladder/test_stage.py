@@ -53,6 +53,37 @@ def test_figures_are_means_over_all_tokens_of_all_rows() -> None:
     assert (found["same"], found["tokens"]) == (pytest.approx(2 / 3), 3)
 
 
+@pytest.mark.parametrize(
+    ("kl", "same"),
+    [
+        ([], []),
+        ([0.1], [True]),
+        ([0.1, math.nan], [True, True]),
+        ([0.1, math.inf], [True, True]),
+        ([0.1, 0.1], []),
+    ],
+)
+def test_divergence_that_is_missing_or_no_number_is_refused(kl: list[float], same: list[bool]) -> None:
+    """Without a divergence, every quantization would be inside the budget."""
+    with pytest.raises(ArtifactError, match="divergence from F16 is known for"):
+        stage.against_f16([scored([-1.0, -2.0])], [scored([-1.0, -2.0], kl, same)])
+
+
+@pytest.mark.parametrize("logprobs", [[], [math.nan, -1.0], [-math.inf, -1.0], [math.inf, -1.0], [500.0]])
+def test_loss_that_is_no_number_is_refused(logprobs: list[float]) -> None:
+    with pytest.raises(ArtifactError, match="held-out loss over"):
+        stage.perplexity([logprobs])
+    with pytest.raises(ArtifactError, match="held-out loss over"):
+        stage.perplexity([])
+
+
+@pytest.mark.parametrize("figures", [(math.nan, 0.0), (0.0, math.nan), (math.inf, 0.0)])
+def test_figure_that_is_no_number_is_never_inside_the_budget(figures: tuple[float, float]) -> None:
+    spoiled = {**DEMO, "Q4_K_M": quantization(1, *figures)}
+    assert stage.choose(spoiled, 0.06) != "Q4_K_M"
+    assert stage.choose(DEMO, math.nan) == stage.choose({}, 0.06) == "F16"
+
+
 def test_f16_against_itself_has_no_loss() -> None:
     whole = [scored([-1.0, -2.0])]
     found = stage.against_f16(whole, whole)

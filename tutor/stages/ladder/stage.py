@@ -110,14 +110,22 @@ def against_f16(f16_scores: Sequence[Score], scores: Sequence[Score]) -> dict[st
 
     `loss`, `perplexity` and `tokens`: its own; `more`: the increase of the loss (nats a token), with its standard
     error over the tokens; `kl`: KL divergence from F16, mean and 99th percentile; `same`: the share of tokens where
-    both have the same most probable token.
+    both have the same most probable token. Raises ArtifactError where a token was not compared, or a figure is no
+    number: nothing may be chosen by figures that are missing.
     """
-    kl = [value for item in scores for value in item.kl] or [0.0]
-    same = [value for item in scores for value in item.same] or [True]
+    own = perplexity([item.logprobs for item in scores])
+    is_f16 = scores is f16_scores  # has no divergence from itself
+    kl = [0.0] * own["tokens"] if is_f16 else [value for item in scores for value in item.kl]
+    same = [True] * own["tokens"] if is_f16 else [value for item in scores for value in item.same]
     pairs = zip(_flat(f16_scores), _flat(scores), strict=True)
     more = [before - after for before, after in pairs]
+    if not len(kl) == len(same) == own["tokens"] or not all(map(math.isfinite, (*kl, *more))):
+        raise ArtifactError(
+            f"the divergence from F16 is known for {sum(map(math.isfinite, kl))} of {own['tokens']} tokens",
+            "the weights may be broken: convert again",
+        )
     return {
-        **perplexity([item.logprobs for item in scores]),
+        **own,
         "more": math.fsum(more) / len(more),
         "more_error": statistics.stdev(more) / math.sqrt(len(more)) if len(more) > 1 else 0.0,
         "kl": math.fsum(kl) / len(kl),
@@ -133,7 +141,7 @@ def perplexity(logprobs: Sequence[Sequence[float]]) -> dict[str, Any]:
     """
     tokens = sum(len(row) for row in logprobs)
     loss = -math.fsum(value for row in logprobs for value in row) / tokens if tokens else math.nan
-    if not loss < 700:  # e^710 is no float; NaN compares as false
+    if not -1 < loss < 700:  # a loss is positive; e^710 is no float; NaN compares as false
         raise ArtifactError(
             f"the held-out loss over {tokens} tokens is {loss}", "the weights may be broken: convert again"
         )
