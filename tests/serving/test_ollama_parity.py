@@ -45,6 +45,13 @@ def test_model_without_a_parity_stage_is_not_published(server: FakeOllama, recip
     assert server.requests == []
 
 
+def test_hand_offs_that_memory_forbade_are_named(server: FakeOllama, recipe: Recipe, build: Path) -> None:
+    write_parity(recipe, build, missing="16 GB are needed, 3 GB are free")
+    result = promote.publish_and_promote(recipe, build, host=server.host)
+    assert result["not_checked"] == ["base + adapter -> merged: 16 GB are needed, 3 GB are free"]
+    assert any("Not checked by the parity gate: base + adapter" in line for line in publish.published_lines(result))
+
+
 def test_model_is_compared_before_it_is_latest(server: FakeOllama, recipe: Recipe, build: Path) -> None:
     result = promote.publish_and_promote(recipe, build, host=server.host)
     assert result["parity"]["state"] == "same"

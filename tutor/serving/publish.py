@@ -53,7 +53,7 @@ def publish(
     folder = BuildFolder(build, recipe.name)
     with held(recipe, build), announced("publish", "publish the model to Ollama and check it"):
         made, reference = _folder_of("modelfile", recipe, folder), _reference(recipe, folder)
-        edited = _edited_inputs(recipe, folder, force=force)
+        edited, unchecked = _edited_inputs(recipe, folder, force=force), _unchecked(folder)
         with connect(host) as server:
             server.wait_ready(wait)  # before gigabytes are hashed in vain
             made = lora_folder(recipe, folder) if adapter else made
@@ -67,7 +67,8 @@ def publish(
                 checked = {name: result[name] for name in ("version", "digest")}
                 record_proof(folder, result["build"], server.host, checked)
             image = os.environ.get("TUTOR_OLLAMA_IMAGE")  # set by the stack
-            return {**result, **({"image": image} if image else {}), **({"edited": edited} if edited else {})}
+            more = {"image": image, "edited": edited, "not_checked": unchecked}
+            return {**result, **{name: value for name, value in more.items() if value}}
 
 
 def _edited_inputs(recipe: Recipe, folder: BuildFolder, *, force: bool) -> list[str]:
@@ -81,6 +82,13 @@ def _edited_inputs(recipe: Recipe, folder: BuildFolder, *, force: bool) -> list[
             "run: tutor run; to publish the older model all the same: tutor publish --force",
         )
     return edited
+
+
+def _unchecked(folder: BuildFolder) -> list[str]:
+    """Return the hand-offs that the parity stage left out, with the reason of each."""
+    manifest = read_manifest(folder.stage("parity"))
+    hand_offs = manifest.results.get("hand_offs", []) if manifest else []
+    return [f"{item['ours']} -> {item['theirs']}: {item['missing']}" for item in hand_offs if item["missing"]]
 
 
 def _folder_of(name: str, recipe: Recipe, folder: BuildFolder) -> Path:
@@ -177,6 +185,7 @@ def published_lines(result: Mapping[str, Any]) -> list[str]:
     if not result["published"]:
         return [f"Nothing to do: {where} is already served as {result['model']}.", *older]
     checked = f"{result['prompts']} prompts as in training; answer: {display_text(result['answer'])!r}"
+    older += [f"Not checked by the parity gate: {line}" for line in result.get("not_checked", ())]
     compared = parity_table([result["parity"]]) if "parity" in result else []
     compared += promotion_lines(result["promotion"]) if "promotion" in result else []
     done = "Published" if result["created"] or "checked_before_on" not in result else "Checked again"

@@ -59,6 +59,7 @@ def test_hand_off_that_shows_nothing_is_refused(kind: Any, silent: dict[str, Any
     refused = refusal([item])
     assert refused is not None
     assert refused["message"] == f"a -> b ({kind}) is not shown: of its {what} nothing could be compared"
+    assert parity_table([item.record()])[1].endswith("<- not shown")
     assert refused["hint"]
 
 

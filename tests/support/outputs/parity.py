@@ -12,6 +12,7 @@ from tutor.pipeline.registry import BY_NAME
 from tutor.recipe.settings import Recipe
 from tutor.stages.parity.compare import Observation
 from tutor.stages.parity.conversations import make_conversations
+from tutor.stages.parity.gate import HandOff
 from tutor.stages.parity.record import to_record
 
 PIECES = (" Una", " interfaz", " describe", " un", " objeto", ".")
@@ -24,8 +25,11 @@ def trace(pieces: Sequence[str] = PIECES, logprob: float = -0.1, prompt_tokens: 
     return Trace((*steps, Step(EOS_TEXT, logprob, ((EOS_TEXT, logprob), (" y", logprob - 3.0)))), "stop", prompt_tokens)
 
 
-def write_parity(recipe: Recipe, build: Path, refused: dict[str, str] | None = None) -> Path:
-    """Write the folder of a parity stage that found no difference, or that refused; return its path."""
+def write_parity(recipe: Recipe, build: Path, refused: dict[str, str] | None = None, missing: str = "") -> Path:
+    """Write the folder of a parity stage that found no difference, or that refused; return its path.
+
+    `missing`: why transformers did not run.
+    """
     folder = build / recipe.name
     fields = dict(BY_NAME["parity"].recipe_fields(recipe))
     fields["input.convert"] = require_stage(folder / "gguf", "convert").fingerprint
@@ -49,5 +53,6 @@ def write_parity(recipe: Recipe, build: Path, refused: dict[str, str] | None = N
             "conversations": [asdict(conversation) for conversation in conversations],
         }
         write_json(out / "reference.json", {**record, "engines": {served: seen}})
-        results.update({"refused": refused} if refused else {})
+        hand_offs = [HandOff("merge", "base + adapter", "merged", missing=missing).record()] if missing else []
+        results.update({"hand_offs": hand_offs}, **({"refused": refused} if refused else {}))
     return folder / "parity"

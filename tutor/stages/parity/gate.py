@@ -163,7 +163,8 @@ def parity_table(records: Sequence[Mapping[str, Any]]) -> list[str]:
             _share(checks["end"]),
         ]
         unseen = ", ".join(item.get("not_compared", ()))
-        mark = "  <- diverges" if item["state"] != "same" else f"  not compared: {unseen}" if unseen else ""
+        failed = "not shown" if any(check["what"] == NOTHING for check in item["checks"]) else "diverges"
+        mark = f"  <- {failed}" if item["state"] != "same" else f"  not compared: {unseen}" if unseen else ""
         rows.append(f"  {name:<26}" + "".join(f"{cell:>10}" for cell in cells) + mark)
     return rows
 
