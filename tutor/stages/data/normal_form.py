@@ -11,7 +11,7 @@ import unicodedata
 
 _ACCENTS = re.compile("[\u0300-\u036f]")
 _BEYOND_ASCII = re.compile(r"[^\x00-\x7f]")
-_EQUAL_SIGNS = str.maketrans("−–×÷", "--*/")
+_EQUAL_SIGNS = {"−": "-", "–": "-", "×": "*", "÷": "/"}
 """Signs that word processors write for the operators of a keyboard."""
 _BLANKS = re.compile("[\x00-\x20\"'()_\x7f]+")
 """Blanks, and the marks that are no operator wherever they stand."""
@@ -43,12 +43,14 @@ def normalise(text: str) -> str:
 
 def _prose(text: str) -> str:
     """Return prose without accents and punctuation, each operator between blanks."""
-    plain = _BEYOND_ASCII.sub(_fold, text.translate(_EQUAL_SIGNS))
+    plain = _BEYOND_ASCII.sub(_fold, text)
     return _SIGNS.sub(_sign, _BLANKS.sub(" ", _LINE_MARK.sub(" ", plain)))
 
 
 def _fold(sign: re.Match[str]) -> str:
     """Replace an accent or an invisible character by nothing, punctuation and pictures by a blank."""
+    if operator := _EQUAL_SIGNS.get(sign[0]):
+        return operator
     category = unicodedata.category(sign[0])
     if category == "Cf" or _ACCENTS.match(sign[0]):
         return ""
