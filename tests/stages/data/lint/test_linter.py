@@ -114,6 +114,9 @@ def test_file_on_both_sides_is_a_recipe_error(tmp_path: Path) -> None:
     write_rows(tmp_path / "a.jsonl", GOOD)
     with pytest.raises(RecipeError, match="both"):
         lint([tmp_path / "a.jsonl"], tmp_path / "a.jsonl", max_length=1024)
+    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    with pytest.raises(RecipeError, match="both"):
+        lint([tmp_path / "a.jsonl"], tmp_path / "link.jsonl", max_length=1024)
 
 
 def test_file_with_expectations_is_linted_as_prompts(tmp_path: Path) -> None:

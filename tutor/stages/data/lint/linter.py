@@ -4,6 +4,7 @@ In: files of rows, and the held-out prompts. Out: findings, each with its line, 
 keeps some hundred bytes a row, and the texts of a sample. Changes no file and raises no error for a finding.
 """
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -81,7 +82,7 @@ def lint(
     `max_length` is in tokens, `system` included; without `tokenizer`, a tokenizer.json, lengths are in characters.
     Raises RecipeError or DataError where a file as a whole cannot be read, ArtifactError for a damaged tokenizer.
     """
-    if against and against in files:
+    if against and any(_is_same(against, path) for path in files):
         raise RecipeError(f"{against} is both looked through and held out", "name another file for one of them")
     index = RowIndex()
     sizes = {}
@@ -112,6 +113,13 @@ def lint(
             "nearest": leaks,
         },
     )
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    """Whether two names, perhaps links, are of one file; a name without a file is reported where it is read."""
+    with contextlib.suppress(OSError, ValueError):
+        return path.samefile(other)
+    return path == other
 
 
 def _repeats(index: RowIndex, rows: Sequence[int]) -> None:
