@@ -3,12 +3,15 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.json_values import json_values
+from support.processes.command import ROOT
 
 from tutor.artifacts import hashing
 from tutor.artifacts.disk import write_json
@@ -111,3 +114,29 @@ def test_file_changed_a_moment_ago_is_not_remembered(tmp_path, monkeypatch):
     file.write_text("one")
     assert cached_sha256(file, cache) == file_sha256(file)
     assert not cache.exists()
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from tutor.artifacts.hashing import remember_sha256
+cache, name = Path(sys.argv[1]), sys.argv[2]
+for number in range(60):
+    path = cache.with_name(f"{name}{number}")
+    path.touch()
+    remember_sha256(path, cache, "0" * 64)
+"""
+
+
+def test_cache_that_two_processes_write_is_always_whole(tmp_path):
+    """Two hosts may share it. An entry that the other one overwrites is computed again: the cache only saves time."""
+    cache = tmp_path / ".hashes.json"
+    cache.write_text("{}")
+    running = [subprocess.Popen([sys.executable, "-c", WRITER, cache, name], cwd=ROOT) for name in ("a", "b")]
+    reads = 0
+    while any(process.poll() is None for process in running):
+        assert isinstance(json.loads(cache.read_text()), dict)
+        reads += 1
+    assert [process.returncode for process in running] == [0, 0]
+    assert reads > 10
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == [".hashes.json"]

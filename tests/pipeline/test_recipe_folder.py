@@ -86,6 +86,15 @@ def test_recipe_by_another_path_is_the_same(recipe_file, build, tmp_path, monkey
     use(Path("small.toml"), Path("build"))
 
 
+def test_recipe_that_differs_in_case_alone_is_refused(recipe_file, build, tmp_path):
+    """On a disk that ignores case Small.toml has the folder of small.toml; a link stands for it."""
+    use(recipe_file, build)
+    (build / "Small").symlink_to("small")
+    other = copy_of(recipe_file, tmp_path / "other").rename(tmp_path / "other" / "Small.toml")
+    with pytest.raises(RecipeError, match=f"belongs to {recipe_file}"):
+        use(other, build)
+
+
 def test_container_accepts_the_recipe_by_its_path_there(recipe_file, build, tmp_path, monkeypatch):
     """A service sees /work/data/small.toml; the host's record stays."""
     use(recipe_file, build)

@@ -4,6 +4,7 @@ In: a folder, or the key fields that a result depends on. Out: the folder's Mani
 the key fields that differ. Writes nothing.
 """
 
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,10 +64,11 @@ def recipe_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a whole folder, or None. Raises ArtifactError when the file exists and is damaged."""
     path = folder / MANIFEST
-    if not path.exists():
+    values = read_json_object(path)
+    if values is None and not path.exists():  # asked last: a run may put a new folder there meanwhile
         return None
     try:
-        manifest = Manifest(**(read_json_object(path) or {}))
+        manifest = Manifest(**(values or {}))
     except TypeError:
         manifest = None
     if manifest is None or not _is_well_formed(manifest):
@@ -123,7 +125,7 @@ def differences(manifest: Manifest, folder: Path, *, content: bool = False) -> l
     problems = []
     for name, entry in manifest.outputs.items():
         path = folder / name
-        size = path.stat().st_size if path.is_file() else None
+        size = _size(path)
         if size is None:
             problems.append(f"{path} is missing")
         elif size != entry["size"]:
@@ -131,6 +133,15 @@ def differences(manifest: Manifest, folder: Path, *, content: bool = False) -> l
         elif content and file_sha256(path) != entry["sha256"]:
             problems.append(f"{path} has changed since it was made")
     return problems
+
+
+def _size(path: Path) -> int | None:
+    """The size of a file in bytes; None where there is none, or no longer."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def is_made(folder: Path, fields: Mapping[str, Any]) -> bool:
