@@ -79,8 +79,10 @@ def make(tiny: Path) -> Callable[[Path], None]:
         llamacpp.symlink_to(build_folder())
         where = ("--recipe", recipe, "--build", place / "build")
         env = {"TUTOR_LLAMACPP": str(llamacpp)}
-        done = forked("run", "--json", *where, scratch=folder / "run", env=env).finish(250)
-        assert done.returncode == 0, done.stderr
+        # Without parity and evaluation: they publish nothing, and their programs are those of the ladder.
+        for command in (("run", "--until", "ladder"), ("modelfile",), ("report",)):
+            done = forked(*command, *where, scratch=folder / "run", env=env).finish(250)
+            assert done.returncode == 0, done.stderr
         lora_folder(read_recipe(recipe), BuildFolder(place / "build", "mi receta $1"))
 
     return fill
@@ -96,11 +98,9 @@ def test_chain_in_a_folder_with_an_odd_name_works_twice(made: Path, tmp_path: Pa
     place = copied(made / PLACE, tmp_path / PLACE)
     linked(made / PRIVATE, tmp_path / PRIVATE)
     where = ("--recipe", place / "mi receta $1.toml", "--build", place / "build")
-    done = in_process("status", "--json", *where)
-    assert {row["condition"] for row in json.loads(done.stdout)} == {"up to date"}, done.stdout
     answer = in_process("ask", "¿Qué es una interfaz?", *where)
     assert answer.returncode == 0, answer.stderr
-    assert "Nothing to do" in in_process("run", *where).stdout
+    assert "Nothing to do" in in_process("run", "--until", "ladder", *where).stdout
 
 
 def test_published_files_name_no_path(made: Path) -> None:

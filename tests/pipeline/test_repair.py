@@ -99,3 +99,17 @@ def test_run_all_with_whole_inputs_raises_the_stages_error(recipe_file, build, m
     with pytest.raises(ArtifactError, match="of another kind"):
         repair.run_all(read_recipe(recipe_file), build, until="data")
     assert calls == [1]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"parity": 1}', '{"parity": {}}', '{"parity": {"state": []}}', "\ufffd"]
+)
+def test_report_does_without_a_damaged_record_of_publishing(recipe_file, build, text):
+    record = build / "small" / "model" / "published.json"
+    record.parent.mkdir()
+    record.write_text(text, "utf-8")
+    for folder in ("parity-ollama", "eval-ollama", "parity"):
+        (build / "small" / folder).mkdir()
+        (build / "small" / folder / "manifest.json").write_text(text, "utf-8")
+    done = in_process("report", "-r", recipe_file, "-b", build)
+    assert done.returncode == 0, done.stderr

@@ -175,3 +175,9 @@ def contrast(one: str, other: str) -> float:
         linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
         values.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
     return (max(values) + 0.05) / (min(values) + 0.05)
+
+
+def test_page_names_no_host(outputs: StageOutputs) -> None:
+    """The page is given to others."""
+    private = {name: replace(made, host="portatil-de-ana") for name, made in outputs.manifests.items()}
+    assert "portatil-de-ana" not in page(replace(outputs, manifests=private))

@@ -162,7 +162,8 @@ def saved_precision(folder: Path) -> str | None:
         with contextlib.suppress(ArtifactError):
             manifest = read_manifest(path)
             if manifest and manifest.fields.get("device") == "cpu":
-                return str(manifest.fields["precision"])
+                precision = manifest.fields.get("precision")
+                return precision if isinstance(precision, str) else None
     return None
 
 
