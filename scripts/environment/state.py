@@ -101,8 +101,16 @@ class Environment:
         return self._marker(INSTALLED) if works else None
 
     def clear(self) -> None:
-        """Make the folder, or empty it; it may be a link to another disk."""
+        """Make the folder, or empty it; it may be a link to another disk.
+
+        Raises SetupError for a folder with files of its own: the link can lead to any.
+        """
         self.folder.mkdir(exist_ok=True)
+        if not (self.folder / "bin").exists():
+            ours = {*SETS, INSTALLED, UNFINISHED, "lib", "lib64", "include", "pyvenv.cfg", ".lock", ".gitignore"}
+            names = sorted(path.name for path in self.folder.iterdir() if path.suffix != ".log")
+            if other := [name for name in names if name not in ours]:
+                raise SetupError(f"{self.folder} is no virtual environment: it holds {other[0]}", "move it away")
         for path in self.folder.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

@@ -43,6 +43,17 @@ def test_set_is_installed_once_with_hashes_and_wheels(checkout: Checkout) -> Non
     assert (again.returncode, again.stderr, checkout.calls()) == (0, "", [])
 
 
+def test_link_to_a_folder_with_other_files_is_refused(checkout: Checkout, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "thesis.txt").write_text("mine")
+    shutil.rmtree(checkout.folder / ".venv")
+    (checkout.folder / ".venv").symlink_to(tmp_path / "disk")
+    done = checkout.install("light")
+    assert done.returncode == 4
+    assert ".venv is no virtual environment: it holds thesis.txt; move it away" in done.stderr
+    assert (tmp_path / "disk" / "thesis.txt").read_text() == "mine"
+
+
 def test_changed_pins_are_installed_again(checkout: Checkout) -> None:
     checkout.install("light")
     checkout.calls()
