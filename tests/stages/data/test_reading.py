@@ -1,8 +1,10 @@
 """stages/data/reading.py, and with it formats/rows/jsonl.py, formats/rows/json_values.py, formats/rows/rows.py,
 formats/rows/texts.py."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import tracemalloc
 from pathlib import Path
@@ -133,6 +135,10 @@ def test_absent_labels_are_empty_and_given_ones_kept(file: Any) -> None:
         pytest.param(lines(GOOD).decode().encode("utf-16-le"), "r.jsonl", "is UTF-16LE", id="D04-little-endian"),
         pytest.param(lines(GOOD).decode().encode("utf-16-be"), "r.jsonl", "is UTF-16BE", id="D04-big-endian"),
         pytest.param(json.dumps([GOOD]).encode("utf-16"), "rows.json", "is UTF-16, not UTF-8", id="D04-array"),
+        pytest.param(bz2.compress(lines(GOOD)), "rows.jsonl", "is compressed with bzip2", id="bzip2"),
+        pytest.param(lzma.compress(lines(GOOD)), "rows.json", "is compressed with xz", id="xz"),
+        pytest.param(b"PK\3\4" + bytes(40), "rows.jsonl", "is a ZIP archive or a spreadsheet", id="ZIP"),
+        pytest.param(b"PAR1\x15\0\xff", "rows.jsonl", "is a Parquet file, not JSON Lines", id="Parquet"),
         pytest.param(b"", "rows.jsonl", "0 rows", id="D13-empty"),
         pytest.param(gzip.compress(b""), "rows.jsonl.gz", "0 rows", id="D13-empty-gzip"),
         pytest.param(b"[]", "rows.json", "0 rows", id="D13-empty-array"),

@@ -30,6 +30,15 @@ WIDE_BOMS = {
     b"\xfe\xff": "UTF-16",
 }
 """Encoding by byte order mark."""
+OTHER_FORMATS = {
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"\xfd7zXZ\0": "compressed with xz",
+    b"BZh": "compressed with bzip2",
+    b"PK\3\4": "a ZIP archive or a spreadsheet",
+    b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow file",
+}
+"""Formats that rows often have elsewhere, by their first bytes; none begins a JSON value."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +136,7 @@ def _lines(stream: Stream, path: Path, limits: Limits, tolerated: Counter[str]) 
     first = True
     for line, raw in enumerate(_raw_lines(stream, path, limits), 1):
         if line == 1:
-            _refuse_wide(raw, path)
+            _refuse_other_format(raw, path)
         tolerated["bom"] += raw.startswith(BOM)
         content = raw.removeprefix(BOM)
         ended = content.endswith(b"\n")
@@ -163,7 +172,9 @@ def _too_large(path: Path, limits: Limits) -> DataError:
     return DataError(f"{path}: more than {limits.max_total_bytes} bytes once unpacked", "split it")
 
 
-def _refuse_wide(raw: bytes, path: Path) -> None:
+def _refuse_other_format(raw: bytes, path: Path) -> None:
+    if kind := next((kind for magic, kind in OTHER_FORMATS.items() if raw.startswith(magic)), None):
+        raise DataError(f"{path} is {kind}, not JSON Lines", "unpack or convert it: one JSON object a line")
     name = next((name for mark, name in WIDE_BOMS.items() if raw.startswith(mark)), None)
     if name is None and len(raw) > 1 and 0 in raw[:2]:
         name = "UTF-16LE" if raw[0] else "UTF-16BE"  # no mark, yet every other byte of ASCII is 0
