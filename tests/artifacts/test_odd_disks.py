@@ -5,6 +5,7 @@ The faults are those of the system calls: no such disk is here. Covers artifacts
 
 import errno
 import fcntl
+import io
 import os
 import platform
 from collections.abc import Callable
@@ -146,6 +147,27 @@ def test_disk_fault_outside_the_stages_is_exit_4(recipe_file, tmp_path, monkeypa
     assert done.returncode == 4
     assert done.stderr.startswith(f"Error: {tmp_path}/page.html: {os.strerror(number)}; ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_manifest_that_cannot_be_read_is_not_damaged(recipe_file, tmp_path, monkeypatch, number):
+    """Another user's folder is not made again, nor one on a network disk that is gone."""
+    where = ("-r", recipe_file, "-b", tmp_path / "build")
+    assert in_process("data", "split", *where).returncode == 0
+    plain = io.open
+
+    def opened(path: Any, *given: Any, **options: Any) -> Any:
+        if str(path).endswith("data/manifest.json"):
+            raise OSError(number, os.strerror(number), str(path))
+        return plain(path, *given, **options)
+
+    monkeypatch.setattr(io, "open", opened)
+    for command in (("status",), ("run", "--until", "data")):
+        done = in_process(*command, *where)
+        assert done.returncode == 4, done.stderr
+        assert f"data/manifest.json: {os.strerror(number)}; " in done.stderr
+    monkeypatch.undo()
+    assert sorted(path.name for path in (tmp_path / "build" / "small").iterdir() if path.is_dir()) == ["data"]
 
 
 @pytest.mark.parametrize("length", [4070, 4085, 4094])

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tutor.errors import ArtifactError, HostError, TutorError
 
@@ -21,11 +21,11 @@ _DISK_FAULTS = frozenset(
     {
         errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
         errno.EXDEV, errno.ENAMETOOLONG, errno.EMLINK, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMFILE,
-        errno.ENFILE,
+        errno.ENFILE, errno.ENODEV,
     }
 )  # fmt: skip
 
-_FILE_FAULTS = frozenset({errno.ENOTCONN, errno.EBUSY, errno.ENOTDIR, errno.ELOOP, errno.ENODEV, errno.EINVAL})
+_FILE_FAULTS = frozenset({errno.ENOTCONN, errno.EBUSY, errno.ENOTDIR, errno.ELOOP, errno.EINVAL})
 """Faults of a disk where the error names a file; without one, a socket or a program can be the cause."""
 
 _NEXT_STEPS = {
@@ -70,6 +70,13 @@ def _tolerated() -> Iterator[None]:
             raise
 
 
+def sync_file(file: IO[bytes]) -> None:
+    """Flush an open file to the disk, where its file system can do so."""
+    file.flush()
+    with _tolerated():
+        os.fsync(file.fileno())
+
+
 def open_to_users(path: Path) -> None:
     """Give a file or folder the permissions of a new one (umask): libraries make some files for their user alone.
 
@@ -110,9 +117,7 @@ def write_json(path: Path, value: Any) -> None:
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as handle:
         try:
             handle.write(data)
-            handle.flush()
-            with _tolerated():
-                os.fsync(handle.fileno())
+            sync_file(handle)
             open_to_users(Path(handle.name))
             Path(handle.name).replace(path)
         except BaseException:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tutor.artifacts.disk import read_json_object
+from tutor.artifacts.disk import host_fault, read_json_object
 from tutor.artifacts.hashing import file_sha256, json_sha256
-from tutor.errors import ArtifactError
+from tutor.errors import ArtifactError, HostError
 
 MANIFEST = "manifest.json"
 
@@ -62,11 +62,20 @@ def recipe_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a whole folder, or None. Raises ArtifactError when the file exists and is damaged."""
+    """The manifest of a whole folder, or None.
+
+    Raises ArtifactError when the file exists and is damaged, HostError when it cannot be read: its folder may be whole.
+    """
     path = folder / MANIFEST
-    values = read_json_object(path)
-    if values is None and not path.exists():  # asked last: a run may put a new folder there meanwhile
+    try:
+        with path.open("rb"):
+            values = read_json_object(path)
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except IsADirectoryError:
+        values = None
+    except OSError as error:
+        raise host_fault(error, path) or HostError(f"cannot read {path}: {error.strerror}") from None
     try:
         manifest = Manifest(**(values or {}))
     except TypeError:

@@ -12,7 +12,6 @@ OLLAMA_NUM_PARALLEL above 1, which is not its default, does batch requests.
 import contextlib
 import json
 import logging
-import os
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from tutor.artifacts.disk import sync_file
 from tutor.artifacts.hashing import json_sha256
 from tutor.engines.protocol import Engine, Generation
 from tutor.errors import ServiceError
@@ -222,5 +222,4 @@ def _read_journal(path: Path, key: str) -> tuple[dict[int, Record], int]:
 
 def _append(file: IO[bytes], entry: Mapping[str, Any]) -> None:
     file.write(json.dumps(entry, ensure_ascii=True).encode() + b"\n")
-    file.flush()
-    os.fsync(file.fileno())
+    sync_file(file)
