@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from support.fakes.llamacpp_answers import SCORER, SERVER
 from support.files import write_rows
@@ -159,6 +160,8 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 def pytest_configure() -> None:
     """Handle Ctrl-C as at a terminal: a background job of a script ignores it, and started programs inherit that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    hypothesis.settings.register_profile("without deadline", deadline=None)  # a loaded machine makes no test fail
+    hypothesis.settings.load_profile("without deadline")
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from support.json_values import json_values
 from support.outputs.stage_folders import read_stage, write_stage
 
@@ -12,7 +12,6 @@ from tutor.artifacts.disk import read_json, remove, write_json
 from tutor.errors import ArtifactError
 
 
-@settings(deadline=None)  # fsync waits for other programs' writes
 @given(value=json_values)
 def test_write_json_keeps_any_value(tmp_path_factory, value):
     path = tmp_path_factory.getbasetemp() / "value.json"
