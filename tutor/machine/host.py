@@ -178,7 +178,7 @@ def _cgroups(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
 
 def usable_cores(root: Path = Path("/")) -> int:
     """Number of threads that compute at a time: the cores of this process, or less by a container's quota of time."""
-    quotas = [len(os.sched_getaffinity(0))]
+    quotas = [_own_cores()]
     for folder, version in _cgroups(root, "cpu"):
         names = ("cpu.max",) if version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
         quota, period, *_ = (
@@ -191,10 +191,15 @@ def usable_cores(root: Path = Path("/")) -> int:
     return max(1, min(quotas))
 
 
+def _own_cores() -> int:
+    """Number of cores that the kernel runs this process on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def limit_threads() -> None:
     """Let libraries start no more threads than a container's quota has cores. Call it before torch is imported."""
     cores = usable_cores()
-    if cores < len(os.sched_getaffinity(0)):
+    if cores < _own_cores():
         os.environ.setdefault("OMP_NUM_THREADS", str(cores))
 
 
