@@ -1,5 +1,6 @@
 """A recipe's build folder belongs to one recipe file, holds no input, and is as private as the rows."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -76,6 +77,15 @@ def test_recipe_keeps_its_folder_when_the_project_moves(recipe_file, tmp_path):
     use(tmp_path / "copy" / "data" / "small.toml", tmp_path / "copy" / "build")
     project.rename(tmp_path / "moved")
     use(tmp_path / "moved" / "data" / "small.toml", tmp_path / "moved" / "build")
+
+
+def test_folder_that_was_moved_alone_is_any_recipes(recipe_file, build, tmp_path):
+    """Its record leads beyond the root from a place less deep, and there the system stays at the root."""
+    deep = tmp_path / "a" / "b" / "c"
+    use(recipe_file, deep)
+    (deep / "small" / ".recipe.json").write_text(json.dumps({"recipe": "../" * 99 + str(recipe_file).lstrip("/")}))
+    deep.rename(build)
+    use(copy_of(recipe_file, tmp_path / "other"), build)
 
 
 def test_recipe_by_another_path_is_the_same(recipe_file, build, tmp_path, monkeypatch):

@@ -15,8 +15,8 @@ import pytest
 from filelock import FileLock
 
 HASHES = "sha256.json"
-NEVER_SHARED = (".lock", ".lock.json", ".hashes.json")
-"""Files of a build folder that are written in place and so cannot be linked; `*.log` files are copied."""
+NEVER_SHARED = (".lock", ".lock.json", ".hashes.json", ".recipe.json")
+"""Files of a build folder that are of one place or are written in place; `*.log` files are copied."""
 
 
 def root(factory: pytest.TempPathFactory) -> Path:

@@ -64,7 +64,10 @@ def _owner(made: BuildFolder) -> Path | None:
     if not isinstance(recorded, str) or "\0" in recorded or os.environ.get(IN_STACK):
         return None
     try:
-        owner = (made.path.resolve() / recorded).resolve()
+        folder = made.path.resolve()
+        if Path(recorded).parts.count("..") >= len(folder.parts):  # of a deeper folder that was moved here
+            return None
+        owner = (folder / recorded).resolve()
         return owner if owner.is_file() else None
     except (OSError, RuntimeError):  # no path, or a loop of links
         return None
