@@ -75,6 +75,24 @@ def test_stored_answers_are_reused_until_an_input_changes(recipe: Recipe, build:
     assert evaluate_models(recipe.model_copy(update={"seed": 6}), build, [parse_model("tutor")])["ran"]
 
 
+def test_answers_of_a_changed_file_are_refused(recipe: Recipe, build: Path) -> None:
+    """Its size is equal: the answers would be stored as those of the file that was made."""
+    gguf = build / "small/gguf/tutor-Q4_K_M.gguf"
+    gguf.write_bytes(gguf.read_bytes().replace(b"0", b"1"))
+    with pytest.raises(ArtifactError, match=r"tutor-Q4_K_M\.gguf has changed since it was made"):
+        evaluate_models(recipe, build, [parse_model("tutor")])
+
+
+@pytest.mark.usefixtures("llamacpp")
+def test_damaged_answers_are_asked_again(recipe: Recipe, build: Path) -> None:
+    evaluate_models(recipe, build, [parse_model("tutor")])
+    kept = build / "small/eval-tutor/answers.json"
+    before = kept.read_bytes()
+    kept.write_bytes(before.replace(b"true", b"tru2", 1))
+    assert evaluate_models(recipe, build, [parse_model("tutor")])["ran"]
+    assert json.loads(kept.read_bytes())[0]["answers"]["tutor"]["passed"] is True
+
+
 @pytest.mark.usefixtures("llamacpp")
 def test_clean_evaluate_removes_evaluations_of_single_models(recipe: Recipe, build: Path) -> None:
     evaluate_models(recipe, build, [parse_model("tutor")])

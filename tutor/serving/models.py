@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tutor.artifacts.hashing import cached_sha256
 from tutor.artifacts.layout import BuildFolder, gguf_name
 from tutor.artifacts.manifest import read_manifest, require_stage
 from tutor.artifacts.provenance import SourceTree
@@ -119,9 +120,12 @@ def answer_dependencies(recipe: "Recipe", build: Path, choice: ModelChoice) -> d
     outputs = require_stage(gguf.parent, "convert").outputs
     if gguf.name not in outputs:
         raise ArtifactError(f"{gguf} was not made by the convert stage", "run: tutor convert")
+    sha256 = cached_sha256(gguf, folder.hashes)
+    if sha256 != outputs[gguf.name]["sha256"]:
+        raise ArtifactError(f"{gguf} has changed since it was made", "run: tutor convert")
     return {
         "file": gguf.stem,
-        "sha256": outputs[gguf.name]["sha256"],
+        "sha256": sha256,
         "context": recipe.generate.context,
         "engine": build_key(),
     }

@@ -204,10 +204,11 @@ def test_number_that_is_not_finite_is_a_difference(value: float, tolerance: Tole
 
 
 def test_end_with_a_margin_that_is_no_number_is_a_difference() -> None:
-    wide = replace(WIDE, margin=0.2)
-    ours, theirs = scored(-0.5, -0.3), scored(-0.5, -0.3, best=False)
-    theirs = replace(theirs, top=(theirs.top[0], ((99, math.nan), theirs.top[1][1])))
-    assert "end" in failing(observation(scored=theirs), wide, observation(scored=replace(ours, top=ours.top)))
+    ends, goes_on = scored(-0.5, -0.3), scored(-0.5, -0.3, best=False)
+    broken = replace(goes_on, top=(goes_on.top[0], ((99, math.nan), goes_on.top[1][1])))
+    ours, theirs = observation(scored=ends), observation(scored=broken)
+    assert "end" in failing(theirs, WIDE, ours)
+    assert "end" in failing(ours, WIDE, theirs)
 
 
 def test_kl_divergence_over_the_budget_is_a_difference() -> None:
