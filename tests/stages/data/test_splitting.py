@@ -89,6 +89,18 @@ def test_split_of_a_seed_is_fixed_and_seeds_differ() -> None:
     assert len({tuple(splitting.split(examples, 0.2, seed)[1]) for seed in range(10)}) > 5
 
 
+def test_split_depends_on_words_and_not_on_operators() -> None:
+    for question in ("pregunta {}", "¿pregunta + `{}`?"):
+        examples = [Example(question.format(n), "r", "ab"[n % 2], line=n) for n in range(20)]
+        assert [each.line for each in splitting.split(examples, 0.2, 42)[1]] == [5, 6, 10, 13]
+
+
+def test_questions_of_equal_words_are_split_in_any_order_alike() -> None:
+    examples = [Example(f"7 {sign} 3", "r", "a") for sign in "+-*/<>=%&|"]
+    found = {frozenset(splitting.split(rows, 0.3, 1)[1]) for rows in (examples, examples[::-1])}
+    assert [len(held_out) for held_out in found] == [3]
+
+
 @pytest.mark.parametrize("share", [0.001, 0.99])
 def test_split_sides_are_never_empty(share: float) -> None:
     for examples in (
