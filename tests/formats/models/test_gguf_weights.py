@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
+from support.models.gguf_bytes import tensor, whole
 from support.models.small_weights import (
     HIDDEN,
     MLP,
@@ -105,3 +107,15 @@ def test_sample_has_whole_rows_from_first_to_last(monkeypatch: pytest.MonkeyPatc
     assert gguf_weights._sampled((3, 1000)).tolist() == [0, 2]
     assert gguf_weights._sampled((5, 10)).tolist() == [0, 1, 2, 3, 4]
     assert gguf_weights._sampled((7,)).tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("F64", "<f8"), ("I8", "<i1"), ("I16", "<i2"), ("I32", "<i4"), ("I64", "<i8")]
+)
+def test_numbers_of_plain_types_are_read(tmp_path: Path, kind: str, dtype: str) -> None:
+    """The gguf package dequantizes none of them."""
+    numbers = np.arange(-32, 32, dtype=dtype)
+    number = int(gguf.GGMLQuantizationType[kind])
+    (tmp_path / "a.gguf").write_bytes(whole(tensors=(tensor(shape=(8, 8), kind=number),), data=numbers.tobytes()))
+    read = gguf_weights.file_rows(tmp_path / "a.gguf", read_gguf(tmp_path / "a.gguf").tensors["a"], np.array([1, 7]))
+    assert np.array_equal(read, numbers.astype(np.float32).reshape(8, 8)[[1, 7]])
