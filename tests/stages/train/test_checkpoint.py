@@ -330,6 +330,11 @@ def test_saved_precision_is_of_the_newest_readable_checkpoint(training: Training
     assert checkpoint.saved_precision(training.folder) == "bf16"
 
 
+def test_saved_precision_of_a_damaged_checkpoint_is_none(training: TrainingRun) -> None:
+    save(replace(training, fields={"device": "cpu"}), 4)
+    assert checkpoint.saved_precision(training.folder) is None
+
+
 def test_saved_precision_of_a_gpu_is_not_kept(training: TrainingRun) -> None:
     save(replace(training, fields=fields() | {"device": "cuda", "precision": "fp16"}), 4)
     assert checkpoint.saved_precision(training.folder) is None

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -167,6 +168,23 @@ def watched(trainer: Any, folder: Path, scores: Sequence[float] = (), **changes:
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_log_continues_after_a_cut_line_and_keeps_other_files(tmp_path: Path, step: int) -> None:
+    """A kill can cut the last line; a user can keep notes beside the logs."""
+    log = tmp_path / "adapter.log"
+    (log / "tensorboard").mkdir(parents=True)
+    (log / "tensorboard" / "events.out.tfevents.1").touch()
+    (log / "notes.txt").write_text("mine", "utf-8")
+    (log / "metrics.jsonl").write_text('{"step": 1}\n[]\n{"step": 3}\n{"step": 2, "lo', "utf-8")
+    state = SimpleNamespace(global_step=step, epoch=1.0, max_steps=4)
+    watching = Monitor(log, monitor_settings(), lambda: 0.0)
+    watching.on_train_begin(SimpleNamespace(output_dir=tmp_path), state, None)
+    watching.close()
+    assert lines_of(log) == ([{"step": 1}] if step else [])
+    assert (log / "notes.txt").read_text("utf-8") == "mine"
+    assert (log / "tensorboard" / "events.out.tfevents.1").exists() == bool(step)
 
 
 @pytest.mark.pipeline
