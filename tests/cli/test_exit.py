@@ -61,6 +61,24 @@ def test_user_error_is_one_line_and_its_exit_code(tmp_path, arguments, code, exp
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("TUTOR_DEBUG", "maybe", "'maybe' is not a valid boolean"),
+        ("TUTOR_RECIPE", "none.toml", "cannot read recipe none.toml"),
+        ("TUTOR_RECIPE", "a\nb", "cannot read recipe a\\nb"),
+        ("TUTOR_BUILD", "README.md/build", "Not a directory"),
+        ("TUTOR_BUILD", "/", "/ is the root of the file system"),
+    ],
+)
+def test_wrong_variable_of_tutor_is_one_line_and_exit_2(variable, value, expected):
+    done = in_process("status", env={variable: value})
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert done.stderr.startswith("Error: ")
+    assert done.stderr.count("\n") == 1
+
+
 def test_unknown_setting_names_the_key_and_similar_ones(tutor, tmp_path):
     done = tutor("run", "-r", write_text(tmp_path / "r.toml", "[train]\nrnak = 4\n"), "-b", tmp_path / "build")
     assert done.returncode == 2
