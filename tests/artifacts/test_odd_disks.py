@@ -8,8 +8,10 @@ import fcntl
 import io
 import os
 import platform
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -188,3 +190,24 @@ def test_host_fault_ignores_errors_of_other_causes(tmp_path):
     )
     named = host_fault(OSError(errno.EINVAL, "Invalid argument", "C:?"), tmp_path)
     assert isinstance(named, HostError)
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_build_folder_removed_during_a_stage_is_exit_5(recipe_file, tmp_path, monkeypatch, level):
+    """The next run makes all again."""
+    from tutor.pipeline.registry import Stage
+
+    build = tmp_path / "build"
+
+    def tidy(recipe: Any, inputs: Any, out: Path) -> dict[str, Any]:
+        shutil.rmtree([build, build / "small", out][level])
+        (out / "train.jsonl").write_text("rows")
+        return {}
+
+    monkeypatch.setattr(Stage, "module", SimpleNamespace(run=tidy))
+    where = ("-r", recipe_file, "-b", build)
+    done = in_process("data", "split", *where)
+    assert done.returncode == 5, done.stderr
+    assert "data.partial was removed while it was written; run again" in done.stderr
+    monkeypatch.undo()
+    assert in_process("data", "split", *where).returncode == 0
