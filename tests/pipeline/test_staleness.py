@@ -90,3 +90,15 @@ def test_other_code_and_versions_are_not_counted(recipe: Recipe, build: Path) ->
     manifest["fields"] |= {"code": "0" * 16, "version.pydantic": "0"}
     path.write_text(json.dumps(manifest), "utf-8")
     assert edited_inputs(recipe, build, SERVED) == []
+
+
+def test_setting_that_json_writes_as_another_type_is_equal(
+    recipe: Recipe, build: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = BY_NAME["train"].recipe_fields(recipe)
+    changed = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    assert changed != fields
+    monkeypatch.setattr(
+        type(BY_NAME["train"]), "recipe_fields", lambda stage, _: changed if stage.name == "train" else {}
+    )
+    assert edited_inputs(recipe, build, SERVED) == []

@@ -4,6 +4,7 @@ In: a recipe, its build folder, names of stages. Out: one line an edited input. 
 out: they differ between the containers of one stack. `tutor status` (runner.py) counts them too. Runs no stage.
 """
 
+import json
 import logging
 from collections.abc import Collection
 from pathlib import Path
@@ -31,7 +32,8 @@ def edited_inputs(recipe: Recipe, build: Path, names: Collection[str]) -> list[s
         if (manifest := manifests[name]) is None:
             continue
         stage = BY_NAME[name]
-        fields = stage.recipe_fields(recipe) | _file_fields(stage, recipe, made)
+        # As JSON, which the manifest is: it has no tuples.
+        fields = json.loads(json.dumps(stage.recipe_fields(recipe))) | _file_fields(stage, recipe, made)
         # A stage that reads more than it did when its folder was made has other code.
         known = {need: manifests[need] for need in stage.needs if f"input.{need}" in manifest.fields}
         fields |= {f"input.{need}": found.fingerprint for need, found in known.items() if found}
