@@ -270,6 +270,32 @@ run_and_exit(command, "command")
 """A command whose cleanup prints, and during which SIGHUP comes again."""
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "expected"),
+    [
+        (
+            "RuntimeError('CUDA out of memory. Tried to allocate 2 GiB.\\nMore')",
+            4,
+            "out of memory: CUDA out of memory.",
+        ),
+        (
+            "RuntimeError('DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes')",
+            4,
+            "out of memory: Def",
+        ),
+        ("MemoryError()", 4, "out of memory: Python's; end other programs"),
+        ("RuntimeError('shape mismatch')", 1, "bug in tutor: RuntimeError: shape mismatch"),
+    ],
+)
+def test_memory_that_runs_out_anywhere_is_exit_4(error, code, expected):
+    lines = ["import click", "from tutor.cli.exit import run_and_exit", "@click.command()", "def command():"]
+    program = "\n".join([*lines, f"    raise {error}", "run_and_exit(command, 'command')"])
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stderr.startswith(f"Error: {expected}")
+    assert done.stderr.count("\n") == 1
+
+
 def test_closed_terminal_ends_through_every_cleanup(tmp_path):
     """The terminal's end closes: every write to it fails, and SIGHUP comes from the kernel."""
     process, terminal = pty.fork()

@@ -81,7 +81,7 @@ def _run(command: click.Command, name: str, arguments: list[str], *, debug: bool
 
 
 def _call(command: click.Command, name: str, arguments: list[str]) -> object:
-    """Run a command and return what it returns. Raises HostError for a fault of a disk outside the stages."""
+    """Run a command and return what it returns. Raises HostError for memory that ran out, and for a fault of a disk."""
     try:
         return command.main(arguments, prog_name=name, standalone_mode=False)
     except OSError as error:
@@ -91,6 +91,13 @@ def _call(command: click.Command, name: str, arguments: list[str]) -> object:
         if fault is None:
             raise
         raise fault from error
+    except (MemoryError, RuntimeError) as error:
+        from tutor.machine.device import ran_out_of_memory
+
+        if not ran_out_of_memory(error):
+            raise
+        what = str(error).partition("\n")[0] or "Python's"
+        raise HostError(f"out of memory: {what}", "end other programs, then run the same command again") from error
 
 
 def print_error(

@@ -5,6 +5,7 @@ or a HostError. The only decisions about precision and available memory. torch a
 needs this process's own device. Does not estimate what a model takes: memory/estimate.py does.
 """
 
+import errno
 import importlib.metadata
 import logging
 import os
@@ -42,6 +43,9 @@ BF16_GAIN = 1.5
 """Minimum rate of matrix products in bf16, as a multiple of fp32's, for bf16 on a CPU.
 
 The rest of a pass is no faster in bf16 and can be slower, and bf16 rounds: less would gain under a fifth."""
+
+NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
+"""Texts of a RuntimeError for memory that ran out, by CUDA, cuBLAS and PyTorch's CPU allocator."""
 
 UNLIMITED = 1 << 62
 """Bytes that stand for memory of unknown size."""
@@ -172,6 +176,15 @@ def use_one_gpu() -> None:
             "%d GPUs are visible: training uses the first, %s (CUDA_VISIBLE_DEVICES chooses another, accelerate launch "
             "uses all)", len(gpus), gpus[0].name,
         )  # fmt: skip
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that main memory or a GPU's ran out; needs no torch."""
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    )
 
 
 def reported_memory(gpu: Gpu | None) -> DeviceMemory:

@@ -7,7 +7,6 @@ trainer and checkpoint.py do).
 """
 
 import contextlib
-import errno
 import logging
 import re
 import signal
@@ -22,6 +21,7 @@ from transformers import TrainerCallback
 from tutor.artifacts.disk import disk_fault
 from tutor.errors import HostError, TutorError
 from tutor.machine import distributed
+from tutor.machine.device import ran_out_of_memory
 from tutor.machine.memory.batching import MicroBatches
 from tutor.machine.run_cost import checkpoint_bytes
 from tutor.stages.train import checkpoint
@@ -32,8 +32,6 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Signals that end a training after its current step."""
 LAUNCHER_SECONDS = 2.0
 """Seconds after a signal in which others are its repetition: at a terminal a launcher passes on what all ranks got."""
-NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
-"""Texts of a RuntimeError for memory that ran out, by CUDA, cuBLAS and PyTorch's CPU allocator."""
 
 
 GPU_FAILED = re.compile(
@@ -194,11 +192,7 @@ def saving(
 
 def memory_fault(error: BaseException, trainer: Any, hint: str) -> TutorError | None:
     """Return an error with the step in which memory ran out, or None for another error."""
-    if not (
-        isinstance(error, torch.OutOfMemoryError | MemoryError)
-        or (isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)))
-        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-    ):
+    if not ran_out_of_memory(error):
         return None
     step, steps = _steps(trainer)
     return HostError(f"out of memory in step {step + 1} of {steps}", hint)
