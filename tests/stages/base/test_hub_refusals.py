@@ -130,6 +130,21 @@ def test_offline_mode_and_client_settings_are_named(endpoint: str, tmp_path: Pat
     assert "ALL_PROXY" in proxy[1]
 
 
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [
+        ({"HF_HUB_DOWNLOAD_TIMEOUT": "abc"}, "a variable of the hub's client is wrong: invalid literal"),
+        ({"SSL_CERT_FILE": "/nowhere"}, "SSL_CERT_FILE is '/nowhere', which is not there"),
+        ({"HF_OIDC_RESOURCE": "x"}, "the hub's token cannot be read: HF_OIDC_RESOURCE is set"),
+    ],
+)
+def test_variable_of_the_client_that_is_wrong_is_named(
+    endpoint: str, tmp_path: Path, setting: dict[str, str], text: str
+) -> None:
+    code, found = refused(endpoint, tmp_path, "gated", **setting)["gated"]
+    assert (code, text in found) == (2, True), found
+
+
 @pytest.mark.parametrize("token", ["“hf_x”", "hf_x y", "hf_ñ", "hf_x\x07", "hf_x\u200b"])
 def test_token_that_no_request_can_hold_is_a_recipe_error(monkeypatch: pytest.MonkeyPatch, token: str) -> None:
     monkeypatch.setenv("HF_TOKEN", token)

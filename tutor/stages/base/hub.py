@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tutor.artifacts.disk import read_json
@@ -42,8 +43,7 @@ def fetch_snapshot(repo: str, revision: str) -> Path:
     Raises ArtifactError for a refused configuration or a damaged file, HostError where the disk cannot keep it,
     RecipeError for an impossible name, token or proxy, ServiceError where the hub cannot be reached or refuses.
     """
-    import huggingface_hub as hub
-
+    hub = _client()
     _check_token()
     config = Path(_from_hub(hub.hf_hub_download, repo, revision, filename="config.json"))
     check_model_config(read_json(config), f"{repo}@{revision}")
@@ -53,17 +53,32 @@ def fetch_snapshot(repo: str, revision: str) -> Path:
     return folder
 
 
+def _client() -> ModuleType:
+    """Return huggingface_hub. Raises RecipeError for variables with which it cannot be imported or connect."""
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        if (path := os.environ.get(name)) and not Path(path).exists():
+            raise RecipeError(f"{name} is {path!r}, which is not there", f"correct or unset {name}")
+    try:
+        from huggingface_hub import constants  # noqa: F401 - reads the environment
+    except ValueError as error:
+        raise RecipeError(f"a variable of the hub's client is wrong: {error}", "check those named HF_...") from None
+    import huggingface_hub
+
+    return huggingface_hub
+
+
 def _check_token() -> str | None:
     """Return the token that the hub's client sends, or None. Raises RecipeError for one that no request can hold."""
     import huggingface_hub as hub
+    from huggingface_hub import errors
 
     place = "HF_TOKEN" if os.environ.get("HF_TOKEN", "").strip() else "the hub's token"
     try:
         token = hub.get_token()  # without blanks and newlines around
     except OSError as error:
         raise HostError(f"{place} cannot be read: {error}", "make HF_HOME a folder that you can read") from None
-    except ValueError as error:
-        raise RecipeError(f"{place} cannot be read: {error}", "log in again: hf auth login") from None
+    except (ValueError, errors.OIDCError, errors.DeviceCodeError) as error:
+        raise RecipeError(f"{place} cannot be read: {_line(error)}", "log in again: hf auth login") from None
     if token and (wrong := sorted(set(re.sub(r"[!-~]", "", token)))):
         problem = f"{place} holds {' '.join(map(repr, wrong[:5]))}, which no token has"
         raise RecipeError(problem, "copy the token alone, without quotation marks and blanks")
