@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from support.fakes.docker import Host
 
+from tutor.errors import HostError
 from tutor.pipeline import compose, logged_command
 from tutor.pipeline.logged_command import LogError, run_logged
 from tutor.recipe.reading import read_recipe
@@ -86,3 +87,14 @@ def test_run_all_makes_its_folder_the_recipes(host: Host, recipe, tmp_path):
     shutil.rmtree(tmp_path / "build" / "small" / "logs")
     compose.run_all(recipe, tmp_path / "build")
     assert (tmp_path / "build" / "small" / "logs" / "trainer.log").exists()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root's services run as another user")
+def test_run_all_refuses_rows_that_its_services_cannot_read(host: Host, recipe, tmp_path):
+    rows = recipe.path.with_name("tutor.jsonl")
+    rows.chmod(0o600)
+    with pytest.raises(HostError, match=rf"{rows} cannot be read by uid 10001, .*; chmod o\+r"):
+        compose.run_all(recipe, tmp_path / "build")
+    assert not any(" build " in line for line in host.calls)
+    rows.chmod(0o644)
+    compose.run_all(recipe, tmp_path / "build")

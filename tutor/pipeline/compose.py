@@ -23,9 +23,9 @@ from tutor.formats.visible import clean
 from tutor.graders.labels import LABELS
 from tutor.machine import container_host, preflight
 from tutor.machine.container_host import Project
-from tutor.pipeline.compose_command import Stack, hub_token, prepare
+from tutor.pipeline.compose_command import Stack, hub_token, owner, prepare
 from tutor.pipeline.logged_command import LogError, StackError, print_output, run_logged
-from tutor.pipeline.recipe_folder import held
+from tutor.pipeline.recipe_folder import held, refuse_unreadable
 from tutor.pipeline.runner import announced
 from tutor.recipe.settings import Recipe
 
@@ -78,6 +78,8 @@ def run_all(recipe: Recipe, build: Path, *, gpu: bool | None = None) -> dict[str
     with held(recipe, build):  # the services see another path of the recipe, and do not compare it
         pass
     daemon = container_host.daemon()
+    if (uid := owner(daemon)[0]) not in (0, os.getuid()):
+        refuse_unreadable(recipe, uid)
     project = container_host.project() if daemon.info else Project()
     stack = Stack(recipe.path, build, preflight.check_host(recipe, build, daemon, project, gpu=gpu), daemon)
     prepare(stack)

@@ -15,7 +15,7 @@ from pathlib import Path
 from tutor.artifacts.disk import read_json_object, write_json
 from tutor.artifacts.layout import BuildFolder
 from tutor.artifacts.lock import locked
-from tutor.errors import RecipeError
+from tutor.errors import HostError, RecipeError
 from tutor.recipe.settings import Recipe
 
 IN_STACK = "TUTOR_IN_STACK"
@@ -53,6 +53,19 @@ def refuse_folder(recipe: Recipe, build: Path) -> None:
             raise RecipeError(
                 f"{what} of {recipe.path} {inside}: {path}", "move it, or give another --build: outputs are replaced"
             )
+
+
+def refuse_unreadable(recipe: Recipe, uid: int) -> None:
+    """Raise HostError for an input file that another user, whom services run as, cannot read."""
+    for _, path in _inputs(recipe):
+        with contextlib.suppress(OSError):
+            found = path.stat()
+            needed = stat.S_IRUSR if found.st_uid == uid else stat.S_IROTH
+            if stat.S_ISREG(found.st_mode) and not found.st_mode & needed:
+                raise HostError(
+                    f"{path} cannot be read by uid {uid}, whom the services of root run as",
+                    f"chmod o+r {shlex.quote(str(path))}, or run as a user who is not root",
+                )
 
 
 def _owner(made: BuildFolder) -> Path | None:
