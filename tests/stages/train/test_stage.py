@@ -19,6 +19,7 @@ from support.models.training import SOURCE, settings
 
 from tutor.artifacts.stage_folder import log_folder
 from tutor.errors import ArtifactError, DataError
+from tutor.formats.models.base_source import public_source
 from tutor.machine.capacity import plan_training
 from tutor.prompt import Encoded
 from tutor.stages.train import held_out_loss, loop
@@ -163,7 +164,9 @@ def test_patience_stops_early_and_logs_the_step(
 def test_adapter_config_names_source_and_no_local_path(trained: Trained, tiny: Path) -> None:
     out, results = trained
     config = json.loads((out / "adapter_config.json").read_text())
-    assert (config["base_model_name_or_path"], results["base_source"]) == (SOURCE, SOURCE)
+    name = public_source(SOURCE, results["base_weights"])
+    assert name.startswith("local:")
+    assert (config["base_model_name_or_path"], results["base_source"]) == (name, name)
     assert config["target_modules"] == sorted(config["target_modules"])  # a set's order changes from run to run
     assert {path.name for path in out.iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "training.svg",
