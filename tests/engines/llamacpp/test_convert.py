@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from gguf import GGUFWriter
 from support.fakes.llamacpp import script
+from support.fakes.llamacpp_vocabulary import write_gguf_package
 from support.models.random_llama import RECOGNISER, TEXTS, make_tiny
 
 from tutor.engines.llamacpp.build import VERSION
@@ -24,7 +25,7 @@ from tutor.recipe.quantizations import KINDS, NEED_IMATRIX, NOT_MADE, SECOND_NAM
 CONVERTER = """
 import argparse, json, os
 from pathlib import Path
-import gguf
+import gguf.vocab
 from conversion.base import TextModel
 
 def main():
@@ -32,12 +33,19 @@ def main():
     parser.add_argument("model")
     for name in ("--outfile", "--outtype", "--model-name"):
         parser.add_argument(name)
+    parser.add_argument("--vocab-only", action="store_true")
     given = vars(parser.parse_args())
     print("hola, converting")
     model = TextModel()
     given["pre"] = model.get_vocab_base_pre("a tokenizer")
     model.prepare_metadata(vocab_only=False)
     given["metadata"] = model.gguf_writer.metadata
+    given["architectures"] = TextModel.load_hparams(given["model"], False)["architectures"]
+    special = gguf.vocab.SpecialVocab()
+    for kind, id_ in (("bos", 0), ("pad", -1), ("eos", [1, 2])):
+        special._set_special_token(kind, id_)
+    given["ids"] = special.ids
+    given["files"] = TextModel.get_model_part_names(Path(given["model"]), "model", ".safetensors")
     given["gguf"] = gguf.__file__
     given["process"] = os.getpid()
     Path(given["outfile"]).write_text(json.dumps(given))
@@ -169,16 +177,16 @@ def test_failed_imatrix_leaves_no_file(build: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def converter(build: Path) -> Callable[[str], Path]:
+def converter(build: Path, tmp_path: Path) -> Callable[[str], Path]:
     """Make a converter that identifies every tokenizer by a given name, or none; return the build's folder."""
 
     def make(name: str) -> Path:
-        for folder in ("conversion", "gguf-py"):
-            (build / folder).mkdir()
+        (build / "conversion").mkdir()
         (build / "convert_hf_to_gguf.py").write_text(CONVERTER, "utf-8")
         (build / "conversion" / "base.py").write_text(RECOGNISER, "utf-8")
         (build / "conversion" / "identified.txt").write_text(name, "utf-8")
-        (build / "gguf-py" / "gguf.py").touch()
+        write_gguf_package(build)
+        (tmp_path / "model.safetensors").touch()
         return build
 
     return make
@@ -194,7 +202,7 @@ def test_unknown_tokenizer_gets_our_name(converter: Callable[[str], Path], tmp_p
     build = converter("")
     given = converted(tmp_path, "llama-bpe")
     assert (given["pre"], given["outtype"], given["model_name"]) == ("llama-bpe", "f16", "tutor")
-    assert given["gguf"] == str(build / "gguf-py" / "gguf.py")
+    assert given["gguf"] == str(build / "gguf-py" / "gguf" / "__init__.py")
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -203,6 +211,18 @@ def test_metadata_is_written_after_that_of_the_converter(converter: Callable[[st
     given = converted(tmp_path, "llama-bpe", **{"tutor.base": "año «'\"", "tutor.version": "1"})
     assert list(given["metadata"].items()) == [("theirs", "False"), ("tutor.base", "año «'\""), ("tutor.version", "1")]
     assert converted(tmp_path, "llama-bpe")["metadata"] == {"theirs": "False"}
+
+
+def test_converter_reads_the_architecture_and_no_negative_id(converter: Callable[[str], Path], tmp_path: Path) -> None:
+    """config.json may lack the architecture, and old ones have -1 where there is no token."""
+    converter("")
+    given = converted(tmp_path, "llama-bpe")
+    assert given["architectures"] == ["LlamaForCausalLM"]
+    assert given["ids"] == {"bos": 0, "eos": [1, 2]}
+    assert given["files"] == ["model.safetensors"]  # llama.cpp would take every file that begins with "model"
+    assert not given["vocab_only"]
+    to_gguf(Conversion(tmp_path, tmp_path / "v.gguf", "llama-bpe", vocabulary_only=True))
+    assert json.loads((tmp_path / "v.gguf").read_text("utf-8"))["vocab_only"]
 
 
 @pytest.mark.parametrize(("known", "pre"), [("smollm", "smollm"), ("starcoder", "smollm"), ("falcon3", "llama-bpe")])
@@ -242,6 +262,9 @@ def test_models_are_converted_in_one_process(converter: Callable[[str], Path], t
 def test_failed_second_model_is_named_and_leaves_no_file(converter: Callable[[str], Path], tmp_path: Path) -> None:
     converter("smollm")
     good, bad = tmp_path / "good", tmp_path / "bad"
+    for folder in (good, bad):
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
     with pytest.raises(ArtifactError, match=f"cannot convert {bad}: the converter identifies"):
         to_gguf(Conversion(good, tmp_path / "a.gguf", "smollm"), Conversion(bad, tmp_path / "b.gguf", "llama-bpe"))
     assert not list(tmp_path.glob("*.gguf*"))

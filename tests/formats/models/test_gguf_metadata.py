@@ -124,6 +124,8 @@ def test_matrices_of_a_fallback_type_are_counted(kind: str, types: list[str], co
 def folder(path: Path, weights: dict[str, Any] | None = None, **config: Any) -> Path:
     path.mkdir(exist_ok=True)
     settings = {"model_type": "llama", "num_hidden_layers": 2, "max_position_embeddings": 512, "rope_theta": 1e6}
+    settings |= {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 3}
+    (path / "tokenizer_config.json").write_text("{}", "utf-8")
     (path / "config.json").write_text(json.dumps({**settings, **config}), "utf-8")
     given = {"model.embed_tokens.weight": np.zeros((3, 8), np.float16), "model.norm.weight": np.zeros(8, np.float16)}
     save_file(given if weights is None else weights, path / "model.safetensors")

@@ -35,7 +35,8 @@ def test_unpermuted_q_and_k_are_found(tmp_path: Path) -> None:
     """Ollama's own conversion of adapters makes this fault: all numbers are present, in the wrong rows."""
     weights = random_weights()
     lines = exact(write_gguf(tmp_path / "a.gguf", weights, as_is=True), write_model(tmp_path / "m", weights))
-    assert {line.split()[0] for line in lines} == {"blk.0.attn_q.weight", "blk.0.attn_k.weight"}
+    parts = {f"blk.0.attn_{part}.{kind}" for part in "qk" for kind in ("weight", "bias")}
+    assert {line.split()[0] for line in lines} == parts
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -120,11 +120,11 @@ def hub_settings(address: str, folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def fetch(tutor: Cli, tmp_path: Path) -> Cli:
+def fetch(tutor: Cli, tiny_vocabulary: Path, tmp_path: Path) -> Cli:
     """Run `tutor base` on the hub's repository, with its cache in `tmp_path`."""
 
     def run(address: str, revision: str = REVISION, **env: str) -> "CompletedProcess[str]":
-        settings = {**hub_settings(address, tmp_path), **env}
+        settings = {**hub_settings(address, tmp_path), "TUTOR_LLAMACPP": str(tiny_vocabulary), **env}
         return tutor("base", "-r", hub_recipe(tmp_path, revision), "-b", tmp_path / "build", env=settings)
 
     return run

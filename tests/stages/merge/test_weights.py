@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.models.tiny_models import adapter_stage, base_stage, edit, tensors
+from support.models.tiny_models import adapter_stage, base_stage, edit, tensors, write_index
 from support.shared import copied
 
 torch = pytest.importorskip("torch")
@@ -38,7 +38,7 @@ def with_biases(model: Path, to: Path) -> Path:
             if "_proj" in name
         }
         save_file({**held, **biases}, path, metadata={"format": "pt"})
-    return to
+    return write_index(to)
 
 
 def as_if_trained(adapter: Path) -> Path:
@@ -268,6 +268,7 @@ def test_base_with_fewer_layers_is_refused_with_missing_tensor(stages: MergeStag
     for path in stages.model.glob("*.safetensors"):
         held = {name: weight for name, weight in load_file(path).items() if ".layers.1." not in name}
         save_file(held, path, metadata={"format": "pt"})
+    write_index(stages.model)
     message = stages.refused()
     assert "the base has no model.layers.1.self_attn.k_proj.weight (4 of 8 adapted tensors missing)" in message
 

@@ -28,7 +28,9 @@ def write_base(folder: Path) -> None:
     labels = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<fin>"}
     (folder / "model" / "tokenizer_config.json").write_text(json.dumps(labels), "utf-8")
     facts = {"source": "tiny", "model": "model", "weights": "0", "vocabulary": 257, "add_bos": False, "bos": None}
-    (folder / "base.json").write_text(json.dumps({**facts, "eos": 256, "pad": None, "pre_tokenizer": "x"}), "utf-8")
+    (folder / "base.json").write_text(
+        json.dumps({**facts, "eos": 256, "pad": None, "pre_tokenizer": "x", "check": {}}), "utf-8"
+    )
 
 
 def read_requests(path: Path) -> list[dict[str, object]]:

@@ -17,7 +17,12 @@ class Writer:
     def add_string(self, key, value):
         self.metadata[key] = value
 
-class TextModel:
+class ModelBase:
+    @staticmethod
+    def load_hparams(folder, is_mistral):
+        return {"model_type": "llama", "architectures": None}
+
+class TextModel(ModelBase):
     def __init__(self):
         self.gguf_writer = Writer()
 

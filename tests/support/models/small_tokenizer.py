@@ -50,4 +50,6 @@ def write_base(base: Path, tokenizer: Path) -> None:
     (base / "model").mkdir(parents=True)
     shutil.copy(tokenizer, base / "model" / "tokenizer.json")
     facts = {"source": "tiny", "model": "model", "weights": "", "vocabulary": 256, "add_bos": False, "bos": None}
-    (base / "base.json").write_text(json.dumps({**facts, "eos": 0, "pad": None, "pre_tokenizer": ""}), "utf-8")
+    (base / "base.json").write_text(
+        json.dumps({**facts, "eos": 0, "pad": None, "pre_tokenizer": "", "check": {}}), "utf-8"
+    )

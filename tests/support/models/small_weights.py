@@ -19,7 +19,9 @@ SHAPES = {
     "model.embed_tokens.weight": (VOCABULARY, HIDDEN),
     "model.norm.weight": (HIDDEN,),
     f"{ATTENTION}q_proj.weight": (HIDDEN, HIDDEN),
+    f"{ATTENTION}q_proj.bias": (HIDDEN,),
     f"{ATTENTION}k_proj.weight": (HIDDEN // 2, HIDDEN),
+    f"{ATTENTION}k_proj.bias": (HIDDEN // 2,),
     f"{MLP}down_proj.weight": (HIDDEN, INNER),
 }
 
@@ -28,7 +30,9 @@ NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
     f"{ATTENTION}q_proj.weight": "blk.0.attn_q.weight",
+    f"{ATTENTION}q_proj.bias": "blk.0.attn_q.bias",
     f"{ATTENTION}k_proj.weight": "blk.0.attn_k.weight",
+    f"{ATTENTION}k_proj.bias": "blk.0.attn_k.bias",
     f"{MLP}down_proj.weight": "blk.0.ffn_down.weight",
 }
 
@@ -45,7 +49,7 @@ def trained_weights(weights: Weights, share: float = 0.01, seed: int = 1) -> Wei
     """The weights after a training: the matrices changed by a share, in 16 bits again."""
     changes = random_weights(seed, 0.05 * share)
     return {
-        name: (value.astype(np.float32) + changes[name]).astype(np.float16) if "_proj" in name else value
+        name: (value.astype(np.float32) + changes[name]).astype(np.float16) if "_proj.weight" in name else value
         for name, value in weights.items()
     }
 

@@ -60,9 +60,15 @@ def in_two_shards(folder: Path) -> Path:
     shards = {"model-00001-of-00002.safetensors": names[:8], "model-00002-of-00002.safetensors": names[8:]}
     for file, held in shards.items():
         save_file({name: weights[name] for name in held}, folder / file, metadata={"format": "pt"})
+    return write_index(folder)
+
+
+def write_index(folder: Path) -> Path:
+    """Write the index of all weight files of a folder."""
+    held = {path.name: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
     index = {
-        "metadata": {"total_size": sum(weight.nbytes for weight in weights.values())},
-        "weight_map": {name: file for file, held in shards.items() for name in held},
+        "metadata": {"total_size": sum(weight.nbytes for weights in held.values() for weight in weights.values())},
+        "weight_map": {name: file for file, weights in held.items() for name in weights},
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
     return folder

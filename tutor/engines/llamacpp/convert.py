@@ -23,8 +23,9 @@ from tutor.engines.llamacpp.process import (
 from tutor.engines.llamacpp.src.convert import CONVERTING
 from tutor.errors import ArtifactError, RecipeError
 from tutor.formats.models.gguf import read_gguf
+from tutor.formats.models.model_config import ARCHITECTURE
 from tutor.formats.models.pre_tokenizer import equivalent_names
-from tutor.formats.models.safetensors import SIXTEEN_BIT
+from tutor.formats.models.safetensors import SIXTEEN_BIT, weight_files
 from tutor.recipe.quantizations import KINDS
 
 CHUNK_LENGTHS = (512, 256, 128, 64, 32)
@@ -33,12 +34,13 @@ CHUNK_LENGTHS = (512, 256, 128, 64, 32)
 
 @dataclass(frozen=True)
 class Conversion:
-    """A 16-bit Hugging Face folder, and the F16 GGUF to write of it."""
+    """A 16-bit Hugging Face folder of a Llama, and the F16 GGUF to write of it."""
 
     model: Path
     target: Path
     pre_tokenizer: str  # llama.cpp's name of the splitting (formats/models/pre_tokenizer.py); "" for SentencePiece
     metadata: Mapping[str, str] = field(default_factory=dict)  # additional key-values
+    vocabulary_only: bool = False  # write the metadata and the tokenizer, without tensors: no weight is read
 
 
 def to_gguf(*conversions: Conversion) -> None:
@@ -52,6 +54,9 @@ def to_gguf(*conversions: Conversion) -> None:
             "target": str(partial_path(item.target)),
             "names": equivalent_names(item.pre_tokenizer) if item.pre_tokenizer else (),
             "metadata": dict(item.metadata),
+            "architecture": ARCHITECTURE,
+            "files": [path.name for path in weight_files(item.model)],
+            "options": ["--vocab-only"] if item.vocabulary_only else [],
         }
         for item in conversions
     ]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tutor.errors import ArtifactError, HostError, RecipeError
-from tutor.formats.models.safetensors import WEIGHTS
+from tutor.formats.models.safetensors import WEIGHTS, weight_files
 
 if TYPE_CHECKING:
     from tutor.recipe.settings import Recipe
@@ -34,13 +34,23 @@ def source_files(recipe: "Recipe") -> dict[str, Path]:
         return {"gguf": package_file(found["module"], found["file"])}
     if source.startswith("path:"):
         folder = local_folder(recipe, source)
-        return {path.name: path for pattern in (WEIGHTS, "*.json", "*.jinja") for path in sorted(folder.glob(pattern))}
+        patterns = ("*.json", "*.jinja", "tokenizer.model")
+        read = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+        return {path.name: path for path in (*_weights(folder), *read)}
     return {}
 
 
 def public_source(source: str, weights: str) -> str:
     """Return a source for files that are given to others: a folder of this machine by the hash of its weights."""
     return f"{LOCAL}{weights[:12]}" if source.startswith("path:") else source
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The weight files that count; all of a folder that the base stage will refuse."""
+    try:
+        return weight_files(folder)
+    except ArtifactError:
+        return sorted(folder.glob(WEIGHTS))
 
 
 def local_folder(recipe: "Recipe", source: str) -> Path:

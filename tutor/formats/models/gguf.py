@@ -86,11 +86,14 @@ class NumberArray(Sequence[float]):
         return f"{self._count} numbers"
 
 
-def read_gguf(path: Path) -> Gguf:
-    """Read a GGUF file, every length checked against the file. Raises ArtifactError when it is not whole."""
+def read_gguf(path: Path, *, vocabulary_only: bool = False) -> Gguf:
+    """Read a GGUF file, every length checked against the file; with `vocabulary_only` one without tensors.
+
+    Raises ArtifactError when it is not whole.
+    """
     try:
         with path.open("rb", buffering=1 << 20) as file:
-            return _read(_Cursor(path, file))
+            return _read(_Cursor(path, file), vocabulary_only=vocabulary_only)
     except (OSError, ValueError, struct.error) as error:
         raise ArtifactError(f"{path} is no whole GGUF: {error}", "make it again: tutor convert") from error
 
@@ -164,7 +167,7 @@ def _form(kind: int) -> str:
     return FORMS[kind]
 
 
-def _read(cursor: _Cursor) -> Gguf:
+def _read(cursor: _Cursor, *, vocabulary_only: bool) -> Gguf:
     if (magic := cursor.read(min(4, cursor.size))) != b"GGUF":
         raise ValueError(f"it begins with {magic!r}")
     version, n_tensors, n_fields = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
@@ -190,7 +193,7 @@ def _read(cursor: _Cursor) -> Gguf:
         tensors[name] = tensor
         places.append((offset, size, name))
     alignment = fields.get("general.alignment", ALIGNMENT)
-    _check_places(places, cursor, alignment)
+    _check_places(places, cursor, alignment, may_be_empty=vocabulary_only)
     start = _aligned(cursor.at, alignment)
     return Gguf(fields, {name: replace(tensors[name], start=start + offset) for offset, _, name in places})
 
@@ -210,8 +213,10 @@ def _tensor(cursor: _Cursor) -> tuple[str, Tensor, int, int]:
     return name, Tensor(kind.name, shape), offset, math.prod(shape) // block * block_size
 
 
-def _check_places(places: list[tuple[int, int, str]], cursor: _Cursor, alignment: int) -> None:
+def _check_places(places: list[tuple[int, int, str]], cursor: _Cursor, alignment: int, *, may_be_empty: bool) -> None:
     """Raise ValueError unless the tensors follow one another, each aligned, and the last one ends the file."""
+    if not places and may_be_empty:
+        return
     if not places:
         raise ValueError("it holds no tensor")
     start = end = _aligned(cursor.at, alignment)

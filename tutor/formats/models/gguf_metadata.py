@@ -4,7 +4,7 @@ In: a 16-bit model folder and its facts; a GGUF without its data. Out: the metad
 differences. Compares no weights (gguf_weights.py does).
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from gguf import LlamaFileType
@@ -12,6 +12,7 @@ from gguf import LlamaFileType
 from tutor.artifacts.disk import read_json
 from tutor.errors import ArtifactError
 from tutor.formats.models.gguf import Gguf, Tensor, read_gguf
+from tutor.formats.models.model_config import rope_settings, token_id
 from tutor.formats.models.model_folder import EMBEDDING, Facts, check_model_folder
 from tutor.formats.models.pre_tokenizer import equivalent_names
 from tutor.formats.models.safetensors import folder_weights
@@ -50,14 +51,11 @@ def implied_metadata(model: Path, facts: Facts) -> Metadata:
     check_model_folder(model)
     config = read_json(model / "config.json")
     weights = folder_weights(model)
-    rope = config.get("rope_parameters") or {
-        **(config.get("rope_scaling") or {}),
-        "rope_theta": config.get("rope_theta"),
-    }
-    scaled = (rope.get("rope_type") or rope.get("type")) == "llama3"
+    rope = rope_settings(config)
+    scaled = rope["rope_type"] == "llama3"
     ids = {name: getattr(facts, name) for name in ("bos", "eos", "pad")}
     # The converter reads the configuration where the tokenizer has no such id
-    ids = {name: config.get(f"{name}_token_id") if id_ is None else id_ for name, id_ in ids.items()}
+    ids = {name: token_id(config, name) if id_ is None else id_ for name, id_ in ids.items()}
     try:
         return Metadata(
             architecture="llama",
@@ -69,13 +67,19 @@ def implied_metadata(model: Path, facts: Facts) -> Metadata:
             **ids,
             add_bos=facts.add_bos,
             pre_tokenizer=facts.pre_tokenizer,
-            rope_base=_six_digits(rope.get("rope_theta") or 10000.0),
+            rope_base=_six_digits(rope["rope_theta"]),
             rope_factors=scaled,
             tensors=len(weights) + scaled,
             chat_template=None,
         )
     except KeyError as missing:
         raise ArtifactError(f"{model} lacks {missing}") from None
+
+
+def vocabulary_differences(path: Path, expected: Metadata) -> list[str]:
+    """Return a line for each value of a converted vocabulary, which holds no tensors, that is not as expected."""
+    without = replace(expected, embedding_rows=0, tensors=0, rope_factors=False, chat_template=None)
+    return metadata_differences(without, metadata_of(read_gguf(path, vocabulary_only=True)))
 
 
 def check_gguf(path: Path, expected: Metadata) -> Gguf:

@@ -39,7 +39,7 @@ class Weight:
     """A matrix or vector of a model folder that a GGUF holds too."""
 
     tensor: Stored
-    heads: int = 0  # of q and k, whose rows the converter reorders; else 0
+    heads: int = 0  # of q and k, whose rows (of a bias: numbers) the converter reorders; else 0
 
 
 @dataclass(frozen=True)
@@ -191,11 +191,11 @@ def _folder_rows(weight: Weight, rows: "NDArray[np.intp]") -> "Numbers":
     tensor = weight.tensor
     shape = (1, *tensor.shape)[-2:]
     stored = np.memmap(tensor.path, FORMS[tensor.dtype], "r", tensor.start, shape)
+    # The converter's permute() interleaves the two halves of each head's rows; a bias is one row here
+    order = np.arange(tensor.shape[0])
     if weight.heads:
-        # The converter's permute() interleaves the two halves of each head's rows
-        order = np.arange(shape[0]).reshape(weight.heads, 2, -1).swapaxes(1, 2).reshape(-1)
-        rows = order[rows]
-    read = stored[rows]
+        order = order.reshape(weight.heads, 2, -1).swapaxes(1, 2).reshape(-1)
+    read = stored[order[rows]] if len(tensor.shape) > 1 else stored[:, order]
     if tensor.dtype == "BF16":
         return (read.astype(np.uint32) << 16).view(np.float32)
     return read.astype(np.float32)

@@ -5,17 +5,24 @@ no weights.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tutor.artifacts.disk import read_json
 from tutor.errors import ArtifactError
-from tutor.formats.models.safetensors import SIXTEEN_BIT, WEIGHTS, read_header
+from tutor.formats.models.model_config import check_model_config
+from tutor.formats.models.safetensors import INDEX, WEIGHTS, read_folder, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TEXT_FILES = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", INDEX)
+"""Names of the files that later stages read beside the weights."""
+ADAPTER = "adapter_config.json"
+"""Name of the file that makes a folder an adapter for transformers."""
+LFS_POINTER = b"version https://git-lfs"
+"""Beginning of a Git LFS pointer."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 """Patterns of weight files that can run code when they are loaded."""
 EMBEDDING = "model.embed_tokens.weight"
@@ -41,6 +48,7 @@ class Facts:
     eos: int
     pad: int | None
     pre_tokenizer: str  # llama.cpp's name for the splitting of a byte-level BPE; "" for SentencePiece
+    check: Mapping[str, int] = field(default_factory=dict)  # numbers of what was compared with llama.cpp's conversion
 
 
 def read_facts(base: Path) -> tuple[Facts, Path]:
@@ -54,39 +62,43 @@ def read_facts(base: Path) -> tuple[Facts, Path]:
 
 def check_model_folder(model: Path) -> None:
     """Raise ArtifactError for a base that cannot be tuned: quantized, pickled, with code, incomplete, not a Llama."""
-    config = read_json(model / "config.json")
-    check_model_config(config, str(model))
-    files = sorted(model.glob(WEIGHTS))
-    if not files:
-        pickles = [path.name for pattern in PICKLES for path in model.glob(pattern)]
-        if pickles:
-            raise ArtifactError(
-                f"{model} has its weights as pickles ({pickles[0]}), which can run code when loaded",
-                "convert them to safetensors first",
-            )
-        raise ArtifactError(f"{model} holds no {WEIGHTS}")
-    index = model / "model.safetensors.index.json"
-    if index.exists():
-        named = read_json(index).get("weight_map")
-        if not isinstance(named, dict):
-            raise ArtifactError(f"{index} is damaged: it has no weight_map", "fetch it again")
-        wanted = set(named.values())
-        if missing := sorted(name for name in wanted if not (model / name).is_file()):
-            raise ArtifactError(f"{model} lacks {', '.join(missing)}, which its index names", "fetch them again")
-    for path in files:
-        read_header(path)  # raises for a header that does not fit its file, and for quantized numbers
+    for path in (model / name for name in TEXT_FILES):
+        if path.exists():
+            _check_fetched(path)
+    check_model_config(read_json(model / "config.json"), str(model))
+    if (model / ADAPTER).exists():
+        raise ArtifactError(
+            f"{model} holds {ADAPTER}: transformers would load the base that it names, and the adapter",
+            "merge the adapter first, or remove the file",
+        )
+    if not any(model.glob(WEIGHTS)) and (pickles := [path.name for each in PICKLES for path in model.glob(each)]):
+        raise ArtifactError(
+            f"{model} has its weights as pickles ({pickles[0]}), which can run code when loaded",
+            "convert them to safetensors first",
+        )
+    read_json(model / "tokenizer_config.json")  # the merge stage writes the chat template into it
+    for path in weight_files(model):
+        _check_fetched(path)
+    read_folder(model)  # raises for a header that does not fit its file, and for quantized numbers
 
 
-def check_model_config(config: Mapping[str, Any], where: str) -> None:
-    """Raise those errors of `check_model_folder` that the configuration alone decides: they come before a download."""
-    settings = config.get("quantization_config")
-    if settings is not None:
-        method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "unknown"
-        raise ArtifactError(f"{where} is already quantized ({method}); the base must be 16-bit", SIXTEEN_BIT)
-    if "auto_map" in config:
-        raise ArtifactError(f"{where} brings code of its own (auto_map), which is never run", "name another base")
-    if config.get("model_type") != "llama":
-        raise ArtifactError(f"{where} is a {config.get('model_type')!r} model; tutor tunes Llamas")
+def ignored_weights(model: Path) -> list[str]:
+    """Return the names of a folder's weight files that do not count."""
+    files = weight_files(model)
+    return sorted(path.name for path in model.glob(WEIGHTS) if path not in files)
+
+
+def _check_fetched(path: Path) -> None:
+    """Raise ArtifactError for an empty file, and for the text that stands in a Git repository for a large file."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(LFS_POINTER))
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror}") from None
+    if start == LFS_POINTER:
+        raise ArtifactError(f"{path} is a Git LFS pointer, not the file itself", "run in its folder: git lfs pull")
+    if not start and path.suffix == ".model":
+        raise ArtifactError(f"{path} is empty", "fetch it again, or remove it where tokenizer.json is whole")
 
 
 def load_tokenizer(model: Path) -> "PreTrainedTokenizerBase":
@@ -98,14 +110,29 @@ def load_tokenizer(model: Path) -> "PreTrainedTokenizerBase":
             read_json(model / name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ArtifactError(f"cannot load the tokenizer of {model}: {str(error).partition(chr(10))[0]}") from error
-    for text in CANARIES:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in CANARIES]
+        decoded = [tokenizer.decode(each, clean_up_tokenization_spaces=False) for each in ids]
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        raise ArtifactError(f"cannot load the tokenizer of {model}: {reason(error)}", "fetch it again") from error
+    for text, back in zip(CANARIES, decoded, strict=True):
         if back != text:
             raise ArtifactError(
                 f"the tokenizer of {model} does not give a text back: {text!r} became {back!r}",
                 "another transformers version reads it wrongly: make install",
             )
     return tokenizer
+
+
+def is_refusal(error: Exception) -> bool:
+    """Return whether transformers or a library of it refuses a file; tokenizers raises the class Exception itself."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    known = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+    return type(error) is Exception or isinstance(error, (*known, StrictDataclassError))
+
+
+def reason(error: Exception) -> str:
+    """Return the beginning of an error's text as one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

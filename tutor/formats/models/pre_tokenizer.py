@@ -53,17 +53,25 @@ def equivalent_names(name: str) -> tuple[str, ...]:
     return (name, *SAME_SPLIT.get(name, ()))
 
 
+def is_sentencepiece(tokenizer_json: Path) -> bool:
+    """Return whether a folder's tokenizer is of SentencePiece: marks for blanks, and bytes as tokens of their own."""
+    if not tokenizer_json.exists():
+        return tokenizer_json.with_name("tokenizer.model").exists()
+    tokenizer = read_json(tokenizer_json)
+    model, marks = tokenizer.get("model"), [tokenizer.get(part) for part in ("pre_tokenizer", "normalizer")]
+    has_bytes = isinstance(model, dict) and bool(model.get("byte_fallback"))
+    return has_bytes and "▁" in json.dumps(marks, ensure_ascii=False)
+
+
 def pre_tokenizer_name(tokenizer_json: Path) -> str:
     """Return llama.cpp's name for how a byte-level BPE splits text before merging; "" for SentencePiece.
 
     Raises ArtifactError with the splitting that llama.cpp has no name for: it would split text unlike training.
     """
-    if not tokenizer_json.exists() and tokenizer_json.with_name("tokenizer.model").exists():
+    if is_sentencepiece(tokenizer_json):
         return ""
     tokenizer = read_json(tokenizer_json)
     model, splitter, normalizer = (tokenizer.get(part) or {} for part in ("model", "pre_tokenizer", "normalizer"))
-    if model.get("byte_fallback") and "▁" in json.dumps([splitter, normalizer], ensure_ascii=False):
-        return ""
     name = SPLITS.get(_patterns(splitter) or ())
     if model.get("type") != "BPE":
         problem = f"holds a {model.get('type')!r} model, not a BPE"

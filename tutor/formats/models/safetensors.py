@@ -1,7 +1,7 @@
 """Headers of safetensors files: read, checked against the file, and written; and the library's reader of tensors.
 
-In: weight files of a 16-bit model or of an adapter. Out: name, type, shape and position of each tensor. Reads no
-tensor data of its own (tensor_streams.py does) and needs neither numpy nor torch.
+In: weight files of a 16-bit model or of an adapter. Out: the files of a model folder that count; name, type, shape and
+position of each tensor. Reads no tensor data of its own (tensor_streams.py does) and needs neither numpy nor torch.
 """
 
 import contextlib
@@ -12,10 +12,15 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from tutor.artifacts.disk import read_json
 from tutor.errors import ArtifactError
 
 WEIGHTS = "*.safetensors"
 """Pattern of the weight files in a folder."""
+SINGLE = "model.safetensors"
+"""Name of the only weight file of a model folder without an index."""
+INDEX = "model.safetensors.index.json"
+"""Name of the file that names the weight file of each tensor."""
 WIDTHS = {"F16": 2, "BF16": 2, "F32": 4}
 """Bytes a number by safetensors' name of its type: the types that a 16-bit model may hold."""
 SIXTEEN_BIT = (
@@ -73,9 +78,67 @@ def read_header(path: Path) -> list[Stored]:
     return found
 
 
+def weight_map(model: Path) -> dict[str, str] | None:
+    """Return the weight file of each tensor, as the index names it; None for a folder without an index.
+
+    Raises ArtifactError for a damaged index, and for a value that is not the bare name of a file in the folder.
+    """
+    path = model / INDEX
+    if not path.exists():
+        return None
+    named = read_json(path).get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise ArtifactError(f"{path} is damaged: it has no weight_map", "fetch it again")
+    for tensor, file in named.items():
+        if not isinstance(file, str) or not file or file in (".", "..") or {"/", "\\", "\0"} & set(file):
+            raise ArtifactError(
+                f"{path}: weight_map names {file!r} for {tensor}, which is not the name of a file in the folder",
+                "fetch it again",
+            )
+    return named
+
+
+def weight_files(model: Path) -> list[Path]:
+    """Return the weight files of a model folder that count: those that its index names, else model.safetensors.
+
+    All other files with weights are ignored: transformers and llama.cpp's converter read these alone.
+    Raises ArtifactError for a folder without weights, for a damaged index and for a missing file.
+    """
+    named = weight_map(model)
+    if named is None:
+        if not (model / SINGLE).is_file():
+            raise ArtifactError(f"{model} holds no {SINGLE} and no {INDEX}", "fetch it again")
+        return [model / SINGLE]
+    files = sorted(set(named.values()))
+    if missing := [name for name in files if not (model / name).is_file()]:
+        raise ArtifactError(f"{model} lacks {', '.join(missing)}, which its index names", "fetch them again")
+    if SINGLE not in files and (model / SINGLE).exists():
+        raise ArtifactError(
+            f"{model} holds {SINGLE} and an index that does not name it: programs disagree which one counts",
+            "remove one of them",
+        )
+    return [model / name for name in files]
+
+
 def read_folder(model: Path) -> dict[Path, list[Stored]]:
-    """Return the tensors of every weight file of a model folder."""
-    return {path: read_header(path) for path in sorted(model.glob(WEIGHTS))}
+    """Return the tensors of every weight file of a model folder that counts.
+
+    Raises ArtifactError for a tensor that is in two files, or not in the file that the index names.
+    """
+    found = {path: read_header(path) for path in weight_files(model)}
+    places: dict[str, str] = {}
+    for path, stored in found.items():
+        for tensor in stored:
+            if tensor.name in places:
+                raise ArtifactError(f"{path}: {tensor.name} is in {places[tensor.name]} too", "fetch them again")
+            places[tensor.name] = path.name
+    named = weight_map(model) or places
+    if wrong := sorted(name for name in named.keys() | places if named.get(name) != places.get(name)):
+        name = wrong[0]
+        where = f"in {places[name]}" if name in places else "in no file"
+        said = named.get(name, "no file")
+        raise ArtifactError(f"{model / INDEX} names {said} for {name}, which is {where}", "fetch it again")
+    return found
 
 
 def folder_weights(model: Path) -> dict[str, Stored]:

@@ -1,7 +1,7 @@
 """Stream tensor data: read a tensor piece by piece, write a file while it is hashed.
 
 In: tensors of files that were checked (safetensors.py). Out: numpy arrays of bits, and files. Maps nothing into memory,
-so that a process is as large as the piece it works on. Interprets no numbers, and needs no torch.
+so that a process is as large as the piece it works on. Computes with no numbers, and needs no torch.
 """
 
 import contextlib
@@ -54,6 +54,16 @@ def pieces(tensor: Stored) -> Iterator[Bits]:
                     raise ArtifactError(f"{tensor.path} ends within {tensor.name}", "fetch or make it again")
                 left = left[read:]
             yield bits
+
+
+def largest_magnitude(bits: Bits) -> int:
+    """Return the bits of the largest magnitude among floats: without the sign, floats order like their bits.
+
+    A NaN's bits are larger than those of infinity.
+    """
+    sign = 1 << (8 * bits.itemsize - 1)
+    unsigned = int(bits.max())  # a negative number's bits when there is one
+    return max(int(bits.view(f"i{bits.itemsize}").max()), unsigned - sign)
 
 
 class Writer:

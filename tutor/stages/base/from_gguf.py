@@ -19,7 +19,7 @@ from tutor.errors import ArtifactError
 from tutor.formats.models.gguf import Gguf, Tensor, read_gguf
 from tutor.formats.models.gguf_metadata import Metadata, metadata_of
 from tutor.formats.models.gguf_weights import COMPUTED, all_rows, file_rows
-from tutor.formats.models.model_folder import check_model_config
+from tutor.formats.models.model_config import check_model_type
 from tutor.formats.models.pre_tokenizer import equivalent_names, pre_tokenizer_name
 from tutor.formats.models.safetensors import make_header
 
@@ -63,7 +63,7 @@ def make_folder(gguf: Path, model: Path, package: str) -> None:
     except ArtifactError as error:
         raise ArtifactError(error.message, f"install {package} again") from None
     metadata = metadata_of(content)
-    check_model_config({"model_type": metadata.architecture}, str(gguf))
+    check_model_type(metadata.architecture, str(gguf))
     config = _config(gguf, content)
     model.mkdir(parents=True, exist_ok=True)
     log.info("writing its weights in 16 bits")
@@ -105,7 +105,7 @@ def _config(path: Path, gguf: Gguf) -> dict[str, Any]:
 
 
 def _write_weights(path: Path, gguf: Gguf, config: Mapping[str, Any], model: Path) -> None:
-    """Write model.safetensors in FP16. Raises ArtifactError for a tensor that no Llama has."""
+    """Write model.safetensors in FP16. Raises ArtifactError for a tensor that no plain Llama has."""
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     named = {_name(path, name): (name, tensor) for name, tensor in gguf.tensors.items()}
     ordered = sorted(named.items())  # as the safetensors library orders tensors of one type
@@ -122,7 +122,7 @@ def _name(path: Path, name: str) -> str:
     if kind == "weight" and module == "output" and not block:
         return "lm_head.weight"
     if kind != "weight" or module not in NAMES or (block and (len(block) != 2 or block[0] != "blk")):
-        raise ArtifactError(f"{path} holds {name}, which no Llama has", "use another base")
+        raise ArtifactError(f"{path} holds {name}, which no plain Llama has", "use another base")
     layer = f"layers.{block[1]}." if block else ""
     return f"model.{layer}{NAMES[module]}.weight"
 

@@ -19,7 +19,7 @@ from tutor.artifacts.disk import read_json
 from tutor.artifacts.hashing import file_sha256
 from tutor.errors import ArtifactError, HostError, RecipeError, ServiceError, TutorError
 from tutor.formats.models.base_source import KNOWN
-from tutor.formats.models.model_folder import check_model_config
+from tutor.formats.models.model_config import check_model_config
 from tutor.formats.models.safetensors import WEIGHTS
 
 if TYPE_CHECKING:

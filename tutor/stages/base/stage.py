@@ -7,17 +7,19 @@ tokenizer) and, where the model has to be made, `base/model/`. Does not quantize
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutor.artifacts.disk import read_json
 from tutor.artifacts.hashing import file_sha256, json_sha256
+from tutor.artifacts.provenance import version_text
+from tutor.engines.llamacpp.build import VERSION, build_key
 from tutor.errors import ArtifactError
 from tutor.formats.models.base_source import HUB, PACKAGE, local_folder, package_file
-from tutor.formats.models.model_folder import EMBEDDING, Facts, check_model_folder, load_tokenizer
-from tutor.formats.models.pre_tokenizer import pre_tokenizer_name
-from tutor.formats.models.safetensors import WEIGHTS, folder_weights
+from tutor.formats.models.model_folder import EMBEDDING, Facts, check_model_folder, ignored_weights, load_tokenizer
+from tutor.formats.models.pre_tokenizer import is_sentencepiece, pre_tokenizer_name
+from tutor.formats.models.safetensors import folder_weights, weight_files
 from tutor.formats.rows.jsonl import Limits
 from tutor.formats.rows.rows import ExampleRow, read_rows
 from tutor.prompt import adds_bos
@@ -33,9 +35,16 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     del inputs
     model = _model_folder(recipe, out / "model")
     check_model_folder(model)
+    if ignored := ignored_weights(model):
+        log.info("%s: ignoring %s; what its index names counts, or model.safetensors", model, ", ".join(ignored))
     facts = facts_of(model, recipe.base.source, "model" if model == out / "model" else str(model))
+    from tutor.stages.base.check import check_base
+
+    facts = replace(facts, check=check_base(model, facts, out))
     (out / "base.json").write_text(json.dumps(asdict(facts), ensure_ascii=False, indent=1) + "\n", "utf-8")
-    return asdict(facts)
+    versions = {"llama.cpp": f"of llama_cpp_python {VERSION}, build {build_key()}"}
+    versions |= {name: version_text(name) for name in ("transformers", "tokenizers")}
+    return {**asdict(facts), "checked_with": versions}
 
 
 def _model_folder(recipe: "Recipe", model: Path) -> Path:
@@ -62,6 +71,11 @@ def _model_folder(recipe: "Recipe", model: Path) -> Path:
 
 def facts_of(model: Path, source: str, name: str) -> Facts:
     """Return the facts of a base. Raises ArtifactError when its tokenizer fails a check or does not fit the weights."""
+    if is_sentencepiece(model / "tokenizer.json"):
+        raise ArtifactError(
+            f"{model} has a SentencePiece tokenizer: llama.cpp adds a blank after special tokens, transformers none",
+            "name a base with a byte-level BPE, such as Llama 3's",
+        )
     tokenizer = load_tokenizer(model)
     config = read_json(model / "config.json")
     vocabulary = _embedding_rows(model)
@@ -72,8 +86,10 @@ def facts_of(model: Path, source: str, name: str) -> Facts:
         raise ArtifactError(f"{model}: the tokenizer has {len(tokenizer)} tokens, the weights {vocabulary}")
     if tokenizer.eos_token_id is None:
         raise ArtifactError(f"{model}: the tokenizer has no EOS token, so no answer could learn to end")
+    if tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]:
+        raise ArtifactError(f"{model}: the tokenizer adds EOS to every text", 'set "add_eos_token": false')
     log.info("hashing the weights")
-    weights = {path.name: file_sha256(path) for path in sorted(model.glob(WEIGHTS))}
+    weights = {path.name: file_sha256(path) for path in weight_files(model)}
     return Facts(
         source=source,
         model=name,

@@ -12,10 +12,9 @@ from tutor.artifacts.hashing import file_sha256, json_sha256
 from tutor.artifacts.manifest import read_manifest
 from tutor.artifacts.provenance import version_text
 from tutor.engines.llamacpp.build import VERSION, build_key
-from tutor.errors import ArtifactError
 from tutor.formats.models.base_source import public_source
 from tutor.formats.models.model_folder import read_facts
-from tutor.formats.models.safetensors import WEIGHTS
+from tutor.formats.models.safetensors import WEIGHTS, weight_files
 from tutor.formats.rows.split_files import TRAIN
 
 if TYPE_CHECKING:
@@ -43,10 +42,12 @@ def recipe_hash(recipe: "Recipe") -> str:
 
 
 def weights_hash(model: Path) -> str:
-    """Return the sha256 of the names and contents of a folder's weight files. Raises ArtifactError without any."""
-    files = sorted(model.glob(WEIGHTS))
-    if not files:
-        raise ArtifactError(f"{model} holds no {WEIGHTS}")
+    """Return the sha256 of the names and contents of the weight files of a model folder, or of an adapter's folder.
+
+    Raises ArtifactError without any.
+    """
+    adapter = model / "adapter_model.safetensors"
+    files = [adapter] if adapter.is_file() else weight_files(model)
     return json_sha256({path.name: file_sha256(path) for path in files})
 
 

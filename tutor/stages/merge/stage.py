@@ -23,8 +23,9 @@ from tutor.artifacts.hashing import HASHES, file_sha256, known_sha256, remember_
 from tutor.artifacts.manifest import read_manifest
 from tutor.artifacts.stage_folder import RESUME
 from tutor.errors import ArtifactError
+from tutor.formats.models.model_config import normalised_config
 from tutor.formats.models.model_folder import check_model_folder, load_tokenizer, read_facts
-from tutor.formats.models.safetensors import WEIGHTS, WIDTHS, Stored, make_header, read_folder
+from tutor.formats.models.safetensors import INDEX, WEIGHTS, WIDTHS, Stored, make_header, read_folder
 from tutor.formats.models.tensor_streams import open_writer
 from tutor.formats.rows.split_files import HELD_OUT, read_split
 from tutor.machine.run_cost import require_disk
@@ -39,7 +40,6 @@ log = logging.getLogger(__name__)
 
 COPIED = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "LICENSE*", "NOTICE*")
 """Patterns of files that are copied from the base byte for byte."""
-INDEX = "model.safetensors.index.json"
 SAFETENSORS_DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 """Names of dtypes: in a recipe -> in safetensors."""
 MAX_SCORED_TOKENS = 8192
@@ -220,7 +220,7 @@ def copy_other_files(base: Path, out: Path, *, dtype: str, add_bos: bool) -> Non
     for pattern in COPIED:
         for path in base.glob(pattern):
             shutil.copyfile(path, out / path.name)
-    config = read_json(base / "config.json")
+    config = normalised_config(read_json(base / "config.json"))
     for name in ("torch_dtype", "_name_or_path"):  # the latter is a path of the machine that saved it
         config.pop(name, None)
     config["dtype"] = dtype

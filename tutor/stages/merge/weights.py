@@ -14,7 +14,7 @@ import torch
 
 from tutor.errors import ArtifactError
 from tutor.formats.models.safetensors import Stored
-from tutor.formats.models.tensor_streams import Bits, pieces
+from tutor.formats.models.tensor_streams import Bits, largest_magnitude, pieces
 from tutor.stages.merge.peft_adapter import Adapter, apply_delta
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -44,7 +44,7 @@ class MergedWeights:
         stored = self.base[name]
         if not self.is_quantized(name) and name not in self.adapter.shapes and stored.dtype == self.dtype:
             for bits in pieces(stored):
-                if _largest_magnitude(bits) >= INFINITY_BITS[self.dtype]:
+                if largest_magnitude(bits) >= INFINITY_BITS[self.dtype]:
                     raise _out_of_range(name, self.dtype, as_tensor(bits, self.dtype))
                 yield bits, 0.0
             return
@@ -56,7 +56,7 @@ class MergedWeights:
                 change = (new - weight.float()).abs().max().item()
             first += len(weight)
             bits = new.to(DTYPES[self.dtype]).reshape(-1).view(torch.int16).numpy().view(np.uint16)
-            if _largest_magnitude(bits) >= INFINITY_BITS[self.dtype]:
+            if largest_magnitude(bits) >= INFINITY_BITS[self.dtype]:
                 raise _out_of_range(name, self.dtype, new)
             yield bits, change
 
@@ -109,12 +109,6 @@ def require_fit(base: Mapping[str, Stored], adapter: Adapter, config: Mapping[st
 def as_tensor(bits: Bits, dtype: str) -> torch.Tensor:
     """Return the values of the bits as a tensor that shares their memory."""
     return torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(DTYPES[dtype])
-
-
-def _largest_magnitude(bits: Bits) -> int:
-    """Return the bits of the largest magnitude among 16-bit floats: without the sign, floats order like their bits."""
-    unsigned = int(bits.max())  # a negative number's bits when there is one
-    return max(int(bits.view("i2").max()), unsigned - 0x8000)
 
 
 def _out_of_range(name: str, dtype: str, tensor: torch.Tensor) -> ArtifactError:

@@ -1,12 +1,15 @@
-"""Start llama.cpp's own converter with two changes: a name for unknown pre-tokenizers, and additional key-values.
+"""Start llama.cpp's own converter with changes: a name for unknown pre-tokenizers, additional key-values, the
+architecture, the weight files, and negative ids of special tokens, with which old configurations mean none.
 
     python convert.py LLAMACPP JOBS
 
-JOBS is a JSON list of objects: the folder `model`, the file `target`, `names` and `metadata`. One process converts all
-of them: to import torch and transformers takes longer than to convert a small model.
+JOBS is a JSON list of objects: the folder `model`, the names of its weight `files`, the file `target`, `names`,
+`metadata`, `architecture` and the converter's `options`. One process converts all of them: to import torch and
+transformers takes longer than to convert a small model.
 The converter identifies a byte-level BPE by a hash of one test string's tokens and refuses every unknown hash. `names`
 are llama.cpp's names of the pre-tokenizer in tokenizer.json; none for SentencePiece. The name that the converter
-identifies must be one of them; an unknown tokenizer gets the first. `metadata` are strings to write into the file.
+identifies must be one of them; an unknown tokenizer gets the first. `metadata` are strings to write into the file. The
+converter reads the `architecture` in config.json, which may lack it or have the name of a class without a head.
 Before each model it prints CONVERTING and the folder.
 """
 
@@ -46,6 +49,27 @@ def text_model(llamacpp: str, metadata: Callable[[], Mapping[str, str]]) -> Any:
     return model
 
 
+def change_reading(model: Any, job: Callable[[], Mapping[str, Any]]) -> None:
+    """Change what llama.cpp's class of models reads: the architecture and files of the job, no negative ids."""
+    load = model.load_hparams
+    special = importlib.import_module("gguf.vocab").SpecialVocab
+    set_token = special._set_special_token
+
+    def load_hparams(*arguments: Any, **options: Any) -> dict[str, Any]:
+        return {**load(*arguments, **options), "architectures": [job()["architecture"]]}
+
+    def get_model_part_names(_folder: Path, _prefix: str, suffix: str) -> list[str]:
+        return [name for name in job()["files"] if name.endswith(suffix)]
+
+    def set_special_token(self: Any, kind: str, id_: Any) -> None:
+        if not isinstance(id_, int) or id_ >= 0:
+            set_token(self, kind, id_)
+
+    model.load_hparams = staticmethod(load_hparams)
+    model.get_model_part_names = staticmethod(get_model_part_names)
+    special._set_special_token = set_special_token
+
+
 def main() -> None:
     """Write the F16 GGUF file of each job. Ends with the converter's own traceback, or with one line."""
     llamacpp, listed = sys.argv[1:]
@@ -69,10 +93,11 @@ def main() -> None:
         return found
 
     model_class.get_vocab_base_pre = get_vocab_base_pre
+    change_reading(importlib.import_module("conversion.base").ModelBase, lambda: job)
     for job in jobs:
         print(f"{CONVERTING}{job['model']}", flush=True)  # noqa: T201 - stdout is the interface
         name = Path(job["target"]).name.partition("-")[0]
-        options = ["--outfile", job["target"], "--outtype", "f16", "--model-name", name]
+        options = ["--outfile", job["target"], "--outtype", "f16", "--model-name", name, *job["options"]]
         sys.argv = ["convert_hf_to_gguf.py", job["model"], *options]
         converter.main()
 
