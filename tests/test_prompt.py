@@ -33,6 +33,7 @@ from tutor.prompt import (
     display_text,
     encode,
     render,
+    trim,
 )
 
 PIECES = (
@@ -117,6 +118,25 @@ def ollama(messages: Sequence[Message]) -> str:
 
 
 # The text
+
+
+@pytest.mark.parametrize(
+    ("given", "trained"),
+    [
+        ("    return x;\n  y;\n", "    return x;\n  y;"),
+        ("\n \n\treturn x;", "\treturn x;"),
+        ("\n  return x;", "  return x;"),
+        (" Un tipo.\n  Dos.", "Un tipo.\n  Dos."),
+        ("\u00a0Un tipo.", "Un tipo."),
+        ("\n\nUn tipo.", "Un tipo."),
+    ],
+)
+def test_indentation_of_an_answer_is_trained_and_shown(given, trained, tokenizer):
+    assert completion(given) == f" {trained}"
+    assert trim(trained) == trained
+    assert display_text(completion(given) + "\n") == display_text(f"\n{trained}") == trained
+    row = encode(tokenizer, "¿Cómo?", given)
+    assert tokenizer.decode(row.ids[row.n_prompt : -1], clean_up_tokenization_spaces=False) == f" {trained}"
 
 
 def test_prompt_of_a_question_is_as_specified():
@@ -211,7 +231,7 @@ def test_encoded_row_is_served_prompt_then_answer_then_eos(tokenizer, system, qu
     assert row.ids[: row.n_prompt] == prompt
     assert row.mask == [0] * len(prompt) + [1] * (len(row.ids) - len(prompt))
     assert row.ids[-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(row.ids[row.n_prompt : -1]) == f" {answer.strip()}"
+    assert tokenizer.decode(row.ids[row.n_prompt : -1]) == f" {trim(answer)}"
 
 
 def test_encoded_row_has_one_bos_if_the_tokenizer_adds_bos(tokenizer):

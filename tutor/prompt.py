@@ -10,6 +10,7 @@ history is sent unchanged, blank included. No template here writes BOS text for 
 add BOS exactly where training had it. Loads no tokenizer.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -44,6 +45,9 @@ JINJA_TEMPLATE = (
 )
 BOS_PREFIX = "{{- bos_token -}}"
 """Start of the Jinja template: apply_chat_template adds no BOS; llama.cpp strips it, and its tokenizer adds BOS."""
+
+_BEFORE = re.compile(r"\A(?:\s*\n)?(?:[^\S\t](?=\S))?")
+"""Blank lines at the start, and a single blank: more blanks, or a tab, are the indentation of code."""
 
 Message = Mapping[str, str]
 """A message: `role` (system, user or assistant) and `content`."""
@@ -119,14 +123,24 @@ def _check(messages: Sequence[Message]) -> None:
             raise ValueError(f"turn {index + 1} ({expected}) is empty")
 
 
+def trim(answer: str) -> str:
+    """Return an answer without the blanks around it; an indentation of its first line, of two or more, stays."""
+    return _BEFORE.sub("", answer).rstrip()
+
+
 def completion(answer: str) -> str:
     """Return the training target after the cue: one blank and the answer. EOS follows as an id, never as text."""
-    return " " + answer.strip()
+    return " " + trim(answer)
+
+
+def display_start(answer: str) -> str:
+    """Return the beginning of an answer for display, without the blank of the prompt format."""
+    return _BEFORE.sub("", answer.removeprefix(" "))
 
 
 def display_text(answer: str) -> str:
-    """Return an answer for display, without the blank of the prompt format."""
-    return answer.strip()
+    """Return an answer for display, without the blank of the prompt format and the blanks behind it."""
+    return display_start(answer).rstrip()
 
 
 def encode(tokenizer: Tokenizer, question: str, answer: str, system: str = "") -> Encoded:

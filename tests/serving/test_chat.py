@@ -84,6 +84,11 @@ def test_answers_are_shown_trimmed_and_sent_back_unchanged() -> None:
     ]
 
 
+def test_indentation_of_an_answer_is_shown() -> None:
+    person = run_chat(Scripted([[" ", "  ", "  return x;\n", "}\n"], ["\n", "\n Sí."]]), ["x", "y", "/salir"])
+    assert person.screen == f"{PROMPT}x\n    return x;\n}}\n{PROMPT}y\nSí.\n{PROMPT}/salir\n"
+
+
 def test_system_text_opens_every_prompt() -> None:
     engine = Scripted([[" a"], [" b"]])
     run_chat(engine, ["x", "y", CTRL_D], system="Eres un tutor.")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tutor.engines.protocol import Answer, Engine, Generation
-from tutor.prompt import Message
+from tutor.prompt import Message, display_start
 
 PROMPT = "tú> "
 HELP = "/nuevo olvida la conversación · /salir (o Ctrl-D) termina · Ctrl-C interrumpe la respuesta"
@@ -115,9 +115,10 @@ def _trimmed(write: Callable[[str], None]) -> Callable[[str], None]:
     def write_trimmed(piece: str) -> None:
         nonlocal begun
         pending.append(piece)
-        text = "".join(pending) if begun else "".join(pending).lstrip()
+        text = "".join(pending) if begun else display_start("".join(pending))
         whole = text.rstrip()
-        pending[:] = [text[len(whole) :]] if begun or whole else []
+        if begun or whole:
+            pending[:] = [text[len(whole) :]]
         if whole:
             begun = True
             write(whole)

@@ -110,6 +110,13 @@ def test_texts_are_stripped_at_their_ends_only(file: Any) -> None:
     assert notes.windows_line_ends == 0
 
 
+def test_indentation_of_an_answer_is_read_and_a_single_blank_not(file: Any) -> None:
+    for text, kept in (("\n    return x;\n", "    return x;"), (" Un tipo.", "Un tipo.")):
+        examples, _ = reading.read_examples(file(with_response(text)))
+        prompts, _ = reading.read_prompts(file(with_response(text)))
+        assert examples[1].response == prompts[1].reference == kept
+
+
 def test_windows_line_ends_in_a_text_are_read_as_lf(file: Any) -> None:
     examples, notes = reading.read_examples(file(with_response("a\r\n\r\n  b\r\n")))
     assert examples[1].response == "a\n\n  b"

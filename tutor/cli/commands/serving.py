@@ -90,7 +90,7 @@ def ask_command(
     A QUESTION that looks like an option goes behind --.
     """
     from tutor.engines.protocol import sampling
-    from tutor.prompt import conversation, display_text
+    from tutor.prompt import conversation, display_start, display_text
 
     recipe = load_recipe(recipe_path)
     try:
@@ -99,13 +99,16 @@ def ask_command(
         raise click.UsageError(f"the question on stdin is not UTF-8 (byte {error.start})") from None
     if not text:
         raise click.UsageError("no question: give it as an argument or on stdin")
-    stream, started = terminal.AnswerStream(), False
+    stream = terminal.AnswerStream()
+    blanks: str | None = ""  # before the first word; None behind it
 
     def write(piece: str) -> None:
-        nonlocal started
-        piece = piece if started else piece.lstrip()
-        started = started or bool(piece)
-        stream.write(piece)
+        nonlocal blanks
+        if blanks is None or (blanks + piece).strip():
+            stream.write(piece if blanks is None else display_start(blanks + piece))
+            blanks = None
+        else:
+            blanks += piece
 
     with progress_on_stderr(flags), _answering_engine(recipe, build, choice) as engine:
         answer = engine.answer(

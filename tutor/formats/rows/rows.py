@@ -18,7 +18,7 @@ from tutor.errors import DataError
 from tutor.formats.markdown import fence_languages
 from tutor.formats.rows.json_values import ONE_LINE, TOO_DEEP, RowError, printable
 from tutor.formats.rows.jsonl import Limits, check_file, read_values, unchanged
-from tutor.formats.rows.texts import clean_text, some_text, without_marks
+from tutor.formats.rows.texts import clean_answer, clean_text, some_text, without_marks
 from tutor.prompt import CUE, STOPS
 
 MAX_DEPTH = 16
@@ -105,6 +105,8 @@ class Notes:
 
 _Text = Annotated[str, AfterValidator(clean_text)]
 _Some = Annotated[_Text, AfterValidator(some_text)]
+_Answer = Annotated[str, AfterValidator(clean_answer)]
+_SomeAnswer = Annotated[_Answer, AfterValidator(some_text)]
 _NO_STOP = AfterValidator(partial(without_marks, marks=STOPS))
 _NO_TURN = AfterValidator(partial(without_marks, marks=(CUE, *STOPS)))
 
@@ -126,7 +128,7 @@ class PromptRow(BaseModel):
 
     id: Any = None  # for the user's own purposes
     instruction: Annotated[_Some, _NO_TURN]
-    response: Annotated[_Text, _NO_STOP] = ""
+    response: Annotated[_Answer, _NO_STOP] = ""
     category: _Text = ""
     topic: _Text = ""
     code: list[_Some] = []
@@ -140,7 +142,7 @@ class ExampleRow(BaseModel):
 
     id: Any = None
     instruction: Annotated[_Some, _NO_TURN]
-    response: Annotated[_Some, _NO_STOP]
+    response: Annotated[_SomeAnswer, _NO_STOP]
     category: _Text = ""
     topic: _Text = ""
     code: list[_Some] = []

@@ -7,6 +7,7 @@ tokens of its tokenizer are checked in control_tokens.py.
 import re
 
 from tutor.formats.rows.json_values import printable
+from tutor.prompt import trim
 
 SPECIAL = re.compile(r"<[|｜][\w▁.:/-]{1,64}[|｜]>|</?think>")
 """Texts that tokenizers of the Llama, Qwen, DeepSeek and SmolLM families read as one id: a role, an end, a thought."""
@@ -16,13 +17,22 @@ UNWRITABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 def clean_text(value: str) -> str:
     """Return a text with LF as its line end, without blanks at its ends. Raises ValueError."""
+    return _checked(value).strip()
+
+
+def clean_answer(value: str) -> str:
+    """Return an answer with LF as its line end, as it is trained. Raises ValueError."""
+    return trim(_checked(value))
+
+
+def _checked(value: str) -> str:
     value = value.replace("\r\n", "\n")
     if found := UNWRITABLE.search(value):
         kind = "half of a surrogate pair" if found[0] >= "\ud800" else "a control character"
         raise ValueError(f"holds {printable(found[0])}, {kind}")
     if found := SPECIAL.search(value):
         raise ValueError(f"holds {found[0]}, which a tokenizer reads as a token of its own")
-    return value.strip()
+    return value
 
 
 def some_text(value: str) -> str:

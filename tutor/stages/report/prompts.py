@@ -10,6 +10,7 @@ from typing import Any
 
 from tutor.formats.markdown import fenced_blocks
 from tutor.graders.labels import LABELS
+from tutor.prompt import display_text
 
 Json = Mapping[str, Any]
 
@@ -70,7 +71,7 @@ def _answer(name: str, record: Json) -> dict[str, Any]:
     return {
         "model": name,
         "passed": bool(record.get("passed")),
-        "parts": parts(str(record.get("text", "")).strip()),
+        "parts": parts(display_text(str(record.get("text", "")))),
         "error": record.get("error", ""),
         "reasons": list(record.get("reasons", ())),
         "failed": [label for label in LABELS if verdicts.get(label) is False],
