@@ -44,3 +44,14 @@ def test_output_may_be_a_device(tmp_path: Path) -> None:
     assert Path("/dev/null").is_char_device()
     with pytest.raises(RecipeError, match="cannot be written"):
         write_output(tmp_path / "none" / "page.html", "a")
+
+
+def test_output_never_replaces_what_is_no_page(tmp_path: Path) -> None:
+    for name, text in (("rows.jsonl", "{}"), ("recipe.toml", "seed = 1"), ("short", "<")):
+        (tmp_path / name).write_text(text, "utf-8")
+        with pytest.raises(RecipeError, match="is no HTML page: it would be lost") as caught:
+            check_output(tmp_path / name, [])
+        assert caught.value.code == 2
+    for name, text in (("page.html", "<!DOCTYPE html>\n<html>"), ("empty.html", "")):
+        (tmp_path / name).write_text(text, "utf-8")
+        check_output(tmp_path / name, [])

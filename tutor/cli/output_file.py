@@ -1,4 +1,4 @@
-"""Write a file that the user names, never over one that the command reads.
+"""Write a page that the user names, never over a file that the command reads or that is no page.
 
 In: the name, the command's input files, a text. Out: the file, whole or unchanged. Does not choose names.
 """
@@ -11,13 +11,25 @@ from pathlib import Path
 from tutor.artifacts.disk import open_to_users
 from tutor.errors import RecipeError
 
+DOCTYPE = b"<!doctype html>"
+"""Beginning of every page that tutor writes."""
+
 
 def check_output(path: Path, inputs: Iterable[Path]) -> None:
-    """Raise RecipeError where the path, by any name or link, is one of the inputs; call it before the work."""
+    """Raise RecipeError where the path, by any name or link, is an input or another file than a page.
+
+    Call it before the work.
+    """
     for each in inputs:
         with contextlib.suppress(OSError, ValueError):  # one of them does not exist
             if path.samefile(each):
                 raise RecipeError(f"{path} is {each}, an input: it would be lost", "name another file to write")
+    with contextlib.suppress(OSError):  # there is none yet, or it cannot be read: write_output says so
+        if path.is_file() and path.stat().st_size:
+            with path.open("rb") as file:
+                begins = file.read(len(DOCTYPE))
+            if begins.lower() != DOCTYPE:
+                raise RecipeError(f"{path} is no HTML page: it would be lost", "name another file to write")
 
 
 def write_output(path: Path, text: str) -> None:

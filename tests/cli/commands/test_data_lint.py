@@ -43,7 +43,10 @@ def test_default_files_are_those_of_the_recipe(recipe_file: Path, tmp_path: Path
     assert list(report["files"]) == [str(tmp_path / "tutor.jsonl"), str(tmp_path / "eval.jsonl")]
     assert report["figures"]["nearest"]["prompts"] == 3
     assert report["figures"]["lengths"]["unit"] == "characters"
-    assert Page((tmp_path / "page.html").read_text("utf-8")).open == []
+    page = (tmp_path / "page.html").read_text("utf-8")
+    assert Page(page).open == []
+    command("-r", recipe_file, "-b", tmp_path / "build", "--html", tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text("utf-8") == page  # its own page may be replaced
 
 
 def test_lengths_are_in_tokens_after_the_base_stage(recipe_file: Path, tmp_path: Path) -> None:
