@@ -59,6 +59,7 @@ def test_user_error_is_one_line_and_its_exit_code(tmp_path, arguments, code, exp
     assert expected in done.stderr
     assert done.stderr.startswith("Error: ")
     assert done.stderr.count("\n") == 1
+    assert ".;" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def _run(command: click.Command, name: str, arguments: list[str], *, debug: bool
         error.show()
         return error.exit_code
     except click.UsageError as error:
-        return print_error(error.format_message(), 2, _command_help(error), as_json=as_json)
+        return print_error(error.format_message().rstrip("."), 2, _command_help(error), as_json=as_json)
     except (click.Abort, KeyboardInterrupt):
         return 130
     except ModuleNotFoundError as error:
