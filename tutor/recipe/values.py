@@ -20,6 +20,13 @@ LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 ALL_LINEAR = "all-linear"
 """Value of `train.target_modules` for all of LINEAR_LAYERS, as PEFT calls it."""
 
+HUB = re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
+"""Source of a repository on the model hub."""
+PACKAGE = re.compile(r"package:(?P<module>\w+)/(?P<file>[\w.-]+\.gguf)")
+"""Source of a GGUF in a Python package."""
+KNOWN = "known: hub:OWNER/NAME@40-HEX-REVISION, path:FOLDER, package:MODULE/FILE.gguf, tiny"
+"""Kinds of sources, for an unknown one."""
+
 CONTROL_TEXT = re.compile(
     r"<[|｜][\w▁.:/-]{1,64}[|｜]>|</?think>"
     r"|</?s>|<(?:bos|eos|pad|unk|start_of_turn|end_of_turn)>|\[/?INST\]|<</?SYS>>"
@@ -78,6 +85,14 @@ def _served(name: str) -> str:
     return AUTO if name.lower() == AUTO else canonical(name)
 
 
+def _base_source(value: str) -> str:
+    kind, _, rest = value.partition(":")
+    folder = kind == "path" and rest.strip()
+    if not (value == "tiny" or folder or HUB.fullmatch(value) or PACKAGE.fullmatch(value)):
+        raise ValueError(KNOWN)
+    return value
+
+
 def _system_text(value: str) -> str:
     if found := CONTROL_TEXT.search(value):
         raise ValueError(f"holds {found[0]}, which a tokenizer reads as a control token: leave it out")
@@ -99,5 +114,7 @@ Kind = Annotated[str, AfterValidator(_quantization)]
 """A quantization that llama.cpp makes, by llama.cpp's name."""
 ServedKind = Annotated[str, AfterValidator(_served)]
 """A quantization by llama.cpp's name, or AUTO."""
+BaseSource = Annotated[str, AfterValidator(_base_source)]
+"""A source of the base model, of a known kind."""
 SystemText = Annotated[str, AfterValidator(_system_text)]
 """A system text without the texts of control tokens."""

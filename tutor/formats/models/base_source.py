@@ -1,28 +1,22 @@
-"""Sources of a base model: the kinds of `base.source`, the files that each names, the hub's cache.
+"""Sources of a base model: the files that each `base.source` names, the hub's cache.
 
 In: a recipe. Out: paths. Fetches nothing, and does not import a package that carries a model.
 """
 
 import importlib.util
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tutor.errors import ArtifactError, HostError, RecipeError
 from tutor.formats.models.safetensors import WEIGHTS, weight_files
+from tutor.recipe.values import HUB, PACKAGE
 
 if TYPE_CHECKING:
     from tutor.recipe.settings import Recipe
 
-HUB = re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
-"""Source of a repository on the model hub."""
-PACKAGE = re.compile(r"package:(?P<module>\w+)/(?P<file>[\w.-]+\.gguf)")
-"""Source of a GGUF in a Python package."""
 LOCAL = "local:"
 """Beginning of the public name of a `path:` source."""
-KNOWN = "known: hub:OWNER/NAME@40-HEX-REVISION, path:FOLDER, package:MODULE/FILE.gguf, tiny"
-"""Next step for an unknown source."""
 
 
 def source_files(recipe: "Recipe") -> dict[str, Path]:
@@ -54,11 +48,8 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def local_folder(recipe: "Recipe", source: str) -> Path:
-    """Return the folder of a `path:` source. Raises RecipeError for a source of an unknown kind, and for no folder."""
-    kind, _, rest = source.partition(":")
-    if kind != "path" or not rest:
-        raise RecipeError(f"{recipe.path}: base.source is {source!r}", KNOWN)
-    folder = recipe.resolve(rest)
+    """Return the folder of a `path:` source. Raises RecipeError where it is none."""
+    folder = recipe.resolve(source.removeprefix("path:"))
     if not folder.is_dir():
         raise RecipeError(f"{recipe.path}: base.source names {folder}, which is not a folder")
     return folder

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from tutor.artifacts.disk import read_json
 from tutor.artifacts.hashing import file_sha256
 from tutor.errors import ArtifactError, HostError, RecipeError, ServiceError, TutorError
-from tutor.formats.models.base_source import KNOWN
 from tutor.formats.models.model_config import check_model_config
 from tutor.formats.models.safetensors import WEIGHTS
+from tutor.recipe.values import KNOWN
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError

@@ -16,7 +16,7 @@ from tutor.artifacts.hashing import file_sha256, json_sha256
 from tutor.artifacts.provenance import version_text
 from tutor.engines.llamacpp.build import VERSION, build_key
 from tutor.errors import ArtifactError
-from tutor.formats.models.base_source import HUB, PACKAGE, local_folder, package_file
+from tutor.formats.models.base_source import local_folder, package_file
 from tutor.formats.models.model_folder import EMBEDDING, Facts, check_model_folder, ignored_weights, load_tokenizer
 from tutor.formats.models.pre_tokenizer import is_sentencepiece, pre_tokenizer_name
 from tutor.formats.models.safetensors import folder_weights, weight_files
@@ -26,6 +26,7 @@ from tutor.prompt import adds_bos
 
 if TYPE_CHECKING:
     from tutor.recipe.settings import Recipe
+from tutor.recipe.values import HUB, PACKAGE
 
 log = logging.getLogger(__name__)
 

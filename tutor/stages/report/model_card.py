@@ -9,9 +9,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tutor.formats.models.base_source import HUB, LOCAL
+from tutor.formats.models.base_source import LOCAL
 from tutor.graders.labels import LABELS
 from tutor.prompt import CUE, QUESTION, STOPS
+from tutor.recipe.values import HUB
 from tutor.stages.report.tables import megabytes, percent
 from tutor.stages.report.view import StageOutputs
 
