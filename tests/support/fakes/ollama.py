@@ -116,6 +116,7 @@ class FakeOllama(ThreadingHTTPServer):
         self.headers: list[Message] = []  # of each request
         self.scripts: dict[str, list[Reply | None]] = {}
         self.cancelled = threading.Event()
+        self.alter: Callable[[bytes], bytes] = bytes  # changes every answer before it is sent
 
     def script(self, path: str, *replies: Reply | None) -> None:
         """Set the next replies to "METHOD /path"; None stands for the normal one."""
@@ -191,6 +192,7 @@ class Handler(BaseHTTPRequestHandler):
         kind: str = "application/json; charset=utf-8",
         headers: dict[str, str] | None = None,
     ) -> None:
+        data = self.server.alter(data)
         self.send_response(status)
         for name, value in {"Content-Type": kind, **(headers or {})}.items():
             self.send_header(name, value)
@@ -217,7 +219,9 @@ class Handler(BaseHTTPRequestHandler):
         try:
             for value in values:
                 data = value if isinstance(value, bytes) else (json.dumps(value, ensure_ascii=False) + "\n").encode()
-                self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+                data = self.server.alter(data)
+                if data:  # an empty piece would end the stream
+                    self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
                 self.wfile.flush()
                 time.sleep(pause)
             if end == "hang":

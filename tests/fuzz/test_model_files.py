@@ -1,0 +1,85 @@
+"""Model files of any content are read or refused: the base's folder, the adapter's, and a GGUF."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from random import Random
+
+import pytest
+from support.fuzzing.examples import check, seeds
+from support.fuzzing.guard import Call, run
+from support.fuzzing.mutations import bytes_of, json_of
+from support.models.tiny_models import adapter_stage
+from support.processes.command import TINY
+
+from tutor.formats.models.model_folder import check_model_folder
+from tutor.stages.base.stage import facts_of
+from tutor.stages.merge.peft_adapter import read_adapter
+
+pytestmark = pytest.mark.slow
+WEIGHTS = "model.safetensors"
+INDEX = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": WEIGHTS, "lm_head.weight": WEIGHTS}}
+
+
+def changed_weights(raw: bytes, random: Random) -> bytes:
+    """A safetensors file with its header changed as JSON, or the bytes of its header."""
+    size = int.from_bytes(raw[:8], "little")
+    if random.random() < 0.4:
+        return bytes_of(raw[: 8 + size], random) + raw[8 + size :]
+    header = json_of(json.loads(raw[8 : 8 + size]), random)
+    return len(header).to_bytes(8, "little") + header + raw[8 + size :]
+
+
+def changed(path: Path, raw: bytes, random: Random) -> bytes:
+    """The content of a model folder's file, changed according to its kind."""
+    return changed_weights(raw, random) if path.suffix == ".safetensors" else json_of(json.loads(raw), random)
+
+
+def read_base(model: Path) -> None:
+    check_model_folder(model)
+    facts_of(model, "path:model", "model")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "inputs").mkdir()
+    return tmp_path
+
+
+def test_base_folders_of_any_content_are_read_or_refused(tiny, folder):
+    model = Path(shutil.copytree(tiny, folder / "inputs" / "model"))
+    (model / f"{WEIGHTS}.index.json").write_text(json.dumps(INDEX), "utf-8")
+    files = {path: path.read_bytes() for path in sorted(model.iterdir()) if path.suffix in (".json", ".safetensors")}
+    for random in seeds(25):
+        path = random.choice(list(files))
+        path.write_bytes(changed(path, files[path], random))
+        outcome = run("model", folder=folder, entry=Call(read_base))
+        check(outcome, path.read_bytes(), folder)
+        assert os.environ.get("COLLECT") or outcome.code in (0, 5)
+        path.write_bytes(files[path])
+
+
+def test_adapters_of_any_content_are_read_or_refused(tiny, folder):
+    adapter = adapter_stage(tiny, folder / "inputs" / "adapter", "")
+    files = {
+        adapter / name: (adapter / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")
+    }
+    for random in seeds(25):
+        path = random.choice(list(files))
+        path.write_bytes(changed(path, files[path], random))
+        outcome = run("adapter", folder=folder, entry=Call(read_adapter))
+        check(outcome, path.read_bytes(), folder)
+        assert os.environ.get("COLLECT") or outcome.code in (0, 5)
+        path.write_bytes(files[path])
+
+
+def test_gguf_files_of_any_content_are_verified_or_refused(built, folder):
+    raw = next((built / "tiny" / "gguf").glob("tutor-Q*.gguf")).read_bytes()
+    path = folder / "inputs" / "x.gguf"
+    for random in seeds(25):
+        end = random.choice((64, 1024, 65_536, len(raw)))
+        path.write_bytes(bytes_of(raw[:end], random) + raw[end:])
+        outcome = run("verify", path, "-r", TINY, "-b", built, folder=folder)
+        check(outcome, path.read_bytes(), folder)
+        assert os.environ.get("COLLECT") or outcome.code in (0, 5)
