@@ -89,7 +89,19 @@ def test_tensor_without_a_setting_for_it_is_refused(
         read_adapter(adapter)
 
 
-@pytest.mark.parametrize("value", [None, "16", []])
-def test_rank_or_alpha_that_is_no_number_is_refused(stages: MergeStages, value: Any) -> None:
-    edit(stages.adapter / "adapter_config.json", lora_alpha=value)
-    assert "lora_alpha" in stages.refused()
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lora_alpha", None),
+        ("lora_alpha", "16"),
+        ("lora_alpha", float("nan")),
+        ("r", 0),
+        ("alpha_pattern", ["q_proj"]),
+        ("rank_pattern", {"q_proj": "8"}),
+        ("rank_pattern", {"(": 8}),
+        ("modules_to_save", 1),
+    ],
+)
+def test_setting_of_a_wrong_type_is_refused(stages: MergeStages, name: str, value: Any) -> None:
+    edit(stages.adapter / "adapter_config.json", **{name: value})
+    assert f"adapter_config.json: {name}" in stages.refused()

@@ -9,9 +9,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
 
 from tutor.artifacts.disk import read_json
 from tutor.errors import ArtifactError
@@ -37,6 +38,31 @@ SUPPORTED_SETTINGS = frozenset(
 """Settings whose arithmetic is implemented. Any other setting with a value is an error."""
 SUPPORTED_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """Values of init_lora_weights that leave the base unchanged; PiSSA and others move a part of it into the adapter."""
+
+
+class LoraSettings(BaseModel):
+    """Types of the settings in SUPPORTED_SETTINGS that are read here."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    r: int = Field(ge=1)
+    lora_alpha: FiniteFloat
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = None
+    alpha_pattern: dict[str, FiniteFloat] | None = None
+    modules_to_save: list[str] | None = None
+    use_dora: bool = False
+    use_rslora: bool = False
+    bias: str = "none"
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _compiles(cls, patterns: dict[str, Any] | None) -> dict[str, Any] | None:
+        for pattern in patterns or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        return patterns
 
 
 @dataclass(frozen=True)
@@ -111,6 +137,12 @@ def refuse_config(config: Mapping[str, Any], folder: Path) -> None:
             known = value in SUPPORTED_INITS
         if not known:
             raise ArtifactError(f"{folder}: {name} = {value!r} cannot be merged here", "train a plain LoRA")
+    try:
+        LoraSettings.model_validate(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ArtifactError(f"{folder}/adapter_config.json: {where}: {first['msg']}", "run: tutor train") from None
 
 
 def _delta(layer: str, remaining: dict[str, torch.Tensor], config: Mapping[str, Any], folder: Path) -> Delta:
@@ -133,10 +165,7 @@ def _setting(layer: str, config: Mapping[str, Any], name: str, patterns: str) ->
     """Return a layer's rank or alpha. PEFT's patterns are regular expressions for the end of a name; the first wins."""
     overrides = config.get(patterns) or {}
     matching = (value for pattern, value in overrides.items() if re.match(rf"(.*\.)?({pattern})$", layer))
-    value = next(matching, config.get(name))
-    if not isinstance(value, int | float):
-        raise ArtifactError(f"adapter_config.json: {name} of {layer} is {value!r}, no number", "run: tutor train")
-    return value
+    return next(matching, config[name])  # type: ignore[no-any-return]
 
 
 def _replaced_name(name: str, config: Mapping[str, Any], folder: Path) -> str:
