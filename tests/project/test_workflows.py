@@ -4,6 +4,7 @@ import re
 
 import pytest
 import yaml
+from support.fuzzing.examples import COUNT, SEED
 from support.processes.command import ROOT
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -48,3 +49,10 @@ def test_a_scheduled_workflow_audits_the_pins():
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "nightly.yml").read_text())
     assert workflow[True]["schedule"]  # YAML reads `on` as true
     assert any(step.get("run") == "make audit" for step in workflow["jobs"]["audit"]["steps"])
+
+
+def test_a_scheduled_workflow_runs_the_fuzz_tests_with_new_seeds():
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "nightly.yml").read_text())["jobs"]["fuzz"]
+    assert int(job["env"][COUNT]) > 1
+    assert "github.run_number" in job["env"][SEED]
+    assert job["steps"][-1]["run"] == "make test PYTEST=tests/fuzz"
