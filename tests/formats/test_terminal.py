@@ -117,3 +117,11 @@ def test_table_keeps_its_colours_and_escapes_its_texts(monkeypatch: pytest.Monke
     assert "\x1b]" not in sent
     assert "\u202e" not in sent
     assert r"\x1b]" in sent
+
+
+def test_long_note_keeps_its_beginning_and_its_end(capsys):
+    terminal.write_note("what is wrong " + "x" * 70_000 + "\x1b; what next")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("what is wrong xxx")
+    assert line.endswith(r"xxx\x1b; what next")
+    assert len(line) < terminal.NOTE_LENGTH + 100

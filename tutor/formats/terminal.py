@@ -19,6 +19,8 @@ from tutor.formats.visible import PICTURES, clean, json_text, one_line
 if TYPE_CHECKING:
     from rich.console import Console
 
+NOTE_LENGTH = 2000
+"""Maximum number of characters of a line on stderr."""
 _UNFINISHED = re.compile(rf"(?:[{PICTURES}\u200d]+|\r|h(?:f(?:_[A-Za-z0-9]*)?)?)\Z")
 """End of a piece whose meaning the next piece decides: an emoji, a line end, the beginning of a token of the hub."""
 
@@ -34,8 +36,12 @@ def write_json(value: Any, *, indent: int | None = None) -> None:
 
 
 def write_note(text: str) -> None:
-    """Print one line on stderr."""
-    _write_error(f"{one_line(text)}\n")
+    """Print one line on stderr; a line above NOTE_LENGTH loses its middle, for a value in it may be a whole file."""
+    line = one_line(text)
+    if len(line) > NOTE_LENGTH:
+        kept = NOTE_LENGTH // 2
+        line = f"{line[:kept]} [... {len(line) - 2 * kept} characters ...] {line[-kept:]}"
+    _write_error(f"{line}\n")
 
 
 def write_lines(text: str) -> None:
