@@ -27,11 +27,13 @@ PACKAGE = re.compile(r"package:(?P<module>\w+)/(?P<file>[\w.-]+\.gguf)")
 KNOWN = "known: hub:OWNER/NAME@40-HEX-REVISION, path:FOLDER, package:MODULE/FILE.gguf, tiny"
 """Kinds of sources, for an unknown one."""
 
-CONTROL_TEXT = re.compile(
-    r"<[|｜][\w▁.:/-]{1,64}[|｜]>|</?think>"
-    r"|</?s>|<(?:bos|eos|pad|unk|start_of_turn|end_of_turn)>|\[/?INST\]|<</?SYS>>"
+MARKED_TOKEN = re.compile(r"<[|｜][\w▁.:/-]{1,64}[|｜]>|</?think>")
+"""Texts that tokenizers of the Llama, Qwen, DeepSeek and SmolLM families read as one token: roles, ends, thoughts."""
+PLAIN_TOKEN = re.compile(
+    r"<(?:/s|(?<!\w<)s|unk|pad|mask|bos|eos|start_of_turn|end_of_turn|</?SYS>)>"
+    r"|\[(?:/?INST|BOS|EOS|PAD|CLS|SEP|MASK)\]"
 )
-"""Texts that tokenizers of the Llama, Qwen, DeepSeek, Mistral, Gemma and SmolLM families read as one control token."""
+"""Control tokens of the Llama, Mistral and Gemma families whose texts HTML and code may contain, too."""
 
 
 def _path_text(value: str) -> str:
@@ -94,7 +96,7 @@ def _base_source(value: str) -> str:
 
 
 def _system_text(value: str) -> str:
-    if found := CONTROL_TEXT.search(value):
+    if found := MARKED_TOKEN.search(value) or PLAIN_TOKEN.search(value):
         raise ValueError(f"holds {found[0]}, which a tokenizer reads as a control token: leave it out")
     return value
 

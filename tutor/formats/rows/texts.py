@@ -8,9 +8,8 @@ import re
 
 from tutor.formats.rows.json_values import printable
 from tutor.prompt import trim
+from tutor.recipe.values import MARKED_TOKEN
 
-SPECIAL = re.compile(r"<[|｜][\w▁.:/-]{1,64}[|｜]>|</?think>")
-"""Texts that tokenizers of the Llama, Qwen, DeepSeek and SmolLM families read as one id: a role, an end, a thought."""
 UNWRITABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 """Control characters but tab and newline, and halves of surrogate pairs: JSON can escape them, no answer needs them."""
 
@@ -30,7 +29,7 @@ def _checked(value: str) -> str:
     if found := UNWRITABLE.search(value):
         kind = "half of a surrogate pair" if found[0] >= "\ud800" else "a control character"
         raise ValueError(f"holds {printable(found[0])}, {kind}")
-    if found := SPECIAL.search(value):
+    if found := MARKED_TOKEN.search(value):
         raise ValueError(f"holds {found[0]}, which a tokenizer reads as a token of its own")
     return value
 

@@ -5,7 +5,6 @@ hundred bytes of a row, however long its texts are. Does not compare rows (linte
 """
 
 import random
-import re
 from array import array
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from tutor.formats.markdown import fences_are_closed
 from tutor.formats.rows.json_values import RowError
 from tutor.formats.rows.jsonl import Limits, check_file, read_values
 from tutor.formats.rows.rows import ExampleRow, PromptRow, parse_row
-from tutor.formats.rows.texts import SPECIAL
+from tutor.recipe.values import MARKED_TOKEN, PLAIN_TOKEN
 from tutor.stages.data.base_tokens import TokenFinder
 from tutor.stages.data.lint.characters import doubtful_characters
 from tutor.stages.data.lint.near_duplicates import Questions
@@ -27,12 +26,6 @@ LISTED = 200
 """Maximum number of kept findings of a kind; all are counted."""
 SAMPLE = 500
 """Maximum number of rows whose language and tokens are examined; a sample that depends on the number of rows alone."""
-
-_SPECIAL_TEXT = re.compile(
-    r"<(?:/s|(?<!\w<)s|unk|pad|mask|bos|eos|start_of_turn|end_of_turn|</?SYS>)>"
-    r"|\[(?:/?INST|BOS|EOS|PAD|CLS|SEP|MASK)\]"
-)
-"""Special tokens of families that texts.SPECIAL accepts, because HTML and code may contain the same texts."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +125,7 @@ def index_file(path: Path, index: RowIndex, limits: Limits, checks: RowChecks) -
 
 def _holds_special(found: object) -> bool:
     texts = [found.get(name) for name in ("instruction", "response")] if isinstance(found, dict) else []
-    return any(isinstance(text, str) and SPECIAL.search(text) for text in texts)
+    return any(isinstance(text, str) and MARKED_TOKEN.search(text) for text in texts)
 
 
 def _add_row(index: RowIndex, line: int, row: ExampleRow | PromptRow) -> None:
@@ -164,7 +157,7 @@ def _check_row(index: RowIndex, row: ExampleRow | PromptRow, checks: RowChecks) 
     """Add findings about the row that was added last."""
     number = len(index.line) - 1
     for name, text in (("instruction", row.instruction), ("response", row.response)):
-        if found := _SPECIAL_TEXT.search(text):
+        if found := PLAIN_TOKEN.search(text):
             index.add_row("special-token", number, f"{name} holds {found[0]}")
         if doubtful := doubtful_characters(text):
             index.add_row("characters", number, f"{name} {doubtful}")
