@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tutor.stages.data.normal_form import _SIGNS, _sign, normalise, plain_words
@@ -95,6 +95,7 @@ SPANISH = st.text("aábcñüZÁ ¿?¡!,.«»-\n\t·0 9", max_size=40)
 
 
 @given(SPANISH)
+@example("0? -0")  # a mark between two numbers
 def test_normal_form_is_stable_and_ignores_case_and_ends(text: str) -> None:
     once = normalise(text)
     assert normalise(once) == once

@@ -82,7 +82,7 @@ def _hyphens(run: str, before: str, after: str) -> str:
     """Replace hyphens of prose by a blank; keep minus signs of numbers, and decrements."""
     if len(run) > 1:
         return " " if before[-1:].isalpha() and after[:1].isalpha() else f" {run} "
-    if before.rstrip(" -")[-1:].isdigit() and after.lstrip(" -")[:1].isdigit():
+    if before.rstrip(f" -{_MARKS}")[-1:].isdigit() and after.lstrip(" -")[:1].isdigit():
         return " - "
     return " -" if not before[-1:].strip() and after[:1].isdigit() else " "
 
