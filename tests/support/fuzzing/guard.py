@@ -51,7 +51,7 @@ def run(
     before = contents(inputs)
     settings = {"HOME": str(home), "OLLAMA_HOST": "127.0.0.1:1", "HF_HUB_OFFLINE": "1", "TUTOR_BUILD": str(build)}
     settings |= {"XDG_CACHE_HOME": str(build / "cache")}
-    limits = Limits(entry, folder / "scratch" / "growth")
+    limits = Limits(entry, folder / "scratch" / "growth", CPU_SECONDS)
     process = forked(*arguments, scratch=folder / "scratch", env={**settings, **(env or {})}, cwd=inputs, entry=limits)
     done = process.finish(WALL_SECONDS)
     after = contents(inputs)
@@ -66,10 +66,11 @@ class Limits:
 
     entry: Callable[[], None]
     notes: Path
+    seconds: int
 
     def __call__(self) -> None:
-        """Run the script. SIGXCPU ends it after CPU_SECONDS."""
-        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 5))
+        """Run the script. SIGXCPU ends it after `seconds`."""
+        resource.setrlimit(resource.RLIMIT_CPU, (self.seconds, self.seconds + 5))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         Path("/proc/self/clear_refs").write_text("5", "utf-8")  # resets the peak of the resident memory
         start = memory("VmRSS")
