@@ -66,7 +66,7 @@ def test_answers_of_any_content_are_read_or_refused(server, folder):
     assert run("publish", "-r", path, folder=folder, env=env).code == 0
     state = {name: copy.deepcopy(getattr(server, name)) for name in ("models", "order", "loaded", "blobs")}
     shutil.copytree(made, folder / "published")
-    for random in seeds(25):
+    for random in seeds(20):
         shutil.rmtree(made)
         shutil.copytree(folder / "published", made)
         vars(server).update(copy.deepcopy(state))

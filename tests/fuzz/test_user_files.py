@@ -49,7 +49,7 @@ def rows_of(random: Random) -> bytes:
 
 
 def test_rows_of_any_content_are_taken_or_refused(folder):
-    for random in seeds(25):
+    for random in seeds(20):
         raw = rows_of(random)
         (folder / "inputs" / "tutor.jsonl").write_bytes(raw)
         shutil.rmtree(folder / "build", ignore_errors=True)
@@ -74,7 +74,7 @@ def settings() -> list[str]:
 
 def test_recipes_of_any_content_are_taken_or_refused(folder):
     lines = [line.replace('"hub:', '"path:') for line in settings()]
-    for random in seeds(25):
+    for random in seeds(20):
         raw = lines_of(lines, random)
         (folder / "inputs" / "small.toml").write_bytes(raw)
         shutil.rmtree(folder / "build", ignore_errors=True)

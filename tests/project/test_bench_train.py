@@ -12,18 +12,22 @@ SCRIPT = ROOT / "scripts" / "bench_train.py"
 
 
 @pytest.mark.pipeline
-def test_all_ways_have_equal_losses_and_table_has_speeds(tiny: Path, tmp_path: Path) -> None:
+def test_all_ways_have_equal_losses_and_the_recipes_settings(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text("[train]\nrank = 2\nbatch_size = 1\naccumulation = 4\n", "utf-8")
     out = tmp_path / "bench.json"
-    command = [sys.executable, SCRIPT, "--model", tiny, "--quantization", "none", "--precision", "fp32"]
+    command = [sys.executable, SCRIPT, "--model", tiny, "--quantization", "none", "--precision", "fp32", "--rows", "8"]
     done = subprocess.run(
-        [*command, "--rows", "20", "--json", out], env=environment(), capture_output=True, text=True, check=False
-    )
+        [*command, "--recipe", tmp_path / "r.toml", "--json", out],
+        env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     measured = json.loads(out.read_text())
     plain, trl, ours = (measured[name] for name in ("plain", "trl", "ours"))
     assert len(plain["losses"]) == len(trl["losses"]) == len(ours["losses"]) == 2
     assert trl["losses"] == pytest.approx(plain["losses"], rel=1e-3)  # dropout has other draws
     assert ours["losses"] == pytest.approx(plain["losses"], rel=1e-3)
+    tokens = 8 * plain["tokens_per_row"]
+    assert plain["operations"]["adapters"] == pytest.approx(6 * tokens * 2 * 2 * (128 + 96 + 96 + 128))
     for figures in (plain, trl, ours):
         assert figures["samples_per_second"] > 0
         assert figures["utilisation"] > 0
@@ -32,19 +36,3 @@ def test_all_ways_have_equal_losses_and_table_has_speeds(tiny: Path, tmp_path: P
     speeds = [figures["samples_per_second"] for figures in (plain, trl, ours)]
     cells = [*speeds, speeds[2] / speeds[0], speeds[2] / speeds[1]]
     assert f"| samples_per_second | {' | '.join(f'{cell:.2f}' for cell in cells)} |" in done.stdout
-
-
-@pytest.mark.pipeline
-def test_recipe_gives_rank_and_rows_of_a_step(tiny: Path, tmp_path: Path) -> None:
-    (tmp_path / "r.toml").write_text("[train]\nrank = 2\nbatch_size = 1\naccumulation = 4\n", "utf-8")
-    out = tmp_path / "bench.json"
-    command = [sys.executable, SCRIPT, "--model", tiny, "--quantization", "none", "--precision", "fp32", "--rows", "8"]
-    done = subprocess.run(
-        [*command, "--recipe", tmp_path / "r.toml", "--ways", "plain", "--json", out],
-        env=environment(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    measured = json.loads(out.read_text())["plain"]
-    assert len(measured["losses"]) == 2
-    tokens = 8 * measured["tokens_per_row"]
-    assert measured["operations"]["adapters"] == pytest.approx(6 * tokens * 2 * 2 * (128 + 96 + 96 + 128))
