@@ -13,12 +13,12 @@ from support.models.tiny_models import adapter_stage
 from support.processes.command import TINY
 
 from tutor.formats.models.model_folder import check_model_folder
+from tutor.formats.models.safetensors import folder_weights
 from tutor.stages.base.stage import facts_of
 from tutor.stages.merge.peft_adapter import read_adapter
 
 pytestmark = pytest.mark.slow
 WEIGHTS = "model.safetensors"
-INDEX = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": WEIGHTS, "lm_head.weight": WEIGHTS}}
 
 
 def changed_weights(raw: bytes, random: Random) -> bytes:
@@ -48,7 +48,11 @@ def folder(tmp_path):
 
 def test_base_folders_of_any_content_are_read_or_refused(tiny, folder):
     model = Path(shutil.copytree(tiny, folder / "inputs" / "model"))
-    (model / f"{WEIGHTS}.index.json").write_text(json.dumps(INDEX), "utf-8")
+    names = folder_weights(model)
+    (model / f"{WEIGHTS}.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, WEIGHTS)}), "utf-8"
+    )
+    assert run("model", folder=folder, entry=Call(read_base)).code == 0
     files = {path: path.read_bytes() for path in sorted(model.iterdir()) if path.suffix in (".json", ".safetensors")}
     for random in seeds(20):
         path = random.choice(list(files))
