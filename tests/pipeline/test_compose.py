@@ -324,7 +324,7 @@ def test_stack_adapts_to_the_kind_of_daemon(recipe, tmp_path, option, variables,
 def test_run_all_records_what_each_tag_was(host, recipe, tmp_path, caplog):
     """A digest comes from the log of the build, or from this host's images; none is made up."""
     pulled = "sha256:" + "0123456789abcdef" * 4
-    step = f"#5 [python 1/4] FROM docker.io/library/debian:trixie-slim@{pulled}\n"
+    step = f"#5 [python 1/4] FROM registry.example/library/debian:trixie-slim@{pulled}\n"
     host.answer("build trainer", stderr=step)
     host.answer("image inspect --format", code=1)
     host.answer("{{.Id}} tutor-trainer", stdout="[] sha256:aa\n")
