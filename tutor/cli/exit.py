@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import NoReturn
 
 import click
@@ -32,9 +32,7 @@ again."""
 
 def run_and_exit(command: click.Command, name: str) -> NoReturn:
     """Run the command of a console script, print what it raises as one line, and exit with its code."""
-    for number in ENDING_SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, _terminated)
+    terminal.end_by_signals(ENDING_SIGNALS)
     terminal.clean_streams()
     arguments = sys.argv[1:]
     debug = "--debug" in arguments or os.environ.get("TUTOR_DEBUG", "") not in ("", "0", "false")
@@ -130,15 +128,6 @@ def _wait_for_main_process() -> None:
 
 def _command_help(error: click.UsageError) -> str | None:
     return f"see {error.ctx.command_path} --help" if error.ctx else None
-
-
-def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
-    """Handle an ending signal: exit through every cleanup, with the code that a shell gives."""
-    del frame
-    # Of a closed terminal both the shell and the kernel send it: the second one must not interrupt a cleanup.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    terminal.drop_closed_streams()
-    sys.exit(128 + signum)
 
 
 def _end_from_thread(failed: threading.ExceptHookArgs, *, as_json: bool) -> None:

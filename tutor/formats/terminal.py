@@ -10,9 +10,11 @@ import io
 import os
 import re
 import select
+import signal
 import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Iterable, Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from tutor.formats.visible import PICTURES, clean, json_text, one_line
 
@@ -80,6 +82,34 @@ def drop_closed_streams() -> None:
             poll.register(stream.fileno(), 0)
             if poll.poll(0):  # without events that are asked for it reports only errors and hang-ups
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def end_by_signals(numbers: Iterable[signal.Signals]) -> dict[signal.Signals, Any]:
+    """Let signals end the process through its cleanups with exit code 128 + number; return the handlers before.
+
+    A signal that is ignored stays ignored: nohup ignores SIGHUP.
+    """
+    handled = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, _end) for number in handled}
+
+
+@contextlib.contextmanager
+def ending_by_signals(numbers: Iterable[signal.Signals]) -> Iterator[None]:
+    """Let signals end the block as `end_by_signals`; the handlers before are back after it."""
+    before = end_by_signals(numbers)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    del frame
+    # Of a closed terminal both the shell and the kernel send it: the second one must not interrupt a cleanup.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    drop_closed_streams()
+    sys.exit(128 + number)
 
 
 class AnswerStream:

@@ -20,7 +20,6 @@ import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 from tutor.engines.llamacpp.build import (
     CMAKE_OPTIONS,
@@ -249,11 +248,6 @@ def usable_jobs(cores: int, memory: int | None) -> int:
     return cores if memory is None else max(1, min(cores, memory // BYTES_PER_JOB))
 
 
-def _terminate(number: int, _frame: FrameType | None) -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal sends it twice
-    raise SystemExit(128 + number)
-
-
 def main(cores: int, memory: int | None) -> int:
     """Build llama.cpp unless it is built, and print its folder; return the exit code. For scripts/build_llamacpp.py.
 
@@ -261,12 +255,11 @@ def main(cores: int, memory: int | None) -> int:
     """
     folder = build_folder()
     if not is_built(folder):
-        ignored = {number for number in ENDING_SIGNALS if signal.getsignal(number) is signal.SIG_IGN}  # by nohup
-        before = {number: signal.signal(number, _terminate) for number in ENDING_SIGNALS if number not in ignored}
         began = time.monotonic()
         terminal.write_note(f"llama.cpp: building it into {folder}: once, some minutes")
         try:
-            build(folder, usable_jobs(cores, memory))
+            with terminal.ending_by_signals(ENDING_SIGNALS):
+                build(folder, usable_jobs(cores, memory))
         except (HostError, ArtifactError) as error:
             terminal.write_note(f"Error: {error}")
             return error.code
@@ -278,9 +271,6 @@ def main(cores: int, memory: int | None) -> int:
         except KeyboardInterrupt:
             terminal.write_note("llama.cpp: interrupted; the next call continues from here")
             return 130
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
         terminal.write_note(f"llama.cpp: built in {time.monotonic() - began:.0f} s")
     terminal.write_result(str(folder))
     return 0

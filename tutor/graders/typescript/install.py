@@ -15,7 +15,6 @@ import signal
 import subprocess
 import tempfile
 from pathlib import Path
-from types import FrameType
 
 import platformdirs
 from filelock import FileLock
@@ -176,27 +175,18 @@ def _check(work: Path) -> Path:
     return programs[0]
 
 
-def _terminate(number: int, _frame: FrameType | None) -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal sends it twice
-    raise SystemExit(128 + number)
-
-
 def main() -> int:
     """Install the compiler unless it is installed, and print its folder; return the exit code. For scripts/."""
     folder = install_folder()
     if not is_installed():
-        ignored = {number for number in ENDING_SIGNALS if signal.getsignal(number) is signal.SIG_IGN}  # by nohup
-        before = {number: signal.signal(number, _terminate) for number in ENDING_SIGNALS if number not in ignored}
         terminal.write_note(f"installing the TypeScript compiler {VERSION} into {folder}")
         try:
-            install(folder)
+            with terminal.ending_by_signals(ENDING_SIGNALS):
+                install(folder)
         except (HostError, ArtifactError) as error:
             terminal.write_note(f"Error: {error}")
             return error.code
         except KeyboardInterrupt:
             return 130
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
     terminal.write_result(str(folder))
     return 0
