@@ -113,8 +113,12 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all, with the permissions of a new file."""
     text = json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
     # A path whose name is not UTF-8 has half surrogates, which JSON can only hold escaped.
-    data = text.encode("utf-8", "backslashreplace")
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as handle:
+    write_whole(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, with the permissions of a new file."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name[:100], delete=False) as handle:
         try:
             handle.write(data)
             sync_file(handle)

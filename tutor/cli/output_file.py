@@ -4,11 +4,10 @@ In: the name, the command's input files, a text. Out: the file, whole or unchang
 """
 
 import contextlib
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from tutor.artifacts.disk import open_to_users
+from tutor.artifacts.disk import write_whole
 from tutor.errors import RecipeError
 
 DOCTYPE = b"<!doctype html>"
@@ -39,15 +38,7 @@ def write_output(path: Path, text: str) -> None:
         if target.exists() and not target.is_file():
             target.write_text(text, "utf-8")  # a pipe or a device
             return
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=target.name[:100], delete=False) as made:
-            try:
-                made.write(text.encode())
-                made.flush()
-                open_to_users(Path(made.name))
-                Path(made.name).replace(target)
-            except BaseException:
-                Path(made.name).unlink(missing_ok=True)
-                raise
+        write_whole(target, text.encode())
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, in Python 3.12 and older
         reason = error.strerror if isinstance(error, OSError) else error
         raise RecipeError(

@@ -23,6 +23,7 @@ from tutor.errors import ArtifactError, GateError, RecipeError, TutorError
 from tutor.machine import distributed
 from tutor.pipeline.recipe_folder import held, refuse_folder
 from tutor.pipeline.registry import BY_NAME, Stage
+from tutor.pipeline.staleness import file_fields, with_needs
 from tutor.recipe.settings import Recipe
 
 if TYPE_CHECKING:
@@ -85,8 +86,7 @@ def key_fields(
     stage: Stage, recipe: Recipe, made: BuildFolder, states: Mapping[str, State], tree: SourceTree
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the fields of a stage's key, flat, so that two keys compare line by line; and the hashes of its code."""
-    fields = stage.recipe_fields(recipe)
-    fields |= {f"file.{name}": cached_sha256(path, made.hashes) for name, path in stage.files(recipe).items()}
+    fields = stage.recipe_fields(recipe) | file_fields(stage, recipe, made)
     for need in stage.needs:
         manifest = states[need].manifest
         assert manifest is not None
@@ -174,7 +174,7 @@ def run_one(name: str, recipe: Recipe, build: Path) -> bool:
 def _run_on_main_process(stage: Stage, recipe: Recipe, build: Path) -> bool:
     name = stage.name
     with held(recipe, build):
-        states = _states(recipe, build, _with_needs(name))
+        states = _states(recipe, build, with_needs(name))
         for need in stage.needs:
             require_stage(states[need].folder, need)
             if states[need].condition == "stale":
@@ -205,11 +205,6 @@ def _refuse_at_gate(manifest: Manifest | None) -> None:
         error = GateError(refused["message"], refused["hint"])
         error.stage = manifest.stage
         raise error
-
-
-def _with_needs(name: str) -> set[str]:
-    """A stage and the stages that it depends on; the fault of any other must not stop it."""
-    return {name}.union(*(_with_needs(need) for need in BY_NAME[name].needs))
 
 
 def _refuse_files(recipe: Recipe) -> None:

@@ -33,7 +33,7 @@ def edited_inputs(recipe: Recipe, build: Path, names: Collection[str]) -> list[s
             continue
         stage = BY_NAME[name]
         # As JSON, which the manifest is: it has no tuples.
-        fields = json.loads(json.dumps(stage.recipe_fields(recipe))) | _file_fields(stage, recipe, made)
+        fields = json.loads(json.dumps(stage.recipe_fields(recipe))) | _readable_files(stage, recipe, made)
         # A stage that reads more than it did when its folder was made has other code.
         known = {need: manifests[need] for need in stage.needs if f"input.{need}" in manifest.fields}
         fields |= {f"input.{need}": found.fingerprint for need, found in known.items() if found}
@@ -42,13 +42,18 @@ def edited_inputs(recipe: Recipe, build: Path, names: Collection[str]) -> list[s
 
 
 def with_needs(name: str) -> set[str]:
-    """Return a stage and the stages that it depends on."""
+    """Return a stage and the stages that it depends on; the fault of any other must not stop it."""
     return {name}.union(*map(with_needs, BY_NAME[name].needs))
 
 
-def _file_fields(stage: Stage, recipe: Recipe, made: BuildFolder) -> dict[str, str]:
+def file_fields(stage: Stage, recipe: Recipe, made: BuildFolder) -> dict[str, str]:
+    """Return the hashes of the user's files that a stage reads, as key fields. Raises ArtifactError."""
+    return {f"file.{name}": cached_sha256(path, made.hashes) for name, path in stage.files(recipe).items()}
+
+
+def _readable_files(stage: Stage, recipe: Recipe, made: BuildFolder) -> dict[str, str]:
     try:
-        return {f"file.{name}": cached_sha256(path, made.hashes) for name, path in stage.files(recipe).items()}
+        return file_fields(stage, recipe, made)
     except TutorError as error:
         log.info("the inputs of %s cannot be compared with those that it was made of: %s", stage.name, error.message)
         return {}

@@ -183,7 +183,6 @@ def _compare_with_latest(
     Answers that are not kept, or damaged, are asked again. Raises TutorError when that fails, or the build in service
     has answered no prompt.
     """
-    refuse_folder(recipe, build)
     folder = BuildFolder(build, recipe.name)
     name, _, new = tag.rpartition(":")
     if old is None:

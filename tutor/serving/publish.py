@@ -5,7 +5,6 @@ In: a recipe and the folders of its stages, checked to belong together. Out: a b
 (promote.py).
 """
 
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tutor.artifacts.disk import read_json_object
 from tutor.artifacts.hashing import cached_sha256
 from tutor.artifacts.layout import OLLAMA_PARITY, BuildFolder
 from tutor.artifacts.manifest import read_manifest, require_stage
@@ -146,10 +146,7 @@ def compare_published(recipe: Recipe, build: Path, *, host: str | None = None) -
 
 def _published_digest(folder: BuildFolder) -> str | None:
     """Return the digest of the model published from this folder; None without a record of it."""
-    try:
-        digest = json.loads(folder.published().read_text("utf-8")).get("digest")
-    except (OSError, ValueError, AttributeError):
-        return None
+    digest = (read_json_object(folder.published()) or {}).get("digest")
     return digest if isinstance(digest, str) else None
 
 

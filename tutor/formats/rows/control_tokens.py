@@ -7,12 +7,16 @@ tokenizer.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from tutor.errors import DataError
+
 INSTEAD = "no engine prints it: write it in another way, as < name >, or delete the row"
 """Next step for a row with a control token."""
+LISTED = 20
+"""Maximum number of rows that an error lists."""
 _MARKER = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 """Form of an added token that is a control token even if its tokenizer does not call it special. Other added tokens are
 text: DeepSeek-Coder adds the letters ú and ü, others runs of blanks."""
@@ -36,6 +40,14 @@ class ControlTokens:
         """Return the names of the control tokens in the ids of a row that the prompt contract did not put there."""
         extra = Counter(token for token in ids if token in self.names) - self.own
         return [self.names[token] for token in extra]
+
+
+def refuse_rows(found: Sequence[tuple[str, Sequence[str]]], file: str = "") -> None:
+    """Raise DataError for rows with control tokens, of `file` or of several; `found` has place and tokens of each."""
+    problems = [f"{place}: holds {', '.join(names)}" for place, names in found if names]
+    if problems:
+        what = f"{len(problems)} of {len(found)} rows hold a control token of the base"
+        raise DataError(f"{file}: {what}" if file else what, INSTEAD, tuple(problems[:LISTED]))
 
 
 def control_tokens(added: Mapping[int, AddedToken], plain: Iterable[int]) -> ControlTokens:

@@ -23,10 +23,10 @@ from tutor.formats.models.safetensors import folder_weights, weight_files
 from tutor.formats.rows.jsonl import Limits
 from tutor.formats.rows.rows import ExampleRow, read_rows
 from tutor.prompt import adds_bos
+from tutor.recipe.values import HUB, PACKAGE
 
 if TYPE_CHECKING:
     from tutor.recipe.settings import Recipe
-from tutor.recipe.values import HUB, PACKAGE
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tutor.errors import ArtifactError, DataError
-from tutor.formats.rows.control_tokens import INSTEAD, control_tokens
+from tutor.errors import ArtifactError
+from tutor.formats.rows.control_tokens import control_tokens, refuse_rows
 from tutor.formats.rows.rows import Example, Prompt
 from tutor.prompt import completion, conversation, render
 
@@ -22,8 +22,6 @@ TokenCounter = Callable[[str, str], int]
 """Returns the tokens of a question with its answer in training."""
 TokenFinder = Callable[[str, str], list[str]]
 """Returns the control tokens of the base in a question with its answer."""
-LISTED = 20
-"""Maximum number of rows that an error lists."""
 
 
 def read_tokenizer(path: Path) -> "Tokenizer":
@@ -61,14 +59,9 @@ def control_token_finder(tokenizer: "Tokenizer") -> TokenFinder:
 
 def refuse_control_tokens(path: Path, rows: Sequence[Example | Prompt], find: TokenFinder) -> None:
     """Raise DataError with the rows of a file that hold a control token of the base."""
-    found = [(row.line, find(row.instruction, row.response if isinstance(row, Example) else "")) for row in rows]
-    problems = [f"{path}:{line}: holds {', '.join(names)}" for line, names in found if names]
-    if problems:
-        raise DataError(
-            f"{path}: {len(problems)} of {len(rows)} rows hold a control token of the base",
-            INSTEAD,
-            tuple(problems[:LISTED]),
-        )
+    answers = (row.response if isinstance(row, Example) else "" for row in rows)
+    found = [(f"{path}:{row.line}", find(row.instruction, answer)) for row, answer in zip(rows, answers, strict=True)]
+    refuse_rows(found, str(path))
 
 
 def _text(question: str, answer: str, system: str = "") -> str:

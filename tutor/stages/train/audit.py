@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutor.errors import DataError, RecipeError
-from tutor.formats.rows.control_tokens import INSTEAD, control_tokens
+from tutor.formats.rows.control_tokens import INSTEAD, control_tokens, refuse_rows
 from tutor.prompt import Encoded, Tokenizer, audit, encode
 from tutor.stages.train.kernels.chunked_loss import IGNORE_INDEX
 from tutor.stages.train.kernels.packed_attention import split_rows
@@ -57,11 +57,7 @@ def refuse_control_tokens(tokenizer: Any, rows: Sequence[tuple[str, Encoded]], s
     tokens = control_tokens(tokenizer.added_tokens_decoder, encode(tokenizer, "a", "a").ids)
     if held := tokens.found(encode(tokenizer, "a", "a", system).ids):
         raise RecipeError(f"system holds {', '.join(held)}, a control token of the base", INSTEAD)
-    problems = [f"{where}: holds {', '.join(held)}" for where, row in rows if (held := tokens.found(row.ids))]
-    if problems:
-        raise DataError(
-            f"{len(problems)} of {len(rows)} rows hold a control token of the base", INSTEAD, tuple(problems[:20])
-        )
+    refuse_rows([(where, tokens.found(row.ids)) for where, row in rows])
 
 
 def audit_labels(trainer: "Trainer", rows: Sequence[Encoded], tokenizer: Any) -> int:
