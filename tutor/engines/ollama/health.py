@@ -7,7 +7,7 @@ nothing.
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from tutor.engines.ollama.address import is_loopback, normalized_url
@@ -59,7 +59,12 @@ def absence(host: str | None, wait: float) -> str | None:
 
 def gpu_share(server: Ollama, model: str) -> float | None:
     """The share of a model that is on a GPU; None when it is not in memory under this name."""
-    return {canonical(name): share for name, share in server.loaded().items()}.get(canonical(model))
+    return next(iter(_named(server.loaded(), model).values()), None)
+
+
+def _named(shares: Mapping[str, float], model: str) -> dict[str, float]:
+    """The shares of a model, by whatever spelling of its name."""
+    return {name: share for name, share in shares.items() if canonical(name) == canonical(model)}
 
 
 def gpu_fault(server: Ollama, *, host_has_gpu: bool, model: str | None = None) -> str | None:
@@ -72,10 +77,10 @@ def gpu_fault(server: Ollama, *, host_has_gpu: bool, model: str | None = None) -
         return None
     shares = server.loaded()
     if model is not None:
-        if gpu_share(server, model) is None:
+        if _named(shares, model) == {}:
             server.load(model)
             shares = server.loaded()
-        shares = {name: share for name, share in shares.items() if canonical(name) == canonical(model)} or shares
+        shares = _named(shares, model) or shares
     less = [f"{share:.0%} of {name}" for name, share in shares.items() if share < 1]
     return f"this machine has a GPU, but Ollama has only {', '.join(less)} on it" if less else None
 
