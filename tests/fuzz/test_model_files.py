@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -46,35 +47,34 @@ def folder(tmp_path):
     return tmp_path
 
 
+def read_changed(files: list[Path], folder: Path, read: Callable[[Path], object]) -> None:
+    """Read the folder of the files, first as it is, then with one file of it changed at a time."""
+    contents = {path: path.read_bytes() for path in files}
+    name = files[0].parent.name
+    assert run(name, folder=folder, entry=Call(read)).code == 0
+    for random in seeds(20):
+        path = random.choice(files)
+        path.write_bytes(changed(path, contents[path], random))
+        outcome = run(name, folder=folder, entry=Call(read))
+        check(outcome, path.read_bytes(), folder)
+        assert outcome.code in (0, 5)
+        path.write_bytes(contents[path])
+
+
 def test_base_folders_of_any_content_are_read_or_refused(tiny, folder):
     model = Path(shutil.copytree(tiny, folder / "inputs" / "model"))
     names = folder_weights(model)
     (model / f"{WEIGHTS}.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, WEIGHTS)}), "utf-8"
     )
-    assert run("model", folder=folder, entry=Call(read_base)).code == 0
-    files = {path: path.read_bytes() for path in sorted(model.iterdir()) if path.suffix in (".json", ".safetensors")}
-    for random in seeds(20):
-        path = random.choice(list(files))
-        path.write_bytes(changed(path, files[path], random))
-        outcome = run("model", folder=folder, entry=Call(read_base))
-        check(outcome, path.read_bytes(), folder)
-        assert outcome.code in (0, 5)
-        path.write_bytes(files[path])
+    files = [path for path in sorted(model.iterdir()) if path.suffix in (".json", ".safetensors")]
+    read_changed(files, folder, read_base)
 
 
 def test_adapters_of_any_content_are_read_or_refused(tiny, folder):
     adapter = adapter_stage(tiny, folder / "inputs" / "adapter", "")
-    files = {
-        adapter / name: (adapter / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")
-    }
-    for random in seeds(20):
-        path = random.choice(list(files))
-        path.write_bytes(changed(path, files[path], random))
-        outcome = run("adapter", folder=folder, entry=Call(read_adapter))
-        check(outcome, path.read_bytes(), folder)
-        assert outcome.code in (0, 5)
-        path.write_bytes(files[path])
+    files = [adapter / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    read_changed(files, folder, read_adapter)
 
 
 def test_gguf_files_of_any_content_are_verified_or_refused(built, folder):
