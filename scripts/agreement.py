@@ -18,7 +18,8 @@ from tutor.engines.llamacpp.score import score
 from tutor.engines.llamacpp.server import serve
 from tutor.engines.protocol import greedy
 from tutor.formats.rows.split_files import PROMPTS, read_split
-from tutor.prompt import conversation, render
+from tutor.prompt.messages import conversation
+from tutor.prompt.tutor_format import render
 from tutor.recipe.reading import read_recipe
 from tutor.recipe.settings import Recipe
 

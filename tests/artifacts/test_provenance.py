@@ -165,7 +165,15 @@ def test_provenance_holds_the_version_of_each_imported_package(stage: str, packa
             compare,
             {"serving/models.py", "stages/evaluate/stage.py", "engines/hf/loading.py", "engines/ollama/engine.py"},
         ),
-        (adapter, {"engines/llamacpp/src/convert_lora.py", "stages/convert/lineage.py", "Modelfile.j2", "prompt.py"}),
+        (
+            adapter,
+            {
+                "engines/llamacpp/src/convert_lora.py",
+                "stages/convert/lineage.py",
+                "Modelfile.j2",
+                "prompt/tutor_format.py",
+            },
+        ),
     ],
 )
 def test_provenance_of_a_command_holds_its_dependencies(command: ModuleType, sources: set[str]) -> None:
@@ -244,9 +252,9 @@ def test_code_of_a_stage_stays_when_only_words_change(package: Path, stage: str)
 def test_code_of_a_stage_stays_when_its_modules_move(package: Path, stage: str) -> None:
     before = found(package, stage)
     (package / "stages" / stage).rename(package / "stages" / "elsewhere")
-    (package / "prompt.py").rename(package / "stages" / "a_prompt.py")
+    (package / "prompt").rename(package / "stages" / "a_prompt")
     for path in package.rglob("*.py"):
-        text = path.read_text("utf-8").replace("from tutor.prompt import", "from tutor.stages.a_prompt import")
+        text = path.read_text("utf-8").replace("tutor.prompt.", "tutor.stages.a_prompt.")
         path.write_text(text.replace(f"tutor.stages.{stage}", "tutor.stages.elsewhere"), "utf-8")
     after = SourceTree(package=package).provenance("stages/elsewhere/stage.py")
     assert after.code == before.code

@@ -36,7 +36,7 @@ from tutor.pipeline import compose as stack
 from tutor.pipeline import compose_command
 from tutor.pipeline.compose_command import Stack
 from tutor.pipeline.logged_command import StackError
-from tutor.prompt import conversation
+from tutor.prompt.messages import conversation
 from tutor.recipe.settings import Recipe
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(3600)]

@@ -34,7 +34,8 @@ from tutor.engines.ollama.protocol import MissingError, parse_parameters
 from tutor.engines.protocol import Generation
 from tutor.errors import GateError, ServiceError
 from tutor.pipeline import runner
-from tutor.prompt import GO_TEMPLATE, Message, conversation, render
+from tutor.prompt.messages import Message, conversation
+from tutor.prompt.tutor_format import GO_TEMPLATE, render
 from tutor.recipe.reading import read_recipe
 from tutor.recipe.settings import Recipe
 from tutor.serving import builds, compare, publish

@@ -251,7 +251,7 @@ def read_back(folder: Path, kind: str, what: str) -> "pytest.ExceptionInfo[Tutor
     from dataclasses import replace
 
     from tutor.formats.models.model_folder import read_facts
-    from tutor.prompt import chat_template
+    from tutor.prompt.tutor_format import chat_template
     from tutor.stages.convert import stage as convert
 
     facts, _ = read_facts(folder / "base")

@@ -13,7 +13,7 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from support.models.tiny_models import edit, tiny_folder
     from support.shared import copied
 
-    from tutor.prompt import chat_template
+    from tutor.prompt.tutor_format import chat_template
 
     folder = copied(tiny_folder(tmp_path_factory), tmp_path_factory.mktemp("chat_model") / "model")
     edit(folder / "tokenizer_config.json", chat_template=chat_template(add_bos=True))

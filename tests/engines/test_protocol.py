@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 from tutor.engines.protocol import greedy, sampling
-from tutor.prompt import STOPS
+from tutor.prompt.tutor_format import STOPS
 from tutor.recipe.settings import GenerateSettings
 
 SETTINGS = GenerateSettings(

@@ -46,7 +46,7 @@ def test_paths_named_in_markdown_files_exist() -> None:
     files = {path.relative_to(ROOT) for path in tracked()}
     known = {str(path) for path in files} | {str(parent) for path in files for parent in path.parents}
     cited = {name: where for name, files in named(PATH).items() if (where := {f for f in files if f.endswith(".md")})}
-    assert "tutor/prompt.py" in cited
+    assert "data/demo.toml" in cited
     assert {name: where for name, where in cited.items() if name not in known} == {}
 
 

@@ -16,7 +16,7 @@ from support.outputs.published import SYSTEM
 from tutor.artifacts.hashing import file_sha256
 from tutor.engines.ollama.client import Ollama, connect
 from tutor.errors import ArtifactError, GateError, RecipeError, ServiceError
-from tutor.prompt import GO_TEMPLATE, STOPS
+from tutor.prompt.tutor_format import GO_TEMPLATE, STOPS
 from tutor.serving import builds
 from tutor.serving.builds import (
     Model,

@@ -7,7 +7,8 @@ import pytest
 
 from tutor.engines.protocol import Answer, Finish, Generation
 from tutor.errors import ServiceError
-from tutor.prompt import Message, render
+from tutor.prompt.messages import Message
+from tutor.prompt.tutor_format import render
 from tutor.serving.chat import HELP, PROMPT, Terminal, converse
 
 GENERATION = Generation(max_new_tokens=50, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=1)

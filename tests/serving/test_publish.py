@@ -13,7 +13,7 @@ from tutor.artifacts.lock import locked
 from tutor.artifacts.manifest import find_damage
 from tutor.artifacts.stage_folder import writing
 from tutor.errors import ArtifactError, GateError, LockError, TutorError
-from tutor.prompt import GO_TEMPLATE, STOPS
+from tutor.prompt.tutor_format import GO_TEMPLATE, STOPS
 from tutor.recipe.settings import Recipe
 from tutor.serving import promote, publish
 from tutor.serving.builds import (

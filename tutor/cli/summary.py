@@ -17,7 +17,7 @@ from tutor.artifacts.layout import STAGE_FOLDERS, BuildFolder
 from tutor.artifacts.manifest import find_manifest
 from tutor.graders.labels import LABELS
 from tutor.pipeline.recipe_folder import refuse_folder
-from tutor.prompt import display_text
+from tutor.prompt.messages import display_text
 from tutor.recipe.settings import Recipe
 from tutor.stages.parity.gate import parity_table
 

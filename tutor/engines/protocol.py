@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
-from tutor.prompt import STOPS, Message
+from tutor.prompt.messages import Message
+from tutor.prompt.tutor_format import STOPS
 from tutor.recipe.settings import GenerateSettings
 
 TOP_K = 40

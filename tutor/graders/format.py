@@ -8,7 +8,7 @@ import re
 from typing import TypedDict
 
 from tutor.formats.markdown import fenced_blocks
-from tutor.prompt import CUE, QUESTION
+from tutor.prompt.tutor_format import CUE, QUESTION
 
 LOOP_REPEATS = 3
 """Minimum number of consecutive repetitions in a loop. No answer of data/tutor.jsonl has three."""

@@ -17,7 +17,7 @@ from tutor.artifacts.stage_folder import writing
 from tutor.engines.llamacpp.build import build_key
 from tutor.errors import ArtifactError
 from tutor.pipeline.registry import BY_NAME
-from tutor.prompt import GO_TEMPLATE, STOPS
+from tutor.prompt.tutor_format import GO_TEMPLATE, STOPS
 from tutor.recipe.settings import Recipe
 from tutor.serving.builds import served_name
 from tutor.serving.models import quantization_of

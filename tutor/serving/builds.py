@@ -24,7 +24,7 @@ from tutor.engines.ollama.protocol import check_version, parse_parameters
 from tutor.engines.protocol import Generation
 from tutor.errors import ArtifactError, GateError, RecipeError, TutorError
 from tutor.machine import host
-from tutor.prompt import conversation
+from tutor.prompt.messages import conversation
 from tutor.recipe.ollama_names import canonical, split_tag
 from tutor.recipe.settings import Recipe
 

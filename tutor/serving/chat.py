@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tutor.engines.protocol import Answer, Engine, Generation
-from tutor.prompt import Message, display_start
+from tutor.prompt.messages import Message, display_start
 
 PROMPT = "tú> "
 HELP = "/nuevo olvida la conversación · /salir (o Ctrl-D) termina · Ctrl-C interrumpe la respuesta"

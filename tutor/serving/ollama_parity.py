@@ -13,7 +13,7 @@ from pathlib import Path
 from tutor.engines.ollama.client import Ollama
 from tutor.engines.ollama.trace import trace
 from tutor.errors import ArtifactError
-from tutor.prompt import Message
+from tutor.prompt.messages import Message
 from tutor.stages.parity.compare import Comparison, Observation
 from tutor.stages.parity.gate import MODEL, SAME_FILE, HandOff, hand_off
 from tutor.stages.parity.record import REFERENCE, from_record

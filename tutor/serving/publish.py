@@ -23,7 +23,7 @@ from tutor.pipeline.recipe_folder import held
 from tutor.pipeline.registry import BY_NAME
 from tutor.pipeline.runner import announced, require_gate_passed
 from tutor.pipeline.staleness import edited_inputs
-from tutor.prompt import display_text
+from tutor.prompt.messages import display_text
 from tutor.recipe.settings import Recipe
 from tutor.serving import builds, ollama_parity
 from tutor.serving.adapter import lora_folder

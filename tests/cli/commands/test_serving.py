@@ -12,7 +12,7 @@ from support.processes.command import ROOT, TUTOR, environment
 
 from tutor.cli.commands.serving import ask_command, chat_command
 from tutor.machine import host
-from tutor.prompt import GO_TEMPLATE
+from tutor.prompt.tutor_format import GO_TEMPLATE
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tutor.engines.hf.engine import TransformersEngine
 from tutor.engines.hf.loading import load
-from tutor.prompt import encode
+from tutor.prompt.encoding import encode
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from tutor.engines.hf.engine import INCOMPLETE, TransformersEngine, _generation_config
 from tutor.errors import ServiceError
-from tutor.prompt import conversation
+from tutor.prompt.messages import conversation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,7 +14,7 @@ from tutor.engines.hf.engine import TransformersEngine
 from tutor.engines.hf.loading import load, load_base
 from tutor.engines.hf.score import answer_logprobs
 from tutor.errors import ArtifactError
-from tutor.prompt import encode
+from tutor.prompt.encoding import encode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,7 +13,7 @@ from tutor.engines.hf.engine import TransformersEngine
 from tutor.engines.hf.loading import load_base
 from tutor.engines.hf.score import answer_logprobs
 from tutor.engines.protocol import SCORE_CHUNK_TOKENS
-from tutor.prompt import encode
+from tutor.prompt.encoding import encode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

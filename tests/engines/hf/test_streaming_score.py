@@ -18,7 +18,7 @@ from tutor.engines.hf import streaming_score
 from tutor.engines.hf.loading import load_base
 from tutor.engines.hf.score import answer_logprobs
 from tutor.formats.models.model_folder import load_tokenizer, read_facts
-from tutor.prompt import encode
+from tutor.prompt.encoding import encode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

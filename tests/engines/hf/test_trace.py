@@ -7,7 +7,7 @@ import pytest
 from support.models.conversations import CONVERSATIONS, HELLO, greedy_ids
 
 from tutor.engines.trace import EOS_TEXT
-from tutor.prompt import render
+from tutor.prompt.tutor_format import render
 
 
 @pytest.mark.pipeline

@@ -22,7 +22,8 @@ from tutor.engines.llamacpp import server as server_module
 from tutor.engines.llamacpp.server import LlamaServer, serve
 from tutor.engines.protocol import Generation
 from tutor.errors import HostError, ServiceError
-from tutor.prompt import conversation, render
+from tutor.prompt.messages import conversation
+from tutor.prompt.tutor_format import render
 
 GREEDY = Generation(max_new_tokens=24, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=7)
 SAMPLED = Generation(max_new_tokens=9, temperature=0.003, top_p=0.85, repetition_penalty=1.15, seed=7)

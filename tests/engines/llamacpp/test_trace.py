@@ -13,7 +13,7 @@ from tutor.engines.llamacpp.trace import rendered
 from tutor.engines.llamacpp.trace import trace as llamacpp_trace
 from tutor.engines.trace import Step, divergence
 from tutor.formats.models.pre_tokenizer import pre_tokenizer_name
-from tutor.prompt import render
+from tutor.prompt.tutor_format import render
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from support.fakes.ollama import FakeOllama
 
 from tutor.engines.ollama.client import Ollama, connect
 from tutor.engines.ollama.engine import OllamaServer
-from tutor.prompt import GO_TEMPLATE
+from tutor.prompt.tutor_format import GO_TEMPLATE
 
 
 @pytest.fixture

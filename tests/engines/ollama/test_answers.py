@@ -13,7 +13,7 @@ from tutor.engines.ollama.engine import OllamaServer
 from tutor.engines.ollama.trace import trace
 from tutor.engines.protocol import Generation
 from tutor.errors import ServiceError
-from tutor.prompt import conversation
+from tutor.prompt.messages import conversation
 
 SHORT = Generation(max_new_tokens=4, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=7)
 HOLA = conversation("Hola")

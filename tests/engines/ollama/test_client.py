@@ -25,7 +25,8 @@ from tutor.engines.ollama.protocol import (
 )
 from tutor.engines.protocol import Generation
 from tutor.errors import ArtifactError, ServiceError
-from tutor.prompt import GO_TEMPLATE, conversation
+from tutor.prompt.messages import conversation
+from tutor.prompt.tutor_format import GO_TEMPLATE
 
 GREEDY = Generation(max_new_tokens=24, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=7)
 HOLA = conversation("Hola")

@@ -11,7 +11,8 @@ from tutor.engines.ollama.protocol import (
 )
 from tutor.engines.protocol import Generation, greedy
 from tutor.errors import ServiceError
-from tutor.prompt import STOPS, Message, conversation
+from tutor.prompt.messages import Message, conversation
+from tutor.prompt.tutor_format import STOPS
 from tutor.recipe.settings import GenerateSettings
 
 GREEDY = Generation(max_new_tokens=24, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=7)

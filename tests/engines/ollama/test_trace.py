@@ -10,7 +10,7 @@ from tutor.engines.ollama.client import connect
 from tutor.engines.ollama.trace import trace as ollama_trace
 from tutor.engines.trace import EOS_TEXT, Step
 from tutor.errors import ServiceError
-from tutor.prompt import conversation
+from tutor.prompt.messages import conversation
 
 HELLO = conversation("Hola")
 

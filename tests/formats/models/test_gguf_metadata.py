@@ -19,7 +19,7 @@ from tutor.formats.models.gguf_metadata import (
     metadata_differences,
     metadata_of,
 )
-from tutor.prompt import chat_template
+from tutor.prompt.tutor_format import chat_template
 
 FIELDS: dict[str, Any] = {
     "general.architecture": "llama",

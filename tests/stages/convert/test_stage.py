@@ -18,7 +18,8 @@ from support.models.random_llama import llama3_splitter, make_tiny
 
 from tutor.errors import ArtifactError, HostError
 from tutor.formats.models.gguf import read_gguf
-from tutor.prompt import adds_bos, chat_template
+from tutor.prompt.encoding import adds_bos
+from tutor.prompt.tutor_format import chat_template
 from tutor.recipe.settings import ConvertSettings, OllamaSettings, Recipe
 from tutor.stages.convert import stage
 

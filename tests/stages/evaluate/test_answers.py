@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from tutor.engines.protocol import Answer, Engine, Generation
 from tutor.errors import ServiceError
-from tutor.prompt import Message, render
+from tutor.prompt.messages import Message
+from tutor.prompt.tutor_format import render
 from tutor.stages.evaluate.answers import MAX_LOST, Task, answer_prompts
 
 GREEDY = Generation(max_new_tokens=50, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=7)

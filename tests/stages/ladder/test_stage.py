@@ -110,7 +110,7 @@ def inputs(real: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     from transformers import AutoTokenizer
 
     from tutor.engines.llamacpp.convert import Conversion, quantize, to_gguf
-    from tutor.prompt import adds_bos
+    from tutor.prompt.encoding import adds_bos
 
     home = tmp_path_factory.mktemp("build")
     data, base, gguf = home / "data", home / "base", home / "gguf"

@@ -28,7 +28,9 @@ from tutor.engines.hf.score import answer_logprobs
 from tutor.errors import ArtifactError, HostError
 from tutor.formats.models.model_folder import load_tokenizer, read_facts
 from tutor.formats.models.safetensors import read_folder
-from tutor.prompt import chat_template, conversation, encode, render
+from tutor.prompt.encoding import encode
+from tutor.prompt.messages import conversation
+from tutor.prompt.tutor_format import chat_template, render
 from tutor.recipe.settings import Recipe
 from tutor.stages.merge import stage as merge
 from tutor.stages.merge.peft_adapter import read_adapter

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tutor.prompt import GO_TEMPLATE, STOPS
+from tutor.prompt.tutor_format import GO_TEMPLATE, STOPS
 from tutor.stages.modelfile.spec import ModelSpec
 from tutor.stages.modelfile.stage import ollama_parameters
 

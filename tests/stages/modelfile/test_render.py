@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.processes.command import ROOT
 
 from tutor.errors import ArtifactError, RecipeError
-from tutor.prompt import STOPS
+from tutor.prompt.tutor_format import STOPS
 from tutor.stages.modelfile.parse import parse
 from tutor.stages.modelfile.render import render
 from tutor.stages.modelfile.spec import representable

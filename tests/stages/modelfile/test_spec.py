@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from tutor.errors import ArtifactError, RecipeError
-from tutor.prompt import GO_TEMPLATE
+from tutor.prompt.tutor_format import GO_TEMPLATE
 from tutor.stages.modelfile.spec import check_spec
 
 

@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 
-from tutor.prompt import GO_TEMPLATE, STOPS
+from tutor.prompt.tutor_format import GO_TEMPLATE, STOPS
 from tutor.recipe.reading import read_recipe
 from tutor.recipe.settings import Recipe
 from tutor.stages.modelfile import stage

@@ -1,6 +1,6 @@
 """stages/parity/conversations.py: the set of conversations, and the reach of each."""
 
-from tutor.prompt import render
+from tutor.prompt.tutor_format import render
 from tutor.stages.parity.conversations import CODE, EMOJI, SPECIALS, Conversation, make_conversations
 
 

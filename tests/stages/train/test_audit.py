@@ -13,7 +13,9 @@ from tutor.engines.hf.loading import load_base
 from tutor.errors import DataError, RecipeError
 from tutor.formats.models.model_folder import load_tokenizer
 from tutor.machine.memory.batching import split_step
-from tutor.prompt import Encoded, audit, completion, conversation, render
+from tutor.prompt.encoding import Encoded, audit
+from tutor.prompt.messages import conversation
+from tutor.prompt.tutor_format import completion, render
 from tutor.stages.train.audit import audit_labels, encode_prompts, encode_rows, label_ids, refuse_control_tokens
 from tutor.stages.train.kernels.packed_attention import LENGTHS, split_rows
 from tutor.stages.train.trainer import lora_config, make_trainer, training_arguments

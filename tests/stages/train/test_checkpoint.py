@@ -21,7 +21,7 @@ from support.processes.kills import killed_at
 from tutor.artifacts.disk import remove
 from tutor.artifacts.provenance import Provenance
 from tutor.errors import ArtifactError, HostError
-from tutor.prompt import Encoded
+from tutor.prompt.encoding import Encoded
 from tutor.recipe.settings import TrainSettings
 from tutor.stages.train import checkpoint
 from tutor.stages.train.checkpoint import (

@@ -13,7 +13,7 @@ from support.models.training import apart, gradients, moved
 
 from tutor.engines.hf.score import answer_logprobs
 from tutor.errors import ArtifactError
-from tutor.prompt import Encoded
+from tutor.prompt.encoding import Encoded
 from tutor.stages.train import held_out_loss
 
 pytestmark = [

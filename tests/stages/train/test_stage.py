@@ -21,7 +21,7 @@ from tutor.artifacts.stage_folder import log_folder
 from tutor.errors import ArtifactError, DataError
 from tutor.formats.models.base_source import public_source
 from tutor.machine.capacity import plan_training
-from tutor.prompt import Encoded
+from tutor.prompt.encoding import Encoded
 from tutor.stages.train import held_out_loss, loop
 from tutor.stages.train import stage as train
 from tutor.stages.train.loop import round_adapter, save_adapter

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from support.models.training import ROWS, FirstGradient, apart, gradients, moved
 
-from tutor.prompt import Encoded
+from tutor.prompt.encoding import Encoded
 from tutor.stages.train.audit import encode_rows
 from tutor.stages.train.trainer import count_parameters
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tutor.prompt import conversation
+from tutor.prompt.messages import conversation
 
 HELLO = conversation("Hola")
 CONVERSATIONS = (

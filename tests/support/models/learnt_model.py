@@ -8,7 +8,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tutor.engines.hf.engine import TransformersEngine
 from tutor.engines.protocol import Answer, Generation
-from tutor.prompt import Encoded, conversation
+from tutor.prompt.encoding import Encoded
+from tutor.prompt.messages import conversation
 
 ENDS = ("a", " Sí, ñandú 🎉.")
 

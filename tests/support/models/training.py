@@ -13,7 +13,7 @@ import pytest
 from transformers import TrainerCallback
 
 torch = pytest.importorskip("torch")
-from tutor.prompt import Encoded
+from tutor.prompt.encoding import Encoded
 
 ROWS = [
     {"instruction": f"¿Qué es {what}?", "response": f"Es {what} de TypeScript: sirve para {use}."}

@@ -90,7 +90,7 @@ def ask_command(
     A QUESTION that looks like an option goes behind --.
     """
     from tutor.engines.protocol import sampling
-    from tutor.prompt import conversation, display_start, display_text
+    from tutor.prompt.messages import conversation, display_start, display_text
 
     recipe = load_recipe(recipe_path)
     try:

@@ -13,7 +13,8 @@ from transformers import GenerationConfig, StoppingCriteriaList
 
 from tutor.engines.protocol import Answer, Finish, Generation
 from tutor.errors import ServiceError
-from tutor.prompt import Message, render
+from tutor.prompt.messages import Message
+from tutor.prompt.tutor_format import render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -21,7 +21,8 @@ import httpx2
 from tutor.engines.llamacpp.process import Command, clean_environment, killed_with_parent, program_error, programs, stop
 from tutor.engines.protocol import TOP_K, Answer, Finish, Generation
 from tutor.errors import HostError, ServiceError
-from tutor.prompt import Message, render
+from tutor.prompt.messages import Message
+from tutor.prompt.tutor_format import render
 
 logger = logging.getLogger(__name__)
 

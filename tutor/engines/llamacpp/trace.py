@@ -10,7 +10,7 @@ from typing import Any
 from tutor.engines.llamacpp.server import FINISHES, LlamaServer
 from tutor.engines.trace import EOS_TEXT, TOP_CANDIDATES, Step, Trace, candidates, group_characters
 from tutor.errors import ServiceError
-from tutor.prompt import Message
+from tutor.prompt.messages import Message
 
 
 def rendered(server: LlamaServer, messages: Sequence[Message]) -> str:

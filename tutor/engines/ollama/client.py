@@ -44,7 +44,7 @@ from tutor.engines.ollama.protocol import (
 )
 from tutor.engines.ollama.transport import MIB, Limit, Transport, file_pieces, import_package
 from tutor.errors import ServiceError
-from tutor.prompt import Message
+from tutor.prompt.messages import Message
 
 if TYPE_CHECKING:
     import ollama

@@ -16,7 +16,8 @@ from tutor.engines.ollama.client import Ollama, connect
 from tutor.engines.ollama.protocol import LOOP_ERROR, MissingError, parse_parameters
 from tutor.engines.protocol import TOP_K, Answer, Finish, Generation
 from tutor.errors import ServiceError
-from tutor.prompt import Message, render
+from tutor.prompt.messages import Message
+from tutor.prompt.tutor_format import render
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from tutor.engines.ollama.client import Ollama
 from tutor.errors import GateError
-from tutor.prompt import Message, render
+from tutor.prompt.messages import Message
+from tutor.prompt.tutor_format import render
 
 logger = logging.getLogger(__name__)
 

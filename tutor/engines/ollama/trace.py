@@ -11,7 +11,7 @@ from tutor.engines.ollama.client import Ollama
 from tutor.engines.ollama.engine import FINISHES
 from tutor.engines.trace import EOS_TEXT, TOP_CANDIDATES, Step, Trace, candidates
 from tutor.errors import ServiceError
-from tutor.prompt import Message
+from tutor.prompt.messages import Message
 
 
 def trace(server: Ollama, model: str, messages: Sequence[Message], tokens: int) -> Trace:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tutor.formats.models.model_folder import load_tokenizer, read_facts
 from tutor.formats.rows.split_files import HELD_OUT, read_split
-from tutor.prompt import encode
+from tutor.prompt.encoding import encode
 
 TokenRows = list[tuple[list[int], list[int]]]
 """Prompt ids and answer ids (EOS included), row by row."""

@@ -19,7 +19,7 @@ from tutor.formats.markdown import fence_languages
 from tutor.formats.rows.json_values import ONE_LINE, TOO_DEEP, RowError, printable
 from tutor.formats.rows.jsonl import Limits, check_file, read_values, unchanged
 from tutor.formats.rows.texts import clean_answer, clean_text, some_text, without_marks
-from tutor.prompt import CUE, STOPS
+from tutor.prompt.tutor_format import CUE, STOPS
 
 MAX_DEPTH = 16
 """Maximum depth of lists and objects inside each other; a row needs four."""

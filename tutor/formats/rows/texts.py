@@ -7,7 +7,7 @@ tokens of its tokenizer are checked in control_tokens.py.
 import re
 
 from tutor.formats.rows.json_values import printable
-from tutor.prompt import trim
+from tutor.prompt.messages import trim
 from tutor.recipe.values import MARKED_TOKEN
 
 UNWRITABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")

@@ -18,7 +18,7 @@ from tutor.formats.models.model_folder import load_tokenizer, read_facts
 from tutor.formats.rows.jsonl import Limits, read_values
 from tutor.formats.rows.split_files import HELD_OUT, TRAIN, read_split
 from tutor.machine.memory.batching import max_tokens, split_step
-from tutor.prompt import encode
+from tutor.prompt.encoding import encode
 from tutor.recipe.settings import Recipe, TrainSettings
 
 MIN_CHARACTERS = 2.2

@@ -25,7 +25,8 @@ from tutor.formats.models.gguf_weights import weights_of
 from tutor.formats.models.model_folder import CANARIES, EMBEDDING, Facts, is_refusal, load_tokenizer, reason
 from tutor.formats.models.safetensors import Stored, folder_weights
 from tutor.formats.models.tensor_streams import largest_magnitude, pieces
-from tutor.prompt import completion, conversation, render
+from tutor.prompt.messages import conversation
+from tutor.prompt.tutor_format import completion, render
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from tutor.formats.models.pre_tokenizer import is_sentencepiece, pre_tokenizer_n
 from tutor.formats.models.safetensors import folder_weights, weight_files
 from tutor.formats.rows.jsonl import Limits
 from tutor.formats.rows.rows import ExampleRow, read_rows
-from tutor.prompt import adds_bos
+from tutor.prompt.encoding import adds_bos
 from tutor.recipe.values import HUB, PACKAGE
 
 if TYPE_CHECKING:

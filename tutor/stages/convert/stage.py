@@ -30,7 +30,8 @@ from tutor.formats.rows.split_files import TRAIN, read_split
 from tutor.machine.host import usable_cores
 from tutor.machine.memory.shapes import read_shape
 from tutor.machine.run_cost import gguf_bytes, require_disk
-from tutor.prompt import chat_template, completion, conversation, render
+from tutor.prompt.messages import conversation
+from tutor.prompt.tutor_format import chat_template, completion, render
 from tutor.recipe.quantizations import F16
 from tutor.stages.convert.lineage import base_lineage, to_fields, tutor_lineage
 from tutor.stages.convert.quantization_error import (

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from tutor.errors import ArtifactError
 from tutor.formats.rows.control_tokens import control_tokens, refuse_rows
 from tutor.formats.rows.rows import Example, Prompt
-from tutor.prompt import completion, conversation, render
+from tutor.prompt.messages import conversation
+from tutor.prompt.tutor_format import completion, render
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

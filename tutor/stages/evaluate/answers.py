@@ -27,7 +27,7 @@ from tutor.artifacts.hashing import json_sha256
 from tutor.engines.protocol import Engine, Generation
 from tutor.errors import ServiceError
 from tutor.graders.verdict import Record
-from tutor.prompt import conversation
+from tutor.prompt.messages import conversation
 
 log = logging.getLogger(__name__)
 

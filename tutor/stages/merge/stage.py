@@ -29,7 +29,8 @@ from tutor.formats.models.safetensors import INDEX, WEIGHTS, WIDTHS, Stored, mak
 from tutor.formats.models.tensor_streams import open_writer
 from tutor.formats.rows.split_files import HELD_OUT, read_split
 from tutor.machine.run_cost import require_disk
-from tutor.prompt import Encoded, chat_template, encode
+from tutor.prompt.encoding import Encoded, encode
+from tutor.prompt.tutor_format import chat_template
 from tutor.stages.merge.peft_adapter import read_adapter
 from tutor.stages.merge.weights import DTYPES, MergedWeights, require_fit
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tutor.errors import ArtifactError, RecipeError
-from tutor.prompt import CUE
+from tutor.prompt.tutor_format import CUE
 from tutor.recipe.ollama_names import FORMS, NAME, SPECIAL_MODEL, SPECIAL_TAGS
 
 Parameter = int | float | bool | str | list[str]

@@ -12,7 +12,7 @@ from typing import Any
 from tutor.artifacts.layout import gguf_name
 from tutor.engines.protocol import TOP_K
 from tutor.formats.models.served_quantization import served_quantization
-from tutor.prompt import GO_TEMPLATE, STOPS
+from tutor.prompt.tutor_format import GO_TEMPLATE, STOPS
 from tutor.recipe.settings import Recipe
 from tutor.stages.modelfile.render import location, render
 from tutor.stages.modelfile.spec import ModelSpec, Parameter

@@ -16,7 +16,7 @@ from tutor.engines.llamacpp.server import serve
 from tutor.engines.llamacpp.trace import rendered
 from tutor.engines.llamacpp.trace import trace as llamacpp_trace
 from tutor.engines.trace import TOP_CANDIDATES
-from tutor.prompt import completion
+from tutor.prompt.tutor_format import completion
 from tutor.stages.parity.compare import Observation
 from tutor.stages.parity.conversations import Conversation
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tutor.prompt import Message, completion, render
+from tutor.prompt.messages import Message
+from tutor.prompt.tutor_format import completion, render
 
 Reach = Literal["everywhere", "served", "published", "nowhere"]
 """Engines that answer a conversation: all, those of the served file and Ollama, Ollama alone, or none (the prompt does

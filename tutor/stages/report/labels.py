@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any, Protocol
 
-from tutor.prompt import Encoded, Tokenizer, encode
+from tutor.prompt.encoding import Encoded, encode
+from tutor.prompt.format import Tokenizer
 
 SHOWN_ROWS = 3
 """Number of rows on the page."""

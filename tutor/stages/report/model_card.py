@@ -11,7 +11,7 @@ from typing import Any
 
 from tutor.formats.models.base_source import LOCAL
 from tutor.graders.labels import LABELS
-from tutor.prompt import CUE, QUESTION, STOPS
+from tutor.prompt.tutor_format import CUE, QUESTION, STOPS
 from tutor.recipe.values import HUB
 from tutor.stages.report.tables import megabytes, percent
 from tutor.stages.report.view import StageOutputs

@@ -10,7 +10,7 @@ from typing import Any
 
 from tutor.formats.markdown import fenced_blocks
 from tutor.graders.labels import LABELS
-from tutor.prompt import display_text
+from tutor.prompt.messages import display_text
 
 Json = Mapping[str, Any]
 

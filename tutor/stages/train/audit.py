@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from tutor.errors import DataError, RecipeError
 from tutor.formats.rows.control_tokens import INSTEAD, control_tokens, refuse_rows
-from tutor.prompt import Encoded, Tokenizer, audit, encode
+from tutor.prompt.encoding import Encoded, audit, encode
+from tutor.prompt.format import Tokenizer
 from tutor.stages.train.kernels.chunked_loss import IGNORE_INDEX
 from tutor.stages.train.kernels.packed_attention import split_rows
 

@@ -29,7 +29,7 @@ from tutor.machine import distributed
 from tutor.machine.run_cost import short_disks
 
 if TYPE_CHECKING:
-    from tutor.prompt import Encoded
+    from tutor.prompt.encoding import Encoded
 
 log = logging.getLogger(__name__)
 

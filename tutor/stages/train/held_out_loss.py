@@ -14,7 +14,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from tutor.engines.hf.score import answer_logprobs
 from tutor.errors import ArtifactError
 from tutor.machine import distributed
-from tutor.prompt import Encoded
+from tutor.prompt.encoding import Encoded
 
 QUANTIZED_LAYERS = (Linear4bit, Linear8bitLt)
 """bitsandbytes' layers, which stay in training mode."""

@@ -19,7 +19,7 @@ from transformers import PrinterCallback, TrainerCallback
 from tutor.errors import ArtifactError, HostError
 from tutor.machine.distributed import full_tensor, is_main_process
 from tutor.machine.watchdog import Watchdog
-from tutor.prompt import Encoded
+from tutor.prompt.encoding import Encoded
 from tutor.stages.train import checkpoint
 from tutor.stages.train.held_out_loss import mean_loss, perplexity, refuse_inference_layout
 from tutor.stages.train.monitor import Monitor, MonitorSettings, report_lines, restore_best

@@ -19,7 +19,7 @@ from tutor.formats.models.model_folder import load_tokenizer, read_facts
 from tutor.formats.rows.split_files import HELD_OUT, PROMPTS, TRAIN, read_split
 from tutor.machine import distributed
 from tutor.machine.memory.plan import TrainingPlan
-from tutor.prompt import Encoded
+from tutor.prompt.encoding import Encoded
 from tutor.stages.train import checkpoint
 from tutor.stages.train.audit import audit_labels, encode_prompts, encode_rows, refuse_control_tokens
 from tutor.stages.train.checkpoint_callback import memory_hint, saving

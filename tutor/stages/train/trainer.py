@@ -21,7 +21,7 @@ from tutor.machine import distributed
 from tutor.machine.distributed import DistributedStepSampler
 from tutor.machine.memory.batching import MicroBatches
 from tutor.machine.memory.plan import TrainingPlan
-from tutor.prompt import Encoded
+from tutor.prompt.encoding import Encoded
 from tutor.stages.train.audit import label_ids
 from tutor.stages.train.kernels.chunked_loss import IGNORE_INDEX, summed_loss
 from tutor.stages.train.kernels.fast_dropout import replace_dropout

@@ -20,7 +20,7 @@ from tutor.engines.hf.score import answer_logprobs
 from tutor.errors import DataError
 from tutor.formats.models.model_folder import load_tokenizer
 from tutor.machine.memory.batching import split_step
-from tutor.prompt import Encoded
+from tutor.prompt.encoding import Encoded
 from tutor.stages.train.audit import label_ids
 from tutor.stages.train.kernels import packed_attention
 from tutor.stages.train.kernels.chunked_loss import IGNORE_INDEX
