@@ -20,15 +20,24 @@ LLAMA3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """Pattern of Llama 3's pre-tokenizer."""
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Pattern of Mistral's pre-tokenizer since Tekken."""
 SPLITS: dict[tuple[str, ...], str] = {
     (LLAMA3,): "llama-bpe",
     (LLAMA3.replace("{1,3}", ""),): "qwen2",
+    (TEKKEN,): "tekken",
     (GPT2,): "gpt-2",
     (r"\p{N}", GPT2): "smollm",
     ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"): "deepseek-coder",
 }
 """llama.cpp's name by the patterns of its src/llama-vocab.cpp, applied in order, written as in tokenizer.json."""
 
+IGNORE_MERGES = ("llama-bpe", "tekken")
+"""Names with which llama.cpp takes a word that is a token as that token, without merging."""
 SAME_SPLIT = {
     "llama-bpe": ("falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "smaug-bpe", "dbrx"),
     "qwen2": ("deepseek-r1-qwen", "kormo", "f2llmv2", "stablelm2", "hunyuan", "solar-open", "megrez", "grok-2"),
@@ -79,7 +88,7 @@ def pre_tokenizer_name(tokenizer_json: Path) -> str:
         problem = f"splits by {json.dumps(splitter, ensure_ascii=False)}"
     elif normalizer.get("type", "NFC") != "NFC":  # llama.cpp does not normalize; the rows are NFC already
         problem = f"changes the text first, by {json.dumps(normalizer, ensure_ascii=False)}"
-    elif bool(model.get("ignore_merges")) != (name == "llama-bpe") and not _merges_produce_all(tokenizer):
+    elif bool(model.get("ignore_merges")) != (name in IGNORE_MERGES) and not _merges_produce_all(tokenizer):
         problem = f"has ignore_merges {model.get('ignore_merges', False)}, and {name} means the contrary"
     else:
         return name
