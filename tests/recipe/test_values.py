@@ -70,3 +70,11 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 def test_base_source_of_another_kind_is_refused(value):
     with pytest.raises(ValidationError, match=r"known: hub:OWNER/NAME@40-HEX-REVISION, path:FOLDER"):
         BaseSettings(source=value)
+
+
+def test_languages_are_those_of_the_detector() -> None:
+    from lingua import Language
+
+    from tutor.recipe.values import LANGUAGES
+
+    assert sorted(LANGUAGES) == sorted(language.iso_code_639_1.name.lower() for language in Language.all())

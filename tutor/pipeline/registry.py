@@ -53,20 +53,22 @@ class Stage:
 
 
 def _data(recipe: Recipe) -> dict[str, Any]:
-    return {**recipe.data.model_dump(exclude={"train", "eval"}), "seed": recipe.seed}
+    split = recipe.data.model_dump(exclude={"train", "eval", "loss", "language"})
+    return {**split, "reasoning": recipe.reasoning, "seed": recipe.seed}
 
 
 def _base(recipe: Recipe) -> dict[str, Any]:
     made_here = {"seed": recipe.seed} if recipe.base.source == "tiny" else {}
-    return {"source": recipe.base.source, **made_here}
+    served = {"prompt": recipe.prompt, "reasoning": recipe.reasoning, "system": bool(recipe.system)}
+    return {"source": recipe.base.source, **(served if recipe.prompt == "base" else {}), **made_here}
 
 
 def _train(recipe: Recipe) -> dict[str, Any]:
-    return {**recipe.train.model_dump(), "system": recipe.system, "seed": recipe.seed}
+    return {**recipe.train.model_dump(), "system": recipe.system, "loss": recipe.data.loss, "seed": recipe.seed}
 
 
 def _merge(recipe: Recipe) -> dict[str, Any]:
-    trained = {"quantization": recipe.train.quantization, "system": recipe.system}
+    trained = {"quantization": recipe.train.quantization, "system": recipe.system, "loss": recipe.data.loss}
     return {**recipe.merge.model_dump(), **(trained if recipe.merge.base == "auto" else {})}
 
 
@@ -79,7 +81,7 @@ def _convert(recipe: Recipe) -> dict[str, Any]:
 def _ladder(recipe: Recipe) -> dict[str, Any]:
     chosen_from = {"quantizations": recipe.convert.quantizations, "base": recipe.convert.base}
     how = {"budget": recipe.convert.budget, "context": recipe.generate.context, "system": recipe.system}
-    return {**chosen_from, **how, "served": recipe.ollama.quantization}
+    return {**chosen_from, **how, "loss": recipe.data.loss, "served": recipe.ollama.quantization}
 
 
 def _parity(recipe: Recipe) -> dict[str, Any]:
@@ -95,11 +97,12 @@ def _modelfile(recipe: Recipe) -> dict[str, Any]:
 def _evaluate(recipe: Recipe) -> dict[str, Any]:
     names = ("max_new_tokens", "context", "repetition_penalty")
     greedy = {name: getattr(recipe.generate, name) for name in names}
-    return {**greedy, "served": recipe.ollama.quantization, "system": recipe.system, "seed": recipe.seed}
+    graded = {"language": recipe.data.language}
+    return {**greedy, **graded, "served": recipe.ollama.quantization, "system": recipe.system, "seed": recipe.seed}
 
 
 def _report(recipe: Recipe) -> dict[str, Any]:
-    return {"name": recipe.name, "model": recipe.ollama.model, "system": recipe.system}
+    return {"name": recipe.name, "model": recipe.ollama.model, "system": recipe.system, "loss": recipe.data.loss}
 
 
 STAGES = (

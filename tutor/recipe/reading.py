@@ -101,6 +101,11 @@ def _check_together(recipe: Recipe) -> None:
     if not recipe.name.strip("."):
         raise RecipeError(f"{recipe.path} has no name, and the build folder is named after it", "call it NAME.toml")
     _check_weights(recipe)
+    if recipe.reasoning != "none" and recipe.prompt != "base":
+        raise RecipeError(
+            f"{recipe.path}: reasoning is {recipe.reasoning!r}, and the tutor's prompt has no thoughts",
+            'set prompt = "base", or reasoning = "none"',
+        )
     known = (*recipe.convert.quantizations, F16, AUTO)
     if recipe.ollama.quantization not in known:
         raise RecipeError(

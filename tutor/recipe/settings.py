@@ -11,7 +11,16 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from tutor.errors import RecipeError
-from tutor.recipe.values import BaseSource, Kind, LinearLayers, MemoryAmount, RelativePath, ServedKind, SystemText
+from tutor.recipe.values import (
+    BaseSource,
+    Kind,
+    Language,
+    LinearLayers,
+    MemoryAmount,
+    RelativePath,
+    ServedKind,
+    SystemText,
+)
 
 MANY = 1 << 24
 """Upper bound of counts of rows, steps and tokens; no model has more positions."""
@@ -37,6 +46,8 @@ class DataSettings(Settings):
     eval: RelativePath = "eval.jsonl"
     held_out: float = Field(0.1, gt=0, lt=0.5)  # share of the rows kept from training, by category
     rows: int = Field(0, ge=0, le=MANY)  # number of rows, in proportion by category and topic; 0: all
+    loss: Literal["all", "last"] = "all"  # the answers of a row of several turns that are trained
+    language: Language = "es"  # of the answers, an ISO 639-1 code; "any": neither graded nor linted
     prompts: int = Field(0, ge=0, le=MANY)  # number of prompts of data.eval, in proportion by category; 0: all
 
 
@@ -163,6 +174,11 @@ class Recipe(Settings):
     """All settings of a run."""
 
     seed: int = Field(42, ge=0, lt=2**32 - 1)  # llama.cpp takes 2**32 - 1 for a random seed
+    # "tutor": Instrucción / Respuesta, as the specification has it; "base": the chat template of the base.
+    prompt: Literal["tutor", "base"] = "tutor"
+    # Thoughts before an answer. "none": no think block; "empty": the prompt ends behind an empty one; "rows": the
+    # reasoning of the rows is trained.
+    reasoning: Literal["none", "empty", "rows"] = "none"
     system: SystemText = ""  # system text of every training sample and of the Modelfile; empty: none
     data: DataSettings = DataSettings()
     base: BaseSettings = BaseSettings()

@@ -20,6 +20,17 @@ LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 ALL_LINEAR = "all-linear"
 """Value of `train.target_modules` for all of LINEAR_LAYERS, as PEFT calls it."""
 
+LANGUAGES = (
+    "af", "ar", "az", "be", "bg", "bn", "bs", "ca", "cs", "cy", "da", "de", "el", "en", "eo", "es", "et", "eu",
+    "fa", "fi", "fr", "ga", "gu", "he", "hi", "hr", "hu", "hy", "id", "is", "it", "ja", "ka", "kk", "ko", "la",
+    "lg", "lt", "lv", "mi", "mk", "mn", "mr", "ms", "nb", "nl", "nn", "pa", "pl", "pt", "ro", "ru", "sk", "sl",
+    "sn", "so", "sq", "sr", "st", "sv", "sw", "ta", "te", "th", "tl", "tn", "tr", "ts", "uk", "ur", "vi", "xh",
+    "yo", "zh", "zu",
+)  # fmt: skip
+"""ISO 639-1 codes of the languages that lingua detects; a test compares them with the package's."""
+ANY_LANGUAGE = "any"
+"""Value of data.language for answers in any language."""
+
 HUB = re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
 """Source of a repository on the model hub."""
 PACKAGE = re.compile(r"package:(?P<module>\w+)/(?P<file>[\w.-]+\.gguf)")
@@ -95,12 +106,20 @@ def _base_source(value: str) -> str:
     return value
 
 
+def _language(value: str) -> str:
+    if value not in LANGUAGES and value != ANY_LANGUAGE:
+        raise ValueError(f"is no language that the detector knows; known: {ANY_LANGUAGE}, {', '.join(LANGUAGES)}")
+    return value
+
+
 def _system_text(value: str) -> str:
     if found := MARKED_TOKEN.search(value) or PLAIN_TOKEN.search(value):
         raise ValueError(f"holds {found[0]}, which a tokenizer reads as a control token: leave it out")
     return value
 
 
+Language = Annotated[str, AfterValidator(_language)]
+"""A code of LANGUAGES, or ANY_LANGUAGE."""
 RelativePath = Annotated[str, AfterValidator(_path_text)]
 """A path, relative to the recipe's own folder; `~` is the home folder."""
 MemoryAmount = Annotated[str, AfterValidator(_amount)]

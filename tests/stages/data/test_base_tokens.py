@@ -11,7 +11,7 @@ from support.models.small_tokenizer import make_tokenizer, write_base
 from support.outputs.lint_rows import GOOD, kinds_and_lines, lint_rows, row
 
 from tutor.errors import DataError
-from tutor.formats.rows.rows import Example, Prompt
+from tutor.formats.rows.examples import Example, Prompt
 from tutor.stages.data.base_tokens import control_token_finder, read_tokenizer, refuse_control_tokens
 
 

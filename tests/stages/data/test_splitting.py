@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tutor.errors import DataError
-from tutor.formats.rows.rows import Example, Prompt
+from tutor.formats.rows.examples import Example, Prompt
 from tutor.stages.data import splitting
 from tutor.stages.data.normal_form import normalise
 
@@ -145,3 +145,14 @@ def test_small_sample_has_every_category_and_topic() -> None:
 def test_sample_of_zero_rows_is_all_rows() -> None:
     examples = [Example(str(n), "r") for n in range(5)]
     assert splitting.sample(examples, 0, 1) == examples
+
+
+def test_prompt_that_any_turn_of_a_row_teaches_is_a_leak() -> None:
+    history = ({"role": "user", "content": "¿Qué es any?"}, {"role": "assistant", "content": "Un tipo."})
+    several = Example("¿Y eso?", "Otro.", line=1, history=history)
+    for prompt, leaks in (
+        (Prompt("¿que es ANY?", line=7), [(1, 7)]),
+        (Prompt("¿Y eso?", line=8, history=history), [(1, 8)]),
+        (Prompt("¿Y eso?", line=9), []),  # after another question it is another question
+    ):
+        assert splitting.without_leaks([several], [prompt])[1] == leaks

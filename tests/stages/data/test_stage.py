@@ -10,7 +10,7 @@ import pytest
 from support.files import write_rows
 
 from tutor.errors import DataError, RecipeError
-from tutor.formats.rows.rows import Example
+from tutor.formats.rows.examples import Example
 from tutor.formats.rows.split_files import HELD_OUT, PROMPTS, TRAIN, read_split
 from tutor.recipe.settings import DataSettings, Recipe
 from tutor.stages.data import reading, splitting
@@ -57,7 +57,7 @@ def test_stage_writes_rows_that_read_split_returns(tmp_path: Path) -> None:
     examples, _ = reading.read_examples(tmp_path / "tutor.jsonl")
     expected = (*splitting.split(examples, 0.1, recipe.seed), reading.read_prompts(tmp_path / "eval.jsonl")[0])
     for name, rows in zip((TRAIN, HELD_OUT, PROMPTS), expected, strict=True):
-        assert read_split(tmp_path / "out", name) == [{**asdict(row), "code": list(row.code)} for row in rows]
+        assert read_split(tmp_path / "out", name) == json.loads(json.dumps([asdict(row) for row in rows]))
     text = (tmp_path / "out" / "train.jsonl").read_bytes()
     assert text.startswith('{"instruction": "¿Qué es '.encode())
     assert text.count(b"\n") == 18
@@ -108,3 +108,13 @@ def test_missing_file_of_the_recipe_is_a_recipe_error(tmp_path: Path, key: str) 
     recipe = recipe_in(tmp_path, TRAINING, [{"instruction": "x"}], **{key: "absent.jsonl"})
     with pytest.raises(RecipeError, match=r"absent\.jsonl"):
         data.run(recipe, {}, tmp_path / "out")
+
+
+def test_reasoning_that_would_not_be_trained_is_refused(tmp_path: Path) -> None:
+    thought = {**TRAINING[3], "reasoning": "Un conjunto."}
+    recipe = recipe_in(tmp_path, [*TRAINING[:3], thought, *TRAINING[4:]], [{"instruction": "¿Y esto?"}])
+    with pytest.raises(DataError, match="1 of 20 rows have reasoning, and the recipe's reasoning is 'none'") as fault:
+        data.run(recipe, {}, tmp_path / "out")
+    assert fault.value.problems == (f"{tmp_path / 'tutor.jsonl'}:4: has reasoning",)
+    thinking = recipe.model_copy(update={"prompt": "base", "reasoning": "rows"})
+    assert data.run(thinking, {}, tmp_path / "out")["rows"] == 20

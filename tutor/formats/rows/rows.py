@@ -6,16 +6,17 @@ usable is an error with its line; nothing is guessed. Does not tokenize, and doe
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from tutor.errors import DataError
 from tutor.formats.markdown import fence_languages
+from tutor.formats.rows.conversations import MESSAGES, flatten
 from tutor.formats.rows.json_values import ONE_LINE, TOO_DEEP, RowError, printable
 from tutor.formats.rows.jsonl import Limits, check_file, read_values, unchanged
 from tutor.formats.rows.texts import clean_answer, clean_text, some_text, without_marks
@@ -23,41 +24,16 @@ from tutor.prompt.tutor_format import CUE, STOPS
 
 MAX_DEPTH = 16
 """Maximum depth of lists and objects inside each other; a row needs four."""
-ONE_TURN = "a row is one question and one answer, both text: multi-turn not supported"
+OTHER_FORM = "a row is instruction and response, both text, or messages: tutor data import changes other forms"
 """Next step for a row of another form."""
 IN_INSTRUCTION = "put all of the question into instruction, and a system text for every row into the recipe's system"
 """Next step for a row with a part of its question under another key."""
 QUESTION_KEYS = frozenset(
-    ("input", "context", "system", "system_prompt", "history", "messages", "conversations", "prompt", "question")
+    ("input", "context", "system", "system_prompt", "history", "conversations", "prompt", "question")
 )
 """Keys of other formats that hold a part of the question: dropped, the rest would be trained as if it were all."""
 WANTED = {"string_type": "a text", "list_type": "a list", "bool_type": "true or false", "model_type": "an object"}
 """Expected type in words, by pydantic's name of the error."""
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A question with its answer. `code`: expected compiler result of each fenced block, the question's first."""
-
-    instruction: str
-    response: str
-    category: str = ""
-    topic: str = ""
-    code: tuple[str, ...] = ()
-    line: int = 0  # in its file
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A question for evaluation. `expect`: conditions on a correct answer; `reference`: the author's answer, if any."""
-
-    instruction: str
-    category: str = ""
-    topic: str = ""
-    code: tuple[str, ...] = ()
-    expect: Mapping[str, Any] = field(default_factory=dict)
-    reference: str = ""
-    line: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,6 +87,31 @@ _NO_STOP = AfterValidator(partial(without_marks, marks=STOPS))
 _NO_TURN = AfterValidator(partial(without_marks, marks=(CUE, *STOPS)))
 
 
+class _System(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    role: Literal["system"]
+    content: _Some
+
+
+class _Question(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    role: Literal["user"]
+    content: Annotated[_Some, _NO_TURN]
+
+
+class _EarlierAnswer(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    role: Literal["assistant"]
+    content: Annotated[_SomeAnswer, _NO_STOP]
+    reasoning: _Answer = ""
+
+
+_History = list[Annotated[_System | _Question | _EarlierAnswer, Field(discriminator="role")]]
+
+
 class _Expect(BaseModel):
     """Conditions on an answer. An unknown key is an error here: a misspelt condition would never be checked."""
 
@@ -133,6 +134,8 @@ class PromptRow(BaseModel):
     topic: _Text = ""
     code: list[_Some] = []
     expect: _Expect = _Expect()
+    history: _History = []
+    reasoning: _Answer = ""  # of the reference: not used
 
 
 class ExampleRow(BaseModel):
@@ -146,6 +149,8 @@ class ExampleRow(BaseModel):
     category: _Text = ""
     topic: _Text = ""
     code: list[_Some] = []
+    history: _History = []
+    reasoning: _Answer = ""
 
 
 RowModel = TypeVar("RowModel", ExampleRow, PromptRow)
@@ -204,32 +209,41 @@ def parse_row(found: Any, model: type[RowModel], dropped: Counter[str], *, stric
         raise found
     if not isinstance(found, dict):
         raise RowError(f"is {_kind(found)}, not an object", ONE_LINE if isinstance(found, list) else None)
-    if not found.keys() & {"instruction", "response"}:
+    if not found.keys() & {"instruction", "response", MESSAGES}:
         keys = ", ".join(printable(key) for key in list(found)[:5])
         required = ",".join(name for name, item in model.model_fields.items() if item.is_required())
-        raise RowError(f"found key {keys or '(none)'}; expected {required}", ONE_TURN)
-    unknown = sorted(printable(key) for key in found.keys() - model.model_fields.keys())
+        raise RowError(f"found key {keys or '(none)'}; expected {required}", OTHER_FORM)
+    known = _keys(model)
+    unknown = sorted(printable(key) for key in found.keys() - known)
     if unknown and strict:
-        raise RowError(f"unknown key {', '.join(unknown)}; known: {', '.join(model.model_fields)}")
-    _check_keys(found, model)
+        raise RowError(f"unknown key {', '.join(unknown)}; known: {', '.join(known)}")
+    _check_keys(found, known)
     if _depth_exceeds(found, MAX_DEPTH):
         raise RowError(TOO_DEEP)
+    several = MESSAGES in found
     try:
-        row = model.model_validate(found)
+        given = {key: value for key, value in found.items() if key != "history"}
+        row = model.model_validate(flatten(given, answered=model is ExampleRow) if several else given)
     except ValidationError as error:
         items = error.errors(include_url=False)
         turns = any(item["type"] == "string_type" and isinstance(item["input"], list | dict) for item in items)
-        raise RowError("; ".join(_explain(item) for item in items[:3]), ONE_TURN if turns else None) from None
+        explained = "; ".join(_explain(item, several=several) for item in items[:3])
+        raise RowError(explained, OTHER_FORM if turns else None) from None
     _check_code(row)
     dropped.update(unknown)
     return row
 
 
-def _check_keys(found: Mapping[str, Any], model: type[BaseModel]) -> None:
+def _keys(model: type[BaseModel]) -> list[str]:
+    """Keys of a row in a file: `messages` stands for the history too."""
+    return [MESSAGES if name == "history" else name for name in model.model_fields]
+
+
+def _check_keys(found: Mapping[str, Any], known: Sequence[str]) -> None:
     """Raise RowError for an unknown key that must not be dropped: misspelt, or with a part of the question."""
-    for key in found.keys() - model.model_fields.keys():
+    for key in found.keys() - set(known):
         name = key.strip().casefold()
-        if name in model.model_fields:
+        if name in known:
             raise RowError(f"key {printable(key)!r} is written {name!r}", "keys are in lower case: rename it")
         value = found[key]
         if name in QUESTION_KEYS and (value.strip() if isinstance(value, str) else value):
@@ -255,9 +269,9 @@ def _check_code(row: ExampleRow | PromptRow) -> None:
         raise RowError(f"code has {len(row.code)} entries for {both} fenced blocks", "give one a block, or no code")
 
 
-def _explain(item: Any) -> str:
-    """One of pydantic's errors as a problem of a row."""
-    name = ".".join(str(part) for part in item["loc"])
+def _explain(item: Any, *, several: bool = False) -> str:
+    """One of pydantic's errors as a problem of a row; `several`: the row has messages."""
+    name = _place(item["loc"]) if several else ".".join(str(part) for part in item["loc"])
     if item["type"] == "missing":
         return f"lacks {name}"
     if item["type"] == "extra_forbidden":
@@ -267,6 +281,14 @@ def _explain(item: Any) -> str:
     if item["type"] in WANTED:
         return f"{name} is {_kind(item['input'])}, not {WANTED[item['type']]}"
     return f"{name} {item['msg'].removeprefix('Value error, ')}"
+
+
+def _place(location: Sequence[Any]) -> str:
+    """Name of a value of a row with messages."""
+    if location[0] == "history" and len(location) > 2:
+        return f"{MESSAGES}[{location[1]}].{location[-1]}"
+    last = {"instruction": "the last question", "response": "the last answer", "reasoning": "the last reasoning"}
+    return last.get(str(location[0]), ".".join(str(part) for part in location))
 
 
 def _kind(value: Any) -> str:

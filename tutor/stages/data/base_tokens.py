@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from tutor.errors import ArtifactError
 from tutor.formats.rows.control_tokens import control_tokens, refuse_rows
-from tutor.formats.rows.rows import Example, Prompt
+from tutor.formats.rows.examples import Example, Prompt
 from tutor.prompt.messages import conversation
 from tutor.prompt.tutor_format import completion, render
 

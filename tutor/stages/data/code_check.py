@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tutor.errors import DataError
-from tutor.formats.rows.rows import Example, Prompt
+from tutor.formats.rows.examples import Example, Prompt
 from tutor.graders.code import CodeRow, check_rows
 
 

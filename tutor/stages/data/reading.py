@@ -8,8 +8,10 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from tutor.formats.rows.examples import Example, Prompt
 from tutor.formats.rows.jsonl import Limits
-from tutor.formats.rows.rows import Example, ExampleRow, Notes, Prompt, PromptRow, read_rows
+from tutor.formats.rows.rows import ExampleRow, Notes, PromptRow, read_rows
+from tutor.prompt.messages import Message
 from tutor.stages.data.splitting import RowType, group_by_question
 
 DEFAULT_LIMITS = Limits()
@@ -22,9 +24,13 @@ def read_examples(path: Path, *, strict: bool = False, limits: Limits = DEFAULT_
     """
     rows, notes = read_rows(path, ExampleRow, strict=strict, limits=limits)
     examples = [
-        Example(row.instruction, row.response, row.category, row.topic, tuple(row.code), line) for line, row in rows
-    ]
-    kept, duplicates = _without_duplicates(examples, [(each.instruction, each.response) for each in examples])
+        Example(
+            row.instruction, row.response, row.category, row.topic, tuple(row.code), line,
+            history=_messages(row), reasoning=row.reasoning,
+        )
+        for line, row in rows
+    ]  # fmt: skip
+    kept, duplicates = _without_duplicates(examples, [_content(each) for each in examples])
     return kept, replace(notes, duplicates=duplicates, conflicts=_conflicts(kept))
 
 
@@ -34,9 +40,18 @@ def read_prompts(path: Path, *, strict: bool = False, limits: Limits = DEFAULT_L
     prompts = []
     for line, row in rows:
         expect = row.expect.model_dump(exclude_unset=True)
-        prompts.append(Prompt(row.instruction, row.category, row.topic, tuple(row.code), expect, row.response, line))
-    kept, duplicates = _without_duplicates(prompts, [each.instruction for each in prompts])
+        given = (row.instruction, row.category, row.topic, tuple(row.code), expect, row.response, line)
+        prompts.append(Prompt(*given, history=_messages(row)))
+    kept, duplicates = _without_duplicates(prompts, [(each.instruction, str(each.history)) for each in prompts])
     return kept, replace(notes, duplicates=duplicates)
+
+
+def _messages(row: ExampleRow | PromptRow) -> tuple[Message, ...]:
+    return tuple(message.model_dump(exclude_defaults=True) for message in row.history)
+
+
+def _content(example: Example) -> Hashable:
+    return example.instruction, example.response, example.reasoning, str(example.history)
 
 
 def _without_duplicates(

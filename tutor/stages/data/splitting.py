@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from tutor.errors import DataError
-from tutor.formats.rows.rows import Example, Prompt
+from tutor.formats.rows.examples import Example, Prompt
 from tutor.stages.data.normal_form import normalise, plain_words
 
 RowType = TypeVar("RowType", Example, Prompt)
@@ -22,7 +22,7 @@ def group_by_question(examples: Iterable[Example]) -> dict[str, list[Example]]:
     """Return the examples by normal form of their question, in the order of each question's first example."""
     groups: defaultdict[str, list[Example]] = defaultdict(list)
     for example in examples:
-        groups[normalise(example.instruction)].append(example)
+        groups[normalise(example.question)].append(example)
     return groups
 
 
@@ -30,10 +30,17 @@ def without_leaks(
     examples: Iterable[Example], prompts: Iterable[Prompt]
 ) -> tuple[list[Example], list[tuple[int, int]]]:
     """Return the examples that no prompt asks, and (line, line of the prompt) of the others."""
-    asked = {normalise(prompt.instruction): prompt.line for prompt in prompts}
-    found = [(example, asked.get(normalise(example.instruction))) for example in examples]
+    asked = {normalise(prompt.question): prompt.line for prompt in prompts}
+    found = [(example, _asked_line(example, asked)) for example in examples]
     leaks = [(example.line, line) for example, line in found if line is not None]
     return [example for example, line in found if line is None], leaks
+
+
+def _asked_line(example: Example, asked: Mapping[str, int]) -> int | None:
+    """Return the line of the prompt that asks what an example teaches, in any of its turns."""
+    earlier = [message["content"] for message in example.history if message["role"] == "user"]
+    texts = ["\n\n".join(earlier[: count + 1]) for count in range(len(earlier))]
+    return next((line for text in (*texts, example.question) if (line := asked.get(normalise(text))) is not None), None)
 
 
 def sample(examples: Sequence[RowType], rows: int, seed: int) -> list[RowType]:
@@ -46,7 +53,7 @@ def sample(examples: Sequence[RowType], rows: int, seed: int) -> list[RowType]:
     quota = _spread(rows, {key: len(group) for key, group in groups.items()})
     chosen: set[int] = set()
     for key, group in groups.items():
-        group.sort(key=lambda place: _rank(seed, f"{examples[place].instruction}\0{examples[place].line}"))
+        group.sort(key=lambda place: _rank(seed, f"{examples[place].question}\0{examples[place].line}"))
         chosen.update(group[: quota[key]])
     return [example for place, example in enumerate(examples) if place in chosen]
 
@@ -89,14 +96,14 @@ def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Ex
     sizes = {stratum: sum(rows[question] for question in members) for stratum, members in strata.items()}
     least = {stratum: int(stratum is not None) for stratum in strata}
     quota = _apportion(max(1, round(share * len(examples))), sizes, least)
-    words = {question: min(plain_words(each.instruction) for each in group) for question, group in questions.items()}
+    words = {question: min(plain_words(each.question) for each in group) for question, group in questions.items()}
     chosen: set[str] = set()
     for stratum, members in strata.items():
         members.sort(key=lambda question: (_rank(seed, words[question]), question))
         chosen.update(_fill(members, rows, quota[stratum]))
     sides: tuple[list[Example], list[Example]] = ([], [])
     for example in examples:
-        sides[normalise(example.instruction) in chosen].append(example)
+        sides[normalise(example.question) in chosen].append(example)
     return sides
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from tutor.errors import DataError
 from tutor.formats.markdown import fence_languages
+from tutor.formats.rows.examples import Example
 from tutor.formats.rows.recipe_files import data_files
-from tutor.formats.rows.rows import Example
 from tutor.formats.rows.split_files import HELD_OUT, PROMPTS, STATISTICS, TRAIN
 from tutor.recipe.settings import Recipe
 from tutor.stages.data.reading import read_examples, read_prompts
@@ -33,6 +33,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Path], out: Path, *, strict: bool =
     files = data_files(recipe)
     examples, notes = read_examples(files["train"], strict=strict)
     prompts, prompt_notes = read_prompts(files["eval"], strict=strict)
+    _refuse_untrained_reasoning(recipe, examples, files["train"])
     clean, leaks = without_leaks(examples, prompts)
     if leaks and (strict or not clean):
         raise DataError(
@@ -61,6 +62,18 @@ def run(recipe: Recipe, inputs: Mapping[str, Path], out: Path, *, strict: bool =
         "prompts": len(asked),
         "notes": [*notes.warnings(), *prompt_notes.warnings(), *removed],
     }
+
+
+def _refuse_untrained_reasoning(recipe: Recipe, examples: Sequence[Example], file: Path) -> None:
+    """Raise DataError for rows with reasoning where the recipe trains none."""
+    held = [each for each in examples if each.reasoning or any("reasoning" in message for message in each.history)]
+    if held and recipe.reasoning != "rows":
+        raise DataError(
+            f"{file}: {len(held)} of {len(examples)} rows have reasoning, and the recipe's reasoning is "
+            f"{recipe.reasoning!r}",
+            'set prompt = "base" and reasoning = "rows", or remove it from the rows',
+            tuple(f"{file}:{each.line}: has reasoning" for each in held[:20]),
+        )
 
 
 def _write(path: Path, texts: Iterable[str]) -> None:
