@@ -36,11 +36,12 @@ def sum_error(terms: int, dtype: Any = torch.float32, *, exact: bool = False) ->
 
 
 def forward_terms(config: Any, tokens: int) -> int:
-    """Number of terms on the longest way through a Llama, from an embedding to a log-probability over its vocabulary.
+    """Number of terms on the longest way through a model, from an embedding to a log-probability over its vocabulary.
 
     `config` is the model's; `tokens` the longest row's.
     """
-    hidden, heads, head = config.hidden_size, config.num_attention_heads, config.head_dim
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head = getattr(config, "head_dim", None) or hidden // heads
     attention = hidden + head + 2 * tokens + heads * head  # q; scores; softmax and its weighted sum; o
     layer = 2 * hidden + attention + hidden + config.intermediate_size  # norms; attention; gate; down
     return int(config.num_hidden_layers * layer + 2 * hidden + config.vocab_size)  # norm, head, softmax

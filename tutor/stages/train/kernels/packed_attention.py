@@ -69,15 +69,29 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Compute transformers' "sdpa" row by row: [1, heads, tokens, size] in, [1, tokens, heads, size] out."""
     lengths = kwargs.pop(LENGTHS, None)
-    mask_entries = None if attention_mask is None else attention_mask.numel()
-    if lengths is None:
-        if mask_entries == 0:
+    packed = attention_mask is not None and attention_mask.numel() == 0
+    if lengths is None or len(lengths) == 1:
+        if packed:
             raise ValueError(f"positions start again within a batch that comes without {LENGTHS}")
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
-    if mask_entries:
-        raise ValueError("packed rows attend to all of themselves: no padding, no sliding window")
+    if not packed:
+        raise ValueError("packed rows attend to all of themselves: no padding, and no mask but that of packed_mask")
+    assert attention_mask is not None
+    window = attention_mask.shape[-1]
     rows = zip(*(torch.split(states, list(lengths), dim=2) for states in (query, key, value)), strict=True)
-    return torch.cat([sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows], dim=1), None
+    masks = (window_mask(length, window, query.device) for length in lengths)
+    found = [sdpa_attention_forward(module, *row, mask, **kwargs)[0] for row, mask in zip(rows, masks, strict=True)]
+    return torch.cat(found, dim=1), None
+
+
+def window_mask(length: int, window: int, device: torch.device) -> torch.Tensor | None:
+    """Return which tokens each token of a row attends to: itself and the `window` - 1 before it (0: all before it).
+
+    None for a row that is no longer than the window: sdpa's own causal mask is faster.
+    """
+    if window == 0 or length <= window:
+        return None
+    return torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril_().triu_(1 - window)
 
 
 def packed_mask(
@@ -91,11 +105,12 @@ def packed_mask(
     """Return transformers' mask for "sdpa", but an empty mask for packed rows instead of tokens x tokens.
 
     A batch without padding whose mask must not be skipped has positions that restart, so it is packed. The empty mask
-    marks it for `packed_attention`, where packed rows without LENGTHS are an error.
+    marks it for `packed_attention`, where packed rows without LENGTHS are an error. Its last size is the layers'
+    sliding window, 0 for layers without one.
     """
-    unmasked = attention_mask is None and kwargs.get("local_size") is None
-    if unmasked and not allow_is_causal_skip and q_length == kv_length > 1:
-        return torch.empty((1, 1, 0, 0), dtype=torch.bool, device=kwargs.get("device", "cpu"))
+    if attention_mask is None and not allow_is_causal_skip and q_length == kv_length > 1:
+        window = kwargs.get("local_size") or 0
+        return torch.empty((1, 1, 0, window), dtype=torch.bool, device=kwargs.get("device", "cpu"))
     return sdpa_mask(  # type: ignore[no-any-return]
         q_length=q_length,
         kv_length=kv_length,
