@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.models.families import FAMILIES, family_folder
 from support.models.tiny_models import in_two_shards, tensors
 from support.shared import copied
 from support.tolerances import forward_error, largest_logit, sum_error
@@ -75,6 +76,13 @@ def test_streamed_logprobs_equal_those_of_transformers(tmp_path: Path, settings:
         torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(tmp_path)
     compare(tmp_path, ROWS)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_streamed_logprobs_of_each_family_equal_transformers(
+    name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    compare(family_folder(tmp_path_factory, name), ROWS)
 
 
 def test_streamed_logprobs_with_scaled_rope_equal_transformers(tiny: Path, tmp_path: Path) -> None:

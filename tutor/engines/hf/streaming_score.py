@@ -1,7 +1,7 @@
 """Teacher-forced log-probabilities of a model, with one decoder layer in memory at a time.
 
 All rows pass through a layer before the next one is read. In: a configuration, weights piece by piece, rows of ids.
-Out: nats, equal to those of score.py on the loaded model in fp32. Masks, positions, scaled embeddings and the final norm
+Out: nats, equal to those of score.py on the loaded model in fp32. Masks, positions, scaled embeddings and the last norm
 are those of the model's own code. Does not generate, and never loads the whole model.
 """
 

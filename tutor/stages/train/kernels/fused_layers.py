@@ -1,8 +1,9 @@
-"""A Llama's decoder layers on the CPU as two functions each, with their own backward pass: attention, and MLP.
+"""Decoder layers on the CPU as two functions each, with their own backward pass: attention, and MLP.
 
-In: a PEFT model that trains adapters of a frozen Llama. Out: the model, whose layers keep 40 % less for the backward
-pass and read main memory less often: no copies of casts, rotations and heads; norms and activations are computed again
-instead of kept. Does not run on a GPU, or for layers that are no plain Llama's.
+In: a PEFT model that trains LoRA adapters of a frozen base. Out: the model, whose layers keep 40 % less for the
+backward pass and read main memory less often: no copies of casts, rotations and heads; norms and activations are
+computed again instead of kept. Does not run on a GPU, and leaves layers with other arithmetic than a Llama's (norms of
+queries and keys, four norms, layers without positions) and adapters with other arithmetic than LoRA's as they are.
 """
 
 from collections.abc import Sequence
@@ -13,22 +14,26 @@ import torch
 from bitsandbytes.nn import Linear8bitLt
 from torch import Tensor
 from torch.nn.functional import silu
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from tutor.formats.architectures import architecture_of
 from tutor.stages.train.kernels.causal_attention import Heads, attend, attend_backward
 from tutor.stages.train.kernels.lora_linear import LoraLinear
-from tutor.stages.train.kernels.packed_attention import LENGTHS
+from tutor.stages.train.kernels.packed_attention import LENGTHS, needs_mask
 
 
 def fuse_layers(model: Any, dtype: torch.dtype, *, unpack: bool) -> int:
     """Replace the forward pass of the layers of a PEFT model on the CPU that computes in `dtype`; return their number.
 
-    `unpack`: keep the values of 4-bit weights in `dtype`. Layers with biases, another activation or int8 weights stay.
+    `unpack`: keep the values of 4-bit weights in `dtype`. Layers with another activation, int8 weights or DoRA stay.
     """
-    layers = [layer for layer in model.get_base_model().model.layers if _is_plain(layer)]
+    decoder = model.get_base_model().get_decoder()
+    if not architecture_of(decoder.config.model_type, "the base").plain_layers:
+        return 0
+    layers = [layer for layer in decoder.layers if _is_plain(layer)]
+    fused = {plain: type(f"Fused{plain.__name__}", (FusedLayer, plain), {}) for plain in {type(each) for each in layers}}
     for layer in layers:
         layer.parts = LayerParts(layer, dtype, unpack=unpack)
-        layer.__class__ = FusedLayer
+        layer.__class__ = fused[type(layer)]
     return len(layers)
 
 
@@ -49,15 +54,14 @@ class LayerParts:
 
 
 def _is_plain(layer: Any) -> bool:
-    if type(layer) is not LlamaDecoderLayer:
-        return False
     config = layer.self_attn.config
-    biased = config.attention_bias or config.mlp_bias or config.attention_dropout or config.hidden_act != "silu"
-    return not biased and not any(isinstance(module, Linear8bitLt) for module in layer.modules())
+    if getattr(config, "attention_dropout", 0.0) or config.hidden_act != "silu":
+        return False
+    return not any(isinstance(part, Linear8bitLt) or getattr(part, "lora_variant", None) for part in layer.modules())
 
 
-class FusedLayer(LlamaDecoderLayer):  # type: ignore[misc]
-    """A decoder layer of two functions; it computes padded batches and generation as transformers does."""
+class FusedLayer(torch.nn.Module):
+    """A decoder layer of two functions; it computes padded batches, windows and generation as transformers does."""
 
     parts: LayerParts
 
@@ -70,12 +74,12 @@ class FusedLayer(LlamaDecoderLayer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> Tensor:
         """Return the layer's output for transformers' arguments."""
-        padded = attention_mask is not None and attention_mask.numel() > 0
-        if padded or past_key_values is not None or position_embeddings is None:
-            given = {"attention_mask": attention_mask, "past_key_values": past_key_values, **kwargs}
-            return super().forward(hidden_states, position_embeddings=position_embeddings, **given)  # type: ignore[no-any-return]
         batch, tokens, width = hidden_states.shape
         lengths = kwargs.get(LENGTHS) or (tokens,) * batch
+        masked = attention_mask is not None and needs_mask(attention_mask, lengths)
+        if masked or past_key_values is not None or position_embeddings is None:
+            given = {"attention_mask": attention_mask, "past_key_values": past_key_values, **kwargs}
+            return super().forward(hidden_states, position_embeddings=position_embeddings, **given)  # type: ignore[no-any-return]
         half = self.parts.heads.size // 2
         cosine, sine = (
             angles.expand(batch, -1, -1).reshape(batch * tokens, -1)[:, :half] for angles in position_embeddings

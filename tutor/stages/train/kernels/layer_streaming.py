@@ -5,6 +5,7 @@ keeps every copy until the backward pass. Does not use accelerate's offload, whi
 the adapters of an offloaded layer on the meta device, without values.
 """
 
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -17,15 +18,23 @@ def stream_layers(model: Any, resident: int, device: torch.device) -> int:
     Returns the number of layers that stay in RAM.
     """
     base = model.get_base_model()
-    layers = list(base.model.layers)
-    for module in (base.model.embed_tokens, base.model.norm, base.model.rotary_emb, base.lm_head, *layers[:resident]):
-        module.to(device)
-    for layer in layers[resident:]:
+    waiting = list(base.get_decoder().layers)[resident:]
+    _move(base, set(waiting), device)
+    for layer in waiting:
         for owner in layer.modules():
             _stream(owner, device)
-    # With a device map, accelerate does not move the model, and finds the device of a quantized one.
-    base.hf_device_map = {"model": device, "lm_head": device}
-    return len(layers) - resident
+    # With a device map of several parts, accelerate does not move the model, and finds the device of a quantized one.
+    base.hf_device_map = {name: device for name, _ in base.named_children()}
+    return len(waiting)
+
+
+def _move(module: torch.nn.Module, waiting: Set[torch.nn.Module], device: torch.device) -> None:
+    """Move a module to the device, except the layers inside it that wait."""
+    if waiting.isdisjoint(module.modules()):
+        module.to(device)
+    elif module not in waiting:
+        for child in module.children():
+            _move(child, waiting, device)
 
 
 def _stream(owner: torch.nn.Module, device: torch.device) -> None:

@@ -1,8 +1,8 @@
 """A frozen linear layer with its LoRA adapter as a few products, forward and backward.
 
 In: a layer of PEFT, or one without an adapter; an input, or the gradient of the output. Out: the output, or the
-gradients of input and adapter. Their numbers are those of PEFT's layer, rounded elsewhere. The caller differentiates:
-no function here is seen by autograd. Does not compute int8 layers, which round their input.
+gradients of input and adapter; a bias is frozen, too. Their numbers are those of PEFT's layer, rounded elsewhere. The
+caller differentiates: no function here is seen by autograd. Does not compute int8 layers, which round their input.
 """
 
 from collections.abc import Sequence
@@ -46,6 +46,8 @@ class LoraLinear:
     def forward(self, x: Tensor, matrices: Sequence[Tensor], onto: Tensor | None = None) -> tuple[Tensor, Kept]:
         """Return the output for x [tokens, inputs], plus `onto`, and what the backward pass needs."""
         y = product(x, self.weight(), onto)
+        if self.base.bias is not None:
+            y.add_(self.base.bias.detach())
         if self.layer is None:
             return y, ()
         first, second = (matrix.to(x.dtype) for matrix in matrices)

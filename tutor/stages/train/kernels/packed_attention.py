@@ -84,6 +84,11 @@ def packed_attention(
     return torch.cat(found, dim=1), None
 
 
+def needs_mask(mask: torch.Tensor, lengths: Sequence[int]) -> bool:
+    """Return whether a mask is more than causal: it has entries, or a row of packed rows exceeds its window."""
+    return mask.numel() > 0 or 0 < mask.shape[-1] < max(lengths)
+
+
 def window_mask(length: int, window: int, device: torch.device) -> torch.Tensor | None:
     """Return which tokens each token of a row attends to: itself and the `window` - 1 before it (0: all before it).
 
