@@ -46,6 +46,7 @@ class Architecture:
     window_switch: str | None = None  # the setting without which `sliding_window` has no effect
     rope_period: int = 0  # llama.cpp leaves RoPE out of each n-th layer; 0: of none
     rope_theta: float = 10000.0  # where config.json does not say
+    plain_layers: bool = False  # x + o(attention(rotate(q, k), v)), then x + down(silu(gate) * up), as a Llama's
 
     @property
     def reference(self) -> str:
@@ -60,9 +61,22 @@ class Architecture:
 
 _ROWS = (
     Architecture(
-        "llama", "LlamaForCausalLM", "llama", permuted=("attn_q", "attn_k"), rope_kinds=OF_LLAMA, context=2048
+        "llama",
+        "LlamaForCausalLM",
+        "llama",
+        permuted=("attn_q", "attn_k"),
+        rope_kinds=OF_LLAMA,
+        context=2048,
+        plain_layers=True,
     ),
-    Architecture("qwen2", "Qwen2ForCausalLM", "qwen2", head_dim_is_free=False, window_switch="use_sliding_window"),
+    Architecture(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        "qwen2",
+        head_dim_is_free=False,
+        window_switch="use_sliding_window",
+        plain_layers=True,
+    ),
     Architecture(
         "qwen3",
         "Qwen3ForCausalLM",
@@ -71,7 +85,9 @@ _ROWS = (
         false=("attention_bias",),
         window_switch="use_sliding_window",
     ),
-    Architecture("mistral", "MistralForCausalLM", "llama", permuted=("attn_q", "attn_k"), rope_kinds=OF_LLAMA),
+    Architecture(
+        "mistral", "MistralForCausalLM", "llama", permuted=("attn_q", "attn_k"), rope_kinds=OF_LLAMA, plain_layers=True
+    ),
     Architecture(
         "gemma3_text",
         "Gemma3ForCausalLM",

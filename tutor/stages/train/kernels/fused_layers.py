@@ -30,7 +30,9 @@ def fuse_layers(model: Any, dtype: torch.dtype, *, unpack: bool) -> int:
     if not architecture_of(decoder.config.model_type, "the base").plain_layers:
         return 0
     layers = [layer for layer in decoder.layers if _is_plain(layer)]
-    fused = {plain: type(f"Fused{plain.__name__}", (FusedLayer, plain), {}) for plain in {type(each) for each in layers}}
+    fused = {
+        plain: type(f"Fused{plain.__name__}", (FusedLayer, plain), {}) for plain in {type(each) for each in layers}
+    }
     for layer in layers:
         layer.parts = LayerParts(layer, dtype, unpack=unpack)
         layer.__class__ = fused[type(layer)]
