@@ -33,7 +33,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer. `text` keeps the leading blank of the prompt template and has neither stop text nor EOS."""
+    """An answer. `text` keeps the leading blank of the prompt format and has no stop text, no EOS and no thought."""
 
     text: str
     finish: Finish
@@ -41,10 +41,14 @@ class Answer:
     tokens: int  # generated, without EOS
     seconds: float  # from the request to the last token
     tokens_per_second: float  # of the generation, without the prompt
+    thought: str = ""  # before the answer, without its tags
 
 
 class Engine(Protocol):
-    """A generator of answers. `on_text` receives each piece of text; a KeyboardInterrupt stops the answer cleanly."""
+    """A generator of answers. A KeyboardInterrupt stops an answer cleanly.
+
+    `on_text` receives each piece of the generated text, a thought and its tags included.
+    """
 
     name: str
 

@@ -48,6 +48,11 @@ class PromptFormat(Protocol):
         ...
 
     @property
+    def tags(self) -> tuple[str, str]:
+        """Texts around a thought in a generated text; empty where the format has no thoughts."""
+        ...
+
+    @property
     def end_id(self) -> int | None:
         """Id of the token that ends an answer; None: the tokenizer's EOS."""
         ...

@@ -81,6 +81,7 @@ class TutorFormat:
     kind: ClassVar[Literal["tutor", "base"]] = "tutor"
     stops: ClassVar[tuple[str, ...]] = STOPS
     think: ClassVar[bool | None] = None
+    tags: ClassVar[tuple[str, str]] = ("", "")
     end_id: ClassVar[int | None] = None
     go_template: ClassVar[str] = GO_TEMPLATE
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tutor.artifacts.hashing import json_sha256
-from tutor.engines.ollama.client import Ollama, Tag
+from tutor.engines.ollama.answers import Tag
+from tutor.engines.ollama.client import Ollama
 from tutor.engines.ollama.engine import OllamaServer
 from tutor.engines.ollama.health import gpu_notice, gpu_share
 from tutor.engines.ollama.prompts import OWN_TEMPLATE, QUESTION, check_prompts

@@ -4,7 +4,8 @@ In: parsed JSON of the server. Out: strict models; a field of another type, NaN 
 Ollama leaves out fields that are empty or zero: these have defaults. Unknown fields are ignored.
 """
 
-from datetime import datetime
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -51,6 +52,25 @@ class TagReply(Reply):
     digest: str = Field(min_length=1)
     size: Count
     modified_at: datetime | None = Field(None, strict=False)
+
+    @property
+    def tag(self) -> "Tag":
+        """The name with the values that are shown of it."""
+        try:
+            modified = self.modified_at.astimezone(UTC).isoformat() if self.modified_at else ""
+        except (OverflowError, ValueError):  # the year 1 or 9999, in another time zone
+            modified = ""
+        return Tag(self.model, self.digest, modified, self.size)
+
+
+@dataclass(frozen=True)
+class Tag:
+    """A name of a model on the server; two tags with one digest are one model."""
+
+    name: str
+    digest: str
+    modified: str  # UTC, ISO 8601
+    size: int  # bytes
 
 
 class TagsReply(Reply):
@@ -107,18 +127,30 @@ class TokenLogprob(Candidate):
 
 
 class ChatMessage(Reply):
-    """The text of an event of an answer."""
+    """The text of an event of an answer; `thinking` is the part of a thought that llama.cpp has found in it."""
 
     content: str = ""
+    thinking: str = ""
 
 
-class ChatEvent(Reply):
-    """An event of POST /api/chat; the last one has `done`, its reason and the counts."""
+class Event(Reply):
+    """An event of an answer; the last one has `done`, its reason and the counts."""
 
-    message: ChatMessage = ChatMessage()
     logprobs: list[TokenLogprob] | None = None
     done: bool = False
     done_reason: str = ""
     prompt_eval_count: Count = 0
     eval_count: Count = 0
     eval_duration: Count = 0
+
+
+class ChatEvent(Event):
+    """An event of POST /api/chat."""
+
+    message: ChatMessage = ChatMessage()
+
+
+class CompletionEvent(Event):
+    """An event of POST /api/generate."""
+
+    response: str = ""

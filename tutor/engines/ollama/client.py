@@ -10,8 +10,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,11 +21,13 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_expo
 from tutor.engines.ollama.address import normalized_url, warn_in_clear
 from tutor.engines.ollama.answers import (
     ChatEvent,
+    CompletionEvent,
     CreateEvent,
     LoadedReply,
     RenderReply,
     Reply,
     ShowReply,
+    Tag,
     TagsReply,
     VersionReply,
 )
@@ -67,16 +67,6 @@ BUSY_STATUSES = (429, 503)
 """HTTP status codes of a busy server: 503 from a full queue, 429 from a proxy."""
 MAX_TRIES = 5
 """Maximum number of attempts while the server is busy."""
-
-
-@dataclass(frozen=True)
-class Tag:
-    """A name of a model on the server; two tags with one digest are one model."""
-
-    name: str
-    digest: str
-    modified: str  # UTC, ISO 8601
-    size: int  # bytes
 
 
 @contextlib.contextmanager
@@ -188,8 +178,7 @@ class Ollama:
 
     def tags(self) -> list[Tag]:
         """All names of models, the newest first."""
-        models = self._ask(TagsReply, "GET", "/api/tags", timeout=self._quick)[0].models
-        tags = [Tag(item.model, item.digest, _utc(item.modified_at), item.size) for item in models]
+        tags = [item.tag for item in self._ask(TagsReply, "GET", "/api/tags", timeout=self._quick)[0].models]
         return sorted(tags, key=lambda tag: tag.modified, reverse=True)
 
     def loaded(self) -> dict[str, float]:
@@ -213,14 +202,15 @@ class Ollama:
         """Load a model into memory, where it stays for the server's keep-alive time."""
         self._ask(Reply, "POST", "/api/generate", {"model": model, "stream": False}, limit=Limit(self._silent))
 
-    def rendered(self, model: str, question: str | Sequence[Message]) -> str | None:
+    def rendered(self, model: str, question: str | Sequence[Message], think: bool | None = None) -> str | None:  # noqa: FBT001
         """The prompt that the server renders for a text (/api/generate) or for messages (/api/chat); no answer is made.
 
-        None when the server does not support the undocumented field `_debug_render_only`.
+        `think` is sent unless it is None. None when the server does not support the undocumented field
+        `_debug_render_only`.
         """
         path, field = ("/api/generate", "prompt") if isinstance(question, str) else ("/api/chat", "messages")
         body = {"model": model, field: question, "stream": False, "truncate": False, "options": {"num_predict": 1}}
-        body["_debug_render_only"] = True
+        body |= {"_debug_render_only": True} | ({} if think is None else {"think": think})
         info = self._ask(RenderReply, "POST", path, body, limit=Limit(self._silent))[0].debug_info
         return info.rendered_template if info else None
 
@@ -229,8 +219,15 @@ class Ollama:
 
         Closing the iterator closes the connection, which ends the generation too.
         """
+        return self._answer("/api/chat", body, ChatEvent)
+
+    def complete(self, body: Mapping[str, Any]) -> Generator[CompletionEvent, None, None]:
+        """The events of POST /api/generate, bounded as those of `chat`."""
+        return self._answer("/api/generate", body, CompletionEvent)
+
+    def _answer(self, path: str, body: Mapping[str, Any], kind: type[Parsed]) -> Generator[Parsed, None, None]:
         seconds = self._silent + TOKEN_SECONDS * body.get("options", {}).get("num_predict", 0)
-        return self._stream("/api/chat", body, ChatEvent, seconds)
+        return self._stream(path, body, kind, seconds)
 
     def _stream(
         self, path: str, body: Mapping[str, Any], kind: type[Parsed], seconds: float
@@ -290,10 +287,3 @@ def _parsed(kind: type[Parsed], text: bytes) -> tuple[Parsed, dict[str, Any]]:
 
 def _is_busy(error: BaseException) -> bool:
     return getattr(error, "status_code", None) in BUSY_STATUSES
-
-
-def _utc(moment: datetime | None) -> str:
-    try:
-        return moment.astimezone(UTC).isoformat() if moment else ""
-    except (OverflowError, ValueError):  # the year 1 or 9999, in another time zone
-        return ""

@@ -1,8 +1,8 @@
 """A model of an Ollama server as an `Engine`.
 
-In: a model's name, conversations. Out: streamed answers. Sends the unchanged history and names every sampler. Does not
-set the context or other load-time settings, because another value would load the model again. Truncates nothing: a
-prompt that is too long is an error.
+In: a model's name, its prompt format, conversations. Out: streamed answers, thought and answer apart. Sends the
+unchanged history and names every sampler. Does not set the context or other load-time settings, because another value
+would load the model again. Truncates nothing: a prompt that is too long is an error.
 """
 
 import contextlib
@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tutor.engines.ollama.answers import ChatEvent
+from tutor.engines.ollama.answers import ChatEvent, ChatMessage
 from tutor.engines.ollama.client import Ollama, connect
 from tutor.engines.ollama.protocol import LOOP_ERROR, MissingError, parse_parameters
 from tutor.engines.protocol import TOP_K, Answer, Finish, Generation
 from tutor.errors import ServiceError
+from tutor.prompt.format import PromptFormat
 from tutor.prompt.messages import Message
-from tutor.prompt.tutor_format import render
+from tutor.prompt.tutor_format import TUTOR
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +29,10 @@ FINISHES: dict[str, Finish] = {"stop": "stop", "length": "length"}
 
 
 @contextlib.contextmanager
-def serve(model: str, host: str | None = None) -> Iterator["OllamaServer"]:
+def serve(model: str, host: str | None = None, prompt: PromptFormat = TUTOR) -> Iterator["OllamaServer"]:
     """A published model as an engine. Raises ServiceError when there is no server or no such model."""
     with connect(host) as server:
-        yield OllamaServer(server, model)
+        yield OllamaServer(server, model, prompt)
 
 
 class OllamaServer:
@@ -39,28 +40,34 @@ class OllamaServer:
 
     name = "ollama"
 
-    def __init__(self, server: Ollama, model: str) -> None:
+    def __init__(self, server: Ollama, model: str, prompt: PromptFormat = TUTOR) -> None:
         description = server.show(model)
         if description is None:
             hint = "publish it: tutor publish; list the models: tutor models"
             raise MissingError(f"Ollama at {server.host} has no model {model}", hint)
         self._server = server
         self._model = model
-        self._thinks = "thinking" in description.get("capabilities", ())
+        self._prompt = prompt
+        # Refused with 400 for a model without the capability, and true by default for one with it.
+        self._think = {"think": bool(prompt.think)} if thinks(description) else {}
         self.context = served_context(server.host, description)
 
     def answer(
         self, messages: Sequence[Message], generation: Generation, on_text: Callable[[str], None] | None = None
     ) -> Answer:
-        """The answer to the last message. Raises ServiceError when the server fails or ends without its last event."""
-        render(messages)  # raises for turns that Ollama would drop or join
+        """The answer to the last message. Raises ServiceError when the server fails or ends without its last event.
+
+        Raises ValueError for a conversation that Ollama would render otherwise than the format.
+        """
+        sent = sent_messages(messages, self._prompt)
         started = time.monotonic()
         pieces: list[str] = []
+        written = Generated(self._prompt.tags)
         end: ChatEvent | None = None
         # Leaving this block by any exception closes the connection, which ends the generation too.
-        with contextlib.closing(self._server.chat(self._request(messages, generation))) as events:
+        with contextlib.closing(self._server.chat(self._request(sent, generation))) as events:
             for event in events:
-                piece = event.message.content
+                piece = written.add(event.message)
                 pieces.append(piece)
                 if on_text and piece:
                     on_text(piece)
@@ -74,17 +81,19 @@ class OllamaServer:
             logger.warning(
                 "the context of %d tokens was full: the beginning of the conversation was lost", self.context
             )
+        reply = self._prompt.reply("".join(pieces))
         return Answer(
-            text="".join(pieces),
+            text=reply.answer,
             finish=finish,
             prompt_tokens=prompt,
             tokens=tokens - (finish == "stop"),  # the EOS, or the stop text's end
             seconds=time.monotonic() - started,
             # Durations are in nanoseconds, and left out when zero.
             tokens_per_second=tokens / end.eval_duration * 1e9 if end.eval_duration else 0.0,
+            thought=reply.thought,
         )
 
-    def _request(self, messages: Sequence[Message], generation: Generation) -> dict[str, Any]:
+    def _request(self, messages: Sequence[dict[str, str]], generation: Generation) -> dict[str, Any]:
         options: dict[str, Any] = {
             "num_predict": generation.max_new_tokens,  # above 0: Ollama reads 0 as no limit
             "temperature": generation.temperature,
@@ -97,10 +106,50 @@ class OllamaServer:
         if self.context:
             # The penalty of transformers covers the full sequence; Ollama's default is 64 tokens.
             options["repeat_last_n"] = self.context
-        body: dict[str, Any] = {"model": self._model, "messages": [dict(message) for message in messages]}
+        body: dict[str, Any] = {"model": self._model, "messages": list(messages)}
         # With Ollama's default of `truncate` old turns, or the middle of a long one, would be dropped silently.
         body |= {"stream": True, "truncate": False, "options": options}
-        return {**body, "think": False} if self._thinks else body
+        return body | self._think
+
+
+class Generated:
+    """The text that the model generated: Ollama sends a thought apart, and without its tags.
+
+    With a format without thoughts, those of a model that is not ours are left out.
+    """
+
+    def __init__(self, tags: tuple[str, str]) -> None:
+        self._opening, self._closing = tags
+        self._in_thought = False
+
+    def add(self, message: ChatMessage) -> str:
+        """Return the piece of an event, with the tags that belong between it and the piece before."""
+        if not self._opening:
+            return message.content
+        opening = closing = ""
+        if message.thinking and not self._in_thought:
+            opening, self._in_thought = self._opening, True
+        if message.content and self._in_thought:
+            closing, self._in_thought = self._closing, False
+        return opening + message.thinking + closing + message.content
+
+
+def sent_messages(messages: Sequence[Message], prompt: PromptFormat) -> list[dict[str, str]]:
+    """Messages as Ollama gets them: it gives no template the thought of an earlier answer.
+
+    Raises ValueError for turns that Ollama would drop or join, and for an answer to continue in a format with thoughts:
+    llama.cpp puts an empty thought of its own before it (docs/facts.md).
+    """
+    sent = [{"role": message["role"], "content": message["content"]} for message in messages]
+    prompt.render(sent)
+    if prompt.tags[0] and sent[-1]["role"] == "assistant":
+        raise ValueError("Ollama cannot continue an answer in a prompt format with thoughts")
+    return sent
+
+
+def thinks(description: Mapping[str, Any]) -> bool:
+    """Whether Ollama switches and separates thoughts of a model, by its description in /api/show."""
+    return "thinking" in description.get("capabilities", ())
 
 
 def served_context(host: str, description: Mapping[str, Any]) -> int | None:
