@@ -1,102 +1,15 @@
-"""A tiny random model of each family, in the form of a hub repository, as transformers' own classes save it.
+"""The tiny model of each family, made once a test run: its tokenizer has learnt the first rows of the data set."""
 
-In: a folder and a name of FAMILIES. Out: weights, config.json, a small tokenizer with the family's splitting, its
-special tokens and a short form of its chat template. Weights are random and large enough that greedy answers are not
-one repeated token; nothing is trained. Answers no question.
-"""
-
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from support.models.tiny_models import SEED, spanish
 from support.shared import shared
-from tutor.formats.architectures import ARCHITECTURES
-from tutor.formats.models.pre_tokenizer import LLAMA3, TEKKEN
+from tutor.stages.base import tiny_families
+from tutor.stages.base.tiny_families import BIASED, FAMILIES, VOCABULARY, WINDOWED
 
-VOCABULARY = 768
-"""Number of rows of each embedding: more than the tokens of its tokenizer, as Qwen's have."""
-LEARNT = 700
-"""Number of tokens that a tokenizer learns from the text, at most."""
-QWEN2 = LLAMA3.replace("{1,3}", "")
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-HEADERS = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'"
-    " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
-)
-TURNS = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\\n\\n' %}"
-    "{% set turns = messages[1:] %}{% else %}{% set first = '' %}{% set turns = messages %}{% endif %}"
-    "{% for message in turns %}{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else 'user') + '\\n'"
-    " + (first if loop.first else '') + message['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
-)
-INST = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\\n\\n' %}"
-    "{% set turns = messages[1:] %}{% else %}{% set first = '' %}{% set turns = messages %}{% endif %}"
-    "{% for message in turns %}{% if message['role'] == 'user' %}"
-    "{{ '[INST]' + (first if loop.first else '') + message['content'] + '[/INST]' }}"
-    "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
-)
-OF_LLAMA = {
-    "bos": "<|begin_of_text|>",
-    "eos": "<|end_of_text|>",
-    "others": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-}
-OF_QWEN = {"bos": None, "eos": "<|im_end|>", "pad": "<|endoftext|>", "others": ("<|im_start|>",)}
-BIASED = "llama_bias"
-WINDOWED = "mistral_window"
-
-
-@dataclass(frozen=True)
-class Family:
-    """What a tiny model has: its family, its tokenizer and what its configuration adds."""
-
-    model_type: str
-    split: str
-    template: str
-    bos: str | None  # put before every text
-    eos: str
-    others: tuple[str, ...]  # special tokens
-    pad: str | None = None
-    nfc: bool = False
-    layers: int = 2
-    config: Mapping[str, Any] = field(default_factory=dict)
-
-
-FAMILIES: Mapping[str, Family] = {
-    "llama": Family("llama", LLAMA3, HEADERS, **OF_LLAMA),
-    BIASED: Family("llama", LLAMA3, HEADERS, **OF_LLAMA, config={"attention_bias": True, "mlp_bias": True}),
-    "qwen2": Family("qwen2", QWEN2, CHATML, **OF_QWEN, nfc=True, config={"tie_word_embeddings": True}),
-    "qwen3": Family(
-        "qwen3", QWEN2, CHATML, **{**OF_QWEN, "others": ("<|im_start|>", "<think>", "</think>")}, nfc=True,
-        config={"head_dim": 24, "tie_word_embeddings": True},
-    ),
-    "mistral": Family(
-        "mistral", TEKKEN, INST, bos="<s>", eos="</s>", others=("[INST]", "[/INST]"), config={"sliding_window": None}
-    ),
-    WINDOWED: Family(
-        "mistral", TEKKEN, INST, bos="<s>", eos="</s>", others=("[INST]", "[/INST]"), config={"sliding_window": 128}
-    ),
-    "gemma3_text": Family(
-        "gemma3_text", LLAMA3, TURNS, bos="<bos>", eos="<eos>", pad="<pad>",
-        others=("<start_of_turn>", "<end_of_turn>"), layers=7,
-        config={"head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": 8},
-    ),
-    "smollm3": Family(
-        "smollm3", LLAMA3, CHATML, **{**OF_QWEN, "others": ("<|im_start|>", "<think>", "</think>")}, layers=4,
-        config={"tie_word_embeddings": True},
-    ),
-}  # fmt: skip
-"""The tiny models by name; those of a family's `model_type` alone are its plain form."""
+__all__ = ["BIASED", "FAMILIES", "VOCABULARY", "WINDOWED", "family_folder", "make_family"]
 
 
 def family_folder(factory: pytest.TempPathFactory, name: str) -> Path:
@@ -106,95 +19,4 @@ def family_folder(factory: pytest.TempPathFactory, name: str) -> Path:
 
 def make_family(folder: Path, name: str) -> Path:
     """Write the tiny random model `name` of FAMILIES into `folder`; return the folder."""
-    import torch
-    import transformers
-
-    family = FAMILIES[name]
-    folder.mkdir(parents=True, exist_ok=True)
-    ids = _write_tokenizer(folder, family)
-    class_name = ARCHITECTURES[family.model_type].class_name
-    model_class = getattr(transformers, class_name)
-    settings = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": family.layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-        **{f"{kind}_token_id": ids.get(kind) for kind in ("bos", "eos", "pad")},
-        **family.config,
-    }
-    torch.manual_seed(SEED)
-    model = model_class(model_class.config_class(**settings))
-    _scale(model)
-    _make_rare(model, json.loads((folder / "tokenizer.json").read_text("utf-8")))
-    model.to(torch.bfloat16).save_pretrained(folder)
-    return folder
-
-
-def _scale(model: Any) -> None:
-    """Draw weights, biases and norms: every kind of tensor moves the logits, which are some nats apart."""
-    import torch
-
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "embed_tokens" in name or "lm_head" in name:
-                weight.normal_(std=0.25)
-            elif weight.ndim > 1:
-                weight.normal_(std=1.5 * weight.shape[1] ** -0.5)
-            elif name.endswith("bias"):
-                weight.normal_(std=0.5)
-            else:
-                weight.add_(torch.empty_like(weight).normal_(std=0.2))
-
-
-def _make_rare(model: Any, tokenizer: Mapping[str, Any]) -> None:
-    """Shrink the rows of special tokens and zero those without a token: no greedy answer holds or ends with one."""
-    import torch
-
-    special = [token["id"] for token in tokenizer["added_tokens"]]
-    with torch.no_grad():
-        for table in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
-            table[special] *= 0.5
-            table[max(special) + 1 :] = 0
-
-
-def _write_tokenizer(folder: Path, family: Family) -> dict[str, int]:
-    """Write tokenizer.json and tokenizer_config.json; return the ids of the named special tokens."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-    from tokenizers.trainers import BpeTrainer
-
-    core = Tokenizer(models.BPE())
-    if family.nfc:
-        core.normalizer = normalizers.NFC()
-    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(family.split), behavior="isolated"), bytes_]
-    )
-    core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = BpeTrainer(vocab_size=LEARNT, initial_alphabet=alphabet, show_progress=False)
-    core.train_from_iterator(spanish().splitlines(keepends=True), trainer)
-    named = {"bos": family.bos, "eos": family.eos, "pad": family.pad}
-    texts = [text for text in named.values() if text]
-    core.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in (*texts, *family.others)])
-    if family.bos:
-        core.post_processor = processors.TemplateProcessing(
-            single=f"{family.bos} $A",
-            pair=f"{family.bos} $A {family.bos} $B",
-            special_tokens=[(family.bos, core.token_to_id(family.bos))],
-        )
-    core.save(str(folder / "tokenizer.json"))
-    labels = {
-        **{f"{kind}_token": text for kind, text in named.items() if text},
-        "add_bos_token": bool(family.bos),
-        "chat_template": family.template,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 2048,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(labels, ensure_ascii=False, indent=1), "utf-8")
-    return {kind: core.token_to_id(text) for kind, text in named.items() if text}
+    return tiny_families.make_family(folder, name, spanish(), SEED)
