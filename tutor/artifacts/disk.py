@@ -118,9 +118,16 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file whole or not at all, with the permissions of a new file."""
+    with whole_file(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """Give a file to write, which takes its name after the block; an error in the block leaves what is there."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name[:100], delete=False) as handle:
         try:
-            handle.write(data)
+            yield handle
             sync_file(handle)
             open_to_users(Path(handle.name))
             Path(handle.name).replace(path)

@@ -5,7 +5,7 @@ chunk. Does not open files (jsonl.py).
 """
 
 import codecs
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 from tutor.formats.rows.json_values import RowError, decode_value, not_utf8, skip_blanks, too_long
@@ -48,28 +48,30 @@ class ArrayReader:
         """Read one character."""
         self._at += 1
 
-    def elements(self, max_bytes: int) -> Iterator[tuple[int, Any]]:
+    def elements(self, max_bytes: int, *, last: bool = True) -> Generator[tuple[int, Any], None, bool]:
         """Yield line and value of each element behind the `[`, or the RowError that explains why it has none.
 
-        Ends at a syntax error, and at an element that is much longer than `max_bytes`: where the next one starts is
-        unknown.
+        `last`: nothing follows the array. Ends at a syntax error, and at an element that is much longer than
+        `max_bytes`: where the next one starts is unknown. Returns whether it reached the end of the array.
         """
         try:
             mark = "," if self.next_sign() != "]" else "]"
             while mark == ",":
                 self.next_sign()
                 line = self.line
-                yield line, self._value(max_bytes)
+                yield line, self.value(max_bytes)
                 mark = self.next_sign()
                 if mark == ",":
                     self.skip()
             self.skip()
-            if mark != "]" or self.next_sign():
-                yield self.line, RowError("the array goes wrong here: no comma, no ] or more text behind it")
+            if mark == "]" and not (last and self.next_sign()):
+                return True
+            yield self.line, RowError("the array goes wrong here: no comma, no ] or more text behind it")
         except RowError as fault:
             yield self.line, fault
+        return False
 
-    def _value(self, max_bytes: int) -> Any:
+    def value(self, max_bytes: int) -> Any:
         """Read one value. An error for its length is returned, one for its syntax raised."""
         while True:
             try:

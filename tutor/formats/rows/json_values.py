@@ -107,3 +107,14 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 def printable(text: str) -> str:
     """Return a user's text as a message may show it: printable characters, one line, at most 40 of them."""
     return repr(text[:40])[1:-1] + ("…" if len(text) > 40 else "")
+
+
+def kind(value: Any) -> str:
+    """Return the type of a JSON value, in words."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, int | float):  # after bool, which is an int too
+        return f"the number {repr(value)[:20]}"
+    if isinstance(value, str | list | dict):
+        return "a text" if isinstance(value, str) else "a list" if isinstance(value, list) else "an object"
+    return f"a value of type {type(value).__name__}"

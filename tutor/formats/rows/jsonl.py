@@ -119,13 +119,24 @@ def read_values(path: Path, limits: Limits, tolerated: Counter[str]) -> Iterator
 
     Raises DataError where the file as a whole is wrong, not one row.
     """
-    names = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
-    reader = _array if names[-1:] == [".json"] else _lines
+    reader = _array if suffix(path) == ".json" else _lines
+    with opened(path, tolerated) as stream:
+        yield from reader(stream, path, limits, tolerated)
+
+
+def suffix(path: Path) -> str:
+    """Return the ending of a file's name in lower case, .gz left out."""
+    return next((each.lower() for each in reversed(path.suffixes) if each.lower() != ".gz"), "")
+
+
+@contextmanager
+def opened(path: Path, tolerated: Counter[str]) -> Iterator[Stream]:
+    """Open a file, unpacked where it is gzip. Raises DataError where it cannot be read, in the block too."""
     try:
         with path.open("rb") as file:
             packed = file.peek(2).startswith(b"\x1f\x8b")
             tolerated["gzip"] += packed
-            yield from reader(gzip.GzipFile(fileobj=file) if packed else file, path, limits, tolerated)
+            yield gzip.GzipFile(fileobj=file) if packed else file
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: gz damaged ({error})", "compress or copy it again") from None
     except OSError as error:
@@ -134,9 +145,9 @@ def read_values(path: Path, limits: Limits, tolerated: Counter[str]) -> Iterator
 
 def _lines(stream: Stream, path: Path, limits: Limits, tolerated: Counter[str]) -> Iterator[LineValue]:
     first = True
-    for line, raw in enumerate(_raw_lines(stream, path, limits), 1):
+    for line, raw in enumerate(raw_lines(stream, path, limits), 1):
         if line == 1:
-            _refuse_other_format(raw, path)
+            refuse_other_format(raw, path)
         tolerated["bom"] += raw.startswith(BOM)
         content = raw.removeprefix(BOM)
         ended = content.endswith(b"\n")
@@ -153,7 +164,7 @@ def _lines(stream: Stream, path: Path, limits: Limits, tolerated: Counter[str]) 
         first = False
 
 
-def _raw_lines(stream: Stream, path: Path, limits: Limits) -> Iterator[bytes]:
+def raw_lines(stream: Stream, path: Path, limits: Limits) -> Iterator[bytes]:
     """Lines with their ends; only the beginning of a line that is too long, so that memory stays flat."""
     max_bytes = limits.max_line_bytes + len(b"\r\n")
     total = 0
@@ -164,15 +175,17 @@ def _raw_lines(stream: Stream, path: Path, limits: Limits) -> Iterator[bytes]:
             rest = stream.readline(max_bytes)
             total += len(rest)
         if total > limits.max_total_bytes:
-            raise _too_large(path, limits)
+            raise too_large(path, limits)
         yield raw
 
 
-def _too_large(path: Path, limits: Limits) -> DataError:
+def too_large(path: Path, limits: Limits) -> DataError:
+    """Return the error of a file that is too large once unpacked."""
     return DataError(f"{path}: more than {limits.max_total_bytes} bytes once unpacked", "split it")
 
 
-def _refuse_other_format(raw: bytes, path: Path) -> None:
+def refuse_other_format(raw: bytes, path: Path) -> None:
+    """Raise DataError where a file's beginning is not text in UTF-8."""
     if kind := next((kind for magic, kind in OTHER_FORMATS.items() if raw.startswith(magic)), None):
         raise DataError(f"{path} is {kind}, not JSON Lines", "unpack or convert it: one JSON object a line")
     name = next((name for mark, name in WIDE_BOMS.items() if raw.startswith(mark)), None)
@@ -192,6 +205,19 @@ def _refuse_layout(content: bytes, fault: RowError, where: str, *, ended: bool) 
 
 def _array(stream: Stream, path: Path, limits: Limits, tolerated: Counter[str]) -> Iterator[LineValue]:
     """Elements of a .json file: one array of objects; anything else in it is read as JSON Lines."""
+    reader, first = array_reader(stream, path, limits, tolerated)
+    if first != "[":
+        stream.seek(0)
+        yield from _lines(stream, path, limits, tolerated)
+        return
+    reader.skip()
+    yield from reader.elements(limits.max_line_bytes)
+
+
+def array_reader(
+    stream: Stream, path: Path, limits: Limits, tolerated: Counter[str]
+) -> tuple[ArrayReader, str]:
+    """Return a reader at the first sign of a JSON file, and this sign; "" where it cannot be read."""
     total = 0
 
     def read(size: int) -> bytes:
@@ -199,7 +225,7 @@ def _array(stream: Stream, path: Path, limits: Limits, tolerated: Counter[str]) 
         data = stream.read(size)
         total += len(data)
         if total > limits.max_total_bytes:
-            raise _too_large(path, limits)
+            raise too_large(path, limits)
         return data
 
     marked = stream.read(len(BOM)) == BOM
@@ -210,10 +236,5 @@ def _array(stream: Stream, path: Path, limits: Limits, tolerated: Counter[str]) 
         first = reader.next_sign()
     except RowError:
         first = ""
-    if first != "[":
-        stream.seek(0)
-        yield from _lines(stream, path, limits, tolerated)
-        return
-    tolerated["bom"] += marked
-    reader.skip()
-    yield from reader.elements(limits.max_line_bytes)
+    tolerated["bom"] += marked and first == "["
+    return reader, first

@@ -1,0 +1,205 @@
+"""Import files of rows into one file of tutor's own rows.
+
+In: files in any known form. Out: a JSON Lines file, whole or absent, whose rows pass the rows' own checks; a second
+one with every row that was left out, and why; counts. A system text that all rows share is left out of them and
+returned. Changes no text beyond line ends.
+"""
+
+import json
+import logging
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from tutor.artifacts.disk import whole_file
+from tutor.errors import DataError
+from tutor.formats.importing.names import Options, Recognised
+from tutor.formats.importing.reading import read_records
+from tutor.formats.importing.shapes import convert, own_row
+from tutor.formats.rows.json_values import ICONV, RowError
+from tutor.formats.rows.jsonl import Limits, check_file, unchanged
+from tutor.formats.rows.rows import ExampleRow, parse_row
+
+QUIET_SECONDS = 2.0
+"""Seconds before the first message of progress."""
+CHECK_EVERY = 500
+"""Number of rows between two looks at the clock."""
+LEFT_OUT = ".left-out.jsonl"
+"""Ending of the file with the rows that were left out, after the output's name."""
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A row that was not taken, and why."""
+
+    file: str
+    line: int
+    why: str
+
+
+@dataclass
+class FileResult:
+    """Counts of one file."""
+
+    file: str
+    recognised: Recognised
+    taken: int = 0
+    left_out: int = 0
+    tolerated: Counter[str] = field(default_factory=Counter)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the counts as JSON values."""
+        return {
+            "file": self.file,
+            "container": self.recognised.container,
+            "formats": dict(self.recognised.formats),
+            "taken": self.taken,
+            "left_out": self.left_out,
+            "dropped_keys": dict(self.recognised.dropped),
+            "blank": self.tolerated["blank"],
+        }
+
+
+@dataclass
+class Import:
+    """The result of an import: counts by file, the rows that were left out, the system text that all rows share."""
+
+    files: list[FileResult] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+    system: str = ""
+    systems: set[str] = field(default_factory=set)  # the first two that differ; "": none
+
+    @property
+    def taken(self) -> int:
+        """Number of rows that were taken."""
+        return sum(each.taken for each in self.files)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the result as JSON values."""
+        rows = {"rows": self.taken, "left_out": len(self.left_out), "system": self.system or None}
+        files = [each.as_dict() for each in self.files]
+        return {**rows, "files": files, "rows_left_out": [asdict(each) for each in self.left_out]}
+
+
+def import_files(
+    files: Sequence[Path], output: Path, options: Options, *, strict: bool = False, limits: Limits | None = None
+) -> Import:
+    """Import files into `output`, and the rows that were left out into a file beside it.
+
+    `strict`: a row that is left out is an error. Raises DataError where no row can be taken or a file as a whole is
+    wrong, RecipeError where there is none, ArtifactError when one changes meanwhile; then nothing is written.
+    """
+    limits = limits or Limits()
+    result = Import()
+    beside = left_out_path(output)
+    with ExitStack() as stack:
+        rows = stack.enter_context(tempfile.TemporaryFile(dir=output.parent))
+        refused = stack.enter_context(tempfile.TemporaryFile(dir=output.parent))
+        clock = _Clock()
+        for path in files:
+            _read_file(path, result, options, limits, clock=clock, rows=rows, refused=refused)
+        if not result.taken or (strict and result.left_out):
+            raise _nothing_taken(result, strict=strict)
+        if result.systems != {""} and len(result.systems) == 1:
+            result.system = next(iter(result.systems))
+        with whole_file(output) as out:
+            rows.seek(0)
+            out.writelines(_without_system(rows) if result.system else rows)
+        if result.left_out:
+            with whole_file(beside) as out:
+                refused.seek(0)
+                out.writelines(refused)
+        else:
+            beside.unlink(missing_ok=True)  # of an import before this one
+    return result
+
+
+def left_out_path(output: Path) -> Path:
+    """Return the path of the file with the rows that were left out."""
+    return output.with_name(output.name + LEFT_OUT)
+
+
+def _nothing_taken(result: Import, *, strict: bool) -> DataError:
+    count = len(result.left_out)
+    reasons = Counter(each.why for each in result.left_out).most_common(3)
+    shown = "; ".join(f"{number} x {why}" for why, number in reasons)
+    what = f"{count} of {count + result.taken} rows are left out" if strict and result.taken else "no row can be taken"
+    files = ", ".join(each.file for each in result.files)
+    problems = tuple(f"{each.file}:{each.line}: {each.why}" for each in result.left_out)
+    return DataError(f"{files}: {what}" + (f": {shown}" if shown else ": 0 rows"), None, problems)
+
+
+@dataclass
+class _Clock:
+    """Logs the number of rows after QUIET_SECONDS, and then as often as the log prints it."""
+
+    rows: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    def count(self, path: Path) -> None:
+        """Count a row of a file."""
+        self.rows += 1
+        if self.rows % CHECK_EVERY == 0 and time.monotonic() - self.began > QUIET_SECONDS:
+            log.info("%s: %d rows read", path.name, self.rows, extra={"done": self.rows})
+
+
+def _read_file(
+    path: Path, result: Import, options: Options, limits: Limits, *, clock: _Clock, rows: IO[bytes], refused: IO[bytes]
+) -> None:
+    """Write the rows of a file to `rows`, and those that are left out to `refused`."""
+    counts = FileResult(str(path), Recognised())
+    result.files.append(counts)
+    with ExitStack() as stack:
+        if not path.is_dir():
+            check_file(path, limits.max_total_bytes)
+            stack.enter_context(unchanged(path))
+        for line, found in read_records(path, limits, counts.tolerated, options, counts.recognised):
+            clock.count(path)
+            try:
+                row = _checked(found, options, counts.recognised)
+            except RowError as fault:
+                if fault.hint == ICONV:
+                    raise DataError(f"{path}:{line}: {fault}", ICONV) from None
+                why = f"{fault}; {fault.hint}" if fault.hint else str(fault)
+                counts.left_out += 1
+                result.left_out.append(LeftOut(str(path), line, why))
+                kept = None if isinstance(found, RowError) else found
+                refused.write(_line({"file": str(path), "line": line, "why": why, "row": kept}))
+                continue
+            counts.taken += 1
+            if len(result.systems) < 2:
+                result.systems.add(_system(row))
+            rows.write(_line(row))
+
+
+def _checked(found: Any, options: Options, recognised: Recognised) -> dict[str, Any]:
+    """Return a row as it is written: our own keys, after the rows' own checks. Raises RowError."""
+    if isinstance(found, RowError):
+        raise found
+    row = convert(found, options, recognised)
+    parse_row(row, ExampleRow, recognised.dropped, strict=False)
+    return {key: value for key, value in row.items() if key in ExampleRow.model_fields}
+
+
+def _line(value: Any) -> bytes:
+    text = json.dumps(value, ensure_ascii=False, default=lambda other: f"<{type(other).__name__}>")
+    return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _system(row: dict[str, Any]) -> str:
+    first = row["messages"][0] if row.get("messages") else {}
+    return str(first["content"]) if first.get("role") == "system" else ""
+
+
+def _without_system(rows: IO[bytes]) -> Iterator[bytes]:
+    """Rows without their system message, in the shorter form where it serves."""
+    for line in rows:
+        row = json.loads(line)
+        turns = row.pop("messages")[1:]
+        yield _line({**own_row(turns), **row})
