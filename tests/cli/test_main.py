@@ -37,7 +37,8 @@ print(*sorted(set(sys.modules) - before), file=sys.stderr)
 
 TUTOR_MODULES = frozenset(
     (
-        "tutor", "tutor.cli", "tutor.cli.commands", "tutor.cli.commands.data", "tutor.cli.commands.doctor",
+        "tutor", "tutor.cli", "tutor.cli.commands", "tutor.cli.commands.data",
+        "tutor.cli.commands.data_import", "tutor.cli.commands.doctor",
         "tutor.cli.commands.evaluate", "tutor.cli.commands.inspect", "tutor.cli.commands.run",
         "tutor.cli.commands.serving", "tutor.cli.commands.stack", "tutor.cli.exit", "tutor.cli.main",
         "tutor.cli.options", "tutor.errors", "tutor.formats", "tutor.formats.terminal",

@@ -1,4 +1,4 @@
-"""Write a page that the user names, never over a file that the command reads or that is no page.
+"""Check and write a file that the user names, never over a file that the command reads or over one of another kind.
 
 In: the name, the command's input files, a text. Out: the file, whole or unchanged. Does not choose names.
 """
@@ -19,16 +19,34 @@ def check_output(path: Path, inputs: Iterable[Path]) -> None:
 
     Call it before the work.
     """
-    for each in inputs:
-        with contextlib.suppress(OSError, ValueError):  # one of them does not exist
-            if path.samefile(each):
-                raise RecipeError(f"{path} is {each}, an input: it would be lost", "name another file to write")
+    _refuse_input(path, inputs)
     with contextlib.suppress(OSError):  # there is none yet, or it cannot be read: write_output says so
         if path.is_file() and path.stat().st_size:
             with path.open("rb") as file:
                 begins = file.read(len(DOCTYPE))
             if begins.lower() != DOCTYPE:
                 raise RecipeError(f"{path} is no HTML page: it would be lost", "name another file to write")
+
+
+def check_rows_output(path: Path, inputs: Iterable[Path], *, force: bool) -> None:
+    """Raise RecipeError where rows cannot be written to the path: it is an input, or without `force` not empty.
+
+    Call it before the work.
+    """
+    _refuse_input(path, inputs)
+    if not path.parent.is_dir():
+        raise RecipeError(f"{path.parent} is no folder", "make it, or name a file in another one")
+    if path.exists() and not path.is_file():
+        raise RecipeError(f"{path} is no file", "name a file to write")
+    if path.is_file() and path.stat().st_size and not force:
+        raise RecipeError(f"{path} exists: it would be lost", "name another file, or add --force")
+
+
+def _refuse_input(path: Path, inputs: Iterable[Path]) -> None:
+    for each in inputs:
+        with contextlib.suppress(OSError, ValueError):  # one of them does not exist
+            if path.samefile(each):
+                raise RecipeError(f"{path} is {each}, an input: it would be lost", "name another file to write")
 
 
 def write_output(path: Path, text: str) -> None:

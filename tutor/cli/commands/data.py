@@ -1,4 +1,4 @@
-"""The commands about rows: data check, lint, stats.
+"""The commands about rows: data check, lint, stats; `data import` is in data_import.py.
 
 In: files of rows, or the recipe that names them. Out: counts and findings on stdout. The checks themselves are in
 tutor/stages/data; `data split` runs a stage and is in run.py.
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tutor.cli.commands.data_import import import_command
 from tutor.cli.commands.run import data_split
 from tutor.cli.exit import print_error
 from tutor.cli.options import indented, json_option, load_recipe, print_result, recipe_option
@@ -211,8 +212,8 @@ def stats_command(file: Path | None, recipe_path: Path, build: Path, *, as_json:
 
 @click.group("data")
 def data_group() -> None:
-    """Check, lint, count and split the rows."""
+    """Import, check, lint, count and split the rows."""
 
 
-for command in (check_command, lint_command, stats_command, data_split):
+for command in (import_command, check_command, lint_command, stats_command, data_split):
     data_group.add_command(command)

@@ -4,17 +4,22 @@ In: a file, plain or gzip. Out: each record as an object, with the line where it
 from the first records. Keeps one record and the first lines in memory. Does not interpret a record (shapes.py).
 """
 
+import contextlib
 import csv
 import itertools
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tutor.errors import DataError
 from tutor.formats.importing.names import KNOWN, Options, Recognised, folded
 from tutor.formats.importing.table_rows import ColumnNames, column_names
 from tutor.formats.rows.json_values import RowError
 from tutor.formats.rows.jsonl import BOM, Limits, LineValue, Stream, opened, raw_lines, refuse_other_format
+
+if TYPE_CHECKING:
+    from _csv import Reader
 
 DELIMITERS = {",": ",", ";": ";", "\t": "tab", "|": "|"}
 """Delimiters that are looked for, and their names."""
@@ -45,7 +50,7 @@ def read_delimited(
 
 
 def _records(
-    reader: "csv._reader", path: Path, offset: int, tolerated: Counter[str], options: Options
+    reader: "Reader", path: Path, offset: int, tolerated: Counter[str], options: Options
 ) -> Iterator[LineValue]:
     columns: ColumnNames | None = None
     while True:
@@ -119,15 +124,12 @@ def _delimiter(sample: Sequence[str], known: Collection[str]) -> str:
     """Return the delimiter with which the first line has the most known names, and most records as many fields."""
 
     def score(delimiter: str) -> tuple[int, float, int]:
-        records = []
-        try:
+        records: list[list[str]] = []
+        with contextlib.suppress(csv.Error):  # the records up to a fault count
             records.extend(csv.reader(sample, delimiter=delimiter))
-        except csv.Error:
-            pass  # the records up to the fault count
         if not records:
             return 0, 0.0, 0
         same = sum(len(fields) == len(records[0]) for fields in records) / len(records)
         return sum(folded(name) in known for name in records[0]), same, len(records[0])
 
     return max(DELIMITERS, key=score)
-

@@ -95,25 +95,25 @@ def import_files(
     `strict`: a row that is left out is an error. Raises DataError where no row can be taken or a file as a whole is
     wrong, RecipeError where there is none, ArtifactError when one changes meanwhile; then nothing is written.
     """
-    limits = limits or Limits()
     result = Import()
     beside = left_out_path(output)
-    with ExitStack() as stack:
-        rows = stack.enter_context(tempfile.TemporaryFile(dir=output.parent))
-        refused = stack.enter_context(tempfile.TemporaryFile(dir=output.parent))
-        clock = _Clock()
+    with (
+        tempfile.TemporaryFile(dir=output.parent) as rows,
+        tempfile.TemporaryFile(dir=output.parent) as refused,
+    ):
+        work = _Work(result, options, limits or Limits(), rows, refused)
         for path in files:
-            _read_file(path, result, options, limits, clock=clock, rows=rows, refused=refused)
+            work.read(path)
         if not result.taken or (strict and result.left_out):
-            raise _nothing_taken(result, strict=strict)
+            raise _nothing_taken(result)
         if result.systems != {""} and len(result.systems) == 1:
             result.system = next(iter(result.systems))
+        rows.seek(0)
+        refused.seek(0)
         with whole_file(output) as out:
-            rows.seek(0)
             out.writelines(_without_system(rows) if result.system else rows)
         if result.left_out:
             with whole_file(beside) as out:
-                refused.seek(0)
                 out.writelines(refused)
         else:
             beside.unlink(missing_ok=True)  # of an import before this one
@@ -125,57 +125,62 @@ def left_out_path(output: Path) -> Path:
     return output.with_name(output.name + LEFT_OUT)
 
 
-def _nothing_taken(result: Import, *, strict: bool) -> DataError:
+def _nothing_taken(result: Import) -> DataError:
     count = len(result.left_out)
     reasons = Counter(each.why for each in result.left_out).most_common(3)
-    shown = "; ".join(f"{number} x {why}" for why, number in reasons)
-    what = f"{count} of {count + result.taken} rows are left out" if strict and result.taken else "no row can be taken"
+    shown = "; ".join(f"{number} x {why}" for why, number in reasons) or "0 rows"
+    what = f"{count} of {count + result.taken} rows are left out" if result.taken else "no row can be taken"
     files = ", ".join(each.file for each in result.files)
     problems = tuple(f"{each.file}:{each.line}: {each.why}" for each in result.left_out)
-    return DataError(f"{files}: {what}" + (f": {shown}" if shown else ": 0 rows"), None, problems)
+    return DataError(f"{files}: {what}: {shown}", None, problems)
 
 
 @dataclass
-class _Clock:
-    """Logs the number of rows after QUIET_SECONDS, and then as often as the log prints it."""
+class _Work:
+    """An import while files are read: rows, and those that are left out, go to two files."""
 
-    rows: int = 0
+    result: Import
+    options: Options
+    limits: Limits
+    rows: IO[bytes]
+    refused: IO[bytes]
+    read_rows: int = 0
     began: float = field(default_factory=time.monotonic)
 
-    def count(self, path: Path) -> None:
-        """Count a row of a file."""
-        self.rows += 1
-        if self.rows % CHECK_EVERY == 0 and time.monotonic() - self.began > QUIET_SECONDS:
-            log.info("%s: %d rows read", path.name, self.rows, extra={"done": self.rows})
+    def read(self, path: Path) -> None:
+        """Read one file. Raises as `import_files`."""
+        counts = FileResult(str(path), Recognised())
+        self.result.files.append(counts)
+        with ExitStack() as stack:
+            if not path.is_dir():
+                check_file(path, self.limits.max_total_bytes)
+                stack.enter_context(unchanged(path))
+            for line, found in read_records(path, self.limits, counts.tolerated, self.options, counts.recognised):
+                self._log(path)
+                try:
+                    self._take(_checked(found, self.options, counts.recognised))
+                    counts.taken += 1
+                except RowError as fault:
+                    if fault.hint == ICONV:  # one such row means that the file is in another encoding
+                        raise DataError(f"{path}:{line}: {fault}", ICONV) from None
+                    counts.left_out += 1
+                    self._leave_out(path, line, found, fault)
 
+    def _take(self, row: dict[str, Any]) -> None:
+        if len(self.result.systems) < 2:
+            self.result.systems.add(_system(row))
+        self.rows.write(_line(row))
 
-def _read_file(
-    path: Path, result: Import, options: Options, limits: Limits, *, clock: _Clock, rows: IO[bytes], refused: IO[bytes]
-) -> None:
-    """Write the rows of a file to `rows`, and those that are left out to `refused`."""
-    counts = FileResult(str(path), Recognised())
-    result.files.append(counts)
-    with ExitStack() as stack:
-        if not path.is_dir():
-            check_file(path, limits.max_total_bytes)
-            stack.enter_context(unchanged(path))
-        for line, found in read_records(path, limits, counts.tolerated, options, counts.recognised):
-            clock.count(path)
-            try:
-                row = _checked(found, options, counts.recognised)
-            except RowError as fault:
-                if fault.hint == ICONV:
-                    raise DataError(f"{path}:{line}: {fault}", ICONV) from None
-                why = f"{fault}; {fault.hint}" if fault.hint else str(fault)
-                counts.left_out += 1
-                result.left_out.append(LeftOut(str(path), line, why))
-                kept = None if isinstance(found, RowError) else found
-                refused.write(_line({"file": str(path), "line": line, "why": why, "row": kept}))
-                continue
-            counts.taken += 1
-            if len(result.systems) < 2:
-                result.systems.add(_system(row))
-            rows.write(_line(row))
+    def _leave_out(self, path: Path, line: int, found: Any, fault: RowError) -> None:
+        why = f"{fault}; {fault.hint}" if fault.hint else str(fault)
+        self.result.left_out.append(LeftOut(str(path), line, why))
+        row = None if isinstance(found, RowError) else found
+        self.refused.write(_line({"file": str(path), "line": line, "why": why, "row": row}))
+
+    def _log(self, path: Path) -> None:
+        self.read_rows += 1
+        if self.read_rows % CHECK_EVERY == 0 and time.monotonic() - self.began > QUIET_SECONDS:
+            log.info("%s: %d rows read", path.name, self.read_rows, extra={"done": self.read_rows})
 
 
 def _checked(found: Any, options: Options, recognised: Recognised) -> dict[str, Any]:

@@ -21,14 +21,15 @@ def find_list(reader: ArrayReader, max_bytes: int) -> str:
     try:
         while reader.next_sign() == '"':
             key = _key(reader, max_bytes)
-            if reader.next_sign() == "[" and folded(key) not in KNOWN:
+            if folded(key) in KNOWN:
+                return ""
+            if reader.next_sign() == "[":
                 reader.skip()
                 if reader.next_sign() == "{":
                     return key
-                return ""
-            if folded(key) in KNOWN:
-                return ""
-            _skip_value(reader, max_bytes)
+                _skip_elements(reader, max_bytes)
+            else:
+                _skip_value(reader, max_bytes)
             if reader.next_sign() != ",":
                 return ""
             reader.skip()
@@ -72,3 +73,9 @@ def _skip_value(reader: ArrayReader, max_bytes: int) -> None:
     reader.next_sign()
     if isinstance(fault := reader.value(max_bytes), RowError):
         raise fault
+
+
+def _skip_elements(reader: ArrayReader, max_bytes: int) -> None:
+    for _, found in reader.elements(max_bytes, last=False):
+        if isinstance(found, RowError):
+            raise found

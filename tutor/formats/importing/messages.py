@@ -154,7 +154,7 @@ def _with_loss(turns: list[Turn], marks: list[bool | None], loss: str) -> list[T
         only_last = len(trained) == 1
         raise RowError(
             f"message {left[0] + 1} is an answer that is marked as not trained, among trained ones",
-            "import with --loss last, and train with data.loss = \"last\"" if only_last else None,
+            'import with --loss last, and train with data.loss = "last"' if only_last else None,
         )
     return turns
 

@@ -25,7 +25,7 @@ from tutor.formats.rows.json_values import RowError, kind, printable
 BY_MAP = "name the columns: tutor data import --map question=COLUMN,answer=COLUMN"
 """Next step where the parts of a row are not recognised."""
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-_EMPTY = (None, "", [], {}, "[]", "{}")
+_EMPTY: tuple[Any, ...] = (None, "", [], {}, "[]", "{}")
 _BOOLEANS = (True, False, "true", "false", "True", "False")
 
 
@@ -56,7 +56,7 @@ def convert(found: Any, options: Options, recognised: Recognised) -> Any:
     if options.format in names.STYLES and not described.startswith(names.STYLES[options.format]):
         raise RowError(f"is {described}, not {options.format}")
     row = own_row(turns) | {part: value for part, value in _labels(found, parts).items() if value not in _EMPTY}
-    rest = {key: value for key, value in found.items() if key not in parts.values() and value not in (None, "")}
+    rest = {key: value for key, value in found.items() if key not in parts.values() and not _is_empty(value)}
     if options.columns:
         recognised.dropped.update(printable(key) for key in rest)
         rest = {}
@@ -121,7 +121,9 @@ def _recognise(
     if turns not in filled and (question in filled or reply in filled):
         turns = None
     if turns and (question in filled or reply in filled):
-        raise RowError(f"has {turns} and {question if question in filled else reply}: which to train is not clear", BY_MAP)
+        raise RowError(
+            f"has {turns} and {question if question in filled else reply}: which to train is not clear", BY_MAP
+        )
     if not turns and (question is None or reply is None):
         what = f"as {wanted}" if wanted else "no known format"
         shown = ", ".join(printable(key) for key in list(found)[:8])

@@ -214,9 +214,7 @@ def _array(stream: Stream, path: Path, limits: Limits, tolerated: Counter[str]) 
     yield from reader.elements(limits.max_line_bytes)
 
 
-def array_reader(
-    stream: Stream, path: Path, limits: Limits, tolerated: Counter[str]
-) -> tuple[ArrayReader, str]:
+def array_reader(stream: Stream, path: Path, limits: Limits, tolerated: Counter[str]) -> tuple[ArrayReader, str]:
     """Return a reader at the first sign of a JSON file, and this sign; "" where it cannot be read."""
     total = 0
 
