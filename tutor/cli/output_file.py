@@ -4,6 +4,7 @@ In: the name, the command's input files, a text. Out: the file, whole or unchang
 """
 
 import contextlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -36,6 +37,8 @@ def check_rows_output(path: Path, inputs: Iterable[Path], *, force: bool) -> Non
     _refuse_input(path, inputs)
     if not path.parent.is_dir():
         raise RecipeError(f"{path.parent} is no folder", "make it, or name a file in another one")
+    if not os.access(path.parent, os.W_OK):
+        raise RecipeError(f"{path.parent} cannot be written", "name a file in a folder that can be written")
     if path.exists() and not path.is_file():
         raise RecipeError(f"{path} is no file", "name a file to write")
     if path.is_file() and path.stat().st_size and not force:

@@ -90,7 +90,7 @@ def _lines(result: "Import", output: Path, beside: Path) -> list[str]:
         lines.append(f"  ... and {len(result.left_out) - LISTED} more")
     lines.append(f"{output}: {result.taken} rows")
     if result.left_out:
-        lines.append(f"{beside}: the {len(result.left_out)} rows that were left out, with the reasons")
+        lines.append(f"{beside}: the rows that were left out, with the reasons")
     if result.system:
         import json
 

@@ -96,6 +96,7 @@ def import_files(
     wrong, RecipeError where there is none, ArtifactError when one changes meanwhile; then nothing is written.
     """
     result = Import()
+    output = output.resolve()  # a link stays, and its target is written
     beside = left_out_path(output)
     with (
         tempfile.TemporaryFile(dir=output.parent) as rows,

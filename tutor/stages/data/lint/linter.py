@@ -25,6 +25,7 @@ KINDS = {
     "unknown-key": "keys that are dropped",
     "special-token": "texts that the base, or a tokenizer or template of another, reads as a token of its own",
     "characters": "characters read in another encoding, invisible ones, and accents apart from their letters",
+    "placeholder": "placeholders that nobody filled in, such as {{name}} or <your name>",
     "fence": "code fences that do not close",
     "length": "rows longer than train.max_length: they would be cut, or refused",
     "duplicate": "rows that repeat another one",

@@ -20,6 +20,7 @@ from tutor.recipe.values import MARKED_TOKEN, PLAIN_TOKEN
 from tutor.stages.data.base_tokens import TokenFinder
 from tutor.stages.data.lint.characters import doubtful_characters
 from tutor.stages.data.lint.near_duplicates import Questions
+from tutor.stages.data.lint.placeholders import find_placeholder
 from tutor.stages.data.normal_form import normalise
 
 LISTED = 200
@@ -161,6 +162,8 @@ def _check_row(index: RowIndex, row: ExampleRow | PromptRow, checks: RowChecks) 
             index.add_row("special-token", number, f"{name} holds {found[0]}")
         if doubtful := doubtful_characters(text):
             index.add_row("characters", number, f"{name} {doubtful}")
+        if placeholder := find_placeholder(text):
+            index.add_row("placeholder", number, f"{name} holds {placeholder}")
         if not fences_are_closed(text):
             index.add_row("fence", number, f"a code fence in {name} does not close")
     if why := checks.length(row.instruction, row.response):
