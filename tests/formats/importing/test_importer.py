@@ -55,7 +55,7 @@ def test_import_that_fails_leaves_the_earlier_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="1 of 2 rows are left out"):
         imported(tmp_path, PAIR, {"text": "a"}, strict=True)
     (tmp_path / "in.jsonl").write_bytes('{"question": "qué", "answer": "b"}'.encode("latin-1"))
-    with pytest.raises(DataError, match=r"in.jsonl:1: is not UTF-8 at byte 16 \(0xe9\).*iconv"):
+    with pytest.raises(DataError, match=r"in.jsonl:1: is not UTF-8 at byte 17 \(0xe9\).*iconv"):
         import_files([tmp_path / "in.jsonl"], tmp_path / "out.jsonl", Options())
     with pytest.raises(RecipeError, match="cannot be opened"):
         import_files([tmp_path / "none.csv"], tmp_path / "out.jsonl", Options())

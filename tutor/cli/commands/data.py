@@ -125,8 +125,8 @@ def lint_command(  # noqa: PLR0913 - a command's options
     """Report doubtful rows of FILES (or the recipe's).
 
     Duplicates and near-duplicates, contradictions, leaks into the prompts, balance, language, length, special tokens,
-    unclosed fences, placeholders; every finding with its line. Lengths are in tokens of the base once the base stage has run. No code
-    is compiled.
+    unclosed fences, placeholders; every finding with its line. Lengths are in tokens of the base once the base stage
+    has run. No code is compiled.
     """
     from tutor.cli.output_file import check_output, write_output
     from tutor.formats.rows.recipe_files import data_files, named_files

@@ -21,6 +21,7 @@ from tutor.errors import DataError
 from tutor.formats.importing.names import Options, Recognised
 from tutor.formats.importing.reading import read_records
 from tutor.formats.importing.shapes import convert, own_row
+from tutor.formats.rows.conversations import MESSAGES
 from tutor.formats.rows.json_values import ICONV, RowError
 from tutor.formats.rows.jsonl import Limits, check_file, unchanged
 from tutor.formats.rows.rows import ExampleRow, parse_row
@@ -29,6 +30,8 @@ QUIET_SECONDS = 2.0
 """Seconds before the first message of progress."""
 CHECK_EVERY = 500
 """Number of rows between two looks at the clock."""
+KEYS = frozenset((*ExampleRow.model_fields, MESSAGES)) - {"history"}
+"""Keys of a row that are written."""
 LEFT_OUT = ".left-out.jsonl"
 """Ending of the file with the rows that were left out, after the output's name."""
 log = logging.getLogger(__name__)
@@ -190,7 +193,7 @@ def _checked(found: Any, options: Options, recognised: Recognised) -> dict[str, 
         raise found
     row = convert(found, options, recognised)
     parse_row(row, ExampleRow, recognised.dropped, strict=False)
-    return {key: value for key, value in row.items() if key in ExampleRow.model_fields}
+    return {key: value for key, value in row.items() if key in KEYS}
 
 
 def _line(value: Any) -> bytes:

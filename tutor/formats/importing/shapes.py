@@ -86,12 +86,11 @@ def _refuse_kind(filled: Mapping[str, Any]) -> None:
 
 def _is_own(found: Mapping[str, Any], filled: set[str]) -> bool:
     """Whether a row has our own keys, and no part under another key."""
-    asks, answers = "instruction" in found, "response" in found
-    others = {*names.QUESTIONS, *names.ANSWERS, *names.EXTRAS, *names.TURNS, *names.SYSTEMS, "history"}
-    others -= {"instruction", "response"}
+    own = found.keys() & {"instruction", "response"}
+    others = {*names.QUESTIONS, *names.ANSWERS, *names.EXTRAS, *names.TURNS, *names.SYSTEMS, "history"} - own
     response = found.get("response")
     thinks = isinstance(response, list) or (isinstance(response, str) and response.lstrip().startswith("<think>"))
-    return (asks or answers) and not filled & others and not thinks
+    return bool(own) and not others & (filled if len(own) == 2 else set(map(folded, found))) and not thinks
 
 
 def _mapped(found: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, str]:

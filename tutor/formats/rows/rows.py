@@ -4,7 +4,6 @@ In: a file of JSON objects. Out: rows to train on or to ask, and notes on all th
 usable is an error with its line; nothing is guessed. Does not tokenize, and does not compile code.
 """
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from tutor.errors import DataError
 from tutor.formats.markdown import fence_languages
 from tutor.formats.rows.conversations import MESSAGES, flatten
-from tutor.formats.rows.json_values import ONE_LINE, TOO_DEEP, RowError, printable
+from tutor.formats.rows.json_values import ONE_LINE, TOO_DEEP, RowError, kind, printable
 from tutor.formats.rows.jsonl import Limits, check_file, read_values, unchanged
 from tutor.formats.rows.texts import clean_answer, clean_text, some_text, without_marks
 from tutor.prompt.tutor_format import CUE, STOPS
@@ -208,7 +207,7 @@ def parse_row(found: Any, model: type[RowModel], dropped: Counter[str], *, stric
     if isinstance(found, RowError):
         raise found
     if not isinstance(found, dict):
-        raise RowError(f"is {_kind(found)}, not an object", ONE_LINE if isinstance(found, list) else None)
+        raise RowError(f"is {kind(found)}, not an object", ONE_LINE if isinstance(found, list) else None)
     if not found.keys() & {"instruction", "response", MESSAGES}:
         keys = ", ".join(printable(key) for key in list(found)[:5])
         required = ",".join(name for name, item in model.model_fields.items() if item.is_required())
@@ -279,7 +278,7 @@ def _explain(item: Any, *, several: bool = False) -> str:
     if item["type"] == "too_short":
         return f"{name} is empty"
     if item["type"] in WANTED:
-        return f"{name} is {_kind(item['input'])}, not {WANTED[item['type']]}"
+        return f"{name} is {kind(item['input'])}, not {WANTED[item['type']]}"
     return f"{name} {item['msg'].removeprefix('Value error, ')}"
 
 
@@ -289,12 +288,3 @@ def _place(location: Sequence[Any]) -> str:
         return f"{MESSAGES}[{location[1]}].{location[-1]}"
     last = {"instruction": "the last question", "response": "the last answer", "reasoning": "the last reasoning"}
     return last.get(str(location[0]), ".".join(str(part) for part in location))
-
-
-def _kind(value: Any) -> str:
-    """Type of a JSON value, in words."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    if isinstance(value, int | float):  # after bool, which is an int too
-        return f"the number {repr(value)[:20]}"
-    return "a text" if isinstance(value, str) else "a list" if isinstance(value, list) else "an object"
