@@ -99,7 +99,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _tojson
-    environment.globals |= {"raise_exception": _raise, "namespace": _namespace, "dict": dict}
+    environment.globals |= {"raise_exception": _raise, "namespace": _namespace}
     return environment
 
 

@@ -130,7 +130,8 @@ def _turn(template: str, where: str) -> _Turn:
     before, _, after = behind.partition(ANSWER)
     if not after.strip():  # a template may leave the last answer open; an earlier one it must end
         later = _prompt([_user(QUESTION), _assistant(ANSWER), _user(NEXT)], template)
-        after = later.rpartition(ANSWER)[2].partition(NEXT)[0]
+        following = later.rpartition(ANSWER)[2].partition(NEXT)[0]
+        after = following if following.lstrip() == following else after
     return _Turn(prompt.rpartition(QUESTION)[2], before, after)
 
 
