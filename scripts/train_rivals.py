@@ -48,9 +48,10 @@ def train(name: str, options: Any, settings: Any, work: Path, precision: str) ->
 def encoded_rows(tokenizer: Any, work: Path) -> Any:
     """Return the ids of the train stage, for comparable losses; they are the specification's but for one space."""
     from tutor.formats.rows.split_files import TRAIN, read_split
+    from tutor.prompt.encoding import RowEncoder
     from tutor.stages.train.audit import encode_rows
 
-    return encode_rows(tokenizer, read_split(work / "data", TRAIN), "", 4096)
+    return encode_rows(RowEncoder(tokenizer), read_split(work / "data", TRAIN), 4096)
 
 
 def labelled_rows(rows: Any) -> list[dict[str, list[int]]]:

@@ -122,11 +122,12 @@ def test_eos_masked_in_training_is_refused_by_the_label_audit(recipe: Recipe, ma
 
     from tutor.formats.models.model_folder import load_tokenizer, read_facts
     from tutor.formats.rows.split_files import TRAIN, read_split
+    from tutor.prompt.encoding import RowEncoder
     from tutor.stages.train.audit import audit_labels, encode_rows
     from tutor.stages.train.kernels.chunked_loss import IGNORE_INDEX
 
     tokenizer = load_tokenizer(read_facts(made / "tiny/base")[1])
-    rows = encode_rows(tokenizer, read_split(made / "tiny/data", TRAIN), "", 2048)
+    rows = encode_rows(RowEncoder(tokenizer), read_split(made / "tiny/data", TRAIN), 2048)
 
     def collate(items: list[dict[str, list[int]]]) -> dict[str, Any]:
         import torch

@@ -16,6 +16,7 @@ from tutor.machine.device import DeviceMemory, PrecisionChoice
 from tutor.machine.matmul_rate import MatmulRates
 from tutor.machine.memory.batching import split_step
 from tutor.machine.memory.shapes import SHAPES
+from tutor.prompt.encoding import RowEncoder
 from tutor.stages.train.audit import encode_rows
 
 
@@ -125,7 +126,7 @@ def test_forecast_and_training_plan_agree(
     facts = json.loads((tmp_path / "r" / "base" / "base.json").read_text())
     (tmp_path / "r" / "base" / "base.json").write_text(json.dumps({**facts, "source": "tiny"}))
     forecast = capacity.forecast_run(chosen, tmp_path, capacity.find_shape(chosen, tmp_path), None)["memory"]
-    encoded = encode_rows(load_tokenizer(tiny), rows[:9], "", chosen.train.max_length)
+    encoded = encode_rows(RowEncoder(load_tokenizer(tiny)), rows[:9], chosen.train.max_length)
     found = capacity.plan_training(chosen, {name: tmp_path / "r" / name for name in ("data", "base")})
     assert found.batches.tokens == split_step(chosen.train, [len(row.ids) for row in encoded]).tokens
     assert found.needed == forecast["need"]

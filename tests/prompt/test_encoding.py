@@ -9,7 +9,7 @@ from support.models.small_tokenizer import BOS, EOS, SENTENCES, make_tokenizer
 from support.prompts import texts
 
 from tutor.errors import DataError
-from tutor.prompt.encoding import Encoded, adds_bos, audit, encode, encode_row
+from tutor.prompt.encoding import Encoded, RowEncoder, adds_bos, audit, encode
 from tutor.prompt.messages import conversation, row_messages, trim
 from tutor.prompt.tutor_format import TUTOR, TutorFormat, chat_template, completion, render
 
@@ -183,7 +183,7 @@ class Marked(TutorFormat):
 
 
 def test_answers_share_ids_where_the_history_continues_them(tokenizer):
-    (row,) = encode_row(tokenizer, ROW, "", Marked())
+    (row,) = RowEncoder(tokenizer, Marked(), "").encode(ROW)
     first, second = row.answers()
     assert tokenizer.decode(first[1]) == f"Un tipo.{EOS}"
     assert tokenizer.decode(second[1]) == f"Otro tipo.{EOS}"
@@ -192,7 +192,7 @@ def test_answers_share_ids_where_the_history_continues_them(tokenizer):
 
 
 def test_answers_have_own_rows_where_the_history_differs(tokenizer):
-    rows = encode_row(tokenizer, ROW, "Sé breve.")
+    rows = RowEncoder(tokenizer, system="Sé breve.").encode(ROW)
     asked = [
         conversation("¿Qué es any?", "Sé breve."),
         [*conversation("¿Qué es any?", "Sé breve."), TUTOR.history(HISTORY[1]), *conversation("¿Y unknown?")],
@@ -203,18 +203,25 @@ def test_answers_have_own_rows_where_the_history_differs(tokenizer):
 
 
 def test_loss_on_the_last_answer_alone_leaves_the_others_out(tokenizer):
-    assert encode_row(tokenizer, ROW, "", loss="last") == encode_row(tokenizer, ROW, "")[1:]
-    (row,) = encode_row(tokenizer, ROW, "", Marked(), loss="last")
+    assert RowEncoder(tokenizer, system="", loss="last").encode(ROW) == RowEncoder(tokenizer, system="").encode(ROW)[1:]
+    (row,) = RowEncoder(tokenizer, Marked(), "", "last").encode(ROW)
     assert [tokenizer.decode(answer) for _, answer in row.answers()] == [f"Otro tipo.{EOS}"]
 
 
 def test_system_text_of_a_row_replaces_the_recipes(tokenizer):
     own = {**ROW, "history": [{"role": "system", "content": "Del dato."}]}
-    assert encode_row(tokenizer, own, "De la receta.") == [encode(tokenizer, "¿Y unknown?", "Otro tipo.", "Del dato.")]
+    assert RowEncoder(tokenizer, system="De la receta.").encode(own) == [
+        encode(tokenizer, "¿Y unknown?", "Otro tipo.", "Del dato.")
+    ]
 
 
 def test_audit_finds_an_earlier_answer_without_its_end(tokenizer):
-    (row,) = encode_row(tokenizer, ROW, "", Marked())
+    (row,) = RowEncoder(tokenizer, Marked(), "").encode(ROW)
     end = row.ids.index(tokenizer.eos_token_id)
     holed = Encoded(row.ids, [*row.mask[:end], 0, *row.mask[end + 1 :]])
     assert audit(holed, row.ids[: row.n_prompt], tokenizer, Marked()) == ["part of the completion carries no loss"]
+
+
+def test_prompt_ids_are_those_of_the_last_answer(tokenizer):
+    encoder = RowEncoder(tokenizer, system="Sé breve.")
+    assert encoder.prompt_ids(ROW) == encoder.answers(ROW)[-1][0]

@@ -59,17 +59,18 @@ class Engine(Protocol):
         ...
 
 
-def sampling(settings: GenerateSettings, seed: int) -> Generation:
-    """The generation settings of the served model."""
+def sampling(settings: GenerateSettings, seed: int, stops: tuple[str, ...] = STOPS) -> Generation:
+    """The generation settings of the served model; `stops` of its prompt format."""
     return Generation(
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,
         repetition_penalty=settings.repetition_penalty,
         seed=seed,
+        stops=stops,
     )
 
 
-def greedy(settings: GenerateSettings, seed: int) -> Generation:
+def greedy(settings: GenerateSettings, seed: int, stops: tuple[str, ...] = STOPS) -> Generation:
     """The generation settings of an evaluation: those of the served model at temperature 0, so that runs repeat."""
-    return replace(sampling(settings, seed), temperature=0.0, top_p=1.0)
+    return replace(sampling(settings, seed, stops), temperature=0.0, top_p=1.0)

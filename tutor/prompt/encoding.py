@@ -40,19 +40,39 @@ def encode(tokenizer: Tokenizer, question: str, answer: str, system: str = "", p
     return _encode_answer(tokenizer, prompt, conversation(question, system), {"role": "assistant", "content": answer})
 
 
-def encode_row(
-    tokenizer: Tokenizer, row: Mapping[str, Any], system: str, prompt: PromptFormat = TUTOR, loss: str = "all"
-) -> list[Encoded]:
-    """Return a row as it is trained: every answer (`loss` "all") or the last one, each behind the prompt as served.
+@dataclass(frozen=True)
+class RowEncoder:
+    """Makes ids of rows with the tokenizer and the settings of one training."""
 
-    Answers share one `Encoded` where the served prompt of the later one continues the ids of the earlier one. Else
-    (a format that writes another end into the history, or leaves thoughts out of it) each has its own.
-    Raises DataError when the tokenizer has no EOS, ValueError for a conversation that the format cannot write.
-    """
-    messages = [*row_messages(row, system), row_answer(row)]
+    tokenizer: Tokenizer
+    prompt: PromptFormat = TUTOR
+    system: str = ""  # of the recipe
+    loss: str = "all"  # the answers that carry loss: "all" or "last"
+
+    def prompt_ids(self, row: Mapping[str, Any]) -> list[int]:
+        """Return the ids of the prompt of a row's last answer, as an engine gets them."""
+        messages = served_messages(self.prompt, row_messages(row, self.system))
+        return list(self.tokenizer(self.prompt.render(messages))["input_ids"])
+
+    def encode(self, row: Mapping[str, Any]) -> list[Encoded]:
+        """Return a row as it is trained: each answer that carries loss, behind its prompt as served.
+
+        Answers share one `Encoded` where the served prompt of the later one continues the ids of the earlier one. Else
+        (a format that writes another end into the history, or leaves thoughts out of it) each has its own.
+        Raises DataError when the tokenizer has no EOS, ValueError for a conversation that the format cannot write.
+        """
+        return _encode_row(self, [*row_messages(row, self.system), row_answer(row)])
+
+    def answers(self, row: Mapping[str, Any]) -> list[Pair]:
+        """Return every answer of a row that carries loss, each with the ids of its prompt. Raises as `encode`."""
+        return [pair for encoded in self.encode(row) for pair in encoded.answers()]
+
+
+def _encode_row(encoder: RowEncoder, messages: Sequence[Message]) -> list[Encoded]:
+    tokenizer, prompt = encoder.tokenizer, encoder.prompt
     places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     found: list[Encoded] = []
-    for place in places if loss == "all" else places[-1:]:
+    for place in places if encoder.loss == "all" else places[-1:]:
         encoded = _encode_answer(tokenizer, prompt, served_messages(prompt, messages[:place]), messages[place])
         before = found[-1] if found else None
         if before and encoded.ids[: encoded.n_prompt][: len(before.ids)] == before.ids:

@@ -3,7 +3,7 @@
 In: messages. Out: texts; encoding.py makes ids of them. The formats: tutor_format.py, and the template of a base.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -85,6 +85,24 @@ class PromptFormat(Protocol):
     def reply(self, text: str) -> SplitAnswer:
         """Return a generated text as thought and answer; the answer is unchanged, so that it can be sent as history."""
         ...
+
+
+class AnswerText:
+    """Sends the pieces of a generated text on, without the thought before the answer."""
+
+    def __init__(self, prompt: PromptFormat, on_text: Callable[[str], None]) -> None:
+        self._prompt = prompt
+        self._on_text = on_text
+        self._text = ""
+        self._sent = ""
+
+    def add(self, piece: str) -> None:
+        """Send what a further piece adds to the answer."""
+        self._text += piece
+        answer = self._prompt.reply(self._text).answer
+        if len(answer) > len(self._sent) and answer.startswith(self._sent):
+            self._on_text(answer[len(self._sent) :])
+            self._sent = answer
 
 
 def served_messages(prompt: PromptFormat, messages: Sequence[Message]) -> list[Message]:

@@ -14,6 +14,7 @@ from tutor.artifacts.layout import BuildFolder, gguf_name
 from tutor.artifacts.manifest import read_manifest, require_stage
 from tutor.artifacts.provenance import SourceTree
 from tutor.errors import ArtifactError, RecipeError
+from tutor.formats.models.prompt_format import read_format
 from tutor.formats.models.served_quantization import served_quantization
 from tutor.machine.host import usable_cores
 from tutor.pipeline.recipe_folder import refuse_folder
@@ -38,6 +39,7 @@ def open_engine(
     """
     refuse_folder(recipe, build)
     folder = BuildFolder(build, recipe.name)
+    prompt = read_format(recipe, folder.stage("base"))
     if choice.engine == "ollama":
         from tutor.engines.ollama.engine import serve as serve_published
 
@@ -49,14 +51,14 @@ def open_engine(
         model, adapter = _folders(folder, choice.model)
         quantization = _quantization(folder, choice.model)
         precision = _precision(recipe, folder, model)
-        yield load(model, adapter, quantization=quantization, precision=precision)
+        yield load(model, adapter, quantization=quantization, precision=precision, prompt=prompt)
     else:
         from tutor.engines.llamacpp.server import serve as serve_gguf
 
         gguf = gguf_of(recipe, build, choice)
         threads = max(1, usable_cores() // share)
         log = log or folder.server_log
-        with serve_gguf(gguf, context=recipe.generate.context, threads=threads, log=log) as server:
+        with serve_gguf(gguf, context=recipe.generate.context, threads=threads, log=log, prompt=prompt) as server:
             yield server
 
 

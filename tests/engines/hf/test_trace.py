@@ -48,7 +48,7 @@ def test_trace_joins_a_blank_with_the_character_it_begins() -> None:
         logits = torch.nn.functional.one_hot((input_ids[0, -logits_to_keep:] + 1) % 4, 24).float()
         return SimpleNamespace(logits=logits[None])
 
-    engine: Any = SimpleNamespace(tokenizer=tokenizer, model=model)
+    engine: Any = SimpleNamespace(end_id=9, tokenizer=tokenizer, model=model)
     model.device = torch.device("cpu")  # type: ignore[attr-defined]
     pieces += (b"x",) * 20
     found = trace_along(engine, [0], [1, 2, 3])

@@ -76,13 +76,12 @@ def end(stop_type: str, predicted: int) -> dict[str, Any]:
 
 
 def test_server_gets_its_file_and_a_private_socket(build: Path, fake_server: Callable[..., dict[str, Any]]) -> None:
-    with serve(**fake_server(loading=3), lora=build / "l.gguf"):
+    with serve(**fake_server(loading=3)):
         argv = started(build)["argv"]
         socket = Path(argv[argv.index("--host") + 1])
         assert socket.parent.stat().st_mode & 0o077 == 0
     options = dict(itertools.pairwise(argv))
     assert options["-m"] == str(build / "a.gguf")
-    assert options["--lora"] == str(build / "l.gguf")
     assert (options["-c"], options["-np"], options["-t"]) == ("128", "1", "1")
     assert {"--offline", "--no-webui"} <= set(argv)
     assert "--port" not in argv

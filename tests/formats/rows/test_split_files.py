@@ -9,6 +9,7 @@ from support.files import write_rows
 from tutor.errors import ArtifactError
 from tutor.formats.rows.held_out_ids import held_out_ids
 from tutor.formats.rows.split_files import HELD_OUT, read_json_lines, read_split
+from tutor.recipe.settings import Recipe
 
 
 def test_json_lines_end_at_line_feeds_only(tmp_path: Path) -> None:
@@ -23,7 +24,7 @@ def test_json_lines_end_at_line_feeds_only(tmp_path: Path) -> None:
 def test_held_out_answer_ids_begin_with_blank_end_with_eos(tmp_path: Path) -> None:
     write_base(tmp_path / "base")
     write_rows(tmp_path / "held_out.jsonl", [{"instruction": "¿Sí?", "response": "Sí."}])
-    ((prompt, answer),) = held_out_ids(tmp_path, tmp_path / "base", "")
+    ((prompt, answer),) = held_out_ids(Recipe(), tmp_path, tmp_path / "base")
     assert len(prompt) == len("Instrucción: ¿Sí?\nRespuesta:".encode())
     assert answer[-1] == 256
     assert len(answer) - 1 == len(" Sí.".encode())

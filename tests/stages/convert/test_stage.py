@@ -170,7 +170,7 @@ def test_quantized_files_keep_their_lineage(made: tuple[Path, dict[str, Any]]) -
 
 def test_calibration_text_is_rendered_as_in_training() -> None:
     rows = [{"instruction": "¿A?", "response": "Uno."}, {"instruction": "¿B?", "response": "Dos."}]
-    text = stage.calibration_text(rows, "Sistema.", "<s>", "</s>")
+    text = stage.CalibrationText(rows, "Sistema.").render("<s>", "</s>")
     one = "Sistema.\n\nInstrucción: ¿A?\nRespuesta: Uno.</s><s>Sistema.\n\nInstrucción: ¿B?\nRespuesta: Dos.</s>"
     assert text == one
     assert len(stage.calibration_rows(rows * 10_000)) * 11 == pytest.approx(

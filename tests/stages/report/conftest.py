@@ -4,6 +4,7 @@ import pytest
 from support.models.small_tokenizer import make_tokenizer
 from support.outputs.report import LADDER, METRICS, TRAINED, evaluated, hand_off_record, manifest, prompts_with_answers
 
+from tutor.prompt.encoding import RowEncoder
 from tutor.stages.report.labels import labelled_runs
 from tutor.stages.report.view import StageOutputs
 
@@ -26,6 +27,6 @@ def outputs() -> StageOutputs:
         "eval": manifest("evaluate", evaluated(answers)),
     }
     row = {"instruction": "¿Qué es una interfaz?", "response": "Una forma.", "line": 7}
-    labels = [labelled_runs(make_tokenizer(add_bos=True), row, "")]
+    labels = labelled_runs(RowEncoder(make_tokenizer(add_bos=True)), row)
     more = {"paraphrased": answers[:1], "labels": labels, "language": "es", "machine": [("processor", "a CPU")]}
     return StageOutputs(name="demo", model="tutor", manifests=manifests, metrics=METRICS, answers=answers, **more)

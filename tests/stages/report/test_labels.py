@@ -2,12 +2,13 @@
 
 from typing import Any
 
+from tutor.prompt.encoding import RowEncoder
 from tutor.stages.report.labels import labelled_runs, sample_rows
 
 
 def test_only_completion_and_eos_carry_loss(tokenizer: Any) -> None:
     row = {"instruction": "¿Qué es 👩‍💻?", "response": "Una forma.\nY ñ.", "line": 3}
-    found = labelled_runs(tokenizer, row, "Eres un tutor.")
+    (found,) = labelled_runs(RowEncoder(tokenizer, system="Eres un tutor."), row)
     assert [run["carries_loss"] for run in found["runs"]] == [False, True]
     prompt, answer = ("".join(token["text"] for token in run["tokens"]) for run in found["runs"])
     assert prompt.endswith("Eres un tutor.↵\n↵\nInstrucción: ¿Qué es 👩‍💻?↵\nRespuesta:")
@@ -15,6 +16,14 @@ def test_only_completion_and_eos_carry_loss(tokenizer: Any) -> None:
     assert found["runs"][1]["tokens"][-1]["special"]
     assert found["runs"][0]["tokens"][0]["special"] == (tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id)
     assert 0 < found["supervised"] < found["tokens"]
+
+
+def test_row_of_several_turns_is_shown_as_it_is_trained(tokenizer: Any) -> None:
+    history = [{"role": "user", "content": "¿Qué es any?"}, {"role": "assistant", "content": "Un tipo."}]
+    first, second = labelled_runs(RowEncoder(tokenizer), {"instruction": "¿Y?", "response": "No.", "history": history})
+    shown = ["".join(token["text"] for run in each["runs"] for token in run["tokens"]) for each in (first, second)]
+    assert shown[0].endswith("¿Qué es any?↵\nRespuesta: Un tipo.<｜end▁of▁sentence｜>".replace("\\n", "\n"))
+    assert "Respuesta: Un tipo.↵\n↵\nInstrucción: ¿Y?" in shown[1]
 
 
 def test_shortest_middle_and_longest_rows_are_sampled() -> None:

@@ -17,6 +17,7 @@ from support.outputs.report import (
     without,
 )
 
+from tutor.prompt.encoding import RowEncoder
 from tutor.stages.report.labels import labelled_runs
 from tutor.stages.report.model_card import card
 from tutor.stages.report.stage import page
@@ -74,7 +75,7 @@ def test_texts_of_rows_are_never_markup(outputs: StageOutputs) -> None:
     row = {"instruction": EVIL, "response": EVIL}
     changed = replace(
         outputs, name=EVIL, model=EVIL, answers=answers, machine=[(EVIL, EVIL)],
-        labels=[labelled_runs(make_tokenizer(add_bos=False), row, EVIL)],
+        labels=labelled_runs(RowEncoder(make_tokenizer(add_bos=False), system=EVIL), row),
         manifests={**outputs.manifests, "eval": manifest(EVIL, evil, {f"version.{EVIL}": EVIL})},
     )  # fmt: skip
     html = page(changed)

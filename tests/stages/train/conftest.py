@@ -17,7 +17,7 @@ from support.processes.interrupted import Folders, Terminated, by_step, checkpoi
 from tutor.engines.hf.loading import load_base
 from tutor.formats.models.model_folder import load_tokenizer
 from tutor.machine.memory.batching import split_step
-from tutor.prompt.encoding import Encoded
+from tutor.prompt.encoding import Encoded, RowEncoder
 from tutor.stages.train.audit import encode_rows
 from tutor.stages.train.trainer import lora_config, make_trainer, training_arguments
 
@@ -29,7 +29,7 @@ def tokenizer(tiny: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def rows(tokenizer: Any) -> list[Encoded]:
-    return encode_rows(tokenizer, ROWS, "", 1024)
+    return encode_rows(RowEncoder(tokenizer), ROWS, 1024)
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from tutor.engines.hf.loading import load_base
 from tutor.errors import DataError, RecipeError
 from tutor.formats.models.model_folder import load_tokenizer
 from tutor.machine.memory.batching import split_step
-from tutor.prompt.encoding import Encoded, audit
+from tutor.prompt.encoding import Encoded, RowEncoder, audit
 from tutor.prompt.messages import conversation
 from tutor.prompt.tutor_format import completion, render
-from tutor.stages.train.audit import audit_labels, encode_prompts, encode_rows, label_ids, refuse_control_tokens
+from tutor.stages.train.audit import audit_labels, encode_rows, label_ids, refuse_control_tokens
 from tutor.stages.train.kernels.packed_attention import LENGTHS, split_rows
 from tutor.stages.train.trainer import lora_config, make_trainer, training_arguments
 
@@ -32,16 +32,16 @@ pytestmark = [
 def test_too_long_rows_are_refused_by_name_and_not_cut(tokenizer: Any, rows: list[Encoded]) -> None:
     longest = max(range(len(rows)), key=lambda number: len(rows[number].ids))
     limit = len(rows[longest].ids)
-    assert encode_rows(tokenizer, ROWS, "", limit) == rows
+    assert encode_rows(RowEncoder(tokenizer), ROWS, limit) == rows
     with pytest.raises(DataError, match=rf"1 of 12 rows are longer than train.max_length \({limit - 1} tokens") as one:
-        encode_rows(tokenizer, ROWS, "", limit - 1)
+        encode_rows(RowEncoder(tokenizer), ROWS, limit - 1)
     assert one.value.problems == (f"{limit} tokens: {ROWS[longest]['instruction']!r}",)
     assert one.value.code == 3
     with pytest.raises(DataError) as located:
-        encode_rows(tokenizer, [{**ROWS[longest], "line": 9}], "", 16, Path("mine.jsonl"))
+        encode_rows(RowEncoder(tokenizer), [{**ROWS[longest], "line": 9}], 16, Path("mine.jsonl"))
     assert located.value.problems[0].startswith(f"mine.jsonl:9: {limit} tokens: ")
     with pytest.raises(DataError, match="30 of 30 rows") as many:
-        encode_rows(tokenizer, [{**ROWS[0], "instruction": "ñ" * 200}] * 30, "", 16)
+        encode_rows(RowEncoder(tokenizer), [{**ROWS[0], "instruction": "ñ" * 200}] * 30, 16)
     assert len(many.value.problems) == 20
     assert all("ñ" * 61 not in problem for problem in many.value.problems)
 
@@ -59,27 +59,29 @@ def test_control_token_of_the_base_is_refused(tiny: Path) -> None:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<filename>"]})
     tokenizer.add_tokens(["interfaz"])  # text of its own token is text
 
-    def encoded(question: str, answer: str) -> Encoded:
-        return encode_rows(tokenizer, [{"instruction": question, "response": answer}], "", 1024)[0]
+    encoder = RowEncoder(tokenizer, system="Eres un tutor de <div>.")
 
-    good = ("r.jsonl:1", encoded("¿Qué es una interfaz?", "Un <div> no, ni < filename >."))
+    def row(question: str, answer: str) -> dict[str, str]:
+        return {"instruction": question, "response": answer}
+
+    good = ("r.jsonl:1", row("¿Qué es una interfaz?", "Un <div> no, ni < filename >."))
     bad = [
-        ("r.jsonl:4", encoded("cat <filename>", "a")),
-        ("r.jsonl:9", encoded("a", "</think> <filename>")),
-        ("eval.jsonl:2", encode_prompts(tokenizer, [{"instruction": "<｜User｜>"}], "")[0]),
+        ("r.jsonl:4", row("cat <filename>", "a")),
+        ("r.jsonl:9", {**row("a", "<filename>"), "reasoning": "</think>"}),
+        ("eval.jsonl:2", {"instruction": "a", "history": [{"role": "user", "content": "<｜User｜>"}]}),
     ]
-    refuse_control_tokens(tokenizer, [good], "Eres un tutor de <div>.")
+    refuse_control_tokens(encoder, [good])
     with pytest.raises(DataError, match="3 of 4 rows hold a control token of the base") as caught:
-        refuse_control_tokens(tokenizer, [good, *bad], "")
+        refuse_control_tokens(encoder, [good, *bad])
     assert caught.value.code == 3
     assert caught.value.problems == (
-        "r.jsonl:4: holds <filename>", "r.jsonl:9: holds </think>, <filename>", "eval.jsonl:2: holds <｜User｜>",
+        "r.jsonl:4: holds <filename>", "r.jsonl:9: holds <filename>, </think>", "eval.jsonl:2: holds <｜User｜>",
     )  # fmt: skip
     with pytest.raises(DataError, match="25 of 25") as many:
-        refuse_control_tokens(tokenizer, [bad[0]] * 25, "")
+        refuse_control_tokens(encoder, [bad[0]] * 25)
     assert len(many.value.problems) == 20
     with pytest.raises(RecipeError, match="system holds <filename>") as system:
-        refuse_control_tokens(tokenizer, [good], "Eres <filename>.")
+        refuse_control_tokens(RowEncoder(tokenizer, system="Eres <filename>."), [good])
     assert system.value.code == 2
 
 

@@ -22,6 +22,7 @@ from tutor.engines.hf.loading import load_base
 from tutor.errors import ArtifactError
 from tutor.formats.models.model_folder import load_tokenizer
 from tutor.machine.memory.batching import split_step
+from tutor.prompt.encoding import RowEncoder
 from tutor.stages.train import monitor
 from tutor.stages.train.audit import encode_rows
 from tutor.stages.train.monitor import DIVERGENCE_STEPS, MAX_SKIPPED_STEPS, Monitor, MonitorSettings
@@ -122,7 +123,7 @@ def trainer_of(tiny: Path, tokenizer: Any, tmp_path: Path) -> Callable[..., Any]
     def make(**changes: Any) -> Any:
         chosen = settings(epochs=2, batch_size=2, accumulation=1, dropout=0.1, **changes)
         torch.manual_seed(1)
-        rows = encode_rows(tokenizer, ROWS, "", 1024)
+        rows = encode_rows(RowEncoder(tokenizer), ROWS, 1024)
         arguments = training_arguments(
             chosen, "fp32", 1, tmp_path / "checkpoints", split_step(chosen, [len(row.ids) for row in rows])
         )
@@ -240,7 +241,7 @@ def test_zero_patience_trains_all_epochs(trainer_of: Any, tmp_path: Path) -> Non
 def test_evaluations_do_not_change_the_training(trainer_of: Any, tmp_path: Path, tokenizer: Any) -> None:
     from tutor.stages.train.held_out_loss import mean_loss
 
-    rows = encode_rows(tokenizer, ROWS[:2], "", 1024)
+    rows = encode_rows(RowEncoder(tokenizer), ROWS[:2], 1024)
     adapters = []
     for evaluations in (0, 6):
         trainer = trainer_of()
@@ -347,7 +348,7 @@ def test_resumed_training_restores_earlier_best_adapter(trainer_of: Any, tmp_pat
 @pytest.mark.pipeline
 def test_skipped_fp16_steps_are_none_and_training_continues(tiny: Path, tokenizer: Any, tmp_path: Path) -> None:
     chosen = settings(epochs=2, batch_size=2, accumulation=1)
-    rows = encode_rows(tokenizer, ROWS, "", 1024)
+    rows = encode_rows(RowEncoder(tokenizer), ROWS, 1024)
     batches = split_step(chosen, [len(row.ids) for row in rows])
     arguments = training_arguments(chosen, "fp16", 1, tmp_path / "checkpoints", batches)
     trainer = make_trainer(load_base(tiny, "none", "fp16"), tokenizer, rows, lora_config(chosen), arguments)

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from support.models.training import ROWS, FirstGradient, apart, gradients, moved
 
-from tutor.prompt.encoding import Encoded
+from tutor.prompt.encoding import Encoded, RowEncoder
 from tutor.stages.train.audit import encode_rows
 from tutor.stages.train.trainer import count_parameters
 
@@ -58,7 +58,7 @@ def test_rows_are_loaded_without_workers_and_shared_memory(trainer_of: Any, rows
 @pytest.mark.slow
 def test_accumulated_gradient_equals_that_of_one_batch(trainer_of: Any, tokenizer: Any, rows: list[Encoded]) -> None:
     long = {"instruction": "¿Y todo junto?", "response": " ".join(row["response"] for row in ROWS[:6])}
-    mixed = [*rows[:3], *encode_rows(tokenizer, [long], "", 1024)]
+    mixed = [*rows[:3], *encode_rows(RowEncoder(tokenizer), [long], 1024)]
     first = []
     for batch, accumulation, packing in ((1, 4, False), (4, 1, False), (1, 4, True)):
         trainer = trainer_of(mixed, batch_size=batch, accumulation=accumulation, packing=packing, dropout=0.0)

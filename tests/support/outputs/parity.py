@@ -9,6 +9,7 @@ from tutor.artifacts.manifest import require_stage
 from tutor.artifacts.stage_folder import writing
 from tutor.engines.trace import EOS_TEXT, Step, Trace
 from tutor.pipeline.registry import BY_NAME
+from tutor.prompt.tutor_format import TUTOR
 from tutor.recipe.settings import Recipe
 from tutor.stages.parity.compare import Observation
 from tutor.stages.parity.conversations import make_conversations
@@ -34,17 +35,18 @@ def write_parity(recipe: Recipe, build: Path, refused: dict[str, str] | None = N
     fields = dict(BY_NAME["parity"].recipe_fields(recipe))
     fields["input.convert"] = require_stage(folder / "gguf", "convert").fingerprint
     conversations = make_conversations(
-        [("¿Qué es any?", "Lo que sea.")], recipe.system, lambda prompt: len(prompt.split()) < 200
+        [{"instruction": "¿Qué es any?", "response": "Lo que sea."}],
+        recipe.system,
+        lambda prompt: len(prompt.split()) < 200,
     )
     served = recipe.ollama.quantization
     seen = []
     for conversation in conversations:
-        words = len(conversation.prompt.split())
+        prompt = conversation.prompt(TUTOR)
+        words = len(prompt.split())
         found = trace(prompt_tokens=words) if conversation.reach in ("everywhere", "served") else None
         seen.append(
-            to_record(
-                Observation(conversation.name, conversation.prompt, (1,) * words, words, None, found), candidates=True
-            )
+            to_record(Observation(conversation.name, prompt, (1,) * words, words, None, found), candidates=True)
         )
     with writing(folder / "parity", "parity", fields) as (out, results):
         record = {

@@ -13,8 +13,9 @@ from transformers import GenerationConfig, StoppingCriteriaList
 
 from tutor.engines.protocol import Answer, Finish, Generation
 from tutor.errors import ServiceError
+from tutor.prompt.format import PromptFormat, end_token
 from tutor.prompt.messages import Message
-from tutor.prompt.tutor_format import render
+from tutor.prompt.tutor_format import TUTOR
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,35 +27,41 @@ INCOMPLETE = "\ufffd"
 class TransformersEngine:
     """A loaded model and its tokenizer; an `Engine`."""
 
-    def __init__(self, name: str, model: Any, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(
+        self, name: str, model: Any, tokenizer: "PreTrainedTokenizerBase", prompt: PromptFormat = TUTOR
+    ) -> None:
         self.name = name
         self.model = model
         self.tokenizer = tokenizer
+        self.prompt = prompt
+        self.end_id = end_token(prompt, tokenizer)
 
     def answer(
         self, messages: Sequence[Message], generation: Generation, on_text: Callable[[str], None] | None = None
     ) -> Answer:
         """Return the answer to the last message. Raises ServiceError when the prompt is too long or the model fails."""
         started = time.perf_counter()
-        prompt = list(self.tokenizer(render(messages))["input_ids"])
+        prompt = list(self.tokenizer(self.prompt.render(messages))["input_ids"])
         limit = int(self.model.config.max_position_embeddings) - len(prompt)
         if limit < 1:
             raise ServiceError(f"the prompt has {len(prompt)} tokens, too many for the model's context")
-        reader = _Reader(self.tokenizer, prompt[-1], generation.stops, on_text or _ignore)
+        reader = _Reader((self.tokenizer, self.end_id), prompt[-1], generation.stops, on_text or _ignore)
         ids = torch.tensor([prompt], device=self.model.device)
         torch.manual_seed(generation.seed)
         try:
             self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                generation_config=_generation_config(generation, limit, self.tokenizer),
+                generation_config=_generation_config(generation, limit, self.tokenizer, self.end_id),
                 stopping_criteria=StoppingCriteriaList([reader]),
             )
         except RuntimeError as error:  # out of memory, or NaN among the probabilities
             raise ServiceError(f"transformers cannot answer: {first_line(error)}") from error
         reader.close()
+        split = self.prompt.reply(reader.text)
         return Answer(
-            text=reader.text,
+            text=split.answer,
+            thought=split.thought,
             finish=reader.finish,
             prompt_tokens=len(prompt),
             tokens=len(reader.ids),
@@ -70,12 +77,16 @@ class _Reader:
     """
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", anchor: int, stops: Sequence[str], on_text: Callable[[str], None]
+        self,
+        tokenizer: tuple["PreTrainedTokenizerBase", int | None],  # with the id of the end of an answer
+        anchor: int,
+        stops: Sequence[str],
+        on_text: Callable[[str], None],
     ) -> None:
         self.text = ""
         self.ids: list[int] = []
         self.finish: Finish = "length"
-        self._tokenizer = tokenizer
+        self._tokenizer, self._end = tokenizer
         self._anchor = anchor  # the prompt's last token: some decoders drop a leading space
         self._stops = stops
         self._on_text = on_text
@@ -91,7 +102,7 @@ class _Reader:
 
     def _read(self, token: int) -> None:
         self._times.append(time.perf_counter())
-        if token == self._tokenizer.eos_token_id:
+        if token == self._end:
             self.finish = "stop"
             return
         self.ids.append(token)
@@ -134,7 +145,9 @@ def _ignore(piece: str) -> None:
     del piece
 
 
-def _generation_config(generation: Generation, limit: int, tokenizer: "PreTrainedTokenizerBase") -> GenerationConfig:
+def _generation_config(
+    generation: Generation, limit: int, tokenizer: "PreTrainedTokenizerBase", end: int | None
+) -> GenerationConfig:
     """Return a complete configuration: transformers fills None from the base's generation_config.json."""
     pad = tokenizer.pad_token_id
     sampling: dict[str, Any] = {"do_sample": False}
@@ -144,8 +157,8 @@ def _generation_config(generation: Generation, limit: int, tokenizer: "PreTraine
     return GenerationConfig(
         max_new_tokens=min(generation.max_new_tokens, limit),
         repetition_penalty=generation.repetition_penalty,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id if pad is None else pad,
+        eos_token_id=end,
+        pad_token_id=end if pad is None else pad,
         bos_token_id=tokenizer.bos_token_id,
         **sampling,
     )

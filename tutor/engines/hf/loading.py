@@ -14,13 +14,20 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationCon
 from tutor.engines.hf.engine import TransformersEngine, first_line
 from tutor.errors import ArtifactError, HostError
 from tutor.formats.models.model_folder import load_tokenizer
+from tutor.prompt.format import PromptFormat, end_token
+from tutor.prompt.tutor_format import TUTOR
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """Types of PyTorch by the recipe's names of precisions."""
 
 
 def load(
-    model: Path, adapter: Path | None, *, quantization: Literal["nf4", "int8", "none"], precision: str
+    model: Path,
+    adapter: Path | None,
+    *,
+    quantization: Literal["nf4", "int8", "none"],
+    precision: str,
+    prompt: PromptFormat = TUTOR,
 ) -> TransformersEngine:
     """Load a model folder as an engine, with the PEFT adapter of the folder `adapter` unless it is None.
 
@@ -28,14 +35,14 @@ def load(
     not suffice.
     """
     tokenizer = load_tokenizer(model)
-    if tokenizer.eos_token_id is None:
+    if end_token(prompt, tokenizer) is None:
         raise ArtifactError(f"{model}: the tokenizer has no EOS token, so no answer could end")
     loaded = load_base(model, quantization, precision)
     loaded.generation_config = GenerationConfig()
     if adapter is not None:
         loaded = _with_adapter(loaded, adapter)
     name = f"transformers ({'' if quantization == 'none' else quantization.upper() + ', '}{precision})"
-    return TransformersEngine(name, loaded.eval(), tokenizer)
+    return TransformersEngine(name, loaded.eval(), tokenizer, prompt)
 
 
 def load_base(folder: Path, quantization: str, precision: str, *, sharded: bool = False, in_ram: bool = False) -> Any:

@@ -71,7 +71,7 @@ def _trace(
             text = before
         steps.append(Step(text[len(before) :], float(logprobs[position, token]), candidates(pairs)))
         before = text
-    if ids[-1] == engine.tokenizer.eos_token_id:
+    if ids[-1] == engine.end_id:
         return Trace((*group_characters(steps[:-1]), replace(steps[-1], text=EOS_TEXT)), "stop", len(prompt))
     return Trace(tuple(group_characters(steps)), None if cut else "length", len(prompt))
 

@@ -21,8 +21,9 @@ import httpx2
 from tutor.engines.llamacpp.process import Command, clean_environment, killed_with_parent, program_error, programs, stop
 from tutor.engines.protocol import TOP_K, Answer, Finish, Generation
 from tutor.errors import HostError, ServiceError
+from tutor.prompt.format import PromptFormat
 from tutor.prompt.messages import Message
-from tutor.prompt.tutor_format import render
+from tutor.prompt.tutor_format import TUTOR
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,13 @@ FINISHES: dict[str, Finish] = {"eos": "stop", "word": "stop", "limit": "length"}
 
 @contextlib.contextmanager
 def serve(
-    gguf: Path, *, context: int, threads: int, lora: Path | None = None, log: Path, own_template: bool = False
+    gguf: Path,
+    *,
+    context: int,
+    threads: int,
+    log: Path,
+    own_template: bool = False,
+    prompt: PromptFormat = TUTOR,
 ) -> Iterator["LlamaServer"]:
     """A healthy llama-server for this file, stopped at the end in any case.
 
@@ -50,7 +57,7 @@ def serve(
     command = [*command, "--offline", "--no-webui", "--no-slots", "--fit", "off", "--cache-ram", 0]
     # Requests have rendered prompts: the file's own template is not used.
     template = ("--jinja",) if own_template else ("--no-jinja", "--chat-template", "chatml")
-    command = [*command, *template, *(("--lora", lora) if lora else ())]
+    command = [*command, *template]
     with _socket_folder() as folder, log.open("wb") as output:
         socket = folder / "llama.sock"
         process = subprocess.Popen(
@@ -69,7 +76,7 @@ def serve(
                 base_url="http://llama-server", transport=transport, timeout=TIMEOUT, trust_env=False
             ) as client:
                 _wait_until_ready(client, process, gguf, log)
-                yield LlamaServer(client, context, log, process.pid)
+                yield LlamaServer(client, context, log, process.pid, prompt)
         finally:
             stop(process)
 
@@ -113,17 +120,18 @@ class LlamaServer:
 
     name = "llama.cpp"
 
-    def __init__(self, client: httpx2.Client, context: int, log: Path, pid: int) -> None:
+    def __init__(self, client: httpx2.Client, context: int, log: Path, pid: int, prompt: PromptFormat = TUTOR) -> None:
         self._client = client
         self._context = context
         self._log = log
         self._pid = pid
+        self._prompt = prompt
 
     def answer(
         self, messages: Sequence[Message], generation: Generation, on_text: Callable[[str], None] | None = None
     ) -> Answer:
         """The answer to the last message. Raises ServiceError when the prompt is too long or the server fails."""
-        request = _request(render(messages), generation, self._context)
+        request = _request(self._prompt.render(messages), generation, self._context)
         started = time.monotonic()
         pieces: list[str] = []
         end: dict[str, Any] = {}
@@ -141,8 +149,10 @@ class LlamaServer:
         finish = FINISHES.get(end.get("stop_type", ""))
         if finish is None:
             raise self._failure("its stream ended without the final event")
+        split = self._prompt.reply("".join(pieces))
         return Answer(
-            text="".join(pieces),
+            text=split.answer,
+            thought=split.thought,
             finish=finish,
             prompt_tokens=end["tokens_evaluated"],
             tokens=end["tokens_predicted"] - (end["stop_type"] == "eos"),

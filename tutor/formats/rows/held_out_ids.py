@@ -6,18 +6,15 @@ that a stage that only reads rows does not depend on the tokenizer's package. Wr
 
 from pathlib import Path
 
-from tutor.formats.models.model_folder import load_tokenizer, read_facts
+from tutor.formats.models.prompt_format import row_encoder
 from tutor.formats.rows.split_files import HELD_OUT, read_split
-from tutor.prompt.encoding import encode
+from tutor.recipe.settings import Recipe
 
 TokenRows = list[tuple[list[int], list[int]]]
-"""Prompt ids and answer ids (EOS included), row by row."""
+"""Prompt ids and answer ids (the end included), answer by answer."""
 
 
-def held_out_ids(data: Path, base: Path, system: str) -> TokenRows:
-    """Return the ids of the held-out rows, by the base's own tokenizer and the prompt contract."""
-    _, model = read_facts(base)
-    tokenizer = load_tokenizer(model)
-    rows = read_split(data, HELD_OUT)
-    encoded = [encode(tokenizer, row["instruction"], row["response"], system) for row in rows]
-    return [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in encoded]
+def held_out_ids(recipe: Recipe, data: Path, base: Path) -> TokenRows:
+    """Return the ids of the answers of the held-out rows, by the base's own tokenizer and the recipe's prompt."""
+    encoder = row_encoder(recipe, base)
+    return [pair for row in read_split(data, HELD_OUT) for pair in encoder.answers(row)]

@@ -14,11 +14,10 @@ from pathlib import Path
 from tutor.artifacts.disk import read_json
 from tutor.artifacts.layout import BuildFolder
 from tutor.errors import TutorError
-from tutor.formats.models.model_folder import load_tokenizer, read_facts
+from tutor.formats.models.prompt_format import row_encoder
 from tutor.formats.rows.jsonl import Limits, read_values
 from tutor.formats.rows.split_files import HELD_OUT, TRAIN, read_split
 from tutor.machine.memory.batching import max_tokens, split_step
-from tutor.prompt.encoding import encode
 from tutor.recipe.settings import Recipe, TrainSettings
 
 MIN_CHARACTERS = 2.2
@@ -54,9 +53,9 @@ def count_rows(recipe: Recipe, data: Path, base: Path) -> RowLengths:
 
     Raises ArtifactError where the base or the rows cannot be read.
     """
-    tokenizer = load_tokenizer(read_facts(base)[1])
+    encoder = row_encoder(recipe, base)
     train, held_out = (
-        [len(encode(tokenizer, row["instruction"], row["response"], recipe.system).ids) for row in rows]
+        [len(encoded.ids) for row in rows for encoded in encoder.encode(row)]
         for rows in (read_split(data, TRAIN), read_split(data, HELD_OUT))
     )
     return RowLengths(train, sum(train), sum(held_out), exact=True)

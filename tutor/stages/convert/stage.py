@@ -25,13 +25,15 @@ from tutor.formats.models.gguf_metadata import (
 )
 from tutor.formats.models.gguf_weights import Weight, weights_of
 from tutor.formats.models.model_folder import read_facts
+from tutor.formats.models.prompt_format import read_format
 from tutor.formats.models.served_quantization import possible_quantizations
 from tutor.formats.rows.split_files import TRAIN, read_split
 from tutor.machine.host import usable_cores
 from tutor.machine.memory.shapes import read_shape
 from tutor.machine.run_cost import gguf_bytes, require_disk
-from tutor.prompt.messages import conversation
-from tutor.prompt.tutor_format import chat_template, completion, render
+from tutor.prompt.format import PromptFormat, served_messages
+from tutor.prompt.messages import row_answer, row_messages
+from tutor.prompt.tutor_format import TUTOR
 from tutor.recipe.quantizations import F16
 from tutor.stages.convert.lineage import base_lineage, to_fields, tutor_lineage
 from tutor.stages.convert.quantization_error import (
@@ -53,6 +55,24 @@ CALIBRATION_CHARACTERS = 150_000
 
 
 @dataclass(frozen=True)
+class CalibrationText:
+    """The text of the importance matrix."""
+
+    rows: Sequence[Mapping[str, Any]]  # of the training; empty: no matrix is made
+    system: str = ""
+    prompt: PromptFormat = TUTOR
+
+    def render(self, bos: str, end: str) -> str:
+        """Return equidistant rows as in training, one after the other; the tokenizer adds the first BOS."""
+        rows = calibration_rows(self.rows)
+        return (end + bos).join(self._row(row) for row in rows) + end
+
+    def _row(self, row: Mapping[str, Any]) -> str:
+        messages = served_messages(self.prompt, row_messages(row, self.system))
+        return self.prompt.render(messages) + self.prompt.completion(row_answer(row))
+
+
+@dataclass(frozen=True)
 class ConversionSource:
     """A model to convert: its folder, and the expected content of its files."""
 
@@ -60,8 +80,7 @@ class ConversionSource:
     folder: Path
     expected: Metadata
     lineage: Mapping[str, str]  # as key-values of the file
-    rows: Sequence[Mapping[str, Any]]  # the text of the importance matrix; empty: none is made
-    system: str
+    text: "CalibrationText"
     base: Mapping[str, Weight] | None  # the untuned weights; None for the base itself
 
 
@@ -72,11 +91,13 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     quantization does not keep the LoRA update.
     """
     facts, base = read_facts(inputs["base"])
+    prompt = read_format(recipe, inputs["base"])
     expected = {name: implied_metadata(folder, facts) for name, folder in (("tutor", inputs["merge"]), ("base", base))}
     if lines := metadata_differences(expected["base"], expected["tutor"]):
         raise ArtifactError(f"{inputs['merge']} does not match its base {base}:\n  " + "\n  ".join(lines))
-    expected["tutor"] = replace(expected["tutor"], chat_template=chat_template(add_bos=facts.add_bos))
+    expected["tutor"] = replace(expected["tutor"], chat_template=prompt.chat_template(add_bos=facts.add_bos))
     rows = read_split(inputs["data"], TRAIN) if recipe.convert.imatrix else []
+    text = CalibrationText(rows, recipe.system, prompt)
     quantizations = recipe.convert.quantizations
     may_be_served = possible_quantizations(recipe.ollama.quantization, quantizations)
     wanted: dict[str, list[str]] = {"tutor": [*quantizations]}
@@ -92,8 +113,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
             folders[name],
             expected[name],
             lineage[name],
-            rows,
-            recipe.system,
+            text,
             weights_of(base) if name == "tutor" else None,
         )
         for name in wanted
@@ -132,7 +152,7 @@ def quantize_model(source: ConversionSource, kinds: Sequence[str], out: Path) ->
     gguf = check_gguf(f16, source.expected)
     require_exact(f16, gguf, weights)
     entries = {f16.name: _entry(f16, F16, gguf, started)}
-    matrix = importance_matrix(source, f16, out) if source.rows and kinds else None
+    matrix = importance_matrix(source, f16, out) if source.text.rows and kinds else None
     for kind in kinds:
         started = time.monotonic()
         target = out / gguf_name(source.name, kind)
@@ -177,7 +197,7 @@ def importance_matrix(source: ConversionSource, f16: Path, out: Path) -> Path:
     tokens = fields["tokenizer.ggml.tokens"]
     bos = tokens[source.expected.bos] if source.expected.add_bos and source.expected.bos is not None else ""
     eos = tokens[fields["tokenizer.ggml.eos_token_id"]]
-    text = calibration_text(calibration_rows(source.rows), source.system, bos, eos)
+    text = source.text.render(bos, eos)
     # File names only: the matrix and every file made with it contain these names.
     text_file, matrix = out / "train.txt", out / f"{source.name}.imatrix"
     log.info("computing the importance matrix of %s from the training rows", f16.name)
@@ -195,12 +215,6 @@ def calibration_rows(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str,
     length = sum(len(row["instruction"]) + len(row["response"]) for row in rows)
     count = min(len(rows), max(1, len(rows) * CALIBRATION_CHARACTERS // max(length, 1)))
     return [rows[index * len(rows) // count] for index in range(count)]
-
-
-def calibration_text(rows: Sequence[Mapping[str, Any]], system: str, bos: str, eos: str) -> str:
-    """Return the rows as in training, one after the other; the tokenizer adds the first BOS."""
-    texts = [render(conversation(row["instruction"], system)) + completion(row["response"]) for row in rows]
-    return (eos + bos).join(texts) + eos
 
 
 def _require_disk(wanted: Iterable[tuple[Path, Sequence[str]]], out: Path) -> None:

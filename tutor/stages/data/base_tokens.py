@@ -60,9 +60,14 @@ def control_token_finder(tokenizer: "Tokenizer") -> TokenFinder:
 
 def refuse_control_tokens(path: Path, rows: Sequence[Example | Prompt], find: TokenFinder) -> None:
     """Raise DataError with the rows of a file that hold a control token of the base."""
-    answers = (row.response if isinstance(row, Example) else "" for row in rows)
-    found = [(f"{path}:{row.line}", find(row.instruction, answer)) for row, answer in zip(rows, answers, strict=True)]
-    refuse_rows(found, str(path))
+    refuse_rows([(f"{path}:{row.line}", find(*_texts(row))) for row in rows], str(path))
+
+
+def _texts(row: Example | Prompt) -> tuple[str, str]:
+    """All texts of a row as one question, and its answer."""
+    earlier = [message[name] for message in row.history for name in ("content", "reasoning") if name in message]
+    question = "\n".join((*earlier, row.instruction))
+    return (question, "\n".join((row.reasoning, row.response))) if isinstance(row, Example) else (question, "")
 
 
 def _text(question: str, answer: str, system: str = "") -> str:

@@ -27,7 +27,9 @@ from tutor.artifacts.hashing import json_sha256
 from tutor.engines.protocol import Engine, Generation
 from tutor.errors import ServiceError
 from tutor.graders.verdict import Record
-from tutor.prompt.messages import conversation
+from tutor.prompt.format import PromptFormat, served_messages
+from tutor.prompt.messages import conversation, row_messages
+from tutor.prompt.tutor_format import TUTOR
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ class Task:
     system: str
     journal: Path
     key: Mapping[str, Any]  # what else the answers depend on: the model's file, the engine's version; JSON values
+    prompt: PromptFormat = TUTOR
 
 
 @dataclass
@@ -126,7 +129,7 @@ def answer_prompts(
     Answers of this task and these prompts that the journal holds are not generated again. Raises ServiceError when an
     engine does not start, or crashes on MAX_LOST consecutive prompts.
     """
-    questions = [prompt["instruction"] for prompt in prompts]
+    questions = [row_messages(prompt, "") for prompt in prompts]
     key = {**task.key, "questions": questions, "system": task.system, **asdict(task.generation)}
     with _journal(task.journal, json_sha256(key)) as (known, append):
         if known:
@@ -175,7 +178,8 @@ def _answered(engine: Engine, place: int, work: _Work, warm_up: Callable[[], obj
     """Answer one prompt; return whether the engine still runs."""
     prompt = work.prompts[place]["instruction"]
     try:
-        answer = engine.answer(conversation(prompt, work.task.system), work.task.generation, work.stop_if_failed)
+        messages = served_messages(work.task.prompt, row_messages(work.prompts[place], work.task.system))
+        answer = engine.answer(messages, work.task.generation, work.stop_if_failed)
     except ServiceError as error:
         try:
             warm_up()

@@ -39,6 +39,7 @@ from tutor.engines.llamacpp.server import serve
 from tutor.engines.protocol import Engine, greedy
 from tutor.errors import ArtifactError
 from tutor.formats.models.model_folder import load_tokenizer, read_facts
+from tutor.formats.models.prompt_format import read_format
 from tutor.formats.models.served_quantization import served_quantization
 from tutor.formats.rows.recipe_files import evaluation_files
 from tutor.formats.rows.split_files import HELD_OUT, PROMPTS, TRAIN, read_split
@@ -46,6 +47,7 @@ from tutor.graders.code import wants_code
 from tutor.graders.typescript.install import find_compiler
 from tutor.graders.verdict import Record, grade
 from tutor.machine.host import usable_cores
+from tutor.prompt.format import PromptFormat
 from tutor.stages.evaluate import generalization, rates
 from tutor.stages.evaluate.answers import Task, answer_prompts
 
@@ -84,7 +86,8 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     files = served_files(inputs["convert"], served, base=recipe.convert.base)
     training = read_split(inputs["data"], TRAIN)
     answered = {name: [*prompts, *paraphrased] if name == "tutor" else prompts for name in files}
-    records = {name: _answers(recipe, name, gguf, out, answered[name]) for name, gguf in files.items()}
+    prompt = read_format(recipe, inputs["base"])
+    records = {name: _answers(recipe, prompt, gguf, out, answered[name]) for name, gguf in files.items()}
     records = {name: graded(answered[name], found, training) for name, found in records.items()}
     plain = {name: found[: len(prompts)] for name, found in records.items()}
     write_json(out / ANSWERS, side_by_side(prompts, plain))
@@ -100,24 +103,27 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     return {**results, "findings": generalization.findings(results)}
 
 
-def _answers(recipe: "Recipe", name: str, gguf: Path, out: Path, prompts: Sequence[Mapping[str, Any]]) -> list[Record]:
+def _answers(
+    recipe: "Recipe", prompt: PromptFormat, gguf: Path, out: Path, prompts: Sequence[Mapping[str, Any]]
+) -> list[Record]:
     """The answers of one GGUF file, from llama-servers that serve this file alone."""
+    name = gguf.name.partition("-")[0]
     context, servers = recipe.generate.context, min(SERVERS, usable_cores())
     logs, numbers = log_folder(out), itertools.count(1)
     logs.mkdir(exist_ok=True)
 
     def start() -> AbstractContextManager[Engine]:
         log_file = logs / f"{name}-{next(numbers)}.log"
-        return serve(gguf, context=context, threads=usable_cores() // servers, log=log_file)
+        return serve(gguf, context=context, threads=usable_cores() // servers, log=log_file, prompt=prompt)
 
     manifest = read_manifest(gguf.parent)
     made = manifest.outputs.get(gguf.name, {}).get("sha256") if manifest else None
     key = {"model": made or file_sha256(gguf), "context": context, "engine": build_key()}
-    generation = greedy(recipe.generate, recipe.seed)
+    generation = greedy(recipe.generate, recipe.seed, prompt.stops)
     return answer_prompts(
         start,
         prompts,
-        Task(name, generation, recipe.system, checkpoint_folder(out) / f"{name}.jsonl", key),
+        Task(name, generation, recipe.system, checkpoint_folder(out) / f"{name}.jsonl", key, prompt),
         parallel=servers,
     )
 

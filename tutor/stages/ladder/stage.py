@@ -45,7 +45,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     Raises ArtifactError when a file is missing or its loss is no number, HostError when the disk cannot hold F16's
     distributions, ServiceError when llama-server cannot serve a file.
     """
-    rows = sample_rows(held_out_ids(inputs["data"], inputs["base"], recipe.system), MAX_TOKENS)
+    rows = sample_rows(held_out_ids(recipe, inputs["data"], inputs["base"]), MAX_TOKENS)
     kinds = [F16, *recipe.convert.quantizations]
     files = {kind: inputs["convert"] / gguf_name("tutor", kind) for kind in kinds}
     threads = usable_cores()

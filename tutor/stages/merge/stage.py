@@ -25,12 +25,12 @@ from tutor.artifacts.stage_folder import RESUME
 from tutor.errors import ArtifactError
 from tutor.formats.models.model_config import normalised_config
 from tutor.formats.models.model_folder import check_model_folder, load_tokenizer, read_facts
+from tutor.formats.models.prompt_format import read_format, row_encoder
 from tutor.formats.models.safetensors import INDEX, WEIGHTS, WIDTHS, Stored, make_header, read_folder
 from tutor.formats.models.tensor_streams import open_writer
 from tutor.formats.rows.split_files import HELD_OUT, read_split
 from tutor.machine.run_cost import require_disk
-from tutor.prompt.encoding import Encoded, encode
-from tutor.prompt.tutor_format import chat_template
+from tutor.prompt.encoding import Encoded
 from tutor.stages.merge.peft_adapter import read_adapter
 from tutor.stages.merge.weights import DTYPES, MergedWeights, require_fit
 
@@ -76,26 +76,27 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
         if recipe.merge.base not in candidates:
             raise ArtifactError(f"merge.base is nf4 and {inputs['train']} was trained on the 16-bit base")
         candidates = {recipe.merge.base: candidates[recipe.merge.base]}
-    rows = _held_out(inputs["data"], base, recipe.system) if len(candidates) > 1 else []
+    rows = _held_out(recipe, inputs) if len(candidates) > 1 else []
     choice = choose(candidates, base, rows, out / RESUME)
     largest = write_shards(candidates[choice["base"]], files, out)
     dtype_name = str(DTYPES[dtype]).removeprefix("torch.")
-    copy_other_files(base, out, dtype=dtype_name, add_bos=facts.add_bos)
+    template = read_format(recipe, inputs["base"]).chat_template(add_bos=facts.add_bos)
+    copy_other_files(base, out, dtype=dtype_name, template=template)
     load_tokenizer(out)
     changes = {"layers": len(adapter.deltas), "largest_change": largest}
     return {"base_weights": facts.weights, "dtype": dtype_name, **choice, **changes}
 
 
-def _held_out(data: Path, base: Path, system: str) -> list[Encoded]:
+def _held_out(recipe: "Recipe", inputs: Mapping[str, Path]) -> list[Encoded]:
     """Return the first held-out rows as ids, at most MAX_SCORED_TOKENS tokens and at least one row."""
     rows: list[Encoded] = []
-    tokenizer, tokens = load_tokenizer(base), 0
-    for row in read_split(data, HELD_OUT):
-        encoded = encode(tokenizer, row["instruction"], row["response"], system)
-        tokens += len(encoded.ids)
+    encoder, tokens = row_encoder(recipe, inputs["base"]), 0
+    for row in read_split(inputs["data"], HELD_OUT):
+        encoded = encoder.encode(row)
+        tokens += sum(len(each.ids) for each in encoded)
         if rows and tokens > MAX_SCORED_TOKENS:
             break
-        rows.append(encoded)
+        rows += encoded
     return rows
 
 
@@ -132,7 +133,7 @@ def held_out_loss(merged: MergedWeights, base: Path, rows: Sequence[Encoded]) ->
     from tutor.engines.hf.streaming_score import streamed_logprobs
 
     log.info("scoring a merge into the %s base on %d held-out rows", "nf4" if merged.nf4 else "original", len(rows))
-    pairs = [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in rows]
+    pairs = [pair for row in rows for pair in row.answers()]
     logprobs = streamed_logprobs(base, merged.tensors, pairs)
     loss = -math.fsum(value for row in logprobs for value in row) / sum(len(row) for row in logprobs)
     if not math.isfinite(loss):
@@ -212,8 +213,8 @@ def _check_disk(files: Files, dtype: str, out: Path) -> None:
     require_disk(out, need - written, "merging")
 
 
-def copy_other_files(base: Path, out: Path, *, dtype: str, add_bos: bool) -> None:
-    """Write the configuration with its dtype, the tokenizer files unchanged, and our chat template.
+def copy_other_files(base: Path, out: Path, *, dtype: str, template: str) -> None:
+    """Write the configuration with its dtype, the tokenizer files unchanged, and the chat template that is served.
 
     The template is in both places where tools read it: tokenizer_config.json (llama.cpp, transformers 4) and
     chat_template.jinja (transformers 5).
@@ -228,7 +229,6 @@ def copy_other_files(base: Path, out: Path, *, dtype: str, add_bos: bool) -> Non
     # transformers 4 and llama.cpp read the older name, transformers 5 reads both.
     config["torch_dtype"] = dtype
     _write(out / "config.json", config)
-    template = chat_template(add_bos=add_bos)
     tokenizer_config = read_json(base / "tokenizer_config.json")
     tokenizer_config.pop("name_or_path", None)
     tokenizer_config["chat_template"] = template

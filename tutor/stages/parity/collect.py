@@ -16,7 +16,9 @@ from tutor.engines.llamacpp.server import serve
 from tutor.engines.llamacpp.trace import rendered
 from tutor.engines.llamacpp.trace import trace as llamacpp_trace
 from tutor.engines.trace import TOP_CANDIDATES
-from tutor.prompt.tutor_format import completion
+from tutor.prompt.encoding import adds_bos, continuation_ids
+from tutor.prompt.format import PromptFormat, end_token
+from tutor.prompt.tutor_format import TUTOR
 from tutor.stages.parity.compare import Observation
 from tutor.stages.parity.conversations import Conversation
 
@@ -34,17 +36,21 @@ class Tokenized:
     """A conversation as ids of the model folder's tokenizer."""
 
     conversation: Conversation
+    prompt: str
     ids: tuple[int, ...]  # of the prompt
-    answer: tuple[int, ...] | None  # of the given answer, EOS last
+    answer: tuple[int, ...] | None  # of the given answer, its end last
 
 
-def tokenize(tokenizer: Any, conversation: Conversation) -> Tokenized:
-    """Return the ids of the prompt, and those of the answer and EOS, encoded as in training."""
-    ids = tuple(tokenizer(conversation.prompt)["input_ids"])
+def tokenize(tokenizer: Any, conversation: Conversation, prompt: PromptFormat = TUTOR) -> Tokenized:
+    """Return the prompt and its ids, and those of the answer and its end, encoded as in training."""
+    text = conversation.prompt(prompt)
+    ids = tuple(tokenizer(text)["input_ids"])
     if conversation.answer is None:
-        return Tokenized(conversation, ids, None)
-    answer = tokenizer(completion(conversation.answer), add_special_tokens=False)["input_ids"]
-    return Tokenized(conversation, ids, (*answer, tokenizer.eos_token_id))
+        return Tokenized(conversation, text, ids, None)
+    answer = continuation_ids(tokenizer, prompt.completion(conversation.answer))
+    end = end_token(prompt, tokenizer)
+    assert end is not None, "the base stage refuses a base without an end"
+    return Tokenized(conversation, text, ids, (*answer, end))
 
 
 def from_transformers(
@@ -62,23 +68,25 @@ def from_transformers(
     """
     from tutor.engines.hf.trace import scores, trace_along
 
-    items = [tokenize(engine.tokenizer, conversation) for conversation in conversations]
+    items = [tokenize(engine.tokenizer, conversation, engine.prompt) for conversation in conversations]
     given = _given(items)
     scored = dict(zip(given, scores(engine, list(given.values())), strict=True))
     found = []
     for item in items:
         conversation, name = item.conversation, item.conversation.name
         answer = trace_along(engine, item.ids, paths[name]) if conversation.reach == "everywhere" else None
-        prompt = own_prompt(engine.tokenizer, conversation) if own_template else conversation.prompt
+        prompt = own_prompt(engine, conversation) if own_template else item.prompt
         found.append(Observation(name, prompt, item.ids, len(item.ids), scored.get(name), answer))
     return tuple(found)
 
 
-def own_prompt(tokenizer: Any, conversation: Conversation) -> str:
-    """Return a conversation rendered by the folder's chat template, without the BOS that the template may write."""
+def own_prompt(engine: "TransformersEngine", conversation: Conversation) -> str:
+    """Return a conversation rendered by the folder's chat template, without a BOS that the tokenizer adds."""
     messages = [dict(message) for message in conversation.messages]
-    text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    return text.removeprefix(tokenizer.bos_token or "")
+    if engine.prompt.kind == "base":  # the server leaves an empty system text out too
+        messages = [message for message in messages if message["role"] != "system" or message["content"]]
+    text = str(engine.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return text.removeprefix(engine.tokenizer.bos_token or "") if adds_bos(engine.tokenizer) else text
 
 
 def _given(items: Sequence[Tokenized]) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -115,9 +123,9 @@ def from_gguf(gguf: Path, items: Sequence[Tokenized], settings: ServerSettings, 
     with serve(gguf, context=settings.context, threads=settings.threads, log=settings.log, own_template=True) as server:
         for item in items:
             conversation, name, answer = item.conversation, item.conversation.name, None
-            ids = tuple(server.tokenize(conversation.prompt))
+            ids = tuple(server.tokenize(item.prompt))
             if conversation.reach in reaches:
-                paths[name], answer = llamacpp_trace(server, conversation.prompt, GREEDY_TOKENS)
+                paths[name], answer = llamacpp_trace(server, item.prompt, GREEDY_TOKENS)
             prompt = rendered(server, conversation.messages).removeprefix(settings.bos)
             found.append(Observation(name, prompt, ids, len(ids), scored.get(name), answer))
     return GgufRun(tuple(found), paths)

@@ -3,12 +3,13 @@
 In: held-out rows, the recipe's system text. Out: conversations, each with its reach. Runs no engine.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
-from tutor.prompt.messages import Message
-from tutor.prompt.tutor_format import completion, render
+from tutor.prompt.format import PromptFormat, served_messages
+from tutor.prompt.messages import Message, row_answer, row_messages
+from tutor.prompt.tutor_format import TUTOR
 
 Reach = Literal["everywhere", "served", "published", "nowhere"]
 """Engines that answer a conversation: all, those of the served file and Ollama, Ollama alone, or none (the prompt does
@@ -38,26 +39,29 @@ class Conversation:
     """One conversation; engines that can score do so for its given answer."""
 
     name: str
-    messages: tuple[Message, ...]
+    messages: tuple[Message, ...]  # as an engine gets them
     reach: Reach
-    answer: str | None = None  # of a row, without the leading blank of the prompt contract
+    answer: Message | None = None  # of a row
 
-    @property
-    def prompt(self) -> str:
-        """The prompt that every engine must render, without BOS; an empty system text is left out."""
-        return render([message for message in self.messages if message["role"] != "system" or message["content"]])
+    def prompt(self, prompt: PromptFormat) -> str:
+        """Return the prompt that every engine must render, without BOS; an empty system text is left out."""
+        return prompt.render(
+            [message for message in self.messages if message["role"] != "system" or message["content"]]
+        )
 
 
 def make_conversations(
-    rows: Sequence[tuple[str, str]], system: str, fits: Callable[[str], bool]
+    rows: Sequence[Mapping[str, Any]], system: str, fits: Callable[[str], bool], prompt: PromptFormat = TUTOR
 ) -> tuple[Conversation, ...]:
-    """Return the conversations of held-out rows (question, answer) and of the fixed texts, with the recipe's system.
+    """Return the conversations of held-out rows and of the fixed texts, with the recipe's system.
 
     `fits` returns whether a prompt leaves enough context for an answer: one conversation has the longest such prompt.
     """
+    asked = [tuple(served_messages(prompt, row_messages(row, system))) for row in rows]
+    answers = [row_answer(row) for row in rows]
     made = [
-        Conversation(f"held-out {number}", _messages(system, question), "everywhere", answer)
-        for number, (question, answer) in enumerate(rows, 1)
+        Conversation(f"held-out {number}", messages, "everywhere", answer)
+        for number, (messages, answer) in enumerate(zip(asked, answers, strict=True), 1)
     ]
     fixed = {"accents": ACCENTS, "code": CODE, "emoji": EMOJI, "special tokens": SPECIALS}
     made += [Conversation(name, _messages(system, text), "everywhere") for name, text in fixed.items()]
@@ -67,11 +71,10 @@ def make_conversations(
     ]
     if rows:
         # The answer is complete: a model that has learnt to end answers generates EOS only.
-        question, answer = rows[0]
-        made.append(Conversation("answered", _messages(system, question, completion(answer)), "served"))
-    if fits(render(_messages(system, FILLER))):
-        made.append(Conversation("long", _longest(system, fits), "published"))
-    return tuple(item if fits(item.prompt) else replace(item, reach="nowhere") for item in made)
+        made.append(Conversation("answered", (*asked[0], prompt.history(answers[0])), "served"))
+    if fits(prompt.render(_messages(system, FILLER))):
+        made.append(Conversation("long", _longest(system, lambda messages: fits(prompt.render(messages))), "published"))
+    return tuple(item if fits(item.prompt(prompt)) else replace(item, reach="nowhere") for item in made)
 
 
 def _messages(system: str, *turns: str) -> tuple[Message, ...]:
@@ -81,12 +84,12 @@ def _messages(system: str, *turns: str) -> tuple[Message, ...]:
     return (*opening, *({"role": roles[place % 2], "content": text} for place, text in enumerate(turns)))
 
 
-def _longest(system: str, fits: Callable[[str], bool]) -> tuple[Message, ...]:
+def _longest(system: str, fits: Callable[[Sequence[Message]], bool]) -> tuple[Message, ...]:
     """A question of as many equal sentences as fit."""
     low, high = 1, 2
-    while fits(render(_messages(system, FILLER * high))):
+    while fits(_messages(system, FILLER * high)):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(render(_messages(system, FILLER * middle))) else (low, middle)
+        low, high = (middle, high) if fits(_messages(system, FILLER * middle)) else (low, middle)
     return _messages(system, FILLER * low)

@@ -17,11 +17,14 @@ from tutor.artifacts.layout import gguf_name
 from tutor.artifacts.manifest import read_manifest
 from tutor.errors import ArtifactError
 from tutor.formats.models.model_folder import load_tokenizer, read_facts
+from tutor.formats.models.prompt_format import read_format
 from tutor.formats.models.safetensors import WEIGHTS
 from tutor.formats.models.served_quantization import served_quantization
 from tutor.formats.rows.split_files import HELD_OUT, read_split
 from tutor.machine.device import loading_memory
 from tutor.machine.host import usable_cores
+from tutor.prompt.encoding import adds_bos
+from tutor.prompt.format import PromptFormat
 from tutor.recipe.quantizations import F16
 from tutor.stages.parity import collect
 from tutor.stages.parity.compare import Observation
@@ -50,10 +53,11 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     Raises ArtifactError when a folder is missing or damaged, ServiceError when llama-server fails.
     """
     tokenizer = load_tokenizer(inputs["merge"])
-    conversations = _conversations(tokenizer, recipe, inputs["data"])
+    prompt = read_format(recipe, inputs["base"])
+    conversations = _conversations(tokenizer, recipe, inputs["data"], prompt)
     served = served_quantization(recipe.ollama.quantization, inputs["ladder"])
-    items = [collect.tokenize(tokenizer, conversation) for conversation in conversations]
-    bos = tokenizer.bos_token or ""
+    items = [collect.tokenize(tokenizer, conversation, prompt) for conversation in conversations]
+    bos = tokenizer.bos_token or "" if prompt.kind == "tutor" or adds_bos(tokenizer) else ""
     threads = usable_cores()
     settings = collect.ServerSettings(recipe.generate.context, threads, out.parent / "parity.log", bos)
     runs: dict[str, collect.GgufRun] = {}
@@ -63,7 +67,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
             raise ArtifactError(f"{gguf} is missing", "run: tutor convert")
         log.info("running %s in llama.cpp", gguf.name)
         runs[kind] = collect.from_gguf(gguf, items, settings, served=kind == served)
-    trained = _in_transformers(inputs, conversations, runs[F16].paths, loading_memory().available)
+    trained = _in_transformers(inputs, conversations, runs[F16].paths, prompt, loading_memory().available)
     observed = {**trained.observations, **{kind: run.observations for kind, run in runs.items()}}
     write_json(out / REFERENCE, _reference(conversations, observed, served))
     budgets = recipe.parity.budgets
@@ -83,18 +87,20 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     return {**results, "refused": refused} if refused else results
 
 
-def _conversations(tokenizer: Any, recipe: "Recipe", data: Path) -> tuple[Conversation, ...]:
+def _conversations(tokenizer: Any, recipe: "Recipe", data: Path, prompt: PromptFormat) -> tuple[Conversation, ...]:
     """The shortest held-out rows, so that the gate costs little, and the fixed conversations."""
-    rows = read_split(data, HELD_OUT)
-    pairs = sorted(
-        ((row["instruction"], row["response"]) for row in rows), key=lambda pair: (sum(map(len, pair)), pair)
-    )
+    rows = sorted(read_split(data, HELD_OUT), key=_length)
     max_tokens = recipe.generate.context - collect.GREEDY_TOKENS
 
-    def fits(prompt: str) -> bool:
-        return len(tokenizer(prompt, verbose=False)["input_ids"]) <= max_tokens
+    def fits(text: str) -> bool:
+        return len(tokenizer(text, verbose=False)["input_ids"]) <= max_tokens
 
-    return make_conversations(pairs[: recipe.parity.prompts], recipe.system, fits)
+    return make_conversations(rows[: recipe.parity.prompts], recipe.system, fits, prompt)
+
+
+def _length(row: Mapping[str, Any]) -> tuple[int, str, str]:
+    history = sum(len(message["content"]) for message in row.get("history", ()))
+    return history + len(row["instruction"]) + len(row["response"]), row["instruction"], row["response"]
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,11 @@ class TransformersResult:
 
 
 def _in_transformers(
-    inputs: Mapping[str, Path], conversations: Sequence[Conversation], paths: Mapping[str, Sequence[int]], free: int
+    inputs: Mapping[str, Path],
+    conversations: Sequence[Conversation],
+    paths: Mapping[str, Sequence[int]],
+    prompt: PromptFormat,
+    free: int,
 ) -> TransformersResult:
     """Observe base + adapter and the merged folder in transformers; both follow the answers `paths` of the F16 file."""
     weights = sum(path.stat().st_size for path in inputs["merge"].glob(WEIGHTS))
@@ -121,7 +131,7 @@ def _in_transformers(
         return TransformersResult({}, None, need)
     from tutor.engines.hf import loading
 
-    load = partial(loading.load, precision=precision)
+    load = partial(loading.load, precision=precision, prompt=prompt)
     log.info("running %s in transformers (%s)", MERGED, precision)
     engine = load(inputs["merge"], None, quantization="none")
     merged = collect.from_transformers(engine, conversations, paths, own_template=True)

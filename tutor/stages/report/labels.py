@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any, Protocol
 
-from tutor.prompt.encoding import Encoded, encode
+from tutor.prompt.encoding import Encoded, RowEncoder
 from tutor.prompt.format import Tokenizer
 
 SHOWN_ROWS = 3
@@ -33,15 +33,21 @@ def sample_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [ordered[place] for place in places[:SHOWN_ROWS]]
 
 
-def labelled_runs(tokenizer: Decoder, row: Mapping[str, Any], system: str) -> dict[str, Any]:
-    """Return a row as runs of tokens: each run has `carries_loss`, each token its text and `special`."""
-    encoded = encode(tokenizer, row["instruction"], row["response"], system)
+def labelled_runs(encoder: RowEncoder, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a row as it is trained, once or answer by answer: runs of tokens, each with `carries_loss`.
+
+    Each token has its text and `special`.
+    """
+    return [{**_runs(encoder.tokenizer, encoded), "line": row.get("line")} for encoded in encoder.encode(row)]
+
+
+def _runs(tokenizer: Any, encoded: Encoded) -> dict[str, Any]:
     runs = [
         {"carries_loss": bool(on), "tokens": _texts(tokenizer, [token for token, _ in pairs])}
         for on, pairs in ((on, list(found)) for on, found in groupby(_pairs(encoded), key=lambda pair: pair[1]))
     ]
     supervised = sum(encoded.mask)
-    return {"runs": runs, "tokens": len(encoded.ids), "supervised": supervised, "line": row.get("line")}
+    return {"runs": runs, "tokens": len(encoded.ids), "supervised": supervised}
 
 
 def _pairs(encoded: Encoded) -> list[tuple[int, int]]:

@@ -16,7 +16,7 @@ from tutor.artifacts.layout import OLLAMA_EVALUATION, PUBLISHED_MERGED
 from tutor.artifacts.manifest import find_manifest
 from tutor.errors import ArtifactError
 from tutor.formats.html import render_page
-from tutor.formats.models.model_folder import load_tokenizer, read_facts
+from tutor.formats.models.prompt_format import row_encoder
 from tutor.formats.rows.split_files import TRAIN, read_json_lines, read_split
 from tutor.graders.verdict import in_spanish
 from tutor.machine import host
@@ -42,7 +42,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
 
     `inputs`: folders by name, any of which may be missing. Raises ArtifactError for a damaged file.
     """
-    outputs = gather(recipe.name, recipe.ollama.model, recipe.system, inputs)
+    outputs = gather(recipe, inputs)
     values = view(outputs)
     text = page(outputs, values)
     (out / PAGE).write_text(text, "utf-8")
@@ -58,15 +58,15 @@ def page(outputs: StageOutputs, values: Mapping[str, Any] | None = None) -> str:
     return render_page(TEMPLATE, **(values or view(outputs)), **listed).lstrip()
 
 
-def gather(name: str, model: str, system: str, inputs: Mapping[str, Path]) -> StageOutputs:
+def gather(recipe: "Recipe", inputs: Mapping[str, Path]) -> StageOutputs:
     """Read the outputs of the stages from their folders."""
     manifests = {folder: manifest for folder, path in inputs.items() if (manifest := find_manifest(path)) is not None}
     evaluated = inputs["eval" if "eval" in manifests else OLLAMA_EVALUATION]
     answers = _json(evaluated / "answers.json", "tutor eval")
-    labels, no_labels = _labels(inputs, manifests, system)
+    labels, no_labels = _labels(recipe, inputs, manifests)
     return StageOutputs(
-        name=name,
-        model=model,
+        name=recipe.name,
+        model=recipe.ollama.model,
         manifests=manifests,
         metrics=read_json_lines(inputs["adapter"] / "metrics.jsonl", "tutor train") if "adapter" in manifests else [],
         answers=answers,
@@ -103,7 +103,7 @@ def _json(path: Path, command: str) -> list[dict[str, Any]]:
 
 
 def _labels(
-    inputs: Mapping[str, Path], manifests: Mapping[str, Any], system: str
+    recipe: "Recipe", inputs: Mapping[str, Path], manifests: Mapping[str, Any]
 ) -> tuple[Sequence[dict[str, Any]], str]:
     """Some rows, token by token; or the reason why there are none."""
     if "base" not in manifests or "data" not in manifests:
@@ -112,10 +112,10 @@ def _labels(
         return [], "No row is shown as tokens: transformers, whose tokenizer training uses, is not installed here."
     rows = sample_rows(read_split(inputs["data"], TRAIN))
     try:
-        tokenizer = load_tokenizer(read_facts(inputs["base"])[1])
+        encoder = row_encoder(recipe, inputs["base"])
     except ArtifactError as error:  # the hub's cache may have been emptied
         return [], f"No row can be shown as tokens: {error.message}."
-    return [labelled_runs(tokenizer, row, system) for row in rows], ""
+    return [labels for row in rows for labels in labelled_runs(encoder, row)], ""
 
 
 def _machine() -> list[tuple[str, str]]:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from tutor.errors import DataError, RecipeError
 from tutor.formats.rows.control_tokens import INSTEAD, control_tokens, refuse_rows
-from tutor.prompt.encoding import Encoded, audit, encode
-from tutor.prompt.format import Tokenizer
+from tutor.prompt.encoding import Encoded, RowEncoder, audit
+from tutor.prompt.format import PromptFormat
+from tutor.prompt.tutor_format import TUTOR
 from tutor.stages.train.kernels.chunked_loss import IGNORE_INDEX
 from tutor.stages.train.kernels.packed_attention import split_rows
 
@@ -20,17 +21,17 @@ if TYPE_CHECKING:
 
 
 def encode_rows(
-    tokenizer: Tokenizer, rows: Sequence[Mapping[str, Any]], system: str, max_length: int, file: Path | None = None
+    encoder: RowEncoder, rows: Sequence[Mapping[str, Any]], max_length: int, file: Path | None = None
 ) -> list[Encoded]:
-    """Return the ids and masks of all rows, uncut; `file` is the user's file that they come from.
+    """Return the ids and masks of all rows, uncut, one or more a row; `file` is the user's file that they come from.
 
-    Raises DataError listing rows that are longer than `max_length`.
+    Raises DataError listing rows that are longer than `max_length`, or that the prompt format cannot write.
     """
-    encoded = [encode(tokenizer, row["instruction"], row["response"], system) for row in rows]
+    encoded = [_encode(encoder, row, file) for row in rows]
     long = [
-        f"{_place(file, source)}{len(row.ids)} tokens: {source['instruction'][:60]!r}"
-        for row, source in zip(encoded, rows, strict=True)
-        if len(row.ids) > max_length
+        f"{_place(file, source)}{max(lengths)} tokens: {source['instruction'][:60]!r}"
+        for lengths, source in zip([[len(each.ids) for each in group] for group in encoded], rows, strict=True)
+        if max(lengths) > max_length
     ]
     if long:
         raise DataError(
@@ -38,30 +39,46 @@ def encode_rows(
             "raise it, or shorten them: a cut row would never show the model its end",
             problems=tuple(long[:20]),
         )
-    return encoded
+    return [each for group in encoded for each in group]
+
+
+def _encode(encoder: RowEncoder, row: Mapping[str, Any], file: Path | None) -> list[Encoded]:
+    try:
+        return encoder.encode(row)
+    except ValueError as error:
+        raise DataError(
+            f"{_place(file, row)}the prompt cannot be written: {error}", "change or delete the row"
+        ) from None
 
 
 def _place(file: Path | None, row: Mapping[str, Any]) -> str:
     return f"{file}:{row.get('line')}: " if file else ""
 
 
-def encode_prompts(tokenizer: Tokenizer, rows: Sequence[Mapping[str, str]], system: str) -> list[Encoded]:
-    """Return the ids of the evaluation prompts, each with an empty answer."""
-    return [encode(tokenizer, row["instruction"], "", system) for row in rows]
-
-
-def refuse_control_tokens(tokenizer: Any, rows: Sequence[tuple[str, Encoded]], system: str) -> None:
-    """Check that no text gives a control token of the base; `rows` are encoded, each with its file and line.
+def refuse_control_tokens(encoder: RowEncoder, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """Check that no text gives a control token of the base; each row has its file and line.
 
     Raises RecipeError for the system text, DataError that lists the first rows.
     """
-    tokens = control_tokens(tokenizer.added_tokens_decoder, encode(tokenizer, "a", "a").ids)
-    if held := tokens.found(encode(tokenizer, "a", "a", system).ids):
+    tokenizer: Any = encoder.tokenizer
+    tokens = control_tokens(tokenizer.added_tokens_decoder, tokenizer("a")["input_ids"])
+
+    def found(text: str) -> list[str]:
+        return tokens.found(tokenizer(text)["input_ids"])
+
+    if held := found(encoder.system):
         raise RecipeError(f"system holds {', '.join(held)}, a control token of the base", INSTEAD)
-    refuse_rows([(where, tokens.found(row.ids)) for where, row in rows])
+    refuse_rows([(where, found("\n".join(texts(row)))) for where, row in rows])
 
 
-def audit_labels(trainer: "Trainer", rows: Sequence[Encoded], tokenizer: Any) -> int:
+def texts(row: Mapping[str, Any]) -> list[str]:
+    """Return all texts of a row that its prompt and its answers are made of."""
+    messages = [*row.get("history", ()), {"content": row["instruction"]}]
+    messages.append({"content": row.get("response", ""), "reasoning": row.get("reasoning", "")})
+    return [message[name] for message in messages for name in ("content", "reasoning") if message.get(name)]
+
+
+def audit_labels(trainer: "Trainer", rows: Sequence[Encoded], tokenizer: Any, prompt: PromptFormat = TUTOR) -> int:
     """Collate every row as the trainer does and check the result against the prompt contract; return their number.
 
     Raises DataError listing the first rows that break it: this finds a library that drops, cuts or masks.
@@ -75,7 +92,7 @@ def audit_labels(trainer: "Trainer", rows: Sequence[Encoded], tokenizer: Any) ->
     problems = []
     for number, ((ids, marks), row) in enumerate(zip(read, rows, strict=True), 1):
         mask = [int(label != IGNORE_INDEX) for label in marks]
-        found = audit(Encoded(ids, mask), row.ids[: row.n_prompt], tokenizer)
+        found = audit(Encoded(ids, mask), row.ids[: row.n_prompt], tokenizer, prompt)
         if not found and (ids, mask) != (row.ids, row.mask):
             found = ["it is another row"]
         problems += [f"train row {number}: {problem}" for problem in found]

@@ -54,12 +54,12 @@ def mean_loss(model: Any, rows: Sequence[Encoded]) -> float:
 
     The processes of a training share the rows, and all return the same value. Raises ArtifactError for NaN or infinity.
     """
-    mine = distributed.rank_rows(range(len(rows)), len(rows), distributed.rank(), distributed.world_size())
-    # FSDP needs equal numbers of rows in all processes: a filler is any row, and its result is dropped.
-    scored = [rows[number % len(rows)] for number in mine]
+    answers = [pair for row in rows for pair in row.answers()]
+    mine = distributed.rank_rows(range(len(answers)), len(answers), distributed.rank(), distributed.world_size())
     with evaluating(model):
-        scores = answer_logprobs(model, [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in scored])
-    counted = [row for number, row in zip(mine, scores, strict=True) if number < len(rows)]
+        # FSDP needs equal numbers of rows in all processes: a filler is any row, and its result is dropped.
+        scores = answer_logprobs(model, [answers[number % len(answers)] for number in mine])
+    counted = [row for number, row in zip(mine, scores, strict=True) if number < len(answers)]
     scores = [row for part in distributed.all_gather(counted) for row in part]
     loss = -math.fsum(value for row in scores for value in row) / sum(len(row) for row in scores)
     if not math.isfinite(loss):

@@ -15,13 +15,14 @@ from transformers import set_seed
 from tutor.artifacts.provenance import SourceTree
 from tutor.artifacts.stage_folder import log_folder
 from tutor.formats.models.base_source import public_source
-from tutor.formats.models.model_folder import load_tokenizer, read_facts
+from tutor.formats.models.model_folder import read_facts
+from tutor.formats.models.prompt_format import row_encoder
 from tutor.formats.rows.split_files import HELD_OUT, PROMPTS, TRAIN, read_split
 from tutor.machine import distributed
 from tutor.machine.memory.plan import TrainingPlan
-from tutor.prompt.encoding import Encoded
+from tutor.prompt.encoding import Encoded, RowEncoder
 from tutor.stages.train import checkpoint
-from tutor.stages.train.audit import audit_labels, encode_prompts, encode_rows, refuse_control_tokens
+from tutor.stages.train.audit import audit_labels, encode_rows, refuse_control_tokens
 from tutor.stages.train.checkpoint_callback import memory_hint, saving
 from tutor.stages.train.held_out_loss import mean_loss, perplexity
 from tutor.stages.train.loop import fit, write_outputs
@@ -42,8 +43,9 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path, plan: TrainingP
     """
     settings, precision, batches = recipe.train, plan.precision, plan.batches
     facts, model_folder = read_facts(inputs["base"])
-    tokenizer = load_tokenizer(model_folder)
-    train, held_out = _encode(recipe, inputs["data"], tokenizer)
+    encoder = row_encoder(recipe, inputs["base"])
+    tokenizer = encoder.tokenizer
+    train, held_out = _encode(recipe, inputs["data"], encoder)
     log.info("%s", plan)
     training = _training_run(recipe, plan, {"train": train, "held_out": held_out}, facts.weights, out)
     saved = distributed.broadcast_result(checkpoint.resume, training)
@@ -52,7 +54,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path, plan: TrainingP
         settings, precision, recipe.seed, training.folder, batches, checkpointing=plan.checkpointing
     )
     trainer = load_trainer(model_folder, tokenizer, train, lora_config(settings), arguments, plan)
-    audited = audit_labels(trainer, train, tokenizer)
+    audited = audit_labels(trainer, train, tokenizer, encoder.prompt)
     trainable, total = count_parameters(trainer.model)
     log.info(
         "%d rows audited: EOS supervised, BOS as served, prompts are prefixes; %s of %s parameters train (%.3f %%): "
@@ -87,23 +89,16 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path, plan: TrainingP
     }
 
 
-def _encode(recipe: "Recipe", data: Path, tokenizer: Any) -> tuple[list[Encoded], list[Encoded]]:
+def _encode(recipe: "Recipe", data: Path, encoder: RowEncoder) -> tuple[list[Encoded], list[Encoded]]:
     """Return the training and the held-out rows as ids.
 
     Raises DataError for a row that is too long, and for a row or prompt that holds a control token of the base.
     """
     rows = [read_split(data, name) for name in (TRAIN, HELD_OUT, PROMPTS)]
     files = [recipe.resolve(name) for name in (recipe.data.train, recipe.data.train, recipe.data.eval)]
-    train, held_out = (
-        encode_rows(tokenizer, rows[place], recipe.system, recipe.train.max_length, files[place]) for place in (0, 1)
-    )
-    prompts = encode_prompts(tokenizer, rows[2], recipe.system)
-    located = [
-        (f"{file}:{row.get('line')}", ids)
-        for file, group, encoded in zip(files, rows, (train, held_out, prompts), strict=True)
-        for row, ids in zip(group, encoded, strict=True)
-    ]
-    refuse_control_tokens(tokenizer, located, recipe.system)
+    located = [(f"{file}:{row.get('line')}", row) for file, group in zip(files, rows, strict=True) for row in group]
+    refuse_control_tokens(encoder, located)
+    train, held_out = (encode_rows(encoder, rows[place], recipe.train.max_length, files[place]) for place in (0, 1))
     return train, held_out
 
 

@@ -14,6 +14,7 @@ from transformers import PrinterCallback
 from tutor.formats.models.model_folder import load_tokenizer
 from tutor.machine.memory.batching import split_step
 from tutor.machine.memory.plan import TrainingPlan
+from tutor.prompt.encoding import RowEncoder
 from tutor.stages.train import trainer as trainer_module
 from tutor.stages.train.audit import encode_rows
 from tutor.stages.train.held_out_loss import mean_loss
@@ -28,7 +29,7 @@ pytestmark = [
 
 @pytest.fixture
 def rows(tiny: Path) -> list[Any]:
-    return encode_rows(load_tokenizer(tiny), ROWS, "", 1024)
+    return encode_rows(RowEncoder(load_tokenizer(tiny)), ROWS, 1024)
 
 
 def trainer_on(tiny: Path, rows: list[Any], folder: Path, quantization: str, resident: int) -> Any:
