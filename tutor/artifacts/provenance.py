@@ -20,8 +20,8 @@ LEFT_OUT = ("errors.py", "recipe", "artifacts", "machine/host.py", "machine/run_
 """Files and folders that are not followed. Settings, inputs and the llama.cpp build are key fields themselves; errors,
 disk access, the description of the host and the estimate of disk space change no result."""
 
-NO_EFFECT = frozenset({"filelock", "platformdirs"})
-"""Packages that find and lock folders: no result depends on their version."""
+NO_EFFECT = frozenset({"filelock", "platformdirs", "pyarrow", "openpyxl"})
+"""Packages that find and lock folders, and that read a table's rows as they are: no result depends on their version."""
 
 DISTRIBUTIONS = {"lingua": "lingua-language-detector", "markdown_it": "markdown-it-py", "pynvml": "nvidia-ml-py"}
 """Distribution by import name, where the names differ; importlib.metadata takes 0.3 s to list all."""

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tutor.errors import DataError, RecipeError
+from tutor.formats.importing.dataset_folders import read_dataset_folder
 from tutor.formats.importing.names import Options, Recognised
 from tutor.formats.importing.reading import open_rows
 from tutor.formats.rows.json_values import RowError
@@ -173,13 +174,14 @@ def test_parquet_is_read_with_nested_messages(tmp_path: Path) -> None:
 
 def test_folder_of_datasets_is_read(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    rows = datasets.Dataset.from_list([{"question": row["instruction"], "answer": row["response"]} for row in PAIRS])
-    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "saved")
-    assert read(tmp_path / "saved" / "train")[0] == [(1, PAIRS[0]), (2, PAIRS[1])]
-    with pytest.raises(RecipeError, match="several splits: train"):
-        read(tmp_path / "saved")
-    with pytest.raises(RecipeError, match="did not make"):
-        read(tmp_path)
+    rows = [{"question": row["instruction"], "answer": row["response"]} for row in PAIRS]
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(tmp_path / "saved")
+    recognised = Recognised()
+    assert list(read_dataset_folder(tmp_path / "saved" / "train", Limits(), recognised)) == list(enumerate(rows, 1))
+    assert recognised.container == "a datasets folder"
+    for folder, message in ((tmp_path / "saved", "several splits: train"), (tmp_path, "did not make")):
+        with pytest.raises(RecipeError, match=message):
+            list(read_dataset_folder(folder, Limits(), recognised))
     (tmp_path / "saved" / "train" / "state.json").write_text("{}", "utf-8")
     with pytest.raises(DataError, match="damaged"):
-        read(tmp_path / "saved" / "train")
+        list(read_dataset_folder(tmp_path / "saved" / "train", Limits(), recognised))

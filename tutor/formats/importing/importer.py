@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from tutor.artifacts.disk import whole_file
 from tutor.errors import DataError
+from tutor.formats.importing.dataset_folders import read_dataset_folder
 from tutor.formats.importing.names import Options, Recognised
 from tutor.formats.importing.reading import read_records
 from tutor.formats.importing.shapes import convert, own_row
@@ -156,10 +157,13 @@ class _Work:
         counts = FileResult(str(path), Recognised())
         self.result.files.append(counts)
         with ExitStack() as stack:
-            if not path.is_dir():
+            if path.is_dir():
+                records = read_dataset_folder(path, self.limits, counts.recognised)
+            else:
                 check_file(path, self.limits.max_total_bytes)
                 stack.enter_context(unchanged(path))
-            for line, found in read_records(path, self.limits, counts.tolerated, self.options, counts.recognised):
+                records = read_records(path, self.limits, counts.tolerated, self.options, counts.recognised)
+            for line, found in records:
                 self._log(path)
                 try:
                     self._take(_checked(found, self.options, counts.recognised))

@@ -1,6 +1,6 @@
 """Read a file of rows in any known form, and convert each row to one of tutor's own.
 
-In: a file, or a folder of `datasets`, and the options of the command. Out: line or number of each row, and an object
+In: a file, and the options of the command. Out: line or number of each row, and an object
 in our own form or a RowError. JSON Lines of our own rows come out as they are. Does not check texts (rows.py).
 """
 
@@ -14,7 +14,7 @@ from tutor.formats.importing.json_lists import find_list, read_list
 from tutor.formats.importing.names import Options, Recognised
 from tutor.formats.importing.shapes import convert
 from tutor.formats.importing.spreadsheets import read_spreadsheet
-from tutor.formats.importing.tables import read_dataset_folder, read_parquet
+from tutor.formats.importing.tables import read_parquet
 from tutor.formats.rows.json_values import RowError, printable
 from tutor.formats.rows.jsonl import Limits, LineValue, array_reader, opened, read_values, suffix
 
@@ -34,7 +34,7 @@ def open_rows(
 ) -> Iterator[LineValue]:
     """Yield each row's line and value as `read_values` does, in our own form; fill `recognised` meanwhile.
 
-    Raises DataError where the file as a whole is wrong, RecipeError for a folder that is no dataset.
+    Raises DataError where the file as a whole is wrong.
     """
     recognised = recognised if recognised is not None else Recognised()
     for line, found in read_records(path, limits, tolerated, options, recognised):
@@ -48,9 +48,6 @@ def read_records(
     path: Path, limits: Limits, tolerated: Counter[str], options: Options, recognised: Recognised
 ) -> Iterator[LineValue]:
     """Yield each row's line and value as the file has it. Raises as `open_rows`."""
-    if path.is_dir():
-        yield from read_dataset_folder(path, limits, recognised)
-        return
     with opened(path, Counter()) as stream:
         begins = stream.read(len(OLE))
     if begins.startswith(PARQUET):

@@ -65,7 +65,7 @@ def check_file(path: Path, max_bytes: int = Limits.max_total_bytes) -> None:
     except (OSError, ValueError) as error:
         raise _no_file(path, error) from None
     if stat.S_ISDIR(status.st_mode):
-        raise RecipeError(f"{path} is a folder", "name the .jsonl file in it")
+        raise RecipeError(f"{path} is a folder", "name the file in it; tutor data import reads folders of datasets")
     if not stat.S_ISREG(status.st_mode):
         raise RecipeError(f"{path} is a pipe or a device, not a file", "save the rows in a file: it is read twice")
     if status.st_size > max_bytes:

@@ -1,6 +1,6 @@
 """The rows of a user's file: their keys and types, and the checks that each row passes.
 
-In: a file of JSON objects. Out: rows to train on or to ask, and notes on all that was tolerated. A row that is not
+In: a file in any form that importing/ reads. Out: rows to train on or to ask, and notes on all that was tolerated. A row that is not
 usable is an error with its line; nothing is guessed. Does not tokenize, and does not compile code.
 """
 
@@ -14,10 +14,12 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from tutor.errors import DataError
+from tutor.formats.importing.names import Recognised
+from tutor.formats.importing.reading import open_rows
 from tutor.formats.markdown import fence_languages
 from tutor.formats.rows.conversations import MESSAGES, flatten
 from tutor.formats.rows.json_values import ONE_LINE, TOO_DEEP, RowError, kind, printable
-from tutor.formats.rows.jsonl import Limits, check_file, read_values, unchanged
+from tutor.formats.rows.jsonl import Limits, check_file, unchanged
 from tutor.formats.rows.texts import clean_answer, clean_text, some_text, without_marks
 from tutor.prompt.tutor_format import CUE, STOPS
 
@@ -46,6 +48,7 @@ class Notes:
     byte_order_marks: int = 0
     gzip_unnamed: bool = False  # gzip by its content, not by its name
     windows_line_ends: int = 0  # rows with a text that had CRLF
+    read_as: str = ""  # container and formats; "" for JSON Lines of tutor's own rows
     dropped_keys: Mapping[str, int] = field(default_factory=dict)  # unknown key -> rows
     duplicates: tuple[tuple[int, int], ...] = ()  # dropped line, equal line that was kept
     conflicts: tuple[tuple[int, ...], ...] = ()  # lines of one question with different answers
@@ -57,7 +60,7 @@ class Notes:
 
     def warnings(self) -> list[str]:
         """Return a line for each kind of note; empty when nothing was tolerated."""
-        texts = []
+        texts = [f"read as {self.read_as}"] if self.read_as else []
         if self.blank_lines:
             texts.append(f"{self.blank_lines} blank lines skipped")
         if self.byte_order_marks:
@@ -164,12 +167,12 @@ def read_rows(
     changes meanwhile.
     """
     check_file(path, limits.max_total_bytes)
-    tolerated, dropped = Counter[str](), Counter[str]()
+    tolerated, recognised, dropped = Counter[str](), Recognised(), Counter[str]()
     rows: list[tuple[int, RowModel]] = []
     faults: list[tuple[int, RowError]] = []
     bad = 0
     with unchanged(path) as sha256:
-        for line, found in read_values(path, limits, tolerated):
+        for line, found in open_rows(path, limits, tolerated, recognised=recognised):
             try:
                 rows.append((line, parse_row(found, model, dropped, strict=strict)))
                 tolerated["crlf"] += any(isinstance(text, str) and "\r\n" in text for text in found.values())
@@ -189,7 +192,8 @@ def read_rows(
         byte_order_marks=tolerated["bom"],
         windows_line_ends=tolerated["crlf"],
         gzip_unnamed=bool(tolerated["gzip"]) and path.suffix.lower() != ".gz",
-        dropped_keys=dict(dropped.most_common(20)),
+        dropped_keys=dict((dropped + recognised.dropped).most_common(20)),
+        read_as="" if recognised.is_own() else recognised.describe(),
     )
 
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 
+from tutor.formats.importing.reading import open_rows
 from tutor.formats.markdown import fences_are_closed
 from tutor.formats.rows.json_values import RowError
-from tutor.formats.rows.jsonl import Limits, check_file, read_values
+from tutor.formats.rows.jsonl import Limits, check_file
 from tutor.formats.rows.rows import ExampleRow, PromptRow, parse_row
 from tutor.recipe.values import MARKED_TOKEN, PLAIN_TOKEN
 from tutor.stages.data.base_tokens import TokenFinder
@@ -101,7 +102,7 @@ def index_file(path: Path, index: RowIndex, limits: Limits, checks: RowChecks) -
     tolerated, dropped = Counter[str](), Counter[str]()
     prompts: bool | None = name == index.held_out or None  # None: decided by the first row
     total = bad = 0
-    for line, found in read_values(path, limits, tolerated):
+    for line, found in open_rows(path, limits, tolerated):
         total += 1
         if prompts is None and isinstance(found, dict):
             prompts = "expect" in found
