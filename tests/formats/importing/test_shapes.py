@@ -53,7 +53,7 @@ def marked(*weights: Any) -> dict[str, Any]:
         ),
         pytest.param({"conversations": [ASK, {"role": "bot", "content": "Un tipo."}]}, PAIR, id="roles-elsewhere"),
         pytest.param({"messages": [SYSTEM, ASK, REPLY]}, {"messages": [SYSTEM, ASK, REPLY]}, id="OpenAI"),
-        pytest.param({"messages": [{**SYSTEM, "content": ""}, ASK, REPLY]}, PAIR, id="empty-system"),
+        pytest.param({"messages": [{**SYSTEM, "content": None}, ASK, REPLY]}, PAIR, id="empty-system"),
         pytest.param({"messages": [{**ASK, "content": part("¿Qué es?")}, REPLY]}, PAIR, id="parts"),
         pytest.param({"messages": [ASK, {**REPLY, "content": part("Un tipo.", "value")}]}, PAIR, id="parts-value"),
         pytest.param({"prompt": "¿Qué es?", "completion": "Un tipo."}, PAIR, id="prompt-completion"),
@@ -102,28 +102,29 @@ def test_row_of_each_format_is_converted(row: dict[str, Any], expected: dict[str
         ({"instruction": "a", "output": "b", "kto_tag": True}, r"for KTO \(kto_tag\)"),
         ({"text": "Érase una vez."}, "plain text for pre-training"),
         ({"messages": [ASK, REPLY], "images": ["a.jpg"]}, r"images, sound or video, which are not trained \(images\)"),
-        ({"messages": [{**ASK, "content": [{"type": "image_url"}]}, REPLY]}, r"message 1 \(user\) .*\(image_url\)"),
-        ({"conversations": [HUMAN, CALL, GPT]}, r"message 2 \(function_call\) holds tool calls"),
+        ({"messages": [{**ASK, "content": [{"type": "image_url"}]}, REPLY]}, r"messages\[0\] \(user\) .*\(image_url\)"),
+        ({"conversations": [HUMAN, CALL, GPT]}, r"conversations\[1\] \(function_call\) holds tool calls"),
         ({"conversations": [HUMAN, {"from": "observation", "value": "3"}]}, r"\(observation\) holds tool calls"),
         ({"messages": [ASK, {**REPLY, "content": None, "tool_calls": [{}]}]}, r"\(assistant\) holds tool calls"),
         ({"conversations": [HUMAN, GPT], "tools": '[{"name": "f"}]'}, "holds tool calls.*declares tools"),
-        ({"messages": [ASK, {"role": "narrator", "content": "a"}]}, r"message 2 \(narrator\) has an unknown role"),
-        ({"messages": [{"text": "a"}]}, "message 1 has the keys text"),
-        ({"messages": ["a"]}, "message 1 is a text, not an object"),
+        ({"messages": [ASK, {"role": "narrator", "content": "a"}]}, r"messages\[1\] \(narrator\) has an unknown role"),
+        ({"messages": [{"text": "a"}]}, r"messages\[0\] has the keys text"),
+        ({"messages": ["a"]}, r"messages\[0\] is a text, not an object"),
+        ({"question": "a", "answer": ["b", "c"]}, "answer is a list, not a text"),
         ({"messages": "a"}, "messages is a text, not a list"),
         ({"messages": [ASK, {**REPLY, "content": 3}]}, "the number 3, not a text"),
         ({"messages": [{**ASK, "content": [{"type": "poem"}]}]}, "unknown type 'poem'"),
         ({"prompt": "a", "question": "b", "answer": "c"}, "question and prompt could both be the question"),
         ({"messages": [ASK, REPLY], "prompt": "a"}, "messages and prompt: which to train is not clear"),
-        ({"a": 1, "b": 2}, "found key a, b; expected a question and an answer, or messages"),
+        ({"a": 1, "b": 2}, "found key a, b; expected instruction,response or"),
         ({"question": "a", "answer": "<think>b"}, "opens <think> and does not close it"),
         ({"question": "a", "answer": "<think>b</think>c", "reasoning": "d"}, "two reasonings"),
         ({"messages": [SYSTEM, ASK, REPLY], "system": "Otro."}, "two system texts"),
         ({"messages": [{**ASK, "train": True}, REPLY]}, r"\(user\) has train = True: only answers are trained"),
         ({"messages": [ASK, {**REPLY, "weight": 0.5}]}, "weight = 0.5"),
         (marked(0), "every answer is marked as not trained"),
-        (marked(0, 1), "message 2 is an answer that is marked as not trained"),
-        ({"instruction": "a", "output": "b", "history": [["c"]]}, "history 1 is not a pair"),
+        (marked(0, 1), "answer 1 is marked as not trained"),
+        ({"instruction": "a", "output": "b", "history": [["c"]]}, r"history\[0\] is not a pair"),
     ],
 )
 def test_row_that_cannot_be_trained_is_refused_by_name(row: dict[str, Any], reason: str) -> None:
@@ -160,9 +161,9 @@ def test_format_of_each_row_is_counted() -> None:
     recognised = Recognised("JSON Lines")
     for row in (PAIR, {"conversations": [{**HUMAN, "markdown": "x"}, GPT]}, {"messages": [ASK, REPLY]}, PAIR):
         convert(row, Options(), recognised)
-    assert recognised.formats == {TUTOR: 2, "ShareGPT (conversations)": 1, "OpenAI messages (messages)": 1}
+    assert recognised.formats == {TUTOR: 3, "ShareGPT (conversations)": 1}
     assert recognised.dropped == {"markdown of messages": 1}
-    assert recognised.describe().startswith(f"JSON Lines; 2 rows as {TUTOR}, 1 rows as")
+    assert recognised.describe().startswith(f"JSON Lines; 3 rows as {TUTOR}, 1 rows as")
 
 
 def test_key_without_a_meaning_is_left_for_the_rows_check() -> None:

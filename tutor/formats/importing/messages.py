@@ -36,13 +36,26 @@ Turn = dict[str, str]
 """A message: role, content and, where an answer has one, reasoning."""
 
 
+def is_canonical(value: Any) -> bool:
+    """Whether messages need no conversion."""
+    return isinstance(value, list) and all(map(_is_canonical, value))
+
+
+def _is_canonical(message: Any) -> bool:
+    if not isinstance(message, dict) or not message.keys() <= {"role", "content", "reasoning"}:
+        return False
+    role, content = message.get("role"), message.get("content")
+    thinks = role == "assistant" and isinstance(content, str) and content.lstrip().startswith("<think>")
+    return role in ("system", "user", "assistant") and isinstance(content, str) and not thinks
+
+
 def read_messages(value: Any, key: str, loss: str, recognised: Recognised) -> list[Turn]:
     """Return the messages of a list; `loss`: answers that the recipe trains. Raises RowError."""
     if not isinstance(value, list):
         raise RowError(f"{key} is {kind(value)}, not a list of messages")
     turns, trained = [], []
-    for number, found in enumerate(value, 1):
-        turn, mark = _read_message(found, f"message {number}", recognised)
+    for place, found in enumerate(value):
+        turn, mark = _read_message(found, f"{key}[{place}]", recognised)
         if turn["role"] == "system" and not turn["content"].strip():
             continue  # an empty system text is none
         turns.append(turn)
@@ -71,7 +84,7 @@ def _read_message(found: Any, where: str, recognised: Recognised) -> tuple[Turn,
     if role == "assistant":
         turn = answer(text, thoughts, where)
     elif thoughts:
-        raise RowError(f"{where} holds a reasoning, which only an answer has")
+        raise RowError(f"{where} has reasoning, which only answers have")
     recognised.dropped.update(
         f"{printable(str(key))} of messages" for key in found.keys() - _KEYS if found[key] not in (None, "", [], {})
     )
@@ -80,11 +93,11 @@ def _read_message(found: Any, where: str, recognised: Recognised) -> tuple[Turn,
 
 def read_text(value: Any, where: str) -> tuple[str, list[str]]:
     """Return a content's text, and the reasonings among its parts. Raises RowError."""
-    if not isinstance(value, list):
+    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
         return _text(value, where), []
     texts, thoughts = [], []
     for part in value:
-        named = part.get("type") if isinstance(part, dict) else "text"
+        named = part.get("type")
         name = named if isinstance(named, str) else ""
         if name in _TOOL_PARTS:
             raise RowError(f"{where} {NO_TOOLS}")
@@ -99,8 +112,8 @@ def read_text(value: Any, where: str) -> tuple[str, list[str]]:
     return "".join(texts), [thought for thought in thoughts if thought.strip()]
 
 
-def _part_text(part: Any, *keys: str) -> Any:
-    return next((part[key] for key in keys if key in part), None) if isinstance(part, dict) else part
+def _part_text(part: Mapping[str, Any], *keys: str) -> Any:
+    return next((part[key] for key in keys if key in part), None)
 
 
 def _text(value: Any, where: str) -> str:
@@ -153,7 +166,7 @@ def _with_loss(turns: list[Turn], marks: list[bool | None], loss: str) -> list[T
     if trained != expected:
         only_last = len(trained) == 1
         raise RowError(
-            f"message {left[0] + 1} is an answer that is marked as not trained, among trained ones",
+            f"answer {answers.index(left[0]) + 1} is marked as not trained, among trained ones",
             'import with --loss last, and train with data.loss = "last"' if only_last else None,
         )
     return turns
@@ -166,8 +179,8 @@ def read_history(value: Any, loss: str, recognised: Recognised) -> list[Turn]:
     if all(isinstance(item, dict) for item in value):
         return read_messages(value, "history", loss, recognised)
     turns: list[Turn] = []
-    for number, pair in enumerate(value, 1):
-        where = f"history {number}"
+    for place, pair in enumerate(value):
+        where = f"history[{place}]"
         if not isinstance(pair, list) or len(pair) != 2:
             raise RowError(f"{where} is not a pair of question and answer")
         turns.append({"role": "user", "content": _text(pair[0], where)})

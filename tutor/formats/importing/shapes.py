@@ -15,6 +15,7 @@ from tutor.formats.importing.messages import (
     NO_TOOLS,
     Turn,
     answer,
+    is_canonical,
     read_history,
     read_messages,
     read_text,
@@ -85,9 +86,11 @@ def _refuse_kind(filled: Mapping[str, Any]) -> None:
 
 
 def _is_own(found: Mapping[str, Any], filled: set[str]) -> bool:
-    """Whether a row has our own keys, and no part under another key."""
-    own = found.keys() & {"instruction", "response"}
+    """Whether a row has our own keys, and no part under another key or in another form."""
+    own = found.keys() & {"instruction", "response", "messages"}
     others = {*names.QUESTIONS, *names.ANSWERS, *names.EXTRAS, *names.TURNS, *names.SYSTEMS, "history"} - own
+    if "messages" in own:
+        return own == {"messages"} and not filled & {*others, *names.THOUGHTS} and is_canonical(found["messages"])
     response = found.get("response")
     thinks = isinstance(response, list) or (isinstance(response, str) and response.lstrip().startswith("<think>"))
     return bool(own) and not others & (filled if len(own) == 2 else set(map(folded, found))) and not thinks
@@ -124,9 +127,9 @@ def _recognise(
             f"has {turns} and {question if question in filled else reply}: which to train is not clear", BY_MAP
         )
     if not turns and (question is None or reply is None):
-        what = f"as {wanted}" if wanted else "no known format"
-        shown = ", ".join(printable(key) for key in list(found)[:8])
-        raise RowError(f"{what}: found key {shown or '(none)'}; expected a question and an answer, or messages", BY_MAP)
+        shown = ", ".join(printable(key) for key in list(found)[:8]) or "(none)"
+        expected = f"the keys of {wanted}" if wanted else "instruction,response or the keys of another known format"
+        raise RowError(f"found key {shown}; expected {expected}", BY_MAP)
     parts = {
         "messages": turns,
         "question": None if turns else question,
@@ -165,13 +168,13 @@ def _turns(
         described = f"{_style(_parsed(found[key]))} ({printable(key)})"
     else:
         turns = _pair(found, parts, loss, recognised)
-    thought = read_text(_value(found, parts, "reasoning"), "reasoning")[0]
+    thought = read_text(_value(found, parts, "reasoning"), printable(parts.get("reasoning", "")))[0]
     if thought.strip():
         if not turns or turns[-1]["role"] != "assistant":
             raise RowError("holds a reasoning without an answer")
         last = turns[-1]
         turns[-1] = answer(last["content"], [thought, last.get("reasoning", "")], "the answer")
-    system = read_text(_value(found, parts, "system"), "system")[0]
+    system = read_text(_value(found, parts, "system"), printable(parts.get("system", "")))[0]
     if system.strip():
         if turns and turns[0]["role"] == "system" and turns[0]["content"].strip() != system.strip():
             raise RowError("has two system texts: one beside the messages, and one among them")
@@ -192,7 +195,7 @@ def _pair(found: Mapping[str, Any], parts: Mapping[str, str], loss: str, recogni
         ]
         return turns + read_messages(both, "messages", loss, recognised)
     texts = [read_text(question, printable(parts["question"]))[0]]
-    texts.append(read_text(_value(found, parts, "input"), "input")[0])
+    texts.append(read_text(_value(found, parts, "input"), printable(parts.get("input", "")))[0])
     text, thoughts = read_text(reply, printable(parts["answer"]))
     turns.append({"role": "user", "content": "\n\n".join(part for part in texts if part.strip())})
     turns.append(answer(text, thoughts, "the answer"))

@@ -1,7 +1,7 @@
 """The rows of a user's file: their keys and types, and the checks that each row passes.
 
-In: a file in any form that importing/ reads. Out: rows to train on or to ask, and notes on all that was tolerated. A row that is not
-usable is an error with its line; nothing is guessed. Does not tokenize, and does not compile code.
+In: a file in any form that importing/ reads. Out: rows to train on or to ask, and notes on all that was tolerated. A
+row that is not usable is an error with its line; nothing is guessed. Does not tokenize, and does not compile code.
 """
 
 from collections import Counter
