@@ -35,6 +35,7 @@ KEYS = frozenset((*ExampleRow.model_fields, MESSAGES)) - {"history"}
 """Keys of a row that are written."""
 LEFT_OUT = ".left-out.jsonl"
 """Ending of the file with the rows that were left out, after the output's name."""
+_ENCODER = json.JSONEncoder(ensure_ascii=False, default=lambda other: f"<{type(other).__name__}>")
 log = logging.getLogger(__name__)
 
 
@@ -201,8 +202,7 @@ def _checked(found: Any, options: Options, recognised: Recognised) -> dict[str, 
 
 
 def _line(value: Any) -> bytes:
-    text = json.dumps(value, ensure_ascii=False, default=lambda other: f"<{type(other).__name__}>")
-    return text.encode("utf-8", "backslashreplace") + b"\n"
+    return _ENCODER.encode(value).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def _system(row: dict[str, Any]) -> str:
