@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from support.fakes.machine import HEADING
 from support.processes.command import ROOT
 
-from tutor.errors import HostError
+from tutor.errors import HostError, RecipeError
 from tutor.machine import device, host
 from tutor.machine.device import (
     BF16_GAIN,
@@ -17,6 +18,7 @@ from tutor.machine.device import (
     choose_precision,
     decide_precision,
     recorded_precision,
+    refuse_overflow,
     refuse_precision,
 )
 from tutor.machine.matmul_rate import MatmulRates
@@ -63,7 +65,7 @@ def test_training_memory_of_this_process_is_plausible() -> None:
 )
 def test_auto_precision_of_a_cpu_follows_its_rates(bf16: float, fp32: float, chosen: str) -> None:
     rates = MatmulRates(bf16, fp32)
-    assert decide_precision("auto", None, rates) == PrecisionChoice(chosen, "rates", rates)
+    assert decide_precision("auto", SHAPES["tiny"], None, rates) == PrecisionChoice(chosen, "rates", rates)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +73,7 @@ def test_auto_precision_of_a_cpu_follows_its_rates(bf16: float, fp32: float, cho
     [((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((8, 9), "bf16"), ((9, 0), "bf16"), ((12, 0), "bf16")],
 )
 def test_auto_precision_of_a_gpu_follows_its_capability(capability: tuple[int, int], chosen: str) -> None:
-    assert decide_precision("auto", capability, None) == PrecisionChoice(chosen, "GPU")
+    assert decide_precision("auto", SHAPES["tiny"], capability, None) == PrecisionChoice(chosen, "GPU")
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,21 @@ def test_auto_precision_of_a_gpu_follows_its_capability(capability: tuple[int, i
 )
 def test_precision_of_the_recipe_is_kept_for_any_rates(setting: str, capability: Any) -> None:
     slow = MatmulRates(1e9, 1e9)
-    assert decide_precision(setting, capability, slow) == PrecisionChoice(setting, "setting", slow)
+    assert decide_precision(setting, SHAPES["tiny"], capability, slow) == PrecisionChoice(setting, "setting", slow)
+
+
+@pytest.mark.parametrize(
+    ("capability", "chosen"), [((7, 5), PrecisionChoice("fp32", "range")), ((8, 0), PrecisionChoice("bf16", "GPU"))]
+)
+def test_auto_precision_of_a_wide_family_is_never_fp16(capability: tuple[int, int], chosen: PrecisionChoice) -> None:
+    shape = replace(SHAPES["tiny"], family="gemma3_text")
+    found = decide_precision("auto", shape, capability, None)
+    assert found == chosen
+    assert ("overflow in fp16" in str(found)) == (chosen.reason == "range")
+    with pytest.raises(RecipeError, match="gemma3_text models overflow") as caught:
+        refuse_overflow("fp16", shape)
+    assert "\n" not in str(caught.value)
+    refuse_overflow("fp16", SHAPES["tiny"])
 
 
 def test_precision_unknown_to_the_machine_raises_error() -> None:

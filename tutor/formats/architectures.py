@@ -46,7 +46,13 @@ class Architecture:
     window_switch: str | None = None  # the setting without which `sliding_window` has no effect
     rope_period: int = 0  # llama.cpp leaves RoPE out of each n-th layer; 0: of none
     rope_theta: float = 10000.0  # where config.json does not say
-    plain_layers: bool = False  # x + o(attention(rotate(q, k), v)), then x + down(silu(gate) * up), as a Llama's
+    norms: int = 2  # of hidden states in a layer
+    head_norms: bool = False  # norms of queries and keys
+
+    @property
+    def plain_layers(self) -> bool:
+        """Whether a layer is a Llama's: x + o(attention(rotate(q, k), v)), then x + down(silu(gate) * up)."""
+        return self.norms == 2 and not self.head_norms and not self.rope_period and self.activations == SILU
 
     @property
     def reference(self) -> str:
@@ -67,7 +73,6 @@ _ROWS = (
         permuted=("attn_q", "attn_k"),
         rope_kinds=OF_LLAMA,
         context=2048,
-        plain_layers=True,
     ),
     Architecture(
         "qwen2",
@@ -75,7 +80,6 @@ _ROWS = (
         "qwen2",
         head_dim_is_free=False,
         window_switch="use_sliding_window",
-        plain_layers=True,
     ),
     Architecture(
         "qwen3",
@@ -84,10 +88,9 @@ _ROWS = (
         head_dim=128,
         false=("attention_bias",),
         window_switch="use_sliding_window",
+        head_norms=True,
     ),
-    Architecture(
-        "mistral", "MistralForCausalLM", "llama", permuted=("attn_q", "attn_k"), rope_kinds=OF_LLAMA, plain_layers=True
-    ),
+    Architecture("mistral", "MistralForCausalLM", "llama", permuted=("attn_q", "attn_k"), rope_kinds=OF_LLAMA),
     Architecture(
         "gemma3_text",
         "Gemma3ForCausalLM",
@@ -107,6 +110,8 @@ _ROWS = (
         tied=True,
         context=131072,
         window_period=6,
+        norms=4,
+        head_norms=True,
         rope_theta=1_000_000.0,
     ),
     Architecture(

@@ -119,6 +119,7 @@ def refuse_lengths(recipe: Recipe, shape: Shape) -> None:
 def refuse_training(recipe: Recipe, build: Path, shape: Shape, gpu: host.Gpu | None) -> None:
     """Raise HostError for a training that fails on this GPU, or without one on this CPU."""
     device.refuse_gpu(recipe.train.precision, gpu)
+    device.refuse_overflow(recipe.train.precision, shape)
     forecast = forecast_memory(recipe, build, shape, gpu)
     memory_plan.refuse_limits(shape, forecast.request, forecast.step, forecast.memory.available)
     refuse_memory(forecast)
@@ -163,7 +164,7 @@ def forecast_memory(recipe: Recipe, build: Path, shape: Shape, gpu: host.Gpu | N
     memory = device.reported_memory(gpu)
     rows = find_row_lengths(recipe, build, BuildFolder(build, recipe.name).stage("base"))
     rates = None if gpu else find_rates(shape, host.processor())
-    choice = device.decide_precision(recipe.train.precision, gpu.capability if gpu else None, rates)
+    choice = device.decide_precision(recipe.train.precision, shape, gpu.capability if gpu else None, rates)
     choice = fit_precision(choice, shape, recipe.train, rows, memory)
     request = request_of(shape, recipe.train, choice.precision, rows, memory)
     step = memory_plan.decide(shape, request, memory.available)
@@ -204,7 +205,7 @@ def request_of(
     """The memory request of a recipe's settings with the micro-batch that is chosen for this memory."""
     tokens = memory_plan.choose_tokens(shape, settings, precision, rows, memory, 1)
     largest, longest = largest_batch(settings.model_copy(update={"pass_tokens": tokens}), rows)
-    return memory_plan.memory_request(settings, precision, largest, longest, on_gpu=memory.gpu)
+    return memory_plan.memory_request(shape, settings, precision, largest, longest, on_gpu=memory.gpu)
 
 
 def plan_training(recipe: Recipe, inputs: Mapping[str, Path], saved_precision: str | None = None) -> TrainingPlan:
@@ -226,7 +227,7 @@ def plan_training(recipe: Recipe, inputs: Mapping[str, Path], saved_precision: s
     choice = fit_precision(choice, shape, settings, rows, memory)
     if settings.max_memory.gpu and not memory.gpu:
         log.warning("train.max_memory has no effect without a GPU: all of the base is in RAM")
-    if not memory.gpu:
+    if not memory.gpu or choice.reason == "range":
         log.info("%s", choice)
     plan = memory_plan.plan_training(shape, settings, choice.precision, rows, memory, distributed.world_size())
     return replace(plan, choice=choice)

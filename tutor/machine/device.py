@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tutor.artifacts.provenance import installed_version
-from tutor.errors import HostError
+from tutor.errors import HostError, RecipeError
 from tutor.machine import distributed, host
 from tutor.machine.host import CUDA_CONTEXT, Gpu, dotted
 from tutor.machine.matmul_rate import MatmulRates, find_rates
@@ -66,11 +66,15 @@ class PrecisionChoice:
     """The precision that a device computes in, and why."""
 
     precision: str  # bf16, fp16 or fp32
-    reason: Literal["setting", "GPU", "checkpoint", "record", "rates", "memory"]
+    reason: Literal["setting", "GPU", "checkpoint", "record", "rates", "memory", "range"]
     rates: MatmulRates | None = None  # of the CPU; None: they decided nothing
 
     def __str__(self) -> str:
-        because = {"checkpoint": " as in the checkpoint", "memory": ", because fp32 does not fit into memory"}
+        because = {
+            "checkpoint": " as in the checkpoint",
+            "memory": ", because fp32 does not fit into memory",
+            "range": ", because activations of this family overflow in fp16, and this GPU has no native bf16",
+        }
         rates = f": matrix products reach {self.rates}" if self.rates else ""
         return f"computing in {self.precision}{because.get(self.reason, '')}{rates}"
 
@@ -84,24 +88,29 @@ class PrecisionChoice:
 def choose_precision(setting: str, shape: Shape) -> PrecisionChoice:
     """The precision for train.precision on PyTorch's device; "auto" measures the CPU.
 
-    Raises HostError where the device lacks the precision.
+    Raises HostError where the device lacks the precision, RecipeError where the base overflows in it.
     """
     import torch
 
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     refuse_precision(setting, capability)
+    refuse_overflow(setting, shape)
     measures = setting == "auto" and capability is None
-    return decide_precision(setting, capability, find_rates(shape, host.processor()) if measures else None)
+    return decide_precision(setting, shape, capability, find_rates(shape, host.processor()) if measures else None)
 
 
-def decide_precision(setting: str, capability: tuple[int, int] | None, rates: MatmulRates | None) -> PrecisionChoice:
+def decide_precision(
+    setting: str, shape: Shape, capability: tuple[int, int] | None, rates: MatmulRates | None
+) -> PrecisionChoice:
     """The setting, or for "auto" the fastest precision that the device computes natively; refuses nothing.
 
     `capability` is the GPU's compute capability, None without a GPU; then `rates` decide. A GPU without bf16 computes
-    in fp16, with loss scaling and fp32 adapters.
+    in fp16, with loss scaling and fp32 adapters; in fp32 where the base's activations overflow in fp16.
     """
     if setting != "auto":
         return PrecisionChoice(setting, "setting", rates)
+    if capability is not None and capability < BF16_CAPABILITY and shape.architecture.wide:
+        return PrecisionChoice("fp32", "range")
     if capability is not None:
         return PrecisionChoice("bf16" if capability >= BF16_CAPABILITY else "fp16", "GPU")
     assert rates is not None, "without a GPU the rates of the CPU decide"
@@ -121,6 +130,15 @@ def refuse_precision(setting: str, capability: tuple[int, int] | None, name: str
             raise HostError("fp16 needs a GPU", "set train.precision to auto, bf16 or fp32")
     elif setting == "bf16" and capability < BF16_CAPABILITY:
         raise HostError(f"{_found(name, capability)}, which has no native bf16", "set train.precision to auto")
+
+
+def refuse_overflow(setting: str, shape: Shape) -> None:
+    """Raise RecipeError for fp16 and a family whose activations exceed its 65504."""
+    if setting == "fp16" and shape.architecture.wide:
+        raise RecipeError(
+            f"train.precision is fp16, and activations of {shape.family} models overflow in it",
+            "set train.precision to auto, bf16 or fp32",
+        )
 
 
 def refuse_gpu(setting: str, gpu: Gpu | None) -> None:

@@ -114,7 +114,7 @@ def run_workload(recipe: Recipe, shape: Shape, rows: RowLengths | None, *, check
     return RunWorkload(
         fetched=source.startswith("hub:"),
         made=source == "tiny" or source.startswith("package:"),
-        adapters=trainable_parameters(shape, train.rank, train.target_modules),
+        adapters=trainable_parameters(shape, train.rank, train.target_modules, dora=train.variant == "dora"),
         tokens=train.epochs * rows.tokens if rows else 0,
         scored=evaluations * rows.scored if rows else 0,
         checkpointing=checkpointing,

@@ -30,6 +30,8 @@ RETIRED = {
     "per_device_train_batch_size": "it is called train.batch_size here",
     "gradient_accumulation_steps": "it is called train.accumulation here",
     "num_train_epochs": "it is called train.epochs here",
+    "use_rslora": "it is called train.variant here (rslora)",
+    "use_dora": "it is called train.variant here (dora)",
     "lora_alpha": "it is called train.alpha here",
     "lora_dropout": "it is called train.dropout here",
     "r": "it is called train.rank here",
@@ -120,6 +122,11 @@ def _check_together(recipe: Recipe) -> None:
         raise RecipeError(
             f"{recipe.path}: train.max_memory cannot stream int8 weights (bitsandbytes keeps its own copy of them)",
             "set train.quantization to nf4 or none",
+        )
+    if recipe.train.max_memory.gpu and recipe.train.variant == "dora":
+        raise RecipeError(
+            f"{recipe.path}: train.max_memory cannot stream the base of a DoRA, which reads its weights at every step",
+            "set train.variant to lora or rslora",
         )
     if recipe.train.max_memory.gpu and recipe.train.gradient_checkpointing is False:
         raise RecipeError(

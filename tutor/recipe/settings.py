@@ -68,6 +68,8 @@ class MemoryLimits(Settings):
 class TrainSettings(Settings):
     """The training of the LoRA adapter."""
 
+    # "rslora" scales by alpha / sqrt(rank); "dora" trains a length for each output too, and is served merged only.
+    variant: Literal["lora", "rslora", "dora"] = "lora"
     rank: int = Field(8, ge=1, le=1024)
     alpha: int = Field(16, ge=1, le=1 << 16)
     dropout: float = Field(0.1, ge=0, lt=1)
@@ -101,7 +103,7 @@ class MergeSettings(Settings):
 
     # "nf4": the base as dequantized from 4 bits, "original": its 16-bit weights, "auto": the better after nf4 training.
     base: Literal["auto", "original", "nf4"] = "auto"
-    dtype: Literal["fp16", "bf16"] = "fp16"
+    dtype: Literal["auto", "fp16", "bf16"] = "auto"  # auto: fp16, and bf16 for families that overflow in fp16
 
 
 BUDGETS: dict[str, float] = {

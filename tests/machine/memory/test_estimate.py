@@ -64,6 +64,35 @@ def test_total_is_within_a_tenth_of_the_measured_peak(shape, training, measured)
     assert sum(memory(shape, training).values()) == pytest.approx(measured, rel=0.1)
 
 
+MIDDLE = Shape(1024, 4, 3072, 8, 4, 128, 49152, tied=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "precision", "quantization", "changes", "measured"),
+    [
+        ("qwen3", "bf16", "none", {}, 330e6),
+        ("qwen3", "fp32", "none", {}, 204e6),
+        ("gemma3_text", "bf16", "none", {}, 347e6),
+        ("gemma3_text", "fp32", "none", {}, 220e6),
+        ("smollm3", "bf16", "none", {}, 317e6),
+        ("qwen2", "fp32", "none", {"fused": True}, 151e6),
+        ("llama", "bf16", "none", {"dora": True}, 342e6),
+        ("llama", "bf16", "nf4", {"dora": True, "dropout": True}, 363e6),
+        ("llama", "fp32", "nf4", {"dora": True, "dropout": True}, 300e6),
+        ("llama", "fp32", "nf4", {"dora": True}, 241e6),
+    ],
+)
+def test_families_and_dora_are_within_a_tenth_of_the_profiler(family, precision, quantization, changes, measured):
+    adapter = {"rank": 8, "targets": ATTENTION, "head": "chunked"}
+    parts = memory(replace(MIDDLE, family=family), on_cpu(512, quantization, precision, **{**adapter, **changes}))
+    assert parts["activations"] + parts["workspace"] + parts["gradients"] == pytest.approx(measured, rel=0.1)
+
+
+def test_dora_trains_a_magnitude_for_each_output():
+    plain, dora = (estimate.trainable_parameters(MIDDLE, 8, ("q_proj", "k_proj"), dora=each) for each in (False, True))
+    assert dora - plain == 4 * (1024 + 512)
+
+
 SMALL = Shape(384, 5, 896, 6, 2, 64, 49152, tied=True)  # scripts/bench_train.py's 26m
 
 

@@ -79,6 +79,7 @@ class StepWorkload:
     varied: bool = False  # micro-batches have many lengths
     fused: bool = False  # layers of the train stage's own functions (kernels/fused_layers.py), not transformers'
     unpacked: bool = False  # 4-bit weights are kept in the precision too
+    dora: bool = False  # PEFT's DoRA
 
     @property
     def width(self) -> int:
@@ -88,7 +89,7 @@ class StepWorkload:
 
 def memory(shape: Shape, step: StepWorkload) -> dict[str, int]:
     """Peak bytes of a training by part: of GPU memory where the step uses a GPU, else of main memory."""
-    adapters = trainable_parameters(shape, step.rank, step.targets)
+    adapters = trainable_parameters(shape, step.rank, step.targets, dora=step.dora)
     gradients = GRADIENT_BYTES * adapters
     activations = _activations(shape, step)
     workspace = max(_head(shape, step), _recomputation(shape, step), _scoring(shape, step) - activations)
@@ -137,11 +138,16 @@ def _weights(shape: Shape, step: StepWorkload) -> float:
 
 def _activations(shape: Shape, step: StepWorkload) -> float:
     """Bytes that all layers keep for the backward pass; with checkpointing only their inputs."""
-    layer = step.width * shape.hidden if step.checkpointing else _layer(shape, step)
-    return float(shape.layers * layer * step.tokens)
+    layer = step.width * shape.hidden * step.tokens if step.checkpointing else _layer(shape, step)
+    return float(shape.layers * layer)
 
 
 def _layer(shape: Shape, step: StepWorkload) -> int:
+    """Bytes that one layer keeps."""
+    return _layer_token(shape, step) * step.tokens + _dora_weights(shape, step)
+
+
+def _layer_token(shape: Shape, step: StepWorkload) -> int:
     """Bytes per token that one layer keeps."""
     width, inner = step.width, shape.heads * shape.head_dim
     if step.fused:
@@ -149,18 +155,35 @@ def _layer(shape: Shape, step: StepWorkload) -> int:
         kept = 2 * shape.hidden + 2 * inner + 2 * shape.kv_heads * shape.head_dim + 2 * shape.intermediate
         masks = sum(shape.matrices[name][0] for name in step.targets) if step.dropout else 0
         return width * (kept + step.rank * len(step.targets)) + masks
-    # Two norms in fp32; queries, keys, values and their result; gate, its activation, up.
-    kept = 2 * 4 * shape.hidden + 4 * width * inner + 3 * width * shape.intermediate
+    # Norms in fp32; queries, keys, values and their result; gate, its activation, up.
+    norms = 4 * shape.architecture.norms * shape.hidden
+    if shape.architecture.head_norms:
+        norms += (2 if width == 4 else 1) * 4 * (inner + shape.kv_heads * shape.head_dim)
+    kept = norms + 4 * width * inner + 3 * width * shape.intermediate
+    if step.dora:  # what the base and what the adapter returns, before the magnitudes scale them
+        kept += 2 * width * sum(shape.matrices[name][1] for name in step.targets)
     # An adapter keeps its own cast or dropped-out copy of its input; without both, adapters share an input.
     shared = step.precision == "fp32" and not step.dropout
     read = {MATRIX_INPUTS[name] if shared else name: shape.matrices[name][0] for name in step.targets}
     return kept + sum(read.values()) * (width + step.dropout)  # the dropout mask is one byte per number
 
 
+def _dora_weights(shape: Shape, step: StepWorkload) -> int:
+    """Bytes of weights that one layer keeps for the backward pass: of PEFT's DoRA with dropout, dequantized or cast."""
+    copied = step.quantization != "none" or step.width == 2
+    if not (step.dora and step.dropout and copied):
+        return 0
+    return step.width * sum(math.prod(shape.matrices[name]) for name in step.targets)
+
+
 def _recomputation(shape: Shape, step: StepWorkload) -> float:
     """Bytes to recompute one layer from its input, and its largest matrix in 16 bits where it is quantized."""
     matrix = step.width * max(inputs * outputs for inputs, outputs in shape.matrices.values())
-    layer = _layer(shape, step) * step.tokens if step.checkpointing else 0
+    layer = _layer(shape, step) if step.checkpointing else 0
+    if step.dora:
+        # An identity, whose product with the adapter is its change of the weight; the change, the weight, their sum.
+        sizes = [shape.matrices[name] for name in step.targets]
+        layer += max(4 * (inputs**2 + 3 * inputs * outputs) for inputs, outputs in sizes)
     if step.fused:
         # Gate, its activation, up and their gradients while the MLP is differentiated.
         layer += step.width * step.tokens * (4 * shape.intermediate + 3 * shape.hidden)
@@ -193,9 +216,10 @@ def certain_bytes(parts: Mapping[str, int], *, gpu: bool) -> int:
     return sum(parts.values()) - (parts["process"] if gpu else 0)
 
 
-def trainable_parameters(shape: Shape, rank: int, targets: Sequence[str]) -> int:
-    """Number of parameters of a LoRA adapter of this rank on the named matrices."""
-    return shape.layers * sum(rank * sum(shape.matrices[name]) for name in targets)
+def trainable_parameters(shape: Shape, rank: int, targets: Sequence[str], *, dora: bool = False) -> int:
+    """Number of parameters of an adapter of this rank on the named matrices; DoRA has a magnitude for each output."""
+    pairs = rank * sum(sum(shape.matrices[name]) for name in targets)
+    return shape.layers * (pairs + (sum(shape.matrices[name][1] for name in targets) if dora else 0))
 
 
 def parts_line(parts: Mapping[str, int]) -> str:

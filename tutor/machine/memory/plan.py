@@ -44,6 +44,8 @@ class MemoryRequest:
     dropout: bool = True
     on_gpu: bool = True
     packed: bool = True
+    plain: bool = True  # layers and adapters of which kernels/fused_layers.py has functions: no DoRA
+    dora: bool = False
     longest: int = 0  # tokens of the longest row; 0: as the largest micro-batch
     gpu: int | None = None  # train.max_memory.gpu in bytes
     cpu: int | None = None  # train.max_memory.cpu in bytes
@@ -63,7 +65,9 @@ class MemoryRequest:
             gpu=self.on_gpu,
             packed=self.packed,
             varied=True,
-            fused=self.packed and not self.on_gpu and quantization != "int8",  # int8 layers round their input
+            # int8 layers round their input.
+            fused=self.plain and self.packed and not self.on_gpu and quantization != "int8",
+            dora=self.dora,
         )
 
 
@@ -111,7 +115,7 @@ def parse_bytes(text: str) -> int:
 
 
 def memory_request(
-    settings: "TrainSettings", precision: str, tokens: int, longest: int, *, on_gpu: bool
+    shape: Shape, settings: "TrainSettings", precision: str, tokens: int, longest: int, *, on_gpu: bool
 ) -> MemoryRequest:
     """The request of these settings, with micro-batches of up to `tokens` and rows of up to `longest` tokens.
 
@@ -129,6 +133,8 @@ def memory_request(
         dropout=settings.dropout > 0,
         on_gpu=on_gpu,
         packed=settings.packing,
+        plain=shape.architecture.plain_layers and settings.variant != "dora",
+        dora=settings.variant == "dora",
         longest=longest,
         gpu=gpu,
         cpu=cpu,
@@ -149,7 +155,7 @@ def choose_tokens(
     tokens = MAX_TOKENS
     while True:
         largest, longest = largest_batch(settings.model_copy(update={"pass_tokens": tokens}), rows, ranks)
-        request = memory_request(settings, precision, largest, longest, on_gpu=memory.gpu)
+        request = memory_request(shape, settings, precision, largest, longest, on_gpu=memory.gpu)
         step = decide(shape, request, available)
         if step.resident is None and needed_bytes(shape, step) <= _budget(request, available):
             fits.append((step.quantization == "none", not step.checkpointing, tokens))
@@ -190,7 +196,7 @@ def plan_training(
     tokens = choose_tokens(shape, settings, precision, rows, memory, world_size)
     chosen = settings.model_copy(update={"pass_tokens": tokens})
     batches = split_step(chosen, [min(settings.max_length, length) for length in rows.lengths], world_size)
-    request = memory_request(chosen, precision, batches.tokens, batches.tokens, on_gpu=memory.gpu)
+    request = memory_request(shape, chosen, precision, batches.tokens, batches.tokens, on_gpu=memory.gpu)
     return plan(shape, request, batches, memory)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tutor.artifacts.disk import read_json
 from tutor.errors import ArtifactError
+from tutor.formats.architectures import ARCHITECTURES, Architecture
 
 if TYPE_CHECKING:
     from tutor.formats.models.gguf import Gguf
@@ -39,6 +40,12 @@ class Shape:
     vocabulary: int
     tied: bool  # the output head is the embedding
     positions: int | None = None  # maximum length of a text in tokens; None: unknown
+    family: str = "llama"  # model_type
+
+    @property
+    def architecture(self) -> Architecture:
+        """The row of the model's family; of a Llama for a family that is not in the table, which no stage accepts."""
+        return ARCHITECTURES.get(self.family, ARCHITECTURES["llama"])
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
@@ -75,6 +82,9 @@ SHAPES = {
     "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": Shape(
         4096, 32, 14336, 32, 8, 128, 128256, tied=False, positions=131072
     ),
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": Shape(
+        1536, 28, 8960, 12, 2, 128, 151936, tied=False, positions=131072, family="qwen2"
+    ),
 }
 """Shapes that are known before a config.json exists: of stages/base/tiny_model.py, and of hub models by name."""
 
@@ -101,6 +111,7 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
         vocabulary=number("vocab_size"),
         tied=bool(config.get("tie_word_embeddings", False)),
         positions=number("max_position_embeddings") if "max_position_embeddings" in config else None,
+        family=str(config.get("model_type", "llama")),
     )
 
 

@@ -23,6 +23,7 @@ from tutor.artifacts.hashing import HASHES, file_sha256, known_sha256, remember_
 from tutor.artifacts.manifest import read_manifest
 from tutor.artifacts.stage_folder import RESUME
 from tutor.errors import ArtifactError
+from tutor.formats.architectures import architecture_of
 from tutor.formats.models.model_config import normalised_config
 from tutor.formats.models.model_folder import check_model_folder, load_tokenizer, read_facts
 from tutor.formats.models.prompt_format import read_format, row_encoder
@@ -65,8 +66,10 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     check_model_folder(base)  # its files may be in a cache that was cleaned since the base stage ran
     adapter, files = read_adapter(inputs["train"]), read_folder(base)
     tensors = {tensor.name: tensor for stored in files.values() for tensor in stored}
-    require_fit(tensors, adapter, read_json(base / "config.json"))
-    dtype = SAFETENSORS_DTYPES[recipe.merge.dtype]
+    config = read_json(base / "config.json")
+    require_fit(tensors, adapter, config)
+    family = architecture_of(config.get("model_type"), str(base))
+    dtype = SAFETENSORS_DTYPES[family.merged_dtype if recipe.merge.dtype == "auto" else recipe.merge.dtype]
     _check_disk(files, dtype, out)
     candidates: dict[Base, MergedWeights] = {"original": MergedWeights(tensors, adapter, dtype)}
     if trained.get("quantization") == "nf4":

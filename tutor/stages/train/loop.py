@@ -103,13 +103,14 @@ def hanging_step(trainer: Any, seconds: float, median: float) -> HostError:
 
 
 def round_adapter(model: Any) -> None:
-    """Round the trainable parameters to FP16, so that the final held-out loss is that of the file.
+    """Round the trainable matrices to FP16, so that the final held-out loss is that of the file.
 
     FP16 halves the file, and is precise enough: it moves the change that the demo's adapter makes by 0.02 %, 1/80 of
-    the rounding of the merged FP16 model. Raises ArtifactError for a value beyond FP16's 65504.
+    the rounding of the merged FP16 model. DoRA's magnitudes stay in fp32: each scales a row of the base. Raises
+    ArtifactError for a value beyond FP16's 65504.
     """
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and parameter.ndim > 1:
             with torch.no_grad():
                 parameter.copy_(parameter.half().float())
             if not torch.isfinite(full_tensor(parameter)).all():
@@ -131,8 +132,9 @@ def write_outputs(trainer: Any, monitoring: MonitorSettings, fitted: FitResult, 
 
 
 def save_adapter(model: Any, source: str, out: Path) -> None:
-    """Write the adapter in PEFT's format and FP16; its base is named by its source, not by this machine's path."""
-    trained = {name: full_tensor(weight).half() for name, weight in model.named_parameters() if weight.requires_grad}
+    """Write the adapter in PEFT's format, matrices in FP16; its base is named by its source, not by a path."""
+    full = {name: full_tensor(weight) for name, weight in model.named_parameters() if weight.requires_grad}
+    trained = {name: weight.half() if weight.ndim > 1 else weight for name, weight in full.items()}
     if not is_main_process():
         return
     for config in model.peft_config.values():

@@ -171,13 +171,15 @@ def training_arguments(
 
 
 def lora_config(settings: "TrainSettings") -> LoraConfig:
-    """Return PEFT's configuration of a plain LoRA."""
+    """Return PEFT's configuration of the recipe's adapter."""
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=list(settings.target_modules),
         bias="none",
+        use_rslora=settings.variant == "rslora",
+        use_dora=settings.variant == "dora",
         task_type="CAUSAL_LM",
     )
 
