@@ -65,6 +65,9 @@ bench: .venv/demo ## compare training, merging and converting with the plain way
 	@$(BIN)/python scripts/bench_train.py $(BENCH)
 	@$(BIN)/python scripts/bench_merge.py $(BENCH_MERGE)
 
+matrix: .venv/demo ## run the whole chain on a tiny model of every family with every prompt: build/matrix/matrix.txt
+	@$(TUTOR) matrix
+
 install: .venv/demo ## make the environment of the demo only: .venv, llama.cpp, TypeScript; INSTALLER=pip for pip
 
 # One marker file for each set of packages. The script compares the hash of the pins, Make only the times of files.
@@ -109,4 +112,4 @@ lock: .venv/lock ## pin the dependencies of pyproject.toml again
 clean: .venv/light ## remove the outputs of RECIPE
 	@$(TUTOR) clean --recipe "$$RECIPE"
 
-.PHONY: help demo all audit up down logs shell test-docker run chat eval report doctor status install llamacpp typescript test test-quick bench check lock clean
+.PHONY: help demo all audit up down logs shell test-docker run chat eval report doctor status matrix install llamacpp typescript test test-quick bench check lock clean

@@ -56,3 +56,10 @@ def test_a_scheduled_workflow_runs_the_fuzz_tests_with_new_seeds():
     assert int(job["env"][COUNT]) > 1
     assert "github.run_number" in job["env"][SEED]
     assert job["steps"][-1]["run"] == "make test PYTEST=tests/fuzz"
+
+
+def test_a_scheduled_workflow_keeps_the_matrix_of_families():
+    steps = yaml.safe_load((ROOT / ".github" / "workflows" / "nightly.yml").read_text())["jobs"]["matrix"]["steps"]
+    assert [step["run"] for step in steps if "run" in step] == ["make up", "make matrix"]  # compared with a real Ollama
+    kept = steps[-1]
+    assert (kept["if"], kept["with"]["path"]) == ("always()", "build/matrix/matrix.*")

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import click
 
-from tutor.cli.commands import data, doctor, evaluate, inspect, run, serving, stack
+from tutor.cli.commands import data, doctor, evaluate, inspect, matrix, run, serving, stack
 from tutor.cli.exit import run_and_exit
 from tutor.errors import RecipeError
 from tutor.machine import distributed
@@ -32,6 +32,7 @@ COMMANDS = (
     inspect.report_command,
     *serving.COMMANDS,
     inspect.verify_command,
+    matrix.matrix_command,
     stack.stack_group,
 )
 

@@ -2,7 +2,7 @@
 
 In: a folder, a name of FAMILIES, a text for its tokenizer. Out: weights, config.json, a small tokenizer with the
 family's splitting, its special tokens and a short form of its chat template. Weights are random and large enough that
-greedy answers are not one repeated token; nothing is trained. Answers no question.
+greedy answers are not one repeated token; on request they are trained on the text for seconds. Answers no question.
 """
 
 import json
@@ -111,8 +111,11 @@ FAMILIES: Mapping[str, Family] = {
 """The tiny models by name; those of a family's `model_type` alone are its plain form."""
 
 
-def make_family(folder: Path, name: str, text: str, seed: int) -> Path:
-    """Write the tiny random model `name` of FAMILIES into `folder`; return the folder. Its tokenizer learns `text`."""
+def make_family(folder: Path, name: str, text: str, seed: int, *, warm: bool = False) -> Path:
+    """Write the tiny model `name` of FAMILIES into `folder`; return the folder.
+
+    Its tokenizer learns `text`, and so does the model if `warm`: it then writes no bytes that are no UTF-8.
+    """
     import torch
     import transformers
 
@@ -137,6 +140,14 @@ def make_family(folder: Path, name: str, text: str, seed: int) -> Path:
     torch.manual_seed(seed)
     model = model_class(model_class.config_class(**settings))
     _scale(model)
+    if warm:
+        from tokenizers import Tokenizer
+
+        from tutor.stages.base.tiny_model import warm_up
+
+        warm_up(
+            model, Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text, add_special_tokens=False).ids, seed
+        )
     _make_rare(model, json.loads((folder / "tokenizer.json").read_text("utf-8")))
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder

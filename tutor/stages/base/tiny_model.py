@@ -9,13 +9,13 @@ repeated token. Does not answer questions.
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tutor.formats.models.pre_tokenizer import LLAMA3
 
@@ -61,7 +61,7 @@ def make_tiny(folder: Path, text: str, seed: int) -> None:
         "unk_token": None,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(labels, ensure_ascii=False, indent=1), "utf-8")
-    model = _warm_up(_model(tokenizer.get_vocab_size(), seed), tokenizer.encode(text).ids, seed)
+    model = warm_up(_model(tokenizer.get_vocab_size(), seed), tokenizer.encode(text).ids, seed)
     model.to(torch.bfloat16).save_pretrained(folder)
     for name in ("chat_template.jinja", "special_tokens_map.json"):
         (folder / name).unlink(missing_ok=True)
@@ -129,10 +129,10 @@ def _one_thread() -> Iterator[None]:
 
 
 @_one_thread()
-def _warm_up(model: LlamaForCausalLM, ids: list[int], seed: int) -> LlamaForCausalLM:
+def warm_up(model: PreTrainedModel, ids: Sequence[int], seed: int) -> PreTrainedModel:
     """Train on random windows of the text, without rows, questions or EOS; return the model in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.tensor(ids * (1 + (LENGTH + 1) // len(ids)))
+    tokens = torch.tensor([*ids] * (1 + (LENGTH + 1) // len(ids)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     model.train()
     for _ in range(WARM_UP_STEPS):
