@@ -17,7 +17,7 @@ from tutor.serving.adapter import lora_folder
 from tutor.serving.builds import read_model
 
 BASE_FACTS = {"source": "tiny", "model": "model", "weights": "0", "vocabulary": 257, "add_bos": False, "bos": None}
-BASE_FACTS |= {"eos": 256, "pad": None, "pre_tokenizer": "x", "check": {}}
+BASE_FACTS |= {"eos": 256, "pad": None, "pre_tokenizer": "x", "check": {}, "prompt": {}}
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from support.models.families import family_folder
 from tutor.errors import ArtifactError, RecipeError
 from tutor.formats.models.model_folder import load_tokenizer
 from tutor.prompt.base_format import BaseFormat
-from tutor.prompt.encoding import audit, encode_row
+from tutor.prompt.encoding import RowEncoder, audit
 from tutor.stages.base.end_token import FACTOR, check_end_row
 from tutor.stages.base.stage import facts_of
 from tutor.stages.base.template import prompt_facts
@@ -46,7 +46,7 @@ def test_template_of_a_family_is_trained_as_served(tmp_path_factory, name, end):
     model = family_folder(tmp_path_factory, name)
     prompt, tokenizer = found_in(model), load_tokenizer(model)
     assert (prompt.end, prompt.end_id) == (end, tokenizer.convert_tokens_to_ids(end))
-    encoded = encode_row(tokenizer, ROW, "Sé breve.", prompt)
+    encoded = RowEncoder(tokenizer, prompt, "Sé breve.").encode(ROW)
     assert sum(len(row.answers()) for row in encoded) == 2
     for row in encoded:
         served = row.ids[: row.n_prompt]
@@ -62,7 +62,7 @@ def test_thoughts_of_rows_are_supervised(tmp_path_factory):
     model = folder_of(tmp_path_factory, "qwen3")
     edit(model / "tokenizer_config.json", chat_template=SWITCH)
     prompt, tokenizer = found_in(model, reasoning="rows"), load_tokenizer(model)
-    [first, last] = encode_row(tokenizer, {**ROW, "reasoning": "Pienso."}, "", prompt)
+    [first, last] = RowEncoder(tokenizer, prompt).encode({**ROW, "reasoning": "Pienso."})
     assert tokenizer.decode(last.answers()[0][1]) == "<think>\nPienso.\n</think>\n\nOtro tipo.<|im_end|>"
     assert tokenizer.decode(first.answers()[0][1]) == "<think>\n\n</think>\n\nUn tipo.<|im_end|>"
     assert tokenizer.decode(last.answers()[0][0]).endswith(

@@ -29,7 +29,7 @@ def write_base(folder: Path) -> None:
     (folder / "model" / "tokenizer_config.json").write_text(json.dumps(labels), "utf-8")
     facts = {"source": "tiny", "model": "model", "weights": "0", "vocabulary": 257, "add_bos": False, "bos": None}
     (folder / "base.json").write_text(
-        json.dumps({**facts, "eos": 256, "pad": None, "pre_tokenizer": "x", "check": {}}), "utf-8"
+        json.dumps({**facts, "eos": 256, "pad": None, "pre_tokenizer": "x", "check": {}, "prompt": {}}), "utf-8"
     )
 
 

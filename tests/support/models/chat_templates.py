@@ -59,7 +59,8 @@ OPENS = (
     "{% set ns = namespace(system='') %}{%- for message in messages %}{%- if message['role'] == 'system' %}"
     "{% set ns.system = message['content'] %}{%- endif %}{%- endfor %}{{ bos_token }}{{ ns.system }}"
     "{%- for message in messages %}{%- if message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}"
-    "{%- elif message['role'] == 'assistant' %}{% set content = message['content'].split('</think>')[-1] %}"
+    "{%- elif message['role'] == 'assistant' %}{% set content = message['content'] %}"
+    "{% set content = content.split('</think>')[-1] %}"
     "{{ '<｜Assistant｜>' + content + '<｜end▁of▁sentence｜>' }}{%- endif %}{%- endfor -%}"
     "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\n' }}{% endif %}"
 )

@@ -51,5 +51,5 @@ def write_base(base: Path, tokenizer: Path) -> None:
     shutil.copy(tokenizer, base / "model" / "tokenizer.json")
     facts = {"source": "tiny", "model": "model", "weights": "", "vocabulary": 256, "add_bos": False, "bos": None}
     (base / "base.json").write_text(
-        json.dumps({**facts, "eos": 0, "pad": None, "pre_tokenizer": "", "check": {}}), "utf-8"
+        json.dumps({**facts, "eos": 0, "pad": None, "pre_tokenizer": "", "check": {}, "prompt": {}}), "utf-8"
     )

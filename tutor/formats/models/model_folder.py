@@ -7,7 +7,7 @@ no weights.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tutor.artifacts.disk import read_json
 from tutor.errors import ArtifactError
@@ -49,6 +49,7 @@ class Facts:
     pad: int | None
     pre_tokenizer: str  # llama.cpp's name for the splitting of a byte-level BPE; "" for SentencePiece
     check: Mapping[str, int] = field(default_factory=dict)  # numbers of what was compared with llama.cpp's conversion
+    prompt: Mapping[str, Any] = field(default_factory=dict)  # of its chat template (BaseFormat); {}: not used
 
 
 def read_facts(base: Path) -> tuple[Facts, Path]:

@@ -40,8 +40,9 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
         log.info("%s: ignoring %s; what its index names counts, or model.safetensors", model, ", ".join(ignored))
     facts = facts_of(model, recipe.base.source, "model" if model == out / "model" else str(model))
     from tutor.stages.base.check import check_base
+    from tutor.stages.base.template import prompt_facts
 
-    facts = replace(facts, check=check_base(model, facts, out))
+    facts = replace(facts, prompt=prompt_facts(recipe, model, facts), check=check_base(model, facts, out))
     (out / "base.json").write_text(json.dumps(asdict(facts), ensure_ascii=False, indent=1) + "\n", "utf-8")
     versions = {"llama.cpp": f"of llama_cpp_python {VERSION}, build {build_key()}"}
     versions |= {name: version_text(name) for name in ("transformers", "tokenizers")}

@@ -32,6 +32,13 @@ from tutor.formats.models.tensor_streams import open_writer
 from tutor.formats.rows.split_files import HELD_OUT, read_split
 from tutor.machine.run_cost import require_disk
 from tutor.prompt.encoding import Encoded
+from tutor.prompt.format import PromptFormat
+from tutor.prompt.served_files import (
+    served_generation_config,
+    served_model_config,
+    served_special_tokens,
+    served_tokenizer_config,
+)
 from tutor.stages.merge.peft_adapter import read_adapter
 from tutor.stages.merge.weights import DTYPES, MergedWeights, require_fit
 
@@ -40,7 +47,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-COPIED = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "LICENSE*", "NOTICE*")
+COPIED = ("tokenizer.json", "tokenizer.model", "added_tokens.json", "LICENSE*", "NOTICE*")
 """Patterns of files that are copied from the base byte for byte."""
 SAFETENSORS_DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 """Names of dtypes: in a recipe -> in safetensors."""
@@ -83,8 +90,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     choice = choose(candidates, base, rows, out / RESUME)
     largest = write_shards(candidates[choice["base"]], files, out)
     dtype_name = str(DTYPES[dtype]).removeprefix("torch.")
-    template = read_format(recipe, inputs["base"]).chat_template(add_bos=facts.add_bos)
-    copy_other_files(base, out, dtype=dtype_name, template=template)
+    copy_other_files(base, out, read_format(recipe, inputs["base"]), dtype=dtype_name, add_bos=facts.add_bos)
     load_tokenizer(out)
     changes = {"layers": len(adapter.deltas), "largest_change": largest}
     return {"base_weights": facts.weights, "dtype": dtype_name, **choice, **changes}
@@ -216,11 +222,11 @@ def _check_disk(files: Files, dtype: str, out: Path) -> None:
     require_disk(out, need - written, "merging")
 
 
-def copy_other_files(base: Path, out: Path, *, dtype: str, template: str) -> None:
-    """Write the configuration with its dtype, the tokenizer files unchanged, and the chat template that is served.
+def copy_other_files(base: Path, out: Path, prompt: PromptFormat, *, dtype: str, add_bos: bool) -> None:
+    """Write the configuration with its dtype, the tokenizer files, and the chat template that is served.
 
-    The template is in both places where tools read it: tokenizer_config.json (llama.cpp, transformers 4) and
-    chat_template.jinja (transformers 5).
+    The token that ends an answer is EOS in all of them. The template is in both places where tools read it:
+    tokenizer_config.json (llama.cpp, transformers 4) and chat_template.jinja (transformers 5).
     """
     for pattern in COPIED:
         for path in base.glob(pattern):
@@ -231,14 +237,20 @@ def copy_other_files(base: Path, out: Path, *, dtype: str, template: str) -> Non
     config["dtype"] = dtype
     # transformers 4 and llama.cpp read the older name, transformers 5 reads both.
     config["torch_dtype"] = dtype
-    _write(out / "config.json", config)
+    _write(out / "config.json", served_model_config(config, prompt))
     tokenizer_config = read_json(base / "tokenizer_config.json")
     tokenizer_config.pop("name_or_path", None)
-    tokenizer_config["chat_template"] = template
-    _write(out / "tokenizer_config.json", tokenizer_config)
-    (out / "chat_template.jinja").write_text(template, "utf-8")
-    if (base / "generation_config.json").exists():
-        shutil.copyfile(base / "generation_config.json", out / "generation_config.json")
+    _write(out / "tokenizer_config.json", served_tokenizer_config(tokenizer_config, prompt, add_bos=add_bos))
+    (out / "chat_template.jinja").write_text(prompt.chat_template(add_bos=add_bos), "utf-8")
+    for name, served in (
+        ("special_tokens_map", served_special_tokens),
+        ("generation_config", served_generation_config),
+    ):
+        path = base / f"{name}.json"
+        if path.exists() and served(read_json(path), prompt) == read_json(path):
+            shutil.copyfile(path, out / path.name)
+        elif path.exists():
+            _write(out / path.name, served(read_json(path), prompt))
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
