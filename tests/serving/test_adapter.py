@@ -10,11 +10,12 @@ from support.outputs.published import SYSTEM
 
 from tutor.artifacts.layout import BuildFolder
 from tutor.artifacts.stage_folder import writing
-from tutor.errors import ArtifactError
+from tutor.errors import ArtifactError, RecipeError
 from tutor.formats.models.served_quantization import write_served
 from tutor.recipe.settings import OllamaSettings, Recipe
 from tutor.serving.adapter import lora_folder
 from tutor.serving.builds import read_model
+from tutor.serving.publish import publish
 
 BASE_FACTS = {"source": "tiny", "model": "model", "weights": "0", "vocabulary": 257, "add_bos": False, "bos": None}
 BASE_FACTS |= {"eos": 256, "pad": None, "pre_tokenizer": "x", "check": {}, "prompt": {}}
@@ -106,6 +107,17 @@ def test_lora_folder_is_a_model_with_base_adapter_and_parser(recipe: Recipe, fol
     lines = (folder.lora / "Modelfile").read_text("utf-8").splitlines()
     assert sum(line.startswith("ADAPTER ") for line in lines) == 1
     assert lines[-1] == "PARSER passthrough", "without a parser Ollama takes the chat template of the base"
+
+
+def test_lora_folder_of_a_dora_is_refused_before_anything_is_made(
+    recipe: Recipe, folder: BuildFolder, conversions: list[Mapping[str, str]], tmp_path: Path
+) -> None:
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"variant": "dora"})})
+    for refused in (lambda: lora_folder(recipe, folder), lambda: publish(recipe, tmp_path / "none", adapter=True)):
+        with pytest.raises(RecipeError, match=r"train\.variant is 'dora'.*merged model"):
+            refused()
+    assert not conversions
+    assert not folder.lora.exists()
 
 
 def test_lora_folder_without_a_converted_base_is_refused(recipe: Recipe, folder: BuildFolder) -> None:

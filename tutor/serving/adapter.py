@@ -15,7 +15,7 @@ from tutor.artifacts.layout import LORA, BuildFolder, gguf_name
 from tutor.artifacts.manifest import is_made, read_manifest, require_stage
 from tutor.artifacts.stage_folder import writing
 from tutor.engines.llamacpp.build import build_key
-from tutor.errors import ArtifactError
+from tutor.errors import ArtifactError, RecipeError
 from tutor.pipeline.registry import BY_NAME
 from tutor.prompt.tutor_format import GO_TEMPLATE, STOPS
 from tutor.recipe.settings import Recipe
@@ -30,12 +30,25 @@ LEFT_OUT = (*provenance.LEFT_OUT, "pipeline", "serving/builds.py", "serving/mode
 """Modules that `lora/` does not depend on, beside those of every key: their values are key fields."""
 
 
+def refuse_variant(recipe: Recipe) -> None:
+    """Raise RecipeError for an adapter that a GGUF cannot hold: it has matrices, and no lengths of rows."""
+    if recipe.train.variant == "dora":
+        raise RecipeError(
+            f"{recipe.path}: train.variant is 'dora', which an adapter GGUF cannot represent",
+            "publish the merged model: tutor publish without --adapter; or train with variant lora or rslora",
+        )
+
+
 def lora_folder(recipe: Recipe, folder: BuildFolder) -> Path:
-    """Return `lora/`, made first when it is missing or outdated. Raises ArtifactError without a stage that it needs."""
+    """Return `lora/`, made first when it is missing or outdated.
+
+    Raises ArtifactError without a stage that it needs, RecipeError for a DoRA.
+    """
     from tutor.engines.llamacpp.adapter import lora_to_gguf
     from tutor.formats.models.model_folder import read_facts
     from tutor.stages.convert.lineage import adapter_lineage, recipe_hash, to_fields
 
+    refuse_variant(recipe)
     inputs = {name: folder.stage(name) for name in ("data", "base", "train", "convert")}
     fields: dict[str, Any] = {f"input.{name}": require_stage(at, name).fingerprint for name, at in inputs.items()}
     fields |= BY_NAME["modelfile"].recipe_fields(recipe)

@@ -26,7 +26,7 @@ from tutor.pipeline.staleness import edited_inputs
 from tutor.prompt.messages import display_text
 from tutor.recipe.settings import Recipe
 from tutor.serving import builds, ollama_parity
-from tutor.serving.adapter import lora_folder
+from tutor.serving.adapter import lora_folder, refuse_variant
 from tutor.serving.build_records import last_proof, record_proof
 from tutor.serving.models import quantization_of
 from tutor.stages.parity.gate import parity_table, refusal
@@ -51,6 +51,8 @@ def publish(
     was edited since; ServiceError for faults of the server, GateError when it would serve another model.
     """
     folder = BuildFolder(build, recipe.name)
+    if adapter:
+        refuse_variant(recipe)
     with held(recipe, build), announced("publish", "publish the model to Ollama and check it"):
         made, reference = _folder_of("modelfile", recipe, folder), _reference(recipe, folder)
         edited, unchecked = _edited_inputs(recipe, folder, force=force), _unchecked(folder)

@@ -129,7 +129,7 @@ def adapter(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     write(made / "made.gguf", pairs(), **FIELDS)
     folder = tmp_path / "adapter"
     folder.mkdir()
-    (folder / "adapter_config.json").write_text('{"r": 4, "alpha_pattern": {}, "use_dora": false}')
+    (folder / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 8, "alpha_pattern": {}, "use_dora": false}')
     peft(folder, 0.0)
     config = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     (tmp_path / "config.json").write_text(json.dumps(config))  # of the base's 16-bit folder
@@ -188,7 +188,7 @@ def test_file_with_other_numbers_than_the_adapter_is_refused(base: Path, adapter
     assert list(tmp_path.glob("lora.gguf*")) == []
 
 
-@pytest.mark.parametrize("setting", ["use_dora", "use_rslora", "alpha_pattern", "modules_to_save"])
+@pytest.mark.parametrize("setting", ["use_dora", "alpha_pattern", "modules_to_save"])
 def test_unsupported_adapter_is_refused_before_conversion(
     base: Path, adapter: Path, tmp_path: Path, setting: str
 ) -> None:
@@ -198,10 +198,18 @@ def test_unsupported_adapter_is_refused_before_conversion(
     assert not (tmp_path / "build/given.txt").exists()
 
 
+def test_alpha_that_differs_from_the_adapters_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
+    (adapter / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 8, "use_rslora": true}')
+    with pytest.raises(ArtifactError, match=r"has alpha 8, and .* 16"):  # alpha x sqrt(rank)
+        lora_to_gguf(adapter, tmp_path, base, tmp_path / "lora.gguf")
+    assert list(tmp_path.glob("lora.gguf*")) == []
+
+
 @pytest.mark.llamacpp
 @pytest.mark.usefixtures("real")
+@pytest.mark.parametrize("variant", [{}, {"use_rslora": True}], ids=["lora", "rslora"])
 def test_base_with_adapter_scores_as_merged_model(
-    tmp_path: Path, tiny_with_adapter: Callable[[Path], tuple[Path, Path, Path]]
+    variant: dict[str, Any], tmp_path: Path, tiny_with_adapter: Callable[..., tuple[Path, Path, Path]]
 ) -> None:
     from tutor.engines.llamacpp.convert import Conversion, to_gguf
     from tutor.engines.llamacpp.score import score
@@ -209,7 +217,7 @@ def test_base_with_adapter_scores_as_merged_model(
     from tutor.formats.models.gguf_weights import adapter_weights_of, check_exact
     from tutor.formats.models.pre_tokenizer import pre_tokenizer_name
 
-    model, adapter, merged = tiny_with_adapter(tmp_path)
+    model, adapter, merged = tiny_with_adapter(tmp_path, **variant)
     files = {"base": model, "merged": merged}
     for name, folder in files.items():
         to_gguf(Conversion(folder, tmp_path / f"{name}.gguf", pre_tokenizer_name(folder / "tokenizer.json")))
@@ -230,7 +238,7 @@ def test_base_with_adapter_scores_as_merged_model(
 
 
 @pytest.fixture
-def tiny_with_adapter() -> Callable[[Path], tuple[Path, Path, Path]]:
+def tiny_with_adapter() -> Callable[..., tuple[Path, Path, Path]]:
     """Make a random Llama, an adapter of its q, k, v and o, and PEFT's merge of both; return their folders."""
     torch = pytest.importorskip("torch")
     from peft import PeftModel
@@ -238,9 +246,9 @@ def tiny_with_adapter() -> Callable[[Path], tuple[Path, Path, Path]]:
     from support.models.tiny_models import adapter_stage
     from transformers import AutoTokenizer, LlamaForCausalLM
 
-    def make(folder: Path) -> tuple[Path, Path, Path]:
+    def make(folder: Path, **variant: Any) -> tuple[Path, Path, Path]:
         model = make_tiny(folder / "model", llama3_splitter())
-        adapter = adapter_stage(model, folder / "adapter", "")
+        adapter = adapter_stage(model, folder / "adapter", "", **variant)
         merged = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(model, dtype=torch.float32), adapter)
         merged.merge_and_unload().half().save_pretrained(folder / "merged")
         AutoTokenizer.from_pretrained(model).save_pretrained(folder / "merged")

@@ -4,14 +4,17 @@ In: PEFT's adapter folder, the base's 16-bit folder and its GGUF. Out: one GGUF 
 --lora (Ollama's own conversion of safetensors adapters scrambles q and k). Merges nothing.
 """
 
+import contextlib
 import json
 import logging
 import math
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from tutor.artifacts.disk import read_json
+from tutor.artifacts.disk import read_json, write_json
 from tutor.engines.llamacpp.build import SOURCE
 from tutor.engines.llamacpp.process import OFFLINE, Command, partial_path, program_error, programs, write_file
 from tutor.errors import ArtifactError, HostError
@@ -22,7 +25,6 @@ log = logging.getLogger(__name__)
 
 UNSUPPORTED = (
     "use_dora",
-    "use_rslora",
     "lora_bias",
     "fan_in_fan_out",
     "alpha_pattern",
@@ -32,6 +34,8 @@ UNSUPPORTED = (
 """PEFT settings that a GGUF adapter cannot represent: it has one alpha, and pairs of matrices."""
 PAIR_SUFFIXES = (".lora_a", ".lora_b")
 """Ends of the names of the two matrices of a pair."""
+WEIGHTS = "adapter_model.safetensors"
+"""Name of the file of an adapter's matrices."""
 TENSOR_TYPES = ("F16", "F32")
 """Accepted types of an adapter's tensors; quantization would lose too much of so small a file."""
 
@@ -41,7 +45,8 @@ def lora_to_gguf(
 ) -> int:
     """Write an adapter's F16 GGUF, completely or not at all; return the number of matrices that it changes.
 
-    `base_gguf` is the file that the adapter will be loaded with, `metadata` are additional key-values. Raises
+    `base_gguf` is the file that the adapter will be loaded with, `metadata` are additional key-values. An rsLoRA is
+    written with the alpha of a LoRA that changes the base equally: llama.cpp scales by alpha / rank. Raises
     ArtifactError when the adapter cannot be converted or does not fit the base, HostError when the converter lacks a
     package.
     """
@@ -52,15 +57,18 @@ def lora_to_gguf(
         )
     made = target.with_name(f"{target.name}.unchecked")
     start = (sys.executable, SOURCE / "convert_lora.py", programs().folder, json.dumps(dict(metadata or {})))
-    command: Command = [*start, adapter, "--base", base_model, "--outfile", partial_path(made), "--outtype", "f16"]
+    end: Command = ["--base", base_model, "--outfile", partial_path(made), "--outtype", "f16"]
     try:
-        code, output = write_file(made, command, OFFLINE)
+        with _as_lora(adapter, config) as (folder, alpha):
+            code, output = write_file(made, [*start, folder, *end], OFFLINE)
         if code:
             line = output.rpartition("\n")[2] or f"exit code {code}"
             if "ModuleNotFoundError" in line:
                 raise HostError(f"cannot convert {adapter}: {line}", "make install")
             raise program_error(f"cannot convert {adapter}", code, output, line)
         pairs = check_adapter(made, base_gguf)
+        if not math.isclose(found := read_gguf(made).fields["adapter.lora.alpha"], alpha, rel_tol=1e-6):
+            raise ArtifactError(f"{target} has alpha {found:g}, and {adapter} {alpha:g}", "convert it again")
         if lines := check_exact(made, read_gguf(made), adapter_weights_of(adapter, base_model)):
             raise ArtifactError(f"{target} differs from {adapter}: {lines[0]}", "convert it again")
         made.replace(target)
@@ -68,6 +76,24 @@ def lora_to_gguf(
         made.unlink(missing_ok=True)
     log.info("%s changes %d matrices of %s", target.name, pairs, base_gguf.name)
     return pairs
+
+
+@contextlib.contextmanager
+def _as_lora(adapter: Path, config: Mapping[str, Any]) -> Iterator[tuple[Path, float]]:
+    """Give folder and alpha of a plain LoRA with an adapter's matrices and scale; the adapter's own unless rsLoRA.
+
+    The converter copies lora_alpha, whatever use_rslora says.
+    """
+    if not config.get("use_rslora"):
+        yield adapter, config["lora_alpha"]
+        return
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / adapter.name
+        folder.mkdir()
+        alpha = config["lora_alpha"] * math.sqrt(config["r"])
+        write_json(folder / "adapter_config.json", {**config, "lora_alpha": alpha, "use_rslora": False})
+        (folder / WEIGHTS).symlink_to((adapter / WEIGHTS).resolve())
+        yield folder, alpha
 
 
 def check_adapter(adapter: Path, base: Path) -> int:
