@@ -43,6 +43,15 @@ def test_row_lengths_are_of_every_form_of_rows(machine, based_on, recipe_file, t
     assert rows_of(based_on("tiny"), tmp_path) == plain
 
 
+def test_row_lengths_count_every_turn(machine, based_on, recipe_file, tmp_path):
+    file = recipe_file.with_name("tutor.jsonl")
+    turns = [{"role": role, "content": "a" * 400} for role in ("user", "assistant") * 3]
+    write_rows(file, [{"messages": turns}])
+    assert rows_of(based_on("tiny"), tmp_path).longest > 2400 / 3
+    write_rows(file, [{"instruction": "a" * 300, "input": "a" * 100, "output": "b" * 500}])
+    assert 900 / 3 < rows_of(based_on("tiny"), tmp_path).longest < 500
+
+
 def test_row_lengths_do_not_wait_for_a_pipe(machine, based_on, recipe_file, tmp_path):
     recipe_file.with_name("tutor.jsonl").unlink()
     os.mkfifo(recipe_file.with_name("tutor.jsonl"))

@@ -10,12 +10,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tutor.artifacts.disk import read_json
 from tutor.artifacts.layout import BuildFolder
 from tutor.errors import TutorError
+from tutor.formats.importing.reading import open_rows
 from tutor.formats.models.prompt_format import row_encoder
-from tutor.formats.rows.jsonl import Limits, read_values
+from tutor.formats.rows.jsonl import Limits
 from tutor.formats.rows.split_files import HELD_OUT, TRAIN, read_split
 from tutor.machine.memory.batching import max_tokens, split_step
 from tutor.recipe.settings import Recipe, TrainSettings
@@ -28,9 +30,6 @@ MEAN_CHARACTERS = 2.6
 
 PROMPT_CHARACTERS = 40
 """Maximum characters that the prompt contract adds to a row."""
-
-Texts = list[tuple[str, str]]
-"""Questions and answers."""
 
 
 @dataclass(frozen=True)
@@ -67,18 +66,16 @@ def find_row_lengths(recipe: Recipe, build: Path, base: Path) -> RowLengths | No
     `base` is the folder of the base stage, whose tokenizer counts where it is the recipe's base.
     """
     data = BuildFolder(build, recipe.name).stage("data")
-    train, held_out = (_texts(data / name) for name in (TRAIN, HELD_OUT))
+    train, held_out = (_sizes(data / name, recipe.system) for name in (TRAIN, HELD_OUT))
     if train and held_out:
         with contextlib.suppress(TutorError, OSError, ImportError, KeyError, ValueError):
             if read_json(base / "base.json")["source"] == recipe.base.source:
                 return count_rows(recipe, data, base)
-        sizes = [_characters(row, recipe.system) for row in train]
-        scored = sum(_characters(row, recipe.system) for row in held_out)
-        return RowLengths(_upper_bounds(sizes), round(sum(sizes) / MEAN_CHARACTERS), round(scored / MEAN_CHARACTERS))
-    texts = train or _texts(recipe.resolve(recipe.data.train))
-    if not texts:
+        counted, scored = (round(sum(sizes) / MEAN_CHARACTERS) for sizes in (train, held_out))
+        return RowLengths(_upper_bounds(train), counted, scored)
+    sizes = train or _sizes(recipe.resolve(recipe.data.train), recipe.system)
+    if not sizes:
         return None
-    sizes = [_characters(row, recipe.system) for row in texts]
     tokens = min(len(sizes), recipe.data.rows or len(sizes)) * sum(sizes) / len(sizes) / MEAN_CHARACTERS
     share = 0.0 if train else recipe.data.held_out
     return RowLengths(_upper_bounds(sizes), round((1 - share) * tokens), round(share * tokens))
@@ -94,16 +91,23 @@ def largest_batch(settings: TrainSettings, rows: RowLengths | None, world_size: 
     return tokens, max(lengths)
 
 
-def _texts(path: Path) -> Texts:
-    """The rows of a file; empty where the path is not a regular file, or any of its rows is malformed."""
+def _sizes(path: Path, system: str) -> list[int]:
+    """Characters of the rows of a file; empty where the path does not exist, or any of its rows is malformed."""
     with contextlib.suppress(TutorError, OSError, ValueError, KeyError, TypeError):
-        rows = [row for _, row in read_values(path, Limits(), Counter())] if path.is_file() else []
-        return [(row["instruction"] + "", row["response"] + "") for row in rows]
+        rows = (row for _, row in open_rows(path, Limits(), Counter())) if path.is_file() or path.is_dir() else ()
+        return [_characters(row) + len(system) for row in rows]
     return []
 
 
-def _characters(row: tuple[str, str], system: str) -> int:
-    return len(row[0]) + len(row[1]) + len(system) + PROMPT_CHARACTERS
+def _characters(row: Any) -> int:
+    """Characters of a row as it is trained, the prompt's own texts included."""
+    if not isinstance(row, dict):
+        raise TypeError("a row is no object")
+    messages = [*row.get("history", ()), *row.get("messages", ())]
+    if "messages" not in row:
+        messages.append({"content": row["instruction"] + row["response"], "reasoning": row.get("reasoning", "")})
+    texts = [message["content"] + message.get("reasoning", "") for message in messages]
+    return sum(map(len, texts)) + PROMPT_CHARACTERS * len(texts)
 
 
 def _upper_bounds(sizes: Iterable[int]) -> list[int]:
