@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 from support.fuzzing.examples import check, seeds
@@ -56,6 +57,59 @@ def test_rows_of_any_content_are_taken_or_refused(folder):
         outcome = run(*random.choice(ROW_COMMANDS), "-r", "small.toml", folder=folder)
         check(outcome, raw, folder)
         assert outcome.code in (0, 3)
+
+
+CHATS: list[dict[str, Any]] = [
+    {"instruction": "a", "input": "b", "output": "c", "history": [["d", "e"]], "system": "f"},
+    {
+        "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "<think>b</think>c", "weight": 1}],
+        "tools": "",
+        "id": 7,
+    },
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant", "content": "b"}]},
+    {"prompt": "a", "completion": [{"role": "assistant", "content": "b"}], "label": None, "reasoning": "c"},
+]
+TABLE = 'question,answer,category\n"a\nb",c,d\n"e ""f""",g,h\n"[1]",i;j,k\n'
+
+
+def imported_of(random: Random) -> tuple[str, bytes]:
+    """A file of another format with its name, changed as values or as bytes."""
+    if random.random() < 0.4:
+        name, delimiter = random.choice((("rows.csv", ","), ("rows.csv", ";"), ("rows.tsv", "\t")))
+        return name, bytes_of(TABLE.replace(",", delimiter).encode(), random)
+    if random.random() < 0.5:
+        return "rows.json", json_of(random.choice((CHATS, {"version": 1, "data": CHATS})), random)
+    lines = [json.dumps(row).encode() for row in CHATS]
+    lines[random.randrange(len(lines))] = json_of(random.choice(CHATS), random)
+    return "rows.jsonl", b"\n".join(lines)
+
+
+def test_imported_files_of_any_content_are_taken_or_refused(folder):
+    for random in seeds(20):
+        name, raw = imported_of(random)
+        (folder / "inputs" / name).write_bytes(raw)
+        outcome = run("data", "import", name, "-o", folder / "build" / "rows.jsonl", "--force", folder=folder)
+        (folder / "inputs" / name).unlink()
+        check(outcome, raw, folder)
+        assert outcome.code in (0, 3)
+        if outcome.code == 0:
+            assert run("data", "check", folder / "build" / "rows.jsonl", "--no-code", folder=folder).code == 0
+
+
+@pytest.mark.parametrize("name", ["rows.xlsx", "rows.parquet"])
+def test_damaged_binary_tables_are_taken_or_refused(folder, name):
+    table = pytest.importorskip("pandas").DataFrame(
+        [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}]
+    )
+    path = folder / "inputs" / name
+    table.to_excel(path, index=False) if name.endswith("xlsx") else table.to_parquet(path)
+    whole = path.read_bytes()
+    for random in seeds(8):
+        raw = bytes_of(whole, random)
+        path.write_bytes(raw)
+        outcome = run("data", "import", name, "-o", folder / "build" / "rows.jsonl", "--force", folder=folder)
+        check(outcome, raw, folder)
+        assert outcome.code in (0, 2, 3)
 
 
 def settings() -> list[str]:

@@ -1,4 +1,5 @@
-"""formats/importing/importer.py: one file of rows from several, and a list of what was left out."""
+"""formats/importing/importer.py, and with it formats/importing/names.py: one file of rows from several, and a list of
+what was left out."""
 
 import json
 import logging

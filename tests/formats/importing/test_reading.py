@@ -1,4 +1,6 @@
-"""formats/importing/reading.py and its readers of JSON, CSV, Excel, Parquet and folders of datasets."""
+"""formats/importing/reading.py, and with it formats/importing/json_lists.py, formats/importing/delimited.py,
+formats/importing/table_rows.py, formats/importing/spreadsheets.py, formats/importing/tables.py,
+formats/importing/dataset_folders.py."""
 
 import gzip
 import json

@@ -1,4 +1,5 @@
-"""formats/importing/shapes.py and messages.py: rows of other formats as tutor's own, and rows that are refused."""
+"""formats/importing/shapes.py, and with it formats/importing/messages.py: rows of other formats as tutor's own, and
+rows that are refused."""
 
 from typing import Any
 

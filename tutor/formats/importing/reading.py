@@ -20,8 +20,12 @@ from tutor.formats.rows.jsonl import Limits, LineValue, array_reader, opened, re
 
 DELIMITED = frozenset((".csv", ".tsv", ".tab"))
 """Endings of tables as text."""
-PARQUET, ZIP, OLE = b"PAR1", b"PK\3\4", b"\xd0\xcf\x11\xe0"
-"""First bytes of Parquet files, of .xlsx files, and of older or encrypted Excel files."""
+PARQUET = b"PAR1"
+"""First bytes of a Parquet file."""
+ZIP = b"PK\3\4"
+"""First bytes of an .xlsx file."""
+OLE = b"\xd0\xcf\x11\xe0"
+"""First bytes of an older or encrypted Excel file."""
 DEFAULT_OPTIONS = Options()
 
 
