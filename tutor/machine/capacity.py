@@ -31,6 +31,7 @@ from tutor.machine.memory.plan import MemoryRequest, TrainingPlan
 from tutor.machine.memory.row_lengths import RowLengths, count_rows, find_row_lengths, largest_batch
 from tutor.machine.memory.shapes import SHAPES, Shape, read_shape, shape_of, shape_of_gguf
 from tutor.recipe.settings import Recipe, TrainSettings
+from tutor.recipe.trackers import refuse_missing_trackers
 from tutor.recipe.values import HUB, PACKAGE
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ def refuse_stages(recipe: Recipe, build: Path, stages: Collection[str]) -> bool:
     """
     gpu = next(iter(host.gpus()), None) if "train" in stages else None
     if "train" in stages:
+        refuse_missing_trackers(recipe.train.report_to)
         device.refuse_unusable_gpu(gpu)
     shape = find_shape(recipe, build)
     if shape is None:
@@ -118,8 +120,7 @@ def refuse_lengths(recipe: Recipe, shape: Shape) -> None:
 
 def refuse_training(recipe: Recipe, build: Path, shape: Shape, gpu: host.Gpu | None) -> None:
     """Raise HostError for a training that fails on this GPU, or without one on this CPU."""
-    device.refuse_gpu(recipe.train.precision, gpu)
-    device.refuse_overflow(recipe.train.precision, shape)
+    device.refuse_gpu(recipe.train.precision, shape, gpu)
     forecast = forecast_memory(recipe, build, shape, gpu)
     memory_plan.refuse_limits(shape, forecast.request, forecast.step, forecast.memory.available)
     refuse_memory(forecast)

@@ -141,8 +141,12 @@ def refuse_overflow(setting: str, shape: Shape) -> None:
         )
 
 
-def refuse_gpu(setting: str, gpu: Gpu | None) -> None:
-    """Raise HostError for a GPU that the pinned CUDA does not support, or a precision that the device does not have."""
+def refuse_gpu(setting: str, shape: Shape, gpu: Gpu | None) -> None:
+    """Raise HostError for a GPU that the pinned CUDA does not support, or a precision that the device does not have.
+
+    Raises RecipeError for a precision that the base overflows in.
+    """
+    refuse_overflow(setting, shape)
     if gpu is not None and gpu.capability < CUDA_CAPABILITY:
         needed = f"the pinned CUDA needs {dotted(CUDA_CAPABILITY)}"
         raise HostError(

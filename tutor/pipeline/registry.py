@@ -64,7 +64,12 @@ def _base(recipe: Recipe) -> dict[str, Any]:
 
 
 def _train(recipe: Recipe) -> dict[str, Any]:
-    return {**recipe.train.model_dump(), "system": recipe.system, "loss": recipe.data.loss, "seed": recipe.seed}
+    return {
+        **recipe.train.model_dump(exclude={"report_to"}),
+        "system": recipe.system,
+        "loss": recipe.data.loss,
+        "seed": recipe.seed,
+    }
 
 
 def _merge(recipe: Recipe) -> dict[str, Any]:

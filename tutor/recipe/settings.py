@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from tutor.errors import RecipeError
+from tutor.recipe.trackers import TrackerName
 from tutor.recipe.values import (
     BaseSource,
     Kind,
@@ -92,6 +93,9 @@ class TrainSettings(Settings):
     max_memory: MemoryLimits = MemoryLimits()
     evaluations_per_epoch: int = Field(2, ge=0, le=1000)  # evaluations on the held-out rows; the best adapter is kept
     patience: int = Field(0, ge=0, le=MANY)  # evaluations without improvement that end the training; 0: no early end
+    # Trackers that transformers reports each step to, beside TensorBoard's files: wandb, mlflow, trackio, ... Accounts
+    # and addresses are in their own environment variables; the services of `tutor stack` reach no tracker outside.
+    report_to: list[TrackerName] = []
     logging_steps: int = Field(50, ge=1, le=MANY)
     save_steps: int = Field(500, ge=1, le=MANY)
     # Minutes between checkpoints; 0: by steps alone. Not in the specification: 278 rows never reach its 500 steps.

@@ -24,7 +24,7 @@ PREFIX = "tutor."
 """Prefix of the keys in a GGUF file."""
 TOOLS = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors", "gguf")
 """Packages that took part in the computation of the weights; their versions are in the file."""
-NEUTRAL_SETTINGS = {"logging_steps", "save_steps", "save_minutes"}
+NEUTRAL_SETTINGS = {"logging_steps", "report_to", "save_steps", "save_minutes"}
 """Settings of [train] that do not change the weights."""
 SOFTWARE_KEYS = ("version", "tools", "llama.cpp")
 """Keys of the software versions, which may differ on another machine."""

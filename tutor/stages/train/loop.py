@@ -22,6 +22,7 @@ from tutor.machine.watchdog import Watchdog
 from tutor.prompt.encoding import Encoded
 from tutor.stages.train import checkpoint
 from tutor.stages.train.held_out_loss import mean_loss, perplexity, refuse_inference_layout
+from tutor.stages.train.metrics import Tracker
 from tutor.stages.train.monitor import Monitor, MonitorSettings, report_lines, restore_best
 from tutor.stages.train.plot import draw
 
@@ -58,6 +59,8 @@ def fit(
     trainer.add_callback(StepWatch(watchdog))  # the first one: it ends a step before others evaluate, report and save
     monitor = Monitor(folder, monitoring, lambda: mean_loss(model, held_out))
     trainer.add_callback(monitor)
+    for name in monitoring.trackers:
+        trainer.add_callback(Tracker(name))
     with contextlib.closing(monitor), session, watchdog:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     state = trainer.state

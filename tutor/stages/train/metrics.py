@@ -1,6 +1,6 @@
-"""Speed and memory of a training, for log lines, metrics.jsonl and TensorBoard.
+"""Speed and memory of a training, for log lines, metrics.jsonl and TensorBoard; other trackers of transformers.
 
-In: steps as they end, a clock, the device. Out: numbers and their text. Does not decide anything.
+In: steps as they end, a clock, the device. Out: numbers and their text; reports to trackers. Does not decide anything.
 """
 
 import contextlib
@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
+
+from tutor.errors import ServiceError
 
 log = logging.getLogger(__name__)
 
@@ -129,3 +133,58 @@ def write_scalars(board: Any, line: Mapping[str, Any]) -> None:
         if name not in ("step", "epoch", "seconds") and value is not None:
             board.add_scalar(name.replace("held_out_", "held_out/"), value, line["step"])
     board.flush()
+
+
+class Tracker(TrainerCallback):  # type: ignore[misc]
+    """Reports a training to one tracker of transformers, and names it when it fails.
+
+    A tracker that cannot begin is an error. One that fails later gets no more reports, and the training goes on.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._callback: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Make transformers' own callback, and begin. Raises ServiceError with the tracker's reason."""
+        try:
+            self._callback = get_reporting_integration_callbacks([self._name])[0]()
+            self._callback.on_init_end(args, state, control, **given)
+            self._callback.on_train_begin(args, state, control, **given)
+        except (Exception, SystemExit) as error:
+            raise ServiceError(
+                f"{self._name} cannot record this training: {_reason(error)}",
+                "see its documentation for its account and environment, or remove it from train.report_to",
+            ) from error
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Pass the end of a step on."""
+        self._send("on_step_end", args, state, control, given)
+
+    def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Pass the numbers of a step on."""
+        self._send("on_log", args, state, control, given)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Pass the end of the training on."""
+        self._send("on_train_end", args, state, control, given)
+
+    def _send(self, event: str, args: Any, state: Any, control: Any, given: Mapping[str, Any]) -> None:
+        if self._callback is not None:
+            with self:
+                getattr(self._callback, event)(args, state, control, **given)
+
+    def __enter__(self) -> None:
+        """Begin a report."""
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        """End a report; after a failure the training goes on without this tracker."""
+        if not isinstance(error, Exception | SystemExit):
+            return False
+        log.warning("%s failed and gets no more reports: %s", self._name, _reason(error))
+        self._callback = None
+        return True
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -57,6 +57,7 @@ class MonitorSettings:
     report_every: int  # steps
     loss_before: float  # held-out loss before training, in nats
     skips_overflow: bool  # fp16's loss scaler skips steps whose gradients overflow
+    trackers: tuple[str, ...] = ()  # transformers' names of those that are reported to
 
 
 def evaluation_steps(steps: int, evaluations: int) -> frozenset[int]:
@@ -173,11 +174,9 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
         if (percent := gpu_utilization()) is not None:
             self._utilization.append(percent)
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **given: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **given: Any) -> None:
         """Check the loss, evaluate when it is due, report. Raises ArtifactError when training fails."""
-        if "loss" not in (logs or {}):
+        if logs is None or "loss" not in logs:
             return
         entry = state.log_history[-1]
         if not math.isfinite(entry.get("grad_norm", 0.0)):
@@ -186,6 +185,7 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
         raise_on_failure(state.log_history, self._monitoring.loss_before)
         if state.global_step in self._evaluations:
             self._evaluate(entry, state, Path(args.output_dir) / BEST, given["model"])
+            logs["held_out_loss"] = entry["held_out_loss"]  # for the trackers, whose turn is later
             patience = self._monitoring.patience
             if (
                 patience

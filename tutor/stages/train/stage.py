@@ -53,6 +53,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path, plan: TrainingP
     arguments = training_arguments(
         settings, precision, recipe.seed, training.folder, batches, checkpointing=plan.checkpointing
     )
+    arguments.run_name = recipe.name
     trainer = load_trainer(model_folder, tokenizer, train, lora_config(settings), arguments, plan)
     audited = audit_labels(trainer, train, tokenizer, encoder.prompt)
     trainable, total = count_parameters(trainer.model)
@@ -108,7 +109,7 @@ def _training_run(
     """Return the training with all fields that its checkpoints must agree on; `base` is the hash of the weights."""
     code = SourceTree().provenance(Path(__file__))
     fields = checkpoint.training_fields(
-        recipe.train.model_dump() | {"quantization": plan.quantization}, rows, code,
+        recipe.train.model_dump(exclude={"report_to"}) | {"quantization": plan.quantization}, rows, code,
         seed=recipe.seed, base=base,
         precision=plan.precision, device="cuda" if torch.cuda.is_available() else "cpu",
         processes=distributed.world_size(),
@@ -128,6 +129,7 @@ def _monitoring(
         report_every=settings.logging_steps,
         loss_before=loss_before,
         skips_overflow=precision == "fp16",
+        trackers=tuple(settings.report_to),
     )
 
 

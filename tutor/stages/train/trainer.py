@@ -140,7 +140,7 @@ def training_arguments(
 ) -> SFTConfig:
     """Return TRL's arguments for the recipe; TRL's own changes to the rows (cutting, packing) and reports are off."""
     cuda = torch.cuda.is_available()
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(checkpoints),
         per_device_train_batch_size=batches.rows,
         gradient_accumulation_steps=batches.count,
@@ -168,6 +168,8 @@ def training_arguments(
         seed=seed,
         data_seed=seed,
     )
+    arguments.report_to = []  # an environment variable makes transformers add one; metrics.py adds the recipe's
+    return arguments
 
 
 def lora_config(settings: "TrainSettings") -> LoraConfig:
