@@ -67,7 +67,7 @@ def import_command(  # noqa: PLR0913 - a command's options
     from tutor.formats.importing.importer import import_files, left_out_path
     from tutor.formats.importing.names import Options, read_map
 
-    options = Options(read_map(columns), format_name or "", sheet, loss)
+    options = Options(read_map(columns), format_name or "", sheet, loss=loss)
     for path in (output, left_out_path(output)):
         check_rows_output(path, files, force=force)
     with progress_on_stderr({"quiet": False}):

@@ -59,6 +59,7 @@ class Options:
     columns: Mapping[str, str] = field(default_factory=dict)  # part of a row -> key or column (--map)
     format: str = ""  # a key of FORMATS or STYLES
     sheet: str = ""  # of a spreadsheet
+    answered: bool = True  # a row needs an answer; False: a question to ask is a row too
     loss: str = "all"  # answers that the recipe trains: all, or the last
 
 

@@ -49,7 +49,7 @@ def convert(found: Any, options: Options, recognised: Recognised) -> Any:
         if options.format in ("", "tutor") and _is_own(found, filled):
             recognised.formats[names.TUTOR] += 1
             return found
-        parts, described = _recognise(found, keys, filled, options.format)
+        parts, described = _recognise(found, keys, filled, options)
     for name, part in names.LABELS.items():
         if name in keys and part not in parts:
             parts[part] = keys[name]
@@ -106,9 +106,10 @@ def _mapped(found: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, s
 
 
 def _recognise(
-    found: Mapping[str, Any], keys: Mapping[str, str], filled: set[str], wanted: str
+    found: Mapping[str, Any], keys: Mapping[str, str], filled: set[str], options: Options
 ) -> tuple[dict[str, str], str]:
     """Return part -> key of a row, and its format described. Raises RowError."""
+    wanted = options.format
     if wanted and wanted not in names.STYLES:
         questions, answers = names.FORMATS[wanted]
         turns: str | None = None
@@ -126,7 +127,7 @@ def _recognise(
         raise RowError(
             f"has {turns} and {question if question in filled else reply}: which to train is not clear", BY_MAP
         )
-    if not turns and (question is None or reply is None):
+    if not turns and (question is None or (reply is None and options.answered)):
         shown = ", ".join(printable(key) for key in list(found)[:8]) or "(none)"
         expected = f"the keys of {wanted}" if wanted else "instruction,response or the keys of another known format"
         raise RowError(f"found key {shown}; expected {expected}", BY_MAP)
@@ -155,7 +156,7 @@ def _described(question: str | None, reply: str | None, turns: str | None) -> st
     if turns:
         return turns
     format_name = {"instruction": "Alpaca", "prompt": "prompt/completion", "question": "question/answer"}
-    return f"{format_name.get(str(question), 'question/answer')} ({question}, {reply})"
+    return f"{format_name.get(str(question), 'question/answer')} ({', '.join(filter(None, (question, reply)))})"
 
 
 def _turns(
@@ -185,20 +186,21 @@ def _turns(
 
 def _pair(found: Mapping[str, Any], parts: Mapping[str, str], loss: str, recognised: Recognised) -> list[Turn]:
     """Return history, question and answer as messages; prompt and completion may be messages themselves."""
-    question, reply = found[parts["question"]], found[parts["answer"]]
+    question, reply = found[parts["question"]], _value(found, parts, "answer")
     given = _parsed(_value(found, parts, "history"))
     turns = [] if _is_empty(given) else read_history(given, loss, recognised)
     if _is_messages(question) or _is_messages(reply):
         both = [
             *(question if _is_messages(question) else [{"role": "user", "content": question}]),
-            *(reply if _is_messages(reply) else [{"role": "assistant", "content": reply}]),
+            *(reply if _is_messages(reply) else [{"role": "assistant", "content": reply}] if "answer" in parts else []),
         ]
         return turns + read_messages(both, "messages", loss, recognised)
     texts = [read_text(question, printable(parts["question"]))[0]]
     texts.append(read_text(_value(found, parts, "input"), printable(parts.get("input", "")))[0])
-    text, thoughts = read_text(reply, printable(parts["answer"]))
     turns.append({"role": "user", "content": "\n\n".join(part for part in texts if part.strip())})
-    turns.append(answer(text, thoughts, "the answer"))
+    if "answer" in parts:
+        text, thoughts = read_text(reply, printable(parts["answer"]))
+        turns.append(answer(text, thoughts, "the answer"))
     return turns
 
 
@@ -227,7 +229,10 @@ def _parsed(value: Any) -> Any:
 
 def own_row(turns: list[Turn]) -> dict[str, Any]:
     """Return messages as the shorter of our two forms."""
-    if [turn["role"] for turn in turns] != ["user", "assistant"]:
+    roles = [turn["role"] for turn in turns]
+    if roles == ["user"]:
+        return {"instruction": turns[0]["content"]}
+    if roles != ["user", "assistant"]:
         return {"messages": turns}
     question, reply = turns
     thought = {"reasoning": reply["reasoning"]} if "reasoning" in reply else {}

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from tutor.errors import DataError
-from tutor.formats.importing.names import Recognised
+from tutor.formats.importing.names import Options, Recognised
 from tutor.formats.importing.reading import open_rows
 from tutor.formats.markdown import fence_languages
 from tutor.formats.rows.conversations import MESSAGES, flatten
@@ -172,7 +172,7 @@ def read_rows(
     faults: list[tuple[int, RowError]] = []
     bad = 0
     with unchanged(path) as sha256:
-        for line, found in open_rows(path, limits, tolerated, recognised=recognised):
+        for line, found in open_rows(path, limits, tolerated, Options(answered=model is ExampleRow), recognised):
             try:
                 rows.append((line, parse_row(found, model, dropped, strict=strict)))
                 tolerated["crlf"] += any(isinstance(text, str) and "\r\n" in text for text in found.values())

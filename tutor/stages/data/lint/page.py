@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tutor.formats.html import render_page
+from tutor.formats.importing.names import Options
 from tutor.formats.importing.reading import open_rows
 from tutor.formats.rows.jsonl import Limits
 from tutor.stages.data.lint.linter import KINDS, NEAR, LintReport
@@ -95,7 +96,7 @@ def _questions(places: Iterable[Place], limits: Limits) -> dict[Place, str]:
         wanted[name] |= {line} - {0}
     texts = {}
     for name, lines in wanted.items():
-        for line, found in open_rows(Path(name), limits, Counter()) if lines else ():
+        for line, found in open_rows(Path(name), limits, Counter(), Options(answered=False)) if lines else ():
             if line in lines and isinstance(found, dict):
                 text = str(found.get("instruction", ""))
                 texts[name, line] = text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}…"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 
+from tutor.formats.importing.names import Options
 from tutor.formats.importing.reading import open_rows
 from tutor.formats.markdown import fences_are_closed
 from tutor.formats.rows.json_values import RowError
@@ -102,7 +103,7 @@ def index_file(path: Path, index: RowIndex, limits: Limits, checks: RowChecks) -
     tolerated, dropped = Counter[str](), Counter[str]()
     prompts: bool | None = name == index.held_out or None  # None: decided by the first row
     total = bad = 0
-    for line, found in open_rows(path, limits, tolerated):
+    for line, found in open_rows(path, limits, tolerated, Options(answered=False)):
         total += 1
         if prompts is None and isinstance(found, dict):
             prompts = "expect" in found
