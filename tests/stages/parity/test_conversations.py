@@ -1,6 +1,6 @@
 """stages/parity/conversations.py: the set of conversations, and the reach of each."""
 
-from tutor.prompt.tutor_format import TUTOR, render
+from tutor.prompt.tutor_format import TUTOR, TutorFormat, render
 from tutor.stages.parity.conversations import CODE, EMOJI, SPECIALS, Conversation, make_conversations
 
 
@@ -40,3 +40,13 @@ def test_conversations_are_deterministic() -> None:
     one, two = (make_conversations(rows, "s", fits) for _ in range(2))
     assert one == two
     assert isinstance(one[0], Conversation)
+
+
+def test_template_of_a_base_gets_no_prefill_and_no_empty_system() -> None:
+    class Base(TutorFormat):
+        kind = "base"
+
+    rows = [{"instruction": "¿Qué?", "response": "Eso."}]
+    left_out = {item.name for item in make_conversations(rows, "", fits)}
+    left_out -= {item.name for item in make_conversations(rows, "", fits, Base())}
+    assert left_out == {"answered", "empty system"}

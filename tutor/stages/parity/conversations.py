@@ -65,11 +65,12 @@ def make_conversations(
     ]
     fixed = {"accents": ACCENTS, "code": CODE, "emoji": EMOJI, "special tokens": SPECIALS}
     made += [Conversation(name, _messages(system, text), "everywhere") for name, text in fixed.items()]
-    made += [
-        Conversation("several turns", _messages(system, *TURNS), "everywhere"),
-        Conversation("empty system", ({"role": "system", "content": ""}, *_messages("", TURNS[0])), "served"),
-    ]
-    if rows:
+    made.append(Conversation("several turns", _messages(system, *TURNS), "everywhere"))
+    own = prompt.kind == "tutor"  # engines write an empty system text and a prefill by a base's template in other ways
+    if own:
+        empty = ({"role": "system", "content": ""}, *_messages("", TURNS[0]))
+        made.append(Conversation("empty system", empty, "served"))
+    if own and rows:
         # The answer is complete: a model that has learnt to end answers generates EOS only.
         made.append(Conversation("answered", (*asked[0], prompt.history(answers[0])), "served"))
     if fits(prompt.render(_messages(system, FILLER))):
