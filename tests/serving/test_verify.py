@@ -305,7 +305,7 @@ def test_path_of_a_missing_file_is_refused(name: str) -> None:
 def add_model(server: fake.FakeOllama, path: Path, **facts: Any) -> str:
     digest = fake.write_gguf(path, **facts)
     server.blobs[f"sha256:{digest}"] = path.read_bytes()
-    facts = json.loads(path.read_bytes()[4:].split(b"\0")[0])
+    facts = fake.facts_of(path.read_bytes())
     server.models["tutor:latest"] = fake.Model({}, facts, f"sha256:{digest}")
     return digest
 
@@ -316,7 +316,7 @@ def test_published_model_is_identified_by_its_file(built: Built, server: fake.Fa
     rows = {row.what: row for row in verify.verify_model("tutor:latest", server.host, built.recipe, built.build)}
     assert {row.condition for what, row in rows.items() if what != "weights"} == {"ok"}
     assert rows["file"].computed == "gguf/tutor-Q8_0.gguf"
-    assert rows["weights"].condition == "unknown", "the files of the fake are not GGUF files"
+    assert rows["weights"].condition == "wrong", "the files of the fake have other weights"
 
 
 def test_local_copy_of_a_server_file_has_its_weights_compared(built: Built, server: fake.FakeOllama) -> None:

@@ -17,7 +17,7 @@ from tutor.artifacts.stage_folder import writing
 from tutor.engines.llamacpp.build import build_key
 from tutor.errors import ArtifactError, RecipeError
 from tutor.pipeline.registry import BY_NAME
-from tutor.prompt.tutor_format import GO_TEMPLATE, STOPS
+from tutor.prompt.format import PromptFormat
 from tutor.recipe.settings import Recipe
 from tutor.serving.builds import served_name
 from tutor.serving.models import quantization_of
@@ -46,6 +46,7 @@ def lora_folder(recipe: Recipe, folder: BuildFolder) -> Path:
     """
     from tutor.engines.llamacpp.adapter import lora_to_gguf
     from tutor.formats.models.model_folder import read_facts
+    from tutor.formats.models.prompt_format import read_format
     from tutor.stages.convert.lineage import adapter_lineage, recipe_hash, to_fields
 
     refuse_variant(recipe)
@@ -69,23 +70,22 @@ def lora_folder(recipe: Recipe, folder: BuildFolder) -> Path:
         gguf = out / gguf_name("tutor", LORA)
         metadata = to_fields(adapter_lineage(recipe, inputs))
         results["matrices"] = lora_to_gguf(inputs["train"], read_facts(inputs["base"])[1], base, gguf, metadata)
-        _write_modelfile(recipe, base, gguf, out)
+        _write_modelfile(recipe, read_format(recipe, inputs["base"]), base, gguf, out)
     return target
 
 
-def _write_modelfile(recipe: Recipe, base: Path, adapter: Path, out: Path) -> None:
+def _write_modelfile(recipe: Recipe, prompt: PromptFormat, base: Path, adapter: Path, out: Path) -> None:
     """Write `out`/Modelfile and `out`/create.json of a base with an adapter, as the modelfile stage does for merged.
 
     The base's GGUF has its own chat template (R1's names tools and <think>), which Ollama would prefer to TEMPLATE
-    without a parser.
+    without a parser. In the format of the base that template is the one to serve.
     """
     from tutor.stages.modelfile.render import render
-    from tutor.stages.modelfile.spec import ModelSpec
-    from tutor.stages.modelfile.stage import create_body, ollama_parameters
+    from tutor.stages.modelfile.stage import create_body, model_spec
 
-    parameters = ollama_parameters(recipe.generate.model_dump(), recipe.seed, STOPS)
-    name = served_name(recipe, adapter=True)
-    spec = ModelSpec(name, base, GO_TEMPLATE, parameters, system=recipe.system, adapter=adapter)
-    (out / "Modelfile").write_text(f"{render(spec, out)}PARSER {PARSER}\n", "utf-8")
+    spec = model_spec(recipe, prompt, served_name(recipe, adapter=True), base, adapter)
+    parser = {"parser": PARSER} if prompt.go_template else {}
+    lines = [f"{name.upper()} {value}\n" for name, value in parser.items()]
+    (out / "Modelfile").write_text("".join([render(spec, out), *lines]), "utf-8")
     places = {path: os.path.relpath(path, out) for path in (base, adapter)}
-    write_json(out / "create.json", {"name": name, **create_body(spec, places), "parser": PARSER})
+    write_json(out / "create.json", {"name": spec.name, **create_body(spec, places), **parser})

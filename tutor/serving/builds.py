@@ -18,14 +18,14 @@ from typing import Any
 from tutor.artifacts.hashing import json_sha256
 from tutor.engines.ollama.answers import Tag
 from tutor.engines.ollama.client import Ollama
-from tutor.engines.ollama.engine import OllamaServer
 from tutor.engines.ollama.health import gpu_notice, gpu_share
-from tutor.engines.ollama.prompts import OWN_TEMPLATE, QUESTION, check_prompts
-from tutor.engines.ollama.protocol import check_version, parse_parameters
-from tutor.engines.protocol import Generation
+from tutor.engines.ollama.prompts import check_prompts
+from tutor.engines.ollama.protocol import check_version
+from tutor.engines.ollama.served_model import Description, check_answer, check_description, differences
 from tutor.errors import ArtifactError, GateError, RecipeError, TutorError
 from tutor.machine import host
-from tutor.prompt.messages import conversation
+from tutor.prompt.format import PromptFormat
+from tutor.prompt.tutor_format import TUTOR
 from tutor.recipe.ollama_names import canonical, split_tag
 from tutor.recipe.settings import Recipe
 
@@ -39,8 +39,8 @@ TAG_DIGITS = 12
 """Number of hex digits of the build hash in a tag."""
 FILE_KINDS = ("files", "adapters")
 """Keys of the create body whose values are files."""
-WARM_UP_TOKENS = 24
-"""Number of tokens of the warm-up answer; Ollama aborts a longer answer that repeats itself."""
+RENDERS_NO_GGUF = ': older ones do not render the chat template in a GGUF, which prompt = "base" serves'
+"""Why a server that is too old cannot serve a model with the template of its base."""
 LastProof = Callable[[str, str], Mapping[str, str]]
 """The server's `version` and the model's `digest` at the last check of a build on a host; empty without one."""
 TagCheck = Callable[[Ollama, str], dict[str, Any]]
@@ -56,6 +56,26 @@ class Model:
     files: Mapping[str, Path]  # name on the server -> the GGUF
     adapters: Mapping[str, Path]  # name on the server -> the LoRA GGUF; can be empty
     settings: Mapping[str, Any]  # template, system, parameters, license, parser
+    prompt: PromptFormat = TUTOR
+    family: str = "llama"  # as /api/show names it: general.architecture of the GGUF
+    own_template: str = ""  # of the GGUF, which the server renders where `settings` has no template
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the server renders the GGUF's own template."""
+        return "template" not in self.settings
+
+    @property
+    def description(self) -> Description:
+        """What the server must show of the model."""
+        return Description(
+            template=self.own_template if self.is_native else self.settings["template"],
+            system=self.settings.get("system", ""),
+            parameters=self.settings.get("parameters", {}),
+            capabilities=(*(("thinking",) if self.prompt.think is not None else ()), "completion"),
+            family=self.family,
+            quantization=self.quantization,
+        )
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -68,15 +88,18 @@ def served_name(recipe: Recipe, *, adapter: bool = False) -> str:
     return f"{recipe.ollama.model}-lora" if adapter else recipe.ollama.model
 
 
-def read_model(folder: Path, quantization: str) -> Model:
-    """Read `folder`/create.json, with absolute paths. Raises ArtifactError when it or a file of it is missing."""
+def read_model(folder: Path, quantization: str, **facts: Any) -> Model:
+    """Read `folder`/create.json, with absolute paths; `facts` are `prompt`, `family` and `own_template` of the model.
+
+    Raises ArtifactError when it or a file of it is missing.
+    """
     path = folder / "create.json"
     try:
         body = json.loads(path.read_text("utf-8"))
         files, adapters = (
             {name: (folder / at).resolve() for name, at in body.pop(key, {}).items()} for key in FILE_KINDS
         )
-        model = Model(body.pop("name"), quantization, files, adapters, body)
+        model = Model(body.pop("name"), quantization, files, adapters, body, **facts)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ArtifactError(f"cannot read {path}: {error}", "run: tutor modelfile") from None
     for file in model.paths:
@@ -109,20 +132,23 @@ def publish_build(
     """
     started = time.monotonic()
     version = server.wait_ready(wait)
-    check_version(version)
+    check_version(version, "" if model.prompt.go_template else RENDERS_NO_GGUF)
     build = build_id(model, hashes)
     tag = f"{model.name}:{build}"
     result = {"model": model.name, "build": build, "tag": tag, "host": server.host, "version": version}
     shown = server.show(tag)
     proof, digest = last_proof(build, server.host), model_digest(server, tag)
-    made = shown is None or mismatches(shown, model) != [] or proof.get("digest", digest) != digest
+    made = (
+        shown is None
+        or differences(shown, model.description, is_native=model.is_native) != []
+        or proof.get("digest", digest) != digest
+    )
     is_proven = proof.get("version") == version and proof.get("digest") == digest
     if not made and is_proven and _is_latest(server, model.name, tag):
         return {**result, "published": False, "seconds": round(time.monotonic() - started, 3)}
     with _taken_back_on_failure(server, tag):
-        if made:
-            _create(model, hashes, server, tag)
-        checks = check_build(model, server, tag)
+        recognised = _create(model, hashes, server, tag) if made else None
+        checks = check_build(model, server, tag, recognised)
         if check:
             checks |= check(server, tag)
     checks["digest"] = model_digest(server, tag)
@@ -148,46 +174,29 @@ def _taken_back_on_failure(server: Ollama, tag: str) -> Iterator[None]:
         raise
 
 
-def _create(model: Model, hashes: Mapping[Path, str], server: Ollama, tag: str) -> None:
+def _create(model: Model, hashes: Mapping[Path, str], server: Ollama, tag: str) -> str | None:
+    """Create a tag; return the name of the template that the server recognised, None for none."""
     digests = {path: f"sha256:{hashes[path]}" for path in model.paths}
     for path in model.paths:
         if not server.upload_blob(path, digests[path]):
             log.info("%s is on the server already", path.name)
     files = {key: {name: digests[path] for name, path in getattr(model, key).items()} for key in FILE_KINDS}
-    server.create(tag, {**{key: value for key, value in files.items() if value}, **model.settings})
+    return server.create(tag, {**{key: value for key, value in files.items() if value}, **model.settings})
 
 
-def check_build(model: Model, server: Ollama, tag: str) -> dict[str, Any]:
+def check_build(model: Model, server: Ollama, tag: str, recognised: str | None = None) -> dict[str, Any]:
     """Check settings, prompts and one answer of a published tag; return the findings. Raises GateError."""
-    shown = server.show(tag)
-    if problems := mismatches(shown or {}, model):
-        hint = OWN_TEMPLATE if "{%" in str((shown or {}).get("template")) else "publish again"
-        raise GateError(f"{tag} is not what was sent: {'; '.join(problems[:3])}", hint)
+    check_description(server, tag, model.description, is_native=model.is_native, recognised=recognised)
     latest = f"{model.name}:{LATEST}"
     if canonical(latest) in map(canonical, server.loaded()):
         server.unload(latest)  # two models need twice the memory
-    prompts = check_prompts(server, tag, model.settings.get("system", ""))
-    answer = OllamaServer(server, tag).answer(conversation(QUESTION), Generation(WARM_UP_TOKENS, 0.0, 1.0, 1.0, 1))
-    if not answer.text.strip():
-        raise GateError(f"{tag} returns an empty answer to {QUESTION!r}", "look at its training: tutor summary")
+    prompts = check_prompts(server, tag, model.settings.get("system", ""), model.prompt)
+    answer = check_answer(server, tag, model.prompt)
     share = gpu_share(server, tag)  # None when another name of the same file was loaded already
     if notice := gpu_notice(server, host_has_gpu=bool(host.gpus()), model=tag):
         log.warning("%s", notice)
-    return {"prompts": prompts, "answer": answer.text, "gpu_share": share}
-
-
-def mismatches(shown: Mapping[str, Any], model: Model) -> list[str]:
-    """Return the settings in /api/show that differ from those of the model, as text."""
-    details = shown.get("details") or {}
-    expected: dict[str, tuple[object, object]] = {
-        "template": (shown.get("template"), model.settings.get("template", "")),
-        "system": (shown.get("system", ""), model.settings.get("system", "")),
-        "parameters": (parse_parameters(shown), dict(model.settings.get("parameters", {}))),
-        "capabilities": (shown.get("capabilities"), ["completion"]),
-        "family": (details.get("family"), "llama"),
-        "quantization": (details.get("quantization_level"), model.quantization),
-    }
-    return [f"{name} is {got!r:.160} instead of {want!r:.160}" for name, (got, want) in expected.items() if got != want]
+    thought = {"thought": answer.thought} if answer.thought else {}
+    return {"prompts": prompts, "answer": answer.text, **thought, "gpu_share": share}
 
 
 def serve_as_latest(server: Ollama, name: str, tag: str) -> None:

@@ -23,6 +23,7 @@ from tutor.serving.model_names import ModelChoice
 
 if TYPE_CHECKING:
     from tutor.engines.protocol import Engine
+    from tutor.prompt.format import PromptFormat
     from tutor.recipe.settings import Recipe
 
 
@@ -39,11 +40,11 @@ def open_engine(
     """
     refuse_folder(recipe, build)
     folder = BuildFolder(build, recipe.name)
-    prompt = read_format(recipe, folder.stage("base"))
+    prompt = prompt_of(recipe, folder)
     if choice.engine == "ollama":
         from tutor.engines.ollama.engine import serve as serve_published
 
-        with serve_published(choice.model, choice.host) as engine:
+        with serve_published(choice.model, choice.host, prompt) as engine:
             yield engine
     elif choice.engine == "hf" or choice.model == "adapter":
         from tutor.engines.hf.loading import load
@@ -72,6 +73,11 @@ def gpu_notice(choice: ModelChoice) -> str | None:
 
     with connect(choice.host) as server:
         return health.gpu_notice(server, host_has_gpu=bool(host.gpus()), model=choice.model)
+
+
+def prompt_of(recipe: "Recipe", folder: BuildFolder) -> "PromptFormat":
+    """Return the format of the prompts of a recipe. Raises ArtifactError where the base's own is not known yet."""
+    return read_format(recipe, folder.stage("base"))
 
 
 def quantization_of(recipe: "Recipe", folder: BuildFolder) -> str:

@@ -21,6 +21,7 @@ from tutor.errors import GateError, TutorError
 from tutor.pipeline.recipe_folder import refuse_folder
 from tutor.pipeline.registry import BY_NAME
 from tutor.pipeline.runner import require_gate_passed
+from tutor.prompt.format import PromptFormat
 from tutor.recipe.settings import Recipe
 from tutor.serving import builds, compare, ollama_parity, publish
 from tutor.serving.build_records import (
@@ -32,6 +33,7 @@ from tutor.serving.build_records import (
     update_record,
 )
 from tutor.serving.model_names import ModelChoice
+from tutor.serving.models import prompt_of
 from tutor.stages.parity.gate import HandOff, refusal
 
 log = logging.getLogger(__name__)
@@ -103,7 +105,8 @@ def _promote(recipe: Recipe, build: Path, tag: str, *, host: str | None, force: 
     name, _, new = tag.rpartition(":")
     with connect(host) as server:
         old, at = _served_build(server, name), server.host
-        overrode = [problem] if (problem := _parity_problem(folder, server, tag)) else []
+        problem = _parity_problem(folder, server, tag, prompt_of(recipe, folder))
+        overrode = [problem] if problem else []
         try:
             comparison, worse = _compare_with_latest(recipe, build, tag, old, host)
         except TutorError as error:
@@ -129,7 +132,7 @@ def _served_build(server: Ollama, name: str) -> str | None:
     return next((row["build"] for row in builds.list_builds(server, name) if row[builds.LATEST]), None)
 
 
-def _parity_problem(folder: BuildFolder, server: Ollama, tag: str) -> str | None:
+def _parity_problem(folder: BuildFolder, server: Ollama, tag: str, prompt: PromptFormat) -> str | None:
     """Return why parity failed for a published tag, or is not shown; None when it passed."""
     build = tag.rpartition(":")[2]
     record = read_record(folder, build)
@@ -148,22 +151,23 @@ def _parity_problem(folder: BuildFolder, server: Ollama, tag: str) -> str | None
     compared = read_manifest(folder.ollama_parity)
     if compared and compared.fields.get("digest") == digest and "refused" in compared.results:
         return str(compared.results["refused"]["message"])
-    return _version_problem(folder, server, tag, is_here=is_here)
+    return _version_problem(folder, server, tag, prompt if is_here else None)
 
 
-def _version_problem(folder: BuildFolder, server: Ollama, tag: str, *, is_here: bool) -> str | None:
+def _version_problem(folder: BuildFolder, server: Ollama, tag: str, prompt: PromptFormat | None) -> str | None:
     """Return why a tag is not shown on this version of the server; None when it was checked there.
 
-    A build whose GGUF and record of parity are still in the folder (`is_here`) is compared again on another version.
+    A build whose GGUF and record of parity are still in the folder is compared again on another version; `prompt` is
+    then the format of its prompts, else None.
     """
     version, build = server.version(), tag.rpartition(":")[2]
     checked_on = last_proof(folder, build, server.host).get("version")
     if checked_on == version:
         return None
-    if not is_here:
+    if prompt is None:
         return f"{tag} was checked on version {checked_on or '(unknown)'} of {server.host}, which is now {version}"
     log.info("comparing %s again: it was checked on version %s of the server", tag, checked_on or "(unknown)")
-    reference = ollama_parity.read_reference(folder.stage("parity"))
+    reference = ollama_parity.read_reference(folder.stage("parity"), prompt)
     if problem := _refusal(ollama_parity.compare_model(reference, server, tag)):
         return problem
     record_proof(folder, build, server.host, {"version": version, "digest": builds.model_digest(server, tag)})

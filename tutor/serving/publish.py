@@ -8,6 +8,7 @@ In: a recipe and the folders of its stages, checked to belong together. Out: a b
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,19 @@ from tutor.artifacts.manifest import read_manifest, require_stage
 from tutor.artifacts.stage_folder import writing
 from tutor.engines.ollama.client import Ollama, connect
 from tutor.errors import ArtifactError, GateError
+from tutor.formats.architectures import architecture_of_gguf
+from tutor.formats.models.gguf import read_gguf
 from tutor.pipeline.recipe_folder import held
 from tutor.pipeline.registry import BY_NAME
 from tutor.pipeline.runner import announced, require_gate_passed
 from tutor.pipeline.staleness import edited_inputs
+from tutor.prompt.format import PromptFormat
 from tutor.prompt.messages import display_text
 from tutor.recipe.settings import Recipe
 from tutor.serving import builds, ollama_parity
 from tutor.serving.adapter import lora_folder, refuse_variant
 from tutor.serving.build_records import last_proof, record_proof
-from tutor.serving.models import quantization_of
+from tutor.serving.models import prompt_of, quantization_of
 from tutor.stages.parity.gate import parity_table, refusal
 
 log = logging.getLogger(__name__)
@@ -60,9 +64,11 @@ def publish(
             server.wait_ready(wait)  # before gigabytes are hashed in vain
             made = lora_folder(recipe, folder) if adapter else made
             model = builds.read_model(made, quantization_of(recipe, folder))
+            hashes = _hashes(model, folder)
+            model = _with_facts(model, reference.prompt)
             check = partial(_check_parity, reference, same_file=not adapter)
             proof = partial(last_proof, folder)
-            result = builds.publish_build(model, _hashes(model, folder), server, check=check, last_proof=proof)
+            result = builds.publish_build(model, hashes, server, check=check, last_proof=proof)
             if result["published"]:
                 before = proof(result["build"], server.host).get("version")
                 result |= {"checked_before_on": before} if before not in (None, result["version"]) else {}
@@ -71,6 +77,15 @@ def publish(
             image = os.environ.get("TUTOR_OLLAMA_IMAGE")  # set by the stack
             more = {"image": image, "edited": edited, "not_checked": unchecked}
             return {**result, **{name: value for name, value in more.items() if value}}
+
+
+def _with_facts(model: builds.Model, prompt: PromptFormat) -> builds.Model:
+    """Return a model with the facts of its GGUF. Raises ArtifactError for a family that tutor does not tune."""
+    (gguf,) = model.files.values()
+    fields = read_gguf(gguf).fields
+    family = architecture_of_gguf(fields.get("general.architecture"), str(gguf)).gguf
+    own_template = "" if prompt.go_template else str(fields.get("tokenizer.chat_template", ""))
+    return replace(model, prompt=prompt, family=family, own_template=own_template)
 
 
 def _edited_inputs(recipe: Recipe, folder: BuildFolder, *, force: bool) -> list[str]:
@@ -108,7 +123,7 @@ def _reference(recipe: Recipe, folder: BuildFolder) -> ollama_parity.Reference:
     """Return the record of the parity stage. Raises GateError when that gate refused."""
     made = _folder_of("parity", recipe, folder)
     require_gate_passed(made)
-    return ollama_parity.read_reference(made)
+    return ollama_parity.read_reference(made, prompt_of(recipe, folder))
 
 
 def _check_parity(

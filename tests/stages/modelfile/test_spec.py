@@ -62,7 +62,6 @@ def test_missing_context_or_length_is_refused(spec, name):
 @pytest.mark.parametrize(
     "template",
     [
-        "",
         "Instrucción: \nRespuesta:{{ .Response }}",
         "{{ .Prompt }}\nRespuesta:",
         "{{ .Prompt }}\nRespuesta: {{ .Response }}",

@@ -44,7 +44,11 @@ def test_run_writes_modelfile_and_equal_create_json(build, tmp_path):
     (tmp_path / "r.toml").write_text('system = "Eres un tutor."\nseed = 7\n[ollama]\nmodel = "mi-tutor"\n', "utf-8")
     recipe = read_recipe(tmp_path / "r.toml")
     (build / "model").mkdir()
-    summary = stage.run(recipe, {"convert": build / "gguf", "ladder": build / "ladder"}, build / "model")
+    summary = stage.run(
+        recipe,
+        {name: build / name.replace("convert", "gguf") for name in ("base", "convert", "ladder")},
+        build / "model",
+    )
     parsed = parse((build / "model" / "Modelfile").read_bytes().decode())
     create = json.loads((build / "model" / "create.json").read_bytes())
     assert create == {

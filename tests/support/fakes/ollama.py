@@ -1,9 +1,9 @@
 """A strict fake of an Ollama server, on a loopback socket: it answers as Ollama does (docs/facts.md, 1, 5 and 11).
 
 It refuses what a correct client does not send (unknown fields, load-time options in a request, `num_predict` 0,
-`think` without the capability, a chunked blob), and keeps all requests in `requests`. A `GGUF` here is a header and
-JSON: its quantization, its family, its own chat template. `script(path, reply, ...)` replaces the next replies to a
-path.
+`think` without the capability, a chunked blob), and keeps all requests in `requests`. A GGUF here has one tensor, its
+family and its chat template, and all facts as JSON. A model without TEMPLATE is rendered by that template, or by one
+of KNOWN that it resembles. `script(path, reply, ...)` replaces the next replies to a path.
 """
 
 import contextlib
@@ -18,9 +18,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import jinja2.sandbox
+
+from support.models.gguf_bytes import field, tensor, text, whole
+
 CREATE = {"model", "files", "adapters", "template", "system", "parameters", "license", "messages", "parser", "stream"}
 CHAT = {"model", "messages", "stream", "truncate", "options", "think", "_debug_render_only", "logprobs", "top_logprobs"}
-GENERATE = {"model", "prompt", "system", "stream", "truncate", "options", "keep_alive", "_debug_render_only"}
+GENERATE = {*CHAT - {"messages"}, "prompt", "system", "keep_alive", "raw"}
 LOAD_TIME = {"num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread", "draft_num_predict"}
 OPTIONS: dict[str, type | tuple[type, ...]] = {
     "num_predict": int,
@@ -32,8 +36,18 @@ OPTIONS: dict[str, type | tuple[type, ...]] = {
     "seed": int,
     "stop": list,
 }
-CAPABILITY_WORDS = ("tools", "tool_call", "<think>", "</think>")
+TOOL_WORDS, THINK_WORDS = ("tools", "tool_call"), ("<think>", "</think>")
 """Words in a GGUF's template that make Ollama >= 0.30 prefer it to the Modelfile's (docs/facts.md, 1)."""
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content']"
+    " + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+KNOWN = {"chatml": (CHATML, "{{- range .Messages }}<|im_start|>{{ .Role }} ...", ["<|im_start|>", "<|im_end|>"])}
+"""Jinja templates that Ollama recognises, each with its own Go template and stop texts for it."""
+LIMIT = 100
+"""Number of characters by which a template may differ from a known one and is still recognised."""
+MARK = field("fake.facts", 8, b"")
+"""Bytes before the facts in a file."""
 Reply = Callable[["Handler"], None]
 
 
@@ -43,11 +57,24 @@ def gguf(
     kind: str = "model",
     size: int = 2000,
     info: dict[str, str] | None = None,
+    family: str = "llama",
 ) -> bytes:
-    """Return a file that the fake reads as a GGUF of `size` bytes; /api/show returns the key-values `info` of it."""
-    header = {"quantization": quantization, "chat_template": chat_template, "kind": kind, "size": size}
-    header["info"] = info or {}
-    return (b"GGUF" + json.dumps(header).encode() + b"\0").ljust(size, b"x")
+    """Return a GGUF of at least `size` bytes; /api/show returns the key-values `info` of it."""
+    header = {"quantization": quantization, "chat_template": chat_template, "kind": kind, "family": family}
+    header |= {"info": info or {}, "size": size}
+    fields = [field("general.architecture", 8, text(family))]
+    fields += [field("tokenizer.chat_template", 8, text(chat_template))] if chat_template else []
+    fields += [field("fake.facts", 8, text(json.dumps(header)))]
+    empty = len(whole(tuple(fields), (tensor(),), b""))
+    numbers = max(size - empty, 4) // 4
+    return whole(tuple(fields), (tensor(shape=(numbers,)),), b"x" * (4 * numbers))
+
+
+def facts_of(data: bytes) -> dict[str, Any]:
+    """Return the facts of a file of `gguf`."""
+    start = data.index(MARK) + len(MARK) + 8
+    facts: dict[str, Any] = json.loads(data[start : start + int.from_bytes(data[start - 8 : start], "little")])
+    return facts
 
 
 class Model:
@@ -60,18 +87,47 @@ class Model:
         self.digest = hashlib.sha256(json.dumps([body, blob], sort_keys=True).encode()).hexdigest()
 
     @property
-    def native(self) -> bool:
-        """Whether the GGUF's own template is preferred: it has a capability word, and no parser is set."""
-        declares_more = any(word in self.facts["chat_template"] for word in CAPABILITY_WORDS)
-        return declares_more and "parser" not in self.body
+    def recognised(self) -> str | None:
+        """The name of the known template that the file's resembles, where the request has none."""
+        mine = self.facts["chat_template"]
+        names = [name for name, (known, *_) in KNOWN.items() if known in mine and len(mine) - len(known) < LIMIT]
+        return names[0] if names and "template" not in self.body else None
 
-    def render(self, messages: list[dict[str, str]]) -> str:
-        if self.native:
-            return "<｜User｜>" + messages[-1]["content"] + "<｜Assistant｜><think>\n"
+    @property
+    def template(self) -> str:
+        """The Go template of the model; empty where it has none."""
+        return KNOWN[self.recognised][1] if self.recognised else str(self.body.get("template", ""))
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the template in use has thoughts."""
+        return self.native and all(word in self.facts["chat_template"] for word in THINK_WORDS)
+
+    @property
+    def capabilities(self) -> list[str]:
+        tools = self.native and any(word in self.facts["chat_template"] for word in TOOL_WORDS)
+        return [*(["tools"] if tools else []), *(["thinking"] if self.thinks else []), "completion"]
+
+    @property
+    def native(self) -> bool:
+        """Whether the GGUF's own template is in use: it has a capability word or is alone, and no parser is set."""
+        mine = self.facts["chat_template"]
+        declares_more = any(word in mine for word in (*TOOL_WORDS, *THINK_WORDS))
+        return bool(mine) and (declares_more or not self.template) and "parser" not in self.body
+
+    def render(self, messages: list[dict[str, str]], *, think: bool | None = None) -> str:
         system = self.body.get("system", "")
         if system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
-        return legacy(self.body.get("template", "{{ .Prompt }}"), messages)
+        if not self.native:
+            return legacy(self.template or "{{ .Prompt }}", messages)
+        *before, last = messages
+        prefill = ("".join(THINK_WORDS) if self.thinks else "") + last["content"] if last["role"] == "assistant" else ""
+        environment = jinja2.sandbox.SandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        values = {"add_generation_prompt": True, "enable_thinking": think is not False, "bos_token": "<s>"}
+        template = environment.from_string(self.facts["chat_template"])
+        prompt = template.render(messages=before if prefill else messages, **values)
+        return prompt.removeprefix("<s>") + prefill
 
 
 def legacy(template: str, messages: list[dict[str, str]]) -> str:
@@ -102,7 +158,7 @@ class FakeOllama(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.host = f"http://127.0.0.1:{self.server_address[1]}"
         self.version = "0.33.0-rc2"
-        self.capabilities = ["completion"]
+        self.capabilities: list[str] = []  # of every model; empty: as its template has them
         self.pieces = [" Una", " interfaz", " describe", " un", " objeto", "."]
         self.blobs: dict[str, bytes] = {}
         self.models: dict[str, Model] = {}
@@ -275,6 +331,7 @@ class Handler(BaseHTTPRequestHandler):
                 {"status": "parsing GGUF"},
                 {"status": "validating GGUF model", "digest": "0000000000000000000", "total": 10, "completed": 10},
                 {"status": "verifying conversion"},
+                *([{"status": f"using autodetected template {model.recognised}"}] if model.recognised else []),
                 *layers,
                 {"status": "writing manifest"},
                 {"status": "success"},
@@ -287,7 +344,7 @@ class Handler(BaseHTTPRequestHandler):
             raise ValueError(f"open /models/blobs/{digest}: no such file or directory")
         if not data.startswith(b"GGUF"):
             raise ValueError("supplied file was not in GGUF format")
-        facts: dict[str, Any] = json.loads(data[4 : data.index(b"\0")])
+        facts = facts_of(data)
         if len(data) < facts["size"]:
             raise ValueError(
                 f'tensor "blk.0.attn_v.weight" offset+size ({facts["size"]}) exceeds file size ({len(data)})'
@@ -316,16 +373,21 @@ class Handler(BaseHTTPRequestHandler):
     def show(self, body: dict[str, Any]) -> None:
         if model := self.find(body["model"]):
             made = model.body
+            given = made.get("parameters", {})
+            given = {"stop": KNOWN[model.recognised][2], **given} if model.recognised else given
             parameters = [
                 (name, entry)
-                for name, value in made.get("parameters", {}).items()
+                for name, value in given.items()
                 for entry in (value if isinstance(value, list) else [value])
             ]
             answer = {
-                "template": model.facts["chat_template"] if model.native else made.get("template", ""),
+                "template": model.facts["chat_template"] if model.native else model.template,
                 "parameters": "\n".join(f"{name:<30} {json.dumps(v, ensure_ascii=False)}" for name, v in parameters),
-                "details": {"family": "llama", "quantization_level": model.facts["quantization"]},
-                "capabilities": ["tools", "thinking", "completion"] if model.native else self.server.capabilities,
+                "details": {
+                    "family": model.facts.get("family", "llama"),
+                    "quantization_level": model.facts["quantization"],
+                },
+                "capabilities": self.server.capabilities or model.capabilities,
                 "model_info": model.facts.get("info", {}),
                 "modelfile": f"# by the fake\nFROM /models/blobs/{model.blob.replace(':', '-')}\n",
             }
@@ -364,7 +426,7 @@ class Handler(BaseHTTPRequestHandler):
     def asked_badly(self, body: dict[str, Any], fields: set[str], model: Model) -> bool:
         """Whether the request is refused, and the answer is out."""
         options = body.get("options", {})
-        thinks = "thinking" in self.server.capabilities or model.native
+        thinks = "thinking" in (self.server.capabilities or model.capabilities)
         answers = "prompt" in body or "messages" in body
         if unknown := set(body) - fields:
             self.error(400, f"strict: unknown fields {unknown}")
@@ -405,7 +467,7 @@ class Handler(BaseHTTPRequestHandler):
         name = self.existing(body["model"]) or ""
         if name not in self.server.loaded:
             self.server.loaded.append(name)
-        prompt = model.render(messages)
+        prompt = str(body["prompt"]) if body.get("raw") else model.render(messages, think=body.get("think"))
         if body.get("_debug_render_only") and self.server.shows_prompts:
             return self.json({**empty, "done": False, "_debug_info": {"rendered_template": prompt}})
         limit = body["options"]["num_predict"]
@@ -423,15 +485,41 @@ class Handler(BaseHTTPRequestHandler):
                 {**last, "message": {"role": "assistant", "content": "".join(piece for piece, _ in pieces)}}
             )
         top = int(body.get("top_logprobs", 0)) if body.get("logprobs") else 0
-        return self.lines([*(chunk(piece, logprob, top) for piece, logprob in pieces), last])
+        if "response" in empty:
+            return self.lines([*(completion(piece, logprob, top) for piece, logprob in pieces), last])
+        parts = split_thought(pieces, opened=prompt.rstrip().endswith(THINK_WORDS[0])) if model.thinks else pieces
+        return self.lines([*(chunk(piece, logprob, top) for piece, logprob in parts), last])
+
+
+class Thought(str):
+    """A piece of a thought."""
+
+
+def split_thought(pieces: list[tuple[str, float]], *, opened: bool) -> Iterator[tuple[str, float]]:
+    """The pieces of an answer as a chat sends them: tags are dropped, and a thought has another field."""
+    opening, closing = THINK_WORDS
+    for piece, logprob in pieces:
+        if piece in THINK_WORDS:
+            opened = piece == opening
+        elif closing in piece:
+            raise AssertionError("a tag is one piece")
+        else:
+            yield (Thought(piece) if opened else piece), logprob
 
 
 def chunk(text: str, logprob: float = 0.0, top: int = 0) -> dict[str, Any]:
-    event: dict[str, Any] = {"message": {"role": "assistant", "content": text}, "done": False}
-    if top:
-        others = [{"token": text, "logprob": logprob}, {"token": "�", "logprob": logprob - 3}]
-        event["logprobs"] = [{"token": text, "logprob": logprob, "top_logprobs": others[:top]}]
-    return event
+    field = "thinking" if isinstance(text, Thought) else "content"
+    event: dict[str, Any] = {"message": {"role": "assistant", "content": "", field: text}, "done": False}
+    return event | logprobs(text, logprob, top)
+
+
+def completion(text: str, logprob: float = 0.0, top: int = 0) -> dict[str, Any]:
+    return {"response": text, "done": False} | logprobs(text, logprob, top)
+
+
+def logprobs(text: str, logprob: float, top: int) -> dict[str, Any]:
+    others = [{"token": text, "logprob": logprob}, {"token": "�", "logprob": logprob - 3}]
+    return {"logprobs": [{"token": text, "logprob": logprob, "top_logprobs": others[:top]}]} if top else {}
 
 
 # Bad replies, for `script`

@@ -7,6 +7,7 @@ from typing import Any
 from support.fakes.ollama import write_gguf
 from support.files import write_rows
 from support.outputs.parity import write_parity
+from tutor.artifacts.layout import STAGE_FOLDERS
 from tutor.artifacts.manifest import require_stage
 from tutor.artifacts.stage_folder import writing
 from tutor.pipeline.registry import BY_NAME
@@ -31,7 +32,7 @@ def make_stages(recipe: Recipe, build: Path, **facts: Any) -> Path:
     gguf = require_stage(folder / "gguf", "convert")
     fields = BY_NAME["modelfile"].recipe_fields(recipe)
     with writing(folder / "model", "modelfile", {**fields, "input.convert": gguf.fingerprint}) as (out, _):
-        modelfile.run(recipe, {"convert": folder / "gguf", "ladder": folder / "ladder"}, out)
+        modelfile.run(recipe, {name: folder / STAGE_FOLDERS[name] for name in BY_NAME["modelfile"].needs}, out)
     write_parity(recipe, build)
     return build
 

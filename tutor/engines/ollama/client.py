@@ -67,6 +67,8 @@ BUSY_STATUSES = (429, 503)
 """HTTP status codes of a busy server: 503 from a full queue, 429 from a proxy."""
 MAX_TRIES = 5
 """Maximum number of attempts while the server is busy."""
+RECOGNISED = "using autodetected template "
+"""Beginning of the status with which a server names its own template that it puts in the place of the GGUF's."""
 
 
 @contextlib.contextmanager
@@ -156,18 +158,24 @@ class Ollama:
             self._call("POST /api/blobs", lambda: send(content=file_pieces(file, size)))
         return True
 
-    def create(self, model: str, body: Mapping[str, Any]) -> None:
-        """Make a model from blobs on the server; `body` is the request without the model's name."""
-        last = ""
+    def create(self, model: str, body: Mapping[str, Any]) -> str | None:
+        """Make a model from blobs on the server; `body` is the request without the model's name.
+
+        Return the name of Ollama's own template that the server recognised in the GGUF's, None where it knows none.
+        """
+        last, recognised = "", None
         # The package's call has no `parser`.
         request = {"model": model, **body, "stream": True}
         for event in self._stream("/api/create", request, CreateEvent, CREATE_SECONDS):
             counts = {"done": event.completed, "total": event.total} if event.completed else {}
             before, last = last, event.status
+            if last.startswith(RECOGNISED):
+                recognised = last.removeprefix(RECOGNISED)
             if counts or (last != before and " layer " not in last):
                 logger.info("%s: %s", model, last, extra=counts)
         if last != "success":
             raise ServiceError(f"creating {model} ended without success, after {last!r:.200}", "publish again")
+        return recognised
 
     def show(self, model: str) -> dict[str, Any] | None:
         """The server's description of a model, with the types of ShowReply; None when it has no model of that name."""

@@ -77,7 +77,7 @@ def connection_error(url: str, error: object) -> ServiceError:
     return ServiceError(f"no connection to Ollama at {url} ({reason})", hint)
 
 
-def check_version(version: str) -> None:
+def check_version(version: str, why: str = "") -> None:
     """Raise ServiceError for a version that is too old; log a warning for an unknown one."""
     found = re.match(r"v?(\d{1,9})\.(\d{1,9})", version)
     number = (int(found[1]), int(found[2])) if found else (0, 0)
@@ -85,7 +85,7 @@ def check_version(version: str) -> None:
         logger.warning("Ollama has version %s (built from source?): accepted as new enough", version)
     elif number < MIN_VERSION:
         wanted = ".".join(map(str, MIN_VERSION))
-        raise ServiceError(f"Ollama {version} is too old: {wanted} or newer is needed", "update the server")
+        raise ServiceError(f"Ollama {version} is too old: {wanted} or newer is needed{why}", "update the server")
 
 
 def parse_parameters(description: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class ModelSpec:
 
     name: str
     gguf: Path
-    template: str  # Go
+    template: str  # Go; "": none, and Ollama renders the chat template in the GGUF
     parameters: Mapping[str, Parameter]
     system: str = ""
     adapter: Path | None = None  # a GGUF LoRA
@@ -68,7 +68,8 @@ def check_spec(spec: ModelSpec) -> None:
     if not name or name["model"].lower() == SPECIAL_MODEL or SPECIAL_TAGS.search(name["tag"] or ""):
         hint = f"{FORMS}; deepseek-r1 and the tags cloud and local are special"
         raise RecipeError(f"model name is {spec.name!r}", hint)
-    _check_template(spec.template)
+    if spec.template:
+        _check_template(spec.template)
     _check_text("system", spec.system)
     for role, text in spec.messages:
         if role not in ("system", "user", "assistant"):
