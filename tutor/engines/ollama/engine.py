@@ -137,13 +137,10 @@ class Generated:
 def sent_messages(messages: Sequence[Message], prompt: PromptFormat) -> list[dict[str, str]]:
     """Messages as Ollama gets them: it gives no template the thought of an earlier answer.
 
-    Raises ValueError for turns that Ollama would drop or join, and for an answer to continue in a format with thoughts:
-    llama.cpp puts an empty thought of its own before it (docs/facts.md).
+    Raises ValueError for turns that Ollama would drop or join, and for those that the format cannot write.
     """
     sent = [{"role": message["role"], "content": message["content"]} for message in messages]
     prompt.render(sent)
-    if prompt.tags[0] and sent[-1]["role"] == "assistant":
-        raise ValueError("Ollama cannot continue an answer in a prompt format with thoughts")
     return sent
 
 

@@ -73,11 +73,9 @@ def _cases(system: str, prompt: PromptFormat) -> Iterator[tuple[str | Sequence[M
     """Yield what is asked, its prompt, and the request's `think`.
 
     A client that sets no `think`, or another one, must get the prompt of training too. Left out are probes that the
-    format cannot write (a system text where its template has no place), and that Ollama cannot continue.
+    format cannot write: an answer to continue, a system text where its template has no place.
     """
     for turns in PROBES:
-        if prompt.tags[0] and turns[-1]["role"] == "assistant":
-            continue
         with suppress(ValueError):
             expected = prompt.render(with_system(turns, system))
             yield turns, expected, prompt.think
