@@ -12,7 +12,7 @@ from tutor.cli import summary
 from tutor.recipe.reading import read_recipe
 from tutor.recipe.settings import Recipe
 
-VERDICTS = ("passed", "spanish", "stopped", "code_block", "no_loop")
+VERDICTS = ("passed", "language", "stopped", "code_block", "no_loop")
 MODEL = {"all": {"n": 5, **{name: {"n": 4, "share": 0.8} for name in VERDICTS}}, "tokens_per_second": 95.2}
 TRAIN = {
     "rows": 19,
@@ -86,7 +86,7 @@ def test_summary_shows_spread_answers_and_marks_cut_ones(recipe, tmp_path):
     models = {"base-F16": {**MODEL, "tokens_per_second": None}, "tutor-F16": MODEL}
     made(folder / "gguf", "convert", {"files": FILES})
     made(folder / "ladder", "ladder", LADDER)
-    made(folder / "eval", "evaluate", {"models": models}, answers=answers)
+    made(folder / "eval", "evaluate", {"models": models, "language": "es"}, answers=answers)
     lines = summary.summary_lines(summary.collect(recipe, tmp_path / "build"), "r.toml")
     assert [line for line in lines if line.startswith("»")] == ["» ¿Pregunta 0?", "» ¿Pregunta 3?", "» ¿Pregunta 6?"]
     assert "  base: Hello […cut at 24 tokens]" in lines
@@ -103,6 +103,16 @@ def test_failed_answer_is_shown_with_its_error(recipe, tmp_path):
     made(tmp_path / "build" / "small" / "eval", "evaluate", {"models": {"tutor": MODEL}}, answers=[failed])
     lines = summary.summary_lines(summary.collect(recipe, tmp_path / "build"), "r.toml")
     assert "  tutor: (timed out) […cut at 0 tokens]" in lines
+
+
+def test_example_shows_its_turn_and_the_length_of_the_thought(recipe, tmp_path):
+    earlier = [{"role": "user", "content": "¿A?"}, {"role": "assistant", "content": "B"}]
+    given = {"thought": "a b c", "text": "", "finish": "length", "tokens": 9}
+    example = {"instruction": "¿Y?", "history": earlier, "answers": {"tutor": given}}
+    made(tmp_path / "build" / "small" / "eval", "evaluate", {"models": {"tutor": MODEL}}, answers=[example])
+    lines = summary.summary_lines(summary.collect(recipe, tmp_path / "build"), "r.toml")
+    assert "» (turn 2) ¿Y?" in lines
+    assert "  tutor: (thought of 3 words) (no answer) […cut at 9 tokens]" in lines
 
 
 def test_worse_findings_are_marked_below_the_table():

@@ -1,9 +1,9 @@
-"""graders/language.py: Spanish prose, other languages, too little prose."""
+"""graders/language.py: prose of a language, other languages, too little prose."""
 
 import pytest
 from support.outputs.answers import GOOD
 
-from tutor.graders.language import is_spanish, prose
+from tutor.graders.language import is_in_language, prose
 
 
 def test_prose_has_no_code_and_no_identifiers() -> None:
@@ -13,8 +13,8 @@ def test_prose_has_no_code_and_no_identifiers() -> None:
 
 def test_spanish_answer_with_english_code_is_spanish() -> None:
     code = "```ts\n// the user asked for the list of all the books\nexport function getBooks(): Book[] {}\n```\n"
-    assert is_spanish(GOOD)[0]
-    assert is_spanish(code * 10 + GOOD)[0]
+    assert is_in_language(GOOD, "es")[0]
+    assert is_in_language(code * 10 + GOOD, "es")[0]
 
 
 @pytest.mark.parametrize(
@@ -28,16 +28,36 @@ def test_spanish_answer_with_english_code_is_spanish() -> None:
     ],
 )
 def test_other_languages_are_not_spanish(text: str) -> None:
-    assert is_spanish(text) == (False, pytest.approx(0, abs=0.2))
+    assert is_in_language(text, "es") == (False, pytest.approx(0, abs=0.2))
 
 
 @pytest.mark.parametrize(
     "text", ["", "Sí.", "¿Qué es una interfaz?", "```ts\nconst nombre = 'una interfaz en español';\n```", "`a` `b` `c`"]
 )
 def test_too_little_prose_is_not_spanish(text: str) -> None:
-    assert is_spanish(text) == (False, 0.0)
+    assert is_in_language(text, "es") == (False, 0.0)
 
 
 def test_answer_with_english_thinking_first_is_not_spanish() -> None:
     thinking = "Okay, so the user is asking about interfaces. I need to explain what they are and give an example. "
-    assert not is_spanish(thinking * 2 + "Una interfaz es un contrato.")[0]
+    assert not is_in_language(thinking * 2 + "Una interfaz es un contrato.", "es")[0]
+
+
+SENTENCES = {
+    "de": "Eine Schnittstelle legt fest, welche Eigenschaften ein Objekt hat und welchen Typ jede von ihnen hat.",
+    "en": "An interface describes the shape of an object and the type of each property.",
+    "es": GOOD,
+    "pt": "Uma interface descreve a forma de um objeto e diz quais propriedades ele tem.",
+    "zh": "接口`A`规定了对象具有哪些属性,以及每个属性的类型是什么,array2数组也是如此。",
+    "ja": "インターフェースは、オブジェクトがどのようなプロパティを持つかを定める契約です。",
+}
+
+
+@pytest.mark.parametrize("language", SENTENCES)
+def test_prose_is_in_its_own_language_alone(language: str) -> None:
+    assert [name for name, text in SENTENCES.items() if is_in_language(text, language)[0]] == [language]
+
+
+def test_identifiers_end_at_words_of_a_language_without_blanks() -> None:
+    assert prose("使用foo.bar方法。", "zh") == "使用 方法 。"
+    assert is_in_language("使用。", "zh") == (False, 0.0)

@@ -11,7 +11,7 @@ from support.processes.command import ROOT
 from tutor.formats.markdown import fenced_blocks
 from tutor.graders.labels import LABELS
 from tutor.graders.typescript.install import is_installed
-from tutor.graders.verdict import grade, in_spanish
+from tutor.graders.verdict import are_in_language, grade
 
 PROSE = "Una interfaz describe la forma de un objeto: qué propiedades tiene y de qué tipo es cada una."
 ENGLISH = "An interface describes the shape of an object and all of its properties, one by one."
@@ -45,20 +45,48 @@ def test_prompt_without_expectation_demands_form_and_spanish() -> None:
     assert reasons(prompt(), " \n")[0] == "it is empty"
 
 
-def test_prompts_in_other_language_do_not_demand_spanish() -> None:
+def test_prompts_in_other_language_do_not_demand_the_language() -> None:
     english = prompt(question="What is an interface, and when should one be used instead of a type alias?")
-    assert not in_spanish([english])
+    assert not are_in_language([english], "es")
     assert reasons(english, f" {ENGLISH}") == []
     record = grade([english], [answer(f" {ENGLISH}")])[0]
-    assert record["verdicts"]["spanish"] is False, "the verdict is counted, but not demanded"
+    assert record["verdicts"]["language"] is False, "the verdict is counted, but not demanded"
+
+
+def test_language_of_the_recipe_is_demanded_and_any_is_not_graded() -> None:
+    asked = [prompt(question="What is an interface, and when should one be used instead of a type alias?")]
+    (spanish,) = grade(asked, [answer()], language="en")
+    assert spanish["reasons"] == ["its prose is not English (confidence 0.00)"]
+    (free,) = grade(asked, [answer()], language="any")
+    assert free["passed"]
+    assert not free["verdicts"].keys() & {"language", "language_confidence"}
+
+
+def test_thought_without_an_answer_is_the_reason() -> None:
+    def of(text: str, finish: str) -> list[str]:
+        given = {**answer(text, finish), "thought": "<|im_end|> The user asks about interfaces."}
+        found: list[str] = grade([prompt()], [given])[0]["reasons"]
+        return found
+
+    assert of("", "length") == ["its thought has no end: cut at 515 tokens"]
+    assert of("\n", "stop") == ["it is a thought without an answer"]
+    assert of(GOOD, "stop") == [], "verdicts are about the answer alone"
+
+
+def test_words_of_the_tutors_format_are_no_leak_in_the_bases_template() -> None:
+    text = f"{GOOD}\n\nRespuesta: {PROSE}"
+    kinds = {kind: grade([prompt()], [answer(text)], kind=kind)[0]["passed"] for kind in ("tutor", "base")}
+    assert kinds == {"tutor": False, "base": True}
+    (left_over,) = grade([prompt()], [answer(f"{GOOD}<end_of_turn>")], kind="base")
+    assert left_over["verdicts"]["no_leak"] is False
 
 
 def test_short_questions_together_are_spanish() -> None:
-    assert in_spanish([prompt(question="¿`any`?"), prompt(), prompt(question="¿Y `never`?")])
-    assert in_spanish([prompt(question="¿Qué es el tipo void?")] * 8), (
+    assert are_in_language([prompt(question="¿`any`?"), prompt(), prompt(question="¿Y `never`?")], "es")
+    assert are_in_language([prompt(question="¿Qué es el tipo void?")] * 8, "es"), (
         "the detector classifies the joined texts as Catalan"
     )
-    assert not in_spanish([])
+    assert not are_in_language([], "es")
 
 
 def test_expected_code_must_be_there_and_compile(fake_compiler: object) -> None:

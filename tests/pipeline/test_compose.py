@@ -266,7 +266,8 @@ def running(program: Path) -> bool:
 def test_result_lines_name_the_model_and_the_next_step(ran, opening):
     published = {"model": "tutor", "build": "0123456789ab", "version": "0.33.3"}
     evaluated = {
-        "all": {"n": 15, "errors": 0, "spanish": {"n": 14, "share": 0.9333}, "stopped": {"n": 9, "share": 0.6}}
+        "all": {"n": 15, "errors": 0, "language": {"n": 14, "share": 0.9333}, "stopped": {"n": 9, "share": 0.6}},
+        "language": "es",
     }
     services = {"publisher": published, "evaluator": evaluated}
     result = {"ran": ran, "gpu": False, "host": "127.0.0.1:11434", "project": "tutor", "services": services}

@@ -15,15 +15,15 @@ from typing import Any
 
 from tutor.artifacts.layout import STAGE_FOLDERS, BuildFolder
 from tutor.artifacts.manifest import find_manifest
-from tutor.graders.labels import LABELS
+from tutor.graders.labels import LABELS, verdict_labels
 from tutor.pipeline.recipe_folder import refuse_folder
-from tutor.prompt.messages import display_text
+from tutor.prompt.messages import display_text, row_questions
 from tutor.recipe.settings import Recipe
 from tutor.stages.parity.gate import parity_table
 
 EXAMPLES = 3
 """Number of prompts whose answers are printed side by side."""
-TABLE_VERDICTS = ("passed", "spanish", "stopped", "code_block", "no_loop", "compiles", "expected")
+TABLE_VERDICTS = ("passed", "language", "stopped", "code_block", "no_loop", "compiles", "expected")
 """Verdicts of the terminal table; the results and the report have all of them."""
 
 
@@ -142,12 +142,12 @@ def verdict_lines(evaluate: Mapping[str, Any]) -> list[str]:
     """Return one row a verdict and one column a model: rates with counts, median speed, kinds of question, findings."""
     models = evaluate["models"]
     number = next(iter(models.values()))["all"]["n"]
-    width = max(18, *(len(name) + 2 for name in models))
+    width, labels = max(18, *(len(name) + 2 for name in models)), verdict_labels(evaluate.get("language"))
     rows = ["", f"  {f'{number} held-out prompts':<22}" + "".join(f"{name:>{width}}" for name in models)]
     for verdict in TABLE_VERDICTS:
         if all(verdict in model["all"] for model in models.values()):
             shares = "".join(f"{_share(model['all'][verdict], number):>{width}}" for model in models.values())
-            rows.append(f"  {LABELS[verdict]:<22}{shares}")
+            rows.append(f"  {labels[verdict]:<22}{shares}")
     speeds = "".join(f"{model['tokens_per_second'] or 0:>{width}.0f}" for model in models.values())
     rows.append(f"  {'tokens per second':<22}{speeds}")
     rows += _kinds(evaluate, width)
@@ -189,17 +189,17 @@ def comparison_lines(result: Mapping[str, Any]) -> list[str]:
     """Return what changed between two models: every verdict, every kind of question, and the prompts that changed."""
     left_out = sum(result["left_out"].values())
     note = f"; {left_out} answered by only one are left out" if left_out else ""
-    number = result["n"]
+    number, labels = result["n"], verdict_labels(result.get("language"))
     rows = [
         f"A: {result['before']}",
         f"B: {result['after']}",
         f"{number} prompts answered by both{note}",
         "",
         f"  {'':<22}{'A':>18}{'B':>18}   B - A, in points (95 %)",
-        *(_change(LABELS[name], entry) for name, entry in result["all"].items()),
+        *(_change(labels[name], entry) for name, entry in result["all"].items()),
     ]
     for verdict, kinds in result["kinds"].items() if len(result["categories"]) > 1 else ():
-        rows += ["", f"  {LABELS[verdict]}, by kind of question"]
+        rows += ["", f"  {labels[verdict]}, by kind of question"]
         rows += [_change(kind or "(no kind)", entry) for kind, entry in kinds.items()]
     for name in ("better", "worse"):
         if result[name]:
@@ -215,9 +215,12 @@ def _change(label: str, entry: Mapping[str, Any]) -> str:
 
 
 def _example(example: Mapping[str, Any]) -> list[str]:
-    parts = ["", f"» {example['instruction']}"]
+    turn = len(row_questions(example))
+    parts = ["", f"» {f'(turn {turn}) ' if turn > 1 else ''}{example['instruction']}"]
     for name, answer in example["answers"].items():
         text = display_text(answer.get("text", f"({answer.get('error')})")).partition("\n\n")[0]
+        if thought := answer.get("thought"):
+            text = f"(thought of {len(thought.split())} words) {text or '(no answer)'}"
         end = "" if answer.get("finish") == "stop" else f" […cut at {answer.get('tokens', 0)} tokens]"
         parts += textwrap.wrap(f"{name}: {text[:300]}{end}", 100, initial_indent="  ", subsequent_indent="    ")
     return parts

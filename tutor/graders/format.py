@@ -24,12 +24,10 @@ _RULE = re.compile(r"[=*_|:+~#.─═—-]+")
 _NUMBERED = re.compile(r"^\s*(?:\d+|[A-Za-z])[.)]\s", re.MULTILINE)
 """Number or letter of a list item."""
 
-_LEAKS = re.compile(
-    rf"^\s*(?:{re.escape(QUESTION.strip())}|{re.escape(CUE.strip())})"
-    r"|</?think>|<[|｜][^<>|｜\n]{1,40}[|｜]>|</s>|(?<!\w)<s>|<unk>|\[/?INST\]",
-    re.MULTILINE,
-)
-"""Labels of the prompt template at the start of a line, thinking tags, special tokens of Llama models as text."""
+_LABELS = re.compile(rf"^\s*(?:{re.escape(QUESTION.strip())}|{re.escape(CUE.strip())})", re.MULTILINE)
+"""Labels of the tutor's prompt format at the start of a line."""
+_TOKENS = re.compile(r"</?think>|<[|｜][^<>|｜\n]{1,40}[|｜]>|</s>|(?<!\w)<s>|<unk>|\[/?INST\]|<(?:start|end)_of_turn>")
+"""Thinking tags and special tokens as text; engines remove those that belong to the format."""
 
 
 class FormatVerdict(TypedDict):
@@ -44,8 +42,11 @@ class FormatVerdict(TypedDict):
     characters: int  # length of the text without blanks around it
 
 
-def grade_format(text: str, finish: str) -> FormatVerdict:
-    """Grade the form of an answer, from its text and its finish reason ("stop" or "length")."""
+def grade_format(text: str, finish: str, kind: str = "tutor") -> FormatVerdict:
+    """Grade the form of an answer, from its text without a thought and its finish reason ("stop" or "length").
+
+    `kind` of the prompt format: with the base's own template ("base"), the labels of the tutor's are normal words.
+    """
     blocks = fenced_blocks(text)
     return FormatVerdict(
         stopped=finish == "stop",
@@ -53,7 +54,7 @@ def grade_format(text: str, finish: str) -> FormatVerdict:
         fences_closed=all(block.closed for block in blocks),
         code_block=any(block.code.strip() for block in blocks),
         no_loop=not loops(text),
-        no_leak=_LEAKS.search(text) is None,
+        no_leak=_TOKENS.search(text) is None and not (kind == "tutor" and _LABELS.search(text)),
         characters=len(text.strip()),
     )
 

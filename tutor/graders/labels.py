@@ -1,11 +1,13 @@
 """Texts of the verdicts, for tables and reports.
 
-In: nothing. Out: LABELS. Grades nothing, and imports no grader: a summary needs the texts alone.
+In: the language of the answers. Out: texts. Grades nothing, and imports no grader: a summary needs the texts alone.
 """
+
+from tutor.recipe.values import LANGUAGES
 
 LABELS = {
     "passed": "all that was asked",
-    "spanish": "in Spanish",
+    "language": "in its language",
     "stopped": "stopped by itself",
     "answered": "not empty",
     "code_block": "with code",
@@ -17,3 +19,9 @@ LABELS = {
     "expected": "as expected",
 }
 """Texts of the boolean verdicts, true is good, in the order in which they are shown."""
+
+
+def verdict_labels(language: str | None) -> dict[str, str]:
+    """Return LABELS with the name of the language that answers must be in: an ISO 639-1 code, else it stays unnamed."""
+    named = LANGUAGES.get(language or "")
+    return {**LABELS, **({"language": f"in {named}"} if named else {})}

@@ -6,7 +6,8 @@ or compare (stages/evaluate does).
 
 A record is the engine's answer (`text`, `finish`, `tokens`, ...), or `error` with the reason why there is none, and:
 `passed`; `reasons`, texts for people; `verdicts` by property; and `code`, the compiler's results, when any prompt
-states an expectation. Every prompt demands the properties in FORM_REASONS, and Spanish when the prompts are in Spanish.
+states an expectation. Verdicts are about the answer alone, without the model's `thought`. Every prompt demands the
+properties in FORM_REASONS, and the language of the recipe when the prompts themselves are in it.
 `expect` and `code` of a prompt demand that the code compiles, that given code fails as stated and is corrected with its
 names kept, and which concepts must and which texts must not be in the answer.
 """
@@ -16,7 +17,9 @@ from typing import Any
 
 from tutor.graders.code import MAX_TEXT, grade_answers
 from tutor.graders.format import grade_format
-from tutor.graders.language import is_spanish, prose
+from tutor.graders.language import is_in_language, prose
+from tutor.prompt.messages import row_questions
+from tutor.recipe.values import ANY_LANGUAGE, LANGUAGES
 
 Record = dict[str, Any]
 """An engine's answer or `error`; after grading also the verdicts. JSON values."""
@@ -29,41 +32,54 @@ FORM_REASONS = {
     "no_leak": "it shows template text, a thinking tag or a special token",
 }
 """Properties of the form that every answer must have, with the reason of a failure."""
+NO_ANSWER = "it is a thought without an answer"
+"""Reason of a failure: the model ended within or behind its thought."""
 CODE_VERDICTS = ("compiles", "expected")
 """Verdicts on code and words, for prompts that state an expectation."""
 
 
 def grade(
-    prompts: Sequence[Mapping[str, Any]], answers: Sequence[Record], lengths: tuple[int, int] | None = None
+    prompts: Sequence[Mapping[str, Any]],
+    answers: Sequence[Record],
+    lengths: tuple[int, int] | None = None,
+    *,
+    language: str = "es",
+    kind: str = "tutor",
 ) -> list[Record]:
     """A record for each answer. `lengths`: minimum and maximum length of the training answers in characters.
 
-    `usual_length` (half the minimum to twice the maximum) is a verdict and not a demand. One run of the compiler
-    takes all code. Raises HostError when prompts expect code and the compiler is not installed.
+    `usual_length` (half the minimum to twice the maximum) is a verdict and not a demand. `language` is that of the
+    answers, or ANY_LANGUAGE: then it is not graded. `kind` is that of the prompt format. One run of the compiler takes
+    all code. Raises HostError when prompts expect code and the compiler is not installed.
     """
-    spanish = in_spanish(prompts)
+    demanded = language if are_in_language(prompts, language) else ""
     given = [index for index, answer in enumerate(answers) if "error" not in answer]
     texts = [answers[index]["text"] for index in given]
     code: dict[int, dict[str, Any]] = {}
     if any_expectation(prompts):
         code = dict(zip(given, grade_answers([prompts[index] for index in given], texts), strict=True))
-    return [
-        _graded(answer, code.get(index), lengths, spanish=spanish)
-        if "error" not in answer
-        else {**answer, "passed": False, "reasons": [f"no answer: {answer['error']}"]}
-        for index, answer in enumerate(answers)
-    ]
+    records = []
+    for index, answer in enumerate(answers):
+        if "error" in answer:
+            records.append({**answer, "passed": False, "reasons": [f"no answer: {answer['error']}"]})
+            continue
+        verdicts = _verdicts(answer, lengths, language, kind)
+        records.append(_record(answer, verdicts, _text_reasons(answer, verdicts, demanded), code.get(index)))
+    return records
 
 
-def in_spanish(prompts: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether prompts are in Spanish: half of them have the marks ¿ or ¡, or their prose taken together is Spanish.
+def are_in_language(prompts: Sequence[Mapping[str, Any]], language: str) -> bool:
+    """Whether prompts are in a language: their prose taken together is; in Spanish, or half of them have ¿ or ¡.
 
     A single short question is too little for the detector: it classifies ten of the 120 in data/eval.jsonl wrongly.
     """
-    questions = [prose(prompt["instruction"]) for prompt in prompts]
-    if 2 * sum("¿" in text or "¡" in text for text in questions) >= max(1, len(questions)):
+    if language == ANY_LANGUAGE:
+        return False
+    questions = [prose("\n\n".join(row_questions(prompt)), language) for prompt in prompts]
+    marked = sum("¿" in text or "¡" in text for text in questions)
+    if language == "es" and 2 * marked >= max(1, len(questions)):
         return True
-    return is_spanish("\n\n".join(questions)[:MAX_TEXT])[0]
+    return is_in_language("\n\n".join(questions)[:MAX_TEXT], language)[0]
 
 
 def any_expectation(prompts: Sequence[Mapping[str, Any]]) -> bool:
@@ -71,19 +87,37 @@ def any_expectation(prompts: Sequence[Mapping[str, Any]]) -> bool:
     return any(prompt.get("expect") or prompt.get("code") for prompt in prompts)
 
 
-def _graded(answer: Record, code: dict[str, Any] | None, lengths: tuple[int, int] | None, *, spanish: bool) -> Record:
+def _verdicts(answer: Record, lengths: tuple[int, int] | None, language: str, kind: str) -> dict[str, Any]:
     text = answer["text"][:MAX_TEXT]
-    is_in_spanish, confidence = is_spanish(text)
-    verdicts: dict[str, Any] = {**grade_format(text, answer["finish"]), "spanish": is_in_spanish}
-    verdicts["spanish_confidence"] = confidence
+    verdicts: dict[str, Any] = {**grade_format(text, answer["finish"], kind)}
+    if language != ANY_LANGUAGE:
+        verdicts["language"], verdicts["language_confidence"] = is_in_language(text, language)
     if lengths:
         verdicts["usual_length"] = lengths[0] / 2 <= verdicts["characters"] <= lengths[1] * 2
-    reasons = [why.format(tokens=answer["tokens"]) for name, why in FORM_REASONS.items() if not verdicts[name]]
-    if spanish and not is_in_spanish:
-        reasons.append(f"its prose is not Spanish (confidence {confidence:.2f})")
+    return verdicts
+
+
+def _text_reasons(answer: Record, verdicts: Mapping[str, Any], demanded: str) -> list[str]:
+    """Reasons why the text of an answer fails, in the `demanded` language; a thought without an answer is one reason.
+
+    `demanded` is "" where no language is.
+    """
+    tokens = answer["tokens"]
+    if answer.get("thought") and not verdicts["answered"]:
+        return [f"its thought has no end: cut at {tokens} tokens" if answer["finish"] == "length" else NO_ANSWER]
+    reasons = [why.format(tokens=tokens) for name, why in FORM_REASONS.items() if not verdicts[name]]
+    if demanded and not verdicts["language"]:
+        confidence = verdicts["language_confidence"]
+        reasons.append(f"its prose is not {LANGUAGES[demanded]} (confidence {confidence:.2f})")
+    return reasons
+
+
+def _record(
+    answer: Record, verdicts: dict[str, Any], reasons: list[str], code: Mapping[str, Any] | None
+) -> dict[str, Any]:
     if code is None:
         return {**answer, "verdicts": verdicts, "passed": not reasons, "reasons": reasons}
-    reasons += _code_reasons(code)
+    reasons = [*reasons, *_code_reasons(code)]
     verdicts |= {name: code[name] for name in CODE_VERDICTS}
     rest = {name: value for name, value in code.items() if name not in CODE_VERDICTS}
     return {**answer, "verdicts": verdicts, "code": rest, "passed": not reasons, "reasons": reasons}

@@ -20,7 +20,7 @@ from tutor.engines.ollama.client import connect
 from tutor.engines.ollama.health import gpu_notice
 from tutor.errors import HostError, ServiceError, TutorError
 from tutor.formats.visible import clean
-from tutor.graders.labels import LABELS
+from tutor.graders.labels import verdict_labels
 from tutor.machine import container_host, preflight
 from tutor.machine.container_host import Project
 from tutor.pipeline.compose_command import Stack, hub_token, owner, prepare
@@ -60,7 +60,7 @@ COMMANDS = {
 """Arguments of `docker compose` for the other commands of `tutor stack`."""
 INTERACTIVE = ("up", "down", "shell")
 """Commands that get this terminal: Compose's own progress, or a shell."""
-PRINTED_VERDICTS = ("passed", "spanish", "stopped", "code_block")
+PRINTED_VERDICTS = ("passed", "language", "stopped", "code_block")
 """Verdicts of the evaluator that the last lines print; eval-ollama/ has all of them."""
 RUN_COMMAND = "exec ollama ollama run"
 """Arguments of `docker compose` that ask a published model, without the model's name."""
@@ -203,8 +203,9 @@ def result_lines(result: Mapping[str, Any]) -> list[str]:
     model = published["model"]
     where = f"{model} is build {published['build']}, at http://{result['host']} in Ollama {published['version']}"
     opening = [] if result["ran"] else ["Nothing to do: every service is up to date."]
-    rates = result["services"][SERVICES_AFTER[1]].get("all", {})
-    shares = [f"{LABELS[name]} {100 * rates[name]['share']:.0f} %" for name in PRINTED_VERDICTS if name in rates]
+    evaluated = result["services"][SERVICES_AFTER[1]]
+    rates, labels = evaluated.get("all", {}), verdict_labels(evaluated.get("language"))
+    shares = [f"{labels[name]} {100 * rates[name]['share']:.0f} %" for name in PRINTED_VERDICTS if name in rates]
     answers = [f"Answers to {rates['n']} held-out prompts: {', '.join(shares)}."] if shares else []
     found = [f"Report: {result['report']}"] if "report" in result else []
     return [

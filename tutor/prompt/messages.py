@@ -37,6 +37,11 @@ def row_answer(row: Mapping[str, Any]) -> Message:
     return {"role": "assistant", "content": row["response"], **reasoning}
 
 
+def row_questions(row: Mapping[str, Any]) -> list[str]:
+    """Return all questions of a row's conversation."""
+    return [message["content"] for message in row_messages(row, "") if message["role"] == "user"]
+
+
 def check_messages(messages: Sequence[Message]) -> None:
     """Raise ValueError where roles do not alternate or a text is empty: Ollama would silently drop or join turns."""
     turns = list(messages)

@@ -17,13 +17,15 @@ from typing import Any
 from tutor.artifacts import provenance
 from tutor.artifacts.disk import write_json
 from tutor.artifacts.layout import OLLAMA, STAGE_FOLDERS, BuildFolder
-from tutor.artifacts.manifest import find_damage, is_made, require_stage
+from tutor.artifacts.manifest import find_damage, find_manifest, is_made, require_stage
 from tutor.artifacts.stage_folder import checkpoint_folder, log_folder, writing
 from tutor.engines.protocol import greedy
 from tutor.errors import ArtifactError, RecipeError
+from tutor.formats.models.prompt_format import read_format
 from tutor.formats.rows.split_files import PROMPTS, TRAIN, read_split
 from tutor.pipeline.recipe_folder import held
 from tutor.pipeline.runner import announced
+from tutor.prompt.messages import row_messages
 from tutor.recipe.settings import Recipe
 from tutor.serving.builds import served_name
 from tutor.serving.model_names import ModelChoice, parse_model
@@ -85,6 +87,7 @@ def evaluate_models(
         "ran": any(each.ran for each in answered),
         "models": {each.label: each.results["models"][each.label] for each in answered},
         "copied": {each.label: each.results["copied"][each.label] for each in answered},
+        "language": recipe.data.language,
         "differences": stage.changes_from_first(answered[0].prompts, records, recipe.seed),
     }
     return {**result, "findings": generalization.findings(result)}
@@ -103,22 +106,34 @@ def compare_models(recipe: Recipe, build: Path, before: str, after: str, **engin
 
 def compare_answers(early: ModelAnswers, late: ModelAnswers, seed: int) -> dict[str, Any]:
     """Compare the answers of two models to their common prompts. Raises ArtifactError when they have none."""
-    places = {prompt["instruction"]: place for place, prompt in enumerate(late.prompts)}
-    common = [place for place, prompt in enumerate(early.prompts) if prompt["instruction"] in places]
+    places = {_conversation(prompt): place for place, prompt in enumerate(late.prompts)}
+    common = [place for place, prompt in enumerate(early.prompts) if _conversation(prompt) in places]
     if not common:
         raise ArtifactError(
             f"{early.label} and {late.label} have no prompt in common", "evaluate both on the same data.eval"
         )
     prompts = [early.prompts[place] for place in common]
-    theirs = [late.records[places[prompt["instruction"]]] for prompt in prompts]
+    theirs = [late.records[places[_conversation(prompt)]] for prompt in prompts]
     changes = rates.changes(prompts, [early.records[place] for place in common], theirs, seed)
     return {
         "before": early.label,
         "after": late.label,
         "n": len(common),
+        "language": _common_language(early, late),
         "left_out": {"before": len(early.prompts) - len(common), "after": len(late.prompts) - len(common)},
         **changes,
     }
+
+
+def _conversation(prompt: Mapping[str, Any]) -> str:
+    """All that a prompt asks, as one text."""
+    return json.dumps(row_messages(prompt, ""), ensure_ascii=False)
+
+
+def _common_language(early: ModelAnswers, late: ModelAnswers) -> str:
+    """Return the language in which both were graded; "" where it differs or was not recorded."""
+    languages = {each.results.get("language", "") for each in (early, late)}
+    return languages.pop() if len(languages) == 1 else ""
 
 
 def _answers_of(
@@ -148,27 +163,32 @@ def read_answers(path: Path, label: str) -> ModelAnswers:
         good = all(isinstance(record["passed"], bool) for record in records)
         good &= all(isinstance(record.get("verdicts", {}), dict) for record in records)
         good &= all(isinstance(row["instruction"], str) for row in rows)
-        prompts = [{"instruction": row["instruction"], "category": row["category"]} for row in rows]
+        prompts = [
+            {**{name: row[name] for name in ("instruction", "category")}, "history": list(row.get("history", ()))}
+            for row in rows
+        ]
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise ArtifactError(
             f"{path} has no verdicts ({type(error).__name__}: {error})", "evaluate again: tutor eval"
         ) from None
     if not good:
         raise ArtifactError(f"{path} has no verdicts", "evaluate again: tutor eval")
-    return ModelAnswers(label, prompts, records, {}, ran=False)
+    manifest = find_manifest(path.parent)
+    return ModelAnswers(label, prompts, records, dict(manifest.results) if manifest else {}, ran=False)
 
 
 def _answers(recipe: Recipe, build: Path, choice: ModelChoice, label: str, parallel: int) -> ModelAnswers:
     """Return the stored answers of a model to the prompts of the recipe, or run the model."""
     folder = BuildFolder(build, recipe.name)
-    generation = greedy(recipe.generate, recipe.seed)
+    prompt = read_format(recipe, folder.stage("base"))
+    generation = greedy(recipe.generate, recipe.seed, prompt.stops)
     target = folder.evaluation(label)
     with held(recipe, build):
         data = require_stage(folder.stage("data"), "data").fingerprint
         served = answer_dependencies(recipe, build, choice)
         if choice.engine == "ollama" and parallel > 1:
             served["parallel"] = parallel  # a server with several slots batches prompts (stages/evaluate/answers.py)
-        sampling = {"system": recipe.system, **asdict(generation)}
+        sampling = {"system": recipe.system, "language": recipe.data.language, **asdict(generation)}
         tree = provenance.SourceTree(folder.hashes)
         code = tree.provenance("serving/compare.py", left_out=LEFT_OUT).code
         fields = {"input.data": data, **sampling, **served, "code": code}
@@ -178,7 +198,7 @@ def _answers(recipe: Recipe, build: Path, choice: ModelChoice, label: str, paral
                 log.warning("%s", notice)
             announcement = announced("evaluate", f"answer the prompts with {label} and grade")
             with announcement, writing(target, target.name, fields) as (out, results):
-                task = Task(label, generation, recipe.system, checkpoint_folder(out) / "answers.jsonl", served)
+                task = Task(label, generation, recipe.system, checkpoint_folder(out) / "answers.jsonl", served, prompt)
                 results.update(_answer_and_grade(recipe, build, choice, task, out, parallel))
         results = require_stage(target, target.name).results
         return replace(read_answers(target / stage.ANSWERS, label), results=results, ran=ran)
@@ -200,11 +220,13 @@ def _answer_and_grade(
         task,
         parallel=at_once,
     )
-    records = stage.graded(prompts, answers, training)
+    language = recipe.data.language
+    records = stage.graded(prompts, answers, training, language=language, kind=task.prompt.kind)
     write_json(out / stage.ANSWERS, stage.side_by_side(prompts, {task.name: records}))
     return {
         **task.key,
         "generation": asdict(task.generation),
+        "language": language,
         "models": {task.name: rates.summarise(prompts, records)},
         "copied": {task.name: generalization.copied_summary([record.get("copied") for record in records])},
     }

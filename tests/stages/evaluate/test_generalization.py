@@ -99,12 +99,13 @@ def sentences(results: dict[str, Any]) -> list[str]:
 
 def test_findings_list_what_got_worse_first() -> None:
     before = [record(passed=False) for _ in range(20)]
-    after = [record(spanish=False) for _ in range(20)]
+    after = [record(in_language=False) for _ in range(20)]
     changed = {"before": "base", "after": "tutor", **changes(PROMPTS, before, after, 7)}
     general = generalization.drift({"base": [2.0] * 12, "tutor": [2.5] * 12}, TEXTS, 7)
     paraphrased = change(after, before, "passed", 7)
     copied = {"tutor": {"n": 20, "half_copied": 3}, "held-out rows": {"n": 5, "half_copied": 0}}
     results = {"differences": [changed], "general": general, "paraphrases": paraphrased, "copied": copied}
+    results["language"] = "es"
     assert sentences(results) == [
         "base to tutor, in Spanish: 100 % (20/20), then 0 % (0/20) (-100 points, -100 to -70): worse",
         "paraphrased questions: 100 % (20/20), then 0 % (0/20) (-100 points, -100 to -70): worse",
@@ -124,11 +125,11 @@ def test_findings_on_copying_are_only_about_tuned_models() -> None:
 
 def test_findings_name_a_kind_that_differs_from_the_total() -> None:
     kinds = [prompt["category"] for prompt in PROMPTS]
-    before = [record(spanish=kind == "definicion") for kind in kinds]
-    after = [record(spanish=kind != "definicion") for kind in kinds]
+    before = [record(in_language=kind == "definicion") for kind in kinds]
+    after = [record(in_language=kind != "definicion") for kind in kinds]
     changed = {"before": "base", "after": "tutor", **changes(PROMPTS, before, after, 7)}
-    assert sentences({"differences": [changed]})[0] == (
-        "base to tutor, in Spanish, definicion: 100 % (10/10), then 0 % (0/10) (-100 points, -100 to -50): worse"
+    assert sentences({"differences": [changed], "language": "de"})[0] == (
+        "base to tutor, in German, definicion: 100 % (10/10), then 0 % (0/10) (-100 points, -100 to -50): worse"
     )
 
 

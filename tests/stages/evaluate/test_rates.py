@@ -8,9 +8,9 @@ from tutor.stages.evaluate.rates import change, changes, rates, summarise
 
 
 def test_rate_has_count_and_interval_and_counts_errors() -> None:
-    counted = rates([record(), record(spanish=False), FAILED])
+    counted = rates([record(), record(in_language=False), FAILED])
     assert (counted["n"], counted["errors"]) == (3, 1)
-    assert counted["spanish"] == {"n": 1, "share": 0.3333, "low": 0.0615, "high": 0.7923}
+    assert counted["language"] == {"n": 1, "share": 0.3333, "low": 0.0615, "high": 0.7923}
     assert counted["answered"]["n"] == counted["passed"]["n"] == 2
     assert "compiles" not in counted, "no answer was judged for it"
 
@@ -62,14 +62,14 @@ def test_figures_of_a_change_are_rounded_to_four_digits() -> None:
 
 def test_changes_are_over_all_and_by_kind_with_prompts() -> None:
     before = [record(passed=number == 0) for number in range(20)]
-    after = [record(passed=number % 2 == 1, spanish=False) for number in range(20)]
+    after = [record(passed=number % 2 == 1, in_language=False) for number in range(20)]
     found = changes(PROMPTS, before, after, 7)
     assert found["all"]["passed"]["before"]["n"] == 1
     assert (found["all"]["passed"]["difference"], found["all"]["passed"]["conclusion"]) == (0.45, "better")
-    assert found["all"]["spanish"]["conclusion"] == "worse"
+    assert found["all"]["language"]["conclusion"] == "worse"
     assert found["categories"]["definicion"]["conclusion"] == "better"
     assert found["kinds"]["passed"] == found["categories"]
-    assert set(found["kinds"]["spanish"]) == {"definicion", "ejemplo"}
+    assert set(found["kinds"]["language"]) == {"definicion", "ejemplo"}
     assert found["categories"]["ejemplo"]["conclusion"] == "no difference shown"
     assert found["worse"] == ["¿0?"]
     assert len(found["better"]) == 10
@@ -79,4 +79,4 @@ def test_changes_are_over_all_and_by_kind_with_prompts() -> None:
 def test_missing_answer_counts_as_failed_in_a_change() -> None:
     found = change([record()] * 9, [FAILED] * 9, "passed", 7)
     assert (found["better"], found["worse"], found["conclusion"]) == (0, 9, "worse")
-    assert change([record()] * 9, [FAILED] * 9, "spanish", 7)["conclusion"] == "worse"
+    assert change([record()] * 9, [FAILED] * 9, "language", 7)["conclusion"] == "worse"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from support.files import write_rows
+from tutor.stages.data.base_tokens import BaseTokens
 from tutor.stages.data.lint.linter import LintReport, lint
 
 ANSWER = "Es un valor que el compilador comprueba antes de ejecutar el programa, y nada más."
@@ -28,6 +29,9 @@ def lint_rows(folder: Path, rows: list[Any], against: list[Any] | None = None, *
     if against is not None:
         write_rows(folder / "prompts.jsonl", against)
     held_out = folder / "prompts.jsonl" if against is not None else None
+    if "tokenizer" in options:
+        base = {name: options.pop(name) for name in ("prompt", "system") if name in options}
+        options["base"] = BaseTokens(options.pop("tokenizer"), **base)
     return lint([folder / "rows.jsonl"], held_out, **{"max_length": 1024, **options})
 
 

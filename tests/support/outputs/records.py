@@ -9,8 +9,8 @@ PROMPTS = [
 ]
 
 
-def record(*, passed: bool = True, spanish: bool = True, tokens: int = 10, speed: float = 20.0) -> dict[str, Any]:
-    verdicts = {**dict.fromkeys(LABELS, True), "spanish": spanish, "characters": 100}
+def record(*, passed: bool = True, in_language: bool = True, tokens: int = 10, speed: float = 20.0) -> dict[str, Any]:
+    verdicts = {**dict.fromkeys(LABELS, True), "language": in_language, "characters": 100}
     del verdicts["passed"], verdicts["compiles"], verdicts["expected"], verdicts["usual_length"]
     return {"text": " Sí.", "tokens": tokens, "tokens_per_second": speed, "verdicts": verdicts, "passed": passed}
 

@@ -16,10 +16,11 @@ from tutor.cli.commands.run import data_split
 from tutor.cli.exit import print_error
 from tutor.cli.options import indented, json_option, load_recipe, print_result, recipe_option
 from tutor.errors import ArtifactError, DataError
+from tutor.recipe.values import LANGUAGES
 
 if TYPE_CHECKING:
     from tutor.recipe.settings import Recipe
-    from tutor.stages.data.base_tokens import TokenFinder
+    from tutor.stages.data.base_tokens import BaseTokens, TokenFinder
     from tutor.stages.data.lint.linter import LintReport
 
 files_argument = click.argument("files", nargs=-1, type=click.Path(path_type=Path))
@@ -130,22 +131,22 @@ def lint_command(  # noqa: PLR0913 - a command's options
     """
     from tutor.cli.output_file import check_output, write_output
     from tutor.formats.rows.recipe_files import data_files, named_files
-    from tutor.recipe.settings import TrainSettings
+    from tutor.recipe.settings import DataSettings, TrainSettings
     from tutor.stages.data.lint.linter import lint
     from tutor.stages.data.lint.page import lint_page
 
     recipe = load_recipe(recipe_path) if not files or recipe_path.exists() else None
     inputs = data_files(recipe) if recipe and not files else {}
-    tokenizer = _tokenizer(recipe, build) if recipe else None
+    base = _base_tokens(recipe, build) if recipe else None
     if html:
-        read = [*files, *([against] if against else []), *([tokenizer] if tokenizer else []), recipe_path]
+        read = [*files, *([against] if against else []), *([base.file] if base else []), recipe_path]
         check_output(html, [*read, *(named_files(recipe) if recipe else [])])
     report = lint(
         files or (inputs["train"],),
         against or inputs.get("eval"),
         max_length=(recipe.train if recipe else TrainSettings()).max_length,
-        tokenizer=tokenizer,
-        system=recipe.system if recipe else "",
+        language=(recipe.data if recipe else DataSettings()).language,
+        base=base,
     )
     if html:
         write_output(html, lint_page(report))
@@ -155,15 +156,18 @@ def lint_command(  # noqa: PLR0913 - a command's options
         context.exit(print_error(f"{total} findings", DataError.code, "they are listed on stdout", as_json=False))
 
 
-def _tokenizer(recipe: "Recipe", build: Path) -> Path | None:
+def _base_tokens(recipe: "Recipe", build: Path) -> "BaseTokens | None":
     """Return the base's tokenizer.json, or None before the base stage or without the package that reads it."""
     from tutor.artifacts.layout import BuildFolder
     from tutor.formats.models.model_folder import read_facts
+    from tutor.formats.models.prompt_format import read_format
+    from tutor.stages.data.base_tokens import BaseTokens
 
     if importlib.util.find_spec("tokenizers"):
         with contextlib.suppress(ArtifactError):
-            path = read_facts(BuildFolder(build, recipe.name).stage("base"))[1] / "tokenizer.json"
-            return path if path.is_file() else None
+            base = BuildFolder(build, recipe.name).stage("base")
+            path = read_facts(base)[1] / "tokenizer.json"
+            return BaseTokens(path, read_format(recipe, base), recipe.system) if path.is_file() else None
     return None
 
 
@@ -171,8 +175,8 @@ def _control_token_finder(recipe: "Recipe", build: Path) -> "TokenFinder | None"
     """Return a finder of the base's control tokens, or None before the base stage."""
     from tutor.stages.data.base_tokens import control_token_finder, read_tokenizer
 
-    path = _tokenizer(recipe, build)
-    return control_token_finder(read_tokenizer(path)) if path else None
+    base = _base_tokens(recipe, build)
+    return control_token_finder(read_tokenizer(base.file)) if base else None
 
 
 def _lint_lines(report: "LintReport") -> list[str]:
@@ -186,8 +190,10 @@ def _lint_lines(report: "LintReport") -> list[str]:
     lines += [
         rows,
         f"  length in {lengths['unit']}: {middle}{limit}",
-        f"  in Spanish: {language['spanish']} of {language['judged']} with prose",
     ]
+    if language:
+        named = LANGUAGES[language["language"]]
+        lines.append(f"  in {named}: {language['in_language']} of {language['judged']} with prose")
     if nearest:
         highest = nearest["highest"] if nearest["highest"] is not None else f"below {nearest['looked_for_from']}"
         lines.append(f"  highest similarity to one of {nearest['prompts']} prompts: {highest}")

@@ -1,28 +1,39 @@
 """The base's own tokens in rows, as far as its tokenizer.json gives them.
 
-In: a tokenizer.json, questions and answers. Out: counts of tokens, and control tokens in the texts. The train stage
-checks rows again with the tokenizer that it trains with (stages/train/audit.py). Reads no row's file.
+In: a tokenizer.json, rows. Out: counts of tokens, and control tokens in the texts. The train stage checks rows again
+with the tokenizer that it trains with (stages/train/audit.py). Reads no row's file.
 """
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tutor.errors import ArtifactError
 from tutor.formats.rows.control_tokens import control_tokens, refuse_rows
 from tutor.formats.rows.examples import Example, Prompt
-from tutor.prompt.messages import conversation
-from tutor.prompt.tutor_format import completion, render
+from tutor.prompt.format import PromptFormat, served_messages
+from tutor.prompt.messages import conversation, row_answer, row_messages
+from tutor.prompt.tutor_format import TUTOR, completion, render
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-TokenCounter = Callable[[str, str], int]
-"""Returns the tokens of a question with its answer in training."""
+TokenCounter = Callable[[Mapping[str, Any]], int]
+"""Returns the tokens of a row in training, all its turns included."""
 TokenFinder = Callable[[str, str], list[str]]
 """Returns the control tokens of the base in a question with its answer."""
+
+
+@dataclass(frozen=True)
+class BaseTokens:
+    """The base's tokenizer.json, and how a recipe writes rows for it."""
+
+    file: Path
+    prompt: PromptFormat = TUTOR
+    system: str = ""
 
 
 def read_tokenizer(path: Path) -> "Tokenizer":
@@ -37,13 +48,25 @@ def read_tokenizer(path: Path) -> "Tokenizer":
     return Tokenizer.from_str(text)
 
 
-def token_counter(tokenizer: "Tokenizer", system: str = "") -> TokenCounter:
-    """Return a counter of a row's tokens, BOS and EOS included."""
+def token_counter(tokenizer: "Tokenizer", base: BaseTokens) -> TokenCounter:
+    """Return a counter of a row's tokens, BOS and the end of the answer included."""
 
-    def count(question: str, answer: str) -> int:
-        return len(tokenizer.encode(_text(question, answer, system)).ids) + 1
+    def count(row: Mapping[str, Any]) -> int:
+        asked = served_messages(base.prompt, row_messages(row, base.system))
+        target = base.prompt.completion(row_answer(row))
+        given = tokenizer.encode(base.prompt.render(asked)).ids, tokenizer.encode(target, add_special_tokens=False).ids
+        return sum(map(len, given)) + 1
 
     return count
+
+
+def refusal(base: BaseTokens, row: Mapping[str, Any]) -> str | None:
+    """Return why the prompt format cannot write a row; None where it can."""
+    try:
+        base.prompt.render(served_messages(base.prompt, row_messages(row, base.system)))
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def control_token_finder(tokenizer: "Tokenizer") -> TokenFinder:
@@ -70,5 +93,5 @@ def _texts(row: Example | Prompt) -> tuple[str, str]:
     return (question, "\n".join((row.reasoning, row.response))) if isinstance(row, Example) else (question, "")
 
 
-def _text(question: str, answer: str, system: str = "") -> str:
-    return render(conversation(question, system)) + completion(answer)
+def _text(question: str, answer: str) -> str:
+    return render(conversation(question)) + completion(answer)

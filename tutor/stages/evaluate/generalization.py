@@ -19,7 +19,7 @@ from tutor.formats.rows.jsonl import read_values
 from tutor.formats.rows.recipe_files import EVALUATION_LIMITS, evaluation_files
 from tutor.formats.rows.rows import PromptRow, parse_row
 from tutor.graders.copied_text import longest_copies
-from tutor.graders.labels import LABELS
+from tutor.graders.labels import verdict_labels
 from tutor.stages.evaluate.intervals import NO_DIFFERENCE, conclude, paired_values
 
 if TYPE_CHECKING:
@@ -147,8 +147,9 @@ def _perplexity(losses: Sequence[float]) -> float:
 def findings(results: Mapping[str, Any]) -> list[dict[str, str]]:
     """Return the results as sentences: `conclusion` and `text`. Changes for the worse come first, all of them."""
     found: list[dict[str, str]] = []
+    labels = verdict_labels(results.get("language"))
     for changed in results.get("differences", ()):
-        found += _changed(changed)
+        found += _changed(changed, labels)
     if paraphrased := results.get("paraphrases"):
         found.append(_sentence("paraphrased questions", paraphrased))
     if general := results.get("general"):
@@ -168,16 +169,16 @@ def _is_tuned(name: str) -> bool:
     return name != HELD_OUT and not re.fullmatch(r"(?:hf:)?base(?:-[A-Z0-9_]+)?", name)
 
 
-def _changed(changed: Mapping[str, Any]) -> list[dict[str, str]]:
+def _changed(changed: Mapping[str, Any], labels: Mapping[str, str]) -> list[dict[str, str]]:
     """The change of `passed`, of verdicts with a difference, and of kinds of question with another conclusion."""
     names = f"{changed['before']} to {changed['after']}"
     found = []
     for name, over_all in changed["all"].items():
         if name == "passed" or over_all["conclusion"] != NO_DIFFERENCE:
-            found.append(_sentence(f"{names}, {LABELS[name]}", over_all))
+            found.append(_sentence(f"{names}, {labels[name]}", over_all))
         for kind, entry in changed["kinds"].get(name, {}).items():
             if entry["conclusion"] not in (NO_DIFFERENCE, over_all["conclusion"]):
-                found.append(_sentence(f"{names}, {LABELS[name]}, {kind or '(no kind)'}", entry))
+                found.append(_sentence(f"{names}, {labels[name]}, {kind or '(no kind)'}", entry))
     return found
 
 

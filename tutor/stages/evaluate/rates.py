@@ -13,7 +13,7 @@ from typing import Any
 from tutor.graders.labels import LABELS
 from tutor.stages.evaluate.intervals import conclude, paired_verdicts, wilson
 
-BY_KIND = ("passed", "spanish", "stopped", "compiles")
+BY_KIND = ("passed", "language", "stopped", "compiles")
 """Verdicts whose changes are also counted by kind of question: a small model can improve and still pass no prompt."""
 
 

@@ -9,6 +9,7 @@ quantization), the two small files of the recipe's [evaluate]. Out, in eval/:
 
 and as the manifest's results:
 
+    language         of the recipe: an ISO 639-1 code, or "any"
     models           by model: `file`, `all` and `categories` (rates.py), `characters`, `tokens_per_second`
     differences      from the base to the tutor: a list of `before`, `after` and the keys of rates.changes
     paraphrases      a change (rates.py), from the prompts to their paraphrases; None without evaluate.paraphrases
@@ -88,12 +89,14 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     answered = {name: [*prompts, *paraphrased] if name == "tutor" else prompts for name in files}
     prompt = read_format(recipe, inputs["base"])
     records = {name: _answers(recipe, prompt, gguf, out, answered[name]) for name, gguf in files.items()}
-    records = {name: graded(answered[name], found, training) for name, found in records.items()}
+    how = {"language": recipe.data.language, "kind": prompt.kind}
+    records = {name: graded(answered[name], found, training, **how) for name, found in records.items()}
     plain = {name: found[: len(prompts)] for name, found in records.items()}
     write_json(out / ANSWERS, side_by_side(prompts, plain))
     write_json(out / PARAPHRASED, side_by_side(paraphrased, {"tutor": records["tutor"][len(prompts) :]}))
     results: dict[str, Any] = {
-        "generation": asdict(greedy(recipe.generate, recipe.seed)),
+        "generation": asdict(greedy(recipe.generate, recipe.seed, prompt.stops)),
+        "language": recipe.data.language,
         "models": {name: {"file": files[name].stem, **rates.summarise(prompts, plain[name])} for name in files},
         "differences": changes_from_first(prompts, plain, recipe.seed),
         "paraphrases": _paraphrase_change(prompts, paraphrased, records["tutor"], recipe.seed),
@@ -129,11 +132,20 @@ def _answers(
 
 
 def graded(
-    prompts: Sequence[Mapping[str, Any]], answers: Sequence[Record], training: Sequence[Mapping[str, Any]]
+    prompts: Sequence[Mapping[str, Any]],
+    answers: Sequence[Record],
+    training: Sequence[Mapping[str, Any]],
+    *,
+    language: str,
+    kind: str,
 ) -> list[Record]:
-    """Return the records with their verdicts and with the passages that they copy from training rows."""
+    """Return the records with their verdicts and with the passages that they copy from training rows.
+
+    `language` of the answers and `kind` of the prompt format as verdict.grade has them.
+    """
     lengths = sorted(len(row["response"].strip()) for row in training)
-    verdicts = grade(prompts, answers, (lengths[0], lengths[-1]) if lengths else None)
+    bounds = (lengths[0], lengths[-1]) if lengths else None
+    verdicts = grade(prompts, answers, bounds, language=language, kind=kind)
     copies = generalization.copied_passages(answers, training)
     return [
         {**record, **({"copied": copied} if copied else {})} for record, copied in zip(verdicts, copies, strict=True)

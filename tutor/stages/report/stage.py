@@ -18,7 +18,7 @@ from tutor.errors import ArtifactError
 from tutor.formats.html import render_page
 from tutor.formats.models.prompt_format import row_encoder
 from tutor.formats.rows.split_files import TRAIN, read_json_lines, read_split
-from tutor.graders.verdict import in_spanish
+from tutor.graders.verdict import are_in_language
 from tutor.machine import host
 from tutor.stages.report.labels import labelled_runs, sample_rows
 from tutor.stages.report.model_card import card
@@ -74,7 +74,7 @@ def gather(recipe: "Recipe", inputs: Mapping[str, Path]) -> StageOutputs:
         paraphrased=_json(evaluated / "paraphrased.json", "tutor eval"),
         labels=labels,
         no_labels=no_labels,
-        language="es" if answers and in_spanish(answers) else "",
+        language=recipe.data.language if answers and are_in_language(answers, recipe.data.language) else "",
         machine=_machine(),
     )
 

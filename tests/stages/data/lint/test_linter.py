@@ -131,14 +131,16 @@ def test_set_in_another_language_has_no_language_findings(tmp_path: Path) -> Non
     rows = [row(f"What is {word}?", answer.format(word)) for word in WORDS]
     report = lint_rows(tmp_path, rows)
     assert report.findings == ()
-    assert report.figures["language"]["spanish"] == 0
+    assert report.figures["language"]["in_language"] == 0
     assert report.figures["language"]["judged"] == len(rows)
 
 
 def test_rows_without_prose_have_no_language(tmp_path: Path) -> None:
     report = lint_rows(tmp_path, [*GOOD, row("`x`", "```ts\nlet x = 1;\n```", category="a")])
     assert report.findings == ()
-    assert report.figures["language"] == {"rows": len(GOOD) + 1, "judged": len(GOOD), "spanish": len(GOOD)}
+    assert report.figures["language"] == {
+        "language": "es", "rows": len(GOOD) + 1, "judged": len(GOOD), "in_language": len(GOOD)
+    }  # fmt: skip
 
 
 def test_category_with_few_rows_is_found(tmp_path: Path) -> None:

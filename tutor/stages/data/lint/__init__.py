@@ -3,7 +3,8 @@
 In: files of rows, usable or not; the held-out prompts to compare with; optionally the base's tokenizer. Out: a report
 as JSON values, or as one HTML page.
 
-`linter` compares rows, `rows` indexes a file and checks each row alone, `characters` finds garbled and invisible
+`linter` compares rows, `rows` indexes a file and checks each row alone, `conversations` names the texts of a row,
+`characters` finds garbled and invisible
 characters, `near_duplicates` similar questions, `figures` computes lengths and tables, `page` renders the HTML page
 from page.html.j2.
 

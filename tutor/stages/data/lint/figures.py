@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from tutor.stages.data.base_tokens import TokenCounter
+from tutor.stages.data.lint.conversations import Conversation
 
 MAX_CHARACTERS_PER_TOKEN = 4
 """Upper bound of characters per token. Without a tokenizer, a row above limit x this bound is certainly too long."""
@@ -18,17 +19,17 @@ BARS = 12
 """Number of bars that a histogram has at most; one more where the last one holds the maximum alone."""
 
 
-def length_check(max_length: int, counter: TokenCounter | None) -> Callable[[str, str], str | None]:
+def length_check(max_length: int, counter: TokenCounter | None) -> Callable[[Conversation], str | None]:
     """Return a function that explains why a row is too long; it counts tokens only of rows that may be too long."""
 
-    def why(question: str, answer: str) -> str | None:
-        characters = len(question) + len(answer)
+    def why(given: Conversation) -> str | None:
+        characters = sum(len(text) for _, text in given.texts())
         if counter is None:
             certain = characters > MAX_CHARACTERS_PER_TOKEN * max_length
             return f"{characters} characters; train.max_length is {max_length} tokens" if certain else None
         if not is_always_counted(characters, max_length):
             return None
-        tokens = counter(question, answer)
+        tokens = counter(given.row)
         return too_many_tokens(tokens, max_length) if tokens > max_length else None
 
     return why

@@ -14,14 +14,16 @@ from typing import Any
 from tutor.errors import RecipeError
 from tutor.formats.rows.json_values import printable
 from tutor.formats.rows.jsonl import Limits
-from tutor.graders.language import MIN_WORDS, is_spanish, prose
-from tutor.stages.data.base_tokens import TokenCounter, control_token_finder, read_tokenizer, token_counter
+from tutor.graders.language import MIN_WORDS, UNSPACED, count_words, is_in_language, prose
+from tutor.recipe.values import ANY_LANGUAGE, LANGUAGES
+from tutor.stages.data import base_tokens
+from tutor.stages.data.base_tokens import BaseTokens, TokenCounter
 from tutor.stages.data.lint import figures
 from tutor.stages.data.lint.near_duplicates import groups_by_key, near_pairs, nearest
 from tutor.stages.data.lint.rows import LintFinding, RowChecks, RowIndex, index_file
 
 KINDS = {
-    "schema": "rows that the data stage refuses",
+    "schema": "rows that the data stage or the base's chat template refuses",
     "unknown-key": "keys that are dropped",
     "special-token": "texts that the base, or a tokenizer or template of another, reads as a token of its own",
     "characters": "characters read in another encoding, invisible ones, and accents apart from their letters",
@@ -34,7 +36,7 @@ KINDS = {
     "contradiction": "questions that are answered in two ways",
     "leak": "questions that are also held-out prompts",
     "near-leak": "questions nearly like a held-out prompt",
-    "language": "rows that are not in Spanish, where most are",
+    "language": "rows that are not in the recipe's language, where most are",
     "balance": "categories and topics with few rows, and rows without",
 }
 """Description by kind of finding, in the order of the report."""
@@ -48,9 +50,9 @@ FIGURE_NEAR = 0.2
 FIGURE_PAIRS = 500_000
 """Maximum number of pairs of row and prompt for figures down to FIGURE_NEAR; above, down to NEAR."""
 MAJORITY = 0.8
-"""Minimum share of Spanish rows of a Spanish set; in other sets, no row is reported for its language."""
+"""Minimum share of rows in the recipe's language; with fewer, no row is reported for its language."""
 MAX_CHARACTERS = 20_000
-"""Maximum number of characters of a row that decide its language."""
+"""Maximum number of characters of a question with its answer that decide their language."""
 SPARSE = 0.25
 """Minimum rows of a category or topic, as a part of an equal share; one with fewer is reported."""
 
@@ -74,22 +76,21 @@ def lint(
     against: Path | None = None,
     *,
     max_length: int,
-    tokenizer: Path | None = None,
-    system: str = "",
+    language: str = "es",
+    base: BaseTokens | None = None,
     limits: Limits | None = None,
 ) -> LintReport:
     """Lint the rows in `files`, and compare them with the held-out prompts in `against`.
 
-    `max_length` is in tokens, `system` included; without `tokenizer`, a tokenizer.json, lengths are in characters.
+    `max_length` is in tokens of a whole conversation, the system text included; without `base` lengths are in
+    characters. `language` is an ISO 639-1 code, or ANY_LANGUAGE.
     Raises RecipeError or DataError where a file as a whole cannot be read, ArtifactError for a damaged tokenizer.
     """
     if against and any(_is_same(against, path) for path in files):
         raise RecipeError(f"{against} is both looked through and held out", "name another file for one of them")
     index = RowIndex()
     sizes = {}
-    made = read_tokenizer(tokenizer) if tokenizer else None
-    counter = token_counter(made, system) if made else None
-    row_checks = RowChecks(figures.length_check(max_length, counter), control_token_finder(made) if made else None)
+    row_checks, counter = _row_checks(max_length, base)
     for path in [*files, *([against] if against else [])]:
         if path is against:
             index.held_out = str(path)
@@ -98,7 +99,7 @@ def lint(
     for rows in (train, prompts):
         _repeats(index, rows)
     leaks = _leaks(index, train, prompts)
-    languages = _languages(index)
+    languages = None if language == ANY_LANGUAGE else _languages(index, language)
     lengths = _lengths(index, train, max_length, counter)
     _balance(index)
     order = {name: number for number, name in enumerate(KINDS)}
@@ -114,6 +115,19 @@ def lint(
             "nearest": leaks,
         },
     )
+
+
+def _row_checks(max_length: int, base: BaseTokens | None) -> tuple[RowChecks, TokenCounter | None]:
+    """The checks that depend on the base, and the counter of tokens where its tokenizer is known."""
+    if base is None:
+        return RowChecks(figures.length_check(max_length, None)), None
+    tokenizer = base_tokens.read_tokenizer(base.file)
+    counter = base_tokens.token_counter(tokenizer, base)
+    finder = base_tokens.control_token_finder(tokenizer)
+    checks = RowChecks(
+        figures.length_check(max_length, counter), finder, lambda given: base_tokens.refusal(base, given.row)
+    )
+    return checks, counter
 
 
 def _is_same(path: Path, other: Path) -> bool:
@@ -148,7 +162,8 @@ def _leaks(index: RowIndex, train: Sequence[int], prompts: Sequence[int]) -> dic
         return None
     asked = {index.asks[prompt]: prompt for prompt in reversed(prompts)}
     for row in train:
-        if (prompt := asked.get(index.asks[row])) is not None:
+        questions = (*index.earlier.get(row, ()), index.asks[row])
+        if (prompt := next((asked[each] for each in questions if each in asked), None)) is not None:
             index.add_row("leak", row, f"is also {index.where(prompt, row)}")
     few = len(train) * len(prompts) <= FIGURE_PAIRS
     found = nearest(index.questions, prompts, train, FIGURE_NEAR if few else NEAR)
@@ -177,26 +192,39 @@ def _lengths(index: RowIndex, train: Sequence[int], max_length: int, counter: To
     """Figures of the sample in tokens, or of all rows in characters; find too long rows that were not counted yet."""
     if counter is None:
         return figures.length_figures([index.characters[row] for row in train], "characters", None)
-    counts = {row: counter(question, answer) for row, question, answer in index.sample}
+    counts = {row: counter(given.row) for row, given in index.sample}
     for row, tokens in sorted(counts.items()):
         if tokens > max_length and not figures.is_always_counted(index.characters[row], max_length):
             index.add_row("length", row, figures.too_many_tokens(tokens, max_length))
     return figures.length_figures(list(counts.values()), "tokens", max_length)
 
 
-def _languages(index: RowIndex) -> dict[str, Any]:
-    """Find rows of the sample that are not Spanish, where most are; return the numbers of rows."""
-    judged = []
-    for row, question, answer in index.sample:
-        text = f"{question}\n\n{answer}"[:MAX_CHARACTERS]
-        if len(prose(text).split()) >= MIN_WORDS:
-            judged.append((row, *is_spanish(text)))
-    spanish = sum(yes for _, yes, _ in judged)
-    if judged and spanish / len(judged) >= MAJORITY:
-        for row, yes, confidence in sorted(judged):
-            if not yes:
-                index.add_row("language", row, f"its prose is not Spanish (confidence in Spanish {confidence:.2f})")
-    return {"rows": len(index.sample), "judged": len(judged), "spanish": spanish}
+def _languages(index: RowIndex, language: str) -> dict[str, Any]:
+    """Find rows of the sample with a turn in another language, where most rows have none; return the numbers."""
+    named = LANGUAGES[language]
+    judged = good = 0
+    others: list[tuple[int, str]] = []
+    for row, given in index.sample:
+        graded = [
+            (name, *is_in_language(text, language))
+            for name, text in ((name, text[:MAX_CHARACTERS]) for name, text in given.turns())
+            if _has_prose(text, language)
+        ]
+        judged += bool(graded)
+        wrong = [(name, confidence) for name, yes, confidence in graded if not yes]
+        good += bool(graded) and not wrong
+        for name, confidence in wrong[:1]:
+            what = f"the prose of {name} with its question" if given.named else "its prose"
+            others.append((row, f"{what} is not {named} (confidence in {named} {confidence:.2f})"))
+    if judged and good / judged >= MAJORITY:
+        for row, message in sorted(others):
+            index.add_row("language", row, message)
+    return {"language": language, "rows": len(index.sample), "judged": judged, "in_language": good}
+
+
+def _has_prose(text: str, language: str) -> bool:
+    words = prose(text, language)
+    return (count_words(words, language) if language in UNSPACED else len(words.split())) >= MIN_WORDS
 
 
 def _balance(index: RowIndex) -> None:

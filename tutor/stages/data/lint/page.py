@@ -13,6 +13,8 @@ from tutor.formats.html import render_page
 from tutor.formats.importing.names import Options
 from tutor.formats.importing.reading import open_rows
 from tutor.formats.rows.jsonl import Limits
+from tutor.recipe.values import LANGUAGES
+from tutor.stages.data.lint.conversations import shown_questions
 from tutor.stages.data.lint.linter import KINDS, NEAR, LintReport
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
@@ -60,6 +62,7 @@ def lint_page(report: LintReport, limits: Limits | None = None) -> str:
         title=f"Lint of {', '.join(Path(name).name for name in report.files)}",
         files=report.files,
         figures=report.figures,
+        language=LANGUAGES[report.figures["language"]["language"]] if report.figures["language"] else "",
         total=sum(report.counts.values()),
         groups=groups,
         chart=_chart(report.figures["lengths"]),
@@ -98,7 +101,7 @@ def _questions(places: Iterable[Place], limits: Limits) -> dict[Place, str]:
     for name, lines in wanted.items():
         for line, found in open_rows(Path(name), limits, Counter(), Options(answered=False)) if lines else ():
             if line in lines and isinstance(found, dict):
-                text = str(found.get("instruction", ""))
+                text = shown_questions(found)
                 texts[name, line] = text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}…"
     return texts
 

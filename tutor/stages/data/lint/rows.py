@@ -15,12 +15,15 @@ from pathlib import Path
 from tutor.formats.importing.names import Options
 from tutor.formats.importing.reading import open_rows
 from tutor.formats.markdown import fences_are_closed
+from tutor.formats.rows.conversations import MESSAGES
 from tutor.formats.rows.json_values import RowError
 from tutor.formats.rows.jsonl import Limits, check_file
 from tutor.formats.rows.rows import ExampleRow, PromptRow, parse_row
+from tutor.prompt.messages import row_questions
 from tutor.recipe.values import MARKED_TOKEN, PLAIN_TOKEN
 from tutor.stages.data.base_tokens import TokenFinder
 from tutor.stages.data.lint.characters import doubtful_characters
+from tutor.stages.data.lint.conversations import Conversation
 from tutor.stages.data.lint.near_duplicates import Questions
 from tutor.stages.data.lint.placeholders import find_placeholder
 from tutor.stages.data.normal_form import normalise
@@ -33,13 +36,15 @@ SAMPLE = 500
 
 @dataclass(frozen=True)
 class RowChecks:
-    """Checks of a question with its answer that depend on the base.
+    """Checks of a row that depend on the base.
 
-    `length` returns why it is too long, or None; `control_tokens` the base's control tokens in it.
+    `length` returns why it is too long, or None; `control_tokens` the base's control tokens in it; `refusal` why the
+    prompt format cannot write it.
     """
 
-    length: Callable[[str, str], str | None]
+    length: Callable[[Conversation], str | None]
     control_tokens: TokenFinder | None = None  # None without the base's tokenizer
+    refusal: Callable[[Conversation], str | None] = lambda _: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +65,14 @@ class RowIndex:
     files: list[str] = field(default_factory=list)
     file: "array[int]" = field(default_factory=lambda: array("H"))
     line: "array[int]" = field(default_factory=lambda: array("L"))
-    asks: "array[int]" = field(default_factory=lambda: array("Q"))  # hash of the normalised question
-    answers: "array[int]" = field(default_factory=lambda: array("Q"))  # hash of the answer; 0: none
+    asks: "array[int]" = field(default_factory=lambda: array("Q"))  # hash of all questions, normalised
+    earlier: dict[int, tuple[int, ...]] = field(default_factory=dict)  # the same up to each earlier turn
+    answers: "array[int]" = field(default_factory=lambda: array("Q"))  # hash of all answers; 0: none
     characters: "array[int]" = field(default_factory=lambda: array("L"))
     questions: Questions = field(default_factory=Questions)
     groups: Counter[tuple[str, str]] = field(default_factory=Counter)  # category, topic
     unlabelled: list[int] = field(default_factory=list)  # rows without a category, at most LISTED
-    sample: list[tuple[int, str, str]] = field(default_factory=list)  # row, question, answer
+    sample: list[tuple[int, Conversation]] = field(default_factory=list)
     chosen: random.Random = field(default_factory=lambda: random.Random(0))  # noqa: S311 - a sample, not a secret
     findings: list[LintFinding] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
@@ -117,8 +123,13 @@ def index_file(path: Path, index: RowIndex, limits: Limits, checks: RowChecks) -
             bad += 1
             index.add("special-token" if _holds_special(found) else "schema", name, line, str(fault))
             continue
-        _add_row(index, line, row)
-        _check_row(index, row, checks)
+        given = Conversation.of_row(row, named=MESSAGES in found)
+        if why := checks.refusal(given):
+            bad += 1
+            index.add("schema", name, line, why)
+            continue
+        _add_row(index, line, row, given)
+        _check_row(index, given, checks)
     if not total:
         index.add("schema", name, 0, "0 rows")
     for key, count in dropped.items():
@@ -127,19 +138,27 @@ def index_file(path: Path, index: RowIndex, limits: Limits, checks: RowChecks) -
 
 
 def _holds_special(found: object) -> bool:
-    texts = [found.get(name) for name in ("instruction", "response")] if isinstance(found, dict) else []
+    if not isinstance(found, dict):
+        return False
+    messages = found.get(MESSAGES)
+    messages = [each for each in messages if isinstance(each, dict)] if isinstance(messages, list) else []
+    texts = [found.get("instruction"), found.get("response"), *(each.get("content") for each in messages)]
     return any(isinstance(text, str) and MARKED_TOKEN.search(text) for text in texts)
 
 
-def _add_row(index: RowIndex, line: int, row: ExampleRow | PromptRow) -> None:
+def _add_row(index: RowIndex, line: int, row: ExampleRow | PromptRow, given: Conversation) -> None:
     """Add what comparisons need of a row."""
-    question = normalise(row.instruction)
+    asked = row_questions(given.row)
+    *earlier, question = (normalise("\n\n".join(asked[: count + 1])) for count in range(len(asked)))
     number = len(index.line)
+    if earlier:
+        index.earlier[number] = tuple(map(_hash, earlier))
     index.file.append(len(index.files) - 1)
     index.line.append(line)
     index.asks.append(_hash(question))
-    index.answers.append(_hash(row.response) if row.response else 0)
-    index.characters.append(len(row.instruction) + len(row.response))
+    answers = given.answers()
+    index.answers.append(_hash(answers) if answers else 0)
+    index.characters.append(sum(len(text) for _, text in given.texts()))
     index.questions.add(question)
     if index.files[-1] == index.held_out:
         return
@@ -149,17 +168,18 @@ def _add_row(index: RowIndex, line: int, row: ExampleRow | PromptRow) -> None:
     # Reservoir sampling (algorithm R): every row has the same chance to be in the sample
     place = number if number < SAMPLE else index.chosen.randrange(number + 1)
     if place < SAMPLE:
-        index.sample[place : place + 1] = [(number, row.instruction, row.response)]
+        index.sample[place : place + 1] = [(number, given)]
 
 
 def _hash(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") or 1
 
 
-def _check_row(index: RowIndex, row: ExampleRow | PromptRow, checks: RowChecks) -> None:
+def _check_row(index: RowIndex, given: Conversation, checks: RowChecks) -> None:
     """Add findings about the row that was added last."""
     number = len(index.line) - 1
-    for name, text in (("instruction", row.instruction), ("response", row.response)):
+    texts = given.texts()
+    for name, text in texts:
         if found := PLAIN_TOKEN.search(text):
             index.add_row("special-token", number, f"{name} holds {found[0]}")
         if doubtful := doubtful_characters(text):
@@ -168,7 +188,7 @@ def _check_row(index: RowIndex, row: ExampleRow | PromptRow, checks: RowChecks) 
             index.add_row("placeholder", number, f"{name} holds {placeholder}")
         if not fences_are_closed(text):
             index.add_row("fence", number, f"a code fence in {name} does not close")
-    if why := checks.length(row.instruction, row.response):
+    if why := checks.length(given):
         index.add_row("length", number, why)
-    if checks.control_tokens and (tokens := checks.control_tokens(row.instruction, row.response)):
+    if checks.control_tokens and (tokens := checks.control_tokens("\n".join(text for _, text in texts), "")):
         index.add_row("special-token", number, f"holds {', '.join(tokens)}, a control token of the base")
