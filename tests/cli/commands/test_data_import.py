@@ -13,8 +13,7 @@ def test_import_prints_formats_and_left_out_rows(tutor: Any, tmp_path: Path) -> 
     assert done.returncode == 0
     lines = done.stdout.splitlines()
     assert lines[0] == (
-        f"{tmp_path}/a.csv: CSV, ; between columns; 32 rows as question/answer (pregunta, respuesta): "
-        "1 taken, 31 left out"
+        f"{tmp_path}/a.csv: CSV with semicolons; 32 rows as question/answer (pregunta, respuesta): 1 taken, 31 left out"
     )
     assert lines[1] == f"  {tmp_path}/a.csv:3: response is empty"
     assert lines[21:] == [

@@ -107,7 +107,11 @@ def test_progress_is_logged_after_the_quiet_time(
     assert not caplog.records
     monkeypatch.setattr(importer, "QUIET_SECONDS", -1.0)
     imported(tmp_path, PAIR, PAIR)
-    assert [record.getMessage() for record in caplog.records] == ["in.jsonl: 1 rows read", "in.jsonl: 2 rows read"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "import: in.jsonl: 1 rows read",
+        "import: in.jsonl: 2 rows read",
+    ]
+    assert [hasattr(record, "stage") for record in caplog.records] == [True, False]
 
 
 def test_map_is_read_with_quoted_names() -> None:

@@ -21,7 +21,7 @@ from tutor.formats.rows.jsonl import BOM, Limits, LineValue, Stream, opened, raw
 if TYPE_CHECKING:
     from _csv import Reader
 
-DELIMITERS = {",": ",", ";": ";", "\t": "tab", "|": "|"}
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 """Delimiters that are looked for, and their names."""
 SAMPLE_LINES = 100
 """Maximum number of lines from which the delimiter is recognised."""
@@ -42,7 +42,7 @@ def read_delimited(
         if sample and (marked := _marked_delimiter(sample[0])):
             sample, offset = sample[1:], 1
         delimiter = marked if offset else _delimiter(sample, {*KNOWN, *map(folded, options.columns.values())})
-        recognised.container = f"{'TSV' if delimiter == chr(9) else 'CSV'}, {DELIMITERS[delimiter]} between columns"
+        recognised.container = f"{'TSV' if delimiter == chr(9) else 'CSV'} with {DELIMITERS[delimiter]}"
         recognised.numbered = "lines"
         csv.field_size_limit(limits.max_line_bytes)  # of the process: the module has no other limit
         reader = csv.reader(itertools.chain(sample, texts), delimiter=delimiter, strict=True)

@@ -151,6 +151,7 @@ class _Work:
     rows: IO[bytes]
     refused: IO[bytes]
     read_rows: int = 0
+    logged: bool = False
     began: float = field(default_factory=time.monotonic)
 
     def read(self, path: Path) -> None:
@@ -187,9 +188,12 @@ class _Work:
         self.refused.write(_line({"file": str(path), "line": line, "why": why, "row": row}))
 
     def _log(self, path: Path) -> None:
+        """Log the number of rows after QUIET_SECONDS: the first message begins the bar."""
         self.read_rows += 1
         if self.read_rows % CHECK_EVERY == 0 and time.monotonic() - self.began > QUIET_SECONDS:
-            log.info("%s: %d rows read", path.name, self.read_rows, extra={"done": self.read_rows})
+            extra = {"done": self.read_rows} if self.logged else {"stage": "import"}
+            log.info("import: %s: %d rows read", path.name, self.read_rows, extra=extra)
+            self.logged = True
 
 
 def _checked(found: Any, options: Options, recognised: Recognised) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class Options:
 class Recognised:
     """What was recognised in one file, counted while it is read."""
 
-    container: str = ""  # for example "CSV, ; between columns"
+    container: str = ""  # for example "CSV with semicolons"
     numbered: str = "rows"  # unit of the numbers: lines or rows
     formats: Counter[str] = field(default_factory=Counter)  # description of a format -> rows
     dropped: Counter[str] = field(default_factory=Counter)  # key that is not trained -> rows
