@@ -9,7 +9,7 @@ import pytest
 from support.processes.command import ROOT
 
 from tutor.formats import terminal
-from tutor.formats.terminal import AnswerStream, CleanStream
+from tutor.formats.terminal import AnswerStream, CleanStream, ThoughtStream
 
 CHILD_PROGRAMS = "tutor/engines/llamacpp/src/"
 """Programs that the parent reads through a pipe; they write to no terminal."""
@@ -77,6 +77,28 @@ def test_answer_is_printed_while_it_is_generated(capsys: pytest.CaptureFixture[s
     stream = AnswerStream()
     stream.write("Una interfaz")
     assert capsys.readouterr().out == "Una interfaz"
+
+
+def test_thought_is_notes_on_stderr_and_dim_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def show() -> str:
+        thought = ThoughtStream()
+        for piece in ("Un\x1b[2J ", "tipo\ny", " más"):
+            thought.write(piece)
+        thought.close()
+        thought.close()
+        found = capsys.readouterr()
+        assert not found.out
+        return found.err
+
+    assert show() == "Un\\x1b[2J tipo\ny más\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    shown = show()
+    assert shown.replace("\x1b[2m", "").replace("\x1b[0m", "") == "Un\\x1b[2J tipo\ny más\n"
+    assert shown.startswith("\x1b[2mUn")
 
 
 def test_line_on_stderr_cannot_forge_another(capsys: pytest.CaptureFixture[str]) -> None:

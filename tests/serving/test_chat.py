@@ -4,11 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
+from support.models.chat_templates import FACTS, OPENS, SWITCH
 
 from tutor.engines.protocol import Answer, Finish, Generation
 from tutor.errors import ServiceError
+from tutor.prompt.base_format import BaseFormat
+from tutor.prompt.format import PromptFormat
 from tutor.prompt.messages import Message
-from tutor.prompt.tutor_format import render
+from tutor.prompt.template_analysis import analyse_template
+from tutor.prompt.tutor_format import TUTOR
 from tutor.serving.chat import HELP, PROMPT, Terminal, converse
 
 GENERATION = Generation(max_new_tokens=50, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=1)
@@ -24,12 +28,13 @@ class Scripted:
     finish: Finish = "stop"
     tokens: int = 5
     name: str = "scripted"
+    prompt: PromptFormat = TUTOR
     prompts: list[str] = field(default_factory=list)
 
     def answer(
         self, messages: Sequence[Message], generation: Generation, on_text: Callable[[str], None] | None = None
     ) -> Answer:
-        prompt = render(messages)  # raises for messages that cannot be rendered
+        prompt = self.prompt.render(messages)  # raises for messages that cannot be rendered
         self.prompts.append(prompt)
         assert on_text is not None
         text = ""
@@ -39,7 +44,8 @@ class Scripted:
             for start in range(0, len(part), 3):
                 on_text(part[start : start + 3])
             text += part
-        return Answer(text, self.finish, len(prompt), self.tokens, 1.0, 5.0)
+        given = self.prompt.reply(text)
+        return Answer(given.answer, self.finish, len(prompt), self.tokens, 1.0, 5.0, given.thought)
 
 
 @dataclass
@@ -49,6 +55,7 @@ class Person:
     lines: list[str | BaseException]
     screen: str = ""
     notes: list[str] = field(default_factory=list)
+    thoughts: list[str] = field(default_factory=list)
 
     def read(self, prompt: str) -> str:
         self.screen += prompt
@@ -63,14 +70,15 @@ class Person:
 
     @property
     def terminal(self) -> Terminal:
-        return Terminal(self.read, self.write, self.notes.append)
+        return Terminal(self.read, self.write, self.notes.append, self.thoughts.append)
 
 
 def run_chat(
     engine: Scripted, lines: list[str | BaseException], system: str = "", context: int | None = None
 ) -> Person:
     person = Person(lines)
-    assert converse(engine, GENERATION, person.terminal, system=system, context=context) == 0
+    terminal, prompt = person.terminal, engine.prompt
+    assert converse(engine, GENERATION, terminal, system=system, context=context, prompt=prompt) == 0
     assert not person.lines, "the chat ended early"
     return person
 
@@ -169,3 +177,38 @@ def test_invalid_characters_from_the_terminal_are_replaced() -> None:
 def test_engine_error_ends_the_chat() -> None:
     with pytest.raises(ServiceError):
         run_chat(Scripted([[ServiceError("gone")]]), ["x"])
+
+
+def with_thoughts(template: str) -> BaseFormat:
+    return analyse_template(template, FACTS, where="base", reasoning="rows")
+
+
+@pytest.mark.parametrize(
+    ("template", "opening"), [(SWITCH, "<think>\n"), (OPENS, "")], ids=["the answer opens it", "the prompt opens it"]
+)
+def test_thought_is_shown_apart_and_the_history_is_the_formats(template: str, opening: str) -> None:
+    prompt = with_thoughts(template)
+    engine = Scripted(
+        [[f"{opening}¿Es a <b\n", "o c?\n</think>\n\nUna `<i>`.\n"], [f"{opening}a\n</think>\n\nSí."]], prompt=prompt
+    )
+    person = run_chat(engine, ["¿Qué?", "¿Y?", "/salir"])
+    assert person.screen == f"{PROMPT}¿Qué?\nUna `<i>`.\n{PROMPT}¿Y?\nSí.\n{PROMPT}/salir\n"
+    assert "".join(person.thoughts) == "¿Es a <b\no c?" + "a"
+    asked: list[Message] = [{"role": "user", "content": "¿Qué?"}, {"role": "user", "content": "¿Y?"}]
+    answer = {"role": "assistant", "content": "Una `<i>`.", "reasoning": "¿Es a <b\no c?"}
+    assert engine.prompts[1] == prompt.render([asked[0], answer, asked[1]])
+
+
+def test_thought_without_an_end_is_noted_and_drops_its_question() -> None:
+    engine = Scripted([["<think>\nEs"], ["Sí."]], finish="length", tokens=50, prompt=with_thoughts(SWITCH))
+    person = run_chat(engine, ["¿Qué?", "¿Y?", "/salir"])
+    assert "".join(person.thoughts) == "Es"
+    assert person.notes[1] == "El razonamiento se ha cortado a los 50 tokens (generate.max_new_tokens)."
+    assert "no queda en la conversación" in person.notes[2]
+    assert "¿Qué?" not in engine.prompts[1]
+
+
+def test_ctrl_c_in_a_thought_drops_the_question() -> None:
+    engine = Scripted([["<think>\nEs", CTRL_C], ["Sí."]], prompt=with_thoughts(SWITCH))
+    assert "Respuesta interrumpida." in run_chat(engine, ["¿Qué?", "¿Y?", "/salir"]).notes
+    assert "¿Qué?" not in engine.prompts[1]

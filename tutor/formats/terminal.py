@@ -12,7 +12,7 @@ import re
 import select
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -113,10 +113,11 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
 
 
 class AnswerStream:
-    """Prints an answer on stdout while it is generated; a newline releases what the last piece left undecided."""
+    """Prints an answer while it is generated, on stdout; a newline releases what the last piece left undecided."""
 
-    def __init__(self) -> None:
+    def __init__(self, write: Callable[[str], None] | None = None) -> None:
         self._held = ""
+        self._write = write or _write_piece
 
     def write(self, piece: str) -> None:
         """Print a piece of the answer."""
@@ -125,7 +126,41 @@ class AnswerStream:
         end = found.start() if found else len(text)
         self._held = text[end:]
         if end:
-            write_result(text[:end], end="")
+            self._write(text[:end])
+
+
+def _write_piece(text: str) -> None:
+    write_result(text, end="")
+
+
+class ThoughtStream:
+    """Prints a thought on stderr while it is generated: dim on a terminal, else as notes, one a line."""
+
+    def __init__(self) -> None:
+        self._line = ""  # that is not complete yet, where stderr is no terminal
+        self._open = False
+        self._console = console("stderr") if is_terminal("stderr") else None
+        self._dim = AnswerStream(self._write_dim)
+
+    def write(self, piece: str) -> None:
+        """Print a piece of the thought."""
+        self._open = True
+        if self._console:
+            self._dim.write(piece)
+            return
+        *lines, self._line = (self._line + piece).split("\n")
+        for line in lines:
+            write_note(line)
+
+    def close(self) -> None:
+        """End the thought, if there was one, with its line."""
+        if self._open:
+            self.write("\n")
+        self._open, self._line = False, ""
+
+    def _write_dim(self, text: str) -> None:
+        if self._console:
+            self._console.print(text, style="dim", end="", markup=False, highlight=False, soft_wrap=True)
 
 
 class CleanStream:

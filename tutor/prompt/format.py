@@ -88,21 +88,58 @@ class PromptFormat(Protocol):
 
 
 class AnswerText:
-    """Sends the pieces of a generated text on, without the thought before the answer."""
+    """Sends the pieces of a generated text on, the thought and the answer apart.
 
-    def __init__(self, prompt: PromptFormat, on_text: Callable[[str], None]) -> None:
+    The beginning of a tag, and blanks before the first word, are held back until more of the text decides.
+    """
+
+    def __init__(
+        self, prompt: PromptFormat, on_text: Callable[[str], None], on_thought: Callable[[str], None] | None = None
+    ) -> None:
         self._prompt = prompt
-        self._on_text = on_text
+        self._answer, self._thought = _Growing(on_text), _Growing(on_thought or _ignore)
         self._text = ""
-        self._sent = ""
 
     def add(self, piece: str) -> None:
-        """Send what a further piece adds to the answer."""
+        """Send what a further piece adds to the thought or the answer."""
         self._text += piece
-        answer = self._prompt.reply(self._text).answer
-        if len(answer) > len(self._sent) and answer.startswith(self._sent):
-            self._on_text(answer[len(self._sent) :])
-            self._sent = answer
+        first, last = self._prompt.tags
+        if first and first.startswith(self._text.strip()):
+            return
+        found = self._prompt.reply(self._text)
+        self._thought.send(found.thought if found.answer else _without_start_of(last, found.thought))
+        if found.answer.strip():
+            self._answer.send(found.answer)
+
+    def close(self) -> SplitAnswer:
+        """Send what was held back; return the whole text as thought and answer."""
+        found = self._prompt.reply(self._text)
+        self._thought.send(found.thought)
+        self._answer.send(found.answer)
+        return found
+
+
+class _Growing:
+    """Sends what a text has more than the last time."""
+
+    def __init__(self, on_text: Callable[[str], None]) -> None:
+        self._on_text = on_text
+        self._sent = ""
+
+    def send(self, text: str) -> None:
+        if len(text) > len(self._sent) and text.startswith(self._sent):
+            self._on_text(text[len(self._sent) :])
+            self._sent = text
+
+
+def _without_start_of(tag: str, text: str) -> str:
+    """Return a text without the beginning of a tag at its end."""
+    found = next((length for length in range(len(tag) - 1, 0, -1) if text.endswith(tag[:length])), 0)
+    return text[: len(text) - found].rstrip()
+
+
+def _ignore(piece: str) -> None:
+    del piece
 
 
 def served_messages(prompt: PromptFormat, messages: Sequence[Message]) -> list[Message]:

@@ -1,7 +1,7 @@
 """A conversation at the terminal: read a question, stream the answer, keep both unchanged as history.
 
-In: an engine, its sampling settings, a terminal. Out: the texts on that terminal, in Spanish like those of the tutor.
-Independent of the engine; does not use stdin or stdout directly.
+In: an engine, its sampling settings, a prompt format, a terminal. Out: the texts on that terminal, in Spanish like
+those of the tutor; a thought apart from its answer. Independent of the engine; does not use stdin or stdout directly.
 """
 
 import re
@@ -9,7 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tutor.engines.protocol import Answer, Engine, Generation
+from tutor.prompt.format import AnswerText, PromptFormat, SplitAnswer
 from tutor.prompt.messages import Message, display_start
+from tutor.prompt.tutor_format import TUTOR
 
 PROMPT = "tú> "
 HELP = "/nuevo olvida la conversación · /salir (o Ctrl-D) termina · Ctrl-C interrumpe la respuesta"
@@ -25,10 +27,18 @@ class Terminal:
     read: Callable[[str], str]  # prints the prompt and returns a line, like input(); raises EOFError at the end
     write: Callable[[str], None]  # gets the pieces of an answer while it is generated
     note: Callable[[str], None]  # gets lines about the conversation (stderr)
+    think: Callable[[str], None] = lambda _: None  # gets the pieces of a thought, before those of its answer
+    end_thought: Callable[[], None] = lambda: None
 
 
 def converse(
-    engine: Engine, generation: Generation, terminal: Terminal, *, system: str, context: int | None = None
+    engine: Engine,
+    generation: Generation,
+    terminal: Terminal,
+    *,
+    system: str,
+    context: int | None = None,
+    prompt: PromptFormat = TUTOR,
 ) -> int:
     """Run the conversation until /salir, the end of input or a second Ctrl-C at the prompt; return the exit code.
 
@@ -51,11 +61,19 @@ def converse(
                 terminal.note("La conversación ya no cabe en el contexto: olvido lo más antiguo.")
             asked: list[Message] = [*turns, {"role": "user", "content": question}]
             opening: list[Message] = [{"role": "system", "content": system}] if system else []
-            text, answer = _answer(engine, generation, [*opening, *asked], terminal)
-            if text.strip():
-                turns = [*asked, {"role": "assistant", "content": text}]
+            given = ShownAnswer(prompt, terminal)
+            answer = _answer(engine, generation, [*opening, *asked], given)
+            if given.split.answer.strip():
+                turns = [*asked, sent_back(prompt, given.split)]
+            text = given.split.thought + given.split.answer
             used = answer.prompt_tokens + answer.tokens if answer else used + len(text) // CHARACTERS_PER_TOKEN
     return 0
+
+
+def sent_back(prompt: PromptFormat, given: SplitAnswer) -> Message:
+    """Return an answer as history: unchanged in the tutor's format, else as the base's template was trained."""
+    message = {"role": "assistant", "content": given.answer, "reasoning": given.thought}
+    return prompt.history(message) if prompt.kind == "base" else {"role": "assistant", "content": given.answer}
 
 
 def _next_question(terminal: Terminal) -> str | None:
@@ -81,30 +99,47 @@ def _next_question(terminal: Terminal) -> str | None:
         interrupted = False
 
 
-def _answer(
-    engine: Engine, generation: Generation, messages: list[Message], terminal: Terminal
-) -> tuple[str, Answer | None]:
-    """Return the raw text of the answer and the engine's record of it, which is None after Ctrl-C."""
-    pieces: list[str] = []
-    write = _trimmed(terminal.write)
+class ShownAnswer:
+    """Shows a text while it is generated: the thought, and the answer without the blanks around it."""
 
-    def receive(piece: str) -> None:
-        pieces.append(piece)
-        write(piece)
+    def __init__(self, prompt: PromptFormat, terminal: Terminal) -> None:
+        self.terminal = terminal
+        self.split = SplitAnswer("", "")  # after `close`
+        self._text = AnswerText(prompt, self._write, terminal.think)
+        self._trimmed = _trimmed(terminal.write)
 
-    answer = None
+    def add(self, piece: str) -> None:
+        """Show a piece of the generated text."""
+        self._text.add(piece)
+
+    def close(self) -> None:
+        """End the text, whole or interrupted."""
+        self.split = self._text.close()
+        self.terminal.end_thought()
+        self.terminal.write("\n")
+
+    def _write(self, piece: str) -> None:
+        self.terminal.end_thought()
+        self._trimmed(piece)
+
+
+def _answer(engine: Engine, generation: Generation, messages: list[Message], shown: ShownAnswer) -> Answer | None:
+    """Show the answer and return the engine's record of it, which is None after Ctrl-C."""
+    note = shown.terminal.note
     try:
-        answer = engine.answer(messages, generation, receive)
+        answer = engine.answer(messages, generation, shown.add)
     except KeyboardInterrupt:
-        terminal.write("\n")
-        terminal.note("Respuesta interrumpida.")
-        return "".join(pieces), None
-    terminal.write("\n")
+        shown.close()
+        note("Respuesta interrumpida.")
+        return None
+    shown.close()
     if not answer.text.strip():
-        terminal.note("El modelo no ha respondido nada: la pregunta no queda en la conversación.")
+        if answer.thought and answer.finish == "length":
+            note(f"El razonamiento se ha cortado a los {answer.tokens} tokens (generate.max_new_tokens).")
+        note("El modelo no ha respondido nada: la pregunta no queda en la conversación.")
     elif answer.finish == "length":
-        terminal.note(f"Respuesta cortada a los {answer.tokens} tokens (generate.max_new_tokens).")
-    return answer.text, answer
+        note(f"Respuesta cortada a los {answer.tokens} tokens (generate.max_new_tokens).")
+    return answer
 
 
 def _trimmed(write: Callable[[str], None]) -> Callable[[str], None]:

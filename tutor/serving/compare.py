@@ -21,7 +21,6 @@ from tutor.artifacts.manifest import find_damage, find_manifest, is_made, requir
 from tutor.artifacts.stage_folder import checkpoint_folder, log_folder, writing
 from tutor.engines.protocol import greedy
 from tutor.errors import ArtifactError, RecipeError
-from tutor.formats.models.prompt_format import read_format
 from tutor.formats.rows.split_files import PROMPTS, TRAIN, read_split
 from tutor.pipeline.recipe_folder import held
 from tutor.pipeline.runner import announced
@@ -29,7 +28,7 @@ from tutor.prompt.messages import row_messages
 from tutor.recipe.settings import Recipe
 from tutor.serving.builds import served_name
 from tutor.serving.model_names import ModelChoice, parse_model
-from tutor.serving.models import answer_dependencies, gpu_notice, open_engine
+from tutor.serving.models import answer_dependencies, gpu_notice, open_engine, prompt_of
 from tutor.stages.evaluate import generalization, rates, stage
 from tutor.stages.evaluate.answers import Task, answer_prompts
 
@@ -180,7 +179,7 @@ def read_answers(path: Path, label: str) -> ModelAnswers:
 def _answers(recipe: Recipe, build: Path, choice: ModelChoice, label: str, parallel: int) -> ModelAnswers:
     """Return the stored answers of a model to the prompts of the recipe, or run the model."""
     folder = BuildFolder(build, recipe.name)
-    prompt = read_format(recipe, folder.stage("base"))
+    prompt = prompt_of(recipe, folder)
     generation = greedy(recipe.generate, recipe.seed, prompt.stops)
     target = folder.evaluation(label)
     with held(recipe, build):

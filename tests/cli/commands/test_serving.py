@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from support.fakes.ollama import FakeOllama, Model, gguf, running
+from support.models.chat_templates import FACTS, SWITCH
 from support.processes.command import ROOT, TUTOR, environment
 
 from tutor.cli.commands.serving import ask_command, chat_command
 from tutor.machine import host
+from tutor.prompt.template_analysis import analyse_template
 from tutor.prompt.tutor_format import GO_TEMPLATE
 
 
@@ -40,6 +42,29 @@ def test_ask_prints_the_answer_without_its_leading_blank(server: FakeOllama, rec
     assert done.stdout == "Una interfaz describe un objeto.\n"
     as_json = CliRunner().invoke(ask_command, ["Hola", *where, "--json"], obj={"quiet": True})
     assert json.loads(as_json.stdout)["text"] == "Una interfaz describe un objeto."
+
+
+def test_ask_prints_a_thought_on_stderr_and_its_answer_on_stdout(
+    server: FakeOllama, recipe_file: Path, tmp_path: Path
+) -> None:
+    prompt = analyse_template(SWITCH, FACTS, where="base", reasoning="rows")
+    recipe_file.write_text('prompt = "base"\nreasoning = "rows"\n' + recipe_file.read_text("utf-8"), "utf-8")
+    facts = {"source": "tiny", "model": "model", "weights": "", "vocabulary": 9, "add_bos": False, "bos": None}
+    facts |= {"eos": 0, "pad": None, "pre_tokenizer": "", "check": {}, "prompt": prompt.to_json()}
+    base = tmp_path / "build" / "small" / "base"
+    base.mkdir(parents=True)
+    (base / "base.json").write_text(json.dumps(facts), "utf-8")
+    chat_template = prompt.chat_template(add_bos=False)
+    server.models["tutor:latest"] = Model({}, {"quantization": "Q8_0", "chat_template": chat_template}, "sha256:0")
+    server.pieces = ["<think>", "\nPienso", " algo.\n", "</think>", "\n\nUna ", "interfaz."]
+    where = ["--engine", "ollama", "--host", server.host, "-r", str(recipe_file), "-b", str(tmp_path / "build")]
+    done = CliRunner().invoke(ask_command, ["Hola", *where], obj={"quiet": False})
+    assert done.stdout == "Una interfaz.\n", done.output
+    assert "Pienso algo.\n" in done.stderr
+    quiet = CliRunner().invoke(ask_command, ["Hola", *where], obj={"quiet": True})
+    assert (quiet.stdout, quiet.stderr) == ("Una interfaz.\n", "")
+    as_json = json.loads(CliRunner().invoke(ask_command, ["Hola", *where, "--json"], obj={"quiet": True}).stdout)
+    assert (as_json["text"], as_json["thought"]) == ("Una interfaz.", "Pienso algo.")
 
 
 def test_ask_takes_a_question_that_begins_with_a_dash(server: FakeOllama, recipe_file: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tutor.artifacts.layout import BuildFolder
 from tutor.cli.options import (
     Command,
     Seconds,
@@ -87,10 +88,12 @@ def ask_command(
 ) -> None:
     """Ask one QUESTION (or the text on stdin) and print the answer.
 
-    A QUESTION that looks like an option goes behind --.
+    A thought before the answer goes to stderr. A QUESTION that looks like an option goes behind --.
     """
     from tutor.engines.protocol import sampling
-    from tutor.prompt.messages import conversation, display_start, display_text
+    from tutor.prompt.messages import conversation, display_text
+    from tutor.serving.chat import ShownAnswer, Terminal
+    from tutor.serving.models import prompt_of
 
     recipe = load_recipe(recipe_path)
     try:
@@ -99,27 +102,20 @@ def ask_command(
         raise click.UsageError(f"the question on stdin is not UTF-8 (byte {error.start})") from None
     if not text:
         raise click.UsageError("no question: give it as an argument or on stdin")
-    stream = terminal.AnswerStream()
-    blanks: str | None = ""  # before the first word; None behind it
-
-    def write(piece: str) -> None:
-        nonlocal blanks
-        if blanks is None or (blanks + piece).strip():
-            stream.write(piece if blanks is None else display_start(blanks + piece))
-            blanks = None
-        else:
-            blanks += piece
-
+    prompt = prompt_of(recipe, BuildFolder(build, recipe.name))
+    thought = terminal.ThoughtStream()
+    place = Terminal(input, terminal.AnswerStream().write, terminal.write_note, thought.write, thought.close)
+    shown = ShownAnswer(prompt, replace(place, think=_ignore) if flags["quiet"] else place)
     with progress_on_stderr(flags), _answering_engine(recipe, build, choice) as engine:
         answer = engine.answer(
             conversation(text, recipe.system),
-            sampling(recipe.generate, recipe.seed),
-            None if as_json else write,
+            sampling(recipe.generate, recipe.seed, prompt.stops),
+            None if as_json else shown.add,
         )
     if as_json:
         terminal.write_json({**asdict(answer), "text": display_text(answer.text)})
         return
-    stream.write("\n")
+    shown.close()
     if answer.finish == "length":
         terminal.write_note(f"(cut at {answer.tokens} tokens)")
 
@@ -132,22 +128,29 @@ def chat_command(flags: dict[str, bool], choice: ModelChoice, recipe_path: Path,
     """Chat with the model; /salir ends the chat, Ctrl-C stops an answer."""
     from tutor.engines.protocol import sampling
     from tutor.serving.chat import Terminal, converse
-    from tutor.serving.models import gpu_notice
+    from tutor.serving.models import gpu_notice, prompt_of
 
     recipe = load_recipe(recipe_path)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() its line editing and history
-    place = Terminal(read=input, write=terminal.AnswerStream().write, note=terminal.write_note)
+    prompt = prompt_of(recipe, BuildFolder(build, recipe.name))
+    thought = terminal.ThoughtStream()
+    place = Terminal(input, terminal.AnswerStream().write, terminal.write_note, thought.write, thought.close)
     with progress_on_stderr({**flags, "quiet": True}), _answering_engine(recipe, build, choice) as engine:
         if notice := gpu_notice(published(recipe, choice)):
             terminal.write_note(notice)
         converse(
             engine,
-            sampling(recipe.generate, recipe.seed),
+            sampling(recipe.generate, recipe.seed, prompt.stops),
             place,
             system=recipe.system,
             context=recipe.generate.context,
+            prompt=prompt,
         )
+
+
+def _ignore(piece: str) -> None:
+    del piece
 
 
 def _answering_engine(
