@@ -57,6 +57,9 @@ def marked(*weights: Any) -> dict[str, Any]:
         pytest.param({"messages": [{**SYSTEM, "content": None}, ASK, REPLY]}, PAIR, id="empty-system"),
         pytest.param({"messages": [{**ASK, "content": part("¿Qué es?")}, REPLY]}, PAIR, id="parts"),
         pytest.param({"messages": [ASK, {**REPLY, "content": part("Un tipo.", "value")}]}, PAIR, id="parts-value"),
+        pytest.param({"prompt": "¿Qué es?", "messages": [ASK, REPLY]}, PAIR, id="repeated-question"),
+        pytest.param({"conversation": [{"input": "¿Qué es?", "output": "Un tipo."}]}, PAIR, id="pairs-of-texts"),
+        pytest.param({"problem": "¿Qué es?", "solution": "Un tipo."}, PAIR, id="problem-solution"),
         pytest.param({"prompt": "¿Qué es?", "completion": "Un tipo."}, PAIR, id="prompt-completion"),
         pytest.param({"prompt": [ASK], "completion": [REPLY]}, PAIR, id="prompt-completion-messages"),
         pytest.param({"Question": "¿Qué es?", "Answer": "Un tipo."}, PAIR, id="question-answer"),
@@ -98,6 +101,8 @@ def test_row_of_each_format_is_converted(row: dict[str, Any], expected: dict[str
     ("row", "reason"),
     [
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference pair"),
+        ({"chosen_messages": [ASK, REPLY], "rejected_messages": [ASK, REPLY]}, "preference pair"),
+        ({"question": "a", "answer": "b", "solution": "c"}, "answer and solution could both be the answer"),
         ({"conversations": [HUMAN], "chosen": GPT, "rejected": GPT}, "preference pair"),
         ({"messages": [ASK, REPLY], "label": False}, r"for KTO \(label\)"),
         ({"instruction": "a", "output": "b", "kto_tag": True}, r"for KTO \(kto_tag\)"),
@@ -165,6 +170,13 @@ def test_format_of_each_row_is_counted() -> None:
     assert recognised.formats == {TUTOR: 3, "ShareGPT (conversations)": 1}
     assert recognised.dropped == {"markdown of messages": 1}
     assert recognised.describe().startswith(f"JSON Lines; 3 rows as {TUTOR}, 1 rows as")
+
+
+def test_key_in_place_of_one_that_is_written_is_counted() -> None:
+    recognised = Recognised()
+    row = {"conversations": [HUMAN, GPT], "response": "Otro.", "answer": "Otro."}
+    assert convert(row, Options(), recognised) == {**PAIR, "answer": "Otro."}
+    assert recognised.dropped == {"response": 1}
 
 
 def test_key_without_a_meaning_is_left_for_the_rows_check() -> None:

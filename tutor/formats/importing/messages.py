@@ -55,12 +55,21 @@ def read_messages(value: Any, key: str, loss: str, recognised: Recognised) -> li
         raise RowError(f"{key} is {kind(value)}, not a list of messages")
     turns, trained = [], []
     for place, found in enumerate(value):
-        turn, mark = _read_message(found, f"{key}[{place}]", recognised)
-        if turn["role"] == "system" and not turn["content"].strip():
-            continue  # an empty system text is none
-        turns.append(turn)
-        trained.append(mark)
+        for message in _messages(found):
+            turn, mark = _read_message(message, f"{key}[{place}]", recognised)
+            if turn["role"] == "system" and not turn["content"].strip():
+                continue  # an empty system text is none
+            turns.append(turn)
+            trained.append(mark)
     return _with_loss(turns, trained, loss)
+
+
+def _messages(found: Any) -> list[Any]:
+    """Return the messages of an element: one, or two where it is a pair of input and output."""
+    if not isinstance(found, dict) or not found.keys() >= {"input", "output"} or found.keys() & {"role", "from"}:
+        return [found]
+    rest = {key: value for key, value in found.items() if key not in ("input", "output")}
+    return [{"role": "user", "content": found["input"]}, {**rest, "role": "assistant", "content": found["output"]}]
 
 
 def _read_message(found: Any, where: str, recognised: Recognised) -> tuple[Turn, bool | None]:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from tutor.errors import RecipeError
 
-QUESTIONS = ("instruction", "question", "query", "prompt", "pregunta", "instrucción", "instruccion")
+QUESTIONS = ("instruction", "question", "query", "prompt", "problem", "pregunta", "instrucción", "instruccion")
 """Names of a question."""
-ANSWERS = ("response", "output", "answer", "completion", "respuesta")
+ANSWERS = ("response", "output", "answer", "completion", "solution", "respuesta")
 """Names of an answer."""
 EXTRAS = ("input", "context", "contexto")
 """Names of a second part of the question; `input` alone is the question."""
@@ -40,7 +40,7 @@ FORMATS = {
     "tutor": (("instruction",), ("response",)),
     "alpaca": (("instruction",), ("output", "response")),
     "prompt-completion": (("prompt",), ("completion", "response")),
-    "question-answer": (("question", "query", "pregunta"), ("answer", "response", "respuesta")),
+    "question-answer": (("question", "query", "problem", "pregunta"), ("answer", "response", "solution", "respuesta")),
 }
 """Names of question and answer by name of a format."""
 STYLES = {"sharegpt": "ShareGPT", "openai": "OpenAI messages"}

@@ -57,12 +57,13 @@ def convert(found: Any, options: Options, recognised: Recognised) -> Any:
     if options.format in names.STYLES and not described.startswith(names.STYLES[options.format]):
         raise RowError(f"is {described}, not {options.format}")
     row = own_row(turns) | {part: value for part, value in _labels(found, parts).items() if value not in _EMPTY}
-    rest = {key: value for key, value in found.items() if key not in parts.values() and not _is_empty(value)}
-    if options.columns:
-        recognised.dropped.update(printable(key) for key in rest)
-        rest = {}
     recognised.formats[described] += 1
-    return {**{key: value for key, value in rest.items() if key not in row}, **row}
+    rest = {key: value for key, value in found.items() if key not in parts.values() and not _is_empty(value)}
+    # Counted here are keys that the rows' check would take for a part of the row
+    named = {key for key in rest if key in row or ("messages" in parts and folded(key) in names.QUESTIONS)}
+    ignored = rest.keys() if options.columns else named
+    recognised.dropped.update(map(printable, ignored))
+    return {**{key: value for key, value in rest.items() if key not in ignored}, **row}
 
 
 def _is_empty(value: Any) -> bool:
@@ -72,7 +73,7 @@ def _is_empty(value: Any) -> bool:
 def _refuse_kind(filled: Mapping[str, Any]) -> None:
     """Raise RowError for a row of data for another kind of training."""
     pairs = filled.keys() & {*names.QUESTIONS, *names.ANSWERS, *names.TURNS}
-    if {"chosen", "rejected"} <= filled.keys():
+    if all(any(name.startswith(start) for name in filled) for start in ("chosen", "rejected")):
         raise RowError("is a preference pair (chosen, rejected), not an answer to train on")
     if "kto_tag" in filled or (pairs and filled.get("label") in _BOOLEANS and "label" in filled):
         key = "kto_tag" if "kto_tag" in filled else "label"
@@ -110,37 +111,43 @@ def _recognise(
 ) -> tuple[dict[str, str], str]:
     """Return part -> key of a row, and its format described. Raises RowError."""
     wanted = options.format
-    if wanted and wanted not in names.STYLES:
-        questions, answers = names.FORMATS[wanted]
-        turns: str | None = None
-    else:
-        questions, answers = ((), ()) if wanted else (names.QUESTIONS, names.ANSWERS)
-        turns = _only(names.TURNS, keys, filled, "the messages")
-    question = _only(questions, keys, filled, "the question")
-    reply = _only(answers, keys, filled, "the answer")
-    extra = _only(names.EXTRAS, keys, filled, "a second part of the question")
-    if question is None and extra and not wanted:
-        question, extra = extra, None
-    if turns not in filled and (question in filled or reply in filled):
-        turns = None
-    if turns and (question in filled or reply in filled):
-        raise RowError(
-            f"has {turns} and {question if question in filled else reply}: which to train is not clear", BY_MAP
+    questions, answers = names.FORMATS.get(wanted, ((), ()) if wanted else (names.QUESTIONS, names.ANSWERS))
+    turns = _only(names.TURNS, keys, filled, "the messages") if not wanted or wanted in names.STYLES else None
+    question = reply = extra = None
+    if turns in filled:
+        clashing = (
+            name for name in questions if name in filled and not _repeats(found[keys[name]], found[keys[turns]])
         )
+        if other := next(clashing, None):
+            raise RowError(f"has {turns} and {other}: which to train is not clear", BY_MAP)
+    else:
+        question = _only(questions, keys, filled, "the question")
+        reply = _only(answers, keys, filled, "the answer")
+        extra = _only(names.EXTRAS, keys, filled, "a second part of the question")
+        if question is None and extra and not wanted:
+            question, extra = extra, None
+        turns = None if question in filled else turns
     if not turns and (question is None or (reply is None and options.answered)):
         shown = ", ".join(printable(key) for key in list(found)[:8]) or "(none)"
         expected = f"the keys of {wanted}" if wanted else "instruction,response or the keys of another known format"
         raise RowError(f"found key {shown}; expected {expected}", BY_MAP)
     parts = {
         "messages": turns,
-        "question": None if turns else question,
-        "answer": None if turns else reply,
-        "input": None if turns else extra,
+        "question": question,
+        "answer": reply,
+        "input": extra,
         "history": "history" if "history" in keys and not turns else None,
         "system": _only(names.SYSTEMS, keys, filled, "the system text"),
         "reasoning": _only(names.THOUGHTS, keys, filled, "the reasoning"),
     }
     return {part: keys[name] for part, name in parts.items() if name}, _described(question, reply, turns)
+
+
+def _repeats(question: Any, turns: Any) -> bool:
+    """Whether a question is the first one of the messages."""
+    asked = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    texts = [turn.get("content", turn.get("value")) for turn in asked[:2]]
+    return isinstance(question, str) and question.strip() in [text.strip() for text in texts if isinstance(text, str)]
 
 
 def _only(known: tuple[str, ...], keys: Mapping[str, str], filled: set[str], what: str) -> str | None:
