@@ -8,15 +8,17 @@ import pytest
 from support.files import write_rows
 from support.models.tiny_models import base_stage, recipe
 from support.models.workloads import LARGE
+from support.processes.command import ROOT
 
 from tutor.errors import HostError, RecipeError
 from tutor.formats.models.model_folder import load_tokenizer
-from tutor.machine import capacity
+from tutor.machine import capacity, host
 from tutor.machine.device import DeviceMemory, PrecisionChoice
 from tutor.machine.matmul_rate import MatmulRates
 from tutor.machine.memory.batching import split_step
 from tutor.machine.memory.shapes import SHAPES
 from tutor.prompt.encoding import RowEncoder
+from tutor.recipe.reading import read_recipe
 from tutor.stages.train.audit import encode_rows
 
 
@@ -133,3 +135,17 @@ def test_forecast_and_training_plan_agree(
     assert found.parts == forecast["parts"]
     assert f"about {forecast['need'] / 1e9:.2f} GB" in str(found)
     assert before.need == pytest.approx(forecast["need"], rel=0.01)
+
+
+@pytest.mark.parametrize("capability", ["8.6", "7.5"])
+def test_laptop_recipe_fits_a_gpu_of_6_gb(machine, tmp_path, capability):
+    recipe = read_recipe(ROOT / "data" / "laptop.toml")
+    machine.gpu(6.44, 5.7, capability=capability, name="a laptop's GPU")
+    assert capacity.refuse_stages(recipe, tmp_path, ["train"])
+    gpu = next(iter(host.gpus()))
+    forecast = capacity.forecast_run(recipe, tmp_path, capacity.find_shape(recipe, tmp_path), gpu)
+    assert forecast["parameters"] == 1_777_030_656
+    memory = forecast["memory"]
+    assert (memory["fits"], memory["tight"], memory["settings"]) == (True, False, {})
+    assert memory["need"] < 5.2e9
+    assert capacity.forecast_memory(recipe, tmp_path, capacity.find_shape(recipe, tmp_path), gpu).step.longest > 500
