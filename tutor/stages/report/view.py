@@ -24,6 +24,8 @@ MISSING = {
     "eval": ("the verdicts and answers", "tutor eval"),
 }
 """By folder: the section that the page lacks without the folder, and the command that makes it."""
+VARIANTS = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}
+"""Names of adapters by train.variant."""
 PLAIN = "plain"
 """Tone of a tile without a verdict."""
 
@@ -173,7 +175,10 @@ def _facts(outputs: StageOutputs, found: Json, fields: Json, seconds: float) -> 
         facts.append(("data set", f"{data['rows']} rows; {data['prompts']} held-out prompts"))
     if "recipe.rank" in fields:
         targets = ", ".join(fields["recipe.target_modules"])
-        facts.append(("adapter", f"LoRA of rank {fields['recipe.rank']}, alpha {fields['recipe.alpha']}, on {targets}"))
+        kind = VARIANTS[fields.get("recipe.variant", "lora")]
+        facts.append(
+            ("adapter", f"{kind} of rank {fields['recipe.rank']}, alpha {fields['recipe.alpha']}, on {targets}")
+        )
         rate = f"learning rate {fields['recipe.learning_rate']:g}"
         facts.append(("schedule", f"{fields['recipe.epochs']} epochs, {found['steps']} steps, {rate}"))
     kept = f"; kept: step {found['kept_step']}" if "kept_step" in found else ""

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
+from support.models.families import family_folder
 from support.models.training import ROWS, FirstGradient, apart, moved, settings
 from transformers import PrinterCallback
 
+from tutor.engines.hf.loading import load_base
 from tutor.formats.models.model_folder import load_tokenizer
 from tutor.machine.memory.batching import split_step
 from tutor.machine.memory.plan import TrainingPlan
@@ -100,6 +102,18 @@ def test_failed_forward_restores_streamed_weights(tiny: Path, rows: list[Any], t
     assert all(
         one is other for one, other in zip(held, (w for w in model.parameters() if not w.requires_grad), strict=True)
     )
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3_text"])
+def test_everything_but_waiting_layers_is_moved(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    base = load_base(family_folder(tmp_path_factory, name), "none", "fp32")
+    waiting = base.get_decoder().layers[-1]
+    layer_streaming._move(base, {waiting}, torch.device("meta"))
+    tensors = [*base.named_parameters(), *base.named_buffers()]
+    stays = {name for name, tensor in tensors if tensor.device.type == "cpu"}
+    assert stays == {
+        f"model.layers.{len(base.get_decoder().layers) - 1}.{name}" for name, _ in waiting.named_parameters()
+    }
 
 
 @pytest.mark.pipeline
