@@ -125,8 +125,8 @@ def change_row(model: Path, tensor: str, change: Any) -> None:
     [
         (lambda rows, row: rows[row].zero_(), "the norm of row {row} is 0"),
         (lambda rows, row: rows[row].fill_(float("nan")), "the norm of row {row} is nan"),
-        (lambda rows, row: rows[row].mul_(4 * FACTOR), "the median of all rows"),
-        (lambda rows, row: rows[row].div_(4 * FACTOR), "the median of all rows"),
+        (lambda rows, row: rows[row].mul_(4 * FACTOR), "the median of all "),
+        (lambda rows, row: rows[row].div_(4 * FACTOR), "the median of all "),
         (lambda rows, row: rows[row].copy_(1.01 * rows[9]), "row {row} is the same as row 9"),
     ],
     ids=["zero", "nan", "large", "small", "equal"],
@@ -147,5 +147,5 @@ def test_end_token_that_was_never_trained_is_refused(tmp_path_factory, tensor, c
 def test_other_rows_may_be_untrained(tmp_path_factory):
     model = folder_of(tmp_path_factory, "qwen2")
     prompt = found_in(model)
-    change_row(model, EMBEDDING, lambda rows: rows[:100].zero_())
+    change_row(model, EMBEDDING, lambda rows: rows[:700].zero_())
     check_end_row(model, prompt)

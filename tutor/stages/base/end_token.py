@@ -55,9 +55,10 @@ def _fault(tensor: Stored, row: int) -> str:
     similar[row] = 0
     if similar.max() >= SAME:
         return f"row {row} is the same as row {int(similar.argmax())}"
-    median = float(np.median(np.concatenate(norms)))
+    known = np.concatenate(norms)
+    median = float(np.median(known[known > 0]))  # rows without a token are zero in some models
     if not median / FACTOR <= norm <= median * FACTOR:
-        return f"the norm of row {row} is {norm:.3g}, the median of all rows {median:.3g}"
+        return f"the norm of row {row} is {norm:.3g}, the median of all {median:.3g}"
     return ""
 
 
