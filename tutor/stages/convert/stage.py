@@ -95,7 +95,8 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     expected = {name: implied_metadata(folder, facts) for name, folder in (("tutor", inputs["merge"]), ("base", base))}
     if lines := metadata_differences(expected["base"], expected["tutor"]):
         raise ArtifactError(f"{inputs['merge']} does not match its base {base}:\n  " + "\n  ".join(lines))
-    expected["tutor"] = replace(expected["tutor"], chat_template=prompt.chat_template(add_bos=facts.add_bos))
+    template, end = prompt.chat_template(add_bos=facts.add_bos), prompt.end_id
+    expected["tutor"] = replace(expected["tutor"], chat_template=template, eos=facts.eos if end is None else end)
     rows = read_split(inputs["data"], TRAIN) if recipe.convert.imatrix else []
     text = CalibrationText(rows, recipe.system, prompt)
     quantizations = recipe.convert.quantizations
