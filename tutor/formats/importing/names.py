@@ -78,8 +78,8 @@ class Recognised:
         return "; ".join([self.container, *([", ".join(names)] if names else [])])
 
     def is_own(self) -> bool:
-        """Whether every row was one of tutor's own, in JSON Lines."""
-        return set(self.formats) <= {TUTOR} and self.container == "JSON Lines"
+        """Whether every row was one of tutor's own, in JSON."""
+        return set(self.formats) <= {TUTOR} and self.container in ("JSON", "JSON Lines")
 
 
 def read_map(texts: tuple[str, ...]) -> dict[str, str]:
