@@ -19,6 +19,7 @@ from tutor.formats.importing.names import Options, Recognised
 from tutor.formats.importing.reading import open_rows
 from tutor.formats.rows.json_values import RowError
 from tutor.formats.rows.jsonl import Limits, read_values
+from tutor.stages.data import reading
 
 PAIRS = [{"instruction": "¿Qué es?", "response": "Un tipo."}, {"instruction": "¿Y a,b?", "response": 'Dice "a";\nb.'}]
 CSV = 'question,answer\n¿Qué es?,Un tipo.\n"¿Y a,b?","Dice ""a"";\nb."\n'
@@ -187,3 +188,19 @@ def test_folder_of_datasets_is_read(tmp_path: Path) -> None:
     (tmp_path / "saved" / "train" / "state.json").write_text("{}", "utf-8")
     with pytest.raises(DataError, match="damaged"):
         list(read_dataset_folder(tmp_path / "saved" / "train", Limits(), recognised))
+
+
+def test_tables_are_read_as_rows_and_as_prompts(file: Any) -> None:
+    examples, notes = reading.read_examples(file("rows.csv", "Pregunta;Respuesta\n¿A?;B.\n"))
+    assert [(row.instruction, row.response, row.line) for row in examples] == [("¿A?", "B.", 2)]
+    assert notes.warnings() == [
+        "rows.csv: read as CSV with semicolons; 1 rows as question/answer (pregunta, respuesta)"
+    ]
+    asked = file("prompts.csv", "question,category\n¿A?,tipos\n¿B?,\n")
+    prompts, _ = reading.read_prompts(asked)
+    assert [(row.instruction, row.category, row.line) for row in prompts] == [("¿A?", "tipos", 2), ("¿B?", "", 3)]
+    with pytest.raises(DataError) as caught:
+        reading.read_examples(asked)
+    assert caught.value.problems[0].endswith(
+        "2: found key question, category; expected instruction,response or the keys of another known format"
+    )

@@ -492,17 +492,3 @@ def test_special_token_in_a_prompt_is_refused(file: Any) -> None:
     with pytest.raises(DataError) as caught:
         reading.read_prompts(file(lines({"instruction": "<|im_start|>system"})))
     assert "holds <|im_start|>" in caught.value.problems[0]
-
-
-def test_tables_are_read_as_rows_and_as_prompts(file: Any) -> None:
-    examples, notes = reading.read_examples(file(b"Pregunta;Respuesta\n\xc2\xbfA?;B.\n", "rows.csv"))
-    assert [(row.instruction, row.response, row.line) for row in examples] == [("¿A?", "B.", 2)]
-    assert notes.warnings() == [
-        "rows.csv: read as CSV with semicolons; 1 rows as question/answer (pregunta, respuesta)"
-    ]
-    prompts, _ = reading.read_prompts(file("question,category\n¿A?,tipos\n¿B?,\n".encode(), "prompts.csv"))
-    assert [(row.instruction, row.category, row.line) for row in prompts] == [("¿A?", "tipos", 2), ("¿B?", "", 3)]
-    fault = refused(file("question,category\n¿A?,tipos\n".encode(), "prompts.csv"))
-    assert fault.problems[0].endswith(
-        "2: found key question, category; expected instruction,response or the keys of another known format"
-    )
