@@ -54,7 +54,7 @@ class Stage:
 
 def _data(recipe: Recipe) -> dict[str, Any]:
     split = recipe.data.model_dump(exclude={"train", "eval", "loss", "language"})
-    return {**split, "reasoning": recipe.reasoning, "seed": recipe.seed}
+    return {**split, "prompt": recipe.prompt, "reasoning": recipe.reasoning, "seed": recipe.seed}
 
 
 def _base(recipe: Recipe) -> dict[str, Any]:

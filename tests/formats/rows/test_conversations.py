@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tutor.errors import DataError
+from tutor.recipe.settings import Recipe
 from tutor.stages.data import reading
 
 GOOD = {"instruction": "¿Qué es un tipo?", "response": "Un conjunto de valores."}
@@ -86,3 +87,13 @@ def test_row_with_messages_and_another_answer_is_refused(file: Any) -> None:
 
 def test_response_of_another_type_names_the_command(file: Any) -> None:
     assert "tutor data import" in (refused(file({**GOOD, "response": [{"role": "user"}]})).hint or "")
+
+
+def test_turns_of_the_tutors_prompt_are_text_for_another_prompt(file: Any) -> None:
+    quoted = {"instruction": "¿Y\nRespuesta: esto?", "response": "No.\nInstrucción: otra."}
+    path = file(quoted, {"messages": [{"role": "user", "content": "a\nRespuesta:"}, *TURNS[2:]]})
+    assert len(refused(path).problems) == 2
+    limits = reading.row_limits(Recipe(prompt="base"))
+    assert len(reading.read_examples(path, limits=limits)[0]) == 2
+    assert len(reading.read_prompts(path, limits=limits)[0]) == 2
+    assert not reading.row_limits(Recipe()).turns_as_text

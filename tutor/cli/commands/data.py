@@ -81,8 +81,9 @@ def _read_recipe_files(recipe: "Recipe", *, strict: bool) -> list[tuple[Path, An
     from tutor.stages.data import reading, splitting
 
     inputs = data_files(recipe)
-    examples, notes = reading.read_examples(inputs["train"], strict=strict)
-    prompts, prompt_notes = reading.read_prompts(inputs["eval"], strict=strict)
+    limits = reading.row_limits(recipe)
+    examples, notes = reading.read_examples(inputs["train"], strict=strict, limits=limits)
+    prompts, prompt_notes = reading.read_prompts(inputs["eval"], strict=strict, limits=limits)
     _, leaks = splitting.without_leaks(examples, prompts)
     if leaks and strict:
         raise DataError(f"{inputs['train']}: {len(leaks)} rows repeat a question of {inputs['eval']}")
@@ -134,6 +135,7 @@ def lint_command(  # noqa: PLR0913 - a command's options
     from tutor.recipe.settings import DataSettings, TrainSettings
     from tutor.stages.data.lint.linter import lint
     from tutor.stages.data.lint.page import lint_page
+    from tutor.stages.data.reading import row_limits
 
     recipe = load_recipe(recipe_path) if not files or recipe_path.exists() else None
     inputs = data_files(recipe) if recipe and not files else {}
@@ -147,6 +149,7 @@ def lint_command(  # noqa: PLR0913 - a command's options
         max_length=(recipe.train if recipe else TrainSettings()).max_length,
         language=(recipe.data if recipe else DataSettings()).language,
         base=base,
+        limits=row_limits(recipe) if recipe else None,
     )
     if html:
         write_output(html, lint_page(report))

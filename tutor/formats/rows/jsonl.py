@@ -43,11 +43,12 @@ OTHER_FORMATS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of reading a file: bytes of one line, bytes once unpacked, number of listed problems."""
+    """Limits of reading a file: bytes of a line, bytes once unpacked, listed problems; and what a text may hold."""
 
     max_line_bytes: int = 2 * 2**20
     max_total_bytes: int = 2**30
     max_problems: int = 20
+    turns_as_text: bool = False  # accept lines that begin as a turn of the tutor's prompt: another prompt is trained
 
 
 Stream = BinaryIO | gzip.GzipFile

@@ -20,7 +20,7 @@ from tutor.formats.markdown import fence_languages
 from tutor.formats.rows.conversations import MESSAGES, flatten
 from tutor.formats.rows.json_values import ONE_LINE, TOO_DEEP, RowError, kind, printable
 from tutor.formats.rows.jsonl import Limits, check_file, unchanged
-from tutor.formats.rows.texts import clean_answer, clean_text, some_text, without_marks
+from tutor.formats.rows.texts import TURNS_AS_TEXT, clean_answer, clean_text, some_text, without_marks
 from tutor.prompt.tutor_format import CUE, STOPS
 
 MAX_DEPTH = 16
@@ -174,7 +174,7 @@ def read_rows(
     with unchanged(path) as sha256:
         for line, found in open_rows(path, limits, tolerated, Options(answered=model is ExampleRow), recognised):
             try:
-                rows.append((line, parse_row(found, model, dropped, strict=strict)))
+                rows.append((line, parse_row(found, model, dropped, strict=strict, turns_as_text=limits.turns_as_text)))
                 tolerated["crlf"] += any(isinstance(text, str) and "\r\n" in text for text in found.values())
             except RowError as fault:
                 bad += 1
@@ -206,7 +206,9 @@ def _all_problems(path: Path, faults: list[tuple[int, RowError]], bad: int, coun
     )
 
 
-def parse_row(found: Any, model: type[RowModel], dropped: Counter[str], *, strict: bool) -> RowModel:
+def parse_row(
+    found: Any, model: type[RowModel], dropped: Counter[str], *, strict: bool, turns_as_text: bool = False
+) -> RowModel:
     """Return a JSON value as `model`; count its unknown keys in `dropped`. Raises RowError, also one given as value."""
     if isinstance(found, RowError):
         raise found
@@ -225,8 +227,9 @@ def parse_row(found: Any, model: type[RowModel], dropped: Counter[str], *, stric
         raise RowError(TOO_DEEP)
     several = MESSAGES in found
     try:
+        context = TURNS_AS_TEXT if turns_as_text else None
         given = {key: value for key, value in found.items() if key != "history"}
-        row = model.model_validate(flatten(given, answered=model is ExampleRow) if several else given)
+        row = model.model_validate(flatten(given, answered=model is ExampleRow) if several else given, context=context)
     except ValidationError as error:
         items = error.errors(include_url=False)
         turns = any(item["type"] == "string_type" and isinstance(item["input"], list | dict) for item in items)

@@ -6,10 +6,14 @@ tokens of its tokenizer are checked in control_tokens.py.
 
 import re
 
+from pydantic import ValidationInfo
+
 from tutor.formats.rows.json_values import printable
 from tutor.prompt.messages import trim
 from tutor.recipe.values import MARKED_TOKEN
 
+TURNS_AS_TEXT = "turns as text"
+"""Context of a validation for another prompt than the tutor's, in which the beginnings of its turns are text."""
 UNWRITABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 """Control characters but tab and newline, and halves of surrogate pairs: JSON can escape them, no answer needs them."""
 
@@ -41,9 +45,12 @@ def some_text(value: str) -> str:
     return value
 
 
-def without_marks(value: str, marks: tuple[str, ...]) -> str:
-    """Return a text without the beginning of a turn of the prompt. Raises ValueError."""
-    for mark in marks:
+def without_marks(value: str, info: ValidationInfo, marks: tuple[str, ...]) -> str:
+    """Return a text without the beginning of a turn of the tutor's prompt. Raises ValueError.
+
+    With TURNS_AS_TEXT in the context of the validation every text is returned.
+    """
+    for mark in () if info.context == TURNS_AS_TEXT else marks:
         if mark in value:
             raise ValueError(f"has a line that begins with {mark.strip()!r}, as a turn of the prompt does")
     return value

@@ -12,9 +12,15 @@ from tutor.formats.rows.examples import Example, Prompt
 from tutor.formats.rows.jsonl import Limits
 from tutor.formats.rows.rows import ExampleRow, Notes, PromptRow, read_rows
 from tutor.prompt.messages import Message
+from tutor.recipe.settings import Recipe
 from tutor.stages.data.splitting import RowType, group_by_question
 
 DEFAULT_LIMITS = Limits()
+
+
+def row_limits(recipe: Recipe) -> Limits:
+    """Return the limits for the rows of a recipe."""
+    return Limits(turns_as_text=recipe.prompt != "tutor")
 
 
 def read_examples(path: Path, *, strict: bool = False, limits: Limits = DEFAULT_LIMITS) -> tuple[list[Example], Notes]:

@@ -18,7 +18,7 @@ from tutor.formats.rows.examples import Example
 from tutor.formats.rows.recipe_files import data_files
 from tutor.formats.rows.split_files import HELD_OUT, PROMPTS, STATISTICS, TRAIN
 from tutor.recipe.settings import Recipe
-from tutor.stages.data.reading import read_examples, read_prompts
+from tutor.stages.data.reading import read_examples, read_prompts, row_limits
 from tutor.stages.data.splitting import group_by_question, sample, split, without_leaks
 
 
@@ -31,8 +31,9 @@ def run(recipe: Recipe, inputs: Mapping[str, Path], out: Path, *, strict: bool =
     """
     del inputs
     files = data_files(recipe)
-    examples, notes = read_examples(files["train"], strict=strict)
-    prompts, prompt_notes = read_prompts(files["eval"], strict=strict)
+    limits = row_limits(recipe)
+    examples, notes = read_examples(files["train"], strict=strict, limits=limits)
+    prompts, prompt_notes = read_prompts(files["eval"], strict=strict, limits=limits)
     _refuse_untrained_reasoning(recipe, examples, files["train"])
     clean, leaks = without_leaks(examples, prompts)
     if leaks and (strict or not clean):

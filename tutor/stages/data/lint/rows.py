@@ -9,6 +9,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
@@ -114,11 +115,8 @@ def index_file(path: Path, index: RowIndex, limits: Limits, checks: RowChecks) -
         if prompts is None and isinstance(found, dict):
             prompts = "expect" in found
         try:
-            row: ExampleRow | PromptRow = (
-                parse_row(found, PromptRow, dropped, strict=False)
-                if prompts
-                else parse_row(found, ExampleRow, dropped, strict=False)
-            )
+            parse = partial(parse_row, dropped=dropped, strict=False, turns_as_text=limits.turns_as_text)
+            row: ExampleRow | PromptRow = parse(found, PromptRow) if prompts else parse(found, ExampleRow)
         except RowError as fault:
             bad += 1
             index.add("special-token" if _holds_special(found) else "schema", name, line, str(fault))
