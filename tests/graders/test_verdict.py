@@ -53,7 +53,7 @@ def test_prompts_in_other_language_do_not_demand_the_language() -> None:
     assert record["verdicts"]["language"] is False, "the verdict is counted, but not demanded"
 
 
-def test_language_of_the_recipe_is_demanded_and_any_is_not_graded() -> None:
+def test_language_of_the_recipe_is_demanded_any_is_not() -> None:
     asked = [prompt(question="What is an interface, and when should one be used instead of a type alias?")]
     (spanish,) = grade(asked, [answer()], language="en")
     assert spanish["reasons"] == ["its prose is not English (confidence 0.00)"]
@@ -73,7 +73,7 @@ def test_thought_without_an_answer_is_the_reason() -> None:
     assert of(GOOD, "stop") == [], "verdicts are about the answer alone"
 
 
-def test_words_of_the_tutors_format_are_no_leak_in_the_bases_template() -> None:
+def test_words_of_the_tutors_format_are_no_leak_elsewhere() -> None:
     text = f"{GOOD}\n\nRespuesta: {PROSE}"
     kinds = {kind: grade([prompt()], [answer(text)], kind=kind)[0]["passed"] for kind in ("tutor", "base")}
     assert kinds == {"tutor": False, "base": True}

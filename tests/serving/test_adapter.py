@@ -109,7 +109,7 @@ def test_lora_folder_is_a_model_with_base_adapter_and_parser(recipe: Recipe, fol
     assert lines[-1] == "PARSER passthrough", "without a parser Ollama takes the chat template of the base"
 
 
-def test_lora_folder_of_a_dora_is_refused_before_anything_is_made(
+def test_lora_folder_of_a_dora_is_refused_at_once(
     recipe: Recipe, folder: BuildFolder, conversions: list[Mapping[str, str]], tmp_path: Path
 ) -> None:
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"variant": "dora"})})

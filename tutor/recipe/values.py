@@ -14,6 +14,8 @@ from tutor.recipe.quantizations import AUTO, KINDS, NOT_MADE, canonical
 
 MEMORY = re.compile(r"(\d{1,6}(?:\.\d{1,3})?) ?(MB|MiB|GB|GiB)")
 """An amount of memory: a number and its unit."""
+UNITS = {"MB": 10**6, "MiB": 2**20, "GB": 10**9, "GiB": 2**30}
+"""Bytes of each unit of an amount of memory."""
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Linear layers of a decoder block, which an adapter can be trained on."""
@@ -66,6 +68,12 @@ def _amount(value: str) -> str:
     if not MEMORY.fullmatch(value):
         raise ValueError("give a number and MB, MiB, GB or GiB, as in '6GiB'")
     return value
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes of an amount of memory, as "6GiB" or "500 MB"."""
+    unit = text.lstrip("0123456789. ")
+    return int(float(text.removesuffix(unit)) * UNITS[unit])
 
 
 def _linear_layer(name: str) -> str:

@@ -16,7 +16,6 @@ from tutor.cli.commands.run import data_split
 from tutor.cli.exit import print_error
 from tutor.cli.options import indented, json_option, load_recipe, print_result, recipe_option
 from tutor.errors import ArtifactError, DataError
-from tutor.recipe.values import LANGUAGES
 
 if TYPE_CHECKING:
     from tutor.recipe.settings import Recipe
@@ -183,6 +182,8 @@ def _control_token_finder(recipe: "Recipe", build: Path) -> "TokenFinder | None"
 
 
 def _lint_lines(report: "LintReport") -> list[str]:
+    from tutor.recipe.values import LANGUAGES
+
     lines = [
         f"{each.file}{f':{each.line}' if each.line else ''}: {each.kind}: {each.message}" for each in report.findings
     ]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import click
 
-from tutor.artifacts.disk import write_json
 from tutor.cli.exit import print_error
 from tutor.cli.options import build_option, host_option, json_option, print_result, progress_on_stderr
 from tutor.errors import GateError
@@ -38,6 +37,7 @@ def matrix_command(
     A row a cell: the KL divergence of each hand-off in nats a token, seconds of all stages. Where an Ollama server
     answers, each model is published there, compared, and deleted again. Exit 8 where a cell diverges.
     """
+    from tutor.artifacts.disk import write_json
     from tutor.engines.ollama.health import absence
     from tutor.serving import matrix
     from tutor.stages.base.tiny_families import FAMILIES

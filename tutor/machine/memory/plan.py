@@ -17,12 +17,10 @@ from tutor.machine.memory.batching import MAX_TOKENS, MicroBatches, split_step
 from tutor.machine.memory.estimate import StepWorkload, gb, needed_bytes, parts_line
 from tutor.machine.memory.row_lengths import RowLengths, largest_batch
 from tutor.machine.memory.shapes import MATRIX_INPUTS, Shape
+from tutor.recipe.values import parse_bytes
 
 if TYPE_CHECKING:
     from tutor.recipe.settings import TrainSettings
-
-UNITS = {"MB": 10**6, "MiB": 2**20, "GB": 10**9, "GiB": 2**30}
-"""Bytes of each unit that train.max_memory takes."""
 
 SHORTER_LENGTHS = (512, 384, 256, 128)
 """Values of train.max_length that are suggested, in tokens."""
@@ -106,12 +104,6 @@ class TrainingPlan:
             f"{'on' if self.checkpointing else 'off'}{waiting}, {self.batches}: about {self.needed / 1e9:.2f} GB "
             f"({parts_line(self.parts)}) of the {self.available / 1e9:.2f} GB that are free"
         )
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of "6GiB" or "500 MB"."""
-    unit = text.lstrip("0123456789. ")
-    return int(float(text.removesuffix(unit)) * UNITS[unit])
 
 
 def memory_request(

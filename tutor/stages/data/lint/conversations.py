@@ -13,14 +13,14 @@ from tutor.prompt.messages import Message, row_answer, row_messages
 
 
 @dataclass(frozen=True, slots=True)
-class Conversation:
+class RowTurns:
     """A row as its turns; `named`: its file has it as `messages`."""
 
     row: Mapping[str, Any]  # instruction, response, reasoning, history
     named: bool
 
     @classmethod
-    def of_row(cls, row: ExampleRow | PromptRow, *, named: bool) -> "Conversation":
+    def of_row(cls, row: ExampleRow | PromptRow, *, named: bool) -> "RowTurns":
         """Return the conversation of a row that was read."""
         keys = ("instruction", "response", "reasoning")
         history = [message.model_dump(exclude_defaults=True) for message in row.history]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from tutor.stages.data.base_tokens import TokenCounter
-from tutor.stages.data.lint.conversations import Conversation
+from tutor.stages.data.lint.conversations import RowTurns
 
 MAX_CHARACTERS_PER_TOKEN = 4
 """Upper bound of characters per token. Without a tokenizer, a row above limit x this bound is certainly too long."""
@@ -19,10 +19,10 @@ BARS = 12
 """Number of bars that a histogram has at most; one more where the last one holds the maximum alone."""
 
 
-def length_check(max_length: int, counter: TokenCounter | None) -> Callable[[Conversation], str | None]:
+def length_check(max_length: int, counter: TokenCounter | None) -> Callable[[RowTurns], str | None]:
     """Return a function that explains why a row is too long; it counts tokens only of rows that may be too long."""
 
-    def why(given: Conversation) -> str | None:
+    def why(given: RowTurns) -> str | None:
         characters = sum(len(text) for _, text in given.texts())
         if counter is None:
             certain = characters > MAX_CHARACTERS_PER_TOKEN * max_length

@@ -24,7 +24,7 @@ from tutor.prompt.messages import row_questions
 from tutor.recipe.values import MARKED_TOKEN, PLAIN_TOKEN
 from tutor.stages.data.base_tokens import TokenFinder
 from tutor.stages.data.lint.characters import doubtful_characters
-from tutor.stages.data.lint.conversations import Conversation
+from tutor.stages.data.lint.conversations import RowTurns
 from tutor.stages.data.lint.near_duplicates import Questions
 from tutor.stages.data.lint.placeholders import find_placeholder
 from tutor.stages.data.normal_form import normalise
@@ -43,9 +43,9 @@ class RowChecks:
     prompt format cannot write it.
     """
 
-    length: Callable[[Conversation], str | None]
+    length: Callable[[RowTurns], str | None]
     control_tokens: TokenFinder | None = None  # None without the base's tokenizer
-    refusal: Callable[[Conversation], str | None] = lambda _: None
+    refusal: Callable[[RowTurns], str | None] = lambda _: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class RowIndex:
     questions: Questions = field(default_factory=Questions)
     groups: Counter[tuple[str, str]] = field(default_factory=Counter)  # category, topic
     unlabelled: list[int] = field(default_factory=list)  # rows without a category, at most LISTED
-    sample: list[tuple[int, Conversation]] = field(default_factory=list)
+    sample: list[tuple[int, RowTurns]] = field(default_factory=list)
     chosen: random.Random = field(default_factory=lambda: random.Random(0))  # noqa: S311 - a sample, not a secret
     findings: list[LintFinding] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
@@ -121,7 +121,7 @@ def index_file(path: Path, index: RowIndex, limits: Limits, checks: RowChecks) -
             bad += 1
             index.add("special-token" if _holds_special(found) else "schema", name, line, str(fault))
             continue
-        given = Conversation.of_row(row, named=MESSAGES in found)
+        given = RowTurns.of_row(row, named=MESSAGES in found)
         if why := checks.refusal(given):
             bad += 1
             index.add("schema", name, line, why)
@@ -144,7 +144,7 @@ def _holds_special(found: object) -> bool:
     return any(isinstance(text, str) and MARKED_TOKEN.search(text) for text in texts)
 
 
-def _add_row(index: RowIndex, line: int, row: ExampleRow | PromptRow, given: Conversation) -> None:
+def _add_row(index: RowIndex, line: int, row: ExampleRow | PromptRow, given: RowTurns) -> None:
     """Add what comparisons need of a row."""
     asked = row_questions(given.row)
     *earlier, question = (normalise("\n\n".join(asked[: count + 1])) for count in range(len(asked)))
@@ -173,7 +173,7 @@ def _hash(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") or 1
 
 
-def _check_row(index: RowIndex, given: Conversation, checks: RowChecks) -> None:
+def _check_row(index: RowIndex, given: RowTurns, checks: RowChecks) -> None:
     """Add findings about the row that was added last."""
     number = len(index.line) - 1
     texts = given.texts()
