@@ -107,7 +107,8 @@ def _evaluate(recipe: Recipe) -> dict[str, Any]:
 
 
 def _report(recipe: Recipe) -> dict[str, Any]:
-    return {"name": recipe.name, "model": recipe.ollama.model, "system": recipe.system, "loss": recipe.data.loss}
+    shown = {"name": recipe.name, "model": recipe.ollama.model, "language": recipe.data.language}
+    return {**shown, "system": recipe.system, "loss": recipe.data.loss}
 
 
 STAGES = (

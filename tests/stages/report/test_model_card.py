@@ -3,11 +3,10 @@
 import json
 from dataclasses import replace
 
-from support.outputs.report import (
-    TRAINED,
-    manifest,
-)
+from support.models.chat_templates import FACTS, SWITCH
+from support.outputs.report import TRAINED, manifest
 
+from tutor.prompt.template_analysis import analyse_template
 from tutor.stages.report.model_card import card, escaped, hub_name
 from tutor.stages.report.view import StageOutputs
 
@@ -30,6 +29,17 @@ def test_card_of_a_local_base_has_no_path_and_no_licence(outputs: StageOutputs) 
     assert "/home/ana" not in text
     assert "license" not in text
     assert "base_model" not in text
+
+
+def test_card_says_how_to_prompt_with_the_bases_template(outputs: StageOutputs) -> None:
+    prompt = analyse_template(SWITCH, FACTS, where="base", reasoning="rows")
+    counted = {"rows": 30, "rows_of_several_turns": 4, "answers": 41, "most_turns": 3}
+    text = card(replace(outputs, prompt=prompt, statistics={"train": counted}))
+    assert "ends with `<|im_end|>`" in text
+    assert "between `<think>` and `</think>`" in text
+    assert "Instrucción" not in text
+    assert "on 30 conversations with 41 answers" in text
+    assert "set `think` to false" in card(replace(outputs, prompt=replace(prompt, reasoning="empty")))
 
 
 def test_name_with_markup_is_escaped_in_the_card() -> None:

@@ -1,11 +1,12 @@
 """stages/report/prompts.py: filters, answers, and the parts of an answer."""
 
+import re
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.outputs.report import Page, prompts_with_answers, record
+from support.outputs.report import EVIL, Page, prompts_with_answers, record
 
 from tutor.stages.report.prompts import parts, prompts
 from tutor.stages.report.stage import page
@@ -37,6 +38,22 @@ def test_failed_and_empty_answers_are_shown(outputs: StageOutputs) -> None:
     text = Page(page(replace(outputs, answers=[item]))).text
     assert "No answer: timed out" in text
     assert "(empty)" in text
+
+
+def test_conversation_and_thought_are_shown_beside_the_answer(outputs: StageOutputs) -> None:
+    earlier = [{"role": "system", "content": EVIL}, {"role": "user", "content": "¿Y <b>antes</b>?"}]
+    earlier.append({"role": "assistant", "content": "Antes.\n\n```ts\nlet b = 2;\n```"})
+    given = {**record(passed=True, text=" Ahora."), "thought": f"Pienso {EVIL}"}
+    item = {**prompts_with_answers()[0], "history": earlier, "answers": {"tutor": given}}
+    shown = Page(page(replace(outputs, answers=[item])))
+    assert (shown.open, shown.wrong) == ([], [])
+    text = " ".join(shown.text.split())
+    assert "System text" in text
+    assert "Earlier question¿Y <b>antes</b>?" in text
+    assert "Earlier answerAntes.```ts let b = 2; ```" in text
+    assert "· turn 2" in text
+    assert re.search(r"Thought \(\d+ words\)Pienso .*Ahora\.", text)
+    assert not {"script", "img"} & {tag for tag, _ in shown.tags}
 
 
 def test_copied_answer_shows_the_training_row(outputs: StageOutputs) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+from support.models.chat_templates import FACTS, SWITCH
 from support.models.small_tokenizer import make_tokenizer
 from support.outputs.report import (
     EVIL,
@@ -18,6 +19,7 @@ from support.outputs.report import (
 )
 
 from tutor.prompt.encoding import RowEncoder
+from tutor.prompt.template_analysis import analyse_template
 from tutor.stages.report.labels import labelled_runs
 from tutor.stages.report.model_card import card
 from tutor.stages.report.stage import page
@@ -57,6 +59,23 @@ def test_page_shows_training_and_results(outputs: StageOutputs) -> None:
         "F16 is larger and less accurate than Q8_0", "Q8_0 in place of Q5_1 in 3 tensors",
     ):  # fmt: skip
         assert part in text, part
+
+
+def test_page_names_the_prompt_format_and_the_turns(outputs: StageOutputs) -> None:
+    prompt = analyse_template(SWITCH, FACTS, where="base", reasoning="rows")
+    history = [{"role": "user", "content": "¿A?"}, {"role": "assistant", "content": "B."}]
+    row = {"instruction": "¿Y?", "response": "No.", "history": history, "line": 5}
+    counted = {"rows": 30, "rows_of_several_turns": 4, "answers": 41, "most_turns": 3, "rows_with_reasoning": 2}
+    labels = labelled_runs(RowEncoder(make_tokenizer(add_bos=True)), row)
+    text = " ".join(
+        Page(page(replace(outputs, prompt=prompt, labels=labels, statistics={"train": counted}))).text.split()
+    )
+    assert "ends with <|im_end|>; a thought between <think> and </think> comes before the answer" in text
+    assert "4 of 30 training rows, up to 3 turns; 41 answers in all" in text
+    assert "The row of line 5, 2 turns, text 2 of 2" in text
+    assert "each answer is trained with its own prompt" in text
+    one = [{**labels[0], "parts": 1}]
+    assert "The row of line 5, 2 turns" in " ".join(Page(page(replace(outputs, labels=one))).text.split())
 
 
 def test_equal_outputs_give_equal_bytes(outputs: StageOutputs) -> None:

@@ -16,7 +16,7 @@ def write_evaluation(folder: Path, passed: list[bool], prompts: list[dict[str, A
         {
             **prompt,
             "answers": {
-                "tutor": {"text": " Sí.", "verdicts": {"spanish": good}, "passed": good, "reasons": []},
+                "tutor": {"text": " Sí.", "verdicts": {"language": good}, "passed": good, "reasons": []},
                 **others,
             },
         }

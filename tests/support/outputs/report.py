@@ -116,7 +116,7 @@ def hand_off_record(**changes: Any) -> dict[str, Any]:
 
 
 def record(*, passed: bool, text: str = " Hola.\n\n```ts\nlet a = 1;\n```\n\nFin.") -> dict[str, Any]:
-    verdicts = {"spanish": True, "stopped": True, "answered": True, "compiles": passed, "characters": len(text)}
+    verdicts = {"language": True, "stopped": True, "answered": True, "compiles": passed, "characters": len(text)}
     reasons = [] if passed else ["its code in line 3: type error"]
     speed = {"tokens": 9, "finish": "stop", "tokens_per_second": 50.0}
     return {"text": text, **speed, "verdicts": verdicts, "passed": passed, "reasons": reasons}

@@ -8,6 +8,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from statistics import median_low
 from typing import Any
@@ -83,8 +84,10 @@ def _write(path: Path, texts: Iterable[str]) -> None:
 
 
 def row_statistics(examples: Sequence[Example]) -> dict[str, Any]:
-    """Count rows by category, topic and both, characters, and fenced blocks by language; as JSON values."""
-    blocks = [fence_languages(each.instruction) + fence_languages(each.response) for each in examples]
+    """Count rows by category, topic and both, turns, characters, fenced blocks by language; as JSON values."""
+    texts = [_texts(each) for each in examples]
+    blocks = [list(chain.from_iterable(map(fence_languages, asked + answered))) for asked, answered in texts]
+    turns = [len(answered) for _, answered in texts]
     both: dict[str, Counter[str]] = defaultdict(Counter)
     for example in examples:
         both[example.category][example.topic] += 1
@@ -96,11 +99,23 @@ def row_statistics(examples: Sequence[Example]) -> dict[str, Any]:
         "categories": _counts(each.category for each in examples),
         "topics": _counts(each.topic for each in examples),
         "categories_and_topics": {category: _counts(both[category].elements()) for category in sorted(both)},
-        "instruction_characters": _lengths([len(each.instruction) for each in examples]),
-        "response_characters": _lengths([len(each.response) for each in examples]),
+        "rows_of_several_turns": sum(count > 1 for count in turns),
+        "most_turns": max(turns, default=0),
+        "answers": sum(turns),
+        "rows_with_reasoning": sum(bool(each.reasoning) for each in examples),
+        "instruction_characters": _lengths([sum(map(len, asked)) for asked, _ in texts]),
+        "response_characters": _lengths([sum(map(len, answered)) for _, answered in texts]),
         "fenced_blocks": _counts(language for languages in blocks for language in languages),
         "rows_without_block": sum(not languages for languages in blocks),
     }
+
+
+def _texts(example: Example) -> tuple[list[str], list[str]]:
+    """Questions and answers of all turns."""
+    earlier: dict[str, list[str]] = {"system": [], "user": [], "assistant": []}
+    for message in example.history:
+        earlier[message["role"]].append(message["content"])
+    return [*earlier["user"], example.instruction], [*earlier["assistant"], example.response]
 
 
 def _counts(names: Iterable[str]) -> dict[str, int]:

@@ -9,9 +9,12 @@ from typing import Any, Protocol
 
 from tutor.prompt.encoding import Encoded, RowEncoder
 from tutor.prompt.format import Tokenizer
+from tutor.prompt.messages import row_answer, row_messages, row_questions
 
 SHOWN_ROWS = 3
 """Number of rows on the page."""
+TEXTS = ("content", "reasoning")
+"""Keys of a message that are trained or read."""
 MAX_TOKENS_PER_CHARACTER = 12
 """Maximum number of tokens of one character, such as the bytes of a composed emoji."""
 
@@ -27,18 +30,33 @@ class Decoder(Tokenizer, Protocol):
 
 
 def sample_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the shortest, a middle and the longest row."""
-    ordered = sorted(rows, key=lambda row: (len(row["instruction"]) + len(row["response"]), row["instruction"]))
-    places = sorted({0, len(ordered) // 2, len(ordered) - 1}) if ordered else []
-    return [ordered[place] for place in places[:SHOWN_ROWS]]
+    """Return the shortest, a middle and the longest row; the middle one has several turns where any row has."""
+    ordered = sorted(rows, key=lambda row: (_characters(row), row["instruction"]))
+    if not ordered:
+        return []
+    several = [place for place, row in enumerate(ordered) if len(row_questions(row)) > 1]
+    middle = several[len(several) // 2] if several else len(ordered) // 2
+    return [ordered[place] for place in sorted({0, middle, len(ordered) - 1})[:SHOWN_ROWS]]
+
+
+def _characters(row: Mapping[str, Any]) -> int:
+    texts = (message.get(name, "") for message in [*row_messages(row, ""), row_answer(row)] for name in TEXTS)
+    return sum(map(len, texts))
 
 
 def labelled_runs(encoder: RowEncoder, row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a row as it is trained, once or answer by answer: runs of tokens, each with `carries_loss`.
 
-    Each token has its text and `special`.
+    Each token has its text and `special`, each run with loss the number of its `answer` in the row. `part` of `parts`
+    numbers the texts of one row, `turns` are the row's.
     """
-    return [{**_runs(encoder.tokenizer, encoded), "line": row.get("line")} for encoded in encoder.encode(row)]
+    turns = len(row_questions(row))
+    found = [_runs(encoder.tokenizer, encoded) for encoded in encoder.encode(row)]
+    trained = [run for each in found for run in each["runs"] if run["carries_loss"]]
+    for answer, run in enumerate(trained, turns - len(trained) + 1):  # the last ones, where not all carry loss
+        run["answer"] = answer
+    where = {"line": row.get("line"), "parts": len(found), "turns": turns}
+    return [{**each, **where, "part": part} for part, each in enumerate(found, 1)]
 
 
 def _runs(tokenizer: Any, encoded: Encoded) -> dict[str, Any]:

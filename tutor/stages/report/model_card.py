@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tutor.formats.models.base_source import LOCAL
-from tutor.graders.labels import LABELS
+from tutor.graders.labels import verdict_labels
+from tutor.prompt.base_format import BaseFormat
 from tutor.prompt.tutor_format import CUE, QUESTION, STOPS
 from tutor.recipe.values import HUB
 from tutor.stages.report.tables import megabytes, percent
@@ -68,10 +69,22 @@ def _opening(outputs: StageOutputs, source: str) -> list[str]:
     return [
         f"# {escaped(outputs.model)}",
         "",
-        f"{base}, tuned with LoRA on {trained['rows']} pairs of questions and answers, merged and converted to GGUF.",
-        f"On {held['rows']} held-out pairs the perplexity went from {held['perplexity_before']:.2f} to "
-        f"{held['perplexity_after']:.2f}.",
+        f"{base}, tuned with LoRA on {_rows(outputs, trained)}, merged and converted to GGUF.",
+        f"On {held['rows']} held-out {'rows' if _several(outputs) else 'pairs'} the perplexity went from "
+        f"{held['perplexity_before']:.2f} to {held['perplexity_after']:.2f}.",
     ]
+
+
+def _several(outputs: StageOutputs) -> int:
+    """Number of training rows with several turns."""
+    return int(outputs.statistics.get("train", {}).get("rows_of_several_turns", 0))
+
+
+def _rows(outputs: StageOutputs, trained: Mapping[str, Any]) -> str:
+    if not _several(outputs):
+        return f"{trained['rows']} pairs of questions and answers"
+    counted = outputs.statistics["train"]
+    return f"{counted['rows']} conversations with {counted['answers']} answers"
 
 
 def _files(outputs: StageOutputs) -> list[str]:
@@ -96,20 +109,43 @@ def _files(outputs: StageOutputs) -> list[str]:
 
 
 def _use(outputs: StageOutputs) -> list[str]:
-    prompt = f"{QUESTION}{{question}}{CUE}"
+    prompt = outputs.prompt
     return [
         "",
         "## Use",
         "",
+        *(_base_prompt(prompt) if isinstance(prompt, BaseFormat) else _tutor_prompt()),
+        "",
+        f"With Ollama, after `tutor publish`: `ollama run {_code(outputs.model)}`. With temperature 0 "
+        "an answer is the same each time.",
+    ]
+
+
+def _tutor_prompt() -> list[str]:
+    prompt = f"{QUESTION}{{question}}{CUE}"
+    return [
         "Every file contains its chat template. The model was trained on this prompt; use no other. An answer ends "
         f"with EOS; the stop text {json.dumps(STOPS[0], ensure_ascii=False)} ends an answer without EOS:",
         "",
         "```",
         prompt,
         "```",
-        "",
-        f"With Ollama, after `tutor publish`: `ollama run {_code(outputs.model)}`. With temperature 0 "
-        "an answer is the same each time.",
+    ]
+
+
+def _base_prompt(prompt: BaseFormat) -> list[str]:
+    first, last = (_code(tag) for tag in prompt.tags)
+    switch = "" if prompt.think is None else f" In requests to Ollama set `think` to {str(prompt.think).lower()}."
+    thoughts = {
+        "none": [],
+        "empty": [f"Thoughts are switched off: every prompt ends behind an empty one.{switch}"],
+        "rows": [f"The model writes a thought between `{first}` and `{last}` before its answer.{switch}"],
+    }
+    return [
+        "The model was trained with the chat template of its base, which every file contains. Send messages, and let "
+        "the engine render them: `llama-server --jinja`, or Ollama without a TEMPLATE in the Modelfile. An answer ends "
+        f"with `{_code(prompt.end)}`.",
+        *(line for text in thoughts[prompt.reasoning] for line in ("", text)),
     ]
 
 
@@ -125,7 +161,7 @@ def _figures(outputs: StageOutputs) -> list[str]:
         f"| | {' | '.join(escaped(model.get('file', name)) for name, model in models.items())} |",
         f"| --- |{' ---: |' * len(models)}",
     ]  # fmt: skip
-    for name, label in LABELS.items():
+    for name, label in verdict_labels(evaluated.get("language")).items():
         if all(name in model["all"] for model in models.values()):
             cells = [_rate(model["all"][name]) for model in models.values()]
             rows.append(f"| {label} | {' | '.join(cells)} |")

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tutor.formats.markdown import fenced_blocks
-from tutor.graders.labels import LABELS
-from tutor.prompt.messages import display_text
+from tutor.graders.labels import LABELS, verdict_labels
+from tutor.prompt.messages import display_text, row_questions
 
 Json = Mapping[str, Any]
 
@@ -18,8 +18,11 @@ LINE_END = re.compile(r"\r\n?|\n")
 """Line ends of Markdown."""
 
 
-def prompts(answers: Sequence[Json]) -> dict[str, Any]:
-    """Return `items`, and the filters `kinds` and `verdicts`, each with its CSS class and the number of its prompts."""
+def prompts(answers: Sequence[Json], language: str = "") -> dict[str, Any]:
+    """Return `items`, and the filters `kinds` and `verdicts`, each with its CSS class and the number of its prompts.
+
+    `language` is the one in which the answers were graded.
+    """
     kinds = sorted({str(item.get("category", "")) for item in answers})
     models = list(answers[0]["answers"]) if answers else []
     items = [_item(number, item, kinds) for number, item in enumerate(answers, 1)]
@@ -28,7 +31,8 @@ def prompts(answers: Sequence[Json]) -> dict[str, Any]:
     offered = {"pass": f"{last} passes", "fail": f"{last} fails"}
     if len(models) > 1:
         offered |= {"won": f"only {last} passes", "lost": f"only {models[0]} passes"}
-    offered |= {f"f-{name}": f"{last} fails: {label}" for name, label in LABELS.items() if counted[f"f-{name}"]}
+    labels = verdict_labels(language)
+    offered |= {f"f-{name}": f"{last} fails: {label}" for name, label in labels.items() if counted[f"f-{name}"]}
     return {
         "items": items,
         "models": models,
@@ -58,6 +62,11 @@ def _item(number: int, item: Json, kinds: Sequence[str]) -> dict[str, Any]:
         "kind": kind,
         "topic": item.get("topic", ""),
         "question": item["instruction"],
+        "history": [
+            {"role": message["role"], "parts": parts(display_text(message["content"]))}
+            for message in item.get("history") or ()
+        ],
+        "turns": len(row_questions(item)),
         "original": item.get("original", ""),
         "wanted": [" or ".join(group) for group in expect.get("include", ())],
         "unwanted": list(expect.get("exclude", ())),
@@ -71,6 +80,7 @@ def _answer(name: str, record: Json) -> dict[str, Any]:
     return {
         "model": name,
         "passed": bool(record.get("passed")),
+        "thought": str(record.get("thought", "")).strip(),
         "parts": parts(display_text(str(record.get("text", "")))),
         "error": record.get("error", ""),
         "reasons": list(record.get("reasons", ())),

@@ -16,10 +16,11 @@ from tutor.artifacts.layout import OLLAMA_EVALUATION, PUBLISHED_MERGED
 from tutor.artifacts.manifest import find_manifest
 from tutor.errors import ArtifactError
 from tutor.formats.html import render_page
-from tutor.formats.models.prompt_format import row_encoder
-from tutor.formats.rows.split_files import TRAIN, read_json_lines, read_split
+from tutor.formats.models.prompt_format import read_format, row_encoder
+from tutor.formats.rows.split_files import STATISTICS, TRAIN, read_json_lines, read_split
 from tutor.graders.verdict import are_in_language
 from tutor.machine import host
+from tutor.prompt.format import PromptFormat
 from tutor.stages.report.labels import labelled_runs, sample_rows
 from tutor.stages.report.model_card import card
 from tutor.stages.report.prompts import prompts
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 PAGE = "report.html"
 """File of the page."""
+LISTS = {"prompts": "answers", "paraphrased": "paraphrased"}
+"""Lists of prompts on the page, and the outputs that hold them."""
 CARD = "README.md"
 """File of the model card."""
 
@@ -54,7 +57,8 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
 
 def page(outputs: StageOutputs, values: Mapping[str, Any] | None = None) -> str:
     """Return the page's text; equal values give equal bytes."""
-    listed = {"prompts": prompts(outputs.answers), "paraphrased": prompts(outputs.paraphrased)}
+    language = (outputs.evaluated or {}).get("language", "")
+    listed = {name: prompts(getattr(outputs, field), language) for name, field in LISTS.items()}
     return render_page(TEMPLATE, **(values or view(outputs)), **listed).lstrip()
 
 
@@ -76,7 +80,26 @@ def gather(recipe: "Recipe", inputs: Mapping[str, Path]) -> StageOutputs:
         no_labels=no_labels,
         language=recipe.data.language if answers and are_in_language(answers, recipe.data.language) else "",
         machine=_machine(),
+        prompt=_format(recipe, inputs),
+        statistics=_statistics(inputs["data"] / STATISTICS),
     )
+
+
+def _format(recipe: "Recipe", inputs: Mapping[str, Path]) -> PromptFormat | None:
+    """The prompt format; None before the base stage has read the base's template."""
+    try:
+        return read_format(recipe, inputs["base"])
+    except ArtifactError:
+        return None
+
+
+def _statistics(path: Path) -> dict[str, Any]:
+    """The counts of the data stage; empty where they are not there."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _published(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tutor.graders.labels import LABELS
+from tutor.graders.labels import LABELS, verdict_labels
 from tutor.stages.report import charts
 
 Json = Mapping[str, Any]
@@ -93,6 +93,7 @@ def verdicts(evaluated: Json) -> dict[str, Any]:
     """Return the rates of every model over all prompts and by kind, and the changes from the first model to others."""
     models: Mapping[str, Json] = evaluated["models"]
     shown = [name for name in LABELS if all(name in model["all"] for model in models.values())]
+    labels = verdict_labels(evaluated.get("language"))
     changes = list(evaluated.get("differences") or ())
     kinds = sorted({kind for model in models.values() for kind in model["categories"]})
     return {
@@ -105,7 +106,7 @@ def verdicts(evaluated: Json) -> dict[str, Any]:
         "changes": [f"{change['before']} to {change['after']}" for change in changes],
         "all": [
             {
-                "label": LABELS[name],
+                "label": labels[name],
                 "rates": [(model["all"][name], model["all"]["n"]) for model in models.values()],
                 "changes": [change["all"].get(name) for change in changes],
             }
@@ -121,19 +122,22 @@ def verdicts(evaluated: Json) -> dict[str, Any]:
             }
             for kind in kinds
         ],
-        "each": [_verdicts_by_kind(name, model["categories"], kinds, shown) for name, model in models.items()],
+        "each": [
+            _verdicts_by_kind(name, model["categories"], kinds, {each: labels[each] for each in shown})
+            for name, model in models.items()
+        ],
     }
 
 
 def _verdicts_by_kind(
-    model: str, by_kind: Mapping[str, Json], kinds: Sequence[str], shown: Sequence[str]
+    model: str, by_kind: Mapping[str, Json], kinds: Sequence[str], shown: Mapping[str, str]
 ) -> dict[str, Any]:
     """All verdicts of one model, a row a kind."""
     rows = [
         {"kind": kind or "(no kind)", "n": by_kind[kind]["n"], "rates": [by_kind[kind].get(name) for name in shown]}
         for kind in kinds
     ]
-    return {"model": model, "heads": [LABELS[name] for name in shown], "rows": rows}
+    return {"model": model, "heads": list(shown.values()), "rows": rows}
 
 
 def percent(share: float) -> str:

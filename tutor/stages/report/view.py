@@ -11,6 +11,8 @@ from typing import Any
 from tutor.artifacts.layout import OLLAMA_EVALUATION, OLLAMA_PARITY, gguf_name
 from tutor.artifacts.manifest import Manifest
 from tutor.formats.models.served_quantization import resolve
+from tutor.prompt.base_format import BaseFormat
+from tutor.prompt.format import PromptFormat
 from tutor.stages.report import charts
 from tutor.stages.report.tables import Json, ladder, megabytes, parity, percent, verdicts
 
@@ -45,6 +47,8 @@ class StageOutputs:
     no_labels: str = ""  # why `labels` is empty
     language: str = ""  # of the prompts, as an HTML language code; "": unknown
     machine: Sequence[tuple[str, str]] = ()  # the machine that writes the page
+    prompt: PromptFormat | None = None  # None: not known yet
+    statistics: Json = field(default_factory=dict)  # of the rows, as the data stage counted them
 
     def results(self, folder: str) -> Json | None:
         """Return the results of a stage; None where the stage has not run."""
@@ -75,6 +79,7 @@ def view(outputs: StageOutputs) -> dict[str, Any]:
         "missing": missing(outputs),
         "training": training(outputs),
         "labels": outputs.labels,
+        "prompt_format": format_name(outputs.prompt),
         "no_labels": outputs.no_labels,
         "parity": parity(gate, outputs.ollama) if gate else None,
         "ladder": ladder(benchmark, outputs.results("gguf") or {}) if benchmark else None,
@@ -173,6 +178,9 @@ def _facts(outputs: StageOutputs, found: Json, fields: Json, seconds: float) -> 
     ]
     if data:
         facts.append(("data set", f"{data['rows']} rows; {data['prompts']} held-out prompts"))
+    facts += turns(outputs.statistics)
+    if outputs.prompt:
+        facts.append(("prompt format", format_name(outputs.prompt)))
     if "recipe.rank" in fields:
         targets = ", ".join(fields["recipe.target_modules"])
         kind = VARIANTS[fields.get("recipe.variant", "lora")]
@@ -192,6 +200,32 @@ def _facts(outputs: StageOutputs, found: Json, fields: Json, seconds: float) -> 
     if fields.get("recipe.system"):
         facts.append(("system text", str(fields["recipe.system"])))
     return facts
+
+
+def turns(statistics: Json) -> list[tuple[str, str]]:
+    """Return the number of conversations among the training rows as a fact; none where every row has one turn."""
+    counted = statistics.get("train", {})
+    facts = []
+    if several := counted.get("rows_of_several_turns"):
+        text = f"{several} of {counted['rows']} training rows, up to {counted['most_turns']} turns"
+        facts.append(("several turns", f"{text}; {counted['answers']} answers in all"))
+    if thoughts := counted.get("rows_with_reasoning"):
+        facts.append(("with reasoning", f"{thoughts} of {counted['rows']} training rows"))
+    return facts
+
+
+def format_name(prompt: PromptFormat | None) -> str:
+    """Return a prompt format in words; "" for one that is not known."""
+    if prompt is None:
+        return ""
+    if not isinstance(prompt, BaseFormat):
+        return "the tutor's own (Instrucción, Respuesta); an answer ends with EOS"
+    thoughts = {
+        "none": "",
+        "empty": "; thoughts are switched off (an empty one in every prompt)",
+        "rows": f"; a thought between {' and '.join(prompt.tags)} comes before the answer",
+    }
+    return f"the base's chat template; an answer ends with {prompt.end}{thoughts[prompt.reasoning]}"
 
 
 def stages(outputs: StageOutputs) -> list[dict[str, Any]]:
