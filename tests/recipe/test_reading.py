@@ -129,7 +129,7 @@ def test_retired_names_have_replacements_that_exist():
         ("[train]\npatience = 3\nevaluations_per_epoch = 0", "train.patience counts evaluations"),
         ("[convert]\nquantizations = ['Q4']", "convert.quantizations.0 is 'Q4'"),
         ("[convert]\nquantizations = ['Q2_0']", "cannot be read back"),
-        ("[convert]\nquantizations = ['BF16']", "is no quantization, and F16 is always made"),
+        ("[convert]\nquantizations = ['BF16']", "is no quantization, and a 16-bit file is always made"),
         ("[convert]\nquantizations = ['q4_k', 'Q4_K_M', 'Q5_K_M', 'Q8_0']", "names one twice: Q4_K_M, Q4_K_M"),
         (
             "[merge]\nbase = 'nf4'\n[train]\nquantization = 'none'",

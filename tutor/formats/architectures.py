@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from tutor.errors import ArtifactError
-from tutor.recipe.quantizations import F16
+from tutor.recipe.quantizations import BF16, F16
 
-BF16 = "BF16"
-"""Type of the GGUF that is compared with transformers, for a family whose activations F16 cannot hold."""
 SILU = ("silu", "swish")
 """Names of one activation."""
 ROPE_KINDS = ("default", "linear", "yarn")
 """Kinds of RoPE scaling that transformers and llama.cpp compute equally for every family with one RoPE base."""
 OF_LLAMA = ("default", "linear", "llama3", "yarn")
 """Kinds of RoPE scaling of the families that llama.cpp's converter treats as a Llama."""
+WINDOWED_FROM = 28
+"""Number of the first layer with a sliding window where a Qwen's configuration names none."""
+THETA = 10000.0
+"""Base of RoPE where a family and a configuration name none."""
 ANOTHER = "name another base"
 """Next step for a base of another family."""
 
@@ -45,7 +47,7 @@ class Architecture:
     window_period: int = 0  # llama.cpp computes a sliding window, except in each n-th layer; 0: no window
     window_switch: str | None = None  # the setting without which `sliding_window` has no effect
     rope_period: int = 0  # llama.cpp leaves RoPE out of each n-th layer; 0: of none
-    rope_theta: float = 10000.0  # where config.json does not say
+    rope_theta: float = THETA  # where config.json does not say
     norms: int = 2  # of hidden states in a layer
     head_norms: bool = False  # norms of queries and keys
 
@@ -53,6 +55,12 @@ class Architecture:
     def plain_layers(self) -> bool:
         """Whether a layer is a Llama's: x + o(attention(rotate(q, k), v)), then x + down(silu(gate) * up)."""
         return self.norms == 2 and not self.head_norms and not self.rope_period and self.activations == SILU
+
+    @property
+    def defaults(self) -> dict[str, int]:
+        """Sizes where config.json does not say, by setting."""
+        given = {"head_dim": self.head_dim, "max_position_embeddings": self.context}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def reference(self) -> str:
@@ -72,7 +80,6 @@ _ROWS = (
         "llama",
         permuted=("attn_q", "attn_k"),
         rope_kinds=OF_LLAMA,
-        context=2048,
     ),
     Architecture(
         "qwen2",
@@ -157,9 +164,9 @@ def layer_windows(family: Architecture, config: Mapping[str, Any]) -> list[int |
 
     A window of n lets a token see itself and the n - 1 tokens before it.
     """
-    count, window = config["num_hidden_layers"], config.get("sliding_window")
+    count, window = config["num_hidden_layers"], _size(config, "sliding_window", 0)
     if family.window_switch is not None and not config.get(family.window_switch):
-        window = None
+        window = 0
     if not window:
         return [None] * count
     kinds = config.get("layer_types")
@@ -174,12 +181,12 @@ def _layer_kinds(family: Architecture, config: Mapping[str, Any]) -> list[str]:
     """The kinds of the layers where config.json does not list them, as transformers sets them."""
     numbers = range(config["num_hidden_layers"])
     if family.window_period:
-        period = config.get("sliding_window_pattern") or family.window_period
+        period = _size(config, "sliding_window_pattern", family.window_period)
         slides = [bool((number + 1) % period) for number in numbers]
     elif family.rope_period:
         slides = [not roped for roped in rope_layers(family, config)]
     else:
-        slides = [number >= config.get("max_window_layers", 28) for number in numbers]
+        slides = [number >= _size(config, "max_window_layers", WINDOWED_FROM, least=0) for number in numbers]
     return ["sliding_attention" if each else "full_attention" for each in slides]
 
 
@@ -190,6 +197,12 @@ def rope_layers(family: Architecture, config: Mapping[str, Any]) -> list[bool]:
         return [True for _ in numbers]
     listed = config.get("no_rope_layers")
     if isinstance(listed, Sequence) and not isinstance(listed, str):
-        return [bool(each) for each in listed]
-    period = config.get("no_rope_layer_interval") or family.rope_period
+        return [bool(each) for each in listed[: len(numbers)]]
+    period = _size(config, "no_rope_layer_interval", family.rope_period)
     return [bool((number + 1) % period) for number in numbers]
+
+
+def _size(config: Mapping[str, Any], name: str, default: int, *, least: int = 1) -> int:
+    """An integer of a configuration, at least `least`; the default where it has none, or something else."""
+    value = config.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= least else default

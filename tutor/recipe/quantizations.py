@@ -5,6 +5,8 @@ without a build of llama.cpp.
 """
 
 F16 = "F16"
+BF16 = "BF16"
+"""In place of F16 for families whose activations F16 cannot hold (formats/architectures.py)."""
 AUTO = "auto"
 """Value of ollama.quantization: the smallest quantization that the benchmark finds within the budget."""
 
@@ -21,7 +23,7 @@ SECOND_NAMES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 """Other names that llama-quantize takes, each with the name that files have; a recipe may use both."""
 
 NOT_MADE = {
-    **dict.fromkeys((F16, "BF16", "F32"), "is no quantization, and F16 is always made"),
+    **dict.fromkeys((F16, BF16, "F32"), "is no quantization, and a 16-bit file is always made"),
     "COPY": "is no quantization",
     "MXFP4_MOE": "is for mixtures of experts, and Llama has none",
     **dict.fromkeys(("Q1_0", "Q2_0"), "cannot be read back (gguf-py does not dequantize it), so it is not made"),

@@ -132,7 +132,7 @@ def adapter(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     (folder / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 8, "alpha_pattern": {}, "use_dora": false}')
     peft(folder, 0.0)
     config = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-    (tmp_path / "config.json").write_text(json.dumps(config))  # of the base's 16-bit folder
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **config}))  # of the base's 16-bit folder
     return folder
 
 

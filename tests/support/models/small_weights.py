@@ -56,7 +56,12 @@ def trained_weights(weights: Weights, share: float = 0.01, seed: int = 1) -> Wei
 
 def write_model(path: Path, weights: Weights) -> Path:
     path.mkdir(parents=True)
-    config = {"num_hidden_layers": 1, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
+    config = {
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+    }
     (path / "config.json").write_text(json.dumps(config), "utf-8")
     save_file(weights, path / "model.safetensors")
     return path

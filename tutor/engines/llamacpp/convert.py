@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tutor.artifacts.disk import read_json
 from tutor.engines.llamacpp.build import SOURCE, VERSION
 from tutor.engines.llamacpp.process import (
     OFFLINE,
@@ -22,8 +23,8 @@ from tutor.engines.llamacpp.process import (
 )
 from tutor.engines.llamacpp.src.convert import CONVERTING
 from tutor.errors import ArtifactError, RecipeError
+from tutor.formats.architectures import architecture_of
 from tutor.formats.models.gguf import read_gguf
-from tutor.formats.models.model_config import ARCHITECTURE
 from tutor.formats.models.pre_tokenizer import equivalent_names
 from tutor.formats.models.safetensors import SIXTEEN_BIT, weight_files
 from tutor.recipe.quantizations import KINDS
@@ -34,31 +35,37 @@ CHUNK_LENGTHS = (512, 256, 128, 64, 32)
 
 @dataclass(frozen=True)
 class Conversion:
-    """A 16-bit Hugging Face folder of a Llama, and the F16 GGUF to write of it."""
+    """A 16-bit Hugging Face folder, and the GGUF to write of it: in 16 bits as its family needs, or in `kind`."""
 
     model: Path
     target: Path
     pre_tokenizer: str  # llama.cpp's name of the splitting (formats/models/pre_tokenizer.py); "" for SentencePiece
     metadata: Mapping[str, str] = field(default_factory=dict)  # additional key-values
     vocabulary_only: bool = False  # write the metadata and the tokenizer, without tensors: no weight is read
+    kind: str | None = None  # F16, BF16 or F32; None: the family's reference
 
 
 def to_gguf(*conversions: Conversion) -> None:
-    """Write the F16 GGUF of each folder, in one process, completely or none.
+    """Write the 16-bit GGUF of each folder, in one process, completely or none.
 
     Raises ArtifactError with the converter's last line.
     """
+    families = [
+        architecture_of(read_json(item.model / "config.json").get("model_type"), str(item.model))
+        for item in conversions
+    ]
     jobs = [
         {
             "model": str(item.model),
             "target": str(partial_path(item.target)),
             "names": equivalent_names(item.pre_tokenizer) if item.pre_tokenizer else (),
             "metadata": dict(item.metadata),
-            "architecture": ARCHITECTURE,
+            "architecture": family.class_name,
+            "type": (item.kind or family.reference).lower(),
             "files": [path.name for path in weight_files(item.model)],
             "options": ["--vocab-only"] if item.vocabulary_only else [],
         }
-        for item in conversions
+        for item, family in zip(conversions, families, strict=True)
     ]
     command: Command = [sys.executable, SOURCE / "convert.py", programs().folder, json.dumps(jobs)]
     code, output = write_files([item.target for item in conversions], command, OFFLINE)

@@ -1,4 +1,4 @@
-"""Compare a GGUF's tensors with the folder that it was made of: equal numbers in F16, sums of errors where quantized.
+"""Compare a GGUF's tensors with the folder that it was made of: equal numbers in 16 bits, sums of errors else.
 
 In: a GGUF file, a 16-bit Hugging Face folder, and for the training's share of the error the base's folder. Out:
 differences by tensor, as lines and as sums. Holds one piece of one tensor in memory at a time. Sets no limits.
@@ -8,10 +8,11 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tutor.artifacts.disk import read_json
 from tutor.errors import ArtifactError
+from tutor.formats.architectures import architecture_of
 from tutor.formats.models.gguf import Gguf, Tensor
 from tutor.formats.models.safetensors import WEIGHTS, Stored, folder_weights, read_header
 
@@ -28,8 +29,10 @@ PIECE = 1 << 22
 """Number of numbers compared at once."""
 COMPUTED = ("rope_freqs.weight",)
 """Tensors that the converter computes from config.json, so that no folder holds them."""
+NORM = "norm.weight"
+"""End of the names of the weights that a converter adds its offset to, as in llama.cpp's conversion/gemma.py."""
 FORMS = {"F16": "<f2", "BF16": "<u2", "F32": "<f4"}
-"""numpy's type by safetensors' name; numpy has no bfloat16."""
+"""numpy's type by safetensors' name, which is GGUF's too; numpy has no bfloat16."""
 PLAIN = {"F64": "<f8", "I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
 """numpy's type by GGUF's name, for the types that the gguf package does not dequantize."""
 
@@ -40,6 +43,7 @@ class Weight:
 
     tensor: Stored
     heads: int = 0  # of q and k, whose rows (of a bias: numbers) the converter reorders; else 0
+    offset: float = 0.0  # what the converter adds to a norm's weights
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def weights_of(model: Path) -> dict[str, Weight]:
     names, found = _Names(model), {}
     for tensor in folder_weights(model).values():
         name, heads = names.of(tensor.name, tensor.path)
-        found[name] = Weight(tensor, heads)
+        found[name] = Weight(tensor, heads, names.offset(tensor.name))
     return found
 
 
@@ -90,18 +94,24 @@ class _Names:
         import gguf
 
         config = read_json(model / "config.json")
+        self.family = architecture_of(config.get("model_type"), str(model))
+        numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
         try:
-            self.names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+            self.names = gguf.get_tensor_name_map(numbers[self.family.gguf], config["num_hidden_layers"])
             queries = config["num_attention_heads"]
         except KeyError as missing:
             raise ArtifactError(f"{model / 'config.json'} lacks {missing}") from None
-        self.heads = {"attn_q": queries, "attn_k": config.get("num_key_value_heads") or queries}
+        heads = {"attn_q": queries, "attn_k": config.get("num_key_value_heads") or queries}
+        self.heads = {name: heads[name] for name in self.family.permuted}
 
     def of(self, name: str, path: Path) -> tuple[str, int]:
         found = self.names.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise ArtifactError(f"{path}: a GGUF has no name for {name}")
         return found, self.heads.get(found.split(".")[-2], 0)
+
+    def offset(self, name: str) -> float:
+        return self.family.norm_offset if name.endswith(NORM) else 0.0
 
 
 def check_names(gguf: Gguf, weights: Mapping[str, Weight]) -> list[str]:
@@ -116,23 +126,34 @@ def check_names(gguf: Gguf, weights: Mapping[str, Weight]) -> list[str]:
 
 
 def check_exact(path: Path, gguf: Gguf, weights: Mapping[str, Weight]) -> list[str]:
-    """Compare all numbers of an F16 file; return a line for each tensor with other numbers than the folder's."""
+    """Compare all numbers of a 16-bit file; return a line for each tensor with other numbers than the folder's."""
     import numpy as np
 
     if lines := check_names(gguf, weights):
         return lines
     for name, weight in weights.items():
         tensor = gguf.tensors[name]
-        if tensor.kind not in ("F16", "F32"):
+        if tensor.kind not in FORMS:
             lines.append(f"{name} is {tensor.kind}")
             continue
-        form = np.dtype("f2" if tensor.kind == "F16" else "f4")
         for rows in all_rows(weight.tensor.shape):
-            ours, theirs = _folder_rows(weight, rows).astype(form), file_rows(path, tensor, rows).astype(form)
+            ours, theirs = (
+                _rounded(each, tensor.kind) for each in (_folder_rows(weight, rows), file_rows(path, tensor, rows))
+            )
             if not np.array_equal(ours, theirs):
                 lines.append(f"{name} has other numbers than {weight.tensor.path}")
                 break
     return lines
+
+
+def _rounded(numbers: "Numbers", kind: str) -> "NDArray[Any]":
+    """Numbers in the precision of a type, by the rounding of llama.cpp's converter."""
+    import gguf
+    import numpy as np
+
+    if kind == "BF16":
+        return gguf.quantize(np.ascontiguousarray(numbers), gguf.GGMLQuantizationType.BF16)  # type: ignore[no-any-return]
+    return numbers.astype(FORMS[kind])
 
 
 def error_sums(
@@ -197,8 +218,12 @@ def _folder_rows(weight: Weight, rows: "NDArray[np.intp]") -> "Numbers":
         order = order.reshape(weight.heads, 2, -1).swapaxes(1, 2).reshape(-1)
     read = stored[order[rows]] if len(tensor.shape) > 1 else stored[:, order]
     if tensor.dtype == "BF16":
-        return (read.astype(np.uint32) << 16).view(np.float32)
-    return read.astype(np.float32)
+        numbers = (read.astype(np.uint32) << 16).view(np.float32)
+    elif weight.offset and tensor.dtype == "F16":
+        return (read + np.float16(weight.offset)).astype(np.float32)  # the converter adds in the folder's own type
+    else:
+        numbers = read.astype(np.float32)
+    return numbers + np.float32(weight.offset) if weight.offset else numbers
 
 
 def file_rows(path: Path, tensor: Tensor, rows: "NDArray[np.intp]") -> "Numbers":

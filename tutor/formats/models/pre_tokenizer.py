@@ -8,10 +8,13 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tutor.artifacts.disk import read_json
 from tutor.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from tokenizers.pre_tokenizers import PreTokenizer
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """Pattern of GPT-2's pre-tokenizer."""
@@ -26,13 +29,15 @@ TEKKEN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """Pattern of Mistral's pre-tokenizer since Tekken."""
+DIGIT = r"\p{N}"
+"""Pattern of a step that makes a part of each digit."""
 SPLITS: dict[tuple[str, ...], str] = {
     (LLAMA3,): "llama-bpe",
     (LLAMA3.replace("{1,3}", ""),): "qwen2",
     (TEKKEN,): "tekken",
     (GPT2,): "gpt-2",
-    (r"\p{N}", GPT2): "smollm",
-    ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"): "deepseek-coder",
+    (DIGIT, GPT2): "smollm",
+    ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", DIGIT): "deepseek-coder",
 }
 """llama.cpp's name by the patterns of its src/llama-vocab.cpp, applied in order, written as in tokenizer.json."""
 
@@ -95,6 +100,23 @@ def pre_tokenizer_name(tokenizer_json: Path) -> str:
     raise ArtifactError(f"{tokenizer_json} {problem}", "llama.cpp has no name for that: use another base")
 
 
+def splitter_of(name: str) -> "PreTokenizer | None":
+    """Return the pre-tokenizer of llama.cpp's name for a splitting; None for a name that is not known."""
+    from tokenizers import Regex, pre_tokenizers
+
+    patterns = next((each for each, known in SPLITS.items() if name in equivalent_names(known)), None)
+    if patterns is None:
+        return None
+    own = patterns[-1] == GPT2  # the one that ByteLevel applies itself
+    steps = [
+        pre_tokenizers.Digits(individual_digits=True)
+        if pattern == DIGIT
+        else pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+        for pattern in patterns[: len(patterns) - own]
+    ]
+    return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own)])
+
+
 def _patterns(splitter: Mapping[str, Any]) -> tuple[str, ...] | None:
     """The patterns of a byte-level pre-tokenizer, step by step; None where a step does anything but split."""
     *steps, last = (splitter.get("pretokenizers") if splitter.get("type") == "Sequence" else [splitter]) or [{}]
@@ -106,7 +128,7 @@ def _patterns(splitter: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 def _pattern(step: Mapping[str, Any]) -> str | None:
     if step.get("type") == "Digits":
-        return r"\p{N}" if step.get("individual_digits") else r"\p{N}+"
+        return DIGIT if step.get("individual_digits") else r"\p{N}+"
     if step.get("type") == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
         regex = step.get("pattern", {}).get("Regex")
         return regex if isinstance(regex, str) else None

@@ -6,7 +6,7 @@ position of each tensor. Reads no tensor data of its own (tensor_streams.py does
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -147,13 +147,14 @@ def folder_weights(model: Path) -> dict[str, Stored]:
     return {tensor.name: tensor for tensor in tensors if not tensor.name.endswith(ROTARY_TABLE)}
 
 
-def make_header(tensors: Sequence[tuple[str, tuple[int, ...]]], dtype: str) -> bytes:
-    """Return the beginning of a file with these names and shapes, all of one type, in this order."""
+def make_header(tensors: Sequence[tuple[str, tuple[int, ...]]], dtype: str | Mapping[str, str]) -> bytes:
+    """Return the beginning of a file with these names and shapes in this order, of one type or each of its own."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in tensors:
-        start, end = end, end + prod(shape) * WIDTHS[dtype]
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+        kind = dtype if isinstance(dtype, str) else dtype[name]
+        start, end = end, end + prod(shape) * WIDTHS[kind]
+        entries[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

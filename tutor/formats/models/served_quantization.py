@@ -20,9 +20,12 @@ def resolve(setting: str, chosen: str) -> str:
     return chosen if setting == AUTO else setting
 
 
-def possible_quantizations(setting: str, quantizations: Iterable[str]) -> list[str]:
-    """Return the quantizations that may be served for a setting, before the ladder stage has run."""
-    return [F16, *quantizations] if setting == AUTO else [setting]
+def possible_quantizations(setting: str, quantizations: Iterable[str], reference: str = F16) -> list[str]:
+    """Return the quantizations that may be served for a setting, before the ladder stage has run.
+
+    `reference` is the type of the 16-bit file: of one size, whichever it is.
+    """
+    return [reference, *quantizations] if setting == AUTO else [setting]
 
 
 def served_quantization(setting: str, ladder: Path) -> str:

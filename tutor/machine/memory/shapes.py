@@ -1,4 +1,4 @@
-"""Sizes of Llama models: number and form of their matrices.
+"""Sizes of models of all families: number and form of their matrices.
 
 In: a config.json, a GGUF's metadata, or a known model name. Out: a `Shape`. Reads no weights; needs no torch.
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tutor.artifacts.disk import read_json
 from tutor.errors import ArtifactError
 from tutor.formats.architectures import ARCHITECTURES, Architecture
+from tutor.formats.models.model_config import is_tied
 
 if TYPE_CHECKING:
     from tutor.formats.models.gguf import Gguf
@@ -29,7 +30,7 @@ MATRIX_INPUTS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """Size of a Llama model, as in its config.json."""
+    """Size of a model, as in its config.json."""
 
     hidden: int
     layers: int
@@ -98,9 +99,11 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
             raise ValueError(f"{name} is {value!r}")
         return value
 
+    family = ARCHITECTURES.get(str(config.get("model_type")))
     heads, hidden = number("num_attention_heads"), number("hidden_size")
     # A null counts as absent: head_dim and num_key_value_heads may be null.
-    config = {name: value for name, value in config.items() if value is not None}
+    given = {name: value for name, value in config.items() if value is not None}
+    config = {**family.defaults, **given} if family else given
     return Shape(
         hidden=hidden,
         layers=number("num_hidden_layers"),
@@ -109,7 +112,7 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
         kv_heads=number("num_key_value_heads", heads),
         head_dim=number("head_dim", max(1, hidden // heads)),
         vocabulary=number("vocab_size"),
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=is_tied(config),
         positions=number("max_position_embeddings") if "max_position_embeddings" in config else None,
         family=str(config.get("model_type", "llama")),
     )
@@ -126,10 +129,13 @@ def shape_of_gguf(gguf: "Gguf") -> Shape:
         "head_dim": "attention.key_length",
         "max_position_embeddings": "context_length",
     }
-    config = {name: gguf.fields.get(f"llama.{key}") for name, key in names.items()}
+    prefix = gguf.fields.get("general.architecture")
+    config = {name: gguf.fields.get(f"{prefix}.{key}") for name, key in names.items()}
     embedding = gguf.tensors.get("token_embd.weight")
     config["vocab_size"] = embedding.shape[-1] if embedding else None
-    return shape_of({**config, "tie_word_embeddings": "output.weight" not in gguf.tensors})
+    family = next((row.model_type for row in ARCHITECTURES.values() if row.gguf == prefix), None)
+    given = {"model_type": family} if family else {}
+    return shape_of({**config, **given, "tie_word_embeddings": "output.weight" not in gguf.tensors})
 
 
 def read_shape(folder: Path) -> Shape:

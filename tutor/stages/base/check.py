@@ -3,7 +3,7 @@
 In: a model folder that `check_model_folder` accepts, and its facts. Out: numbers of what was compared, or the error.
 llama.cpp's own converter writes the metadata and the tokenizer as the convert stage does, without a weight; the
 tensors' names and shapes are those of transformers' class, and every tensor has a name in a GGUF; both tokenizers give
-the same ids for the same texts; no number is beyond the range of a GGUF's F16.
+the same ids for the same texts; no number is beyond the range of the GGUF's 16 bits.
 Loads no model, and holds one piece of one tensor in memory.
 """
 
@@ -22,18 +22,25 @@ from tutor.engines.llamacpp.tokenize import tokenize
 from tutor.errors import ArtifactError
 from tutor.formats.models.gguf_metadata import implied_metadata, vocabulary_differences
 from tutor.formats.models.gguf_weights import weights_of
+from tutor.formats.models.model_config import is_tied
 from tutor.formats.models.model_folder import CANARIES, EMBEDDING, Facts, is_refusal, load_tokenizer, reason
 from tutor.formats.models.safetensors import Stored, folder_weights
 from tutor.formats.models.tensor_streams import largest_magnitude, pieces
 from tutor.prompt.messages import conversation
 from tutor.prompt.tutor_format import completion, render
+from tutor.recipe.quantizations import BF16, F16
 
 log = logging.getLogger(__name__)
 
 HEAD = "lm_head.weight"
 """Name of the weight that a tied base shares with its embedding."""
-TOO_LARGE = {"F16": 0x7C00, "BF16": 0x4780, "F32": 0x477FF000}
-"""Bits of the smallest magnitude that F16 rounds to infinity, by type; those of infinity and NaN are above."""
+TOO_LARGE = {
+    F16: {"F16": 0x7C00, "BF16": 0x4780, "F32": 0x477FF000},
+    BF16: {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F7F8000},
+}
+"""Bits of the smallest magnitude that a GGUF's type rounds to infinity, by type; infinity and NaN are above."""
+LARGEST = {F16: "FP16's 65504", BF16: "BF16's 3.39e38"}
+"""Name of the largest number, by the type of a GGUF."""
 CONTEXT = 4
 """Number of ids that an error shows on each side of a difference."""
 AGAIN = "fetch it again, or name another base"
@@ -48,11 +55,11 @@ def check_base(model: Path, facts: Facts, scratch: Path) -> dict[str, int]:
     stored = folder_weights(model)
     _check_tensors(model, stored)
     weights_of(model)  # raises for a tensor without a name in a GGUF
-    for tensor in stored.values():
-        _check_values(tensor)
     expected = implied_metadata(model, facts)
+    for tensor in stored.values():
+        _check_values(tensor, expected.file_type)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        gguf = Path(folder) / "vocabulary-F16.gguf"
+        gguf = Path(folder) / "vocabulary.gguf"
         log.info("converting its vocabulary with llama.cpp")
         to_gguf(Conversion(model, gguf, facts.pre_tokenizer, vocabulary_only=True))
         if lines := vocabulary_differences(gguf, expected):
@@ -75,9 +82,9 @@ def _check_tensors(model: Path, stored: Mapping[str, Stored]) -> None:
         problem = f"config.json has num_hidden_layers {config['num_hidden_layers']}, the weights have {len(layers)}"
         raise ArtifactError(f"{model}: {problem}", AGAIN)
     shapes = _expected_shapes(model)
-    if config.get("tie_word_embeddings") and HEAD in stored:
+    if is_tied(config) and HEAD in stored:
         _check_tied(model, stored)
-    if config.get("tie_word_embeddings") and HEAD not in stored:
+    if is_tied(config) and HEAD not in stored:
         shapes.pop(HEAD, None)
     if missing := sorted(shapes.keys() - stored):
         hint = 'set "tie_word_embeddings": true where the head is the embedding' if missing == [HEAD] else AGAIN
@@ -122,11 +129,11 @@ def _check_tied(model: Path, stored: Mapping[str, Stored]) -> None:
         )
 
 
-def _check_values(tensor: Stored) -> None:
-    """Raise ArtifactError for NaN, and for a number that F16 cannot hold: the GGUF has its weights in F16."""
-    limit = TOO_LARGE[tensor.dtype]
+def _check_values(tensor: Stored, kind: str) -> None:
+    """Raise ArtifactError for NaN, and for a number that the type of the GGUF cannot hold."""
+    limit = TOO_LARGE[kind][tensor.dtype]
     if any(largest_magnitude(bits) >= limit for bits in pieces(tensor)):
-        raise ArtifactError(f"{tensor.path}: {tensor.name} holds NaN or a number beyond FP16's 65504", AGAIN)
+        raise ArtifactError(f"{tensor.path}: {tensor.name} holds NaN or a number beyond {LARGEST[kind]}", AGAIN)
 
 
 def _check_ids(model: Path, gguf: Path) -> int:

@@ -11,45 +11,22 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf as gguf_package
 import numpy as np
-from tokenizers import pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+import torch
+import transformers
 
 from tutor.errors import ArtifactError
+from tutor.formats.architectures import Architecture, architecture_of_gguf
 from tutor.formats.models.gguf import Gguf, Tensor, read_gguf
 from tutor.formats.models.gguf_metadata import Metadata, metadata_of
-from tutor.formats.models.gguf_weights import COMPUTED, all_rows, file_rows
-from tutor.formats.models.model_config import check_model_type
-from tutor.formats.models.pre_tokenizer import equivalent_names, pre_tokenizer_name
+from tutor.formats.models.gguf_weights import NORM, all_rows, file_rows
+from tutor.formats.models.model_config import check_model_config
+from tutor.formats.models.pre_tokenizer import equivalent_names, pre_tokenizer_name, splitter_of
 from tutor.formats.models.safetensors import make_header
+from tutor.stages.base.gguf_config import config_of
 
 log = logging.getLogger(__name__)
-
-NAMES = {
-    "token_embd": "embed_tokens",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "output_norm": "norm",
-}
-"""Modules of a Llama in transformers by their names in a GGUF; `output` is the head, outside the model."""
-SETTINGS = {
-    "hidden_size": "llama.embedding_length",
-    "intermediate_size": "llama.feed_forward_length",
-    "max_position_embeddings": "llama.context_length",
-    "num_attention_heads": "llama.attention.head_count",
-    "num_hidden_layers": "llama.block_count",
-    "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon",
-    "bos_token_id": "tokenizer.ggml.bos_token_id",
-    "eos_token_id": "tokenizer.ggml.eos_token_id",
-}
-"""Settings of config.json by the required keys of a GGUF."""
 
 
 def make_folder(gguf: Path, model: Path, package: str) -> None:
@@ -63,11 +40,12 @@ def make_folder(gguf: Path, model: Path, package: str) -> None:
     except ArtifactError as error:
         raise ArtifactError(error.message, f"install {package} again") from None
     metadata = metadata_of(content)
-    check_model_type(metadata.architecture, str(gguf))
-    config = _config(gguf, content)
+    family = architecture_of_gguf(metadata.architecture, str(gguf))
+    config = config_of(gguf, content, family)
+    check_model_config(config, str(gguf))
     model.mkdir(parents=True, exist_ok=True)
     log.info("writing its weights in 16 bits")
-    _write_weights(gguf, content, config, model)
+    _write_weights(gguf, content, (family, config), model)
     _write_json(model / "config.json", config)
     log.info("writing its tokenizer")
     _write_tokenizer(gguf, model, metadata)
@@ -75,56 +53,46 @@ def make_folder(gguf: Path, model: Path, package: str) -> None:
     (model / "README.md").write_text(card, "utf-8")
 
 
-def _config(path: Path, gguf: Gguf) -> dict[str, Any]:
-    """Return config.json of a Llama. Raises ArtifactError for a missing key, and for a scaled RoPE."""
-    fields = gguf.fields
-    if scaled := [name for name in (*COMPUTED, "llama.rope.scaling.type") if name in gguf.tensors or name in fields]:
-        raise ArtifactError(f"{path} scales its RoPE ({scaled[0]})", "use its original folder: base.source = path:...")
-    try:
-        config = {name: fields[key] for name, key in SETTINGS.items()}
-    except KeyError as missing:
-        raise ArtifactError(f"{path} lacks {missing}") from None
-    heads = config["num_attention_heads"]
-    optional = {"pad_token_id": "padding_token_id", "unk_token_id": "unknown_token_id"}
-    ids = {name: fields.get(f"tokenizer.ggml.{key}") for name, key in optional.items()}
-    return {
-        **config,
-        **{name: id_ for name, id_ in ids.items() if id_ is not None},
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": False,
-        "dtype": "float16",
-        "head_dim": fields.get("llama.attention.key_length", config["hidden_size"] // heads),
-        "hidden_act": "silu",
-        "mlp_bias": False,
-        "model_type": "llama",
-        "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
-        "rope_parameters": {"rope_theta": fields.get("llama.rope.freq_base", 10000.0), "rope_type": "default"},
-        "tie_word_embeddings": "output.weight" not in gguf.tensors,
-        "vocab_size": len(fields.get("tokenizer.ggml.tokens", ())),
-    }
+def _write_weights(path: Path, gguf: Gguf, described: tuple[Architecture, Mapping[str, Any]], model: Path) -> None:
+    """Write model.safetensors: 16-bit matrices, and norms in F32 where the converter's offset is taken off.
 
-
-def _write_weights(path: Path, gguf: Gguf, config: Mapping[str, Any], model: Path) -> None:
-    """Write model.safetensors in FP16. Raises ArtifactError for a tensor that no plain Llama has."""
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    named = {_name(path, name): (name, tensor) for name, tensor in gguf.tensors.items()}
-    ordered = sorted(named.items())  # as the safetensors library orders tensors of one type
+    Raises ArtifactError for a tensor that the family does not have.
+    """
+    family, config = described
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config.get("num_key_value_heads")}
+    names = _names(family, config)
+    if unknown := [name for name in gguf.tensors if name not in names]:
+        raise ArtifactError(f"{path} holds {unknown[0]}, which no plain {family.model_type} has", "use another base")
+    named = {names[name]: (name, tensor) for name, tensor in gguf.tensors.items()}
+    # In the order in which the safetensors library writes tensors: wide numbers first, then by name.
+    offsets = {name: family.norm_offset if name.endswith(NORM) else 0.0 for name in named}
+    ordered = sorted(named.items(), key=lambda item: (not offsets[item[0]], item[0]))
+    kinds = {name: "F32" if offsets[name] else family.reference for name, _ in ordered}
     with (model / "model.safetensors").open("wb") as file:
-        file.write(make_header([(name, tensor.shape[::-1]) for name, (_, tensor) in ordered], "F16"))
-        for _, (name, tensor) in ordered:
-            for numbers in _rows(path, tensor, heads.get(name.split(".")[-2], 0)):
-                file.write(numbers.astype("<f2").tobytes())
+        file.write(make_header([(name, tensor.shape[::-1]) for name, (_, tensor) in ordered], kinds))
+        for name, (stored, tensor) in ordered:
+            module = stored.split(".")[-2]
+            permuted = heads[module] or heads["attn_q"] if module in family.permuted else 0
+            for numbers in _rows(path, tensor, permuted):
+                file.write(_as_bytes(numbers - np.float32(offsets[name]) if offsets[name] else numbers, kinds[name]))
 
 
-def _name(path: Path, name: str) -> str:
-    """Return the name in transformers of a tensor in a GGUF."""
-    *block, module, kind = name.split(".")
-    if kind == "weight" and module == "output" and not block:
-        return "lm_head.weight"
-    if kind != "weight" or module not in NAMES or (block and (len(block) != 2 or block[0] != "blk")):
-        raise ArtifactError(f"{path} holds {name}, which no plain Llama has", "use another base")
-    layer = f"layers.{block[1]}." if block else ""
-    return f"model.{layer}{NAMES[module]}.weight"
+def _names(family: Architecture, config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the names of a model's tensors in transformers by their names in a GGUF."""
+    model_class = getattr(transformers, family.class_name)
+    numbers = {name: number for number, name in gguf_package.MODEL_ARCH_NAMES.items()}
+    names = gguf_package.get_tensor_name_map(numbers[family.gguf], config["num_hidden_layers"])
+    with torch.device("meta"):
+        made = model_class(model_class.config_class(**config)).state_dict()
+    found = {names.get_name(name, try_suffixes=(".weight", ".bias")): name for name in made}
+    return {name: ours for name, ours in found.items() if name}
+
+
+def _as_bytes(numbers: "np.ndarray[Any, np.dtype[np.float32]]", kind: str) -> bytes:
+    """Numbers as they stand in a file of one type; BF16 by the rounding of llama.cpp's converter."""
+    if kind == "BF16":
+        return gguf_package.quantize(numbers, gguf_package.GGMLQuantizationType.BF16).tobytes()  # type: ignore[no-any-return]
+    return numbers.astype({"F16": "<f2", "F32": "<f4"}[kind]).tobytes()
 
 
 def _rows(path: Path, tensor: Tensor, heads: int) -> Iterator["np.ndarray[Any, np.dtype[np.float32]]"]:
@@ -134,17 +102,18 @@ def _rows(path: Path, tensor: Tensor, heads: int) -> Iterator["np.ndarray[Any, n
         yield from (file_rows(path, tensor, rows) for rows in all_rows(shape))
         return
     order = np.arange(shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
-    yield file_rows(path, tensor, order)
+    if len(shape) == 1:  # a bias is one row
+        yield file_rows(path, tensor, np.arange(1))[:, order]
+    else:
+        yield file_rows(path, tensor, order)
 
 
 def _write_tokenizer(gguf: Path, model: Path, metadata: Metadata) -> None:
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(gguf.parent, gguf_file=gguf.name)
     split = metadata.pre_tokenizer
-    if split == "smollm":
-        # transformers' loader ignores the GGUF's splitting: blanks before a digit would get other ids than in serving
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
+    if splitter := splitter_of(split or ""):
+        # transformers' loader ignores some splittings: blanks before a digit would get other ids than in serving
+        tokenizer.backend_tokenizer.pre_tokenizer = splitter
     tokenizer.save_pretrained(model)
     found = pre_tokenizer_name(model / "tokenizer.json")
     if not split or split not in equivalent_names(found):

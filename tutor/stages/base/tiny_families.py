@@ -66,6 +66,7 @@ class Family:
     pad: str | None = None
     nfc: bool = False
     layers: int = 2
+    padded: bool = True  # the embedding has more rows than the tokenizer has tokens
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -92,6 +93,7 @@ _GEMMA = Family(
     pad="<pad>",
     others=("<start_of_turn>", "<end_of_turn>"),
     layers=7,
+    padded=False,
     config={"head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": 8},
 )
 FAMILIES: Mapping[str, Family] = {
@@ -125,7 +127,7 @@ def make_family(folder: Path, name: str, text: str, seed: int, *, warm: bool = F
     class_name = ARCHITECTURES[family.model_type].class_name
     model_class = getattr(transformers, class_name)
     settings = {
-        "vocab_size": VOCABULARY,
+        "vocab_size": VOCABULARY if family.padded else len(ids),
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": family.layers,

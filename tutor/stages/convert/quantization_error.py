@@ -52,7 +52,7 @@ class QuantizationError:
 
 
 def require_exact(path: Path, gguf: Gguf, weights: Mapping[str, Weight]) -> None:
-    """Raise ArtifactError where a number of an F16 file differs from its folder."""
+    """Raise ArtifactError where a number of a 16-bit file differs from its folder."""
     _raise(path, check_exact(path, gguf, weights))
 
 

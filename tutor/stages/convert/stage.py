@@ -1,8 +1,9 @@
-"""The convert stage: the merged model as GGUF, F16 and quantized; every file is read back and compared.
+"""The convert stage: the merged model as GGUF, in 16 bits and quantized; every file is read back and compared.
 
 In: merged/, base/ (its facts, and its 16-bit weights), data/ and adapter/ (their hashes for the lineage; the training
-rows for an importance matrix). Out: `tutor-F16.gguf`, `tutor-<Q>.gguf` for each quantization; if the recipe
-sets them, `base-<Q>.gguf` and importance matrices. Does not merge, choose or publish.
+rows for an importance matrix). Out: `tutor-F16.gguf` (`tutor-BF16.gguf` where the base's family needs it),
+`tutor-<Q>.gguf` for each quantization; if the recipe sets them, `base-<Q>.gguf` and importance matrices. Does not
+merge, choose or publish.
 """
 
 import logging
@@ -83,6 +84,10 @@ class ConversionSource:
     text: "CalibrationText"
     base: Mapping[str, Weight] | None  # the untuned weights; None for the base itself
 
+    def reference(self, out: Path) -> Path:
+        """Return the path of the 16-bit file, of which every quantization is made."""
+        return out / gguf_name(self.name, self.expected.file_type)
+
 
 def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
     """Write and check every GGUF file of a recipe; return their sizes, types and errors.
@@ -100,11 +105,12 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     rows = read_split(inputs["data"], TRAIN) if recipe.convert.imatrix else []
     text = CalibrationText(rows, recipe.system, prompt)
     quantizations = recipe.convert.quantizations
-    may_be_served = possible_quantizations(recipe.ollama.quantization, quantizations)
+    reference = expected["base"].file_type
+    may_be_served = possible_quantizations(recipe.ollama.quantization, quantizations, reference)
     wanted: dict[str, list[str]] = {"tutor": [*quantizations]}
     if recipe.convert.base:
         # The evaluate stage compares both in the served quantization, which the ladder stage chooses only later.
-        wanted["base"] = [kind for kind in may_be_served if kind != F16]
+        wanted["base"] = [kind for kind in may_be_served if kind != reference]
     folders = {"tutor": inputs["merge"], "base": base}
     _require_disk([(folders[name], kinds) for name, kinds in wanted.items()], out)
     lineage = {"tutor": to_fields(tutor_lineage(recipe, inputs)), "base": to_fields(base_lineage(inputs["base"]))}
@@ -119,21 +125,21 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
         )
         for name in wanted
     ]
-    _to_f16(sources, out)
+    _to_16_bits(sources, out)
     files: dict[str, dict[str, Any]] = {}
     for source in sources:
         files |= quantize_model(source, wanted[source.name], out)
-    if recipe.convert.base and F16 not in may_be_served:
-        # The base's F16 file was needed for quantization only.
-        (out / gguf_name("base", F16)).unlink()
-        del files[gguf_name("base", F16)]
+    if recipe.convert.base and reference not in may_be_served:
+        # The base's 16-bit file was needed for quantization only.
+        (out / gguf_name("base", reference)).unlink()
+        del files[gguf_name("base", reference)]
     return {"files": files, "pre_tokenizer": facts.pre_tokenizer, "lineage": lineage["tutor"]}
 
 
-def _to_f16(sources: Sequence[ConversionSource], out: Path) -> None:
-    """Write the F16 file of each model."""
+def _to_16_bits(sources: Sequence[ConversionSource], out: Path) -> None:
+    """Write the 16-bit file of each model."""
     started = time.monotonic()
-    targets = [out / gguf_name(source.name, F16) for source in sources]
+    targets = [source.reference(out) for source in sources]
     log.info("converting %s to GGUF", " and ".join(str(source.folder) for source in sources))
     to_gguf(
         *(
@@ -145,19 +151,19 @@ def _to_f16(sources: Sequence[ConversionSource], out: Path) -> None:
 
 
 def quantize_model(source: ConversionSource, kinds: Sequence[str], out: Path) -> dict[str, dict[str, Any]]:
-    """Check the F16 file of a model, write and check its quantizations; return one entry a file."""
+    """Check the 16-bit file of a model, write and check its quantizations; return one entry a file."""
     weights = weights_of(source.folder)
-    f16 = out / gguf_name(source.name, F16)
+    whole = source.reference(out)
     started = time.monotonic()
-    log.info("comparing %s with %s", f16.name, source.folder)
-    gguf = check_gguf(f16, source.expected)
-    require_exact(f16, gguf, weights)
-    entries = {f16.name: _entry(f16, F16, gguf, started)}
-    matrix = importance_matrix(source, f16, out) if source.text.rows and kinds else None
+    log.info("comparing %s with %s", whole.name, source.folder)
+    gguf = check_gguf(whole, source.expected)
+    require_exact(whole, gguf, weights)
+    entries = {whole.name: _entry(whole, source.expected.file_type, gguf, started)}
+    matrix = importance_matrix(source, whole, out) if source.text.rows and kinds else None
     for kind in kinds:
         started = time.monotonic()
         target = out / gguf_name(source.name, kind)
-        log.info("quantizing %s to %s", f16.name, kind)
+        log.info("quantizing %s to %s", whole.name, kind)
         gguf, errors = _quantized(source, weights, target, kind, matrix)
         entries[target.name] = {**_entry(target, kind, gguf, started), **errors}
     return entries
@@ -167,11 +173,11 @@ def _quantized(
     source: ConversionSource, weights: Mapping[str, Weight], target: Path, kind: str, matrix: Path | None
 ) -> tuple[Gguf, dict[str, Any]]:
     """Make and check a quantization; a second time without a fallback type that does not keep the LoRA update."""
-    f16 = target.with_name(gguf_name(source.name, F16))
+    whole = source.reference(target.parent)
     expected, threads = replace(source.expected, file_type=kind), usable_cores()
 
     def make(types: Mapping[str, str] | None = None) -> tuple[Gguf, QuantizationError]:
-        quantize(f16, target, kind, threads, matrix=matrix, types=types)
+        quantize(whole, target, kind, threads, matrix=matrix, types=types)
         gguf = check_gguf(target, expected)
         return gguf, measure(target, gguf, weights, source.base)
 
@@ -192,20 +198,20 @@ def _entry(path: Path, kind: str, gguf: Gguf, started: float) -> dict[str, Any]:
     return {"size": size, "quantization": kind, "fallback_tensors": count_fallbacks(gguf, kind)}
 
 
-def importance_matrix(source: ConversionSource, f16: Path, out: Path) -> Path:
+def importance_matrix(source: ConversionSource, whole: Path, out: Path) -> Path:
     """Write the importance matrix of a model from training rows, rendered as in training; return its path."""
-    fields = read_gguf(f16).fields
+    fields = read_gguf(whole).fields
     tokens = fields["tokenizer.ggml.tokens"]
     bos = tokens[source.expected.bos] if source.expected.add_bos and source.expected.bos is not None else ""
     eos = tokens[fields["tokenizer.ggml.eos_token_id"]]
     text = source.text.render(bos, eos)
     # File names only: the matrix and every file made with it contain these names.
     text_file, matrix = out / "train.txt", out / f"{source.name}.imatrix"
-    log.info("computing the importance matrix of %s from the training rows", f16.name)
+    log.info("computing the importance matrix of %s from the training rows", whole.name)
     text_file.write_text(text, "utf-8")
     try:
         # A lower bound of the number of tokens is enough: texts average less than eight characters a token.
-        imatrix(f16, text_file, matrix, len(text) // 8, usable_cores())
+        imatrix(whole, text_file, matrix, len(text) // 8, usable_cores())
     finally:
         text_file.unlink()
     return matrix

@@ -3,9 +3,9 @@ architecture, the weight files, and negative ids of special tokens, with which o
 
     python convert.py LLAMACPP JOBS
 
-JOBS is a JSON list of objects: the folder `model`, the names of its weight `files`, the file `target`, `names`,
-`metadata`, `architecture` and the converter's `options`. One process converts all of them: to import torch and
-transformers takes longer than to convert a small model.
+JOBS is a JSON list of objects: the folder `model`, the names of its weight `files`, the file `target` and the `type` of
+its matrices, `names`, `metadata`, `architecture` and the converter's `options`. One process converts all of them: to
+import torch and transformers takes longer than to convert a small model.
 The converter identifies a byte-level BPE by a hash of one test string's tokens and refuses every unknown hash. `names`
 are llama.cpp's names of the pre-tokenizer in tokenizer.json; none for SentencePiece. The name that the converter
 identifies must be one of them; an unknown tokenizer gets the first. `metadata` are strings to write into the file. The
@@ -71,7 +71,7 @@ def change_reading(model: Any, job: Callable[[], Mapping[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Write the F16 GGUF file of each job. Ends with the converter's own traceback, or with one line."""
+    """Write the GGUF file of each job. Ends with the converter's own traceback, or with one line."""
     llamacpp, listed = sys.argv[1:]
     jobs = json.loads(listed)
     job = jobs[0]
@@ -97,7 +97,7 @@ def main() -> None:
     for job in jobs:
         print(f"{CONVERTING}{job['model']}", flush=True)  # noqa: T201 - stdout is the interface
         name = Path(job["target"]).name.partition("-")[0]
-        options = ["--outfile", job["target"], "--outtype", "f16", "--model-name", name, *job["options"]]
+        options = ["--outfile", job["target"], "--outtype", job["type"], "--model-name", name, *job["options"]]
         sys.argv = ["convert_hf_to_gguf.py", job["model"], *options]
         converter.main()
 
