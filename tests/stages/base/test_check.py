@@ -134,7 +134,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "eos is a text": (config(eos_token_id="</s>"), "has eos_token_id '</s>', which is no id"),
     "no positions": (config(drop="max_position_embeddings"), "has max_position_embeddings None, not a positive"),
     "layers as text": (config(num_hidden_layers="2"), "has num_hidden_layers '2', not a positive integer"),
-    "more layers": (config(num_hidden_layers=10**9), "has num_hidden_layers 1000000000, the weights have 2"),
+    "more layers": (config(num_hidden_layers=10**9), "has num_hidden_layers 1000000000, more than any model"),
     "heads do not divide": (config(num_attention_heads=5), "not a multiple of the number of attention heads"),
     "other width": (
         config(intermediate_size=256),
@@ -144,7 +144,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "another RoPE": (config(rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "has RoPE scaling 'dynamic'"),
     "RoPE without factor": (config(rope_parameters={"rope_type": "linear"}), "factor"),
     "YaRN": (config(rope_parameters={**YARN, "beta_fast": 16.0}), "has RoPE scaling 'yarn' with beta_fast, which"),
-    "experts": (config(num_local_experts=4), "has num_local_experts, which no Llama has"),
+    "experts": (config(num_local_experts=4), "has num_local_experts, which no llama has"),
     "biases not there": (config(attention_bias=True), "lacks model.layers.0.self_attn.k_proj.bias (and 7 more)"),
     "tensor missing": (held(lambda weights: weights.pop(UP)), f"lacks {UP}, which its config.json implies"),
     "tensor additional": (held(lambda weights: weights.update({"score.weight": torch.ones(2)})), "holds score.weight"),

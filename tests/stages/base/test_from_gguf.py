@@ -55,8 +55,8 @@ WHOLE = (
     ("fields", "name", "message"),
     [
         (WHOLE[:1], "output.weight", "lacks 'llama.embedding_length'"),
-        (WHOLE, "blk.0.ffn_gate_exps.weight", "holds blk.0.ffn_gate_exps.weight, which no plain Llama has"),
-        (WHOLE, "blk.0.attn_q.bias", "holds blk.0.attn_q.bias, which no plain Llama has"),
+        (WHOLE, "blk.0.ffn_gate_exps.weight", "holds blk.0.ffn_gate_exps.weight, which no plain llama has"),
+        (WHOLE, "blk.0.attn_q.bias", "holds blk.0.attn_q.bias, which no plain llama has"),
         (WHOLE, "rope_freqs.weight", r"scales its RoPE \(rope_freqs.weight\); use its original folder"),
     ],
 )

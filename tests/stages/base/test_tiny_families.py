@@ -23,7 +23,9 @@ def test_tiny_model_loads_and_its_template_holds_the_texts(tmp_path_factory: pyt
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert type(model).__name__ == ARCHITECTURES[FAMILIES[name].model_type].class_name
-    assert model.get_input_embeddings().weight.shape[0] == VOCABULARY > len(tokenizer)
+    assert VOCABULARY > len(tokenizer)
+    rows = VOCABULARY if FAMILIES[name].padded else len(tokenizer)
+    assert model.get_input_embeddings().weight.shape[0] == rows
     messages = [{"role": "user", "content": "¿Qué es 3?"}, {"role": "assistant", "content": "Un número."}]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert 0 < text.index("¿Qué es 3?") < text.index("Un número.")

@@ -67,6 +67,11 @@ def equivalent_names(name: str) -> tuple[str, ...]:
     return (name, *SAME_SPLIT.get(name, ()))
 
 
+def ignores_merges(name: str | None) -> bool:
+    """Return whether llama.cpp takes a word that is a token as that token, without merging."""
+    return any(name in equivalent_names(known) for known in IGNORE_MERGES)
+
+
 def is_sentencepiece(tokenizer_json: Path) -> bool:
     """Return whether a folder's tokenizer is of SentencePiece: marks for blanks, and bytes as tokens of their own."""
     if not tokenizer_json.exists():

@@ -2,7 +2,7 @@
 
 In: the GGUF file. Out: weights, configuration and tokenizer as a Hugging Face folder, with a README that states that
 the weights were quantized. Does not restore what quantization lost, and does not import the package.
-transformers' own loader is used for the tokenizer alone: for a model it reads the file four times, item by item.
+transformers' own loader is not used for the weights: it reads the file four times, item by item.
 """
 
 import json
@@ -19,12 +19,12 @@ import transformers
 from tutor.errors import ArtifactError
 from tutor.formats.architectures import Architecture, architecture_of_gguf
 from tutor.formats.models.gguf import Gguf, Tensor, read_gguf
-from tutor.formats.models.gguf_metadata import Metadata, metadata_of
+from tutor.formats.models.gguf_metadata import metadata_of
 from tutor.formats.models.gguf_weights import NORM, all_rows, file_rows
 from tutor.formats.models.model_config import check_model_config
-from tutor.formats.models.pre_tokenizer import equivalent_names, pre_tokenizer_name, splitter_of
 from tutor.formats.models.safetensors import make_header
 from tutor.stages.base.gguf_config import config_of
+from tutor.stages.base.gguf_tokenizer import write_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -42,50 +42,58 @@ def make_folder(gguf: Path, model: Path, package: str) -> None:
     metadata = metadata_of(content)
     family = architecture_of_gguf(metadata.architecture, str(gguf))
     config = config_of(gguf, content, family)
+    names = _names(gguf, content, family, config)
     check_model_config(config, str(gguf))
     model.mkdir(parents=True, exist_ok=True)
     log.info("writing its weights in 16 bits")
-    _write_weights(gguf, content, (family, config), model)
+    _write_weights(gguf, content, {names[name]: name for name in content.tensors}, model)
     _write_json(model / "config.json", config)
     log.info("writing its tokenizer")
-    _write_tokenizer(gguf, model, metadata)
+    write_tokenizer(gguf, content, metadata, model)
     card = f"# Weights of {gguf.name}\n\nOnce quantized as the file's name says; here they are 16-bit again.\n"
     (model / "README.md").write_text(card, "utf-8")
 
 
-def _write_weights(path: Path, gguf: Gguf, described: tuple[Architecture, Mapping[str, Any]], model: Path) -> None:
-    """Write model.safetensors: 16-bit matrices, and norms in F32 where the converter's offset is taken off.
+def _names(path: Path, gguf: Gguf, family: Architecture, config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the names of a model's tensors in transformers by their names in a GGUF.
 
-    Raises ArtifactError for a tensor that the family does not have.
+    Raises ArtifactError for a tensor of the file that the family does not have.
     """
-    family, config = described
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config.get("num_key_value_heads")}
-    names = _names(family, config)
-    if unknown := [name for name in gguf.tensors if name not in names]:
-        raise ArtifactError(f"{path} holds {unknown[0]}, which no plain {family.model_type} has", "use another base")
-    named = {names[name]: (name, tensor) for name, tensor in gguf.tensors.items()}
-    # In the order in which the safetensors library writes tensors: wide numbers first, then by name.
-    offsets = {name: family.norm_offset if name.endswith(NORM) else 0.0 for name in named}
-    ordered = sorted(named.items(), key=lambda item: (not offsets[item[0]], item[0]))
-    kinds = {name: "F32" if offsets[name] else family.reference for name, _ in ordered}
-    with (model / "model.safetensors").open("wb") as file:
-        file.write(make_header([(name, tensor.shape[::-1]) for name, (_, tensor) in ordered], kinds))
-        for name, (stored, tensor) in ordered:
-            module = stored.split(".")[-2]
-            permuted = heads[module] or heads["attn_q"] if module in family.permuted else 0
-            for numbers in _rows(path, tensor, permuted):
-                file.write(_as_bytes(numbers - np.float32(offsets[name]) if offsets[name] else numbers, kinds[name]))
-
-
-def _names(family: Architecture, config: Mapping[str, Any]) -> dict[str, str]:
-    """Return the names of a model's tensors in transformers by their names in a GGUF."""
     model_class = getattr(transformers, family.class_name)
     numbers = {name: number for number, name in gguf_package.MODEL_ARCH_NAMES.items()}
     names = gguf_package.get_tensor_name_map(numbers[family.gguf], config["num_hidden_layers"])
     with torch.device("meta"):
         made = model_class(model_class.config_class(**config)).state_dict()
     found = {names.get_name(name, try_suffixes=(".weight", ".bias")): name for name in made}
-    return {name: ours for name, ours in found.items() if name}
+    if unknown := [name for name in gguf.tensors if name not in found]:
+        raise ArtifactError(f"{path} holds {unknown[0]}, which no plain {family.model_type} has", "use another base")
+    return found
+
+
+def _write_weights(path: Path, gguf: Gguf, named: Mapping[str, str], model: Path) -> None:
+    """Write model.safetensors: 16-bit matrices, and norms in F32 where the converter's offset is taken off.
+
+    `named`: names in the GGUF by those in transformers.
+    """
+    family, heads = architecture_of_gguf(gguf.fields["general.architecture"], str(path)), _heads(gguf)
+    offsets = {name: family.norm_offset if name.endswith(NORM) else 0.0 for name in named}
+    # In the order in which the safetensors library writes tensors: wide numbers first, then by name.
+    ordered = sorted(named, key=lambda name: (not offsets[name], name))
+    kinds = {name: "F32" if offsets[name] else family.reference for name in ordered}
+    with (model / "model.safetensors").open("wb") as file:
+        file.write(make_header([(name, gguf.tensors[named[name]].shape[::-1]) for name in ordered], kinds))
+        for name in ordered:
+            module = named[name].split(".")[-2]
+            permuted = heads[module] if module in family.permuted else 0
+            for numbers in _rows(path, gguf.tensors[named[name]], permuted):
+                file.write(_as_bytes(numbers - np.float32(offsets[name]) if offsets[name] else numbers, kinds[name]))
+
+
+def _heads(gguf: Gguf) -> dict[str, int]:
+    """Number of heads of the modules whose rows a converter may reorder."""
+    prefix = f"{gguf.fields['general.architecture']}.attention.head_count"
+    queries = gguf.fields[prefix]
+    return {"attn_q": queries, "attn_k": gguf.fields.get(f"{prefix}_kv", queries)}
 
 
 def _as_bytes(numbers: "np.ndarray[Any, np.dtype[np.float32]]", kind: str) -> bytes:
@@ -106,25 +114,6 @@ def _rows(path: Path, tensor: Tensor, heads: int) -> Iterator["np.ndarray[Any, n
         yield file_rows(path, tensor, np.arange(1))[:, order]
     else:
         yield file_rows(path, tensor, order)
-
-
-def _write_tokenizer(gguf: Path, model: Path, metadata: Metadata) -> None:
-    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    split = metadata.pre_tokenizer
-    if splitter := splitter_of(split or ""):
-        # transformers' loader ignores some splittings: blanks before a digit would get other ids than in serving
-        tokenizer.backend_tokenizer.pre_tokenizer = splitter
-    tokenizer.save_pretrained(model)
-    found = pre_tokenizer_name(model / "tokenizer.json")
-    if not split or split not in equivalent_names(found):
-        raise ArtifactError(f"{gguf} splits text as {split!r}, its tokenizer was read as {found!r}")
-    path = model / "tokenizer_config.json"
-    labels = json.loads(path.read_text("utf-8"))
-    for name in ("is_local", "local_files_only", "backend"):
-        labels.pop(name, None)
-    # transformers 4 (pinned by llama.cpp's converter) knows this name, and not that of version 5
-    labels["tokenizer_class"] = "PreTrainedTokenizerFast"
-    _write_json(path, labels)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -47,6 +47,7 @@ def config_of(path: Path, gguf: Gguf, family: Architecture) -> dict[str, Any]:
     optional = {name: fields.get(f"{family.gguf}.{key}") for name, key in OPTIONAL.items()}
     return {
         **config,
+        "num_key_value_heads": config["num_attention_heads"],
         **{name: value for name, value in (ids | optional).items() if value is not None},
         **{name: True for name, tensor in BIASES.items() if tensor in gguf.tensors},
         family.activation: family.activations[0],

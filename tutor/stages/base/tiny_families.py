@@ -69,6 +69,11 @@ class Family:
     padded: bool = True  # the embedding has more rows than the tokenizer has tokens
     config: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def named(self) -> dict[str, str | None]:
+        """Special tokens by their kind in a configuration."""
+        return {"bos": self.bos, "eos": self.eos, "pad": self.pad}
+
 
 TIED: Mapping[str, Any] = {"tie_word_embeddings": True}
 """Setting of a model whose head is its embedding."""
@@ -136,7 +141,7 @@ def make_family(folder: Path, name: str, text: str, seed: int, *, warm: bool = F
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False,
-        **{f"{kind}_token_id": ids.get(kind) for kind in ("bos", "eos", "pad")},
+        **{f"{kind}_token_id": ids[token] if token else None for kind, token in family.named.items()},
         **family.config,
     }
     torch.manual_seed(seed)
@@ -183,7 +188,7 @@ def _make_rare(model: Any, tokenizer: Mapping[str, Any]) -> None:
 
 
 def _write_tokenizer(folder: Path, family: Family, text: str) -> dict[str, int]:
-    """Write tokenizer.json and tokenizer_config.json; return the ids of the named special tokens."""
+    """Write tokenizer.json and tokenizer_config.json; return the ids of all tokens."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers.trainers import BpeTrainer
 
@@ -198,8 +203,7 @@ def _write_tokenizer(folder: Path, family: Family, text: str) -> dict[str, int]:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = BpeTrainer(vocab_size=LEARNT, initial_alphabet=alphabet, show_progress=False)
     core.train_from_iterator(text.splitlines(keepends=True), trainer)
-    named = {"bos": family.bos, "eos": family.eos, "pad": family.pad}
-    specials = [*filter(None, named.values()), *family.others]
+    specials = [*filter(None, family.named.values()), *family.others]
     core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in specials])
     if family.bos:
         core.post_processor = processors.TemplateProcessing(
@@ -210,7 +214,7 @@ def _write_tokenizer(folder: Path, family: Family, text: str) -> dict[str, int]:
     ids: dict[str, int] = core.get_vocab()
     core.save(str(folder / "tokenizer.json"))
     labels = {
-        **{f"{kind}_token": token for kind, token in named.items() if token},
+        **{f"{kind}_token": token for kind, token in family.named.items() if token},
         "add_bos_token": bool(family.bos),
         "chat_template": family.template,
         "clean_up_tokenization_spaces": False,
@@ -218,4 +222,4 @@ def _write_tokenizer(folder: Path, family: Family, text: str) -> dict[str, int]:
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(labels, ensure_ascii=False, indent=1), "utf-8")
-    return {kind: ids[token] for kind, token in named.items() if token}
+    return ids
