@@ -178,9 +178,7 @@ UNFIT: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", UNFIT)
-def test_configuration_that_llamacpp_computes_otherwise_is_refused(
-    tmp_path: Path, tmp_path_factory: Any, name: str
-) -> None:
+def test_setting_that_llamacpp_computes_otherwise_is_refused(tmp_path: Path, tmp_path_factory: Any, name: str) -> None:
     family, changes, message = UNFIT[name]
     model = copied(family_folder(tmp_path_factory, family), tmp_path / "model")
     edit(model / "config.json", **changes)

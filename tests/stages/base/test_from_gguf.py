@@ -1,4 +1,4 @@
-"""stages/base/from_gguf.py: the model in a Python package."""
+"""stages/base/from_gguf.py, gguf_config.py and gguf_tokenizer.py: the model in a Python package."""
 
 import json
 import struct

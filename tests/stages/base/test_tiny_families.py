@@ -23,7 +23,7 @@ def test_tiny_model_loads_and_its_template_holds_the_texts(tmp_path_factory: pyt
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert type(model).__name__ == ARCHITECTURES[FAMILIES[name].model_type].class_name
-    assert VOCABULARY > len(tokenizer)
+    assert len(tokenizer) < VOCABULARY
     rows = VOCABULARY if FAMILIES[name].padded else len(tokenizer)
     assert model.get_input_embeddings().weight.shape[0] == rows
     messages = [{"role": "user", "content": "¿Qué es 3?"}, {"role": "assistant", "content": "Un número."}]

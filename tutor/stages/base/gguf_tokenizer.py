@@ -18,8 +18,12 @@ from tutor.formats.models.gguf import Gguf
 from tutor.formats.models.gguf_metadata import Metadata
 from tutor.formats.models.pre_tokenizer import equivalent_names, ignores_merges, pre_tokenizer_name, splitter_of
 
-CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
-"""Types of tokens in a GGUF: control tokens, other added tokens, rows without a token."""
+CONTROL = 3
+"""Type of a control token in a GGUF."""
+USER_DEFINED = 4
+"""Type of an added token that is text."""
+UNUSED = 5
+"""Type of a row without a token."""
 NAMED = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 """Names of special tokens in a GGUF by those of transformers."""
 
