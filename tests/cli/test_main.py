@@ -39,7 +39,7 @@ TUTOR_MODULES = frozenset(
     (
         "tutor", "tutor.cli", "tutor.cli.commands", "tutor.cli.commands.data",
         "tutor.cli.commands.data_import", "tutor.cli.commands.doctor",
-        "tutor.cli.commands.evaluate", "tutor.cli.commands.inspect", "tutor.cli.commands.run",
+        "tutor.cli.commands.evaluate", "tutor.cli.commands.inspect", "tutor.cli.commands.matrix", "tutor.cli.commands.run",
         "tutor.cli.commands.serving", "tutor.cli.commands.stack", "tutor.cli.exit", "tutor.cli.main",
         "tutor.cli.options", "tutor.errors", "tutor.formats", "tutor.formats.terminal",
         "tutor.formats.visible",

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tutor.artifacts.layout import BuildFolder
 from tutor.cli.options import (
     Command,
     Seconds,
@@ -90,6 +89,7 @@ def ask_command(
 
     A thought before the answer goes to stderr. A QUESTION that looks like an option goes behind --.
     """
+    from tutor.artifacts.layout import BuildFolder
     from tutor.engines.protocol import sampling
     from tutor.prompt.messages import conversation, display_text
     from tutor.serving.chat import ShownAnswer, Terminal
@@ -126,6 +126,7 @@ def ask_command(
 @click.pass_obj
 def chat_command(flags: dict[str, bool], choice: ModelChoice, recipe_path: Path, build: Path) -> None:
     """Chat with the model; /salir ends the chat, Ctrl-C stops an answer."""
+    from tutor.artifacts.layout import BuildFolder
     from tutor.engines.protocol import sampling
     from tutor.serving.chat import Terminal, converse
     from tutor.serving.models import gpu_notice, prompt_of
