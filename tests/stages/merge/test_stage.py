@@ -30,6 +30,7 @@ from tutor.formats.models.model_folder import load_tokenizer, read_facts
 from tutor.formats.models.safetensors import read_folder
 from tutor.prompt.encoding import encode
 from tutor.prompt.messages import conversation
+from tutor.prompt.template_analysis import TokenFacts, analyse_template
 from tutor.prompt.tutor_format import chat_template, render
 from tutor.recipe.settings import Recipe
 from tutor.stages.merge import stage as merge
@@ -272,6 +273,29 @@ def test_base_chat_template_file_is_replaced_by_ours(stages: MergeStages) -> Non
     stages.merge()
     assert (stages.out / "chat_template.jinja").read_text("utf-8") == chat_template(add_bos=True)
     assert load_tokenizer(stages.out).chat_template == chat_template(add_bos=True)
+
+
+def test_end_of_turn_of_the_base_s_template_becomes_eos(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """In all files that name EOS, so that transformers, vLLM and llama.cpp's converter end an answer there."""
+    from support.models.families import family_folder
+    from support.shared import copied
+
+    model, out = tmp_path_factory.mktemp("served") / "model", tmp_path_factory.mktemp("merged")
+    copied(family_folder(tmp_path_factory, "llama"), model)
+    (model / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|end_of_text|>"}}', "utf-8")
+    (model / "generation_config.json").write_text('{"eos_token_id": 4, "top_p": 0.9}', "utf-8")
+    tokenizer = load_tokenizer(model)
+    tokens = TokenFacts("<|begin_of_text|>", "<|end_of_text|>", add_bos=True, added=tokenizer.get_added_vocab())
+    prompt = analyse_template(tokenizer.chat_template, tokens, where="base", reasoning="none")
+    merge.copy_other_files(model, out, prompt, dtype="float16", add_bos=True)
+    merged, end = load_tokenizer(out), tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert (merged.eos_token, merged.eos_token_id, prompt.end_id) == ("<|eot_id|>", end, end)
+    assert read_json(out / "special_tokens_map.json") == {"eos_token": {"content": "<|eot_id|>"}}
+    assert read_json(out / "generation_config.json") == {"eos_token_id": [end, 4], "top_p": 0.9}
+    assert read_json(out / "config.json")["eos_token_id"] == end
+    asked = [dict(message) for message in conversation("¿Qué?", "Sé breve.")]
+    ids = merged.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    assert list(ids) == merged(prompt.render(conversation("¿Qué?", "Sé breve.")))["input_ids"]
 
 
 def test_licenses_and_settings_are_copied_other_files_not(stages: MergeStages) -> None:
