@@ -1,6 +1,7 @@
 """graders/code.py and stages/data/code_check.py, with a fake and (marked typescript) the real compiler."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from support.processes.command import ROOT
 
 from tutor.cli.commands.data import check_command
 from tutor.errors import DataError, HostError
-from tutor.graders.code import CodeRow, check_rows, fold_text, grade_answers, parse_spec
+from tutor.graders.code import CodeRow, check_rows, earlier_code, fold_text, grade_answers, parse_spec
 
 
 def problems(*code: str, question: str = "", answer: str = "") -> list[str]:
@@ -131,6 +132,18 @@ def test_answer_compiles_if_all_its_blocks_compile(fake_compiler: Path) -> None:
 def test_block_may_use_the_blocks_before_it(fake_compiler: Path) -> None:
     assert graded(block("has-Pedido") + block("needs-Pedido"))["compiles"]
     assert not graded(block("needs-Pedido") + block("has-Pedido"))["compiles"]
+
+
+def test_block_may_use_the_code_of_earlier_answers(fake_compiler: Path) -> None:
+    asked = {"role": "user", "content": block("has-Total")}
+    history = [asked, {"role": "assistant", "content": "Así:\n" + block("has-Pedido")}]
+    assert graded(block("needs-Pedido") + block("needs-Pedido"), history=history)["compiles"]
+    assert not graded(block("needs-Pedido"), history=history[:1])["compiles"]
+    assert not graded(block("needs-Total"), history=history)["compiles"], "the answer must declare it, as in one turn"
+    row = CodeRow("¿Y?", block("needs-Pedido") + block("needs-Pedido"), ("ok", "ok +1"), 1, earlier_code(history))
+    assert check_rows([row]).problems == ()
+    assert len(check_rows([replace(row, earlier="")]).problems) == 2
+    assert len(check_rows([replace(row, code=("TS2322", "ok"))]).problems) == 1
 
 
 def test_words_are_found_without_case_and_accents(fake_compiler: Path) -> None:

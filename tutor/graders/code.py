@@ -29,13 +29,15 @@ class CodeRow:
     """A row's two texts and a specification for each fenced block in them, those of the question first.
 
     "ok": the block compiles; "TS2322,TS2345": it fails with exactly these codes; "ok +1": it compiles after block 1;
-    "-": it is not compiled. Without `code` every TypeScript block must compile.
+    "-": it is not compiled. Without `code` every TypeScript block must compile. In a conversation the texts are the
+    last question and answer, and a block compiles alone or after the code of the `earlier` answers.
     """
 
     question: str
     answer: str = ""
     code: Sequence[str] = ()
     line: int = 0
+    earlier: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class _Expected:
     block: Block
     position: str
     codes: frozenset[str]
+    earlier: str = ""  # code of earlier answers
 
 
 def check_rows(rows: Iterable[CodeRow], *, seconds: float = MAX_SECONDS) -> CodeReport:
@@ -70,7 +73,7 @@ def check_rows(rows: Iterable[CodeRow], *, seconds: float = MAX_SECONDS) -> Code
             continue
         expected += [(row.line, each) for each in found]
         unchecked += left_out
-    verdicts = grade_blocks([each.block for _, each in expected], seconds=seconds)
+    verdicts = _grade_after_earlier([each for _, each in expected], seconds)
     compiled = failed = 0
     for (line, each), verdict in zip(expected, verdicts, strict=True):
         if meets_spec(verdict, each.codes):
@@ -79,6 +82,28 @@ def check_rows(rows: Iterable[CodeRow], *, seconds: float = MAX_SECONDS) -> Code
         else:
             problems.append((line, f"{each.position} {_difference(verdict, each.codes)}"))
     return CodeReport(compiled, failed, unchecked, tuple(sorted(problems)))
+
+
+def _grade_after_earlier(expected: Sequence[_Expected], seconds: float) -> list[Verdict]:
+    """The verdicts on blocks; one that must compile and has type errors is tried after the code of earlier answers."""
+    verdicts = list(grade_blocks([each.block for each in expected], seconds=seconds))
+    again = [
+        place
+        for place, (each, verdict) in enumerate(zip(expected, verdicts, strict=True))
+        if each.earlier and not each.codes and verdict.outcome == "type_error"
+    ]
+    tried = [(expected[place].block, expected[place].earlier) for place in again]
+    repeated = grade_blocks([replace(one, before=code + one.before) for one, code in tried], seconds=seconds)
+    for place, verdict in zip(again, repeated, strict=True):
+        if verdict.outcome == "pass":
+            verdicts[place] = verdict
+    return verdicts
+
+
+def earlier_code(history: Iterable[Mapping[str, str]]) -> str:
+    """Return the TypeScript of the earlier answers of a conversation."""
+    texts = (message["content"] for message in history if message["role"] == "assistant")
+    return "".join(_with_newline(block.code) for text in texts for block in typescript_blocks(fenced_blocks(text)))
 
 
 def _expectations(row: CodeRow) -> tuple[list[_Expected], int]:
@@ -98,7 +123,7 @@ def _expectations(row: CodeRow) -> tuple[list[_Expected], int]:
         before = "".join(_with_newline(blocks[need - 1].code) for need in needs)
         side = "question" if block.quoted else "answer"
         position = f"block {number} ({side}, line {block.line})"
-        found.append(_Expected(replace(block, before=before), position, codes))
+        found.append(_Expected(replace(block, before=before), position, codes, row.earlier))
     return found, len(blocks) - len(found)
 
 
@@ -135,9 +160,9 @@ def grade_answers(
 ) -> list[dict[str, Any]]:
     """Grade the code and the words of each prompt's answer; JSON values.
 
-    `compiles`: all TypeScript blocks of the answer compile, alone or after the answer's blocks before them, and at
-    least one exists if `expect` requires code or the question's code must fail. Code quoted unchanged from the question
-    is left out.
+    `compiles`: all TypeScript blocks of the answer compile, alone or after the blocks before them in this answer and
+    the conversation's earlier ones, and at least one exists if `expect` requires code or the question's code must fail.
+    Code quoted unchanged from the question is left out.
     `given_fails`: the question's code fails as the prompt states (None: nothing is stated). `dropped`: names of the
     failing code that the answer's code lacks (identifiers.py). `missing`, `forbidden`: concepts of `expect.include`
     that the answer lacks, texts of `expect.exclude` that it has. `expected`: it compiles, `given_fails` is not False,
@@ -154,7 +179,8 @@ def grade_answers(
     verdicts = iter(grade_blocks(flat, seconds=seconds))
     fails = [[meets_spec(next(verdicts), each.codes) for each in row] for row in given]
     alone = [[next(verdicts) for _ in blocks] for blocks in found]
-    graded = _retry_after_others(found, alone, seconds)
+    earlier = [earlier_code(prompt.get("history") or ()) for prompt in prompts]
+    graded = _retry_after_others(found, alone, earlier, seconds)
     dropped = [_dropped(row, blocks) if use_compiler else [] for row, blocks in zip(given, found, strict=True)]
     states = [
         {"corrects": any(each.codes for each in row), "fails": as_stated, "dropped": names}
@@ -195,13 +221,18 @@ def _dropped(given: Sequence[_Expected], blocks: Sequence[Block]) -> list[str]:
     return dropped_names([each.block.code for each in given if each.codes], [block.code for block in blocks])
 
 
-def _retry_after_others(found: list[list[Block]], alone: list[list[Verdict]], seconds: float) -> list[list[Verdict]]:
-    """The verdicts after a second run for blocks with type errors, each after the blocks of its answer before it."""
+def _retry_after_others(
+    found: list[list[Block]], alone: list[list[Verdict]], earlier: Sequence[str], seconds: float
+) -> list[list[Verdict]]:
+    """The verdicts after a second run for blocks with type errors, each after the blocks before it.
+
+    `earlier`: the code of the earlier answers of each conversation.
+    """
     again: list[tuple[int, int, Block]] = []
     for row, (blocks, verdicts) in enumerate(zip(found, alone, strict=True)):
-        for position in range(1, len(blocks)):
+        for position in range(0 if earlier[row] else 1, len(blocks)):
             if verdicts[position].outcome == "type_error":
-                before = "".join(
+                before = earlier[row] + "".join(
                     _with_newline(block.code)
                     for block, verdict in zip(blocks[:position], verdicts, strict=False)
                     if verdict.outcome in ("pass", "type_error")

@@ -10,7 +10,7 @@ from typing import Any
 
 from tutor.errors import DataError
 from tutor.formats.rows.examples import Example, Prompt
-from tutor.graders.code import CodeRow, check_rows
+from tutor.graders.code import CodeRow, check_rows, earlier_code
 
 
 def check_code(path: Path, rows: Sequence[Example] | Sequence[Prompt]) -> dict[str, Any]:
@@ -20,7 +20,13 @@ def check_code(path: Path, rows: Sequence[Example] | Sequence[Prompt]) -> dict[s
     """
     started = time.monotonic()
     checked = check_rows(
-        CodeRow(row.instruction, row.response if isinstance(row, Example) else row.reference, row.code, row.line)
+        CodeRow(
+            row.instruction,
+            row.response if isinstance(row, Example) else row.reference,
+            row.code,
+            row.line,
+            earlier_code(row.history),
+        )
         for row in rows
     )
     if checked.problems:
