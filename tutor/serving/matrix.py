@@ -52,10 +52,11 @@ source = "{source}"
 
 [train]
 target_modules = "all-linear"
-epochs = 2
+epochs = 1
 batch_size = 4
 accumulation = 1
 learning_rate = 5e-3
+evaluations_per_epoch = 0
 logging_steps = 4
 
 [convert]
