@@ -33,14 +33,21 @@ def outcome(problem: str = "", *hand_offs: HandOff) -> dict[str, Any]:
     return Outcome(Cell("qwen3", "base", "rows"), records, 12.4, "0.34.4", problem).record()
 
 
-def test_cells_hold_every_family_with_the_tutors_prompt() -> None:
-    assert {FAMILIES[cell.family].model_type for cell in CELLS if cell.prompt == "tutor"} == set(ARCHITECTURES)
+@pytest.mark.parametrize("prompt", matrix.PROMPTS)
+def test_cells_hold_every_family_with_each_prompt(prompt: str) -> None:
+    assert {FAMILIES[cell.family].model_type for cell in CELLS if cell.prompt == prompt} == set(ARCHITECTURES)
     assert len({cell.name for cell in CELLS}) == len(CELLS)
 
 
-def test_rows_are_read_without_a_note(tmp_path: Path) -> None:
+def test_base_prompt_has_each_reasoning_of_its_template() -> None:
+    found = [cell.reasoning for cell in matrix.cells(("qwen3",))]
+    assert found == ["none", "none", "empty", "rows"]
+
+
+@pytest.mark.parametrize("name", [matrix.ROWS, matrix.THOUGHTS])
+def test_rows_are_read_without_a_note(tmp_path: Path, name: str) -> None:
     matrix.write_rows(tmp_path)
-    rows, notes = read_rows(tmp_path / matrix.ROWS, ExampleRow, strict=True, limits=Limits())
+    rows, notes = read_rows(tmp_path / name, ExampleRow, strict=True, limits=Limits())
     prompts, _ = read_rows(tmp_path / matrix.ASKED, PromptRow, strict=True, limits=Limits())
     assert notes.warnings() == []
     asked = {prompt.instruction for _, prompt in prompts}
@@ -51,7 +58,8 @@ def test_rows_are_read_without_a_note(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
 def test_recipe_of_a_cell_names_its_files_and_prompt(cell: Cell, tmp_path: Path) -> None:
     recipe = matrix.write_recipe(cell, tmp_path)
-    assert recipe.resolve(recipe.data.train) == tmp_path / matrix.ROWS
+    rows = matrix.THOUGHTS if cell.reasoning == "rows" else matrix.ROWS
+    assert recipe.resolve(recipe.data.train) == tmp_path / rows
     assert recipe.resolve(recipe.base.source.removeprefix("path:")) == tmp_path / matrix.MODELS / cell.family
     assert (recipe.prompt, recipe.reasoning, recipe.name) == (cell.prompt, cell.reasoning, cell.name)
     assert recipe.ollama.model.startswith("tutor-matrix-")

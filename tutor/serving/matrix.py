@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 SEED = 7
 """Seed of models and recipes."""
-PROMPTS = ("tutor",)
+PROMPTS = ("tutor", "base")
 """Values of the recipe's `prompt`."""
 KIND = "Q8_0"
 """The quantization of every cell: one, so that the matrix takes minutes."""
@@ -33,6 +33,8 @@ PACKAGES = ("tutor", "torch", "transformers", "tokenizers", "peft", "gguf")
 """Packages whose versions decide an outcome."""
 ROWS = "rows.jsonl"
 """File of the rows of all cells."""
+THOUGHTS = "reasoning.jsonl"
+"""File of the same rows with thoughts before their answers."""
 ASKED = "prompts.jsonl"
 """File of the held-out prompts."""
 MODELS = "models"
@@ -111,8 +113,15 @@ class Outcome:
 
 
 def cells(families: Sequence[str], prompts: Sequence[str] = PROMPTS) -> list[Cell]:
-    """Return every cell of these families and prompts."""
-    return [Cell(family, prompt) for family in families for prompt in prompts]
+    """Return every cell of these families and prompts, the base's own with every reasoning that its template knows."""
+    from tutor.stages.base.tiny_families import FAMILIES
+
+    found = []
+    for family in families:
+        for prompt in prompts:
+            reasonings = FAMILIES[family].reasonings if prompt == "base" else ("none",)
+            found += [Cell(family, prompt, reasoning) for reasoning in reasonings]
+    return found
 
 
 def write_rows(folder: Path) -> None:
@@ -128,8 +137,9 @@ def write_rows(folder: Path) -> None:
         }
         for a, b in sums[::3]
     ]
+    thoughts = [{**row, "reasoning": f"Leo la pregunta de {row['category']} y respondo."} for row in rows]
     prompts = [{"instruction": f"¿Cuánto es {a} + 9?", "category": "suma"} for a in (2, 5)]
-    for name, content in ((ROWS, rows), (ASKED, prompts)):
+    for name, content in ((ROWS, rows), (THOUGHTS, thoughts), (ASKED, prompts)):
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
         (folder / name).write_text(text, "utf-8")
 
@@ -171,7 +181,8 @@ def run_cell(cell: Cell, folder: Path, host: str | None, *, served: bool) -> Out
 def write_recipe(cell: Cell, folder: Path) -> Recipe:
     """Write the recipe of a cell into the folder, and read it."""
     path = folder / f"{cell.name}.toml"
-    values = {"seed": SEED, "rows": ROWS, "prompts": ASKED, "source": f"path:{MODELS}/{cell.family}", "kind": KIND}
+    rows = THOUGHTS if cell.reasoning == "rows" else ROWS
+    values = {"seed": SEED, "rows": rows, "prompts": ASKED, "source": f"path:{MODELS}/{cell.family}", "kind": KIND}
     named = {"model": f"tutor-matrix-{cell.name}", "prompt": cell.prompt, "reasoning": cell.reasoning}
     path.write_text(RECIPE.format(**values, **named), "utf-8")
     return read_recipe(path)

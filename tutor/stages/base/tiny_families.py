@@ -13,6 +13,7 @@ from typing import Any
 
 from tutor.formats.architectures import ARCHITECTURES
 from tutor.formats.models.pre_tokenizer import LLAMA3, TEKKEN
+from tutor.stages.base.tiny_templates import CHATML, HEADERS, INST, MODES, OPENS, SWITCHED, TURNS
 
 VOCABULARY = 768
 """Number of rows of each embedding: more than the tokens of its tokenizer, as Qwen's have."""
@@ -20,37 +21,12 @@ LEARNT = 700
 """Number of tokens that a tokenizer learns from the text, at most."""
 QWEN2 = LLAMA3.replace("{1,3}", "")
 """Split pattern of Qwen 2 and 3: Llama 3's, with each digit alone."""
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-"""Template of Qwen and SmolLM."""
-HEADERS = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'"
-    " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
-)
-"""Template of Llama 3."""
-TURNS = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\\n\\n' %}"
-    "{% set turns = messages[1:] %}{% else %}{% set first = '' %}{% set turns = messages %}{% endif %}"
-    "{% for message in turns %}{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else 'user') + '\\n'"
-    " + (first if loop.first else '') + message['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
-)
-"""Template of Gemma: no system role, the assistant is called model."""
-INST = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\\n\\n' %}"
-    "{% set turns = messages[1:] %}{% else %}{% set first = '' %}{% set turns = messages %}{% endif %}"
-    "{% for message in turns %}{% if message['role'] == 'user' %}"
-    "{{ '[INST]' + (first if loop.first else '') + message['content'] + '[/INST]' }}"
-    "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
-)
-"""Template of Mistral: no system role, no token between question and answer but [/INST]."""
 BIASED = "llama_bias"
 """Name of the Llama whose linear layers have biases."""
 WINDOWED = "mistral_window"
 """Name of the Mistral with a sliding window."""
+DISTILLED = "qwen2_r1"
+"""Name of the Qwen 2 with the tokens and the template of DeepSeek's R1."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +39,8 @@ class Family:
     bos: str | None  # put before every text
     eos: str
     others: tuple[str, ...]  # special tokens
+    thoughts: tuple[str, ...] = ()  # tokens around a thought, which are printed
+    reasonings: tuple[str, ...] = ("none",)  # values of the recipe's `reasoning` that fit the template
     pad: str | None = None
     nfc: bool = False
     layers: int = 2
@@ -105,14 +83,37 @@ FAMILIES: Mapping[str, Family] = {
     "llama": _LLAMA,
     BIASED: replace(_LLAMA, config={"attention_bias": True, "mlp_bias": True}),
     "qwen2": replace(_QWEN, nfc=True, config=TIED),
+    DISTILLED: replace(
+        _QWEN,
+        template=OPENS,
+        bos="<｜begin▁of▁sentence｜>",
+        eos="<｜end▁of▁sentence｜>",
+        pad=None,
+        others=("<｜User｜>", "<｜Assistant｜>"),
+        thoughts=THINK,
+        reasonings=("empty", "rows"),
+    ),
     "qwen3": replace(
-        _QWEN, model_type="qwen3", nfc=True, others=("<|im_start|>", *THINK), config={**TIED, "head_dim": 24}
+        _QWEN,
+        model_type="qwen3",
+        template=SWITCHED,
+        nfc=True,
+        thoughts=THINK,
+        reasonings=("none", "empty", "rows"),
+        config={**TIED, "head_dim": 24},
     ),
     "mistral": replace(_MISTRAL, config={"sliding_window": None}),
     WINDOWED: replace(_MISTRAL, config={"sliding_window": 128}),
     "gemma3_text": _GEMMA,
     "smollm3": replace(
-        _QWEN, model_type="smollm3", split=LLAMA3, others=("<|im_start|>", *THINK), layers=4, config=TIED
+        _QWEN,
+        model_type="smollm3",
+        split=LLAMA3,
+        template=MODES,
+        thoughts=THINK,
+        reasonings=("none", "rows"),
+        layers=4,
+        config=TIED,
     ),
 }
 """The tiny models by name; those of a family's `model_type` alone are its plain form."""
@@ -205,6 +206,7 @@ def _write_tokenizer(folder: Path, family: Family, text: str) -> dict[str, int]:
     core.train_from_iterator(text.splitlines(keepends=True), trainer)
     specials = [*filter(None, family.named.values()), *family.others]
     core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in specials])
+    core.add_tokens([AddedToken(token, normalized=False, special=False) for token in family.thoughts])
     if family.bos:
         core.post_processor = processors.TemplateProcessing(
             single=f"{family.bos} $A",
