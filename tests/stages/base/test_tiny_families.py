@@ -1,4 +1,4 @@
-"""stages/base/tiny_families.py: the tiny model of each family, which transformers loads."""
+"""stages/base/tiny_families.py: the tiny model of each family, which transformers loads, with tiny_templates.py."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,9 @@ from support.models.families import FAMILIES, VOCABULARY, family_folder
 from support.models.tiny_models import tensors
 
 from tutor.formats.architectures import ARCHITECTURES
+from tutor.recipe.settings import Recipe
+from tutor.stages.base.stage import facts_of
+from tutor.stages.base.template import prompt_facts
 from tutor.stages.base.tiny_families import make_family
 
 transformers = pytest.importorskip("transformers")
@@ -37,3 +40,14 @@ def test_another_seed_changes_weights_and_no_other_file(tmp_path: Path) -> None:
     assert not tensors(one)["model.norm.weight"].equal(tensors(two)["model.norm.weight"])
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         assert json.loads((one / name).read_text("utf-8")) == json.loads((two / name).read_text("utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("name", "reasoning"), [(name, each) for name, family in FAMILIES.items() for each in family.reasonings]
+)
+def test_template_fits_each_reasoning_that_it_names(
+    tmp_path_factory: pytest.TempPathFactory, name: str, reasoning: str
+) -> None:
+    folder = family_folder(tmp_path_factory, name)
+    recipe = Recipe.model_validate({"prompt": "base", "reasoning": reasoning})
+    assert prompt_facts(recipe, folder, facts_of(folder, "path:x", "model"))["reasoning"] == reasoning
