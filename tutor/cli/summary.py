@@ -18,6 +18,7 @@ from tutor.artifacts.manifest import find_manifest
 from tutor.graders.labels import LABELS, verdict_labels
 from tutor.pipeline.recipe_folder import refuse_folder
 from tutor.prompt.messages import display_text, row_questions
+from tutor.recipe.quantizations import BF16, F16
 from tutor.recipe.settings import Recipe
 from tutor.stages.parity.gate import parity_table
 
@@ -112,7 +113,8 @@ def ladder_lines(ladder: Mapping[str, Any]) -> list[str]:
     """Return one row a quantization: size, loss against F16, speed and memory; the largest first."""
     widths = {"size": 12, "perplexity": 11, "loses": 9, "KL": 8, "KL p99": 8, "same": 8, "reads": 10, "writes": 11}
     widths |= {"memory": 10}
-    rows = ["", f"  {'against F16':<13}" + "".join(f"{head:>{width}}" for head, width in widths.items())]
+    whole = next((kind for kind in (F16, BF16) if kind in ladder["quantizations"]), F16)
+    rows = ["", f"  {f'against {whole}':<13}" + "".join(f"{head:>{width}}" for head, width in widths.items())]
     worse = ladder.get("worse_and_larger", {})
     for kind, each in sorted(ladder["quantizations"].items(), key=lambda item: -item[1]["size"]):
         memory = "-" if each["memory"] is None else f"{each['memory'] / 1e6:.0f} MB"
@@ -130,7 +132,7 @@ def ladder_lines(ladder: Mapping[str, Any]) -> list[str]:
         marks = " *" * (kind == ladder["served"]) + " !" * (kind in worse)
         sized = zip(cells, widths.values(), strict=True)
         rows.append(f"  {kind + marks:<13}" + "".join(f"{cell:>{width}}" for cell, width in sized))
-    inside = f"{ladder['chosen']} is the smallest within {ladder['budget']:g} nats of F16, in loss and in KL"
+    inside = f"{ladder['chosen']} is the smallest within {ladder['budget']:g} nats of {whole}, in loss and in KL"
     flags = [
         f"  ! {kind} is larger and less accurate than {better}: remove it from convert.quantizations"
         for kind, better in worse.items()

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tutor.recipe.quantizations import F16
+from tutor.recipe.quantizations import BF16, F16
 
 MIN_KL = 1e-5
 """Smallest KL divergence that is drawn, in nats: the place of F16's own zero on a logarithmic axis."""
@@ -86,7 +86,7 @@ def size_and_kl(
 
 
 def _label(kind: str, served: str) -> str:
-    roles = ["reference"] * (kind == F16) + ["served"] * (kind == served)
+    roles = ["reference"] * (kind in (F16, BF16)) + ["served"] * (kind == served)
     return f"{kind} ({', '.join(roles)})" if roles else kind
 
 

@@ -25,6 +25,7 @@ from tutor.recipe.settings import Recipe
 
 GGUF_BITS = {
     "F16": (16.0, 16.0),
+    "BF16": (16.0, 16.0),
     "Q8_0": (8.5, 8.5),
     "Q6_K": (6.6, 8.5),
     "Q5_K_M": (5.71, 6.6),

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from tutor.errors import RecipeError
 from tutor.recipe.ollama_names import FORMS, is_base_name
-from tutor.recipe.quantizations import AUTO, F16, NEED_IMATRIX
+from tutor.recipe.quantizations import AUTO, BF16, F16, NEED_IMATRIX
 from tutor.recipe.settings import Recipe
 
 RETIRED = {
@@ -108,7 +108,7 @@ def _check_together(recipe: Recipe) -> None:
             f"{recipe.path}: reasoning is {recipe.reasoning!r}, and the tutor's prompt has no thoughts",
             'set prompt = "base", or reasoning = "none"',
         )
-    known = (*recipe.convert.quantizations, F16, AUTO)
+    known = (*recipe.convert.quantizations, F16, BF16, AUTO)
     if recipe.ollama.quantization not in known:
         raise RecipeError(
             f"{recipe.path}: ollama.quantization is {recipe.ollama.quantization!r}; converted are {', '.join(known)}"

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 Condition = Literal["ok", "wrong", "other", "unknown"]
 BLOB = re.compile(r"^(?P<word>FROM|ADAPTER)\s.*sha256[-:](?P<digest>[0-9a-f]{64})", re.MULTILINE)
 """Lines of a Modelfile in /api/show that name the files of a model."""
-ALL_F16 = 1
-"""Value of general.file_type in a file without quantization."""
+SIXTEEN_BITS = (1, 32)
+"""Values of general.file_type in a file without quantization: F16 and BF16."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _file_row(what: str, digest: str, folder: BuildFolder, made: Mapping[str, st
 
 
 def _weights_row(what: str, path: Path, gguf: Gguf, folder: BuildFolder) -> Row:
-    """Compare the tensors of a file with its source model: all numbers for F16, a sample for other types."""
+    """Compare the tensors of a file with its source model: all numbers of 16 bits, a sample for other types."""
     from tutor.stages.convert import quantization_error
 
     try:
@@ -143,7 +143,7 @@ def _weights_row(what: str, path: Path, gguf: Gguf, folder: BuildFolder) -> Row:
     except ArtifactError as error:
         return Row(what, "unknown", "", error.message)
     try:
-        if gguf.fields.get("general.file_type") == ALL_F16:
+        if gguf.fields.get("general.file_type") in SIXTEEN_BITS:
             quantization_error.require_exact(path, gguf, weights)
             return Row(what, "ok", "", f"all numbers equal those of {model}")
         figures = quantization_error.measure(path, gguf, weights, None)

@@ -11,7 +11,9 @@ from support.models.tiny_models import edit, recipe, spanish, tensors
 from support.shared import copied, shared
 
 torch = pytest.importorskip("torch")
+from tutor.engines.hf.score import answer_logprobs
 from tutor.engines.llamacpp.convert import Conversion, to_gguf
+from tutor.engines.llamacpp.score import score
 from tutor.engines.llamacpp.tokenize import tokenize
 from tutor.errors import ArtifactError, RecipeError
 from tutor.formats.architectures import ARCHITECTURES
@@ -23,6 +25,7 @@ from tutor.formats.models.model_folder import load_tokenizer
 from tutor.stages.base import stage as base
 from tutor.stages.base.check import canary_text
 from tutor.stages.base.from_gguf import make_folder
+from tutor.stages.parity.gate import SAME_WEIGHTS
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.llamacpp]
 
@@ -186,3 +189,39 @@ def test_setting_that_llamacpp_computes_otherwise_is_refused(tmp_path: Path, tmp
     with pytest.raises(ArtifactError) as caught:
         check_model_config(config, "x")
     assert f"x: config.json has {message}" in str(caught.value)
+
+
+def test_activations_beyond_f16_need_the_family_reference(tmp_path: Path, tmp_path_factory: Any, real: None) -> None:
+    """The products of the MLP pass 65,504: F16 weights round them to infinity, BF16 weights do not."""
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    model = copied(family_folder(tmp_path_factory, "gemma3_text"), tmp_path / "model")
+    held = tensors(model)
+    for key in [key for key in held if "gate_proj" in key or "up_proj" in key]:
+        held[key] *= 400
+    save_file(held, model / "model.safetensors", metadata={"format": "pt"})
+    split = base.facts_of(model, "x", "x").pre_tokenizer
+    files = {kind: tmp_path / f"a-{kind}.gguf" for kind in ("F16", "BF16")}
+    to_gguf(*(Conversion(model, path, split, kind=kind) for kind, path in files.items()))
+    ids = load_tokenizer(model)(spanish())["input_ids"][:80]
+    rows = [(ids[:1], ids[1:])]
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    seen: list[float] = []
+    for layer in loaded.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, inputs: seen.append(float(inputs[0].abs().max())))
+    ours = answer_logprobs(loaded, rows)[0]
+    assert max(seen) > 65504
+    with pytest.raises(ArtifactError, match="gives probabilities that are not finite"):
+        score(files["F16"], rows, threads=1)
+    theirs = score(files["BF16"], rows, threads=1)[0].logprobs
+    differences = [abs(left - right) for left, right in zip(ours, theirs, strict=True)]
+    limit = SAME_WEIGHTS["bf16"]
+    assert sum(differences) / len(differences) < (limit.mean or 0) / 2
+    assert max(differences) < (limit.worst or 0) / 2
+
+
+def test_served_type_that_the_family_has_not_is_refused(tmp_path: Path, tmp_path_factory: Any) -> None:
+    wanted = {"base": {"source": f"path:{family_folder(tmp_path_factory, 'gemma3_text')}"}}
+    with pytest.raises(RecipeError, match=r"ollama.quantization is 'F16', and the 16-bit file of .* is BF16"):
+        base.run(recipe(tmp_path / "r.toml", ollama={"quantization": "F16"}, **wanted), {}, tmp_path)

@@ -18,6 +18,7 @@ from tutor.artifacts.disk import read_json, write_json
 from tutor.engines.llamacpp.build import SOURCE
 from tutor.engines.llamacpp.process import OFFLINE, Command, partial_path, program_error, programs, write_file
 from tutor.errors import ArtifactError, HostError
+from tutor.formats.architectures import architecture_of
 from tutor.formats.models.gguf import Gguf, read_gguf
 from tutor.formats.models.gguf_weights import adapter_weights_of, check_exact
 
@@ -43,7 +44,7 @@ TENSOR_TYPES = ("F16", "F32")
 def lora_to_gguf(
     adapter: Path, base_model: Path, base_gguf: Path, target: Path, metadata: Mapping[str, str] | None = None
 ) -> int:
-    """Write an adapter's F16 GGUF, completely or not at all; return the number of matrices that it changes.
+    """Write an adapter's GGUF, completely or not at all; return the number of matrices that it changes.
 
     `base_gguf` is the file that the adapter will be loaded with, `metadata` are additional key-values. An rsLoRA is
     written with the alpha of a LoRA that changes the base equally: llama.cpp scales by alpha / rank. Raises
@@ -55,9 +56,11 @@ def lora_to_gguf(
         raise ArtifactError(
             f"{adapter} uses {used[0]}, which a GGUF adapter cannot represent", "serve the merged model"
         )
+    family = architecture_of(read_json(base_model / "config.json").get("model_type"), str(base_model))
+    kind = "f32" if family.wide else "f16"  # products with F16 weights round activations to F16
     made = target.with_name(f"{target.name}.unchecked")
     start = (sys.executable, SOURCE / "convert_lora.py", programs().folder, json.dumps(dict(metadata or {})))
-    end: Command = ["--base", base_model, "--outfile", partial_path(made), "--outtype", "f16"]
+    end: Command = ["--base", base_model, "--outfile", partial_path(made), "--outtype", kind]
     try:
         with _as_lora(adapter, config) as (folder, alpha):
             code, output = write_file(made, [*start, folder, *end], OFFLINE)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tutor.artifacts.disk import read_json
 from tutor.errors import ArtifactError
+from tutor.formats.architectures import architecture_of
 from tutor.formats.models.model_config import check_model_config
 from tutor.formats.models.safetensors import INDEX, WEIGHTS, read_folder, weight_files
 
@@ -59,6 +60,12 @@ def read_facts(base: Path) -> tuple[Facts, Path]:
         raise ArtifactError(f"{base / 'base.json'} is of another version", "run: tutor base")
     facts = Facts(**values)
     return facts, (base / facts.model).resolve()
+
+
+def read_reference(base: Path) -> str:
+    """Return the type of the 16-bit GGUF of the base stage's folder: F16, or BF16 where its family needs it."""
+    _, model = read_facts(base)
+    return architecture_of(read_json(model / "config.json").get("model_type"), str(model)).reference
 
 
 def check_model_folder(model: Path) -> None:

@@ -16,6 +16,7 @@ from tutor.artifacts.hashing import file_sha256, json_sha256
 from tutor.artifacts.provenance import version_text
 from tutor.engines.llamacpp.build import VERSION, build_key
 from tutor.errors import ArtifactError, RecipeError
+from tutor.formats.architectures import architecture_of
 from tutor.formats.models.base_source import local_folder, package_file
 from tutor.formats.models.model_config import equal_length
 from tutor.formats.models.model_folder import EMBEDDING, Facts, check_model_folder, ignored_weights, load_tokenizer
@@ -24,6 +25,7 @@ from tutor.formats.models.safetensors import folder_weights, weight_files
 from tutor.formats.rows.jsonl import Limits
 from tutor.formats.rows.rows import ExampleRow, read_rows
 from tutor.prompt.encoding import adds_bos
+from tutor.recipe.quantizations import BF16, F16
 from tutor.recipe.values import HUB, PACKAGE
 
 if TYPE_CHECKING:
@@ -37,7 +39,9 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     del inputs
     model = _model_folder(recipe, out / "model")
     check_model_folder(model)
-    check_lengths(recipe, read_json(model / "config.json"), model)
+    config = read_json(model / "config.json")
+    check_lengths(recipe, config, model)
+    check_quantization(recipe, config, model)
     if ignored := ignored_weights(model):
         log.info("%s: ignoring %s; what its index names counts, or model.safetensors", model, ", ".join(ignored))
     facts = facts_of(model, recipe.base.source, "model" if model == out / "model" else str(model))
@@ -60,6 +64,16 @@ def check_lengths(recipe: "Recipe", config: Mapping[str, Any], model: Path) -> N
             f"{long[0]} is {lengths[long[0]]}, and {model} has a sliding window of {limit} tokens: llama.cpp computes "
             "its layers without one",
             f"set {' and '.join(long)} to {limit} at most",
+        )
+
+
+def check_quantization(recipe: "Recipe", config: Mapping[str, Any], model: Path) -> None:
+    """Raise RecipeError for a served 16-bit type that the base's family does not have."""
+    served, reference = recipe.ollama.quantization, architecture_of(config.get("model_type"), str(model)).reference
+    if served in (F16, BF16) and served != reference:
+        raise RecipeError(
+            f"ollama.quantization is {served!r}, and the 16-bit file of {model} is {reference}",
+            f'set ollama.quantization = "{reference}"',
         )
 
 

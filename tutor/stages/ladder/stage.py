@@ -19,6 +19,7 @@ from tutor.engines.llamacpp.server import serve
 from tutor.engines.trace import Score
 from tutor.errors import ArtifactError
 from tutor.formats.models.gguf import read_gguf
+from tutor.formats.models.model_folder import read_reference
 from tutor.formats.models.served_quantization import resolve, write_served
 from tutor.formats.rows.held_out_ids import TokenRows, held_out_ids
 from tutor.machine.host import usable_cores
@@ -46,14 +47,16 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     distributions, ServiceError when llama-server cannot serve a file.
     """
     rows = sample_rows(held_out_ids(recipe, inputs["data"], inputs["base"]), MAX_TOKENS)
-    kinds = [F16, *recipe.convert.quantizations]
+    reference = read_reference(inputs["base"])
+    kinds = [reference, *recipe.convert.quantizations]
     files = {kind: inputs["convert"] / gguf_name("tutor", kind) for kind in kinds}
     threads = usable_cores()
     figures = benchmark(files, rows, threads, out)
     chosen = choose(figures, recipe.convert.budget)
     served = resolve(recipe.ollama.quantization, chosen)
-    if recipe.ollama.quantization == AUTO and chosen == F16:
-        log.warning("no quantization loses less than convert.budget (%g): F16 is served", recipe.convert.budget)
+    if recipe.ollama.quantization == AUTO and chosen == reference:
+        budget = recipe.convert.budget
+        log.warning("no quantization loses less than convert.budget (%g): %s is served", budget, reference)
     worse = worse_and_larger(figures)
     for kind, better in worse.items():
         log.warning("%s is larger and less accurate than %s: remove it from convert.quantizations", kind, better)
@@ -88,8 +91,8 @@ def sample_rows(rows: TokenRows, tokens: int) -> TokenRows:
 
 
 def benchmark(files: Mapping[str, Path], rows: TokenRows, threads: int, out: Path) -> dict[str, dict[str, Any]]:
-    """Return each file's size, held-out loss and KL divergence from F16 over the whole vocabulary, F16 first."""
-    vocabulary = len(read_gguf(_existing(files[F16])).fields.get("tokenizer.ggml.tokens", ()))
+    """Return each file's size, held-out loss and KL divergence from the first, the 16-bit one, over all tokens."""
+    vocabulary = len(read_gguf(_existing(next(iter(files.values())))).fields.get("tokenizer.ggml.tokens", ()))
     require_disk(out, reference_bytes(rows, vocabulary), "scoring")
     reference = out / "reference.bin"
     figures: dict[str, dict[str, Any]] = {}
@@ -155,7 +158,7 @@ def choose(figures: Mapping[str, Mapping[str, Any]], budget: float) -> str:
     for both: on text that F16 generates, the loss grows on average by exactly the KL divergence.
     """
     inside = [kind for kind, each in figures.items() if each["more"] <= budget and each["kl"] <= budget]
-    return min(inside, key=lambda kind: (figures[kind]["size"], kind), default=F16)
+    return min(inside, key=lambda kind: (figures[kind]["size"], kind), default=next(iter(figures), F16))
 
 
 def worse_and_larger(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

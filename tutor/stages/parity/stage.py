@@ -16,7 +16,7 @@ from tutor.artifacts.disk import read_json, write_json
 from tutor.artifacts.layout import gguf_name
 from tutor.artifacts.manifest import read_manifest
 from tutor.errors import ArtifactError
-from tutor.formats.models.model_folder import load_tokenizer, read_facts
+from tutor.formats.models.model_folder import load_tokenizer, read_facts, read_reference
 from tutor.formats.models.prompt_format import read_format
 from tutor.formats.models.safetensors import WEIGHTS
 from tutor.formats.models.served_quantization import served_quantization
@@ -25,7 +25,7 @@ from tutor.machine.device import loading_memory
 from tutor.machine.host import usable_cores
 from tutor.prompt.encoding import adds_bos
 from tutor.prompt.format import PromptFormat
-from tutor.recipe.quantizations import F16
+from tutor.recipe.quantizations import BF16
 from tutor.stages.parity import collect
 from tutor.stages.parity.compare import Observation
 from tutor.stages.parity.conversations import Conversation, make_conversations
@@ -61,17 +61,19 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     threads = usable_cores()
     settings = collect.ServerSettings(recipe.generate.context, threads, out.parent / "parity.log", bos)
     runs: dict[str, collect.GgufRun] = {}
-    for kind in (F16, *recipe.convert.quantizations):
+    whole = read_reference(inputs["base"])
+    for kind in (whole, *recipe.convert.quantizations):
         gguf = inputs["convert"] / gguf_name("tutor", kind)
         if not gguf.is_file():
             raise ArtifactError(f"{gguf} is missing", "run: tutor convert")
         log.info("running %s in llama.cpp", gguf.name)
         runs[kind] = collect.from_gguf(gguf, items, settings, served=kind == served)
-    trained = _in_transformers(inputs, conversations, runs[F16].paths, prompt, loading_memory().available)
+    trained = _in_transformers(inputs, conversations, runs[whole].paths, prompt, loading_memory().available)
     observed = {**trained.observations, **{kind: run.observations for kind, run in runs.items()}}
     write_json(out / REFERENCE, _reference(conversations, observed, served))
     budgets = recipe.parity.budgets
-    hand_offs = [*_same_weights(observed, trained), *_quantized(observed, recipe.convert.quantizations, budgets)]
+    kinds = (whole, *recipe.convert.quantizations)
+    hand_offs = [*_same_weights(observed, trained, whole), *_quantized(observed, kinds, budgets)]
     records = [item.record() for item in hand_offs]
     refused = refusal(hand_offs)
     write_json(out / PARITY, {"hand_offs": records, "refused": refused})
@@ -120,7 +122,7 @@ def _in_transformers(
     prompt: PromptFormat,
     free: int,
 ) -> TransformersResult:
-    """Observe base + adapter and the merged folder in transformers; both follow the answers `paths` of the F16 file."""
+    """Observe base + adapter and the merged folder in transformers; both follow the 16-bit file's answers, `paths`."""
     weights = sum(path.stat().st_size for path in inputs["merge"].glob(WEIGHTS))
     precision = transformers_precision(weights, free)
     if precision is None:
@@ -174,12 +176,16 @@ def _reference(
     return {"served": served, "steps": collect.GREEDY_TOKENS, "conversations": messages, "engines": engines}
 
 
-def _same_weights(observed: Mapping[str, Sequence[Observation]], trained: TransformersResult) -> list[HandOff]:
-    """Base + adapter -> merged -> F16: only rounding may change."""
-    chain: tuple[tuple[Kind, str, str], ...] = (("merge", ADAPTER, MERGED), ("convert", MERGED, F16))
+def _same_weights(
+    observed: Mapping[str, Sequence[Observation]], trained: TransformersResult, whole: str
+) -> list[HandOff]:
+    """Base + adapter -> merged -> the 16-bit file `whole`: only rounding may change."""
+    chain: tuple[tuple[Kind, str, str], ...] = (("merge", ADAPTER, MERGED), ("convert", MERGED, whole))
     if trained.precision is None:
         return [HandOff(kind, ours, theirs, missing=trained.missing) for kind, ours, theirs in chain]
-    limits = {"merge": SAME_WEIGHTS[trained.coarser], "convert": SAME_WEIGHTS[trained.precision]}
+    # llama.cpp's products with BF16 weights round the activations to BF16, as transformers does in bf16.
+    converted = "bf16" if whole == BF16 else trained.precision
+    limits = {"merge": SAME_WEIGHTS[trained.coarser], "convert": SAME_WEIGHTS[converted]}
     return [
         hand_off(kind, (ours, theirs), (observed[ours], observed[theirs]), limits[kind]) for kind, ours, theirs in chain
     ]
@@ -188,8 +194,9 @@ def _same_weights(observed: Mapping[str, Sequence[Observation]], trained: Transf
 def _quantized(
     observed: Mapping[str, Sequence[Observation]], kinds: Sequence[str], budgets: Mapping[str, float]
 ) -> list[HandOff]:
-    """F16 -> every quantization: the KL divergence may be up to its budget."""
+    """The 16-bit file, the first of `kinds`, -> every quantization: the KL divergence may be up to its budget."""
+    whole, *quantizations = kinds
     return [
-        hand_off("quantize", (F16, kind), (observed[F16], observed[kind]), quantization_tolerance(budgets[kind]))
-        for kind in kinds
+        hand_off("quantize", (whole, kind), (observed[whole], observed[kind]), quantization_tolerance(budgets[kind]))
+        for kind in quantizations
     ]

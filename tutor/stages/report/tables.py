@@ -85,7 +85,7 @@ def ladder(found: Json, converted: Json) -> dict[str, Any]:
         "notes": notes,
         "chart": chart,
         "base": base,
-        "tokens": found["quantizations"]["F16"]["tokens"],
+        "tokens": next(iter(found["quantizations"].values()))["tokens"],
     }
 
 
