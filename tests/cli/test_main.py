@@ -37,13 +37,12 @@ print(*sorted(set(sys.modules) - before), file=sys.stderr)
 
 TUTOR_MODULES = frozenset(
     (
-        "tutor", "tutor.cli", "tutor.cli.commands", "tutor.cli.commands.data",
-        "tutor.cli.commands.data_import", "tutor.cli.commands.doctor",
-        "tutor.cli.commands.evaluate", "tutor.cli.commands.inspect", "tutor.cli.commands.matrix", "tutor.cli.commands.run",
-        "tutor.cli.commands.serving", "tutor.cli.commands.stack", "tutor.cli.exit", "tutor.cli.main",
-        "tutor.cli.options", "tutor.errors", "tutor.formats", "tutor.formats.terminal",
-        "tutor.formats.visible",
-        "tutor.machine", "tutor.machine.distributed", "tutor.serving", "tutor.serving.model_names",
+        "tutor", "tutor.cli", "tutor.cli.commands", "tutor.cli.commands.data", "tutor.cli.commands.data_import",
+        "tutor.cli.commands.doctor", "tutor.cli.commands.evaluate", "tutor.cli.commands.inspect",
+        "tutor.cli.commands.matrix", "tutor.cli.commands.run", "tutor.cli.commands.serving",
+        "tutor.cli.commands.stack", "tutor.cli.exit", "tutor.cli.main", "tutor.cli.options", "tutor.errors",
+        "tutor.formats", "tutor.formats.terminal", "tutor.formats.visible", "tutor.machine",
+        "tutor.machine.distributed", "tutor.serving", "tutor.serving.model_names",
     )
 )  # fmt: skip
 """Modules of tutor that the help imports; each imports only the standard library, click and modules of this list."""
