@@ -112,6 +112,7 @@ def test_place_for_a_system_text_is_found():
         ("{{ pad_token is defined }}" + CHATML, None),
         ("{{ strftime_now('%' + 'd') }}" + CHATML, "it computes the format of today's date"),
         ("{{ raise_exception('no') }}" + CHATML, "cannot be used: no"),
+        ("Llama a strftime_now('%Y').\n" + CHATML, 'cannot have fixed values: \'Llama a "2024"'),
     ],
 )
 def test_template_that_cannot_be_served_as_trained_is_refused(template, expected):

@@ -12,7 +12,7 @@ from typing import Any
 
 from tutor.errors import ArtifactError, RecipeError
 from tutor.prompt.base_format import BaseFormat, Reasoning
-from tutor.prompt.fixed_template import KEPT, SWITCHES, fix_template, fixed_values
+from tutor.prompt.fixed_template import DAY, KEPT, SWITCHES, fix_template, fixed_values
 from tutor.prompt.jinja import TemplateError, render_template
 from tutor.prompt.messages import Message
 from tutor.prompt.thoughts import Thought, find_thought
@@ -61,6 +61,7 @@ def analyse_template(
     try:
         values = fixed_values(template, bos=facts.bos, eos=facts.eos, thoughts=reasoning == "rows")
         fixed = fix_template(template, values)
+        _check_fixed(template, fixed, values, where)
         turn = _turn(fixed, where)
         off = _turn(fix_template(template, {**values, **{name: False for name in SWITCHES if name in values}}), where)
         thought = find_thought(fixed, turn.prompt, _around_thought(fixed), off.prompt, where, reasoning)
@@ -200,6 +201,18 @@ def _check_turns(template: str, turn: _Turn, where: str) -> None:
             f"{_shown(turn.prompt)}",
             OTHER_PROMPT,
         )
+
+
+def _check_fixed(template: str, fixed: str, values: Mapping[str, str | bool], where: str) -> None:
+    """Raise ArtifactError where a fixed template writes another prompt than the base's with the same values."""
+    given: dict[str, Any] = {"tools": None, "documents": None, **values}
+    for messages in ([_user(QUESTION)], [_user(QUESTION), _assistant(ANSWER), _user(NEXT)]):
+        expected = render_template(template, messages, day=DAY, add_generation_prompt=True, **given)
+        if (found := _prompt(messages, fixed)) != expected:
+            raise ArtifactError(
+                f"the chat template of {where} cannot have fixed values: {_shown(found)} instead of {_shown(expected)}",
+                OTHER_PROMPT,
+            )
 
 
 def _check_engines(template: str, facts: TokenFacts, where: str) -> None:
