@@ -43,6 +43,8 @@ class Conversion:
     metadata: Mapping[str, str] = field(default_factory=dict)  # additional key-values
     vocabulary_only: bool = False  # write the metadata and the tokenizer, without tensors: no weight is read
     kind: str | None = None  # F16, BF16 or F32; None: the family's reference
+    chat_template: str | None = None  # in place of the folder's own
+    end: int | None = None  # id of the token that ends a turn, where the file must name it besides EOS
 
 
 def to_gguf(*conversions: Conversion) -> None:
@@ -60,6 +62,8 @@ def to_gguf(*conversions: Conversion) -> None:
             "target": str(partial_path(item.target)),
             "names": equivalent_names(item.pre_tokenizer) if item.pre_tokenizer else (),
             "metadata": dict(item.metadata),
+            "chat_template": item.chat_template,
+            "end": item.end,
             "architecture": family.class_name,
             "type": (item.kind or family.reference).lower(),
             "files": [path.name for path in weight_files(item.model)],

@@ -102,6 +102,8 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
         raise ArtifactError(f"{inputs['merge']} does not match its base {base}:\n  " + "\n  ".join(lines))
     template, end = prompt.chat_template(add_bos=facts.add_bos), prompt.end_id
     expected["tutor"] = replace(expected["tutor"], chat_template=template, eos=facts.eos if end is None else end)
+    if prompt.kind == "base":  # with the adapter apart, the base's file renders the prompts
+        expected["base"] = replace(expected["base"], chat_template=template)
     rows = read_split(inputs["data"], TRAIN) if recipe.convert.imatrix else []
     text = CalibrationText(rows, recipe.system, prompt)
     quantizations = recipe.convert.quantizations
@@ -143,7 +145,15 @@ def _to_16_bits(sources: Sequence[ConversionSource], out: Path) -> None:
     log.info("converting %s to GGUF", " and ".join(str(source.folder) for source in sources))
     to_gguf(
         *(
-            Conversion(source.folder, target, source.expected.pre_tokenizer or "", source.lineage)
+            Conversion(
+                source.folder,
+                target,
+                source.expected.pre_tokenizer or "",
+                source.lineage,
+                # Merged weights have the template and the end in their folder.
+                chat_template=source.expected.chat_template if source.base is None else None,
+                end=source.text.prompt.end_id if source.base is None else None,
+            )
             for source, target in zip(sources, targets, strict=True)
         )
     )

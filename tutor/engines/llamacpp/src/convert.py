@@ -4,12 +4,13 @@ architecture, the weight files, and negative ids of special tokens, with which o
     python convert.py LLAMACPP JOBS
 
 JOBS is a JSON list of objects: the folder `model`, the names of its weight `files`, the file `target` and the `type` of
-its matrices, `names`, `metadata`, `architecture` and the converter's `options`. One process converts all of them: to
-import torch and transformers takes longer than to convert a small model.
+its numbers, `names`, `metadata`, `architecture`, `chat_template`, `end` and the converter's `options`. One process
+converts all of them: to import torch and transformers takes longer than to convert a small model.
 The converter identifies a byte-level BPE by a hash of one test string's tokens and refuses every unknown hash. `names`
 are llama.cpp's names of the pre-tokenizer in tokenizer.json; none for SentencePiece. The name that the converter
 identifies must be one of them; an unknown tokenizer gets the first. `metadata` are strings to write into the file. The
 converter reads the `architecture` in config.json, which may lack it or have the name of a class without a head.
+`chat_template` and `end`, the id of the token that ends a turn, are written unless null, for those of the folder.
 Before each model it prints CONVERTING and the folder.
 """
 
@@ -50,10 +51,10 @@ def text_model(llamacpp: str, metadata: Callable[[], Mapping[str, str]]) -> Any:
 
 
 def change_reading(model: Any, job: Callable[[], Mapping[str, Any]]) -> None:
-    """Change what llama.cpp's class of models reads: the architecture and files of the job, no negative ids."""
+    """Change what llama.cpp's class of models reads: architecture, files and template of the job, no negative ids."""
     load = model.load_hparams
     special = importlib.import_module("gguf.vocab").SpecialVocab
-    set_token = special._set_special_token
+    set_token, add_tokens = special._set_special_token, special.add_to_gguf
 
     def load_hparams(*arguments: Any, **options: Any) -> dict[str, Any]:
         return {**load(*arguments, **options), "architectures": [job()["architecture"]]}
@@ -65,9 +66,17 @@ def change_reading(model: Any, job: Callable[[], Mapping[str, Any]]) -> None:
         if not isinstance(id_, int) or id_ >= 0:
             set_token(self, kind, id_)
 
+    def add_to_gguf(self: Any, *arguments: Any, **options: Any) -> None:
+        if job()["chat_template"] is not None:
+            self.chat_template = job()["chat_template"]
+        if job()["end"] is not None:
+            self.special_token_ids["eot"] = job()["end"]
+        add_tokens(self, *arguments, **options)
+
     model.load_hparams = staticmethod(load_hparams)
     model.get_model_part_names = staticmethod(get_model_part_names)
     special._set_special_token = set_special_token
+    special.add_to_gguf = add_to_gguf
 
 
 def main() -> None:
