@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 from support.fakes.ollama import write_gguf
+from support.models.chat_templates import CHATML, FACTS
 from support.outputs.published import SYSTEM
 
 from tutor.artifacts.layout import BuildFolder
 from tutor.artifacts.stage_folder import writing
 from tutor.errors import ArtifactError, RecipeError
 from tutor.formats.models.served_quantization import write_served
+from tutor.prompt.template_analysis import analyse_template
 from tutor.recipe.settings import OllamaSettings, Recipe
 from tutor.serving.adapter import lora_folder
 from tutor.serving.builds import read_model
@@ -118,6 +120,25 @@ def test_lora_folder_of_a_dora_is_refused_at_once(
             refused()
     assert not conversions
     assert not folder.lora.exists()
+
+
+@pytest.mark.usefixtures("conversions")
+def test_lora_folder_of_the_base_template_has_no_parser(recipe: Recipe, folder: BuildFolder) -> None:
+    prompt = analyse_template(CHATML, FACTS, where="base", reasoning="none")
+    with writing(folder.stage("base"), "base", {}) as (out, _):
+        (out / "model").mkdir()
+        (out / "model" / "model.safetensors").write_bytes(b"base")
+        (out / "base.json").write_text(json.dumps({**BASE_FACTS, "prompt": prompt.to_json()}), "utf-8")
+    with writing(folder.stage("convert"), "convert", {}) as (out, _):
+        tokens = ["<eos>", *(f"t{number}" for number in range(1, prompt.end_id)), prompt.end]
+        write_gguf(out / "base-Q8_0.gguf", tokens=tokens)
+    own = recipe.model_copy(update={"prompt": "base"})
+    model = read_model(lora_folder(own, folder), "Q8_0", prompt=prompt, own_template=prompt.template)
+    assert model.is_native
+    assert not {"template", "parser"} & set(model.settings)
+    assert model.settings["parameters"]["stop"] == ["<|im_end|>"], "the base's EOS is another token"
+    lines = (folder.lora / "Modelfile").read_text("utf-8").splitlines()
+    assert [line.split()[0] for line in lines if line.startswith(("TEMPLATE", "PARSER", "ADAPTER"))] == ["ADAPTER"]
 
 
 def test_lora_folder_without_a_converted_base_is_refused(recipe: Recipe, folder: BuildFolder) -> None:

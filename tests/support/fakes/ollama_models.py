@@ -3,11 +3,11 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from support.models.gguf_bytes import field, tensor, text, whole
+from support.models.gguf_bytes import field, tensor, text, texts, whole
 from tutor.prompt.jinja import render_template
 
 TOOL_WORDS, THINK_WORDS = ("tools", "tool_call"), ("<think>", "</think>")
@@ -27,19 +27,25 @@ MARK = field("fake.facts", 8, b"")
 """Bytes before the facts in a file."""
 
 
-def gguf(
+def gguf(  # noqa: PLR0913 - the facts of a file
     quantization: str = "Q8_0",
     chat_template: str = "",
     kind: str = "model",
     size: int = 2000,
     info: dict[str, str] | None = None,
     family: str = "llama",
+    tokens: Sequence[str] = (),
 ) -> bytes:
-    """Return a GGUF of at least `size` bytes; /api/show returns the key-values `info` of it."""
+    """Return a GGUF of at least `size` bytes; /api/show returns the key-values `info` of it.
+
+    The first of `tokens` is its EOS.
+    """
     header = {"quantization": quantization, "chat_template": chat_template, "kind": kind, "family": family}
     header |= {"info": info or {}, "size": size}
     fields = [field("general.architecture", 8, text(family))]
     fields += [field("tokenizer.chat_template", 8, text(chat_template))] if chat_template else []
+    if tokens:
+        fields += [texts("tokenizer.ggml.tokens", tokens), field("tokenizer.ggml.eos_token_id", 4, bytes(4))]
     fields += [field("fake.facts", 8, text(json.dumps(header)))]
     empty = len(whole(tuple(fields), (tensor(),), b""))
     numbers = max(size - empty, 4) // 4

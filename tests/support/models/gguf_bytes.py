@@ -1,6 +1,7 @@
 """GGUF files byte by byte, and the facts of a base."""
 
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 from tutor.formats.models.model_folder import Facts
@@ -12,6 +13,10 @@ def text(value: str) -> bytes:
 
 def field(name: str, kind: int, value: bytes) -> bytes:
     return text(name) + struct.pack("<I", kind) + value
+
+
+def texts(name: str, values: Sequence[str]) -> bytes:
+    return field(name, 9, struct.pack("<IQ", 8, len(values)) + b"".join(map(text, values)))
 
 
 ARCHITECTURE = field("general.architecture", 8, text("llama"))
