@@ -1,4 +1,4 @@
-"""formats/rows/split_files.py and held_out_ids.py: reading the files of the data stage."""
+"""formats/rows/split_files.py and row_ids.py: reading the files of the data stage."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from support.fakes.llamacpp_answers import write_base
 from support.files import write_rows
 
 from tutor.errors import ArtifactError
-from tutor.formats.rows.held_out_ids import held_out_ids
+from tutor.formats.rows.row_ids import held_out_ids
 from tutor.formats.rows.split_files import HELD_OUT, read_json_lines, read_split
 from tutor.recipe.settings import Recipe
 

@@ -4,9 +4,10 @@ In: the object in config.json. Out: nothing, or the error; the object as the mer
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from tutor.errors import ArtifactError
+from tutor.errors import ArtifactError, RecipeError
 from tutor.formats.architectures import (
     ANOTHER,
     ARCHITECTURES,
@@ -128,6 +129,17 @@ def equal_length(config: Mapping[str, Any]) -> int | None:
     windows = [window for window in layer_windows(family, config) if window is not None]
     shortest = min(windows, default=None)
     return None if shortest is None or shortest >= config["max_position_embeddings"] else shortest
+
+
+def require_equal_lengths(lengths: Mapping[str, int], config: Mapping[str, Any], model: Path) -> None:
+    """Raise RecipeError for settings, by name, that allow texts beyond `equal_length`."""
+    limit = equal_length(config)
+    if limit is not None and (long := [name for name, tokens in lengths.items() if tokens > limit]):
+        raise RecipeError(
+            f"{long[0]} is {lengths[long[0]]}, and {model} has a sliding window of {limit} tokens: llama.cpp computes "
+            "its layers without one",
+            f"set {' and '.join(long)} to {limit} at most",
+        )
 
 
 def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:

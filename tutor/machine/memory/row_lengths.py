@@ -16,8 +16,8 @@ from tutor.artifacts.disk import read_json
 from tutor.artifacts.layout import BuildFolder
 from tutor.errors import TutorError
 from tutor.formats.importing.reading import open_rows
-from tutor.formats.models.prompt_format import row_encoder
 from tutor.formats.rows.jsonl import Limits
+from tutor.formats.rows.row_ids import row_encoder
 from tutor.formats.rows.split_files import HELD_OUT, TRAIN, read_split
 from tutor.machine.memory.batching import max_tokens, split_step
 from tutor.recipe.settings import Recipe, TrainSettings

@@ -18,7 +18,7 @@ from tutor.engines.llamacpp.build import VERSION, build_key
 from tutor.errors import ArtifactError, RecipeError
 from tutor.formats.architectures import architecture_of
 from tutor.formats.models.base_source import local_folder, package_file
-from tutor.formats.models.model_config import equal_length
+from tutor.formats.models.model_config import require_equal_lengths
 from tutor.formats.models.model_folder import EMBEDDING, Facts, check_model_folder, ignored_weights, load_tokenizer
 from tutor.formats.models.pre_tokenizer import is_sentencepiece, pre_tokenizer_name
 from tutor.formats.models.safetensors import folder_weights, weight_files
@@ -40,7 +40,8 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     model = _model_folder(recipe, out / "model")
     check_model_folder(model)
     config = read_json(model / "config.json")
-    check_lengths(recipe, config, model)
+    lengths = {"train.max_length": recipe.train.max_length, "generate.context": recipe.generate.context}
+    require_equal_lengths(lengths, config, model)
     check_quantization(recipe, config, model)
     if ignored := ignored_weights(model):
         log.info("%s: ignoring %s; what its index names counts, or model.safetensors", model, ", ".join(ignored))
@@ -53,18 +54,6 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     versions = {"llama.cpp": f"of llama_cpp_python {VERSION}, build {build_key()}"}
     versions |= {name: version_text(name) for name in ("transformers", "tokenizers")}
     return {**asdict(facts), "checked_with": versions}
-
-
-def check_lengths(recipe: "Recipe", config: Mapping[str, Any], model: Path) -> None:
-    """Raise RecipeError for texts that llama.cpp would compute otherwise than training: beyond a sliding window."""
-    limit = equal_length(config)
-    lengths = {"train.max_length": recipe.train.max_length, "generate.context": recipe.generate.context}
-    if limit is not None and (long := [name for name, tokens in lengths.items() if tokens > limit]):
-        raise RecipeError(
-            f"{long[0]} is {lengths[long[0]]}, and {model} has a sliding window of {limit} tokens: llama.cpp computes "
-            "its layers without one",
-            f"set {' and '.join(long)} to {limit} at most",
-        )
 
 
 def check_quantization(recipe: "Recipe", config: Mapping[str, Any], model: Path) -> None:

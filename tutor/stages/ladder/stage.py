@@ -21,7 +21,7 @@ from tutor.errors import ArtifactError
 from tutor.formats.models.gguf import read_gguf
 from tutor.formats.models.model_folder import read_reference
 from tutor.formats.models.served_quantization import resolve, write_served
-from tutor.formats.rows.held_out_ids import TokenRows, held_out_ids
+from tutor.formats.rows.row_ids import TokenRows, held_out_ids
 from tutor.machine.host import usable_cores
 from tutor.machine.run_cost import require_disk
 from tutor.recipe.quantizations import AUTO, F16

@@ -26,9 +26,10 @@ from tutor.errors import ArtifactError
 from tutor.formats.architectures import architecture_of
 from tutor.formats.models.model_config import normalised_config
 from tutor.formats.models.model_folder import check_model_folder, load_tokenizer, read_facts
-from tutor.formats.models.prompt_format import read_format, row_encoder
+from tutor.formats.models.prompt_format import read_format
 from tutor.formats.models.safetensors import INDEX, WEIGHTS, WIDTHS, Stored, make_header, read_folder
 from tutor.formats.models.tensor_streams import open_writer
+from tutor.formats.rows.row_ids import row_encoder
 from tutor.formats.rows.split_files import HELD_OUT, read_split
 from tutor.machine.run_cost import require_disk
 from tutor.prompt.encoding import Encoded

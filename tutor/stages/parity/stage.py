@@ -16,6 +16,7 @@ from tutor.artifacts.disk import read_json, write_json
 from tutor.artifacts.layout import gguf_name
 from tutor.artifacts.manifest import read_manifest
 from tutor.errors import ArtifactError
+from tutor.formats.models.model_config import require_equal_lengths
 from tutor.formats.models.model_folder import load_tokenizer, read_facts, read_reference
 from tutor.formats.models.prompt_format import read_format
 from tutor.formats.models.safetensors import WEIGHTS
@@ -53,6 +54,8 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     Raises ArtifactError when a folder is missing or damaged, ServiceError when llama-server fails.
     """
     tokenizer = load_tokenizer(inputs["merge"])
+    config = read_json(inputs["merge"] / "config.json")
+    require_equal_lengths({"generate.context": recipe.generate.context}, config, inputs["merge"])
     prompt = read_format(recipe, inputs["base"])
     conversations = _conversations(tokenizer, recipe, inputs["data"], prompt)
     served = served_quantization(recipe.ollama.quantization, inputs["ladder"])

@@ -16,7 +16,8 @@ from tutor.artifacts.layout import OLLAMA_EVALUATION, PUBLISHED_MERGED
 from tutor.artifacts.manifest import find_manifest
 from tutor.errors import ArtifactError
 from tutor.formats.html import render_page
-from tutor.formats.models.prompt_format import read_format, row_encoder
+from tutor.formats.models.prompt_format import read_format
+from tutor.formats.rows.row_ids import row_encoder
 from tutor.formats.rows.split_files import STATISTICS, TRAIN, read_json_lines, read_split
 from tutor.graders.verdict import are_in_language
 from tutor.machine import host

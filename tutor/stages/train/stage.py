@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import set_seed
 
+from tutor.artifacts.disk import read_json
 from tutor.artifacts.provenance import SourceTree
 from tutor.artifacts.stage_folder import log_folder
 from tutor.formats.models.base_source import public_source
+from tutor.formats.models.model_config import require_equal_lengths
 from tutor.formats.models.model_folder import read_facts
-from tutor.formats.models.prompt_format import row_encoder
+from tutor.formats.rows.row_ids import row_encoder
 from tutor.formats.rows.split_files import HELD_OUT, PROMPTS, TRAIN, read_split
 from tutor.machine import distributed
 from tutor.machine.memory.plan import TrainingPlan
@@ -43,6 +45,8 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path, plan: TrainingP
     """
     settings, precision, batches = recipe.train, plan.precision, plan.batches
     facts, model_folder = read_facts(inputs["base"])
+    config = read_json(model_folder / "config.json")
+    require_equal_lengths({"train.max_length": settings.max_length}, config, model_folder)
     encoder = row_encoder(recipe, inputs["base"])
     tokenizer = encoder.tokenizer
     train, held_out = _encode(recipe, inputs["data"], encoder)
