@@ -9,8 +9,7 @@ fake server. A new hand-off gets a case here.
 import json
 import shutil
 import struct
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 from support.fakes import ollama as fake
 from support.outputs.published import SYSTEM, make_stages
+from support.outputs.sabotage import Report, printed_table
 from support.processes.command import ROOT, TINY
 from support.shared import copied, linked, shared
 
@@ -40,20 +40,12 @@ pytestmark = [
 
 BUDGETS = {"Q8_0": 0.0005, "Q4_K_M": 0.005}
 """Four to five times what the tiny model loses; the recipe's defaults are for real ones."""
-Report = Callable[[str, str, pytest.ExceptionInfo[TutorError]], None]
 
 
 @pytest.fixture(scope="module")
 def report() -> Iterator[Report]:
     """Collect rows of the table, which is printed after the last case."""
-    rows: list[tuple[str, str, str]] = []
-    yield lambda what, gate, caught: rows.append((what, gate, f"exit {caught.value.code}: {caught.value.message}"))
-    widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
-    lines = [
-        f"{what:<{widths[0]}} -> {gate:<{widths[1]}} -> {' '.join(message.split())[:230]}"
-        for what, gate, message in rows
-    ]
-    sys.stdout.write("\n".join(["", *lines, ""]))
+    yield from printed_table()
 
 
 @pytest.fixture(scope="module")
