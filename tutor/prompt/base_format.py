@@ -85,10 +85,8 @@ class BaseFormat:
         return (text.removeprefix(self.bos) if self.add_bos else text) + prefill
 
     def history(self, answer: Message) -> Message:
-        """Return an earlier answer as an engine gets it back, with its thought where thoughts are supervised."""
-        thought = {"reasoning": answer["reasoning"].strip()} if answer.get("reasoning") else {}
-        content = {"role": answer["role"], "content": trim(answer["content"])}
-        return {**content, **(thought if self.reasoning == "rows" else {})}
+        """Return an earlier answer as an engine gets it back: without its thought, which Ollama sends to no template."""
+        return {"role": answer["role"], "content": trim(answer["content"])}
 
     def completion(self, answer: Message) -> str:
         """Return what the model writes up to the end-of-turn token: the thought where supervised, and the answer.
