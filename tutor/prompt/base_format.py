@@ -85,7 +85,7 @@ class BaseFormat:
         return (text.removeprefix(self.bos) if self.add_bos else text) + prefill
 
     def history(self, answer: Message) -> Message:
-        """Return an earlier answer as an engine gets it back: without its thought, which Ollama sends to no template."""
+        """Return an earlier answer as an engine gets it back, without its thought: Ollama sends none to a template."""
         return {"role": answer["role"], "content": trim(answer["content"])}
 
     def completion(self, answer: Message) -> str:
