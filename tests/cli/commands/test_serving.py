@@ -65,6 +65,10 @@ def test_ask_prints_a_thought_on_stderr_and_its_answer_on_stdout(
     assert (quiet.stdout, quiet.stderr) == ("Una interfaz.\n", "")
     as_json = json.loads(CliRunner().invoke(ask_command, ["Hola", *where, "--json"], obj={"quiet": True}).stdout)
     assert (as_json["text"], as_json["thought"]) == ("Una interfaz.", "Pienso algo.")
+    server.pieces = ["<think>", "\nPienso", " y", " y"] + [" y"] * 600
+    cut = CliRunner().invoke(ask_command, ["Hola", *where], obj={"quiet": True})
+    assert not cut.stdout.strip()
+    assert cut.stderr.endswith(" tokens within its thought)\n")
 
 
 def test_ask_takes_a_question_that_begins_with_a_dash(server: FakeOllama, recipe_file: Path, tmp_path: Path) -> None:

@@ -117,7 +117,8 @@ def ask_command(
         return
     shown.close()
     if answer.finish == "length":
-        terminal.write_note(f"(cut at {answer.tokens} tokens)")
+        within = " within its thought" if answer.thought and not answer.text.strip() else ""
+        terminal.write_note(f"(cut at {answer.tokens} tokens{within})")
 
 
 @click.command("chat")
