@@ -14,6 +14,8 @@ from tutor.prompt.format import PromptFormat, Tokenizer, end_token, served_messa
 from tutor.prompt.messages import Message, conversation, row_answer, row_messages
 from tutor.prompt.tutor_format import TUTOR
 
+LINE = "\n"
+"""Text before a continuation whose ids are cut off."""
 Pair = tuple[list[int], list[int]]
 """Ids of a prompt, and ids of its answer with the end-of-turn token."""
 
@@ -94,8 +96,15 @@ def _encode_answer(tokenizer: Tokenizer, prompt: PromptFormat, messages: Sequenc
 
 
 def continuation_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the ids of a text that continues a prompt."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    """Return the ids of a text that continues a prompt: without the blank that SentencePiece puts before a text."""
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    before, alone, together = (
+        list(tokenizer(each, add_special_tokens=False)["input_ids"]) for each in (LINE, "a", LINE + "a")
+    )
+    continued = list(tokenizer(LINE + text, add_special_tokens=False)["input_ids"])
+    if before + alone == together or not before == together[: len(before)] == continued[: len(before)]:
+        return ids
+    return continued[len(before) :]
 
 
 def adds_bos(tokenizer: Tokenizer) -> bool:

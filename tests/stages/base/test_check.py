@@ -84,16 +84,6 @@ def removed(name: str) -> Change:
     return lambda model: (model / name).unlink()
 
 
-def sentencepiece(model: Path) -> None:
-    path = model / "tokenizer.json"
-    tokenizer = json.loads(path.read_text("utf-8"))
-    edit(path, model={**tokenizer["model"], "byte_fallback": True}, normalizer={"type": "Prepend", "prepend": "▁"})
-
-
-def model_alone(model: Path) -> None:
-    (model / "tokenizer.json").rename(model / "tokenizer.model")
-
-
 def stale_single(model: Path) -> None:
     (model / "model.safetensors").rename(model / "kept")
     shutil.copy(model / "kept", model / "model.safetensors")
@@ -158,8 +148,6 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "tokenizer of another version": (tokenizer(version="9"), "cannot load the tokenizer of"),
     "BOS is a number": (lambda model: edit(model / "tokenizer_config.json", bos_token=1), "bos_token has to be either"),
     "dtype is a list": (config(dtype=[None]), "cannot load the tokenizer of"),
-    "SentencePiece": (sentencepiece, "has a SentencePiece tokenizer: llama.cpp adds a blank after special tokens"),
-    "tokenizer.model alone": (model_alone, "has a SentencePiece tokenizer: llama.cpp adds a blank after"),
 }
 
 

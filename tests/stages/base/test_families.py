@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.models.families import FAMILIES, WINDOWED, family_folder
+from support.models.families import FAMILIES, PREFIXED, WINDOWED, family_folder
 from support.models.tiny_models import edit, recipe, spanish, tensors
 from support.shared import copied, shared
 
@@ -22,9 +22,10 @@ from tutor.formats.models.gguf_metadata import check_gguf, implied_metadata
 from tutor.formats.models.gguf_weights import check_exact, weights_of
 from tutor.formats.models.model_config import check_model_config, equal_length
 from tutor.formats.models.model_folder import load_tokenizer
+from tutor.prompt.encoding import continuation_ids
 from tutor.stages.base import stage as base
-from tutor.stages.base.check import canary_text
-from tutor.stages.base.from_gguf import make_folder
+from tutor.stages.base.check import canary_text, plain_canary_text
+from tutor.stages.base.package.folder import make_folder
 from tutor.stages.parity.gate import SAME_WEIGHTS
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.llamacpp]
@@ -74,8 +75,34 @@ def test_conversion_of_each_family_equals_its_folder(
         family.reference,
     )
     tokenizer = load_tokenizer(model)
-    text = canary_text(tokenizer.eos_token)
+    text = plain_canary_text() if name == PREFIXED else canary_text(tokenizer.eos_token)
     assert tokenize(path, text) == tokenizer(text)["input_ids"]
+
+
+def test_blank_behind_control_tokens_is_known_and_no_base_prompt(
+    tmp_path: Path, tmp_path_factory: Any, real: None
+) -> None:
+    """llama.cpp puts a blank before a text behind a control token, this tokenizer before the first one alone."""
+    model = family_folder(tmp_path_factory, PREFIXED)
+    assert checked(model, tmp_path / "out")["check"]["control_texts_differ"] == 1
+    wanted = recipe(tmp_path / "r.toml", base={"source": f"path:{model}"}, prompt="base", **LENGTHS)
+    with pytest.raises(ArtifactError, match=r"gives other ids in llama.cpp: at id 2 of .* expected \[.*\], found \["):
+        base.run(wanted, {}, tmp_path / "out")
+
+
+def test_answer_continues_a_prompt_without_another_blank(tmp_path_factory: Any) -> None:
+    tokenizer = load_tokenizer(family_folder(tmp_path_factory, PREFIXED))
+    for prompt, answer in (("Instrucción: x\nRespuesta:", " Una tupla.\n  let"), ("a", "\n\nb"), ("a:", "```ts")):
+        whole = tokenizer(prompt + answer)["input_ids"]
+        assert tokenizer(prompt)["input_ids"] + continuation_ids(tokenizer, answer) == whole
+    assert tokenizer(" Una", add_special_tokens=False)["input_ids"] != continuation_ids(tokenizer, "Una")
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != PREFIXED])
+def test_continuation_of_other_tokenizers_is_the_text_alone(tmp_path_factory: Any, name: str) -> None:
+    tokenizer = load_tokenizer(family_folder(tmp_path_factory, name))
+    for text in (" Una tupla.", "\n\n  let x = 1;", "x"):
+        assert continuation_ids(tokenizer, text) == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {

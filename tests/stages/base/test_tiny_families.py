@@ -1,4 +1,4 @@
-"""stages/base/tiny_families.py: the tiny model of each family, which transformers loads, with tiny_templates.py."""
+"""stages/base/tiny_families.py and tiny_sentencepiece.py: the tiny model of each family, which transformers loads, with tiny_templates.py."""
 
 import json
 from pathlib import Path
@@ -26,9 +26,7 @@ def test_tiny_model_loads_and_its_template_holds_the_texts(tmp_path_factory: pyt
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert type(model).__name__ == ARCHITECTURES[FAMILIES[name].model_type].class_name
-    assert len(tokenizer) < VOCABULARY
-    rows = VOCABULARY if FAMILIES[name].padded else len(tokenizer)
-    assert model.get_input_embeddings().weight.shape[0] == rows
+    assert model.get_input_embeddings().weight.shape[0] == VOCABULARY > len(tokenizer)
     messages = [{"role": "user", "content": "¿Qué es 3?"}, {"role": "assistant", "content": "Un número."}]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert 0 < text.index("¿Qué es 3?") < text.index("Un número.")

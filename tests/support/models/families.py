@@ -7,9 +7,9 @@ import pytest
 from support.models.tiny_models import SEED, spanish
 from support.shared import shared
 from tutor.stages.base import tiny_families
-from tutor.stages.base.tiny_families import BIASED, FAMILIES, VOCABULARY, WINDOWED
+from tutor.stages.base.tiny_families import BIASED, FAMILIES, PREFIXED, VOCABULARY, WINDOWED
 
-__all__ = ["BIASED", "FAMILIES", "VOCABULARY", "WINDOWED", "family_folder", "make_family"]
+__all__ = ["BIASED", "FAMILIES", "PREFIXED", "VOCABULARY", "WINDOWED", "family_folder", "make_family"]
 
 
 def family_folder(factory: pytest.TempPathFactory, name: str) -> Path:

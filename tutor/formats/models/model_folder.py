@@ -31,9 +31,10 @@ EMBEDDING = "model.embed_tokens.weight"
 CANARIES = (
     "¿Qué es una interfaz en TypeScript? El niño preguntó: «¿y los genéricos?».",
     "function suma(a: number): number {\n  if (a > 0) {\n    return a + 1;\n  }\n\treturn 0;\n}\n",
-    "  dos espacios, 12345 números, `código` y … ¡ñandú!\r\nÁÉÍÓÚ ü 👩‍💻",
+    "x  dos espacios, 12345 números, `código` y … ¡ñandú!\r\nÁÉÍÓÚ ü 👩‍💻",
 )
-"""Texts that a tokenizer must decode unchanged; transformers 5.3.0 to 5.21.1 dropped the blanks (docs/facts.md, 2)."""
+"""Texts that a tokenizer must decode unchanged; transformers 5.3.0 to 5.21.1 dropped the blanks (docs/facts.md, 2).
+None begins with a blank, which SentencePiece loses."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -26,9 +27,13 @@ from tutor.formats.models.model_config import is_tied
 from tutor.formats.models.model_folder import CANARIES, EMBEDDING, Facts, is_refusal, load_tokenizer, reason
 from tutor.formats.models.safetensors import Stored, folder_weights
 from tutor.formats.models.tensor_streams import largest_magnitude, pieces
+from tutor.prompt.base_format import BaseFormat
 from tutor.prompt.messages import conversation
 from tutor.prompt.tutor_format import completion, render
 from tutor.recipe.quantizations import BF16, F16
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -64,14 +69,19 @@ def check_base(model: Path, facts: Facts, scratch: Path) -> dict[str, int]:
         to_gguf(Conversion(model, gguf, facts.pre_tokenizer, vocabulary_only=True))
         if lines := vocabulary_differences(gguf, expected):
             raise ArtifactError(f"llama.cpp reads {model} otherwise than transformers: {'; '.join(lines)}", AGAIN)
-        tokens = _check_ids(model, gguf)
-    return {"tensors": len(stored), "metadata": len(vars(expected)), "tokens": tokens}
+        ids = _check_ids(model, gguf, facts)
+    return {"tensors": len(stored), "metadata": len(vars(expected)), **ids}
 
 
 def canary_text(eos: str) -> str:
     """Return the text that both tokenizers must make the same ids of: prose, code, a prompt and its answer, EOS."""
+    return f"{plain_canary_text()}\n¿Qué es {eos} y a{eos}b?"
+
+
+def plain_canary_text() -> str:
+    """Return `canary_text` without the text of a control token."""
     prompt = render(conversation("¿Cuánto es 7 + 3?", "Eres un tutor.")) + completion("Son 10.")
-    return "\n".join((*CANARIES, prompt, f"¿Qué es {eos} y a{eos}b?"))
+    return "\n".join((*CANARIES, prompt))
 
 
 def _check_tensors(model: Path, stored: Mapping[str, Stored]) -> None:
@@ -136,14 +146,35 @@ def _check_values(tensor: Stored, kind: str) -> None:
         raise ArtifactError(f"{tensor.path}: {tensor.name} holds NaN or a number beyond {LARGEST[kind]}", AGAIN)
 
 
-def _check_ids(model: Path, gguf: Path) -> int:
-    """Return the number of ids of `canary_text`. Raises ArtifactError where llama.cpp's are others."""
+def _check_ids(model: Path, gguf: Path, facts: Facts) -> dict[str, int]:
+    """Compare the ids of texts; return their number, and whether texts with control tokens have others by rule.
+
+    Raises ArtifactError where llama.cpp's ids are others: of prose, code and prompts for every tokenizer, of a text
+    with control tokens unless SentencePiece puts no blank behind them and llama.cpp does.
+    """
     tokenizer = load_tokenizer(model)
     text = canary_text(tokenizer.eos_token)
-    ours: list[int] = tokenizer(text)["input_ids"]
-    theirs = tokenize(gguf, text)
+    prompts = [text]
+    if sentencepiece := not facts.pre_tokenizer:
+        prompts = [plain_canary_text()]
+    if facts.prompt:
+        messages = [*conversation("¿Cuánto es 7 + 3?"), {"role": "assistant", "content": "Son 10."}]
+        prompts.append(BaseFormat.from_json(facts.prompt).render([*messages, *conversation("¿Y 7 - 3?")]))
+    count = 0
+    for prompt in prompts:
+        ours: list[int] = tokenizer(prompt)["input_ids"]
+        _require_equal(model, ours, tokenize(gguf, prompt), tokenizer)
+        count += len(ours)
+    differ = sentencepiece and tokenizer(text)["input_ids"] != tokenize(gguf, text)
+    if differ:
+        log.warning("%s: after the text of a control token in a question, llama.cpp's ids differ by a blank", model)
+    return {"tokens": count, "control_texts_differ": int(differ)}
+
+
+def _require_equal(model: Path, ours: list[int], theirs: list[int], tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raise ArtifactError with the ids around the first difference."""
     if ours == theirs:
-        return len(ours)
+        return
     at = next(at for at, (left, right) in enumerate(itertools.zip_longest(ours, theirs)) if left != right)
     part = slice(max(at - CONTEXT, 0), at + CONTEXT)
     raise ArtifactError(

@@ -43,13 +43,16 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     lengths = {"train.max_length": recipe.train.max_length, "generate.context": recipe.generate.context}
     require_equal_lengths(lengths, config, model)
     check_quantization(recipe, config, model)
+    if is_sentencepiece(model / "tokenizer.json") and recipe.system[:1].isspace():
+        raise RecipeError("system begins with a blank: llama.cpp would double it for this base", "remove the blank")
     if ignored := ignored_weights(model):
         log.info("%s: ignoring %s; what its index names counts, or model.safetensors", model, ", ".join(ignored))
     facts = facts_of(model, recipe.base.source, "model" if model == out / "model" else str(model))
     from tutor.stages.base.check import check_base
     from tutor.stages.base.template import prompt_facts
 
-    facts = replace(facts, prompt=prompt_facts(recipe, model, facts), check=check_base(model, facts, out))
+    facts = replace(facts, prompt=prompt_facts(recipe, model, facts))
+    facts = replace(facts, check=check_base(model, facts, out))
     (out / "base.json").write_text(json.dumps(asdict(facts), ensure_ascii=False, indent=1) + "\n", "utf-8")
     versions = {"llama.cpp": f"of llama_cpp_python {VERSION}, build {build_key()}"}
     versions |= {name: version_text(name) for name in ("transformers", "tokenizers")}
@@ -77,7 +80,7 @@ def _model_folder(recipe: "Recipe", model: Path) -> Path:
         return model
     if found := PACKAGE.fullmatch(source):
         gguf = package_file(found["module"], found["file"])
-        from tutor.stages.base.from_gguf import make_folder
+        from tutor.stages.base.package.folder import make_folder
 
         make_folder(gguf, model, found["module"])
         return model
@@ -90,19 +93,17 @@ def _model_folder(recipe: "Recipe", model: Path) -> Path:
 
 def facts_of(model: Path, source: str, name: str) -> Facts:
     """Return the facts of a base. Raises ArtifactError when its tokenizer fails a check or does not fit the weights."""
-    if is_sentencepiece(model / "tokenizer.json"):
-        raise ArtifactError(
-            f"{model} has a SentencePiece tokenizer: llama.cpp adds a blank after special tokens, transformers none",
-            "name a base with a byte-level BPE, such as Llama 3's",
-        )
     tokenizer = load_tokenizer(model)
     config = read_json(model / "config.json")
     vocabulary = _embedding_rows(model)
     if vocabulary != config.get("vocab_size"):
         problem = f"config.json says vocab_size {config.get('vocab_size')}, the weights have {vocabulary} rows"
         raise ArtifactError(f"{model}: {problem}", "fetch it again")
-    if len(tokenizer) > vocabulary:
+    beyond = [token for token, id_ in tokenizer.get_vocab().items() if id_ >= vocabulary]
+    if any(not tokenizer.added_tokens_decoder[tokenizer.get_vocab()[token]].special for token in beyond):
         raise ArtifactError(f"{model}: the tokenizer has {len(tokenizer)} tokens, the weights {vocabulary}")
+    if beyond:  # as Gemma's <image_soft_token>: a row that holds one is refused as one with a control token
+        log.info("%s: no weights for %s, which no text may hold", model, ", ".join(beyond))
     if tokenizer.eos_token_id is None:
         raise ArtifactError(f"{model}: the tokenizer has no EOS token, so no answer could learn to end")
     if tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]:
@@ -117,9 +118,18 @@ def facts_of(model: Path, source: str, name: str) -> Facts:
         add_bos=adds_bos(tokenizer),
         bos=tokenizer.bos_token_id,
         eos=tokenizer.eos_token_id,
-        pad=tokenizer.pad_token_id,
+        pad=tokenizer.pad_token_id if _is_in_file(model, tokenizer.pad_token) else None,
         pre_tokenizer=pre_tokenizer_name(model / "tokenizer.json"),
     )
+
+
+def _is_in_file(model: Path, token: str | None) -> bool:
+    """Whether tokenizer.json has a token: some classes of transformers add their own default where a file has none."""
+    path = model / "tokenizer.json"
+    if not path.exists():
+        return True
+    held = read_json(path)
+    return token in held["model"]["vocab"] or any(each["content"] == token for each in held.get("added_tokens", ()))
 
 
 def _embedding_rows(model: Path) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 from tutor.formats.architectures import ARCHITECTURES
 from tutor.formats.models.pre_tokenizer import LLAMA3, TEKKEN
+from tutor.stages.base.tiny_sentencepiece import write_sentencepiece
 from tutor.stages.base.tiny_templates import CHATML, HEADERS, INST, MODES, OPENS, SWITCHED, TURNS
 
 VOCABULARY = 768
@@ -23,6 +24,8 @@ QWEN2 = LLAMA3.replace("{1,3}", "")
 """Split pattern of Qwen 2 and 3: Llama 3's, with each digit alone."""
 BIASED = "llama_bias"
 """Name of the Llama whose linear layers have biases."""
+PREFIXED = "llama_sentencepiece"
+"""Name of the Llama whose tokenizer puts a blank before a text, as those of Llama 2 and Mistral 7B."""
 WINDOWED = "mistral_window"
 """Name of the Mistral with a sliding window."""
 DISTILLED = "qwen2_r1"
@@ -44,7 +47,7 @@ class Family:
     pad: str | None = None
     nfc: bool = False
     layers: int = 2
-    padded: bool = True  # the embedding has more rows than the tokenizer has tokens
+    sentencepiece: str = ""  # class of its tokenizer, without `split`
     config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -69,18 +72,21 @@ _QWEN = Family("qwen2", QWEN2, CHATML, bos=None, eos="<|im_end|>", pad="<|endoft
 _MISTRAL = Family("mistral", TEKKEN, INST, bos="<s>", eos="</s>", others=("[INST]", "[/INST]"))
 _GEMMA = Family(
     "gemma3_text",
-    LLAMA3,
+    "",
     TURNS,
     bos="<bos>",
     eos="<eos>",
     pad="<pad>",
     others=("<start_of_turn>", "<end_of_turn>"),
+    sentencepiece="GemmaTokenizer",
     layers=7,
-    padded=False,
     config={"head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": 8},
 )
 FAMILIES: Mapping[str, Family] = {
     "llama": _LLAMA,
+    PREFIXED: replace(
+        _MISTRAL, model_type="llama", split="", sentencepiece="LlamaTokenizer", config={"max_position_embeddings": 2048}
+    ),
     BIASED: replace(_LLAMA, config={"attention_bias": True, "mlp_bias": True}),
     "qwen2": replace(_QWEN, nfc=True, config=TIED),
     DISTILLED: replace(
@@ -129,11 +135,14 @@ def make_family(folder: Path, name: str, text: str, seed: int, *, warm: bool = F
 
     family = FAMILIES[name]
     folder.mkdir(parents=True, exist_ok=True)
-    ids = _write_tokenizer(folder, family, text)
+    if family.sentencepiece:
+        ids = write_sentencepiece(folder, text, family.named, family.others, (family.sentencepiece, family.template))
+    else:
+        ids = _write_tokenizer(folder, family, text)
     class_name = ARCHITECTURES[family.model_type].class_name
     model_class = getattr(transformers, class_name)
     settings = {
-        "vocab_size": VOCABULARY if family.padded else len(ids),
+        "vocab_size": VOCABULARY,
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": family.layers,
@@ -182,10 +191,11 @@ def _make_rare(model: Any, tokenizer: Mapping[str, Any]) -> None:
     import torch
 
     special = [token["id"] for token in tokenizer["added_tokens"]]
+    last = max(*special, *tokenizer["model"]["vocab"].values())
     with torch.no_grad():
         for table in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
             table[special] *= 0.5
-            table[max(special) + 1 :] = 0
+            table[last + 1 :] = 0
 
 
 def _write_tokenizer(folder: Path, family: Family, text: str) -> dict[str, int]:

@@ -31,6 +31,8 @@ TURNS = (
     " También: `[x: number, y: number]`.\n",
     "Escribe una función que la reciba.",
 )
+CONTROL_TEXTS = "special tokens"
+"""Name of the conversation of SPECIALS."""
 FILLER = "El compilador comprueba los tipos antes de ejecutar nada; 3 veces de 4, basta con leer su mensaje.\n"
 """Sentence of the longest conversation, repeated up to the context."""
 
@@ -64,7 +66,7 @@ def make_conversations(
         Conversation(f"held-out {number}", messages, "everywhere", answer)
         for number, (messages, answer) in enumerate(zip(asked, answers, strict=True), 1)
     ]
-    fixed = {"accents": ACCENTS, "code": CODE, "emoji": EMOJI, "special tokens": SPECIALS}
+    fixed = {"accents": ACCENTS, "code": CODE, "emoji": EMOJI, CONTROL_TEXTS: SPECIALS}
     made += [Conversation(name, _messages(system, text), "everywhere") for name, text in fixed.items()]
     made.append(Conversation("several turns", _messages(system, *TURNS), "everywhere"))
     own = prompt.kind == "tutor"  # engines write an empty system text and a prefill by a base's template in other ways

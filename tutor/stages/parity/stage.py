@@ -29,7 +29,7 @@ from tutor.prompt.format import PromptFormat
 from tutor.recipe.quantizations import BF16
 from tutor.stages.parity import collect
 from tutor.stages.parity.compare import Observation
-from tutor.stages.parity.conversations import Conversation, composed, make_conversations
+from tutor.stages.parity.conversations import CONTROL_TEXTS, Conversation, composed, make_conversations
 from tutor.stages.parity.gate import SAME_WEIGHTS, HandOff, Kind, hand_off, quantization_tolerance, refusal
 from tutor.stages.parity.record import REFERENCE, to_record
 
@@ -58,6 +58,9 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     require_equal_lengths({"generate.context": recipe.generate.context}, config, inputs["merge"])
     prompt = read_format(recipe, inputs["base"])
     conversations = _conversations(tokenizer, recipe, inputs["data"], prompt)
+    if read_facts(inputs["base"])[0].check.get("control_texts_differ"):
+        log.warning("not compared: a question with the text of a control token, after which llama.cpp adds a blank")
+        conversations = tuple(item for item in conversations if item.name != CONTROL_TEXTS)
     served = served_quantization(recipe.ollama.quantization, inputs["ladder"])
     items = [collect.tokenize(tokenizer, conversation, prompt) for conversation in conversations]
     bos = tokenizer.bos_token or "" if prompt.kind == "tutor" or adds_bos(tokenizer) else ""

@@ -1,4 +1,4 @@
-"""stages/base/from_gguf.py, gguf_config.py and gguf_tokenizer.py: the model in a Python package."""
+"""stages/base/package: the model in a Python package (folder.py, config.py, tokenizer.py)."""
 
 import json
 import struct
@@ -16,7 +16,7 @@ from tutor.formats.models.gguf import read_gguf
 from tutor.formats.models.gguf_weights import check_names, error_sums, weights_of
 from tutor.formats.models.model_folder import read_facts
 from tutor.stages.base import stage as base
-from tutor.stages.base.from_gguf import make_folder
+from tutor.stages.base.package.folder import make_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

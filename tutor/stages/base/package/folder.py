@@ -23,8 +23,8 @@ from tutor.formats.models.gguf_metadata import metadata_of
 from tutor.formats.models.gguf_weights import NORM, all_rows, file_rows
 from tutor.formats.models.model_config import check_model_config
 from tutor.formats.models.safetensors import make_header
-from tutor.stages.base.gguf_config import config_of
-from tutor.stages.base.gguf_tokenizer import write_tokenizer
+from tutor.stages.base.package.config import config_of
+from tutor.stages.base.package.tokenizer import write_tokenizer
 
 log = logging.getLogger(__name__)
 
