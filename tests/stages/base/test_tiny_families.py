@@ -1,4 +1,4 @@
-"""stages/base/tiny_families.py and tiny_sentencepiece.py: the tiny model of each family, which transformers loads, with tiny_templates.py."""
+"""stages/base/tiny_families.py, tiny_sentencepiece.py and tiny_templates.py: tiny models that transformers loads."""
 
 import json
 from pathlib import Path
