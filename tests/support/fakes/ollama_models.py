@@ -27,7 +27,8 @@ MARK = field("fake.facts", 8, b"")
 """Bytes before the facts in a file."""
 
 
-def gguf(  # noqa: PLR0913 - the facts of a file
+def gguf(
+    *,
     quantization: str = "Q8_0",
     chat_template: str = "",
     kind: str = "model",
