@@ -198,7 +198,8 @@ def published_lines(result: Mapping[str, Any]) -> list[str]:
     older = [f"Forced although it is of an older state: {line}" for line in result.get("edited", ())]
     if not result["published"]:
         return [f"Nothing to do: {where} is already served as {result['model']}.", *older]
-    checked = f"{result['prompts']} prompts as in training; answer: {display_text(result['answer'])!r}"
+    thought = f"thought: {result['thought']!r:.120}; " if "thought" in result else ""
+    checked = f"{result['prompts']} prompts as in training; {thought}answer: {display_text(result['answer'])!r}"
     older += [f"Not checked by the parity gate: {line}" for line in result.get("not_checked", ())]
     compared = parity_table([result["parity"]]) if "parity" in result else []
     compared += promotion_lines(result["promotion"]) if "promotion" in result else []

@@ -12,6 +12,7 @@ health    state of a server: address, version, GPU
 prompts   the rendered prompts, compared with those of training
 engine    one model of the server as an `Engine`
 trace     greedy traces
+served_model  whether a model on the server is what was sent: its description, one answer and its thought
 
 Does not decide which model is published or promoted (serving/ does), and does not install or start a server.
 """
