@@ -1,4 +1,4 @@
-"""The base's own chat template on a real Ollama: tiny models of ChatML and of R1 through the whole chain.
+"""The base's own chat template on a real Ollama: a tiny Llama, and a SmolLM3 with thoughts, through the whole chain.
 
 They run where TUTOR_TEST_OLLAMA names a server that may be written to, as test_real_ollama.py does:
 
@@ -20,6 +20,7 @@ from tutor.engines.ollama.client import Ollama, connect
 from tutor.engines.ollama.engine import OllamaServer, serve
 from tutor.engines.protocol import Generation
 from tutor.errors import GateError
+from tutor.formats.models.model_folder import read_facts
 from tutor.pipeline import runner
 from tutor.prompt.messages import conversation
 from tutor.recipe.reading import read_recipe
@@ -27,7 +28,7 @@ from tutor.recipe.settings import Recipe
 from tutor.serving import builds, matrix, publish
 from tutor.serving.chat import Terminal, converse
 from tutor.serving.models import prompt_of
-from tutor.stages.base.tiny_families import CHATML, DISTILLED
+from tutor.stages.base.tiny_families import CHATML
 
 HOST = os.environ.get("TUTOR_TEST_OLLAMA", "")
 pytestmark = [
@@ -36,7 +37,7 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(not HOST, reason="no real Ollama: set TUTOR_TEST_OLLAMA to the host of one to write to"),
 ]
-CELLS = (matrix.Cell("qwen2", "base"), matrix.Cell(DISTILLED, "base", "rows"))
+CELLS = (matrix.Cell("llama", "base"), matrix.Cell("smollm3", "base", "rows"))
 QUESTIONS = ("¿Cuánto es 2 + 3?", "Declara la constante `n2` con el valor 4.")
 GREEDY = Generation(max_new_tokens=40, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=7, stops=())
 
@@ -80,7 +81,7 @@ def folder_of(chain: Recipe) -> BuildFolder:
 def test_server_renders_the_template_in_the_file(chain: Recipe, published: str, api: Ollama) -> None:
     prompt = prompt_of(chain, folder_of(chain))
     shown = api.show(published) or {}
-    assert shown["template"] == prompt.chat_template(add_bos=chain.reasoning == "rows")
+    assert shown["template"] == prompt.chat_template(add_bos=read_facts(folder_of(chain).stage("base"))[0].add_bos)
     assert ("thinking" in shown["capabilities"]) is (chain.reasoning == "rows")
     assert publish.compare_published(chain, chain.path.parent, host=HOST)["hand_offs"][0]["state"] == "same"
 
@@ -131,9 +132,9 @@ def test_template_that_ollama_knows_is_refused_by_its_name(
         pytest.skip("Ollama knows no template with thoughts")
     assert published
     target = tmp_path / "plain.gguf"
-    to_gguf(Conversion(folder_of(chain).stage("merge"), target, "qwen2", chat_template=CHATML))
+    to_gguf(Conversion(folder_of(chain).stage("merge"), target, "llama-bpe", chat_template=CHATML))
     prompt = prompt_of(chain, folder_of(chain))
-    given = {"prompt": prompt, "family": "qwen2", "own_template": CHATML}
+    given = {"prompt": prompt, "family": "llama", "own_template": CHATML}
     model = builds.read_model(folder_of(chain).stage("modelfile"), "F16", **given)
     plain = replace(model, files={target.name: target})
     with pytest.raises(GateError, match=r"template is .*range .Messages.* instead of .*took it for 'chatml'"):

@@ -11,13 +11,11 @@ from typing import Any
 import pytest
 from support.fakes import ollama as fake
 from support.fakes.ollama import FakeOllama, write_gguf
-from support.models.chat_templates import CHATML, FACTS
 from support.outputs.published import SYSTEM
 
 from tutor.artifacts.hashing import file_sha256
 from tutor.engines.ollama.client import Ollama, connect
 from tutor.errors import ArtifactError, GateError, RecipeError, ServiceError
-from tutor.prompt.template_analysis import analyse_template
 from tutor.prompt.tutor_format import GO_TEMPLATE, STOPS
 from tutor.serving import builds
 from tutor.serving.builds import (
@@ -189,38 +187,6 @@ def test_gguf_with_the_r1_template_is_refused_with_a_reason(server: FakeOllama, 
         put(model, api)
     assert len(server.models) == 2, "the refused build is deleted"
     assert served(server) == SYSTEM
-
-
-def own_template(model: Model, template: str) -> Model:
-    """Return the model with the template of its base, as the file has it."""
-    prompt = analyse_template(template, FACTS, where="base", reasoning="none")
-    written = prompt.chat_template(add_bos=True)
-    write_gguf(next(iter(model.files.values())), chat_template=written, family="qwen2")
-    settings = {"system": SYSTEM, "parameters": {name: PARAMETERS[name] for name in ("num_ctx", "seed")}}
-    return replace(model, settings=settings, prompt=prompt, family="qwen2", own_template=written)
-
-
-def test_template_of_the_base_is_served_without_ours(server: FakeOllama, api: Ollama, model: Model) -> None:
-    result = put(own_template(model, CHATML), api)
-    assert (result["published"], result["prompts"]) == (True, 7)
-    assert "template" not in server.bodies("POST /api/create")[0]
-    assert put(own_template(model, CHATML), api)["published"] is False
-
-
-def test_template_of_the_base_that_ollama_replaces_is_refused(server: FakeOllama, api: Ollama, model: Model) -> None:
-    own, known = own_template(model, CHATML), fake.KNOWN["chatml"][0]
-    write_gguf(next(iter(model.files.values())), chat_template=known, family="qwen2")
-    with pytest.raises(GateError, match=r"template is .*range .Messages.*Ollama took it for 'chatml'"):
-        put(replace(own, own_template=known), api)
-    assert server.models == {}
-    with pytest.raises(GateError, match=r"family is 'qwen2' instead of 'llama'"):
-        put(replace(own_template(model, CHATML), family="llama"), api)
-
-
-def test_older_server_renders_no_template_of_a_base(server: FakeOllama, api: Ollama, model: Model) -> None:
-    server.version = "0.29.1"
-    with pytest.raises(ServiceError, match=r"0\.30 or newer is needed: older ones do not render the chat template in"):
-        put(own_template(model, CHATML), api)
 
 
 def test_parser_keeps_ollama_from_the_template_of_the_gguf(api: Ollama, model: Model) -> None:
