@@ -33,6 +33,7 @@ class Architecture:
     model_type: str  # of config.json
     class_name: str  # the class of transformers with whose tensors every base is compared
     gguf: str  # general.architecture, and the prefix of the family's keys
+    multimodal: str = ""  # model_type of checkpoints with images whose text model is of this family
     permuted: tuple[str, ...] = ()  # modules in a GGUF whose rows the converter reorders, by heads
     norm_offset: float = 0.0  # what the converter adds to the weights of norms
     wide: bool = False  # activations overflow in FP16: compute in BF16 or FP32, store merged weights and GGUF in BF16
@@ -102,6 +103,7 @@ _ROWS = (
         "gemma3_text",
         "Gemma3ForCausalLM",
         "gemma3",
+        multimodal="gemma3",
         norm_offset=1.0,
         wide=True,
         activation="hidden_activation",

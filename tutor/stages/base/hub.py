@@ -15,12 +15,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from tutor.artifacts.disk import read_json
 from tutor.artifacts.hashing import file_sha256
 from tutor.errors import ArtifactError, HostError, RecipeError, ServiceError, TutorError
 from tutor.formats.models.model_config import check_model_config
 from tutor.formats.models.safetensors import WEIGHTS
 from tutor.recipe.values import KNOWN
+from tutor.stages.base.text_tower import text_config
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -46,7 +46,7 @@ def fetch_snapshot(repo: str, revision: str) -> Path:
     hub = _client()
     _check_token()
     config = Path(_from_hub(hub.hf_hub_download, repo, revision, filename="config.json"))
-    check_model_config(read_json(config), f"{repo}@{revision}")
+    check_model_config(text_config(config.parent), f"{repo}@{revision}")
     log.info("fetching %s@%s: about 16 GB for 8 billion parameters, once", repo, revision[:12])
     folder = Path(_from_hub(hub.snapshot_download, repo, revision, allow_patterns=list(FILES)))
     _check_hashes(folder)

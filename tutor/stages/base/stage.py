@@ -87,8 +87,18 @@ def _model_folder(recipe: "Recipe", model: Path) -> Path:
     if found := HUB.fullmatch(source):
         from tutor.stages.base.hub import fetch_snapshot
 
-        return fetch_snapshot(found["repo"], found["revision"])
-    return local_folder(recipe, source)
+        return _text_folder(fetch_snapshot(found["repo"], found["revision"]), model)
+    return _text_folder(local_folder(recipe, source), model)
+
+
+def _text_folder(folder: Path, model: Path) -> Path:
+    """The folder itself; of a multimodal checkpoint its text model, made in `model`."""
+    from tutor.stages.base.text_tower import extract_text, is_multimodal
+
+    if not is_multimodal(read_json(folder / "config.json")):
+        return folder
+    extract_text(folder, model)
+    return model
 
 
 def facts_of(model: Path, source: str, name: str) -> Facts:

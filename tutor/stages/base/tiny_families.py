@@ -80,7 +80,7 @@ _GEMMA = Family(
     others=("<start_of_turn>", "<end_of_turn>"),
     sentencepiece="GemmaTokenizer",
     layers=7,
-    config={"head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": 8},
+    config={**TIED, "head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": 8},
 )
 FAMILIES: Mapping[str, Family] = {
     "llama": _LLAMA,
