@@ -12,7 +12,7 @@ from tutor.machine import host, run_cost
 from tutor.machine.matmul_rate import MatmulRates
 from tutor.machine.memory.estimate import trainable_parameters
 from tutor.machine.run_cost import RunWorkload, disk_bytes, estimate_seconds, gguf_bytes
-from tutor.recipe.quantizations import F16, KINDS
+from tutor.recipe.quantizations import BF16, F16, KINDS
 from tutor.recipe.settings import DataSettings, OllamaSettings, Recipe
 
 WORK = RunWorkload(
@@ -49,7 +49,7 @@ def test_gguf_bytes_bound_real_files_closely(kind, size):
 
 
 def test_gguf_bytes_exist_for_every_quantization():
-    assert {F16, *KINDS} == set(run_cost.GGUF_BITS)
+    assert {F16, BF16, *KINDS} == set(run_cost.GGUF_BITS)
     sizes = [gguf_bytes(LARGE, kind) for kind in ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "F16")]
     assert sizes == sorted(sizes)
 

@@ -99,6 +99,8 @@ def test_stage_stays_up_to_date_when_other_settings_change(recipe_file, build, a
     assert conditions(edited(recipe_file, "[data]", after), build)["data"] == "up to date"
 
 
+TRACKERS = ("train", "report_to")
+"""Receives the losses of a training and changes nothing of it."""
 SETTINGS = [("seed",), ("system",)] + [
     (section, name)
     for section, values in Recipe()
@@ -106,7 +108,7 @@ SETTINGS = [("seed",), ("system",)] + [
     for name in type(values).model_fields
     # Files count by their content.
     if (section, name)
-    not in {("data", "train"), ("data", "eval"), ("evaluate", "paraphrases"), ("evaluate", "general")}
+    not in {("data", "train"), ("data", "eval"), ("evaluate", "paraphrases"), ("evaluate", "general"), TRACKERS}
 ]
 
 
