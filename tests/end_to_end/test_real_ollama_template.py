@@ -1,4 +1,4 @@
-"""The base's own chat template on a real Ollama: a tiny Llama, and a SmolLM3 with thoughts, through the whole chain.
+"""The template of the base on a real Ollama: a tiny Llama, and a Qwen2 with the thoughts of R1, in the whole chain.
 
 They run where TUTOR_TEST_OLLAMA names a server that may be written to, as test_real_ollama.py does:
 
@@ -28,7 +28,7 @@ from tutor.recipe.settings import Recipe
 from tutor.serving import builds, matrix, publish
 from tutor.serving.chat import Terminal, converse
 from tutor.serving.models import prompt_of
-from tutor.stages.base.tiny_families import CHATML
+from tutor.stages.base.tiny_families import CHATML, DISTILLED
 
 HOST = os.environ.get("TUTOR_TEST_OLLAMA", "")
 pytestmark = [
@@ -37,7 +37,7 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(not HOST, reason="no real Ollama: set TUTOR_TEST_OLLAMA to the host of one to write to"),
 ]
-CELLS = (matrix.Cell("llama", "base"), matrix.Cell("smollm3", "base", "rows"))
+CELLS = (matrix.Cell("llama", "base"), matrix.Cell(DISTILLED, "base", "rows"))
 QUESTIONS = ("¿Cuánto es 2 + 3?", "Declara la constante `n2` con el valor 4.")
 GREEDY = Generation(max_new_tokens=40, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=7, stops=())
 
