@@ -176,6 +176,13 @@ def test_failed_imatrix_leaves_no_file(build: Path, tmp_path: Path) -> None:
 # Conversion
 
 
+def source(folder: Path) -> None:
+    """Make a folder to convert, without weights."""
+    folder.mkdir(exist_ok=True)
+    (folder / "model.safetensors").touch()
+    (folder / "config.json").write_text('{"model_type": "llama"}', "utf-8")
+
+
 @pytest.fixture
 def converter(build: Path, tmp_path: Path) -> Callable[[str], Path]:
     """Make a converter that identifies every tokenizer by a given name, or none; return the build's folder."""
@@ -186,7 +193,7 @@ def converter(build: Path, tmp_path: Path) -> Callable[[str], Path]:
         (build / "conversion" / "base.py").write_text(RECOGNISER, "utf-8")
         (build / "conversion" / "identified.txt").write_text(name, "utf-8")
         write_gguf_package(build)
-        (tmp_path / "model.safetensors").touch()
+        source(tmp_path)
         return build
 
     return make
@@ -263,8 +270,7 @@ def test_failed_second_model_is_named_and_leaves_no_file(converter: Callable[[st
     converter("smollm")
     good, bad = tmp_path / "good", tmp_path / "bad"
     for folder in (good, bad):
-        folder.mkdir()
-        (folder / "model.safetensors").touch()
+        source(folder)
     with pytest.raises(ArtifactError, match=f"cannot convert {bad}: the converter identifies"):
         to_gguf(Conversion(good, tmp_path / "a.gguf", "smollm"), Conversion(bad, tmp_path / "b.gguf", "llama-bpe"))
     assert not list(tmp_path.glob("*.gguf*"))

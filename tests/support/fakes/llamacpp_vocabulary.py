@@ -35,6 +35,9 @@ class SpecialVocab:
         if isinstance(id_, int) and id_ < 0:
             raise ValueError(f"invalid value for special token type {kind}: {id_}")
         self.ids[kind] = id_
+
+    def add_to_gguf(self, *arguments, **options):
+        pass
 """
 
 CONVERTER = """
