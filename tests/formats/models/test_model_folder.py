@@ -5,9 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from support.models.families import family_folder
 
 from tutor.errors import ArtifactError
-from tutor.formats.models.model_folder import Facts, read_facts
+from tutor.formats.models.model_folder import Facts, load_tokenizer, read_facts
 
 
 def test_facts_are_read_with_their_folder(tmp_path):
@@ -20,3 +21,12 @@ def test_facts_are_read_with_their_folder(tmp_path):
     path.write_text(json.dumps({**asdict(facts), "more": 1}))
     with pytest.raises(ArtifactError, match="of another version; run: tutor base"):
         read_facts(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "mistral"])
+def test_accents_are_read_as_llama_cpp_reads_them(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
+    folder = family_folder(tmp_path_factory, name)
+    assert ('"NFC"' in (folder / "tokenizer.json").read_text("utf-8")) is (name == "qwen2")
+    tokenizer = load_tokenizer(folder)
+    for text in ("un cafe\u0301", "un caf\u00e9"):
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text

@@ -32,6 +32,7 @@ CANARIES = (
     "¿Qué es una interfaz en TypeScript? El niño preguntó: «¿y los genéricos?».",
     "function suma(a: number): number {\n  if (a > 0) {\n    return a + 1;\n  }\n\treturn 0;\n}\n",
     "x  dos espacios, 12345 números, `código` y … ¡ñandú!\r\nÁÉÍÓÚ ü 👩‍💻",
+    "un cafe\u0301 con acento aparte",
 )
 """Texts that a tokenizer must decode unchanged; transformers 5.3.0 to 5.21.1 dropped the blanks (docs/facts.md, 2).
 None begins with a blank, which SentencePiece loses."""
@@ -119,6 +120,7 @@ def load_tokenizer(model: Path) -> "PreTrainedTokenizerBase":
             read_json(model / name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        _drop_composition(tokenizer)
         ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in CANARIES]
         decoded = [tokenizer.decode(each, clean_up_tokenization_spaces=False) for each in ids]
     except Exception as error:
@@ -132,6 +134,18 @@ def load_tokenizer(model: Path) -> "PreTrainedTokenizerBase":
                 "another transformers version reads it wrongly: make install",
             )
     return tokenizer
+
+
+def _drop_composition(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Read accents as the text has them: Qwen's tokenizers compose them (NFC), and llama.cpp does not.
+
+    What is trained then has the ids of what is served, also for a text in NFD.
+    """
+    from tokenizers.normalizers import NFC
+
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if core is not None and isinstance(core.normalizer, NFC):
+        core.normalizer = None
 
 
 def is_refusal(error: Exception) -> bool:
