@@ -17,7 +17,7 @@ from tutor.formats.rows.rows import ExampleRow, PromptRow, read_rows
 from tutor.recipe.settings import Recipe
 from tutor.serving import matrix
 from tutor.serving.matrix import Cell, Outcome
-from tutor.stages.base.tiny_families import FAMILIES
+from tutor.stages.base.tiny_families import FAMILIES, WINDOWED
 from tutor.stages.parity.compare import Comparison
 from tutor.stages.parity.gate import SAME_FILE, HandOff
 
@@ -63,6 +63,7 @@ def test_recipe_of_a_cell_names_its_files_and_prompt(cell: Cell, tmp_path: Path)
     assert recipe.resolve(recipe.base.source.removeprefix("path:")) == tmp_path / matrix.MODELS / cell.family
     assert (recipe.prompt, recipe.reasoning, recipe.name) == (cell.prompt, cell.reasoning, cell.name)
     assert recipe.ollama.model.startswith("tutor-matrix-")
+    assert recipe.train.max_length == recipe.generate.context == (128 if cell.family == WINDOWED else matrix.LENGTH)
 
 
 def test_refusal_of_a_stage_is_the_problem_of_its_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

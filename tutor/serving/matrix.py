@@ -16,6 +16,7 @@ from tutor.artifacts.provenance import version_text
 from tutor.engines.llamacpp.build import VERSION, build_key
 from tutor.engines.ollama.client import connect
 from tutor.errors import HostError, LockError, TutorError
+from tutor.formats.models.model_config import equal_length
 from tutor.pipeline import runner
 from tutor.recipe.reading import read_recipe
 from tutor.recipe.settings import Recipe
@@ -23,6 +24,8 @@ from tutor.serving import publish
 
 log = logging.getLogger(__name__)
 
+LENGTH = 512
+"""Maximum number of tokens of a row and of a context."""
 SEED = 7
 """Seed of models and recipes."""
 PROMPTS = ("tutor", "base")
@@ -58,6 +61,7 @@ epochs = 1
 batch_size = 4
 accumulation = 1
 learning_rate = 5e-3
+max_length = {length}
 evaluations_per_epoch = 0
 logging_steps = 4
 
@@ -67,7 +71,7 @@ base = false
 
 [generate]
 max_new_tokens = 16
-context = 512
+context = {length}
 
 [ollama]
 model = "{model}"
@@ -181,9 +185,14 @@ def run_cell(cell: Cell, folder: Path, host: str | None, *, served: bool) -> Out
 def write_recipe(cell: Cell, folder: Path) -> Recipe:
     """Write the recipe of a cell into the folder, and read it."""
     path = folder / f"{cell.name}.toml"
+    from tutor.stages.base.tiny_families import FAMILIES
+
+    family = FAMILIES[cell.family]
+    config = {"model_type": family.model_type, "num_hidden_layers": family.layers, "max_position_embeddings": LENGTH}
+    length = equal_length({**config, **family.config}) or LENGTH
     rows = THOUGHTS if cell.reasoning == "rows" else ROWS
     values = {"seed": SEED, "rows": rows, "prompts": ASKED, "source": f"path:{MODELS}/{cell.family}", "kind": KIND}
-    named = {"model": f"tutor-matrix-{cell.name}", "prompt": cell.prompt, "reasoning": cell.reasoning}
+    named = {"model": f"tutor-matrix-{cell.name}", "prompt": cell.prompt, "reasoning": cell.reasoning, "length": length}
     path.write_text(RECIPE.format(**values, **named), "utf-8")
     return read_recipe(path)
 

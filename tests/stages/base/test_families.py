@@ -192,7 +192,7 @@ UNFIT: dict[str, tuple[str, dict[str, Any], str]] = {
         {"layer_types": ["full_attention"] + ["sliding_attention"] * 6},
         "layer_types tha",
     ),
-    "other scale": ("gemma3_text", {"query_pre_attn_scalar": 256}, "query_pre_attn_scalar 256; llama.cpp scales by 24"),
+    "other scale": ("gemma3_text", {"query_pre_attn_scalar": 256}, "query_pre_attn_scalar 256; llama.cpp scales by 32"),
     "other activation": ("gemma3_text", {"hidden_activation": "gelu"}, "hidden_activation 'gelu'; llama.cpp computes"),
     "local RoPE": (
         "gemma3_text",

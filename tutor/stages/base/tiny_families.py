@@ -80,7 +80,7 @@ _GEMMA = Family(
     others=("<start_of_turn>", "<end_of_turn>"),
     sentencepiece="GemmaTokenizer",
     layers=7,
-    config={**TIED, "head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": 8},
+    config={**TIED, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8},
 )
 FAMILIES: Mapping[str, Family] = {
     "llama": _LLAMA,
@@ -94,7 +94,7 @@ FAMILIES: Mapping[str, Family] = {
         template=OPENS,
         bos="<｜begin▁of▁sentence｜>",
         eos="<｜end▁of▁sentence｜>",
-        pad=None,
+        pad="<｜end▁of▁sentence｜>",
         others=("<｜User｜>", "<｜Assistant｜>"),
         thoughts=THINK,
         reasonings=("empty", "rows"),
@@ -106,7 +106,7 @@ FAMILIES: Mapping[str, Family] = {
         nfc=True,
         thoughts=THINK,
         reasonings=("none", "empty", "rows"),
-        config={**TIED, "head_dim": 24},
+        config={**TIED, "head_dim": 32},
     ),
     "mistral": replace(_MISTRAL, config={"sliding_window": None}),
     WINDOWED: replace(_MISTRAL, config={"sliding_window": 128}),
