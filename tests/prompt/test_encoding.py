@@ -7,10 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.models.small_tokenizer import BOS, EOS, SENTENCES, make_tokenizer
 from support.prompts import texts
-from tokenizers import normalizers
 
 from tutor.errors import DataError
-from tutor.prompt.encoding import Encoded, RowEncoder, adds_bos, audit, composes, encode
+from tutor.prompt.encoding import Encoded, RowEncoder, adds_bos, audit, encode
 from tutor.prompt.messages import conversation, row_messages, trim
 from tutor.prompt.tutor_format import TUTOR, TutorFormat, chat_template, completion, render
 
@@ -65,13 +64,6 @@ def test_encode_without_an_eos_token_raises():
     made.eos_token = None
     with pytest.raises(DataError, match="has no EOS token"):
         encode(made, "a", "b")
-
-
-def test_tokenizer_that_composes_characters_is_known():
-    made = make_tokenizer(add_bos=True)
-    assert not composes(made)
-    made.backend_tokenizer.normalizer = normalizers.NFC()
-    assert composes(made)
 
 
 def test_adds_bos_measures_the_tokenizer_not_its_config():

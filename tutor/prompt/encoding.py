@@ -113,11 +113,6 @@ def adds_bos(tokenizer: Tokenizer) -> bool:
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 
 
-def composes(tokenizer: Tokenizer) -> bool:
-    """Return whether the tokenizer composes characters (NFC) before it makes ids; measured."""
-    return list(tokenizer("e\u0301")["input_ids"]) == list(tokenizer("\u00e9")["input_ids"])
-
-
 def audit(row: Encoded, prompt_ids: Sequence[int], tokenizer: Tokenizer, prompt: PromptFormat = TUTOR) -> list[str]:
     """Return the faults of an encoded row; empty when there is none.
 

@@ -1,7 +1,7 @@
 """stages/parity/conversations.py: the set of conversations, and the reach of each."""
 
 from tutor.prompt.tutor_format import TUTOR, TutorFormat, render
-from tutor.stages.parity.conversations import ACCENTS, CODE, EMOJI, SPECIALS, Conversation, composed, make_conversations
+from tutor.stages.parity.conversations import CODE, EMOJI, SPECIALS, Conversation, make_conversations
 
 
 def fits(prompt: str) -> bool:
@@ -33,15 +33,6 @@ def test_conversation_beyond_the_context_has_reach_nowhere() -> None:
     assert found["special tokens"] == "nowhere"
     assert found["empty system"] == "served"
     assert "long" not in found
-
-
-def test_composed_conversation_has_composed_characters() -> None:
-    assert "cafe\u0301" in ACCENTS
-    for item in make_conversations([{"instruction": "¿e\u0301?", "response": "e\u0301"}], "o\u0301", fits):
-        found = composed(item)
-        assert "\u0301" not in found.prompt(TUTOR)
-        assert (found.name, found.reach, found.answer) == (item.name, item.reach, item.answer)
-        assert composed(found) == found
 
 
 def test_conversations_are_deterministic() -> None:

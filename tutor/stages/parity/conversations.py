@@ -3,7 +3,6 @@
 In: held-out rows, the recipe's system text. Out: conversations, each with its reach. Runs no engine.
 """
 
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -79,17 +78,6 @@ def make_conversations(
     if fits(prompt.render(_messages(system, FILLER))):
         made.append(Conversation("long", _longest(system, lambda messages: fits(prompt.render(messages))), "published"))
     return tuple(item if fits(item.prompt(prompt)) else replace(item, reach="nowhere") for item in made)
-
-
-def composed(item: Conversation) -> Conversation:
-    """Return a conversation whose messages have composed characters (NFC).
-
-    For a tokenizer that composes them, as Qwen's: llama.cpp does not, and has other tokens for decomposed ones.
-    """
-    messages = tuple(
-        {**message, "content": unicodedata.normalize("NFC", message["content"])} for message in item.messages
-    )
-    return replace(item, messages=messages)
 
 
 def _messages(system: str, *turns: str) -> tuple[Message, ...]:

@@ -24,12 +24,12 @@ from tutor.formats.models.served_quantization import served_quantization
 from tutor.formats.rows.split_files import HELD_OUT, read_split
 from tutor.machine.device import loading_memory
 from tutor.machine.host import usable_cores
-from tutor.prompt.encoding import adds_bos, composes
+from tutor.prompt.encoding import adds_bos
 from tutor.prompt.format import PromptFormat
 from tutor.recipe.quantizations import BF16
 from tutor.stages.parity import collect
 from tutor.stages.parity.compare import Observation
-from tutor.stages.parity.conversations import CONTROL_TEXTS, Conversation, composed, make_conversations
+from tutor.stages.parity.conversations import CONTROL_TEXTS, Conversation, make_conversations
 from tutor.stages.parity.gate import SAME_WEIGHTS, HandOff, Kind, hand_off, quantization_tolerance, refusal
 from tutor.stages.parity.record import REFERENCE, to_record
 
@@ -103,8 +103,7 @@ def _conversations(tokenizer: Any, recipe: "Recipe", data: Path, prompt: PromptF
     def fits(text: str) -> bool:
         return len(tokenizer(text, verbose=False)["input_ids"]) <= max_tokens
 
-    made = make_conversations(rows[: recipe.parity.prompts], recipe.system, fits, prompt)
-    return tuple(map(composed, made)) if composes(tokenizer) else made
+    return make_conversations(rows[: recipe.parity.prompts], recipe.system, fits, prompt)
 
 
 def _length(row: Mapping[str, Any]) -> tuple[int, str, str]:
