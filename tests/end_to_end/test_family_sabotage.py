@@ -8,6 +8,7 @@ server.
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +19,10 @@ from safetensors.torch import save_file
 from support.fakes import ollama as fake
 from support.models.family_chain import ROWS, Chain, family_chain
 from support.models.gguf_edit import change_tensors, copy_gguf
-from support.models.tiny_models import edit, tensors
+from support.models.tiny_models import adapter_stage, edit, tensors
 from support.outputs.sabotage import Report, printed_table
 
+from tutor.engines.llamacpp import adapter
 from tutor.engines.llamacpp.build import build_folder, is_built
 from tutor.engines.ollama.client import connect
 from tutor.errors import ArtifactError, DataError, GateError, TutorError
@@ -242,6 +244,20 @@ def test_rows_with_thoughts_served_without_are_refused(chain: Callable[[str], Ch
     with pytest.raises(ArtifactError, match="is of another prompt or reasoning than") as caught:
         made.compare()
     report("qwen3: trained with thoughts, served without", "every stage: base.json", caught)
+
+
+def test_rslora_with_the_alpha_of_a_lora_is_refused(
+    chain: Callable[[str], Chain], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: Report
+) -> None:
+    """The converter gets the adapter as PEFT wrote it, and copies its alpha."""
+    made = chain("qwen2")
+    adapter_stage(made.base, tmp_path / "adapter", "", use_rslora=True)
+    alpha = 8 * 4**0.5
+    monkeypatch.setattr(adapter, "_as_lora", lambda folder, _: nullcontext((folder, alpha)))
+    with pytest.raises(ArtifactError, match=r"has alpha 8, and .* 16") as caught:
+        adapter.lora_to_gguf(tmp_path / "adapter", made.base, made.gguf, tmp_path / "lora.gguf")
+    assert not list(tmp_path.glob("lora.gguf*"))
+    report("qwen2: an rsLoRA's GGUF with the alpha of a LoRA", "publish --adapter: alpha", caught)
 
 
 # Publishing
