@@ -13,7 +13,7 @@ from support.shared import copied
 from tutor.engines.hf.engine import TransformersEngine
 from tutor.engines.hf.loading import load, load_base
 from tutor.engines.hf.score import answer_logprobs
-from tutor.errors import ArtifactError
+from tutor.errors import ArtifactError, RecipeError
 from tutor.prompt.encoding import encode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,3 +74,21 @@ def test_base_with_missing_tensors_raises_error(damage: str, quantization: str, 
         save_file(held, path, metadata={"format": "pt"})
     with pytest.raises(ArtifactError, match=name):
         load_base(model, quantization, "fp32")
+
+
+def test_nf4_rows_that_end_inside_a_block_are_refused_on_a_cpu(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    read = dequantize_4bit(*quantize_4bit(weight, quant_type="nf4"))
+    assert (read - weight).std() > 0.2, "bitsandbytes reads such rows now: the refusal can go"
+    config = AutoConfig.from_pretrained(folder)
+    config.intermediate_size = 96
+    made = copied(folder, tmp_path / "model")
+    (made / "model.safetensors").unlink()
+    LlamaForCausalLM(config).save_pretrained(made)
+    with pytest.raises(RecipeError, match=r"rows of 96 numbers: .* a multiple of 64; set train.quantization"):
+        load_base(made, "nf4", "fp32")
+    assert load_base(made, "none", "fp32")

@@ -118,7 +118,7 @@ class TransformersResult:
     observations: Mapping[str, Sequence[Observation]]
     precision: str | None  # of the computation
     missing: str = ""
-    coarser: str = ""  # the coarser one of `precision` and the merged weights' type
+    merged: str = ""  # the key of SAME_WEIGHTS for the merge
 
 
 def _in_transformers(
@@ -152,7 +152,7 @@ def _in_transformers(
     collect.free_model(engine)
     in_bf16 = read_json(inputs["merge"] / "config.json").get("dtype") == "bfloat16"
     observations = {ADAPTER: trained, MERGED: merged}
-    return TransformersResult(observations, precision, coarser="bf16" if in_bf16 else precision)
+    return TransformersResult(observations, precision, merged=_tolerance(precision, in_bf16=in_bf16))
 
 
 def transformers_precision(weights: int, free: int) -> str | None:
@@ -182,6 +182,11 @@ def _reference(
     return {"served": served, "steps": collect.GREEDY_TOKENS, "conversations": messages, "engines": engines}
 
 
+def _tolerance(precision: str, *, in_bf16: bool) -> str:
+    """The key of SAME_WEIGHTS for weights in BF16, or in F16."""
+    return "bf16 weights" if in_bf16 and precision == "fp32" else precision
+
+
 def _same_weights(
     observed: Mapping[str, Sequence[Observation]], trained: TransformersResult, whole: str
 ) -> list[HandOff]:
@@ -189,9 +194,9 @@ def _same_weights(
     chain: tuple[tuple[Kind, str, str], ...] = (("merge", ADAPTER, MERGED), ("convert", MERGED, whole))
     if trained.precision is None:
         return [HandOff(kind, ours, theirs, missing=trained.missing) for kind, ours, theirs in chain]
-    # llama.cpp's products with BF16 weights round the activations to BF16, as transformers does in bf16.
-    converted = "bf16" if whole == BF16 else trained.precision
-    limits = {"merge": SAME_WEIGHTS[trained.coarser], "convert": SAME_WEIGHTS[converted]}
+    # llama.cpp's products with BF16 weights round the activations to BF16.
+    converted = _tolerance(trained.precision, in_bf16=whole == BF16)
+    limits = {"merge": SAME_WEIGHTS[trained.merged], "convert": SAME_WEIGHTS[converted]}
     return [
         hand_off(kind, (ours, theirs), (observed[ours], observed[theirs]), limits[kind]) for kind, ours, theirs in chain
     ]
