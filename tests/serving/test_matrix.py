@@ -1,6 +1,6 @@
 """serving/matrix.py: cells, their rows and recipes, outcomes and the table.
 
-tests/end_to_end/test_matrix.py runs a cell.
+The nightly workflow runs every cell.
 """
 
 from pathlib import Path
