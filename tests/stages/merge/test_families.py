@@ -41,6 +41,10 @@ def by_peft(model: Path, adapter: Path) -> dict[str, Any]:
     return PeftModel.from_pretrained(loaded, adapter).merge_and_unload(safe_merge=True).state_dict()  # type: ignore[no-any-return]
 
 
+LENGTHS = {"mistral_window": 128}
+"""Maximum tokens of a row where llama.cpp computes no sliding window."""
+
+
 @pytest.mark.parametrize(
     ("name", "variant", "quantization"),
     [
@@ -67,7 +71,7 @@ def test_training_is_merged_as_by_peft(
     for split, rows in (("train", ROWS), ("held_out", HELD_OUT), ("prompts", HELD_OUT)):
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (inputs["data"] / f"{split}.jsonl").write_text("".join(lines), "utf-8")
-    train = {**SETTINGS, "variant": variant, "quantization": quantization}
+    train = {**SETTINGS, "variant": variant, "quantization": quantization, "max_length": LENGTHS.get(name, 1024)}
     chosen = recipe(tmp_path / "r.toml", train=train, merge={"base": "original"}, generate={"context": 1024})
     with caplog.at_level(logging.INFO), writing(inputs["train"], "train", {}) as (folder, written):
         written.update(train_stage.run(chosen, inputs, folder, plan_training(chosen, inputs)))

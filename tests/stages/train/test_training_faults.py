@@ -142,8 +142,9 @@ def test_only_the_steps_are_watched(inputs: Folders, tmp_path: Path, monkeypatch
     events: list[str] = []
     for name in ("begin", "end"):
         monkeypatch.setattr(Watchdog, name, lambda _, name=name: events.append(name))
-    monkeypatch.setattr(monitor.Monitor, "_evaluate", lambda *_: events.append("evaluate"))
-    monkeypatch.setattr(checkpoint, "seal", noted_call(checkpoint.seal, events))
+    evaluate = monitor.Monitor._evaluate
+    monkeypatch.setattr(monitor.Monitor, "_evaluate", noted_call(evaluate, events, "evaluate"))
+    monkeypatch.setattr(checkpoint, "seal", noted_call(checkpoint.seal, events, "save"))
     stage(inputs, tmp_path / "adapter")
     assert events.count("begin") == events.count("end") == 18
     assert {"evaluate", "save"} < {*events}
@@ -151,11 +152,11 @@ def test_only_the_steps_are_watched(inputs: Folders, tmp_path: Path, monkeypatch
         assert (event == "end") == (before == "begin")
 
 
-def noted_call(plain: Callable[..., Any], events: list[str]) -> Callable[..., Any]:
-    """Return a function that notes a save, and does what `plain` does."""
+def noted_call(plain: Callable[..., Any], events: list[str], event: str) -> Callable[..., Any]:
+    """Return a function that notes an event, and does what `plain` does."""
 
     def call(*given: Any) -> Any:
-        events.append("save")
+        events.append(event)
         return plain(*given)
 
     return call
