@@ -22,6 +22,20 @@ _MARKER = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 text: DeepSeek-Coder adds the letters ú and ü, others runs of blanks."""
 
 
+END_TEXTS = (
+    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>"),
+    *("</s>", "<｜end▁of▁sentence｜>", "<EOT>", "<end_of_utterance>", "<eos>"),
+)
+"""Tokens that llama.cpp makes control tokens and ends an answer at by their text, whatever the GGUF says
+(src/llama-vocab.cpp)."""
+
+
+def llamacpp_control_texts(vocabulary: Mapping[str, int], added: Iterable[str]) -> tuple[str, ...]:
+    """Return the texts that only llama.cpp reads as one control token: Qwen's vocabulary has `</s>` as plain text."""
+    known = set(added)
+    return tuple(text for text in END_TEXTS if text in vocabulary and text not in known)
+
+
 class AddedToken(Protocol):
     """The part of an added token of transformers or tokenizers that this module uses."""
 
@@ -35,11 +49,12 @@ class ControlTokens:
 
     names: Mapping[int, str]
     own: Counter[int]
+    texts: tuple[str, ...] = ()  # of tokens that only llama.cpp reads as control tokens
 
-    def found(self, ids: Iterable[int]) -> list[str]:
-        """Return the names of the control tokens in the ids of a row that the prompt contract did not put there."""
+    def found(self, ids: Iterable[int], text: str) -> list[str]:
+        """Return the names of the control tokens in a row, its text and ids, that the prompt did not put there."""
         extra = Counter(token for token in ids if token in self.names) - self.own
-        return [self.names[token] for token in extra]
+        return [*(self.names[token] for token in extra), *(each for each in self.texts if each in text)]
 
 
 def refuse_rows(found: Sequence[tuple[str, Sequence[str]]], file: str = "") -> None:
@@ -50,9 +65,15 @@ def refuse_rows(found: Sequence[tuple[str, Sequence[str]]], file: str = "") -> N
         raise DataError(f"{file}: {what}" if file else what, INSTEAD, tuple(problems[:LISTED]))
 
 
-def control_tokens(added: Mapping[int, AddedToken], plain: Iterable[int]) -> ControlTokens:
-    """Return the control tokens among the added ones; `plain` are the ids of a row without any in its texts."""
+def control_tokens(
+    added: Mapping[int, AddedToken], plain: Iterable[int], vocabulary: Mapping[str, int]
+) -> ControlTokens:
+    """Return the control tokens among the added ones and those of llama.cpp alone.
+
+    `plain` are the ids of a row without any in its texts.
+    """
     names = {
         token: each.content for token, each in added.items() if each.special or _MARKER.fullmatch(each.content.strip())
     }
-    return ControlTokens(names, Counter(token for token in plain if token in names))
+    texts = llamacpp_control_texts(vocabulary, (each.content for each in added.values()))
+    return ControlTokens(names, Counter(token for token in plain if token in names), texts)

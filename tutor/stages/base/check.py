@@ -27,6 +27,7 @@ from tutor.formats.models.model_config import is_tied
 from tutor.formats.models.model_folder import CANARIES, EMBEDDING, Facts, is_refusal, load_tokenizer, reason
 from tutor.formats.models.safetensors import Stored, folder_weights
 from tutor.formats.models.tensor_streams import largest_magnitude, pieces
+from tutor.formats.rows.control_tokens import llamacpp_control_texts
 from tutor.prompt.base_format import BaseFormat
 from tutor.prompt.messages import conversation
 from tutor.prompt.tutor_format import completion, render
@@ -165,10 +166,13 @@ def _check_ids(model: Path, gguf: Path, facts: Facts) -> dict[str, int]:
         ours: list[int] = tokenizer(prompt)["input_ids"]
         _require_equal(model, ours, tokenize(gguf, prompt), tokenizer)
         count += len(ours)
-    differ = sentencepiece and tokenizer(text)["input_ids"] != tokenize(gguf, text)
-    if differ:
+    blanks = sentencepiece and tokenizer(text)["input_ids"] != tokenize(gguf, text)
+    if blanks:
         log.warning("%s: after the text of a control token in a question, llama.cpp's ids differ by a blank", model)
-    return {"tokens": count, "control_texts_differ": int(differ)}
+    added = (token.content for token in tokenizer.added_tokens_decoder.values())
+    if alone := llamacpp_control_texts(tokenizer.get_vocab(), added):
+        log.warning("%s: llama.cpp reads %s in a question as one control token", model, ", ".join(alone))
+    return {"tokens": count, "control_texts_differ": int(blanks or bool(alone))}
 
 
 def _require_equal(model: Path, ours: list[int], theirs: list[int], tokenizer: "PreTrainedTokenizerBase") -> None:

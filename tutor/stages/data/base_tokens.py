@@ -71,12 +71,14 @@ def refusal(base: BaseTokens, row: Mapping[str, Any]) -> str | None:
 
 def control_token_finder(tokenizer: "Tokenizer") -> TokenFinder:
     """Return a finder of control tokens; it encodes only rows that have the text of one."""
-    tokens = control_tokens(tokenizer.get_added_tokens_decoder(), tokenizer.encode(_text("a", "a")).ids)
-    texts = re.compile("|".join(re.escape(name.strip()) for name in tokens.names.values()) or "(?!)")
+    plain, vocabulary = tokenizer.encode(_text("a", "a")).ids, tokenizer.get_vocab()
+    tokens = control_tokens(tokenizer.get_added_tokens_decoder(), plain, vocabulary)
+    names = [*(name.strip() for name in tokens.names.values()), *tokens.texts]
+    texts = re.compile("|".join(map(re.escape, names)) or "(?!)")
 
     def find(question: str, answer: str) -> list[str]:
         text = _text(question, answer)
-        return tokens.found(tokenizer.encode(text).ids) if texts.search(text) else []
+        return tokens.found(tokenizer.encode(text).ids, text) if texts.search(text) else []
 
     return find
 

@@ -15,16 +15,11 @@ from tutor.errors import ArtifactError
 from tutor.formats.models.gguf import read_gguf
 from tutor.formats.models.prompt_format import read_format
 from tutor.formats.models.served_quantization import served_quantization
+from tutor.formats.rows.control_tokens import END_TEXTS
 from tutor.prompt.format import PromptFormat
 from tutor.recipe.settings import Recipe
 from tutor.stages.modelfile.render import location, render
 from tutor.stages.modelfile.spec import ModelSpec, Parameter
-
-END_TEXTS = (
-    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>"),
-    *("</s>", "<｜end▁of▁sentence｜>", "<EOT>", "<end_of_utterance>", "<eos>"),
-)
-"""Tokens at which llama.cpp ends an answer by their text, whatever the GGUF says (src/llama-vocab.cpp)."""
 
 
 def run(recipe: Recipe, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:

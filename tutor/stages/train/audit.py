@@ -61,10 +61,10 @@ def refuse_control_tokens(encoder: RowEncoder, rows: Sequence[tuple[str, Mapping
     Raises RecipeError for the system text, DataError that lists the first rows.
     """
     tokenizer: Any = encoder.tokenizer
-    tokens = control_tokens(tokenizer.added_tokens_decoder, tokenizer("a")["input_ids"])
+    tokens = control_tokens(tokenizer.added_tokens_decoder, tokenizer("a")["input_ids"], tokenizer.get_vocab())
 
     def found(text: str) -> list[str]:
-        return tokens.found(tokenizer(text)["input_ids"])
+        return tokens.found(tokenizer(text)["input_ids"], text)
 
     if held := found(encoder.system):
         raise RecipeError(f"system holds {', '.join(held)}, a control token of the base", INSTEAD)
