@@ -21,7 +21,7 @@ from tutor.artifacts.stage_folder import writing
 from tutor.engines.ollama.client import Ollama, connect
 from tutor.errors import ArtifactError, GateError
 from tutor.formats.architectures import architecture_of_gguf
-from tutor.formats.models.gguf import read_gguf
+from tutor.formats.models.gguf import read_fields
 from tutor.pipeline.recipe_folder import held
 from tutor.pipeline.registry import BY_NAME
 from tutor.pipeline.runner import announced, require_gate_passed
@@ -82,7 +82,7 @@ def publish(
 def _with_facts(model: builds.Model, prompt: PromptFormat) -> builds.Model:
     """Return a model with the facts of its GGUF. Raises ArtifactError for a family that tutor does not tune."""
     (gguf,) = model.files.values()
-    fields = read_gguf(gguf).fields
+    fields = read_fields(gguf)
     family = architecture_of_gguf(fields.get("general.architecture"), str(gguf)).gguf
     own_template = "" if prompt.go_template else str(fields.get("tokenizer.chat_template", ""))
     return replace(model, prompt=prompt, family=family, own_template=own_template)

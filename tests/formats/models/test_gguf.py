@@ -1,6 +1,7 @@
 """formats/models/gguf.py: reading of whole, damaged and truncated GGUF files."""
 
 import struct
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from support.models.gguf_bytes import ARCHITECTURE, field, tensor, text, whole
 
 from tutor.errors import ArtifactError
 from tutor.formats.models import gguf
-from tutor.formats.models.gguf import Tensor, read_gguf
+from tutor.formats.models.gguf import Tensor, read_fields, read_gguf
 
 
 def test_whole_file_is_read(tmp_path: Path) -> None:
@@ -131,3 +132,16 @@ def test_file_truncated_anywhere_raises_artifact_error(tmp_path: Path) -> None:
 def test_missing_file_raises_artifact_error(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="No such file"):
         read_gguf(tmp_path / "a.gguf")
+
+
+def test_metadata_is_read_without_the_gguf_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The image that publishes has no gguf package."""
+    path = tmp_path / "a.gguf"
+    path.write_bytes(whole())
+    expected = read_gguf(path).fields
+    assert expected
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert read_fields(path) == expected
+    path.write_bytes(b"GGUF")
+    with pytest.raises(ArtifactError, match="no whole GGUF"):
+        read_fields(path)

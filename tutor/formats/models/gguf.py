@@ -98,6 +98,18 @@ def read_gguf(path: Path, *, vocabulary_only: bool = False) -> Gguf:
         raise ArtifactError(f"{path} is no whole GGUF: {error}", "make it again: tutor convert") from error
 
 
+def read_fields(path: Path) -> dict[str, Any]:
+    """Read a GGUF's metadata alone, without the gguf package, which publishing need not have.
+
+    Raises ArtifactError as `read_gguf`.
+    """
+    try:
+        with path.open("rb", buffering=1 << 20) as file:
+            return _read_fields(_Cursor(path, file))[0]
+    except (OSError, ValueError, struct.error) as error:
+        raise ArtifactError(f"{path} is no whole GGUF: {error}", "make it again: tutor convert") from error
+
+
 class _Cursor:
     """Position in the file. Reads from it onwards, and raises ValueError where the end is nearer than the value's.
 
@@ -167,7 +179,8 @@ def _form(kind: int) -> str:
     return FORMS[kind]
 
 
-def _read(cursor: _Cursor, *, vocabulary_only: bool) -> Gguf:
+def _read_fields(cursor: _Cursor) -> tuple[dict[str, Any], int]:
+    """Metadata, and the number of tensors whose descriptions follow."""
     if (magic := cursor.read(min(4, cursor.size))) != b"GGUF":
         raise ValueError(f"it begins with {magic!r}")
     version, n_tensors, n_fields = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
@@ -184,6 +197,11 @@ def _read(cursor: _Cursor, *, vocabulary_only: bool) -> Gguf:
         fields[name] = cursor.value(kind)
         if name == "general.alignment" and (kind != UINT32 or fields[name].bit_count() != 1):
             raise ValueError(f"an alignment of {fields[name]!r:.80}")
+    return fields, n_tensors
+
+
+def _read(cursor: _Cursor, *, vocabulary_only: bool) -> Gguf:
+    fields, n_tensors = _read_fields(cursor)
     tensors: dict[str, Tensor] = {}
     places = []
     for _ in range(n_tensors):

@@ -12,7 +12,7 @@ from typing import Any
 from tutor.artifacts.layout import gguf_name
 from tutor.engines.protocol import TOP_K
 from tutor.errors import ArtifactError
-from tutor.formats.models.gguf import read_gguf
+from tutor.formats.models.gguf import read_fields
 from tutor.formats.models.prompt_format import read_format
 from tutor.formats.models.served_quantization import served_quantization
 from tutor.formats.rows.control_tokens import END_TEXTS
@@ -49,7 +49,7 @@ def stop_texts(prompt: PromptFormat, gguf: Path) -> tuple[str, ...]:
     """
     if prompt.end_id is None:
         return prompt.stops
-    fields = read_gguf(gguf).fields
+    fields = read_fields(gguf)
     eos, *others = (fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
     if prompt.end_id == eos:
         return prompt.stops
