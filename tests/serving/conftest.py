@@ -8,6 +8,7 @@ from support.fakes.ollama import FakeOllama
 from support.fakes.ollama import running as running_ollama
 from support.outputs.published import make_recipe, make_stages
 
+from tutor.engines.ollama.client import Ollama, connect
 from tutor.recipe.settings import Recipe
 
 
@@ -16,6 +17,13 @@ def server() -> Iterator[FakeOllama]:
     """A running fake Ollama."""
     with running_ollama() as running:
         yield running
+
+
+@pytest.fixture
+def api(server: FakeOllama) -> Iterator[Ollama]:
+    """A client of the fake Ollama."""
+    with connect(server.host, silent=2, pause=0.01) as connection:
+        yield connection
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from support.fakes.ollama import FakeOllama, write_gguf
 from support.outputs.published import SYSTEM
 
 from tutor.artifacts.hashing import file_sha256
-from tutor.engines.ollama.client import Ollama, connect
+from tutor.engines.ollama.client import Ollama
 from tutor.errors import ArtifactError, GateError, RecipeError, ServiceError
 from tutor.prompt.tutor_format import GO_TEMPLATE, STOPS
 from tutor.serving import builds
@@ -33,12 +33,6 @@ PARAMETERS = {"num_ctx": 4096, "num_predict": 515, "temperature": 0.003, "seed":
 
 
 R1 = "{% for m in messages %}<think></think>{% endfor %}"
-
-
-@pytest.fixture
-def api(server: FakeOllama) -> Iterator[Ollama]:
-    with connect(server.host, silent=2, pause=0.01) as connection:
-        yield connection
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """serving/builds.py with the template of a base, which the server itself renders, against the fake server."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,10 @@ from support.models.chat_templates import CHATML, FACTS
 from support.outputs.published import SYSTEM
 
 from tutor.artifacts.hashing import file_sha256
-from tutor.engines.ollama.client import Ollama, connect
+from tutor.engines.ollama.client import Ollama
 from tutor.errors import GateError, ServiceError
 from tutor.prompt.template_analysis import analyse_template
 from tutor.serving.builds import Model, publish_build
-
-
-@pytest.fixture
-def api(server: FakeOllama) -> Iterator[Ollama]:
-    with connect(server.host, silent=2, pause=0.01) as connection:
-        yield connection
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """Small chat templates, each with one property of a family's real template, and the facts of their tokenizers."""
 
 from tutor.prompt.template_analysis import TokenFacts
+from tutor.stages.base.tiny_templates import MODES
+from tutor.stages.base.tiny_templates import SWITCHED as SWITCH
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -11,50 +13,6 @@ DEFAULT_SYSTEM = (
     "{%- endif %}\n" + CHATML + "\n"
 )
 """Writes a system text of its own where none is given."""
-SWITCH = """\
-{%- set ns = namespace(last=0) %}
-{%- for message in messages %}
-    {%- if message.role == 'user' %}
-        {%- set ns.last = loop.index0 %}
-    {%- endif %}
-{%- endfor %}
-{%- for message in messages %}
-    {%- if message.role == 'assistant' and loop.index0 > ns.last %}
-        {%- set thought = message.reasoning_content if message.reasoning_content is defined else '' %}
-        {{- '<|im_start|>assistant\\n<think>\\n' + thought + '\\n</think>\\n\\n' + message.content + '<|im_end|>\\n' }}
-    {%- else %}
-        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}
-        {{- '<think>\\n\\n</think>\\n\\n' }}
-    {%- endif %}
-{%- endif %}
-"""
-"""Has a switch for thoughts, writes an empty one without it, and leaves thoughts out of earlier answers."""
-MODES = """\
-{%- if enable_thinking is not defined %}{%- set enable_thinking = true %}{%- endif %}
-{%- set today = strftime_now("%d %B %Y") %}
-{{- '<|im_start|>system\\nToday Date: ' + today + ('' if enable_thinking else ' /no_think') + '\\n' }}
-{%- if messages[0].role == 'system' %}{{- messages[0].content }}{%- endif %}
-{{- '<|im_end|>\\n' }}
-{%- for message in messages %}
-    {%- if message.role == 'user' %}
-        {{- '<|im_start|>user\\n' + message.content + '<|im_end|>\\n' }}
-    {%- elif message.role == 'assistant' %}
-        {%- generation %}
-        {{- '<|im_start|>assistant\\n' + ('' if enable_thinking else '<think>\\n\\n</think>\\n') }}
-        {{- message.content.lstrip('\\n') + '<|im_end|>\\n' }}
-        {%- endgeneration %}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' + ('' if enable_thinking else '<think>\\n\\n</think>\\n') }}
-{%- endif %}
-"""
-"""Names the date, says in its system text whether there are thoughts, and has them in the text of the answers."""
 OPENS = (
     "{% set ns = namespace(system='') %}{%- for message in messages %}{%- if message['role'] == 'system' %}"
     "{% set ns.system = message['content'] %}{%- endif %}{%- endfor %}{{ bos_token }}{{ ns.system }}"
