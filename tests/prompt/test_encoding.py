@@ -10,6 +10,7 @@ from support.prompts import texts
 
 from tutor.errors import DataError
 from tutor.prompt.encoding import Encoded, RowEncoder, adds_bos, audit, encode
+from tutor.prompt.format import asked_messages
 from tutor.prompt.messages import conversation, row_messages, trim
 from tutor.prompt.tutor_format import TUTOR, TutorFormat, chat_template, completion, render
 
@@ -222,6 +223,7 @@ def test_audit_finds_an_earlier_answer_without_its_end(tokenizer):
     assert audit(holed, row.ids[: row.n_prompt], tokenizer, Marked()) == ["part of the completion carries no loss"]
 
 
-def test_prompt_ids_are_those_of_the_last_answer(tokenizer):
+def test_prompt_of_the_last_answer_is_that_of_the_engines(tokenizer):
     encoder = RowEncoder(tokenizer, system="Sé breve.")
-    assert encoder.prompt_ids(ROW) == encoder.answers(ROW)[-1][0]
+    asked = TUTOR.render(asked_messages(TUTOR, ROW, "Sé breve."))
+    assert tokenizer(asked)["input_ids"] == encoder.answers(ROW)[-1][0]

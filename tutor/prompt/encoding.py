@@ -6,12 +6,13 @@ and its end. Loads no tokenizer and cuts nothing.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
 from tutor.errors import DataError
 from tutor.prompt.format import PromptFormat, Tokenizer, end_token, served_messages
-from tutor.prompt.messages import Message, conversation, row_answer, row_messages
+from tutor.prompt.messages import Message, row_answer, row_messages
 from tutor.prompt.tutor_format import TUTOR
 
 LINE = "\n"
@@ -39,7 +40,8 @@ class Encoded:
 
 def encode(tokenizer: Tokenizer, question: str, answer: str, system: str = "", prompt: PromptFormat = TUTOR) -> Encoded:
     """Return ids and loss mask of one question and answer. Raises DataError when the tokenizer has no EOS."""
-    return _encode_answer(tokenizer, prompt, conversation(question, system), {"role": "assistant", "content": answer})
+    (encoded,) = RowEncoder(tokenizer, prompt, system).encode({"instruction": question, "response": answer})
+    return encoded
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,10 @@ class RowEncoder:
     system: str = ""  # of the recipe
     loss: str = "all"  # the answers that carry loss: "all" or "last"
 
-    def prompt_ids(self, row: Mapping[str, Any]) -> list[int]:
-        """Return the ids of the prompt of a row's last answer, as an engine gets them."""
-        messages = served_messages(self.prompt, row_messages(row, self.system))
-        return list(self.tokenizer(self.prompt.render(messages))["input_ids"])
+    @cached_property
+    def line_ids(self) -> list[int]:
+        """Return `line_ids` of the tokenizer, which is measured once."""
+        return line_ids(self.tokenizer)
 
     def encode(self, row: Mapping[str, Any]) -> list[Encoded]:
         """Return a row as it is trained: each answer that carries loss, behind its prompt as served.
@@ -71,11 +73,11 @@ class RowEncoder:
 
 
 def _encode_row(encoder: RowEncoder, messages: Sequence[Message]) -> list[Encoded]:
-    tokenizer, prompt = encoder.tokenizer, encoder.prompt
+    prompt = encoder.prompt
     places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     found: list[Encoded] = []
     for place in places if encoder.loss == "all" else places[-1:]:
-        encoded = _encode_answer(tokenizer, prompt, served_messages(prompt, messages[:place]), messages[place])
+        encoded = _encode_answer(encoder, served_messages(prompt, messages[:place]), messages[place])
         before = found[-1] if found else None
         if before and encoded.ids[: encoded.n_prompt][: len(before.ids)] == before.ids:
             mask = [*before.mask, *encoded.mask[len(before.ids) :]]
@@ -85,26 +87,35 @@ def _encode_row(encoder: RowEncoder, messages: Sequence[Message]) -> list[Encode
     return found
 
 
-def _encode_answer(tokenizer: Tokenizer, prompt: PromptFormat, messages: Sequence[Message], answer: Message) -> Encoded:
+def _encode_answer(encoder: RowEncoder, messages: Sequence[Message], answer: Message) -> Encoded:
     """Return prompt ids as served, then the answer's ids and the end-of-turn token."""
+    tokenizer, prompt = encoder.tokenizer, encoder.prompt
     end = end_token(prompt, tokenizer)
     if end is None:
         raise DataError("the base's tokenizer has no EOS token, so no answer could learn to end")
     asked = list(tokenizer(prompt.render(messages))["input_ids"])
-    target = [*continuation_ids(tokenizer, prompt.completion(answer)), end]
+    target = [*continuation_ids(tokenizer, prompt.completion(answer), encoder.line_ids), end]
     return Encoded(asked + target, [0] * len(asked) + [1] * len(target))
 
 
-def continuation_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the ids of a text that continues a prompt: without the blank that SentencePiece puts before a text."""
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def line_ids(tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of LINE where a tokenizer puts a blank before every text, as SentencePiece does; else none."""
     before, alone, together = (
         list(tokenizer(each, add_special_tokens=False)["input_ids"]) for each in (LINE, "a", LINE + "a")
     )
-    continued = list(tokenizer(LINE + text, add_special_tokens=False)["input_ids"])
-    if before + alone == together or not before == together[: len(before)] == continued[: len(before)]:
-        return ids
-    return continued[len(before) :]
+    return before if before + alone != together and before == together[: len(before)] else []
+
+
+def continuation_ids(tokenizer: Tokenizer, text: str, line: Sequence[int] | None = None) -> list[int]:
+    """Return the ids of a text that continues a prompt: without the blank that SentencePiece puts before a text.
+
+    `line` is `line_ids` of the tokenizer; None: measured now.
+    """
+    if before := list(line_ids(tokenizer) if line is None else line):
+        continued = list(tokenizer(LINE + text, add_special_tokens=False)["input_ids"])
+        if continued[: len(before)] == before:
+            return continued[len(before) :]
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def adds_bos(tokenizer: Tokenizer) -> bool:

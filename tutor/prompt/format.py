@@ -5,9 +5,9 @@ In: messages. Out: texts; encoding.py makes ids of them. The formats: tutor_form
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
-from tutor.prompt.messages import Message
+from tutor.prompt.messages import Message, row_messages
 
 
 class Tokenizer(Protocol):
@@ -145,6 +145,11 @@ def _ignore(piece: str) -> None:
 def served_messages(prompt: PromptFormat, messages: Sequence[Message]) -> list[Message]:
     """Return the messages of a row as an engine gets them: earlier answers as the model generates them."""
     return [prompt.history(message) if message["role"] == "assistant" else message for message in messages]
+
+
+def asked_messages(prompt: PromptFormat, row: Mapping[str, Any], system: str) -> list[Message]:
+    """Return the messages before the last answer of a row as an engine gets them; `system` is the recipe's text."""
+    return served_messages(prompt, row_messages(row, system))
 
 
 def end_token(prompt: PromptFormat, tokenizer: Tokenizer) -> int | None:

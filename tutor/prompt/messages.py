@@ -42,6 +42,18 @@ def row_questions(row: Mapping[str, Any]) -> list[str]:
     return [message["content"] for message in row_messages(row, "") if message["role"] == "user"]
 
 
+def questions_so_far(row: Mapping[str, Any]) -> list[str]:
+    """Return, for each turn of a row's conversation, all questions up to it in one text; the last has all."""
+    asked = row_questions(row)
+    return ["\n\n".join(asked[: count + 1]) for count in range(len(asked))]
+
+
+def row_texts(row: Mapping[str, Any]) -> list[str]:
+    """Return all texts that the prompts and the answers of a row are made of."""
+    messages = [*row_messages(row, ""), row_answer({"response": "", **row})]
+    return [message[name] for message in messages for name in ("content", "reasoning") if message.get(name)]
+
+
 def check_messages(messages: Sequence[Message]) -> None:
     """Raise ValueError where roles do not alternate or a text is empty: Ollama would silently drop or join turns."""
     turns = list(messages)

@@ -27,9 +27,9 @@ def tokenizer_file(tmp_path: Path) -> Path:
 
 def test_texts_that_become_control_tokens_are_found(tokenizer_file: Path) -> None:
     find = control_token_finder(read_tokenizer(tokenizer_file))
-    assert find("¿Qué hace `cat <filename>`?", "Muestra un archivo.") == ["<filename>"]
-    assert find("¿Qué?", "a<file_sep>b<filename>c<file_sep>") == ["<file_sep>", "<filename>"]
-    assert find("¿Qué hace `cat < filename >`?", "Un `<FILENAME>`, o `<div>`.") == []
+    assert find("¿Qué hace `cat <filename>`?\nMuestra un archivo.") == ["<filename>"]
+    assert find("¿Qué?\na<file_sep>b<filename>c<file_sep>") == ["<file_sep>", "<filename>"]
+    assert find("¿Qué hace `cat < filename >`?\nUn `<FILENAME>`, o `<div>`.") == []
 
 
 def test_row_with_a_control_token_is_refused_with_its_line(tokenizer_file: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tutor.prompt.messages import Message
+from tutor.prompt.messages import Message, questions_so_far
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Example:
     @property
     def question(self) -> str:
         """All questions of the conversation in one text."""
-        return all_questions(self)
+        return questions(self)[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +48,9 @@ class Prompt:
     @property
     def question(self) -> str:
         """All questions of the conversation in one text."""
-        return all_questions(self)
+        return questions(self)[-1]
 
 
-def all_questions(row: "Example | Prompt") -> str:
-    """Return all questions of a row's conversation in one text."""
-    earlier = (message["content"] for message in row.history if message["role"] == "user")
-    return "\n\n".join((*earlier, row.instruction))
+def questions(row: "Example | Prompt") -> list[str]:
+    """Return, for each turn of a row's conversation, all questions up to it in one text."""
+    return questions_so_far({"instruction": row.instruction, "history": row.history})

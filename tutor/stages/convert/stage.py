@@ -32,8 +32,8 @@ from tutor.formats.rows.split_files import TRAIN, read_split
 from tutor.machine.host import usable_cores
 from tutor.machine.memory.shapes import read_shape
 from tutor.machine.run_cost import gguf_bytes, require_disk
-from tutor.prompt.format import PromptFormat, served_messages
-from tutor.prompt.messages import row_answer, row_messages
+from tutor.prompt.format import PromptFormat, asked_messages
+from tutor.prompt.messages import row_answer
 from tutor.prompt.tutor_format import TUTOR
 from tutor.recipe.quantizations import F16
 from tutor.stages.convert.lineage import base_lineage, to_fields, tutor_lineage
@@ -69,7 +69,7 @@ class CalibrationText:
         return (end + bos).join(self._row(row) for row in rows) + end
 
     def _row(self, row: Mapping[str, Any]) -> str:
-        messages = served_messages(self.prompt, row_messages(row, self.system))
+        messages = asked_messages(self.prompt, row, self.system)
         return self.prompt.render(messages) + self.prompt.completion(row_answer(row))
 
 
@@ -81,7 +81,7 @@ class ConversionSource:
     folder: Path
     expected: Metadata
     lineage: Mapping[str, str]  # as key-values of the file
-    text: "CalibrationText"
+    text: CalibrationText
     base: Mapping[str, Weight] | None  # the untuned weights; None for the base itself
 
     def reference(self, out: Path) -> Path:

@@ -7,24 +7,24 @@ with the tokenizer that it trains with (stages/train/audit.py). Reads no row's f
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutor.errors import ArtifactError
 from tutor.formats.rows.control_tokens import control_tokens, refuse_rows
 from tutor.formats.rows.examples import Example, Prompt
-from tutor.prompt.format import PromptFormat, served_messages
-from tutor.prompt.messages import conversation, row_answer, row_messages
-from tutor.prompt.tutor_format import TUTOR, completion, render
+from tutor.prompt.format import PromptFormat, asked_messages
+from tutor.prompt.messages import row_answer, row_texts
+from tutor.prompt.tutor_format import TUTOR
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 TokenCounter = Callable[[Mapping[str, Any]], int]
 """Returns the tokens of a row in training, all its turns included."""
-TokenFinder = Callable[[str, str], list[str]]
-"""Returns the control tokens of the base in a question with its answer."""
+TokenFinder = Callable[[str], list[str]]
+"""Returns the control tokens of the base in a text."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def token_counter(tokenizer: "Tokenizer", base: BaseTokens) -> TokenCounter:
     """Return a counter of a row's tokens, BOS and the end of the answer included."""
 
     def count(row: Mapping[str, Any]) -> int:
-        asked = served_messages(base.prompt, row_messages(row, base.system))
+        asked = asked_messages(base.prompt, row, base.system)
         target = base.prompt.completion(row_answer(row))
         given = tokenizer.encode(base.prompt.render(asked)).ids, tokenizer.encode(target, add_special_tokens=False).ids
         return sum(map(len, given)) + 1
@@ -63,21 +63,20 @@ def token_counter(tokenizer: "Tokenizer", base: BaseTokens) -> TokenCounter:
 def refusal(base: BaseTokens, row: Mapping[str, Any]) -> str | None:
     """Return why the prompt format cannot write a row; None where it can."""
     try:
-        base.prompt.render(served_messages(base.prompt, row_messages(row, base.system)))
+        base.prompt.render(asked_messages(base.prompt, row, base.system))
     except ValueError as error:
         return str(error)
     return None
 
 
 def control_token_finder(tokenizer: "Tokenizer") -> TokenFinder:
-    """Return a finder of control tokens; it encodes only rows that have the text of one."""
-    plain, vocabulary = tokenizer.encode(_text("a", "a")).ids, tokenizer.get_vocab()
+    """Return a finder of control tokens; it encodes only texts that have the text of one."""
+    plain, vocabulary = tokenizer.encode("a").ids, tokenizer.get_vocab()
     tokens = control_tokens(tokenizer.get_added_tokens_decoder(), plain, vocabulary)
     names = [*(name.strip() for name in tokens.names.values()), *tokens.texts]
     texts = re.compile("|".join(map(re.escape, names)) or "(?!)")
 
-    def find(question: str, answer: str) -> list[str]:
-        text = _text(question, answer)
+    def find(text: str) -> list[str]:
         return tokens.found(tokenizer.encode(text).ids, text) if texts.search(text) else []
 
     return find
@@ -85,15 +84,4 @@ def control_token_finder(tokenizer: "Tokenizer") -> TokenFinder:
 
 def refuse_control_tokens(path: Path, rows: Sequence[Example | Prompt], find: TokenFinder) -> None:
     """Raise DataError with the rows of a file that hold a control token of the base."""
-    refuse_rows([(f"{path}:{row.line}", find(*_texts(row))) for row in rows], str(path))
-
-
-def _texts(row: Example | Prompt) -> tuple[str, str]:
-    """All texts of a row as one question, and its answer."""
-    earlier = [message[name] for message in row.history for name in ("content", "reasoning") if name in message]
-    question = "\n".join((*earlier, row.instruction))
-    return (question, "\n".join((row.reasoning, row.response))) if isinstance(row, Example) else (question, "")
-
-
-def _text(question: str, answer: str) -> str:
-    return render(conversation(question)) + completion(answer)
+    refuse_rows([(f"{path}:{row.line}", find("\n".join(row_texts(asdict(row))))) for row in rows], str(path))

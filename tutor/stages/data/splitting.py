@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from tutor.errors import DataError
-from tutor.formats.rows.examples import Example, Prompt
+from tutor.formats.rows.examples import Example, Prompt, questions
 from tutor.stages.data.normal_form import normalise, plain_words
 
 RowType = TypeVar("RowType", Example, Prompt)
@@ -38,9 +38,7 @@ def without_leaks(
 
 def _asked_line(example: Example, asked: Mapping[str, int]) -> int | None:
     """Return the line of the prompt that asks what an example teaches, in any of its turns."""
-    earlier = [message["content"] for message in example.history if message["role"] == "user"]
-    texts = ["\n\n".join(earlier[: count + 1]) for count in range(len(earlier))]
-    return next((line for text in (*texts, example.question) if (line := asked.get(normalise(text))) is not None), None)
+    return next((line for text in questions(example) if (line := asked.get(normalise(text))) is not None), None)
 
 
 def sample(examples: Sequence[RowType], rows: int, seed: int) -> list[RowType]:

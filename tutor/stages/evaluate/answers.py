@@ -27,7 +27,7 @@ from tutor.artifacts.hashing import json_sha256
 from tutor.engines.protocol import Engine, Generation
 from tutor.errors import ServiceError
 from tutor.graders.verdict import Record
-from tutor.prompt.format import PromptFormat, served_messages
+from tutor.prompt.format import PromptFormat, asked_messages
 from tutor.prompt.messages import conversation, row_messages
 from tutor.prompt.tutor_format import TUTOR
 
@@ -178,7 +178,7 @@ def _answered(engine: Engine, place: int, work: _Work, warm_up: Callable[[], obj
     """Answer one prompt; return whether the engine still runs."""
     prompt = work.prompts[place]["instruction"]
     try:
-        messages = served_messages(work.task.prompt, row_messages(work.prompts[place], work.task.system))
+        messages = asked_messages(work.task.prompt, work.prompts[place], work.task.system)
         answer = engine.answer(messages, work.task.generation, work.stop_if_failed)
     except ServiceError as error:
         try:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from tutor.prompt.format import PromptFormat, served_messages
-from tutor.prompt.messages import Message, row_answer, row_messages
+from tutor.prompt.format import PromptFormat, asked_messages
+from tutor.prompt.messages import Message, row_answer
 from tutor.prompt.tutor_format import TUTOR
 
 Reach = Literal["everywhere", "served", "published", "nowhere"]
@@ -59,7 +59,7 @@ def make_conversations(
 
     `fits` returns whether a prompt leaves enough context for an answer: one conversation has the longest such prompt.
     """
-    asked = [tuple(served_messages(prompt, row_messages(row, system))) for row in rows]
+    asked = [tuple(asked_messages(prompt, row, system)) for row in rows]
     answers = [row_answer(row) for row in rows]
     made = [
         Conversation(f"held-out {number}", messages, "everywhere", answer)

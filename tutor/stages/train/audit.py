@@ -12,6 +12,7 @@ from tutor.errors import DataError, RecipeError
 from tutor.formats.rows.control_tokens import INSTEAD, control_tokens, refuse_rows
 from tutor.prompt.encoding import Encoded, RowEncoder, audit
 from tutor.prompt.format import PromptFormat
+from tutor.prompt.messages import row_texts
 from tutor.prompt.tutor_format import TUTOR
 from tutor.stages.train.kernels.chunked_loss import IGNORE_INDEX
 from tutor.stages.train.kernels.packed_attention import split_rows
@@ -68,14 +69,7 @@ def refuse_control_tokens(encoder: RowEncoder, rows: Sequence[tuple[str, Mapping
 
     if held := found(encoder.system):
         raise RecipeError(f"system holds {', '.join(held)}, a control token of the base", INSTEAD)
-    refuse_rows([(where, found("\n".join(texts(row)))) for where, row in rows])
-
-
-def texts(row: Mapping[str, Any]) -> list[str]:
-    """Return all texts of a row that its prompt and its answers are made of."""
-    messages = [*row.get("history", ()), {"content": row["instruction"]}]
-    messages.append({"content": row.get("response", ""), "reasoning": row.get("reasoning", "")})
-    return [message[name] for message in messages for name in ("content", "reasoning") if message.get(name)]
+    refuse_rows([(where, found("\n".join(row_texts(row)))) for where, row in rows])
 
 
 def audit_labels(trainer: "Trainer", rows: Sequence[Encoded], tokenizer: Any, prompt: PromptFormat = TUTOR) -> int:

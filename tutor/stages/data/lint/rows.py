@@ -20,7 +20,7 @@ from tutor.formats.rows.conversations import MESSAGES
 from tutor.formats.rows.json_values import RowError
 from tutor.formats.rows.jsonl import Limits, check_file
 from tutor.formats.rows.rows import ExampleRow, PromptRow, parse_row
-from tutor.prompt.messages import row_questions
+from tutor.prompt.messages import questions_so_far
 from tutor.recipe.values import MARKED_TOKEN, PLAIN_TOKEN
 from tutor.stages.data.base_tokens import TokenFinder
 from tutor.stages.data.lint.characters import doubtful_characters
@@ -146,8 +146,7 @@ def _holds_special(found: object) -> bool:
 
 def _add_row(index: RowIndex, line: int, row: ExampleRow | PromptRow, given: RowTurns) -> None:
     """Add what comparisons need of a row."""
-    asked = row_questions(given.row)
-    *earlier, question = (normalise("\n\n".join(asked[: count + 1])) for count in range(len(asked)))
+    *earlier, question = map(normalise, questions_so_far(given.row))
     number = len(index.line)
     if earlier:
         index.earlier[number] = tuple(map(_hash, earlier))
@@ -188,5 +187,5 @@ def _check_row(index: RowIndex, given: RowTurns, checks: RowChecks) -> None:
             index.add_row("fence", number, f"a code fence in {name} does not close")
     if why := checks.length(given):
         index.add_row("length", number, why)
-    if checks.control_tokens and (tokens := checks.control_tokens("\n".join(text for _, text in texts), "")):
+    if checks.control_tokens and (tokens := checks.control_tokens("\n".join(text for _, text in texts))):
         index.add_row("special-token", number, f"holds {', '.join(tokens)}, a control token of the base")
