@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 from tutor.prompt.format import SplitAnswer
-from tutor.prompt.jinja import TemplateError, literal, render_template
+from tutor.prompt.jinja import NO_TOOLS, TemplateError, literal, render_template
 from tutor.prompt.messages import Message, check_messages, trim
 
 Reasoning = Literal["none", "empty", "rows"]
 """What stands between the tags of a thought: no tags, nothing, or the `reasoning` of the rows."""
+TAGS = ("<think>", "</think>")
+"""Texts around a thought: those that Ollama and llama.cpp look for in a template."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class BaseFormat:
     @property
     def think(self) -> bool | None:
         """Whether Ollama separates thoughts; None where it finds no tags in the template, and refuses the setting."""
-        if not ("<think>" in self.template and "</think>" in self.template):
+        if not all(tag in self.template for tag in TAGS):
             return None
         return self.reasoning == "rows"
 
@@ -79,7 +81,7 @@ class BaseFormat:
                 raise ValueError("engines continue an answer under the base's chat template in different ways")
             messages, prefill = before, last["content"]
         try:
-            text = render_template(self.template, messages, add_generation_prompt=True, tools=None, documents=None)
+            text = render_template(self.template, messages, add_generation_prompt=True, **NO_TOOLS)
         except TemplateError as error:
             raise ValueError(f"the base's chat template refuses this conversation: {error}") from None
         return (text.removeprefix(self.bos) if self.add_bos else text) + prefill

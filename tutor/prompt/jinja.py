@@ -20,6 +20,8 @@ from tutor.prompt.messages import Message
 
 FAULTS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """Exceptions that the code of a template can raise."""
+NO_TOOLS: Mapping[str, None] = {"tools": None, "documents": None}
+"""Variables that transformers passes as None where a conversation has neither."""
 REASONING = "reasoning_content"
 """Key of a message under which templates read a thought."""
 
@@ -52,7 +54,7 @@ def render_template(template: str, messages: Sequence[Message], *, day: date | N
 
     `strftime_now` gives `day`; without one, it is undefined. Raises TemplateError.
     """
-    given = {name: value for name, value in variables.items() if value is not None or name in ("tools", "documents")}
+    given = {name: value for name, value in variables.items() if value is not None or name in NO_TOOLS}
     if day is not None:
         given["strftime_now"] = day.strftime
     try:

@@ -12,8 +12,8 @@ from typing import Any
 
 from tutor.errors import ArtifactError, RecipeError
 from tutor.prompt.base_format import BaseFormat, Reasoning
-from tutor.prompt.fixed_template import DAY, KEPT, SWITCHES, fix_template, fixed_values
-from tutor.prompt.jinja import TemplateError, render_template
+from tutor.prompt.fixed_template import DATES, DAY, KEPT, SWITCHES, fix_template, fixed_values
+from tutor.prompt.jinja import NO_TOOLS, TemplateError, render_template
 from tutor.prompt.messages import Message
 from tutor.prompt.thoughts import Thought, find_thought
 
@@ -111,12 +111,11 @@ def _assistant(text: str, **other: str) -> Message:
 
 
 def _prompt(messages: Sequence[Message], template: str, **other: Any) -> str:
-    variables = {"tools": None, "documents": None, **other}
-    return render_template(template, messages, add_generation_prompt=True, **variables)
+    return render_template(template, messages, add_generation_prompt=True, **{**NO_TOOLS, **other})
 
 
 def _whole(messages: Sequence[Message], template: str) -> str:
-    return render_template(template, messages, add_generation_prompt=False, tools=None, documents=None)
+    return render_template(template, messages, add_generation_prompt=False, **NO_TOOLS)
 
 
 def _turn(template: str, where: str) -> _Turn:
@@ -205,7 +204,7 @@ def _check_turns(template: str, turn: _Turn, where: str) -> None:
 
 def _check_fixed(template: str, fixed: str, values: Mapping[str, str | bool], where: str) -> None:
     """Raise ArtifactError where a fixed template writes another prompt than the base's with the same values."""
-    given: dict[str, Any] = {"tools": None, "documents": None, **values}
+    given: dict[str, Any] = {**NO_TOOLS, **values}
     for messages in ([_user(QUESTION)], [_user(QUESTION), _assistant(ANSWER), _user(NEXT)]):
         expected = render_template(template, messages, day=DAY, add_generation_prompt=True, **given)
         if (found := _prompt(messages, fixed)) != expected:
@@ -217,10 +216,10 @@ def _check_fixed(template: str, fixed: str, values: Mapping[str, str | bool], wh
 
 def _check_engines(template: str, facts: TokenFacts, where: str) -> None:
     """Raise ArtifactError where engines would render a fixed template to different prompts."""
-    today = {"date_string": OTHER_DAY.strftime("%d %b %Y"), "datetime": OTHER_DAY.strftime("%b %d %Y")}
+    today = {name: OTHER_DAY.strftime(style) for name, style in DATES.items()}
     kept = {name: not value for name, value in KEPT.items()}
     engines: list[dict[str, Any]] = [
-        {"bos_token": facts.bos or None, "eos_token": facts.eos, "tools": None, "documents": None},
+        {"bos_token": facts.bos or None, "eos_token": facts.eos, **NO_TOOLS},
         {**today, "bos_token": "<other>", "eos_token": "<other>", "enable_thinking": True},
         {**today, **kept, "bos_token": "<other>", "eos_token": "<other>", "enable_thinking": False, "thinking": True},
     ]

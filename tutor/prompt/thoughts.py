@@ -8,10 +8,7 @@ import re
 from dataclasses import dataclass
 
 from tutor.errors import ArtifactError, RecipeError
-from tutor.prompt.base_format import Reasoning
-
-TAGS = ("<think>", "</think>")
-"""Texts around a thought: those that Ollama and llama.cpp look for in a template."""
+from tutor.prompt.base_format import TAGS, Reasoning
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,7 @@ class Thought:
             return before[len(prompt) :]
         if not self.tags[0]:
             return None
-        return "" if _without_thought(prompt, self.tags) == _without_thought(before, self.tags) else None
+        return "" if _without_thought(prompt) == _without_thought(before) else None
 
 
 def find_thought(
@@ -52,46 +49,44 @@ def find_thought(
                 'set reasoning = "none"',
             )
         return Thought()
-    tags, opened = TAGS, prompt.rstrip().endswith(TAGS[0])
+    opened = prompt.rstrip().endswith(TAGS[0])
     if reasoning == "rows":
-        opening, closing = _supervised(prompt, written, off, where, tags)
-        return Thought(tags, opening, closing, opened)
+        opening, closing = _supervised(prompt, written, off, where)
+        return Thought(TAGS, opening, closing, opened)
     if opened and reasoning == "none":
         raise RecipeError(
             f"the chat template of {where} opens a thought in every prompt, which ends with {_end_of(prompt)}: rows "
             "without thoughts would be answers within it",
             'set reasoning = "empty", which closes it, or "rows" with a `reasoning` in the rows',
         )
-    if reasoning == "empty" and not opened and not prompt.rstrip().endswith(tags[1]):
+    if reasoning == "empty" and not opened and not prompt.rstrip().endswith(TAGS[1]):
         raise RecipeError(
             f"the chat template of {where} has no switch that writes an empty thought and opens none: its prompts end "
             f"with {_end_of(prompt)}",
             'set reasoning = "none"',
         )
     # No blank line behind the tag: llama.cpp and Ollama would return it as the beginning of every answer.
-    return Thought(tags, suffix="".join(_by_custom(prompt, tags)).rstrip() if opened else "")
+    return Thought(TAGS, suffix="".join(_by_custom(prompt)).rstrip() if opened else "")
 
 
-def _supervised(
-    prompt: str, written: tuple[str, str] | None, off: str, where: str, tags: tuple[str, str]
-) -> tuple[str, str]:
+def _supervised(prompt: str, written: tuple[str, str] | None, off: str, where: str) -> tuple[str, str]:
     """Return what an answer writes before and behind its thought: as the template does, else as R1 generates."""
-    if prompt.rstrip().endswith(tags[1]):
+    if prompt.rstrip().endswith(TAGS[1]):
         raise RecipeError(
             f"the prompts of the chat template of {where} end behind a thought ({_end_of(prompt)}): thoughts of rows "
             "have no place",
             'set reasoning = "none"',
         )
     if written is None:
-        empty = re.search(rf"{re.escape(tags[0])}(\s*)({re.escape(tags[1])}\s*)\Z", off)
-        if not empty or prompt.rstrip().endswith(tags[0]):
-            return _by_custom(prompt, tags)
+        empty = re.search(rf"{re.escape(TAGS[0])}(\s*)({re.escape(TAGS[1])}\s*)\Z", off)
+        if not empty or prompt.rstrip().endswith(TAGS[0]):
+            return _by_custom(prompt)
         half = (len(empty[1]) + 1) // 2
-        return tags[0] + empty[1][:half], empty[1][half:] + empty[2]
+        return TAGS[0] + empty[1][:half], empty[1][half:] + empty[2]
     before, closing = written
     opening = before.removeprefix(prompt)
-    expected = "" if prompt.rstrip().endswith(tags[0]) else tags[0]
-    if not before.startswith(prompt) or opening.strip() != expected or closing.strip() != tags[1]:
+    expected = "" if prompt.rstrip().endswith(TAGS[0]) else TAGS[0]
+    if not before.startswith(prompt) or opening.strip() != expected or closing.strip() != TAGS[1]:
         raise ArtifactError(
             f"the chat template of {where} writes a thought in an unknown form: {_end_of(before)} before it and "
             f"{closing!r} behind it, where a prompt ends with {_end_of(prompt)}",
@@ -100,16 +95,16 @@ def _supervised(
     return opening, closing
 
 
-def _by_custom(prompt: str, tags: tuple[str, str]) -> tuple[str, str]:
+def _by_custom(prompt: str) -> tuple[str, str]:
     """Return what stands before and behind a thought where the template does not show it, as R1 generates it."""
-    if not prompt.rstrip().endswith(tags[0]):
-        return f"{tags[0]}\n", f"\n{tags[1]}\n\n"
-    return "" if prompt.endswith("\n") else "\n", f"\n{tags[1]}\n\n"
+    if not prompt.rstrip().endswith(TAGS[0]):
+        return f"{TAGS[0]}\n", f"\n{TAGS[1]}\n\n"
+    return "" if prompt.endswith("\n") else "\n", f"\n{TAGS[1]}\n\n"
 
 
-def _without_thought(text: str, tags: tuple[str, str]) -> str:
+def _without_thought(text: str) -> str:
     """Return a text without an empty or opened thought at its end, and without the blanks there."""
-    return re.sub(rf"\s*{re.escape(tags[0])}\s*(?:{re.escape(tags[1])}\s*)?\Z", "", text).rstrip()
+    return re.sub(rf"\s*{re.escape(TAGS[0])}\s*(?:{re.escape(TAGS[1])}\s*)?\Z", "", text).rstrip()
 
 
 def _end_of(text: str) -> str:

@@ -70,7 +70,7 @@ def test_equal_seeds_give_equal_samples_others_differ(engine: TransformersEngine
 def test_sampling_applies_top_p_and_no_default_top_k(engine: TransformersEngine) -> None:
     narrow = replace(GREEDY, temperature=1.0, top_p=1e-6)
     assert ask(engine, ENDS[0], narrow)[0].text == ENDS[1]
-    config = _generation_config(replace(GREEDY, temperature=2.0), 10, engine.tokenizer, engine.end_id)
+    config = _generation_config(replace(GREEDY, temperature=2.0), 10, engine)
     assert config.top_k == 0
     assert engine.model.generation_config.to_diff_dict() == GenerationConfig().to_diff_dict()
 

@@ -45,14 +45,14 @@ class TransformersEngine:
         limit = int(self.model.config.max_position_embeddings) - len(prompt)
         if limit < 1:
             raise ServiceError(f"the prompt has {len(prompt)} tokens, too many for the model's context")
-        reader = _Reader((self.tokenizer, self.end_id), prompt[-1], generation.stops, on_text or _ignore)
+        reader = _Reader(self, prompt[-1], generation.stops, on_text or _ignore)
         ids = torch.tensor([prompt], device=self.model.device)
         torch.manual_seed(generation.seed)
         try:
             self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                generation_config=_generation_config(generation, limit, self.tokenizer, self.end_id),
+                generation_config=_generation_config(generation, limit, self),
                 stopping_criteria=StoppingCriteriaList([reader]),
             )
         except RuntimeError as error:  # out of memory, or NaN among the probabilities
@@ -78,7 +78,7 @@ class _Reader:
 
     def __init__(
         self,
-        tokenizer: tuple["PreTrainedTokenizerBase", int | None],  # with the id of the end of an answer
+        engine: TransformersEngine,
         anchor: int,
         stops: Sequence[str],
         on_text: Callable[[str], None],
@@ -86,7 +86,7 @@ class _Reader:
         self.text = ""
         self.ids: list[int] = []
         self.finish: Finish = "length"
-        self._tokenizer, self._end = tokenizer
+        self._tokenizer, self._end = engine.tokenizer, engine.end_id
         self._anchor = anchor  # the prompt's last token: some decoders drop a leading space
         self._stops = stops
         self._on_text = on_text
@@ -145,11 +145,9 @@ def _ignore(piece: str) -> None:
     del piece
 
 
-def _generation_config(
-    generation: Generation, limit: int, tokenizer: "PreTrainedTokenizerBase", end: int | None
-) -> GenerationConfig:
+def _generation_config(generation: Generation, limit: int, engine: TransformersEngine) -> GenerationConfig:
     """Return a complete configuration: transformers fills None from the base's generation_config.json."""
-    pad = tokenizer.pad_token_id
+    pad, end = engine.tokenizer.pad_token_id, engine.end_id
     sampling: dict[str, Any] = {"do_sample": False}
     if generation.temperature > 0:
         # 0 turns top_k off: no recipe sets it, and the default of transformers is 50.
@@ -159,7 +157,7 @@ def _generation_config(
         repetition_penalty=generation.repetition_penalty,
         eos_token_id=end,
         pad_token_id=end if pad is None else pad,
-        bos_token_id=tokenizer.bos_token_id,
+        bos_token_id=engine.tokenizer.bos_token_id,
         **sampling,
     )
 

@@ -6,6 +6,7 @@ numbers before it is used: either may be as long as the file.
 accepts bytes after the last tensor, and it needs seconds for a vocabulary.
 """
 
+import contextlib
 import math
 import os
 import struct
@@ -91,11 +92,8 @@ def read_gguf(path: Path, *, vocabulary_only: bool = False) -> Gguf:
 
     Raises ArtifactError when it is not whole.
     """
-    try:
-        with path.open("rb", buffering=1 << 20) as file:
-            return _read(_Cursor(path, file), vocabulary_only=vocabulary_only)
-    except (OSError, ValueError, struct.error) as error:
-        raise ArtifactError(f"{path} is no whole GGUF: {error}", "make it again: tutor convert") from error
+    with _cursor(path) as cursor:
+        return _read(cursor, vocabulary_only=vocabulary_only)
 
 
 def read_fields(path: Path) -> dict[str, Any]:
@@ -103,9 +101,16 @@ def read_fields(path: Path) -> dict[str, Any]:
 
     Raises ArtifactError as `read_gguf`.
     """
+    with _cursor(path) as cursor:
+        return _read_fields(cursor)[0]
+
+
+@contextlib.contextmanager
+def _cursor(path: Path) -> "Iterator[_Cursor]":
+    """A cursor at a file's beginning. Raises ArtifactError where what is read of the file is not whole."""
     try:
         with path.open("rb", buffering=1 << 20) as file:
-            return _read_fields(_Cursor(path, file))[0]
+            yield _Cursor(path, file)
     except (OSError, ValueError, struct.error) as error:
         raise ArtifactError(f"{path} is no whole GGUF: {error}", "make it again: tutor convert") from error
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tutor.errors import ArtifactError
 from tutor.formats.models.model_folder import Facts, load_tokenizer
 from tutor.prompt.base_format import BaseFormat
-from tutor.prompt.fixed_template import DAY
+from tutor.prompt.fixed_template import DATES, DAY
 from tutor.prompt.jinja import template_names
 from tutor.prompt.messages import conversation
 from tutor.prompt.template_analysis import OTHER_PROMPT, TokenFacts, analyse_template
@@ -41,7 +41,7 @@ def prompt_facts(recipe: "Recipe", model: Path, facts: Facts) -> dict[str, Any]:
     _check_ids(tokenizer, prompt, model)
     check_end_row(model, prompt)
     log.info("prompts are written by the base's chat template; answers end with %s", prompt.end)
-    if {"strftime_now", "date_string", "datetime"} & template_names(template):
+    if {"strftime_now", *DATES} & template_names(template):
         log.info("its prompts name the date, which is %s in training and in serving", DAY.isoformat())
     return prompt.to_json()
 

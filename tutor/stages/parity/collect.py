@@ -83,8 +83,6 @@ def from_transformers(
 def own_prompt(engine: "TransformersEngine", conversation: Conversation) -> str:
     """Return a conversation rendered by the folder's chat template, without a BOS that the tokenizer adds."""
     messages = [dict(message) for message in conversation.messages]
-    if engine.prompt.kind == "base":  # the server leaves an empty system text out too
-        messages = [message for message in messages if message["role"] != "system" or message["content"]]
     text = str(engine.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     return text.removeprefix(engine.tokenizer.bos_token or "") if adds_bos(engine.tokenizer) else text
 

@@ -59,7 +59,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     prompt = read_format(recipe, inputs["base"])
     conversations = _conversations(tokenizer, recipe, inputs["data"], prompt)
     if read_facts(inputs["base"])[0].check.get("control_texts_differ"):
-        log.warning("not compared: a question with the text of a control token, after which llama.cpp adds a blank")
+        log.warning("not compared: a question with the text of a control token, of which llama.cpp makes other ids")
         conversations = tuple(item for item in conversations if item.name != CONTROL_TEXTS)
     served = served_quantization(recipe.ollama.quantization, inputs["ladder"])
     items = [collect.tokenize(tokenizer, conversation, prompt) for conversation in conversations]
