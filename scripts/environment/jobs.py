@@ -9,7 +9,7 @@ import selectors
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from environment.output import Display, Reader, written_by
@@ -92,6 +92,23 @@ class Job:
         return f"{self.name}: {self.reader.state()}"
 
 
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Let the signals that have handlers wait until the block has ended; as in tutor/formats/child_process.py."""
+    held: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    before = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in before:
+        signal.signal(number, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for received in held:
+            signal.raise_signal(received)
+
+
 class JobError(Exception):
     """A program that failed; `job` has its lines."""
 
@@ -109,9 +126,11 @@ class Jobs:
         self._running: list[Job] = []
         self._selector = selectors.DefaultSelector()
 
-    def start(self, job: Job) -> Job:
-        """Show and read this program from now on."""
-        self._running.append(job)
+    def start(self, make: Callable[[], Job]) -> Job:
+        """Start a program, show and read it from now on."""
+        with _signals_held():  # between its start and `append` an exception would forget it
+            job = make()
+            self._running.append(job)
         self._selector.register(job, selectors.EVENT_READ)
         return job
 

@@ -186,7 +186,7 @@ class Setup:
 
     def _start(self, title: str, command: list[str], reader: Reader, env: Mapping[str, str]) -> Job:
         log = self.environment.folder / f"{title.replace(' ', '-').lower()}.log"
-        return self.jobs.start(Job(title, command, reader, log, env, ROOT))
+        return self.jobs.start(lambda: Job(title, command, reader, log, env, ROOT))
 
     def _tool(self, link: str) -> Job:
         """Start the script that brings a tool into the user's cache."""

@@ -17,6 +17,7 @@ from typing import IO
 from tutor.artifacts.disk import host_fault
 from tutor.errors import HostError, TutorError
 from tutor.formats import terminal
+from tutor.formats.child_process import running
 from tutor.formats.visible import clean
 
 log = logging.getLogger(__name__)
@@ -66,30 +67,34 @@ def _followed(
 ) -> tuple[int, list[str]]:
     """Run a command, stderr to the log and `kept`, stdout to `out`; return its exit code and last lines."""
     last: deque[str] = deque(maxlen=LAST_LINES)
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=out,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        errors="replace",
-        start_new_session=True,  # Ctrl-C at the terminal goes to this process alone
-    )
-    assert process.stderr is not None
-    try:
-        for line in process.stderr:
+    with running(
+        lambda: subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,  # Ctrl-C at the terminal goes to this process alone
+        ),
+        _stop,
+    ) as process:
+        for line in process.stderr or ():
             kept.write(clean(line))
             kept.flush()
             last.append(line.rstrip())
             log.info("%s", line.rstrip())
         return process.wait(), list(last)
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
-            process.kill()
+
+
+def _stop(process: "subprocess.Popen[str]") -> None:
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        process.kill()
+    if process.stderr is not None:
         process.stderr.close()
 
 

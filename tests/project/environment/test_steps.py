@@ -4,6 +4,7 @@ import contextlib
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -203,6 +204,30 @@ def test_signal_ends_all_programs_with_one_line(checkout: Checkout, number: sign
     assert process.returncode == code
     assert errors.splitlines()[-1] == "interrupted; the same command continues from here"
     assert running(checkout) == 0
+
+
+STARTS = """\
+import os, signal, sys
+sys.path.insert(0, "scripts")
+from pathlib import Path
+from environment.jobs import Job, Jobs
+from environment.output import Display, ToolReader
+signal.signal(signal.SIGTERM, lambda number, _: sys.exit(143))
+def start():
+    command = [sys.executable, "scripts/build_llamacpp.py"]
+    job = Job("tool", command, ToolReader(), Path("tool.log"), os.environ, Path.cwd())
+    os.kill(os.getpid(), signal.SIGTERM)
+    return job
+jobs = Jobs(Display(sys.stderr))
+with jobs.ended_together():
+    jobs.start(start)
+"""
+
+
+def test_signal_while_a_program_starts_ends_the_program_too(checkout: Checkout) -> None:
+    (checkout.folder / "build_llamacpp.wait").touch()
+    done = subprocess.run([sys.executable, "-c", STARTS], cwd=checkout.folder, timeout=30, check=False)
+    assert (done.returncode, running(checkout)) == (143, 0)
 
 
 def running(checkout: Checkout) -> int:

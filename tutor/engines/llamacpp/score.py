@@ -12,6 +12,7 @@ from pathlib import Path
 from tutor.engines.llamacpp.process import clean_environment, killed_with_parent, program_error, programs, stop
 from tutor.engines.trace import Score
 from tutor.errors import ArtifactError
+from tutor.formats.child_process import running
 
 
 def score(
@@ -39,19 +40,19 @@ def score(
     with tempfile.TemporaryFile("w+") as lines, tempfile.TemporaryFile("w+", errors="replace") as errors:
         lines.writelines(f"{len(prompt)} {' '.join(map(str, (*prompt, *answer)))}\n" for prompt, answer in rows)
         lines.seek(0)
-        process = subprocess.Popen(
-            killed_with_parent(command),
-            stdin=lines,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            env=clean_environment(),
-            text=True,
-        )
-        try:
+        with running(
+            lambda: subprocess.Popen(
+                killed_with_parent(command),
+                stdin=lines,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=clean_environment(),
+                text=True,
+            ),
+            stop,
+        ) as process:
             scores = [_score(line, gguf) for line in process.stdout or ()]
             code = process.wait()
-        finally:
-            stop(process)
         errors.seek(0)
         if code:
             raise program_error(f"cannot score with {gguf}", code, errors.read())

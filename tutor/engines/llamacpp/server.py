@@ -21,6 +21,7 @@ import httpx2
 from tutor.engines.llamacpp.process import Command, clean_environment, killed_with_parent, program_error, programs, stop
 from tutor.engines.protocol import TOP_K, Answer, Finish, Generation
 from tutor.errors import HostError, ServiceError
+from tutor.formats.child_process import running
 from tutor.prompt.format import PromptFormat
 from tutor.prompt.messages import Message
 from tutor.prompt.tutor_format import TUTOR
@@ -60,25 +61,27 @@ def serve(
     command = [*command, *template]
     with _socket_folder() as folder, log.open("wb") as output:
         socket = folder / "llama.sock"
-        process = subprocess.Popen(
-            killed_with_parent([*command, "--host", socket]),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=clean_environment(),
-            start_new_session=True,  # Ctrl-C at the terminal stops an answer, not the server
-        )
         # One connection per request: the server closes idle ones at any time, also when the next request starts.
         limits = httpx2.Limits(max_keepalive_connections=0)
         transport = httpx2.HTTPTransport(uds=str(socket), trust_env=False, limits=limits)
-        try:
-            with httpx2.Client(
+        with (
+            running(
+                lambda: subprocess.Popen(
+                    killed_with_parent([*command, "--host", socket]),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=clean_environment(),
+                    start_new_session=True,  # Ctrl-C at the terminal stops an answer, not the server
+                ),
+                stop,
+            ) as process,
+            httpx2.Client(
                 base_url="http://llama-server", transport=transport, timeout=TIMEOUT, trust_env=False
-            ) as client:
-                _wait_until_ready(client, process, gguf, log)
-                yield LlamaServer(client, context, log, process.pid, prompt)
-        finally:
-            stop(process)
+            ) as client,
+        ):
+            _wait_until_ready(client, process, gguf, log)
+            yield LlamaServer(client, context, log, process.pid, prompt)
 
 
 @contextlib.contextmanager

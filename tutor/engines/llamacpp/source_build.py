@@ -35,6 +35,7 @@ from tutor.engines.llamacpp.build import (
 from tutor.engines.llamacpp.build_output import BuildProgress, explain
 from tutor.errors import ArtifactError, HostError
 from tutor.formats import terminal
+from tutor.formats.child_process import running
 
 CONVERTERS = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion", "gguf-py", "LICENSE", "licenses")
 """Files and folders of llama.cpp that are copied as they are: the converters in Python, and the licences."""
@@ -142,39 +143,38 @@ class Steps:
         lines: list[str] = []
         with self.log.open("a", encoding="utf-8") as log:
             try:
-                process = subprocess.Popen(
-                    command,
-                    env=env,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                    errors="replace",
-                    pass_fds=(self.lock,),
-                )
+                with running(
+                    lambda: subprocess.Popen(
+                        command,
+                        env=env,
+                        stdin=subprocess.DEVNULL,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.STDOUT,
+                        text=True,
+                        errors="replace",
+                        pass_fds=(self.lock,),
+                    ),
+                    self._end,
+                ) as process:
+                    for line in process.stdout or ():
+                        log.write(line)
+                        lines.append(line)
+                        self.progress.read(line)
+                    code = process.wait()
             except FileNotFoundError as error:
                 raise HostError(f"cannot {what}: {error.filename} not found", "make llamacpp brings it") from error
-            try:
-                for line in process.stdout or ():
-                    log.write(line)
-                    lines.append(line)
-                    self.progress.read(line)
-                code = process.wait()
-            finally:
-                self.progress.end()
-                _stop(process)
         if code:
             raise explain(what, lines, code, self.log)
 
-
-def _stop(process: subprocess.Popen[str]) -> None:
-    """End a program that may still run: a build that nobody waits for would go on beside the next one."""
-    if process.poll() is None:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_SECONDS)
-        process.kill()
-        process.wait()
+    def _end(self, process: subprocess.Popen[str]) -> None:
+        """End a program that may still run: a build that nobody waits for would go on beside the next one."""
+        self.progress.end()
+        if process.poll() is None:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SECONDS)
+            process.kill()
+            process.wait()
 
 
 def _fetch_source(work: Path, steps: Steps) -> Path:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tutor.formats.child_process import running
 from tutor.formats.markdown import Block
 from tutor.graders.typescript.install import find_compiler
 from tutor.graders.typescript.scanner import Scan, scan
@@ -200,26 +201,31 @@ def _run(command: Sequence[str], folder: Path, compiler: _Compiler, blocks: int)
     environment = {"PATH": os.defpath, "HOME": str(folder), "GOMEMLIMIT": f"{compiler.memory_mb // 2}MiB"}
     output = folder / "output"
     with output.open("wb") as sink:
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
         try:
-            _limit(process.pid, deadline, compiler.memory_mb)
-            code = process.wait(deadline)
+            with running(
+                lambda: subprocess.Popen(
+                    command,
+                    cwd=folder,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=sink,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                ),
+                _kill,
+            ) as process:
+                _limit(process.pid, deadline, compiler.memory_mb)
+                code = process.wait(deadline)
         except subprocess.TimeoutExpired:
             raise _NoVerdictError("timeout", f"the compiler was killed after {deadline:.0f} s") from None
-        finally:
-            if process.poll() is None:
-                # On hostile input the compiler survives SIGTERM and SIGINT
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
     return code, output.read_bytes().decode("utf-8", "replace")
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    """Kill the group: on hostile input the compiler survives SIGTERM and SIGINT."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _limit(pid: int, seconds: float, memory_mb: int) -> None:
