@@ -7,7 +7,6 @@ Out: `eval/answers.json`, `eval/paraphrased.json`, and in the manifest rates, di
 stage.py            the stage
 answers.py          generation of all answers, with restarts of a crashed engine and a journal of a killed run
 rates.py            verdicts as rates with intervals, and the change between two models
-intervals.py        Wilson's interval, the paired bootstrap, and the conclusion of a difference
 generalization.py   copied training text, paraphrased prompts, drift on general texts, and the findings
 
 Does not: grade (tutor/graders does), start the servers of other engines (tutor/serving does, and uses this package),

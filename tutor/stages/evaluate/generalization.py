@@ -19,8 +19,8 @@ from tutor.formats.rows.jsonl import read_values
 from tutor.formats.rows.recipe_files import EVALUATION_LIMITS, evaluation_files
 from tutor.formats.rows.rows import PromptRow, parse_row
 from tutor.graders.copied_text import longest_copies
+from tutor.graders.intervals import NO_DIFFERENCE, conclude, paired_values
 from tutor.graders.labels import verdict_labels
-from tutor.stages.evaluate.intervals import NO_DIFFERENCE, conclude, paired_values
 
 if TYPE_CHECKING:
     from tutor.recipe.settings import Recipe

@@ -10,8 +10,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tutor.graders.intervals import conclude, paired_verdicts, wilson
 from tutor.graders.labels import LABELS
-from tutor.stages.evaluate.intervals import conclude, paired_verdicts, wilson
 
 BY_KIND = ("passed", "language", "stopped", "compiles")
 """Verdicts whose changes are also counted by kind of question: a small model can improve and still pass no prompt."""

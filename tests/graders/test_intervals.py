@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tutor.stages.evaluate import intervals
-from tutor.stages.evaluate.intervals import MIN_PAIRS, Difference, conclude, paired_values, paired_verdicts, wilson
+from tutor.graders import intervals
+from tutor.graders.intervals import MIN_PAIRS, Difference, conclude, paired_values, paired_verdicts, wilson
 
 PAIRS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=12)
 
