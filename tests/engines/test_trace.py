@@ -1,12 +1,13 @@
 """engines/trace.py: steps, candidates, divergence."""
 
 import math
+from typing import Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tutor.engines.trace import Step, candidates, divergence, group_characters
+from tutor.engines.trace import Step, Trace, aligned, candidates, divergence, group_characters
 
 distributions = st.lists(st.floats(0.01, 1.0), min_size=4, max_size=9).map(
     lambda weights: {token: math.log(weight / (sum(weights) * 1.1)) for token, weight in enumerate(weights)}
@@ -58,3 +59,45 @@ def test_divergence_of_no_probability_is_nan(value: float) -> None:
     known, other = {1: -0.1, 2: -3.0}, {1: -0.1, 2: value}
     assert math.isnan(divergence(known, other))
     assert math.isnan(divergence(other, known))
+
+
+def steps(*texts: str, finish: Literal["stop", "length"] | None = "length") -> Trace:
+    return Trace(tuple(Step(text, -1.0) for text in texts), finish, 1)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "texts"),
+    [
+        (("a", "b"), ("a", "b"), ("a", "b")),
+        (
+            ("\ufffd\ufffd\n", "\ufffdra", " as", "\ufffd.", "b"),
+            ("\ufffd\ufffd\n\ufffdra as", "\ufffd", ".", "b"),
+            ("\ufffd\ufffd\n\ufffdra as", "\ufffd.", "b"),
+        ),
+        (("a", "\ufffd"), ("a", "\ufffdb", "c"), ("a",)),
+        (("a\ufffd", ""), ("a", "\ufffd", ""), ("a\ufffd", "")),
+    ],
+    ids=["no broken character", "held back for longer", "one ends within a step", "end of both"],
+)
+def test_broken_characters_are_split_at_equal_places(
+    ours: tuple[str, ...], theirs: tuple[str, ...], texts: tuple[str, ...]
+) -> None:
+    for pair in (aligned(steps(*ours), steps(*theirs)), aligned(steps(*theirs), steps(*ours))):
+        assert [tuple(step.text for step in side.steps) for side in pair] == [texts, texts]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (steps("\ufffda", "x"), steps("\ufffdb", "x")),
+        (steps("a", "ab"), steps("a", "a", "b")),
+        (steps("\ufffd", finish=None), steps("\ufffdb")),
+        (steps("\ufffd", "", finish="stop"), steps("\ufffdb", "c")),
+    ],
+    ids=["other text", "other tokens", "own token differs", "one has ended"],
+)
+def test_differences_stay_differences(ours: Trace, theirs: Trace) -> None:
+    pair = aligned(ours, theirs)
+    assert pair[0].text != pair[1].text or [step.text for step in pair[0].steps] != [
+        step.text for step in pair[1].steps
+    ]

@@ -5,8 +5,8 @@ compared as text, because Ollama returns no ids. Sets no tolerance.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from tutor.engines.protocol import Finish
@@ -15,6 +15,8 @@ TOP_CANDIDATES = 20
 """Number of candidates per position; the maximum that Ollama returns."""
 EOS_TEXT = ""
 """Text of the step for EOS; no other step is empty."""
+BROKEN = "\ufffd"
+"""Character in place of bytes that are no character."""
 MIN_REST = 1e-4
 """Lower bound of the probability mass outside the top candidates; less is rounding."""
 MAX_EXPONENT = 700.0
@@ -73,7 +75,7 @@ def candidates(pairs: Iterable[tuple[str, float]]) -> Candidates:
     """The candidates of a position. Those that decode to no complete character are merged, whatever their bytes."""
     found: dict[str, float] = {}
     for decoded, logprob in pairs:
-        text = decoded.replace("\ufffd", "")
+        text = decoded.replace(BROKEN, "")
         found[text] = _added(found[text], logprob) if text in found else logprob
     return tuple(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
@@ -95,10 +97,33 @@ def group_characters(tokens: Iterable[Step]) -> Iterator[Step]:
             held = []
 
 
-def _joined(held: list[Step]) -> Step:
+def _joined(held: Sequence[Step]) -> Step:
     logprobs = [step.logprob for step in held if step.logprob is not None]
     total = math.fsum(logprobs) if len(logprobs) == len(held) else None
-    return Step("".join(step.text for step in held), total, tokens=len(held))
+    return Step("".join(step.text for step in held), total, tokens=sum(step.tokens for step in held))
+
+
+def aligned(ours: Trace, theirs: Trace) -> tuple[Trace, Trace]:
+    """Join steps until both traces split bytes that are no character (U+FFFD) at equal places.
+
+    Engines hold such bytes back for different numbers of tokens. Where a whole trace ends within a step of the other,
+    both end before that step.
+    """
+    left, right = list(ours.steps), list(theirs.steps)
+    place = 0
+    while place < min(len(left), len(right)):
+        x, y = left[place], right[place]
+        (steps, finish, short), (_, _, long) = sorted(
+            ((left, ours.finish, x.text), (right, theirs.finish, y.text)), key=lambda side: len(side[2])
+        )
+        apart = short not in (EOS_TEXT, long) and long.startswith(short) and BROKEN in long
+        if apart and place + 1 < len(steps) and steps[place + 1].text != EOS_TEXT:
+            steps[place : place + 2] = [_joined(steps[place : place + 2])]
+        elif apart and finish == "length":
+            del left[place:], right[place:]
+        else:
+            place += 1
+    return replace(ours, steps=tuple(left)), replace(theirs, steps=tuple(right))
 
 
 def divergence(reference: Mapping[Key, float], other: Mapping[Key, float]) -> float:

@@ -184,5 +184,5 @@ def _require_equal(model: Path, ours: list[int], theirs: list[int], tokenizer: "
     raise ArtifactError(
         f"the tokenizer of {model} gives other ids in llama.cpp: at id {at} of {tokenizer.decode(ours[part])!r} "
         f"expected {theirs[part]}, found {ours[part]} by transformers",
-        "tokenizer changed? fetch the base again, or name another",
+        'tokenizer changed? fetch the base again; or set prompt = "tutor", or name another base',
     )

@@ -43,7 +43,7 @@ class Family:
     eos: str
     others: tuple[str, ...]  # special tokens
     thoughts: tuple[str, ...] = ()  # tokens around a thought, which are printed
-    reasonings: tuple[str, ...] = ("none",)  # values of the recipe's `reasoning` that fit the template
+    reasonings: tuple[str, ...] = ("none",)  # values of the recipe's `reasoning` with prompt = "base"
     pad: str | None = None
     nfc: bool = False
     layers: int = 2
@@ -85,7 +85,12 @@ _GEMMA = Family(
 FAMILIES: Mapping[str, Family] = {
     "llama": _LLAMA,
     PREFIXED: replace(
-        _MISTRAL, model_type="llama", split="", sentencepiece="LlamaTokenizer", config={"max_position_embeddings": 2048}
+        _MISTRAL,
+        model_type="llama",
+        split="",
+        sentencepiece="LlamaTokenizer",
+        reasonings=(),  # llama.cpp reads another blank behind its control tokens: prompt = "base" is refused
+        config={"max_position_embeddings": 2048},
     ),
     BIASED: replace(_LLAMA, config={"attention_bias": True, "mlp_bias": True}),
     "qwen2": replace(_QWEN, nfc=True, config=TIED),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from tutor.engines.trace import EOS_TEXT, Step, Trace, divergence
+from tutor.engines.trace import EOS_TEXT, Step, Trace, aligned, divergence
 
 if TYPE_CHECKING:
     from tutor.engines.trace import Score
@@ -69,7 +69,7 @@ def compare_engines(
     The prompts must be shown to be equal, as texts or as tokens, and with `answers` the weights: by a log-probability
     that both have, or by equal greedy answers.
     """
-    pairs = list(zip(ours, theirs, strict=True))
+    pairs = [_aligned(a, b) for a, b in zip(ours, theirs, strict=True)]
     assert all(a.name == b.name for a, b in pairs), "the same conversations"
     prompts, tokens = _prompts(pairs), _tokens(pairs)
     logprobs, greedy = _logprobs(pairs, tolerance), _greedy(pairs, tolerance.margin)
@@ -82,6 +82,13 @@ def compare_engines(
 
 
 Pair = tuple[Observation, Observation]
+
+
+def _aligned(a: Observation, b: Observation) -> Pair:
+    if not a.trace or not b.trace:
+        return a, b
+    ours, theirs = aligned(a.trace, b.trace)
+    return replace(a, trace=ours), replace(b, trace=theirs)
 
 
 def _prompts(pairs: Sequence[Pair]) -> Comparison:
