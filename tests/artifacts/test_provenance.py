@@ -17,7 +17,8 @@ from tutor.artifacts.layout import STAGE_FOLDERS
 from tutor.artifacts.provenance import PACKAGE, Provenance, SourceTree
 from tutor.artifacts.source import read_source
 from tutor.pipeline.runner import LLAMACPP_BUILD
-from tutor.serving import adapter, compare
+from tutor.serving import adapter
+from tutor.serving.evaluation import compare
 
 ROOT = PACKAGE.parent
 STAGES = list(STAGE_FOLDERS)
@@ -179,7 +180,7 @@ def test_provenance_holds_the_version_of_each_imported_package(stage: str, packa
 def test_provenance_of_a_command_holds_its_dependencies(command: ModuleType, sources: set[str]) -> None:
     assert command.__file__ is not None
     code = SourceTree().provenance(Path(command.__file__), left_out=command.LEFT_OUT).sources
-    assert {f"serving/{Path(command.__file__).name}", *sources} <= set(code)
+    assert {Path(command.__file__).relative_to(PACKAGE).as_posix(), *sources} <= set(code)
     assert not any(name.startswith(("pipeline/", "cli/", "serving/publish")) for name in code)
 
 

@@ -38,7 +38,8 @@ from tutor.prompt.messages import Message, conversation
 from tutor.prompt.tutor_format import GO_TEMPLATE, render
 from tutor.recipe.reading import read_recipe
 from tutor.recipe.settings import Recipe
-from tutor.serving import builds, compare, publish
+from tutor.serving import builds, publish
+from tutor.serving.evaluation import compare
 
 HOST = os.environ.get("TUTOR_TEST_OLLAMA", "")
 BINARY = os.environ.get("OLLAMA_BINARY", shutil.which("ollama") or "")

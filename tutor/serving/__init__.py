@@ -7,7 +7,7 @@ of what was published and promoted, in the build folder.
     model_names     a name as a user writes it -> a ModelChoice
     models          a ModelChoice -> the engine that answers, and what its answers depend on
     chat            a conversation at the terminal with one engine
-    compare         the held-out prompts answered by any model; two models compared prompt by prompt
+    evaluation      the held-out prompts answered by any model, and the answers compared (a package)
     builds          the builds of a model on an Ollama server: create, check, tag, list, roll back
     adapter         `lora/`: the adapter as a separate GGUF, with a Modelfile
     publish         a build folder -> a checked build on the server

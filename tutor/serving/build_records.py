@@ -17,7 +17,7 @@ from tutor.artifacts.hashing import file_sha256
 from tutor.artifacts.layout import OLLAMA, BuildFolder
 from tutor.artifacts.manifest import read_manifest
 from tutor.errors import ArtifactError
-from tutor.serving.compare import ModelAnswers, read_answers
+from tutor.serving.evaluation.compare import ModelAnswers, read_answers
 from tutor.stages.evaluate.stage import ANSWERS
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from tutor.pipeline.registry import BY_NAME
 from tutor.pipeline.runner import require_gate_passed
 from tutor.prompt.format import PromptFormat
 from tutor.recipe.settings import Recipe
-from tutor.serving import builds, compare, ollama_parity, publish
+from tutor.serving import builds, ollama_parity, publish
 from tutor.serving.build_records import (
     keep_answers,
     kept_answers,
@@ -32,6 +32,7 @@ from tutor.serving.build_records import (
     record_proof,
     update_record,
 )
+from tutor.serving.evaluation import compare
 from tutor.serving.model_names import ModelChoice
 from tutor.serving.models import prompt_of
 from tutor.stages.parity.gate import HandOff, refusal

@@ -1,7 +1,7 @@
 """The commands that evaluate models: eval, compare.
 
 In: names of models, folders with answers. Out: rates and differences on stdout. The work is done in
-tutor/serving/compare.py.
+tutor/serving/evaluation/compare.py.
 """
 
 import functools
@@ -78,7 +78,7 @@ def eval_command(  # noqa: PLR0913 - a command's options
     """
     from tutor.cli import summary
     from tutor.pipeline import runner
-    from tutor.serving import compare
+    from tutor.serving.evaluation import compare
     from tutor.serving.model_names import parse_model
 
     recipe = load_recipe(recipe_path)
@@ -114,7 +114,7 @@ def compare_command(  # noqa: PLR0913 - a command's options
 ) -> None:
     """Compare A with B, prompt by prompt. Each is a build folder, a file of answers, or a model to run."""
     from tutor.cli import summary
-    from tutor.serving import compare
+    from tutor.serving.evaluation import compare
 
     recipe = load_recipe(recipe_path)
     with progress_on_stderr(flags):

@@ -1,4 +1,4 @@
-"""serving/compare.py: the published model is evaluated with a fake server."""
+"""serving/evaluation/compare.py: the published model is evaluated with a fake server."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,8 @@ from tutor.cli import summary
 from tutor.errors import ServiceError
 from tutor.machine import host
 from tutor.recipe.settings import Recipe
-from tutor.serving import compare, promote
+from tutor.serving import promote
+from tutor.serving.evaluation import compare
 
 
 @pytest.fixture

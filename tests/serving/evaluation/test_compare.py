@@ -1,4 +1,4 @@
-"""serving/compare.py: answers of named models are stored, and two models are compared."""
+"""serving/evaluation/compare.py: answers of named models are stored, and two models are compared."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from tutor.errors import ArtifactError, RecipeError, ServiceError
 from tutor.pipeline.cleaning import clean
 from tutor.pipeline.registry import BY_NAME
 from tutor.recipe.settings import Recipe
-from tutor.serving.compare import compare_models, evaluate_models
+from tutor.serving.evaluation.compare import compare_models, evaluate_models
 from tutor.serving.model_names import parse_model
 
 # Evaluating

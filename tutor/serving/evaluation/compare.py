@@ -189,7 +189,7 @@ def _answers(recipe: Recipe, build: Path, choice: ModelChoice, label: str, paral
             served["parallel"] = parallel  # a server with several slots batches prompts (stages/evaluate/answers.py)
         sampling = {"system": recipe.system, "language": recipe.data.language, **asdict(generation)}
         tree = provenance.SourceTree(folder.hashes)
-        code = tree.provenance("serving/compare.py", left_out=LEFT_OUT).code
+        code = tree.provenance("serving/evaluation/compare.py", left_out=LEFT_OUT).code
         fields = {"input.data": data, **sampling, **served, "code": code}
         ran = not is_made(target, fields) or find_damage(target, content=True) != []
         if ran:
