@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tutor.artifacts.layout import BuildFolder
@@ -21,6 +22,7 @@ from tutor.machine.matmul_rate import MatmulRates
 from tutor.machine.memory.estimate import ADAPTER_BYTES, OPTIMIZER_BYTES, gb, trainable_parameters
 from tutor.machine.memory.row_lengths import RowLengths
 from tutor.machine.memory.shapes import Shape
+from tutor.recipe.quantizations import F16
 from tutor.recipe.settings import Recipe
 
 GGUF_BITS = {
@@ -87,6 +89,10 @@ CONVERT_RATE = 480e6
 QUANTIZE_RATE = 4.5e6
 """Parameters per second and thread of a K-quant (docs/facts.md, 9). The other types take a tenth of the time."""
 
+TOGETHER_BYTES = 4e9
+"""Maximum size of tutor and base in 16 bits that are converted by one process: a second start takes seconds, which only
+a small model notices."""
+
 READ_RATE = 3.2e9
 """Bytes of model weights per second and core that llama.cpp reads during generation: the demo on two cores."""
 
@@ -141,6 +147,23 @@ def gguf_bytes(shape: Shape, kind: str) -> int:
     return math.ceil(1.01 * (shape.parameters * bits / 8 + TOKEN_BYTES * shape.vocabulary))
 
 
+def converted_together(shape: Shape) -> bool:
+    """Whether tutor and base are in 16 bits at the same time; otherwise the base's file is gone before the tutor's."""
+    return 2 * gguf_bytes(shape, F16) <= TOGETHER_BYTES
+
+
+def convert_bytes(shape: Shape, tutor: Iterable[str], base: Iterable[str] | None, *, keep_base: bool) -> int:
+    """Bytes of the GGUF files at their peak: both models' 16-bit files, and the quantizations of each.
+
+    `base` is None for the tutor alone; `keep_base`: the base's 16-bit file is one to compare with.
+    """
+    f16, size = gguf_bytes(shape, F16), partial(gguf_bytes, shape)
+    alone = f16 + sum(map(size, tutor))
+    if base is None:
+        return alone
+    return alone + sum(map(size, base)) + (f16 if keep_base or converted_together(shape) else 0)
+
+
 def checkpoint_bytes(adapters: int) -> int:
     """Bytes of a training checkpoint with this number of trainable parameters."""
     return (ADAPTER_BYTES + OPTIMIZER_BYTES) * adapters + CHECKPOINT_EXTRA
@@ -149,16 +172,14 @@ def checkpoint_bytes(adapters: int) -> int:
 def disk_bytes(shape: Shape, work: RunWorkload) -> dict[str, int]:
     """Bytes by stage while it runs; "hub" is the hub's cache, "publish" Ollama's disk."""
     weights = 2 * shape.parameters
-    f16, served = gguf_bytes(shape, "F16"), max(gguf_bytes(shape, kind) for kind in work.served)
-    quantized = sum(gguf_bytes(shape, kind) for kind in work.served if kind != "F16")
-    # The base's F16 file is removed after its quantization exists.
-    base = f16 + max(served, quantized) if work.with_base else 0
+    served = max(gguf_bytes(shape, kind) for kind in work.served)
+    base = [kind for kind in work.served if kind != F16] if work.with_base else None
     return {
         "hub": weights if work.fetched else 0,
         "base": weights if work.made else 0,
         "train": (ADAPTER_BYTES + 2 * (ADAPTER_BYTES + OPTIMIZER_BYTES)) * work.adapters,  # with two checkpoints
         "merge": weights,
-        "convert": f16 + base + sum(gguf_bytes(shape, kind) for kind in work.quantizations),
+        "convert": convert_bytes(shape, work.quantizations, base, keep_base=[*work.served] == [F16]),
         "publish": 3 * served,  # the upload, its copy during the check, and the stored model
     }
 

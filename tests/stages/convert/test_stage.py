@@ -18,20 +18,11 @@ from support.models.random_llama import llama3_splitter, make_tiny
 
 from tutor.errors import ArtifactError, HostError
 from tutor.formats.models.gguf import read_gguf
+from tutor.machine import host, run_cost
 from tutor.prompt.encoding import adds_bos
 from tutor.prompt.tutor_format import chat_template
 from tutor.recipe.settings import ConvertSettings, OllamaSettings, Recipe
 from tutor.stages.convert import stage
-
-
-def test_full_disk_raises_host_error_before_converting(tmp_path: Path) -> None:
-    model = tmp_path / "m"
-    model.mkdir()
-    config = {"hidden_size": 1 << 20, "num_hidden_layers": 100, "intermediate_size": 1 << 20, "vocab_size": 1000}
-    (model / "config.json").write_text(json.dumps({**config, "num_attention_heads": 64}))
-    with pytest.raises(HostError, match="GB free, converting needs") as raised:
-        stage._require_disk([(model, ["Q8_0"])], tmp_path)
-    assert raised.value.code == 4
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +133,25 @@ def test_changed_merged_folder_is_refused(
         stage.run(recipe("Q8_0", base=False, served="Q8_0"), {**inputs, "merge": merged}, tmp_path / "out")
 
 
+@pytest.mark.llamacpp
+def test_large_base_leaves_its_16_bits_before_those_of_the_tutor_are_there(
+    made: tuple[Path, dict[str, Any]], inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_cost, "TOGETHER_BYTES", 0)
+    seen: list[list[str]] = []
+    quantize = stage.quantize
+
+    def watched(*arguments: Any, **options: Any) -> None:
+        seen.append(sorted(path.name for path in tmp_path.glob("*F16.gguf")))
+        quantize(*arguments, **options)
+
+    monkeypatch.setattr(stage, "quantize", watched)
+    stage.run(recipe("Q8_0", "Q4_K_M"), inputs, tmp_path)
+    assert seen == [["base-F16.gguf"], ["tutor-F16.gguf"], ["tutor-F16.gguf"]]
+    for path in made[0].iterdir():
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+
+
 def drop(text: str, key: str) -> str:
     return json.dumps({**json.loads(text), key: None})
 
@@ -150,7 +160,7 @@ def drop(text: str, key: str) -> str:
 def test_auto_quantizes_base_fully_with_importance_matrix(inputs: dict[str, Path], tmp_path: Path) -> None:
     asked = ConvertSettings(quantizations=["Q8_0", "IQ4_NL"], imatrix=True)
     results = stage.run(Recipe(convert=asked, ollama=OllamaSettings(quantization="auto")), inputs, tmp_path)
-    models = {f"{name}-{kind}.gguf" for name in ("tutor", "base") for kind in ("F16", "Q8_0", "IQ4_NL")}
+    models = {f"{name}-{kind}.gguf" for name in ("tutor", "base") for kind in ("Q8_0", "IQ4_NL")} | {"tutor-F16.gguf"}
     assert set(results["files"]) == models
     assert {path.name for path in tmp_path.iterdir()} == models | {"tutor.imatrix", "base.imatrix"}
     fields = read_gguf(tmp_path / "tutor-IQ4_NL.gguf").fields
@@ -166,6 +176,15 @@ def test_quantized_files_keep_their_lineage(made: tuple[Path, dict[str, Any]]) -
     base = read_gguf(made[0] / "base-Q4_K_M.gguf").fields
     assert "tutor.base.sha256" in base
     assert "tutor.adapter.sha256" not in base, "the base was never trained"
+
+
+def test_full_disk_raises_host_error_before_converting(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "free_disk", lambda folder: (1, folder, 1000))
+    with pytest.raises(HostError, match="GB free, converting needs"):
+        stage.run(recipe("Q8_0", served="Q8_0"), inputs, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_calibration_text_is_rendered_as_in_training() -> None:

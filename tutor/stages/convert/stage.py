@@ -2,13 +2,13 @@
 
 In: merged/, base/ (its facts, and its 16-bit weights), data/ and adapter/ (their hashes for the lineage; the training
 rows for an importance matrix). Out: `tutor-F16.gguf` (`tutor-BF16.gguf` where the base's family needs it),
-`tutor-<Q>.gguf` for each quantization; if the recipe sets them, `base-<Q>.gguf` and importance matrices. Does not
-merge, choose or publish.
+`tutor-<Q>.gguf` for each quantization; if the recipe sets them, `base-<Q>.gguf` (in 16 bits only where that is served)
+and importance matrices. Does not merge, choose or publish.
 """
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,11 +31,10 @@ from tutor.formats.models.served_quantization import possible_quantizations
 from tutor.formats.rows.split_files import TRAIN, read_split
 from tutor.machine.host import usable_cores
 from tutor.machine.memory.shapes import read_shape
-from tutor.machine.run_cost import gguf_bytes, require_disk
+from tutor.machine.run_cost import convert_bytes, converted_together, require_disk
 from tutor.prompt.format import PromptFormat, asked_messages
 from tutor.prompt.messages import row_answer
 from tutor.prompt.tutor_format import TUTOR
-from tutor.recipe.quantizations import F16
 from tutor.stages.convert.lineage import base_lineage, to_fields, tutor_lineage
 from tutor.stages.convert.quantization_error import (
     QuantizationError,
@@ -111,10 +110,14 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     may_be_served = possible_quantizations(recipe.ollama.quantization, quantizations, reference)
     wanted: dict[str, list[str]] = {"tutor": [*quantizations]}
     if recipe.convert.base:
-        # The evaluate stage compares both in the served quantization, which the ladder stage chooses only later.
-        wanted["base"] = [kind for kind in may_be_served if kind != reference]
+        # First, so that its 16-bit file is gone before the tutor's is there. The evaluate stage compares both in the
+        # served quantization, which the ladder stage chooses only later.
+        wanted = {"base": [kind for kind in may_be_served if kind != reference], **wanted}
     folders = {"tutor": inputs["merge"], "base": base}
-    _require_disk([(folders[name], kinds) for name, kinds in wanted.items()], out)
+    keep_base = recipe.ollama.quantization == reference
+    shape = read_shape(base)
+    need = convert_bytes(shape, quantizations, wanted.get("base"), keep_base=keep_base)
+    require_disk(out, need, "converting", "free disk space, or set fewer convert.quantizations")
     lineage = {"tutor": to_fields(tutor_lineage(recipe, inputs)), "base": to_fields(base_lineage(inputs["base"]))}
     sources = [
         ConversionSource(
@@ -127,14 +130,14 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
         )
         for name in wanted
     ]
-    _to_16_bits(sources, out)
     files: dict[str, dict[str, Any]] = {}
-    for source in sources:
-        files |= quantize_model(source, wanted[source.name], out)
-    if recipe.convert.base and reference not in may_be_served:
-        # The base's 16-bit file was needed for quantization only.
-        (out / gguf_name("base", reference)).unlink()
-        del files[gguf_name("base", reference)]
+    for group in [sources] if converted_together(shape) else [[source] for source in sources]:
+        _to_16_bits(group, out)
+        for source in group:
+            files |= quantize_model(source, wanted[source.name], out)
+            if source.name == "base" and not keep_base:
+                source.reference(out).unlink()  # needed for quantization only
+                del files[source.reference(out).name]
     return {"files": files, "pre_tokenizer": facts.pre_tokenizer, "lineage": lineage["tutor"]}
 
 
@@ -232,10 +235,3 @@ def calibration_rows(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str,
     length = sum(len(row["instruction"]) + len(row["response"]) for row in rows)
     count = min(len(rows), max(1, len(rows) * CALIBRATION_CHARACTERS // max(length, 1)))
     return [rows[index * len(rows) // count] for index in range(count)]
-
-
-def _require_disk(wanted: Iterable[tuple[Path, Sequence[str]]], out: Path) -> None:
-    """Raise HostError before the work when the disk cannot hold the files of all models."""
-    shapes = [(read_shape(model), kinds) for model, kinds in wanted]
-    need = sum(gguf_bytes(shape, kind) for shape, kinds in shapes for kind in (F16, *kinds))
-    require_disk(out, need, "converting", "free disk space, or set fewer convert.quantizations")
