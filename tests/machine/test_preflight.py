@@ -183,8 +183,8 @@ def vast(recipe_file: Path) -> Recipe:
 def test_full_disk_names_free_and_needed_space(host, vast, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=300 * 10**9))
     found = [line for line in problems(vast, tmp_path / "not" / "made", gpu=False) if "disk" in line]
-    # The build folder and Docker's folder are on one disk: 782 GB and 357 GB are added.
-    assert found == [f"the disk of {tmp_path} has 300 GB free of 1139 GB; free disk space"]
+    # The build folder and Docker's folder are on one disk: 579 GB and 475 GB are added.
+    assert found == [f"the disk of {tmp_path} has 300 GB free of 1054 GB; free disk space"]
 
 
 def test_finished_stages_need_no_disk(host, vast, tmp_path, monkeypatch):
@@ -192,7 +192,7 @@ def test_finished_stages_need_no_disk(host, vast, tmp_path, monkeypatch):
     for name in ("base/manifest.json", "adapter/manifest.json", "merged/manifest.json", "gguf/manifest.json"):
         (tmp_path / "small" / name).parent.mkdir(parents=True)
         (tmp_path / "small" / name).touch()
-    assert "has 300 GB free of 357 GB" in problems(vast, tmp_path, gpu=False)[0]  # in Ollama it is not
+    assert "has 300 GB free of 475 GB" in problems(vast, tmp_path, gpu=False)[0]  # in Ollama it is not
     (tmp_path / "small" / "model").mkdir()
     (tmp_path / "small" / "model" / "published.json").touch()
     assert problems(vast, tmp_path, gpu=False) == ()

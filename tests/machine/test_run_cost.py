@@ -75,7 +75,7 @@ def test_auto_quantization_counts_all_that_may_be_served():
     assert set(work.served) == {F16, *recipe.convert.quantizations}
     written = {**dict.fromkeys(recipe.convert.quantizations, 2), F16: 1}  # of the tutor, and of the base
     assert disk_bytes(LARGE, work)["convert"] >= sum(gguf_bytes(LARGE, kind) * n for kind, n in written.items())
-    assert disk_bytes(LARGE, work)["publish"] == 3 * gguf_bytes(LARGE, F16)
+    assert disk_bytes(LARGE, work)["publish"] == 4 * gguf_bytes(LARGE, F16)
     assert estimate_seconds(LARGE, work, None, 2)["evaluate"]
 
 

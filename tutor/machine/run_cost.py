@@ -180,7 +180,8 @@ def disk_bytes(shape: Shape, work: RunWorkload) -> dict[str, int]:
         "train": (ADAPTER_BYTES + 2 * (ADAPTER_BYTES + OPTIMIZER_BYTES)) * work.adapters,  # with two checkpoints
         "merge": weights,
         "convert": convert_bytes(shape, work.quantizations, base, keep_base=[*work.served] == [F16]),
-        "publish": 3 * served,  # the upload, its copy during the check, and the stored model
+        # The upload and two copies of it while the server checks it; the base's are there beside the stored tutor.
+        "publish": (4 if work.with_base else 3) * served,
     }
 
 
