@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tutor.artifacts.layout import BuildFolder
+from tutor.engines.answer_limit import with_answer_limit
 from tutor.engines.hf.loading import load
 from tutor.engines.hf.score import answer_logprobs
 from tutor.engines.llamacpp.score import score
@@ -31,6 +32,7 @@ def main(recipe: Recipe, build: Path, count: int) -> None:
     f16 = folder.gguf("tutor", "F16")
     engine = load(folder.stage("merge"), None, quantization="none", precision="fp32")
     tokenizer = engine.tokenizer
+    recipe = with_answer_limit(recipe, folder.stage("train"))
     generation = replace(greedy(recipe.generate, recipe.seed), repetition_penalty=1.0)
     same = 0
     with serve(f16, context=recipe.generate.context, threads=2, log=folder.path / "agreement.log") as server:

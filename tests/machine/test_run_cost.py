@@ -6,14 +6,16 @@ from types import SimpleNamespace
 import pytest
 from support.models.workloads import ATTENTION, DEMO, LARGE
 
+from tutor.engines.answer_limit import answer_limit
 from tutor.errors import HostError
 from tutor.formats.models import base_source
 from tutor.machine import host, run_cost
 from tutor.machine.matmul_rate import MatmulRates
 from tutor.machine.memory.estimate import trainable_parameters
+from tutor.machine.memory.row_lengths import RowLengths
 from tutor.machine.run_cost import RunWorkload, disk_bytes, estimate_seconds, gguf_bytes
 from tutor.recipe.quantizations import BF16, F16, KINDS
-from tutor.recipe.settings import DataSettings, OllamaSettings, Recipe
+from tutor.recipe.settings import DataSettings, GenerateSettings, OllamaSettings, Recipe
 
 WORK = RunWorkload(
     fetched=True,
@@ -77,6 +79,17 @@ def test_auto_quantization_counts_all_that_may_be_served():
     assert disk_bytes(LARGE, work)["convert"] >= sum(gguf_bytes(LARGE, kind) * n for kind, n in written.items())
     assert disk_bytes(LARGE, work)["publish"] == 4 * gguf_bytes(LARGE, F16)
     assert estimate_seconds(LARGE, work, None, 2)["evaluate"]
+
+
+def test_auto_answers_take_the_longest_answer_or_row():
+    recipe = Recipe(data=DataSettings(prompts=120), generate=GenerateSettings(max_new_tokens="auto"))
+
+    def answer(rows):
+        return run_cost.run_workload(recipe, LARGE, rows, checkpointing=False).answer
+
+    assert answer(RowLengths([600], 600, exact=True, answer=300)) == 330
+    assert answer(RowLengths([600], 600)) == 660
+    assert answer(RowLengths([6000], 6000)) == answer(None) == answer_limit(recipe.train.max_length)
 
 
 def test_seconds_fall_with_cores_and_need_a_rate():

@@ -154,7 +154,7 @@ def numbers(model: type[Settings], where: str = "") -> Iterator[tuple[str, str]]
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
             yield from numbers(field.annotation, f"{where}.{name}".strip("."))
-        elif field.annotation in (int, float) or name == "pass_tokens":
+        elif field.annotation in (int, float) or name in ("pass_tokens", "max_new_tokens"):
             yield where, name
 
 

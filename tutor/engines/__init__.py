@@ -4,6 +4,7 @@ In: a conversation and the settings of a generation. Out: an answer with its fin
 (protocol.py), and for comparisons log-probabilities token by token (trace.py).
 
 protocol   the `Engine` protocol, `Generation`, `Answer`
+answer_limit  maximum tokens of an answer
 trace      scores and greedy traces in one form for all engines, and the divergence of two distributions
 hf/        transformers in this process
 llamacpp/  programs of the pinned llama.cpp: conversion, quantization, scores, llama-server

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
+from tutor.engines.answer_limit import max_new_tokens
 from tutor.prompt.messages import Message
 from tutor.prompt.tutor_format import STOPS
 from tutor.recipe.settings import GenerateSettings
@@ -60,9 +61,9 @@ class Engine(Protocol):
 
 
 def sampling(settings: GenerateSettings, seed: int, stops: tuple[str, ...] = STOPS) -> Generation:
-    """The generation settings of the served model; `stops` of its prompt format."""
+    """The generation settings of the served model; `stops` of its prompt format. See `max_new_tokens`."""
     return Generation(
-        max_new_tokens=settings.max_new_tokens,
+        max_new_tokens=max_new_tokens(settings),
         temperature=settings.temperature,
         top_p=settings.top_p,
         repetition_penalty=settings.repetition_penalty,

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from tutor.artifacts.layout import BuildFolder
+from tutor.engines.answer_limit import answer_limit
 from tutor.errors import HostError
 from tutor.formats.models.base_source import hub_cache, hub_snapshot
 from tutor.formats.models.served_quantization import possible_quantizations
@@ -129,8 +130,16 @@ def run_workload(recipe: Recipe, shape: Shape, rows: RowLengths | None, *, check
         served=possible_quantizations(recipe.ollama.quantization, recipe.convert.quantizations),
         with_base=recipe.convert.base,
         prompts=recipe.data.prompts or _count_lines(recipe.resolve(recipe.data.eval)),
-        answer=recipe.generate.max_new_tokens,
+        answer=_answer_tokens(recipe, rows),
     )
+
+
+def _answer_tokens(recipe: Recipe, rows: RowLengths | None) -> int:
+    """Maximum tokens of an answer; before the answers are counted, an upper bound: the longest row."""
+    if recipe.generate.max_new_tokens != "auto":
+        return recipe.generate.max_new_tokens
+    longest = (rows.answer or rows.longest) if rows else recipe.train.max_length
+    return answer_limit(min(longest, recipe.train.max_length))
 
 
 def _count_lines(path: Path) -> int:

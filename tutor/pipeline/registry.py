@@ -164,13 +164,13 @@ STAGES = (
     Stage(
         "modelfile",
         "render the Modelfile",
-        needs=("base", "convert", "ladder"),
+        needs=("base", "train", "convert", "ladder"),
         settings=_modelfile,
     ),
     Stage(
         "evaluate",
         "answer the held-out prompts and grade the answers",
-        needs=("data", "base", "convert", "ladder"),
+        needs=("data", "base", "train", "convert", "ladder"),
         settings=_evaluate,
         files=evaluation_files,
         derived=f"{STAGE_FOLDERS['evaluate']}-*",

@@ -5,7 +5,7 @@ and its end. Loads no tokenizer and cuts nothing.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -27,6 +27,7 @@ class Encoded:
 
     ids: list[int]
     mask: list[int]
+    line: int = field(default=0, compare=False)  # of its row in the user's file
 
     @property
     def n_prompt(self) -> int:
@@ -65,7 +66,8 @@ class RowEncoder:
         (a format that writes another end into the history, or leaves thoughts out of it) each has its own.
         Raises DataError when the tokenizer has no EOS, ValueError for a conversation that the format cannot write.
         """
-        return _encode_row(self, [*row_messages(row, self.system), row_answer(row)])
+        encoded = _encode_row(self, [*row_messages(row, self.system), row_answer(row)])
+        return [replace(each, line=row.get("line", 0)) for each in encoded]
 
     def answers(self, row: Mapping[str, Any]) -> list[Pair]:
         """Return every answer of a row that carries loss, each with the ids of its prompt. Raises as `encode`."""

@@ -133,9 +133,10 @@ def _check_together(recipe: Recipe) -> None:
             f"{recipe.path}: train.max_memory needs gradient checkpointing: without it all layers stay on the GPU",
             "remove train.gradient_checkpointing",
         )
-    if recipe.generate.max_new_tokens >= recipe.generate.context:
+    answer = recipe.generate.max_new_tokens
+    if answer != "auto" and answer >= recipe.generate.context:
         raise RecipeError(
-            f"{recipe.path}: generate.max_new_tokens ({recipe.generate.max_new_tokens}) leaves no tokens for a prompt "
+            f"{recipe.path}: generate.max_new_tokens ({answer}) leaves no tokens for a prompt "
             f"in generate.context ({recipe.generate.context})"
         )
 

@@ -146,7 +146,8 @@ class ConvertSettings(Settings):
 class GenerateSettings(Settings):
     """Sampling of the served model; evaluation replaces temperature by 0."""
 
-    max_new_tokens: int = Field(515, ge=1, le=MANY)
+    # Maximum tokens of an answer; auto: the longest trained answer and a tenth (tutor/engines/answer_limit.py).
+    max_new_tokens: Literal["auto"] | Annotated[int, Field(ge=1, le=MANY)] = 515
     temperature: float = Field(0.003, ge=0, le=2)
     top_p: float = Field(0.85, gt=0, le=1)
     repetition_penalty: float = Field(1.15, ge=1, le=2)

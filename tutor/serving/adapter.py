@@ -14,6 +14,7 @@ from tutor.artifacts.disk import write_json
 from tutor.artifacts.layout import LORA, BuildFolder, gguf_name
 from tutor.artifacts.manifest import is_made, read_manifest, require_stage
 from tutor.artifacts.stage_folder import writing
+from tutor.engines.answer_limit import with_answer_limit
 from tutor.engines.llamacpp.build import build_key
 from tutor.errors import ArtifactError, RecipeError
 from tutor.pipeline.registry import BY_NAME
@@ -70,7 +71,9 @@ def lora_folder(recipe: Recipe, folder: BuildFolder) -> Path:
         gguf = out / gguf_name("tutor", LORA)
         metadata = to_fields(adapter_lineage(recipe, inputs))
         results["matrices"] = lora_to_gguf(inputs["train"], read_facts(inputs["base"])[1], base, gguf, metadata)
-        _write_modelfile(recipe, read_format(recipe, inputs["base"]), base, gguf, out)
+        _write_modelfile(
+            with_answer_limit(recipe, inputs["train"]), read_format(recipe, inputs["base"]), base, gguf, out
+        )
     return target
 
 

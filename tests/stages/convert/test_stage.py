@@ -134,7 +134,7 @@ def test_changed_merged_folder_is_refused(
 
 
 @pytest.mark.llamacpp
-def test_large_base_leaves_its_16_bits_before_those_of_the_tutor_are_there(
+def test_large_base_leaves_its_16_bits_before_the_tutors_come(
     made: tuple[Path, dict[str, Any]], inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_cost, "TOGETHER_BYTES", 0)

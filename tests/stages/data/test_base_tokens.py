@@ -1,5 +1,6 @@
 """stages/data/base_tokens.py: control tokens of the base in rows, before any training."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from support.outputs.lint_rows import GOOD, kinds_and_lines, lint_rows, row
 from tutor.errors import DataError
 from tutor.formats.rows.examples import Example, Prompt
 from tutor.stages.data.base_tokens import control_token_finder, read_tokenizer, refuse_control_tokens
+
+ANSWER = {"role": "assistant", "content": "d"}
 
 
 @pytest.fixture
@@ -64,3 +67,24 @@ def test_data_check_refuses_a_control_token_of_the_base(
     assert f"{tmp_path}/eval.jsonl:2: holds <filename>" in done.stderr
     done = tutor("data", "check", tmp_path / "tutor.jsonl", *command[2:])
     assert done.returncode == 0, done.stderr
+
+
+def test_data_check_names_an_answer_that_would_be_cut(
+    tutor: Any, recipe_file: Path, tokenizer_file: Path, tmp_path: Path
+) -> None:
+    """The longest answer of a row of several turns is not its last one; without the setting nothing is cut."""
+    write_base(tmp_path / "build" / "small" / "base", tokenizer_file)
+    history = [{"role": "user", "content": "¿a?"}, {"role": "assistant", "content": "b " * 200}]
+    with (tmp_path / "tutor.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"messages": [*history, {"role": "user", "content": "¿c?"}, ANSWER]}) + "\n")
+    lines = len((tmp_path / "tutor.jsonl").read_text("utf-8").splitlines())
+    command = ["data", "check", "--no-code", "-r", recipe_file, "-b", tmp_path / "build"]
+    assert "the answer has" not in tutor(*command).stdout
+    recipe_file.write_text(recipe_file.read_text("utf-8") + "\n[generate]\nmax_new_tokens = 150\n", "utf-8")
+    done = tutor(*command)
+    assert done.returncode == 0, done.stderr
+    named = f"{tmp_path}/tutor.jsonl:{lines}: the answer has "
+    assert named in done.stdout
+    done = tutor(*command, "--strict")
+    assert done.returncode == 3
+    assert named in done.stderr

@@ -33,7 +33,7 @@ def test_side_by_side_puts_answers_below_their_prompt() -> None:
 
 def write_inputs(root: Path, **tutor: Any) -> dict[str, Path]:
     """The folders that the stage reads; `tutor` changes what the tutor's GGUF configures."""
-    inputs = {name: root / name for name in ("data", "base", "convert", "ladder")}
+    inputs = {name: root / name for name in ("data", "base", "train", "convert", "ladder")}
     for name in ("data", "convert", "ladder"):
         inputs[name].mkdir()
     rows = [{**prompt, "response": "Sí."} for prompt in PROMPTS[:2]]

@@ -76,7 +76,7 @@ def test_run_writes_modelfile_and_equal_create_json(build, tmp_path):
     (build / "model").mkdir()
     summary = stage.run(
         recipe,
-        {name: build / name.replace("convert", "gguf") for name in ("base", "convert", "ladder")},
+        {name: build / name.replace("convert", "gguf") for name in ("base", "train", "convert", "ladder")},
         build / "model",
     )
     parsed = parse((build / "model" / "Modelfile").read_bytes().decode())

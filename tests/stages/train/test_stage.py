@@ -20,6 +20,8 @@ from support.models.training import SOURCE, settings
 from tutor.artifacts.stage_folder import log_folder
 from tutor.errors import ArtifactError, DataError
 from tutor.formats.models.base_source import public_source
+from tutor.formats.rows.row_ids import row_encoder
+from tutor.formats.rows.split_files import HELD_OUT, TRAIN, read_split
 from tutor.machine.capacity import plan_training
 from tutor.prompt.encoding import Encoded
 from tutor.stages.train import held_out_loss, loop
@@ -90,6 +92,14 @@ def test_metrics_have_one_line_per_step(trained: Trained) -> None:
     assert max(line["learning_rate"] for line in lines) == pytest.approx(5e-3)
     assert lines[-1]["epoch"] == 3.0
     assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+@pytest.mark.pipeline
+def test_longest_answer_is_recorded(trained: Trained, inputs: dict[str, Path]) -> None:
+    rows = [row for name in (TRAIN, HELD_OUT) for row in read_split(inputs["data"], name)]
+    encoder = row_encoder(recipe(Path("r.toml")), inputs["base"])
+    longest = max(len(ids) for row in rows for _, ids in encoder.answers(row))
+    assert trained[1]["longest_answer"] == {"tokens": longest, "line": 0}  # rows without lines
 
 
 @pytest.mark.pipeline

@@ -18,8 +18,10 @@ from tutor.cli.options import indented, json_option, load_recipe, print_result, 
 from tutor.errors import ArtifactError, DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tutor.recipe.settings import Recipe
-    from tutor.stages.data.base_tokens import BaseTokens, TokenFinder
+    from tutor.stages.data.base_tokens import BaseTokens
     from tutor.stages.data.lint.linter import LintReport
 
 files_argument = click.argument("files", nargs=-1, type=click.Path(path_type=Path))
@@ -27,7 +29,11 @@ files_argument = click.argument("files", nargs=-1, type=click.Path(path_type=Pat
 
 @click.command("check")
 @files_argument
-@click.option("--strict", is_flag=True, help="Treat unknown keys, and questions shared with the prompts, as errors.")
+@click.option(
+    "--strict",
+    is_flag=True,
+    help="Treat unknown keys, questions shared with the prompts, and answers that would be cut as errors.",
+)
 @click.option(
     "--code/--no-code",
     default=None,
@@ -40,23 +46,21 @@ def check_command(
 ) -> None:
     """Check every row of FILES (or the recipe's), and its code.
 
-    Every fault is printed with its file and line. Control tokens of the base in a text are faults once the base stage
-    has run.
+    Every fault is printed with its file and line. Once the base stage has run, control tokens of the base in a text
+    are faults, and an answer that generate.max_new_tokens would cut is named.
     """
     from tutor.graders.typescript.install import INSTALL, is_installed
-    from tutor.stages.data.base_tokens import refuse_control_tokens
     from tutor.stages.data.code_check import check_code
 
     recipe = load_recipe(recipe_path) if not files or recipe_path.exists() else None
-    find = _control_token_finder(recipe, build) if recipe else None
+    check_tokens = _token_check(recipe, build, strict=strict) if recipe else None
     compiled = is_installed() if code is None else code
     checked = []
     for path, rows, notes in (
         _read_recipe_files(recipe, strict=strict) if recipe and not files else _read_files(files, strict=strict)
     ):
-        if find:
-            refuse_control_tokens(path, rows, find)
-        item: dict[str, Any] = {"file": str(path), "rows": len(rows), "notes": notes}
+        found = [*notes, *check_tokens(path, rows)] if check_tokens else notes
+        item: dict[str, Any] = {"file": str(path), "rows": len(rows), "notes": found}
         checked.append({**item, "code": check_code(path, rows)} if compiled else item)
     if code is None and not compiled:
         checked[-1]["notes"] = [*checked[-1]["notes"], f"code was not compiled: no compiler; {INSTALL}"]
@@ -173,12 +177,26 @@ def _base_tokens(recipe: "Recipe", build: Path) -> "BaseTokens | None":
     return None
 
 
-def _control_token_finder(recipe: "Recipe", build: Path) -> "TokenFinder | None":
-    """Return a finder of the base's control tokens, or None before the base stage."""
-    from tutor.stages.data.base_tokens import control_token_finder, read_tokenizer
+def _token_check(recipe: "Recipe", build: Path, *, strict: bool) -> "Callable[[Path, list[Any]], list[str]] | None":
+    """Return a check of rows in tokens of the base that returns notes, or None before the base stage."""
+    from tutor.engines.answer_limit import check_answers
+    from tutor.stages.data import base_tokens
 
     base = _base_tokens(recipe, build)
-    return control_token_finder(read_tokenizer(base.file)) if base else None
+    if base is None:
+        return None
+    tokenizer = base_tokens.read_tokenizer(base.file)
+    find = base_tokens.control_token_finder(tokenizer)
+
+    def check(path: Path, rows: list[Any]) -> list[str]:
+        base_tokens.refuse_control_tokens(path, rows, find)
+        longest = base_tokens.longest_answer(tokenizer, base, rows, recipe.data.loss)
+        cut = check_answers(recipe, longest, path) if longest else None
+        if cut and strict:
+            raise DataError(cut)
+        return [cut] if cut else []
+
+    return check
 
 
 def _lint_lines(report: "LintReport") -> list[str]:

@@ -90,6 +90,7 @@ def ask_command(
     A thought before the answer goes to stderr. A QUESTION that looks like an option goes behind --.
     """
     from tutor.artifacts.layout import BuildFolder
+    from tutor.engines.answer_limit import with_answer_limit
     from tutor.engines.protocol import sampling
     from tutor.prompt.messages import conversation, display_text
     from tutor.serving.chat import ShownAnswer, Terminal
@@ -102,7 +103,8 @@ def ask_command(
         raise click.UsageError(f"the question on stdin is not UTF-8 (byte {error.start})") from None
     if not text:
         raise click.UsageError("no question: give it as an argument or on stdin")
-    prompt = prompt_of(recipe, BuildFolder(build, recipe.name))
+    folder = BuildFolder(build, recipe.name)
+    recipe, prompt = with_answer_limit(recipe, folder.stage("train")), prompt_of(recipe, folder)
     thought = terminal.ThoughtStream()
     place = Terminal(input, terminal.AnswerStream().write, terminal.write_note, thought.write, thought.close)
     shown = ShownAnswer(prompt, replace(place, think=_ignore) if flags["quiet"] else place)
@@ -128,6 +130,7 @@ def ask_command(
 def chat_command(flags: dict[str, bool], choice: ModelChoice, recipe_path: Path, build: Path) -> None:
     """Chat with the model; /salir ends the chat, Ctrl-C stops an answer."""
     from tutor.artifacts.layout import BuildFolder
+    from tutor.engines.answer_limit import with_answer_limit
     from tutor.engines.protocol import sampling
     from tutor.serving.chat import Terminal, converse
     from tutor.serving.models import gpu_notice, prompt_of
@@ -135,7 +138,8 @@ def chat_command(flags: dict[str, bool], choice: ModelChoice, recipe_path: Path,
     recipe = load_recipe(recipe_path)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() its line editing and history
-    prompt = prompt_of(recipe, BuildFolder(build, recipe.name))
+    folder = BuildFolder(build, recipe.name)
+    recipe, prompt = with_answer_limit(recipe, folder.stage("train")), prompt_of(recipe, folder)
     thought = terminal.ThoughtStream()
     place = Terminal(input, terminal.AnswerStream().write, terminal.write_note, thought.write, thought.close)
     with progress_on_stderr({**flags, "quiet": True}), _answering_engine(recipe, build, choice) as engine:

@@ -14,6 +14,7 @@ from typing import Any
 
 from tutor.artifacts.disk import read_json
 from tutor.artifacts.layout import BuildFolder
+from tutor.engines.answer_limit import longest_answer
 from tutor.errors import TutorError
 from tutor.formats.importing.reading import open_rows
 from tutor.formats.rows.jsonl import Limits
@@ -40,6 +41,7 @@ class RowLengths:
     tokens: int  # of all training rows, about
     scored: int = 0  # tokens of all held-out rows, about
     exact: bool = False  # counted with the base's tokenizer
+    answer: int | None = None  # tokens of the longest answer of all rows, counted; None: not counted
 
     @property
     def longest(self) -> int:
@@ -54,10 +56,11 @@ def count_rows(recipe: Recipe, data: Path, base: Path) -> RowLengths:
     """
     encoder = row_encoder(recipe, base)
     train, held_out = (
-        [len(encoded.ids) for row in rows for encoded in encoder.encode(row)]
-        for rows in (read_split(data, TRAIN), read_split(data, HELD_OUT))
+        [each for row in read_split(data, name) for each in encoder.encode(row)] for name in (TRAIN, HELD_OUT)
     )
-    return RowLengths(train, sum(train), sum(held_out), exact=True)
+    lengths = [len(each.ids) for each in train]
+    answer = longest_answer([*train, *held_out])["tokens"]
+    return RowLengths(lengths, sum(lengths), sum(len(each.ids) for each in held_out), exact=True, answer=answer)
 
 
 def find_row_lengths(recipe: Recipe, build: Path, base: Path) -> RowLengths | None:

@@ -19,6 +19,7 @@ from tutor.artifacts.disk import write_json
 from tutor.artifacts.layout import OLLAMA, STAGE_FOLDERS, BuildFolder
 from tutor.artifacts.manifest import find_damage, find_manifest, is_made, require_stage
 from tutor.artifacts.stage_folder import checkpoint_folder, log_folder, writing
+from tutor.engines.answer_limit import with_answer_limit
 from tutor.engines.protocol import greedy
 from tutor.errors import ArtifactError, RecipeError
 from tutor.formats.rows.split_files import PROMPTS, TRAIN, read_split
@@ -179,6 +180,7 @@ def read_answers(path: Path, label: str) -> ModelAnswers:
 def _answers(recipe: Recipe, build: Path, choice: ModelChoice, label: str, parallel: int) -> ModelAnswers:
     """Return the stored answers of a model to the prompts of the recipe, or run the model."""
     folder = BuildFolder(build, recipe.name)
+    recipe = with_answer_limit(recipe, folder.stage("train"))
     prompt = prompt_of(recipe, folder)
     generation = greedy(recipe.generate, recipe.seed, prompt.stops)
     target = folder.evaluation(label)

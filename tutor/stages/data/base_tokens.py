@@ -15,7 +15,7 @@ from tutor.errors import ArtifactError
 from tutor.formats.rows.control_tokens import control_tokens, refuse_rows
 from tutor.formats.rows.examples import Example, Prompt
 from tutor.prompt.format import PromptFormat, asked_messages
-from tutor.prompt.messages import row_answer, row_texts
+from tutor.prompt.messages import Message, row_answer, row_texts
 from tutor.prompt.tutor_format import TUTOR
 
 if TYPE_CHECKING:
@@ -58,6 +58,28 @@ def token_counter(tokenizer: "Tokenizer", base: BaseTokens) -> TokenCounter:
         return sum(map(len, given)) + 1
 
     return count
+
+
+def longest_answer(
+    tokenizer: "Tokenizer", base: BaseTokens, rows: Sequence[Example | Prompt], loss: str
+) -> dict[str, int] | None:
+    """Return the tokens of the longest trained answer, its end included, and the line of its row; None for prompts.
+
+    `loss` is the recipe's data.loss: "last" trains the last answer of a row alone.
+    """
+
+    def answers(row: Example) -> list[Message]:
+        earlier = [message for message in row.history if message["role"] == "assistant"]
+        return [*(earlier if loss == "all" else ()), row_answer(asdict(row))]
+
+    lengths = [
+        (len(tokenizer.encode(base.prompt.completion(answer), add_special_tokens=False).ids) + 1, row.line)
+        for row in rows
+        if isinstance(row, Example)
+        for answer in answers(row)
+    ]
+    tokens, line = max(lengths, key=lambda each: each[0], default=(0, 0))
+    return {"tokens": tokens, "line": line} if lengths else None
 
 
 def refusal(base: BaseTokens, row: Mapping[str, Any]) -> str | None:

@@ -1,7 +1,7 @@
 """The evaluate stage: the base and the tutor answer the held-out prompts; graders give verdicts; rates are computed.
 
 In: data/ (prompts.jsonl, train.jsonl, held_out.jsonl), base/ (its tokenizer), gguf/ (the quantized files),
-ladder/served.json, and the two small files that the recipe's [evaluate] may name.
+ladder/served.json, adapter/ (its longest answer), and the two small files that the recipe's [evaluate] may name.
 Out: `eval/answers.json`, `eval/paraphrased.json`, and in the manifest rates, differences and findings.
 
 stage.py            the stage

@@ -1,7 +1,7 @@
 """The evaluate stage: greedy answers of the base and the tutor to every prompt, their verdicts, and the figures.
 
 In: data/ (prompts, train and held-out rows), base/ (its tokenizer), gguf/ (the GGUF files), ladder/ (the served
-quantization), the two small files of the recipe's [evaluate]. Out, in eval/:
+quantization), adapter/ (its longest answer), the two small files of the recipe's [evaluate]. Out, in eval/:
 
     answers.json     a list, an entry a prompt: the prompt's own keys (instruction, category, topic, code, expect, line)
                      and `answers`: by model ("base", "tutor") a record (graders/verdict.py) with `copied`
@@ -34,6 +34,7 @@ from tutor.artifacts.hashing import file_sha256
 from tutor.artifacts.layout import gguf_name
 from tutor.artifacts.manifest import read_manifest
 from tutor.artifacts.stage_folder import checkpoint_folder, log_folder
+from tutor.engines.answer_limit import with_answer_limit
 from tutor.engines.llamacpp.build import build_key
 from tutor.engines.llamacpp.score import score
 from tutor.engines.llamacpp.server import serve
@@ -74,6 +75,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     so far are kept beside `out` for the next run), HostError when prompts expect code and the compiler is not
     installed, DataError for a file of [evaluate].
     """
+    recipe = with_answer_limit(recipe, inputs["train"])
     prompts = read_split(inputs["data"], PROMPTS)
     if any(map(wants_code, prompts)):
         find_compiler()  # before the answers, which take long

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tutor.artifacts.layout import gguf_name
+from tutor.engines.answer_limit import max_new_tokens, with_answer_limit
 from tutor.engines.protocol import TOP_K
 from tutor.errors import ArtifactError
 from tutor.formats.models.gguf import read_fields
@@ -24,6 +25,7 @@ from tutor.stages.modelfile.spec import ModelSpec, Parameter
 
 def run(recipe: Recipe, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
     """Write `out`/Modelfile and `out`/create.json; return their main values. Raises the errors of `render`."""
+    recipe = with_answer_limit(recipe, inputs["train"])
     # create.json is the request, with each file's path from `out` instead of its digest.
     served = served_quantization(recipe.ollama.quantization, inputs["ladder"])
     gguf = inputs["convert"] / gguf_name("tutor", served)
@@ -37,7 +39,8 @@ def run(recipe: Recipe, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]
 
 def model_spec(recipe: Recipe, prompt: PromptFormat, name: str, gguf: Path, adapter: Path | None = None) -> ModelSpec:
     """Return what Ollama serves of a GGUF, perhaps with an adapter. Raises ArtifactError as `stop_texts`."""
-    parameters = ollama_parameters(recipe.generate.model_dump(), recipe.seed, stop_texts(prompt, gguf))
+    generate = {**recipe.generate.model_dump(), "max_new_tokens": max_new_tokens(recipe.generate)}
+    parameters = ollama_parameters(generate, recipe.seed, stop_texts(prompt, gguf))
     return ModelSpec(name, gguf, prompt.go_template, parameters, system=recipe.system, adapter=adapter)
 
 

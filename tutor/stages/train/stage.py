@@ -15,6 +15,7 @@ from transformers import set_seed
 from tutor.artifacts.disk import read_json
 from tutor.artifacts.provenance import SourceTree
 from tutor.artifacts.stage_folder import log_folder
+from tutor.engines.answer_limit import LONGEST, check_answers, longest_answer
 from tutor.formats.models.base_source import public_source
 from tutor.formats.models.model_config import require_equal_lengths
 from tutor.formats.models.model_folder import read_facts
@@ -50,6 +51,9 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path, plan: TrainingP
     encoder = row_encoder(recipe, inputs["base"])
     tokenizer = encoder.tokenizer
     train, held_out = _encode(recipe, inputs["data"], encoder)
+    longest = longest_answer([*train, *held_out])
+    if cut := check_answers(recipe, longest, recipe.resolve(recipe.data.train)):
+        log.warning("%s", cut)
     log.info("%s", plan)
     training = _training_run(recipe, plan, {"train": train, "held_out": held_out}, facts.weights, out)
     saved = distributed.broadcast_result(checkpoint.resume, training)
@@ -86,6 +90,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path, plan: TrainingP
         "steps": trainer.state.global_step,
         "kept_step": fitted.step,
         "tokens_per_epoch": monitoring.tokens,
+        LONGEST: longest,
         "trainable_parameters": trainable,
         "adapter_bytes": size,
         "held_out": _held_out(held_out, before, fitted.loss),
