@@ -126,6 +126,7 @@ def test_retired_names_have_replacements_that_exist():
         ("[train]\nmax_memory.gpu = '6GiB'\ngradient_checkpointing = false", "needs gradient checkpointing"),
         ("[train]\ngradient_checkpointing = 1", "train.gradient_checkpointing"),
         ("[train]\npatience = 3\nevaluations_per_epoch = 0", "train.patience counts evaluations"),
+        ("[train]\npatience = 3\nkeep = 'last'", "train.patience ends a training before its schedule does"),
         ("[convert]\nquantizations = ['Q4']", "convert.quantizations.0 is 'Q4'"),
         ("[convert]\nquantizations = ['Q2_0']", "cannot be read back"),
         ("[convert]\nquantizations = ['BF16']", "is no quantization, and a 16-bit file is always made"),

@@ -98,6 +98,17 @@ def _check_weights(recipe: Recipe) -> None:
         )
 
 
+def _check_keeping(recipe: Recipe) -> None:
+    """Raise RecipeError for a patience that cannot count, or that ends a schedule whose end is to be kept."""
+    if recipe.train.patience and not recipe.train.evaluations_per_epoch:
+        raise RecipeError(f"{recipe.path}: train.patience counts evaluations, and train.evaluations_per_epoch is 0")
+    if recipe.train.patience and recipe.train.keep == "last":
+        raise RecipeError(
+            f"{recipe.path}: train.patience ends a training before its schedule does, and train.keep is 'last'",
+            "set train.patience to 0, or train.keep to 'best'",
+        )
+
+
 def _check_together(recipe: Recipe) -> None:
     """Raise RecipeError for settings that exclude each other."""
     if not recipe.name.strip("."):
@@ -116,8 +127,7 @@ def _check_together(recipe: Recipe) -> None:
     if not is_base_name(recipe.ollama.model):
         hint = f"{FORMS} (75 for the model), without a tag, and not deepseek-r1, which Ollama treats specially"
         raise RecipeError(f"{recipe.path}: ollama.model is {recipe.ollama.model[:200]!r}", hint)
-    if recipe.train.patience and not recipe.train.evaluations_per_epoch:
-        raise RecipeError(f"{recipe.path}: train.patience counts evaluations, and train.evaluations_per_epoch is 0")
+    _check_keeping(recipe)
     if recipe.train.max_memory.gpu and recipe.train.quantization == "int8":
         raise RecipeError(
             f"{recipe.path}: train.max_memory cannot stream int8 weights (bitsandbytes keeps its own copy of them)",

@@ -91,7 +91,10 @@ class TrainSettings(Settings):
     max_length: int = Field(1024, ge=16, le=MANY)  # tokens of prompt, answer and EOS; a longer row is an error
     gradient_checkpointing: Literal["auto"] | bool = "auto"  # computes activations twice; auto: where they do not fit
     max_memory: MemoryLimits = MemoryLimits()
-    evaluations_per_epoch: int = Field(2, ge=0, le=1000)  # evaluations on the held-out rows; the best adapter is kept
+    evaluations_per_epoch: int = Field(2, ge=0, le=1000)  # evaluations on the held-out rows
+    # The adapter that is kept: "best": lowest held-out loss of the evaluations; "last": the end of the schedule, where
+    # the learning rate is zero.
+    keep: Literal["best", "last"] = "best"
     patience: int = Field(0, ge=0, le=MANY)  # evaluations without improvement that end the training; 0: no early end
     # Trackers that transformers reports each step to, beside TensorBoard's files: wandb, mlflow, trackio, ... Accounts
     # and addresses are in their own environment variables; the services of `tutor stack` reach no tracker outside.

@@ -171,6 +171,20 @@ def test_patience_stops_early_and_logs_the_step(
 
 
 @pytest.mark.pipeline
+def test_last_adapter_is_kept_though_an_earlier_one_was_better(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """train.keep = "last": the learning rate has reached its end; no copy of the better adapter is made."""
+    given = iter([1.0, 2.0, 2.5])
+    monkeypatch.setattr(loop, "mean_loss", lambda *_: next(given))
+    with caplog.at_level(logging.INFO, "tutor"):
+        results = run(inputs, tmp_path / "out", epochs=1, keep="last")
+    assert (results["steps"], results["kept_step"], results["held_out"]["loss_after"]) == (6, 6, 2.5)
+    assert "the last adapter is kept: held-out loss 2.0000, and 1.0000 at step 3" in caplog.text
+    assert not list(tmp_path.rglob("best.safetensors"))
+
+
+@pytest.mark.pipeline
 def test_adapter_config_names_source_and_no_local_path(trained: Trained, tiny: Path) -> None:
     out, results = trained
     config = json.loads((out / "adapter_config.json").read_text())

@@ -1,4 +1,4 @@
-"""Run the training with its monitor, keep the best adapter, and write the stage's files.
+"""Run the training with its monitor, keep the best adapter or the last, and write the stage's files.
 
 In: a trainer whose rows are audited. Out: the adapter in PEFT's format, metrics.jsonl and training.svg; their bytes
 depend on the training only, not on the time. Does not set the trainer up and does not save checkpoints.
@@ -23,7 +23,7 @@ from tutor.prompt.encoding import Encoded
 from tutor.stages.train import checkpoint
 from tutor.stages.train.held_out_loss import mean_loss, perplexity, refuse_inference_layout
 from tutor.stages.train.metrics import Tracker
-from tutor.stages.train.monitor import Monitor, MonitorSettings, report_lines, restore_best
+from tutor.stages.train.monitor import Monitor, MonitorSettings, report_lines, report_lower, restore_best
 from tutor.stages.train.plot import draw
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def fit(
     session: AbstractContextManager[object],
     resume: Path | None = None,
 ) -> FitResult:
-    """Train, from the checkpoint `resume` on unless it is None; the model then has the best adapter, rounded to FP16.
+    """Train, from the checkpoint `resume` on unless it is None; the model then has the adapter to keep, in FP16.
 
     `folder` receives the running log. `session` is entered during training: it saves checkpoints and handles signals.
     Raises ArtifactError when training fails, or ends before its last step for another reason than patience.
@@ -66,7 +66,11 @@ def fit(
     state = trainer.state
     if state.global_step != state.max_steps and not monitor.stopped:
         raise ArtifactError(f"training ended at step {state.global_step} of {state.max_steps}")
-    kept = restore_best(model, Path(trainer.args.output_dir), state.log_history)
+    kept = None
+    if monitoring.keep == "best":
+        kept = restore_best(model, Path(trainer.args.output_dir), state.log_history)
+    else:
+        report_lower(state.log_history)
     round_adapter(model)
     after = mean_loss(model, held_out)
     log.info("held-out loss after training: %.4f (perplexity %.2f)", after, perplexity(after))

@@ -57,6 +57,7 @@ class MonitorSettings:
     report_every: int  # steps
     loss_before: float  # held-out loss before training, in nats
     skips_overflow: bool  # fp16's loss scaler skips steps whose gradients overflow
+    keep: str = "best"  # or "last": the adapter of which evaluation is kept
     trackers: tuple[str, ...] = ()  # transformers' names of those that are reported to
 
 
@@ -200,7 +201,8 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
     def _evaluate(self, entry: dict[str, Any], state: Any, path: Path, model: Any) -> None:
         with self.pace.paused():
             entry["held_out_loss"] = self._score()
-            if best_evaluation(state.log_history) == (entry["step"], entry["held_out_loss"]):
+            best = best_evaluation(state.log_history) == (entry["step"], entry["held_out_loss"])
+            if best and self._monitoring.keep == "best":
                 if is_main_process():
                     path.parent.mkdir(parents=True, exist_ok=True)
                 save_trainable(model, path, entry["step"], entry["held_out_loss"])
@@ -244,6 +246,14 @@ def save_trainable(model: Any, path: Path, step: int, loss: float) -> None:
     tensors = {name: full_tensor(weight.detach()).cpu() for name, weight in trainable.items()}
     if is_main_process():
         save_file(tensors, path, metadata={"step": str(step), "held_out_loss": repr(loss)})
+
+
+def report_lower(history: History) -> None:
+    """Log the best evaluation where it is not the last one, whose adapter is kept."""
+    best = best_evaluation(history)
+    last = [entry["held_out_loss"] for entry in history if "held_out_loss" in entry][-1:]
+    if best and best[1] < last[0]:
+        log.info("the last adapter is kept: held-out loss %.4f, and %.4f at step %d", last[0], best[1], best[0])
 
 
 def restore_best(model: Any, checkpoints: Path, history: History) -> int | None:

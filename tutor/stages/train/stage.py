@@ -134,6 +134,7 @@ def _monitoring(
         rows=len(rows),
         tokens=sum(len(row.ids) for row in rows),
         evaluations=settings.epochs * settings.evaluations_per_epoch,
+        keep=settings.keep,
         patience=settings.patience,
         report_every=settings.logging_steps,
         loss_before=loss_before,
