@@ -96,7 +96,10 @@ def recipe_file(tmp_path: Path) -> Path:
     )
     write_rows(tmp_path / "eval.jsonl", [{"instruction": f"¿Y la unión {number}?"} for number in range(3)])
     path = tmp_path / "small.toml"
-    path.write_text('[data]\nheld_out = 0.2\n[base]\nsource = "tiny"\n[convert]\nquantizations = ["Q4_K_M"]\n', "utf-8")
+    path.write_text(
+        '[data]\neval = "eval.jsonl"\nheld_out = 0.2\n[base]\nsource = "tiny"\n[convert]\nquantizations = ["Q4_K_M"]\n',
+        "utf-8",
+    )
     return path
 
 

@@ -14,3 +14,8 @@ def write_text(path: Path, text: str) -> Path:
     """Write a text file; return its path."""
     path.write_text(text, "utf-8")
     return path
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read JSON lines."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]

@@ -15,7 +15,13 @@ from typing import Any
 
 from tutor.artifacts.layout import STAGE_FOLDERS, BuildFolder
 from tutor.artifacts.manifest import find_manifest
-from tutor.graders.labels import LABELS, verdict_labels
+from tutor.graders.labels import (
+    LABELS,
+    OTHER_REFERENCE_LABEL,
+    REFERENCE_LABEL,
+    REFERENCE_LIMITS,
+    verdict_labels,
+)
 from tutor.pipeline.recipe_folder import refuse_folder
 from tutor.prompt.messages import display_text, row_questions
 from tutor.recipe.quantizations import BF16, F16
@@ -68,8 +74,15 @@ def summary_lines(summary: Mapping[str, Any], recipe: str) -> list[str]:
     if "report" in stages:
         parts += ["", f"Everything on one page: tutor report --open -r {_quoted(recipe)}"]
     if "convert" in stages:
-        parts += ["", f"Next: make chat, or: tutor ask -r {_quoted(recipe)} '¿Qué es una interfaz?'"]
+        question = shlex.quote(_short_question(summary["examples"]))
+        parts += ["", f"Next: make chat, or: tutor ask -r {_quoted(recipe)} {question}"]
     return parts
+
+
+def _short_question(examples: Sequence[Mapping[str, Any]]) -> str:
+    """Return a question of the evaluation that fits a command line, or a placeholder."""
+    asked = [each["instruction"] for each in examples if not each.get("history")]
+    return next((text for text in asked if len(text) <= 80 and "\n" not in text), "your question")
 
 
 def report_lines(folder: Path, results: Mapping[str, Any]) -> list[str]:
@@ -152,9 +165,32 @@ def verdict_lines(evaluate: Mapping[str, Any]) -> list[str]:
             rows.append(f"  {labels[verdict]:<22}{shares}")
     speeds = "".join(f"{model['tokens_per_second'] or 0:>{width}.0f}" for model in models.values())
     rows.append(f"  {'tokens per second':<22}{speeds}")
+    rows += _references(list(models.values()), width)
     rows += _kinds(evaluate, width)
     findings = [f"  {_finding(found)}" for found in evaluate.get("findings", ())]
     return [*rows, *([""] if findings else []), *findings]
+
+
+def _references(models: Sequence[Mapping[str, Any]], width: int) -> list[str]:
+    """Return the overlap with the reference answers, one column a model, and what it cannot show."""
+    found = [model.get("reference") for model in models]
+    if not all(found):
+        return []
+    own = "".join(f"{_mean(each):>{width}}" for each in found if each)
+    rows = [f"  {REFERENCE_LABEL:<22}{own}"]
+    controls = [each["control"] for each in found if each and each["control"]]
+    if controls:
+        rows.append(f"  {OTHER_REFERENCE_LABEL:<22}" + "".join(f"{each['before']:>{width}.1f}" for each in controls))
+    return [*rows, *_reference_limits()]
+
+
+def _reference_limits() -> list[str]:
+    return textwrap.wrap(REFERENCE_LIMITS, 100, initial_indent="  ", subsequent_indent="  ")
+
+
+def _mean(overlap: Mapping[str, Any]) -> str:
+    interval = "" if overlap["low"] is None else f" [{overlap['low']:.0f}, {overlap['high']:.0f}]"
+    return f"{overlap['mean']:.1f}{interval}"
 
 
 def _kinds(evaluate: Mapping[str, Any], width: int) -> list[str]:
@@ -168,6 +204,7 @@ def _kinds(evaluate: Mapping[str, Any], width: int) -> list[str]:
             _change("all", change["all"]["passed"]),
         ]
         rows += [_change(name or "(no kind)", entry) for name, entry in change["categories"].items()]
+        rows += _reference_change(change)
     if rows:
         return rows
     models = evaluate["models"].values()
@@ -199,6 +236,8 @@ def comparison_lines(result: Mapping[str, Any]) -> list[str]:
         "",
         f"  {'':<22}{'A':>18}{'B':>18}   B - A, in points (95 %)",
         *(_change(labels[name], entry) for name, entry in result["all"].items()),
+        *_reference_change(result),
+        *(_reference_limits() if result.get("reference") else ()),
     ]
     for verdict, kinds in result["kinds"].items() if len(result["categories"]) > 1 else ():
         rows += ["", f"  {labels[verdict]}, by kind of question"]
@@ -214,6 +253,16 @@ def _change(label: str, entry: Mapping[str, Any]) -> str:
     shares = "".join(f"{_share(entry[side], entry['n']):>18}" for side in ("before", "after"))
     interval = "" if entry["low"] is None else f"[{100 * entry['low']:+.0f}, {100 * entry['high']:+.0f}]"
     return f"  {label:<22}{shares}   {100 * entry['difference']:+4.0f} {interval:<14}{entry['conclusion']}"
+
+
+def _reference_change(change: Mapping[str, Any]) -> list[str]:
+    """Return the change of the overlap with the reference answers as a row of _change; none without references."""
+    entry = change.get("reference")
+    if not entry:
+        return []
+    interval = "" if entry["low"] is None else f"[{entry['low']:+.1f}, {entry['high']:+.1f}]"
+    sides = f"{entry['before']:>18.1f}{entry['after']:>18.1f}"
+    return [f"  {REFERENCE_LABEL:<22}{sides}   {entry['difference']:+4.1f} {interval:<14}{entry['conclusion']}"]
 
 
 def _example(example: Mapping[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ identifiers  names in given code that a correction lacks
 format       form of the text: complete, no loop, no text of the prompt template
 language     whether prose is in a language
 copied_text  the longest run shared with a training text
+reference    overlap with the reference answer of the prompt (chrF)
 intervals    Wilson's interval, the paired bootstrap, and the conclusion of a difference
 
 Equal inputs give equal verdicts. Does not start a model, read a recipe or count over answers: the evaluate stage

@@ -15,10 +15,23 @@ LABELS = {
     "no_loop": "without a loop",
     "no_leak": "no template text",
     "usual_length": "length as trained",
+    "own_words": "not half copied",
     "compiles": "code compiles",
     "expected": "as expected",
 }
 """Texts of the boolean verdicts, true is good, in the order in which they are shown."""
+
+REFERENCE_LABEL = "chrF to its reference"
+"""Text of the overlap of an answer with the reference answer of its prompt, 0 to 100."""
+OTHER_REFERENCE_LABEL = "chrF to another's"
+"""Text of the overlap of an answer with the reference answer of another prompt."""
+REFERENCE_LIMITS = (
+    "chrF is the overlap of letter sequences with one reference answer, not correctness: a right answer in other words "
+    "scores low, a wrong one in similar words high."
+)
+"""What the overlap cannot show."""
+FORM_LIMITS = "No prompt states what an answer must contain: all that was asked is its form and its language."
+"""What the verdicts cannot show where no prompt has an expectation."""
 
 
 def verdict_labels(language: str | None) -> dict[str, str]:

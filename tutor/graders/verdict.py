@@ -9,7 +9,8 @@ A record is the engine's answer (`text`, `finish`, `tokens`, ...), or `error` wi
 states an expectation. Verdicts are about the answer alone, without the model's `thought`. Every prompt demands the
 properties in FORM_REASONS, and the language of the recipe when the prompts themselves are in it.
 `expect` and `code` of a prompt demand that the code compiles, that given code fails as stated and is corrected with its
-names kept, and which concepts must and which texts must not be in the answer.
+names kept, and which concepts must and which texts must not be in the answer. With a `reference` of its prompt an
+answer also has scores among its verdicts, `chrf` and `chrf_other` (reference.py), which demand nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 from tutor.graders.code import MAX_TEXT, grade_answers
 from tutor.graders.format import grade_format
 from tutor.graders.language import is_in_language, prose
+from tutor.graders.reference import grade_references
 from tutor.prompt.messages import row_questions
 from tutor.recipe.values import ANY_LANGUAGE, LANGUAGES
 
@@ -55,6 +57,10 @@ def grade(
     demanded = language if are_in_language(prompts, language) else ""
     given = [index for index, answer in enumerate(answers) if "error" not in answer]
     texts = [answers[index]["text"] for index in given]
+    overlaps = grade_references(
+        [None if "error" in answer else answer["text"][:MAX_TEXT] for answer in answers],
+        [prompt.get("reference", "") for prompt in prompts],
+    )
     code: dict[int, dict[str, Any]] = {}
     if any_expectation(prompts):
         code = dict(zip(given, grade_answers([prompts[index] for index in given], texts), strict=True))
@@ -63,7 +69,7 @@ def grade(
         if "error" in answer:
             records.append({**answer, "passed": False, "reasons": [f"no answer: {answer['error']}"]})
             continue
-        verdicts = _verdicts(answer, lengths, language, kind)
+        verdicts = {**_verdicts(answer, lengths, language, kind), **(overlaps[index] or {})}
         records.append(_record(answer, verdicts, _text_reasons(answer, verdicts, demanded), code.get(index)))
     return records
 

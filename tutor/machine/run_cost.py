@@ -129,7 +129,7 @@ def run_workload(recipe: Recipe, shape: Shape, rows: RowLengths | None, *, check
         quantizations=recipe.convert.quantizations,
         served=possible_quantizations(recipe.ollama.quantization, recipe.convert.quantizations),
         with_base=recipe.convert.base,
-        prompts=recipe.data.prompts or _count_lines(recipe.resolve(recipe.data.eval)),
+        prompts=_prompts(recipe),
         answer=_answer_tokens(recipe, rows),
     )
 
@@ -140,6 +140,15 @@ def _answer_tokens(recipe: Recipe, rows: RowLengths | None) -> int:
         return recipe.generate.max_new_tokens
     longest = (rows.answer or rows.longest) if rows else recipe.train.max_length
     return answer_limit(min(longest, recipe.train.max_length))
+
+
+def _prompts(recipe: Recipe) -> int:
+    """Number of prompts; without data.eval, of the held-out rows."""
+    data = recipe.data
+    if data.eval:
+        return data.prompts or _count_lines(recipe.resolve(data.eval))
+    held_out = round(data.held_out * (data.rows or _count_lines(recipe.resolve(data.train))))
+    return min(filter(None, (data.prompts, held_out)), default=0)
 
 
 def _count_lines(path: Path) -> int:

@@ -117,7 +117,7 @@ def _inputs(recipe: Recipe) -> Iterator[tuple[str, Path]]:
 def _keep_private(recipe: Recipe, folder: Path) -> None:
     """Close a folder to the users who cannot read the recipe's rows: stages copy them."""
     closed = 0
-    for name in (recipe.data.train, recipe.data.eval):
+    for name in filter(None, (recipe.data.train, recipe.data.eval)):
         with contextlib.suppress(OSError):
             mode = recipe.resolve(name).stat().st_mode
             closed |= (0 if mode & stat.S_IRGRP else 0o070) | (0 if mode & stat.S_IROTH else 0o007)

@@ -18,6 +18,7 @@ from tutor.recipe.values import (
     Language,
     LinearLayers,
     MemoryAmount,
+    OptionalPath,
     RelativePath,
     ServedKind,
     SystemText,
@@ -44,12 +45,12 @@ class DataSettings(Settings):
     """The rows that are used, and their split."""
 
     train: RelativePath = "tutor.jsonl"
-    eval: RelativePath = "eval.jsonl"
+    eval: OptionalPath = ""  # prompts to ask; empty: the held-out rows' questions, whose answers are references
     held_out: float = Field(0.1, gt=0, lt=0.5)  # share of the rows kept from training, by category
     rows: int = Field(0, ge=0, le=MANY)  # number of rows, in proportion by category and topic; 0: all
     loss: Literal["all", "last"] = "all"  # the answers of a row of several turns that are trained
     language: Language = "es"  # of the answers, an ISO 639-1 code; "any": neither graded nor linted
-    prompts: int = Field(0, ge=0, le=MANY)  # number of prompts of data.eval, in proportion by category; 0: all
+    prompts: int = Field(0, ge=0, le=MANY)  # number of prompts, in proportion by category; 0: all
 
 
 class BaseSettings(Settings):
@@ -160,7 +161,7 @@ class GenerateSettings(Settings):
 class EvaluateSettings(Settings):
     """Files that the evaluation reads in addition to data.eval, in the form of data/README.md; empty: none."""
 
-    paraphrases: str = ""  # prompts of data.eval in other words
+    paraphrases: str = ""  # prompts in other words
     general: str = ""  # texts on other subjects, to measure what tuning made the model forget
 
 

@@ -137,6 +137,8 @@ Language = Annotated[str, AfterValidator(_language)]
 """A code of LANGUAGES, or ANY_LANGUAGE."""
 RelativePath = Annotated[str, AfterValidator(_path_text)]
 """A path, relative to the recipe's own folder; `~` is the home folder."""
+OptionalPath = Annotated[str, AfterValidator(lambda value: value and _path_text(value))]
+"""A RelativePath, or "" for no file."""
 MemoryAmount = Annotated[str, AfterValidator(_amount)]
 """An amount of memory, as in `6GiB`."""
 LinearLayers = Annotated[

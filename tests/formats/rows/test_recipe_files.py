@@ -17,7 +17,9 @@ def recipe_in(folder: Path, **tables: dict[str, str]) -> Recipe:
 
 
 def test_data_files_are_those_of_the_recipe(tmp_path: Path) -> None:
-    assert data_files(recipe_in(tmp_path)) == {"train": tmp_path / "tutor.jsonl", "eval": tmp_path / "eval.jsonl"}
+    assert data_files(recipe_in(tmp_path)) == {"train": tmp_path / "tutor.jsonl"}
+    both = recipe_in(tmp_path, data={"eval": "eval.jsonl"})
+    assert data_files(both) == {"train": tmp_path / "tutor.jsonl", "eval": tmp_path / "eval.jsonl"}
 
 
 @pytest.mark.parametrize("name", ["absent.jsonl", "loop", "~nobody-of-that-name/rows.jsonl", "a\0b"])

@@ -42,7 +42,7 @@ def recipe_in(
 ) -> Recipe:
     write_rows(folder / "tutor.jsonl", training)
     write_rows(folder / "eval.jsonl", prompts)
-    return Recipe(data=DataSettings(**settings), path=folder / "tiny.toml")
+    return Recipe(data=DataSettings(**{"eval": "eval.jsonl", **settings}), path=folder / "tiny.toml")
 
 
 TRAINING = [

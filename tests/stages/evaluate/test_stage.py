@@ -90,6 +90,30 @@ def test_run_answers_grades_and_scores_every_model(tmp_path: Path, out: Path) ->
 
 
 @pytest.mark.usefixtures("llamacpp")
+def test_answers_are_compared_with_the_references_of_prompts(tmp_path: Path, out: Path) -> None:
+    inputs = write_inputs(tmp_path)
+    references = [SPANISH, *(f"{SPANISH} Un ejemplo es {name}." for name in "bcdefg")]
+    asked = [{**PROMPTS[0], "instruction": f"¿{number}?", "reference": text} for number, text in enumerate(references)]
+    write_rows(inputs["data"] / "prompts.jsonl", asked)
+    summary = run(recipe(tmp_path), inputs, out)
+    record = read(out / "answers.json")[0]["answers"]["tutor"]
+    assert record["verdicts"]["chrf"] == 100.0 > record["verdicts"]["chrf_other"]
+    assert (record["verdicts"]["own_words"], record["passed"]) == (False, True)
+    overlap = summary["models"]["tutor"]["reference"]
+    assert (overlap["n"], overlap["control"]["n"]) == (7, 7)
+    assert overlap["low"] < overlap["mean"] < overlap["high"]
+    (change,) = summary["differences"]
+    assert change["reference"]["after"] == overlap["mean"]
+    assert change["reference"]["conclusion"] == "better"
+    texts = [finding["text"] for finding in summary["findings"]]
+    assert any(text.startswith("base to tutor, chrF to its reference: ") for text in texts)
+    assert any(
+        text.startswith("tutor, chrF with the references of other prompts, and with its own: ") for text in texts
+    )
+    assert not any(text.startswith("base, chrF") for text in texts)
+
+
+@pytest.mark.usefixtures("llamacpp")
 def test_run_is_greedy_with_the_seed(tmp_path: Path, out: Path) -> None:
     run(recipe(tmp_path), write_inputs(tmp_path), out)
     requests = read_requests(tmp_path / "tutor.requests")

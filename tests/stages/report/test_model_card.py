@@ -20,6 +20,7 @@ def test_card_has_head_and_figures(outputs: StageOutputs) -> None:
     assert json.loads(head["pipeline_tag"]) == "text-generation"
     assert "| tutor-Q8\\_0.gguf | 144.0 MB | 7.40 | 0.0060 |" in text
     assert "67 % (" in text
+    assert "| chrF to its reference | 36.7 (33.3 to 38.9) | 36.7 (33.3 to 38.9) |\n\nchrF is the overlap of" in text
     assert "**Worse:** general texts" in text
 
 

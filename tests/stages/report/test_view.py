@@ -57,6 +57,7 @@ def test_page_shows_training_and_results(outputs: StageOutputs) -> None:
         "Worse: general texts", "+0.10 %", "perplexity of 20.50", "code compiles", "aplicacion", "(no kind)",
         "2.14.0, 2.15.0", "ab" * 32, "a CPU", "carry loss", "1 min 1 s",
         "F16 is larger and less accurate than Q8_0", "Q8_0 in place of Q5_1 in 3 tensors",
+        "not correctness: a right answer in other words scores low", "36.7 → 36.7", "Reference answer", "chrF 40",
     ):  # fmt: skip
         assert part in text, part
 

@@ -117,6 +117,7 @@ def hand_off_record(**changes: Any) -> dict[str, Any]:
 
 def record(*, passed: bool, text: str = " Hola.\n\n```ts\nlet a = 1;\n```\n\nFin.") -> dict[str, Any]:
     verdicts = {"language": True, "stopped": True, "answered": True, "compiles": passed, "characters": len(text)}
+    verdicts |= {"chrf": 30.0 + 10 * passed, "chrf_other": None}
     reasons = [] if passed else ["its code in line 3: type error"]
     speed = {"tokens": 9, "finish": "stop", "tokens_per_second": 50.0}
     return {"text": text, **speed, "verdicts": verdicts, "passed": passed, "reasons": reasons}
@@ -127,7 +128,7 @@ def prompts_with_answers(text: str = "¿Qué es una interfaz?") -> list[dict[str
     return [
         {
             "instruction": f"{text} {number}", "category": KINDS[number % 3], "topic": "tipos", "line": number,
-            "expect": {"include": [["interface", "interfaz"]], "exclude": ["any"]},
+            "expect": {"include": [["interface", "interfaz"]], "exclude": ["any"]}, "reference": "Una forma.",
             "answers": {"base": record(passed=number // 3 != 1), "tutor": record(passed=number // 3 != 2)},
         }
         for number in range(9)

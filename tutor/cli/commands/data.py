@@ -86,6 +86,8 @@ def _read_recipe_files(recipe: "Recipe", *, strict: bool) -> list[tuple[Path, An
     inputs = data_files(recipe)
     limits = reading.row_limits(recipe)
     examples, notes = reading.read_examples(inputs["train"], strict=strict, limits=limits)
+    if "eval" not in inputs:
+        return [(inputs["train"], examples, notes.warnings())]
     prompts, prompt_notes = reading.read_prompts(inputs["eval"], strict=strict, limits=limits)
     _, leaks = splitting.without_leaks(examples, prompts)
     if leaks and strict:

@@ -18,9 +18,14 @@ EVALUATION_LIMITS = Limits(max_total_bytes=2**24)
 
 
 def data_files(recipe: "Recipe") -> dict[str, Path]:
-    """Return the files that the data stage reads. Raises RecipeError or DataError where one cannot be read."""
+    """Return the files that the data stage reads: `train`, and `eval` where the recipe names it.
+
+    Raises RecipeError or DataError where one cannot be read.
+    """
     files = {}
     for key, name in (("train", recipe.data.train), ("eval", recipe.data.eval)):
+        if not name:
+            continue
         try:
             files[key] = recipe.resolve(name)
         except (OSError, RuntimeError, ValueError) as error:  # a loop of links, an unknown user's ~, a NUL

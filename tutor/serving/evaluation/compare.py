@@ -164,7 +164,11 @@ def read_answers(path: Path, label: str) -> ModelAnswers:
         good &= all(isinstance(record.get("verdicts", {}), dict) for record in records)
         good &= all(isinstance(row["instruction"], str) for row in rows)
         prompts = [
-            {**{name: row[name] for name in ("instruction", "category")}, "history": list(row.get("history", ()))}
+            {
+                **{name: row[name] for name in ("instruction", "category")},
+                "history": list(row.get("history", ())),
+                "reference": str(row.get("reference", "")),
+            }
             for row in rows
         ]
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
@@ -228,7 +232,7 @@ def _answer_and_grade(
         **task.key,
         "generation": asdict(task.generation),
         "language": language,
-        "models": {task.name: rates.summarise(prompts, records)},
+        "models": {task.name: rates.summarise(prompts, records, recipe.seed)},
         "copied": {task.name: generalization.copied_summary([record.get("copied") for record in records])},
     }
 

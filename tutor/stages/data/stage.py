@@ -1,7 +1,8 @@
 """The data stage: check a user's rows, and split them into training rows, held-out rows and prompts.
 
-In: the recipe's two JSONL files. Out: train and held-out rows that share no question, prompts, statistics. Checks every
-row before it uses any (rows.py). Does not tokenize: the train stage checks whether a row fits.
+In: the recipe's JSONL file of rows, and perhaps one of prompts. Out: train and held-out rows that share no question,
+prompts, statistics. Checks every row before it uses any (rows.py). Does not tokenize: the train stage checks whether a
+row fits.
 """
 
 import json
@@ -15,12 +16,17 @@ from typing import Any
 
 from tutor.errors import DataError
 from tutor.formats.markdown import fence_languages
-from tutor.formats.rows.examples import Example
+from tutor.formats.rows.examples import Example, Prompt
 from tutor.formats.rows.recipe_files import data_files
+from tutor.formats.rows.rows import Notes
 from tutor.formats.rows.split_files import HELD_OUT, PROMPTS, STATISTICS, TRAIN
 from tutor.recipe.settings import Recipe
+from tutor.stages.data.held_out_prompts import prompts_of_rows
 from tutor.stages.data.reading import read_examples, read_prompts, row_limits
 from tutor.stages.data.splitting import group_by_question, sample, split, without_leaks
+
+FEW_PROMPTS = 6
+"""Minimum number of prompts for an interval of the overlap with their references."""
 
 
 def run(recipe: Recipe, inputs: Mapping[str, Path], out: Path, *, strict: bool = False) -> dict[str, Any]:
@@ -34,7 +40,9 @@ def run(recipe: Recipe, inputs: Mapping[str, Path], out: Path, *, strict: bool =
     files = data_files(recipe)
     limits = row_limits(recipe)
     examples, notes = read_examples(files["train"], strict=strict, limits=limits)
-    prompts, prompt_notes = read_prompts(files["eval"], strict=strict, limits=limits)
+    prompts, prompt_notes = list[Prompt](), None
+    if "eval" in files:
+        prompts, prompt_notes = read_prompts(files["eval"], strict=strict, limits=limits)
     _refuse_untrained_reasoning(recipe, examples, files["train"])
     clean, leaks = without_leaks(examples, prompts)
     if leaks and (strict or not clean):
@@ -45,25 +53,53 @@ def run(recipe: Recipe, inputs: Mapping[str, Path], out: Path, *, strict: bool =
         )
     chosen = sample(clean, recipe.data.rows, recipe.seed)
     train, held_out = split(chosen, recipe.data.held_out, recipe.seed)
-    asked = sample(prompts, recipe.data.prompts, recipe.seed)
+    asked = sample(prompts or prompts_of_rows(held_out), recipe.data.prompts, recipe.seed)
     report = {
         "train": row_statistics(train),
         "held_out": row_statistics(held_out),
         "removed_from_train": [{"line": line, "eval_line": other} for line, other in leaks],
-        "notes": {"train": notes.as_dict(), "eval": prompt_notes.as_dict()},
+        "notes": {"train": notes.as_dict(), **({"eval": prompt_notes.as_dict()} if prompt_notes else {})},
     }
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in ((TRAIN, train), (HELD_OUT, held_out), (PROMPTS, asked)):
         _write(out / name, (json.dumps(asdict(row), ensure_ascii=False) for row in rows))
     _write(out / STATISTICS, [json.dumps(report, ensure_ascii=False, indent=1)])
-    removed = [f"{notes.file}: {len(leaks)} rows removed, for {prompt_notes.file} asks them too"] if leaks else []
     return {
         "rows": notes.rows,
         "train": len(train),
         "held_out": len(held_out),
         "prompts": len(asked),
-        "notes": [*notes.warnings(), *prompt_notes.warnings(), *removed],
+        "notes": [
+            *notes.warnings(),
+            *(
+                _prompt_notes(examples, prompts, notes, prompt_notes, len(leaks))
+                if prompt_notes
+                else _few_prompts(len(asked))
+            ),
+        ],
     }
+
+
+def _prompt_notes(
+    examples: Sequence[Example], prompts: Sequence[Prompt], notes: Notes, prompt_notes: Notes, leaks: int
+) -> list[str]:
+    """What a user should know of a file of prompts: what was tolerated, leaks, and whether it has another subject."""
+    found = prompt_notes.warnings()
+    if leaks:
+        found.append(f"{notes.file}: {leaks} rows removed, for {prompt_notes.file} asks them too")
+    labels = {(each.category, each.topic) for each in prompts} - {("", "")}
+    if labels and labels.isdisjoint((each.category, each.topic) for each in examples):
+        found.append(
+            f"{prompt_notes.file}: no row of {notes.file} has the category and topic of a prompt; if the prompts are "
+            "about another subject, leave data.eval out of the recipe: held-out rows are asked then"
+        )
+    return found
+
+
+def _few_prompts(number: int) -> list[str]:
+    if number >= FEW_PROMPTS:
+        return []
+    return [f"{number} held-out questions are too few for an interval ({FEW_PROMPTS}): raise data.held_out, or add rows"]
 
 
 def _refuse_untrained_reasoning(recipe: Recipe, examples: Sequence[Example], file: Path) -> None:

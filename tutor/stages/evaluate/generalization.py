@@ -21,6 +21,7 @@ from tutor.formats.rows.rows import PromptRow, parse_row
 from tutor.graders.copied_text import longest_copies
 from tutor.graders.intervals import NO_DIFFERENCE, conclude, paired_values
 from tutor.graders.labels import verdict_labels
+from tutor.stages.evaluate.references import control_findings, reference_findings
 
 if TYPE_CHECKING:
     from tutor.recipe.settings import Recipe
@@ -31,6 +32,9 @@ GENERAL_KEYS = ("text", "language")
 """Required keys of a row of `evaluate.general`; every value is a text."""
 HELD_OUT = "held-out rows"
 """Key of the held-out rows among the models in `copied`: the baseline, because the author of the rows repeats text."""
+
+HALF = 0.5
+"""Minimum share of an answer in one training row that counts as copied."""
 
 
 def check_files(recipe: "Recipe") -> None:
@@ -99,6 +103,14 @@ def copied_passages(
     return found
 
 
+def with_copies(record: Mapping[str, Any], copied: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a graded record with the longest passage that its answer copies, and the verdict on it."""
+    if copied is None:
+        return {**record}
+    verdicts = {**record["verdicts"], "own_words": copied["share"] < HALF}
+    return {**record, "verdicts": verdicts, "copied": copied}
+
+
 def copied_summary(copies: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
     """Summarise the copied passages of many answers.
 
@@ -110,7 +122,7 @@ def copied_summary(copies: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]
         "n": len(runs),
         "median": round(statistics.median(copy["run"] for copy in runs), 1) if runs else None,
         "longest": max((copy["run"] for copy in runs), default=None),
-        "half_copied": sum(copy["share"] >= 0.5 for copy in runs),
+        "half_copied": sum(copy["share"] >= HALF for copy in runs),
     }
 
 
@@ -157,6 +169,8 @@ def findings(results: Mapping[str, Any]) -> list[dict[str, str]]:
         text = f"general texts: perplexity {before:.2f} before and {after:.2f} after tuning ({general['n']} texts)"
         conclusion = general["conclusion"]
         found.append({"conclusion": conclusion, "text": f"{text}: {conclusion}"})
+    for name, model in results.get("models", {}).items():
+        found += control_findings(name, model) if _is_tuned(name) else ()
     for name, copies in results.get("copied", {}).items():
         if copies["half_copied"] and _is_tuned(name):
             count = f"{copies['half_copied']} of {copies['n']}"
@@ -179,7 +193,7 @@ def _changed(changed: Mapping[str, Any], labels: Mapping[str, str]) -> list[dict
         for kind, entry in changed["kinds"].get(name, {}).items():
             if entry["conclusion"] not in (NO_DIFFERENCE, over_all["conclusion"]):
                 found.append(_sentence(f"{names}, {labels[name]}, {kind or '(no kind)'}", entry))
-    return found
+    return [*found, *reference_findings(names, changed)]
 
 
 def _sentence(what: str, entry: Mapping[str, Any]) -> dict[str, str]:

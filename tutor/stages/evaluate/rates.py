@@ -12,19 +12,26 @@ from typing import Any
 
 from tutor.graders.intervals import conclude, paired_verdicts, wilson
 from tutor.graders.labels import LABELS
+from tutor.stages.evaluate.references import reference_change, reference_summary
 
 BY_KIND = ("passed", "language", "stopped", "compiles")
 """Verdicts whose changes are also counted by kind of question: a small model can improve and still pass no prompt."""
 
 
-def summarise(prompts: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return rates over all prompts and by category, median characters and median tokens/s (None: no answer)."""
+def summarise(
+    prompts: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]], seed: int = 0
+) -> dict[str, Any]:
+    """Return rates over all prompts and by category, median characters and median tokens/s (None: no answer).
+
+    `reference`: the overlap with the reference answers (references.py), with intervals of this seed.
+    """
     answers = [record for record in records if "verdicts" in record]
     speeds = [record["tokens_per_second"] for record in answers if record["tokens"] > 1]
     lengths = [record["verdicts"]["characters"] for record in answers]
     return {
         "all": rates(records),
         "categories": {name: rates([records[place] for place in places]) for name, places in _kinds(prompts).items()},
+        "reference": reference_summary(prompts, records, seed),
         "characters": round(statistics.median(lengths)) if lengths else None,
         "tokens_per_second": round(statistics.median(speeds), 2) if speeds else None,
     }
@@ -56,7 +63,8 @@ def changes(
     """Return the changes from one model's records to another's over the same prompts.
 
     `all`: the change of every verdict; `categories`: of `passed` by kind of question; `kinds`: of each verdict in
-    BY_KIND by kind of question; `better` and `worse`: the questions that only one model passes.
+    BY_KIND by kind of question; `reference`: of the overlap with the reference answers (references.py); `better` and
+    `worse`: the questions that only one model passes.
     """
     common = [name for name in _counted(before) if name in _counted(after)]
     passes_before, passes_after = ([_passes(record, "passed") for record in records] for records in (before, after))
@@ -73,6 +81,7 @@ def changes(
         "all": {name: change(before, after, name, seed) for name in common},
         "categories": kinds["passed"],
         "kinds": kinds,
+        "reference": reference_change(prompts, before, after, seed),
         "better": [prompts[at]["instruction"] for at in places if passes_after[at] and not passes_before[at]],
         "worse": [prompts[at]["instruction"] for at in places if passes_before[at] and not passes_after[at]],
     }

@@ -99,7 +99,9 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     results: dict[str, Any] = {
         "generation": asdict(greedy(recipe.generate, recipe.seed, prompt.stops)),
         "language": recipe.data.language,
-        "models": {name: {"file": files[name].stem, **rates.summarise(prompts, plain[name])} for name in files},
+        "models": {
+            name: {"file": files[name].stem, **rates.summarise(prompts, plain[name], recipe.seed)} for name in files
+        },
         "differences": changes_from_first(prompts, plain, recipe.seed),
         "paraphrases": _paraphrase_change(prompts, paraphrased, records["tutor"], recipe.seed),
         "general": _general(recipe, named, files, inputs["base"]),
@@ -149,9 +151,7 @@ def graded(
     bounds = (lengths[0], lengths[-1]) if lengths else None
     verdicts = grade(prompts, answers, bounds, language=language, kind=kind)
     copies = generalization.copied_passages(answers, training)
-    return [
-        {**record, **({"copied": copied} if copied else {})} for record, copied in zip(verdicts, copies, strict=True)
-    ]
+    return [generalization.with_copies(record, copied) for record, copied in zip(verdicts, copies, strict=True)]
 
 
 def changes_from_first(

@@ -70,6 +70,7 @@ def _item(number: int, item: Json, kinds: Sequence[str]) -> dict[str, Any]:
         "original": item.get("original", ""),
         "wanted": [" or ".join(group) for group in expect.get("include", ())],
         "unwanted": list(expect.get("exclude", ())),
+        "reference": parts(str(item.get("reference", ""))),
         "answers": given,
     }
 
@@ -87,6 +88,7 @@ def _answer(name: str, record: Json) -> dict[str, Any]:
         "failed": [label for label in LABELS if verdicts.get(label) is False],
         "tokens": record.get("tokens"),
         "finish": record.get("finish", ""),
+        "chrf": verdicts.get("chrf"),
         "copied": copied if copied.get("share", 0) >= 0.25 else None,
     }
 

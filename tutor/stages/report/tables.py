@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tutor.graders.labels import LABELS, verdict_labels
+from tutor.graders.labels import LABELS, REFERENCE_LIMITS, verdict_labels
 from tutor.stages.report import charts
 
 Json = Mapping[str, Any]
@@ -86,6 +86,19 @@ def ladder(found: Json, converted: Json) -> dict[str, Any]:
         "chart": chart,
         "base": base,
         "tokens": next(iter(found["quantizations"].values()))["tokens"],
+    }
+
+
+def references(evaluated: Json) -> dict[str, Any] | None:
+    """Return the overlap with the reference answers of every model, and the changes; None without references."""
+    models = {name: model.get("reference") for name, model in evaluated["models"].items()}
+    if not all(models.values()):
+        return None
+    changes = list(evaluated.get("differences") or ())
+    return {
+        "limits": REFERENCE_LIMITS,
+        "models": models,
+        "changes": {f"{change['before']} to {change['after']}": change["reference"] for change in changes},
     }
 
 

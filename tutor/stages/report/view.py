@@ -14,7 +14,7 @@ from tutor.formats.models.served_quantization import resolve
 from tutor.prompt.base_format import BaseFormat
 from tutor.prompt.format import PromptFormat
 from tutor.stages.report import charts
-from tutor.stages.report.tables import Json, ladder, megabytes, parity, percent, verdicts
+from tutor.stages.report.tables import Json, ladder, megabytes, parity, percent, references, verdicts
 
 MISSING = {
     "base": ("the base model", "tutor base"),
@@ -84,6 +84,7 @@ def view(outputs: StageOutputs) -> dict[str, Any]:
         "parity": parity(gate, outputs.ollama) if gate else None,
         "ladder": ladder(benchmark, outputs.results("gguf") or {}) if benchmark else None,
         "verdicts": verdicts(evaluated) if evaluated else None,
+        "references": references(evaluated) if evaluated else None,
         "paraphrases": (evaluated or {}).get("paraphrases"),
         "general": (evaluated or {}).get("general"),
         "copied": (evaluated or {}).get("copied"),

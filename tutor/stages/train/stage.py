@@ -105,7 +105,8 @@ def _encode(recipe: "Recipe", data: Path, encoder: RowEncoder) -> tuple[list[Enc
     Raises DataError for a row that is too long, and for a row or prompt that holds a control token of the base.
     """
     rows = [read_split(data, name) for name in (TRAIN, HELD_OUT, PROMPTS)]
-    files = [recipe.resolve(name) for name in (recipe.data.train, recipe.data.train, recipe.data.eval)]
+    prompts = recipe.data.eval or recipe.data.train
+    files = [recipe.resolve(name) for name in (recipe.data.train, recipe.data.train, prompts)]
     located = [(f"{file}:{row.get('line')}", row) for file, group in zip(files, rows, strict=True) for row in group]
     refuse_control_tokens(encoder, located)
     train, held_out = (encode_rows(encoder, rows[place], recipe.train.max_length, files[place]) for place in (0, 1))
