@@ -90,7 +90,7 @@ def test_run_answers_grades_and_scores_every_model(tmp_path: Path, out: Path) ->
 
 
 @pytest.mark.usefixtures("llamacpp")
-def test_answers_are_compared_with_the_references_of_prompts(tmp_path: Path, out: Path) -> None:
+def test_answers_are_compared_with_the_references(tmp_path: Path, out: Path) -> None:
     inputs = write_inputs(tmp_path)
     references = [SPANISH, *(f"{SPANISH} Un ejemplo es {name}." for name in "bcdefg")]
     asked = [{**PROMPTS[0], "instruction": f"¿{number}?", "reference": text} for number, text in enumerate(references)]

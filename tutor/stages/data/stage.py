@@ -99,7 +99,9 @@ def _prompt_notes(
 def _few_prompts(number: int) -> list[str]:
     if number >= FEW_PROMPTS:
         return []
-    return [f"{number} held-out questions are too few for an interval ({FEW_PROMPTS}): raise data.held_out, or add rows"]
+    return [
+        f"{number} held-out questions are too few for an interval ({FEW_PROMPTS}): raise data.held_out, or add rows"
+    ]
 
 
 def _refuse_untrained_reasoning(recipe: Recipe, examples: Sequence[Example], file: Path) -> None:
