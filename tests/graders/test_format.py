@@ -11,17 +11,18 @@ from tutor.graders.format import grade_format, loops
 
 
 def test_good_answer_has_good_verdicts() -> None:
-    verdict = grade_format(GOOD, "stop")
+    verdict = grade_format(GOOD, "eos")
     assert all(verdict.values())
     assert verdict["characters"] == len(GOOD) - 1
     json.dumps(verdict)
 
 
 def test_each_fault_fails_its_verdict_alone() -> None:
-    def faults(text: str, finish: str = "stop") -> set[str]:
+    def faults(text: str, finish: str = "eos") -> set[str]:
         return {name for name, good in grade_format(text, finish).items() if not good}
 
-    assert faults(GOOD, "length") == {"stopped"}
+    assert faults(GOOD, "stop") == {"ended"}
+    assert faults(GOOD, "length") == {"stopped", "ended"}
     assert faults("Solo palabras.") == {"code_block"}
     assert faults(" \n") == {"answered", "code_block", "characters"}
     assert faults(GOOD + "\n```ts\nconst a = 1;") == {"fences_closed"}
@@ -141,6 +142,6 @@ def test_repeated_unit_of_more_than_120_words_is_no_loop() -> None:
     assert not loops(f"{words(121)} " * 3)
 
 
-@given(st.text(max_size=300), st.sampled_from(["stop", "length"]))
+@given(st.text(max_size=300), st.sampled_from(["eos", "stop", "length"]))
 def test_any_text_gets_every_verdict(text: str, finish: str) -> None:
     assert set(grade_format(text, finish)) == set(grade_format("", "stop"))

@@ -23,11 +23,11 @@ def prompt(expect: dict[str, Any] | None = None, question: str = ASKS, code: tup
     return {"instruction": question, "category": "definicion", "code": list(code), "expect": expect or {}}
 
 
-def answer(text: str = GOOD, finish: str = "stop") -> dict[str, Any]:
+def answer(text: str = GOOD, finish: str = "eos") -> dict[str, Any]:
     return {"text": text, "finish": finish, "tokens": 515}
 
 
-def reasons(prompt: dict[str, Any], text: str = GOOD, finish: str = "stop") -> list[str]:
+def reasons(prompt: dict[str, Any], text: str = GOOD, finish: str = "eos") -> list[str]:
     record = grade([prompt], [answer(text, finish)])[0]
     assert record["passed"] is not bool(record["reasons"])
     json.dumps(record, allow_nan=False)
@@ -143,7 +143,7 @@ def test_every_boolean_verdict_has_a_label() -> None:
     assert boolean <= set(LABELS)
 
 
-@given(st.text(max_size=200), st.sampled_from(["stop", "length"]))
+@given(st.text(max_size=200), st.sampled_from(["eos", "stop", "length"]))
 @settings(max_examples=30, deadline=None)
 def test_any_text_gets_a_verdict(text: str, finish: str) -> None:
     reasons(prompt(), text, finish)  # asserts that passed and reasons agree, and that JSON can hold them

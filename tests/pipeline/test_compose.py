@@ -266,7 +266,7 @@ def running(program: Path) -> bool:
 def test_result_lines_name_the_model_and_the_next_step(ran, opening):
     published = {"model": "tutor", "build": "0123456789ab", "version": "0.33.3"}
     evaluated = {
-        "all": {"n": 15, "errors": 0, "language": {"n": 14, "share": 0.9333}, "stopped": {"n": 9, "share": 0.6}},
+        "all": {"n": 15, "errors": 0, "language": {"n": 14, "share": 0.9333}, "ended": {"n": 9, "share": 0.6}},
         "language": "es",
     }
     services = {"publisher": published, "evaluator": evaluated}
@@ -274,7 +274,7 @@ def test_result_lines_name_the_model_and_the_next_step(ran, opening):
     assert compose.result_lines(result) == [
         *opening,
         "tutor is build 0123456789ab, at http://127.0.0.1:11434 in Ollama 0.33.3, without a GPU.",
-        "Answers to 15 held-out prompts: in Spanish 93 %, stopped by itself 60 %.",
+        "Answers to 15 held-out prompts: in Spanish 93 %, ended by itself 60 %.",
         "Next: docker compose exec ollama ollama run tutor",
     ]
 

@@ -13,11 +13,11 @@ from tutor.prompt.tutor_format import STOPS
 from tutor.recipe.settings import GenerateSettings
 
 TOP_K = 40
-"""Number of candidates for sampling: Ollama's default. The project's specification sets none; transformers has 50."""
+"""Default number of candidates for sampling: Ollama's. The project's specification sets none; transformers has 50."""
 SCORE_CHUNK_TOKENS = 256
 """Number of tokens whose logits are computed at a time when an answer is scored."""
-Finish = Literal["stop", "length"]
-"""Reason of an answer's end. stop: EOS or a stop text; length: cut at max_new_tokens."""
+Finish = Literal["eos", "stop", "length"]
+"""Reason of an answer's end. eos: the end-of-sequence token; stop: a stop text; length: cut at max_new_tokens."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Generation:
     repetition_penalty: float
     seed: int
     stops: tuple[str, ...] = STOPS
+    top_k: int = TOP_K
+    repeatable: bool = False  # equal answers whatever was asked before: without a prompt cache; greedy ones always are
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ class FormatVerdict(TypedDict):
     """Verdicts on the form of an answer, true when good, and its length."""
 
     stopped: bool  # by EOS or a stop text, not cut at max_new_tokens
+    ended: bool  # by EOS
     answered: bool  # more than blanks
     fences_closed: bool  # every Markdown code fence has its closing line
     code_block: bool  # at least one fenced block with content
@@ -43,13 +44,14 @@ class FormatVerdict(TypedDict):
 
 
 def grade_format(text: str, finish: str, kind: str = "tutor") -> FormatVerdict:
-    """Grade the form of an answer, from its text without a thought and its finish reason ("stop" or "length").
+    """Grade the form of an answer, from its text without a thought and its finish reason ("eos", "stop" or "length").
 
     `kind` of the prompt format: with the base's own template ("base"), the labels of the tutor's are normal words.
     """
     blocks = fenced_blocks(text)
     return FormatVerdict(
-        stopped=finish == "stop",
+        stopped=finish != "length",
+        ended=finish == "eos",
         answered=bool(text.strip()),
         fences_closed=all(block.closed for block in blocks),
         code_block=any(block.code.strip() for block in blocks),

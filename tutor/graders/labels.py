@@ -8,7 +8,8 @@ from tutor.recipe.values import LANGUAGES
 LABELS = {
     "passed": "all that was asked",
     "language": "in its language",
-    "stopped": "stopped by itself",
+    "stopped": "not cut",
+    "ended": "ended by itself",
     "answered": "not empty",
     "code_block": "with code",
     "fences_closed": "code fences closed",

@@ -60,7 +60,7 @@ COMMANDS = {
 """Arguments of `docker compose` for the other commands of `tutor stack`."""
 INTERACTIVE = ("up", "down", "shell")
 """Commands that get this terminal: Compose's own progress, or a shell."""
-PRINTED_VERDICTS = ("passed", "language", "stopped", "code_block")
+PRINTED_VERDICTS = ("passed", "language", "ended", "code_block")
 """Verdicts of the evaluator that the last lines print; eval-ollama/ has all of them."""
 RUN_COMMAND = "exec ollama ollama run"
 """Arguments of `docker compose` that ask a published model, without the model's name."""

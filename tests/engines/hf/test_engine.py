@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_answer_ends_at_eos_without_sending_or_counting_it(engine: TransformersEngine) -> None:
     answer, pieces = ask(engine, ENDS[0])
-    assert (answer.text, answer.finish) == (ENDS[1], "stop")
+    assert (answer.text, answer.finish) == (ENDS[1], "eos")
     assert answer.tokens == len(ENDS[1].encode())
     assert answer.prompt_tokens == len("Instrucción: a\nRespuesta:".encode())
     assert "".join(pieces) == answer.text

@@ -84,7 +84,7 @@ def test_trace_along_eos_has_eos_step_and_finish_reason(loaded: Any) -> None:
             ends = trace_along(loaded, ids, [eos])
     finally:
         head.data[eos] = kept
-    assert (ends.finish, ends.text, ends.steps[-1].text) == ("stop", "", EOS_TEXT)
+    assert (ends.finish, ends.text, ends.steps[-1].text) == ("eos", "", EOS_TEXT)
 
 
 @pytest.mark.pipeline

@@ -214,7 +214,7 @@ def test_sampled_request_has_all_settings_of_the_recipe(
 
 
 @pytest.mark.parametrize(
-    ("stop_type", "finish", "tokens"), [("eos", "stop", 2), ("word", "stop", 3), ("limit", "length", 3)]
+    ("stop_type", "finish", "tokens"), [("eos", "eos", 2), ("word", "stop", 3), ("limit", "length", 3)]
 )
 def test_answer_has_finish_reason_and_token_count_without_eos(
     fake_server: Callable[..., dict[str, Any]], stop_type: str, finish: str, tokens: int

@@ -185,7 +185,7 @@ def test_closed_connection_raises_service_error(server: FakeOllama, api: Ollama)
 def test_busy_server_gets_request_again_until_it_answers(server: FakeOllama, engine: OllamaServer, code: int) -> None:
     busy = fake.status(code, '{"error": "server busy, please try again.  maximum pending requests exceeded"}')
     server.script("POST /api/chat", busy, busy, busy, None)
-    assert engine.answer(HOLA, GREEDY).finish == "stop"
+    assert engine.answer(HOLA, GREEDY).finish == "eos"
     assert len(server.bodies("POST /api/chat")) == 4
 
 

@@ -12,7 +12,6 @@ from tutor.engines.ollama.protocol import (
 from tutor.engines.protocol import Generation, greedy
 from tutor.errors import ServiceError
 from tutor.prompt.messages import Message, conversation
-from tutor.prompt.tutor_format import STOPS
 from tutor.recipe.settings import GenerateSettings
 
 GREEDY = Generation(max_new_tokens=24, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=7)
@@ -24,13 +23,31 @@ def test_answer_has_leading_blank_counts_and_pieces(engine: OllamaServer) -> Non
     answer = engine.answer(HOLA, GREEDY, received.append)
     assert answer.text == " Una interfaz describe un objeto." == "".join(received)
     assert len(received) == 6
-    assert (answer.finish, answer.tokens, answer.prompt_tokens) == ("stop", 6, 3)
+    assert (answer.finish, answer.tokens, answer.prompt_tokens) == ("eos", 6, 3)
     assert answer.tokens_per_second == pytest.approx(14.0)
 
 
 def test_cut_answer_has_finish_reason_length(engine: OllamaServer) -> None:
     answer = engine.answer(HOLA, Generation(2, 0.0, 1.0, 1.0, 7))
     assert (answer.text, answer.finish) == (" Una interfaz", "length")
+
+
+def test_stop_text_ends_an_answer_and_no_part_of_it_is_sent(server: FakeOllama, engine: OllamaServer) -> None:
+    pieces = [" Un", " tipo.\n", "Ins", "isto.", "\n", "Instr", "ucción", ": ¿Y", " más?"]
+    server.reply_to = lambda prompt: [(piece, -0.1) for piece in pieces]
+    received: list[str] = []
+    answer = engine.answer(HOLA, GREEDY, received.append)
+    assert (answer.text, answer.finish) == (" Un tipo.\nInsisto.", "stop")
+    assert received == [" Un", " tipo.", "\nInsisto."]
+    assert (answer.prompt_tokens, answer.tokens) == (3, 8), "pieces up to the end of the stop text"
+    assert [body["options"]["num_predict"] for body in server.bodies("POST /api/chat")] == [24, 1]
+
+
+def test_beginning_of_a_stop_text_at_the_end_is_sent(server: FakeOllama, engine: OllamaServer) -> None:
+    server.reply_to = lambda prompt: [(" a", -0.1), ("\nInst", -0.1)]
+    received: list[str] = []
+    answer = engine.answer(HOLA, GREEDY, received.append)
+    assert (answer.text, answer.finish, received) == (" a\nInst", "eos", [" a", "\nInst"])
 
 
 def test_request_has_unchanged_history_and_every_sampler(server: FakeOllama, engine: OllamaServer) -> None:
@@ -46,7 +63,7 @@ def test_request_has_unchanged_history_and_every_sampler(server: FakeOllama, eng
         "repeat_penalty": 1.15,
         "repeat_last_n": 64,
         "seed": 42,
-        "stop": list(STOPS),
+        "stop": [],
     }
     assert body["stream"] is True
     assert body["truncate"] is False
@@ -132,7 +149,7 @@ def test_failed_stream_raises_service_error(
     server.script("POST /api/chat", reply)
     with pytest.raises(ServiceError, match=what):
         engine.answer(HOLA, GREEDY)
-    assert engine.answer(HOLA, GREEDY).finish == "stop", "the next question is answered"
+    assert engine.answer(HOLA, GREEDY).finish == "eos", "the next question is answered"
 
 
 def test_pieces_before_a_failure_are_delivered(server: FakeOllama, engine: OllamaServer) -> None:

@@ -32,7 +32,7 @@ def test_trace_has_a_step_for_each_piece_and_the_end(server: fake.FakeOllama) ->
     assert [step.text for step in found.steps] == [*server.pieces, EOS_TEXT]
     assert found.steps[0].logprob == -0.1
     assert found.steps[0].margin == pytest.approx(3)
-    assert (found.finish, found.steps[-1].logprob) == ("stop", None)
+    assert (found.finish, found.steps[-1].logprob) == ("eos", None)
     (body,) = server.bodies("POST /api/chat")
     assert (body["options"]["temperature"], body["options"]["stop"]) == (0.0, [])
     assert body["truncate"] is False

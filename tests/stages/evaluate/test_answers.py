@@ -56,7 +56,7 @@ class Fake:
             raise ServiceError("connection refused")
         if fault := self.faults.get(question):
             raise ServiceError(fault)
-        return Answer(f" Sobre {question}", "stop", 12, 10, 0.5, 20.0)
+        return Answer(f" Sobre {question}", "eos", 12, 10, 0.5, 20.0)
 
 
 class Servers:
@@ -236,7 +236,7 @@ def test_killed_run_resumes_from_its_journal(task: Task, caplog: pytest.LogCaptu
     assert texts(answer_prompts(servers, PROMPTS, task)) == EXPECTED
     assert servers.questions() == ["¿Qué es d?", "¿Qué es e?", "¿Qué es f?"]
     assert "3 of 6 answers are in the journal" in caplog.text
-    assert ("tutor 6/6: 10 tokens, stop", 6, 6) in [
+    assert ("tutor 6/6: 10 tokens, eos", 6, 6) in [
         (record.getMessage(), getattr(record, "done", None), getattr(record, "total", None))
         for record in caplog.records
     ]

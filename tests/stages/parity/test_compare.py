@@ -31,7 +31,7 @@ def failing(theirs: Observation, tolerance: Tolerance = TIGHT, ours: Observation
 def cut_by_a_stop_text() -> Trace:
     """The answer of `trace` that ends after two steps, although its probabilities are equal."""
     first, second, third, *_ = trace().steps
-    return Trace((first, second, replace(third, text=EOS_TEXT)), "stop", 1)
+    return Trace((first, second, replace(third, text=EOS_TEXT)), "eos", 1)
 
 
 def one_step(*candidates: tuple[str, float]) -> Observation:
@@ -167,7 +167,7 @@ def test_comparison_of_no_conversation_is_a_difference() -> None:
 
 
 def test_equal_answers_show_the_weights_without_probabilities() -> None:
-    silent = Trace(tuple(replace(step, logprob=None, top=()) for step in trace().steps), "stop", 3)
+    silent = Trace(tuple(replace(step, logprob=None, top=()) for step in trace().steps), "eos", 3)
     assert failing(observation(scored=None, trace=silent), SAME_FILE) == []
     other = replace(silent, steps=(replace(silent.steps[0], text=" Otra"),))
     assert failing(observation(scored=None, trace=other), SAME_FILE, observation(scored=None, trace=silent)) == [
@@ -249,7 +249,7 @@ def test_steps_after_the_first_difference_are_not_compared() -> None:
 
 
 def test_step_without_probability_is_compared_as_text() -> None:
-    silent = observation(scored=None, trace=Trace((*trace().steps[:-1], Step(EOS_TEXT, None)), "stop", 3))
+    silent = observation(scored=None, trace=Trace((*trace().steps[:-1], Step(EOS_TEXT, None)), "eos", 3))
     for ours, theirs in ((silent, observation(scored=None)), (observation(scored=None), silent)):
         found = checked(theirs, ours=ours)
         assert all(check.ok for check in found.values())

@@ -23,7 +23,7 @@ PIECES = (" Una", " interfaz", " describe", " un", " objeto", ".")
 def trace(pieces: Sequence[str] = PIECES, logprob: float = -0.1, prompt_tokens: int = 1) -> Trace:
     """Return the trace of an answer of these pieces, with a second candidate three nats below each."""
     steps = [Step(piece, logprob, ((piece, logprob), ("", logprob - 3.0))) for piece in pieces]
-    return Trace((*steps, Step(EOS_TEXT, logprob, ((EOS_TEXT, logprob), (" y", logprob - 3.0)))), "stop", prompt_tokens)
+    return Trace((*steps, Step(EOS_TEXT, logprob, ((EOS_TEXT, logprob), (" y", logprob - 3.0)))), "eos", prompt_tokens)
 
 
 def write_parity(recipe: Recipe, build: Path, refused: dict[str, str] | None = None, missing: str = "") -> Path:

@@ -12,6 +12,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from tutor.engines.protocol import Answer, Finish, Generation
+from tutor.engines.stop_texts import find_stop, withheld
 from tutor.errors import ServiceError
 from tutor.prompt.format import PromptFormat, end_token
 from tutor.prompt.messages import Message
@@ -98,18 +99,17 @@ class _Reader:
         del scores
         if self.finish == "length":
             self._read(int(input_ids[0, -1]))
-        return torch.tensor([self.finish == "stop"], device=input_ids.device)
+        return torch.tensor([self.finish != "length"], device=input_ids.device)
 
     def _read(self, token: int) -> None:
         self._times.append(time.perf_counter())
         if token == self._end:
-            self.finish = "stop"
+            self.finish = "eos"
             return
         self.ids.append(token)
         self.text = self._decode([self._anchor, *self.ids])[len(self._decode([self._anchor])) :]
-        found = [at for stop in self._stops if (at := self.text.find(stop)) >= 0]
-        if found:
-            self.text = self.text[: min(found)]
+        if (at := find_stop(self.text, self._stops)) is not None:
+            self.text = self.text[:at]
             self.finish = "stop"
         else:
             self._send(len(self.text) - _withheld(self.text, self._stops))
@@ -137,8 +137,7 @@ class _Reader:
 def _withheld(text: str, stops: Sequence[str]) -> int:
     """Return how many last characters to hold back: an incomplete character, or the beginning of a stop text."""
     complete = text.rstrip(INCOMPLETE)
-    prefixes = (n for stop in stops for n in range(len(stop) - 1, 0, -1) if complete.endswith(stop[:n]))
-    return len(text) - len(complete) + max(prefixes, default=0)
+    return len(text) - len(complete) + withheld(complete, stops)
 
 
 def _ignore(piece: str) -> None:

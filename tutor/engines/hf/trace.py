@@ -72,7 +72,7 @@ def _trace(
         steps.append(Step(text[len(before) :], float(logprobs[position, token]), candidates(pairs)))
         before = text
     if ids[-1] == engine.end_id:
-        return Trace((*group_characters(steps[:-1]), replace(steps[-1], text=EOS_TEXT)), "stop", len(prompt))
+        return Trace((*group_characters(steps[:-1]), replace(steps[-1], text=EOS_TEXT)), "eos", len(prompt))
     return Trace(tuple(group_characters(steps)), None if cut else "length", len(prompt))
 
 

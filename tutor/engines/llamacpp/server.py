@@ -19,7 +19,7 @@ from typing import Any
 import httpx2
 
 from tutor.engines.llamacpp.process import Command, clean_environment, killed_with_parent, program_error, programs, stop
-from tutor.engines.protocol import TOP_K, Answer, Finish, Generation
+from tutor.engines.protocol import Answer, Finish, Generation
 from tutor.errors import HostError, ServiceError
 from tutor.formats.child_process import running
 from tutor.prompt.format import PromptFormat
@@ -34,7 +34,7 @@ POLL_SECONDS = 0.05
 """Seconds between two health checks."""
 TIMEOUT = httpx2.Timeout(connect=5, read=900, write=60, pool=5)
 """Seconds of a request; `read` allows a long prompt on a slow processor."""
-FINISHES: dict[str, Finish] = {"eos": "stop", "word": "stop", "limit": "length"}
+FINISHES: dict[str, Finish] = {"eos": "eos", "word": "stop", "limit": "length"}
 """Finish reasons by llama-server's `stop_type`."""
 
 
@@ -158,7 +158,7 @@ class LlamaServer:
             thought=split.thought,
             finish=finish,
             prompt_tokens=end["tokens_evaluated"],
-            tokens=end["tokens_predicted"] - (end["stop_type"] == "eos"),
+            tokens=end["tokens_predicted"] - (finish == "eos"),
             seconds=time.monotonic() - started,
             tokens_per_second=end["timings"]["predicted_per_second"],
         )
@@ -226,13 +226,13 @@ def _request(prompt: str, generation: Generation, context: int) -> dict[str, Any
         "seed": generation.seed,
         "samplers": ["penalties", "temperature"] if greedy else ["penalties", "top_k", "top_p", "temperature"],
         "temperature": generation.temperature,
-        "top_k": 0 if greedy else TOP_K,
+        "top_k": 0 if greedy else generation.top_k,
         "top_p": generation.top_p,
         "repeat_penalty": generation.repetition_penalty,
         # The penalty of transformers covers the full sequence; this server refuses -1 for that.
         "repeat_last_n": context,
         # A prompt in other batches rounds differently, so an answer that must repeat starts without a cache.
-        "cache_prompt": not greedy,
+        "cache_prompt": not (greedy or generation.repeatable),
     }
 
 

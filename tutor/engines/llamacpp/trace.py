@@ -39,7 +39,7 @@ def trace(server: LlamaServer, prompt: str, tokens: int) -> tuple[list[int], Tra
     try:
         finish = FINISHES[answer["stop_type"]]
         found = [_step(item) for item in answer.get("completion_probabilities", ())]
-        ended = [replace(found.pop(), text=EOS_TEXT)] if finish == "stop" else []
+        ended = [replace(found.pop(), text=EOS_TEXT)] if finish == "eos" else []
         ids = [int(id_) for id_ in answer["tokens"]]
         return ids, Trace((*group_characters(found), *ended), finish, int(answer["tokens_evaluated"]))
     except (KeyError, TypeError, ValueError) as error:

@@ -1,20 +1,23 @@
 """A model of an Ollama server as an `Engine`.
 
 In: a model's name, its prompt format, conversations. Out: streamed answers, thought and answer apart. Sends the
-unchanged history and names every sampler. Does not set the context or other load-time settings, because another value
-would load the model again. Truncates nothing: a prompt that is too long is an error.
+unchanged history and names every sampler. Cuts an answer at a stop text itself, because Ollama does not return whether
+one of them or the end-of-sequence token ended it. Does not set the context or other load-time settings, because another
+value would load the model again. Truncates nothing: a prompt that is too long is an error.
 """
 
 import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tutor.engines.ollama.answers import ChatEvent, ChatMessage
 from tutor.engines.ollama.client import Ollama, connect
 from tutor.engines.ollama.protocol import LOOP_ERROR, MissingError, parse_parameters
-from tutor.engines.protocol import TOP_K, Answer, Finish, Generation
+from tutor.engines.protocol import Answer, Finish, Generation
+from tutor.engines.stop_texts import find_stop, withheld
 from tutor.errors import ServiceError
 from tutor.prompt.format import PromptFormat
 from tutor.prompt.messages import Message
@@ -24,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 REPEATED_PIECES = 30
 """Number of equal pieces after which Ollama ends an answer without its last event (llm/llama_server.go)."""
-FINISHES: dict[str, Finish] = {"stop": "stop", "length": "length"}
-"""Finish reasons by Ollama's `done_reason`."""
+FINISHES: dict[str, Finish] = {"stop": "eos", "length": "length"}
+"""Finish reasons by Ollama's `done_reason`, for a request without stop texts: it is "stop" after one of them, too."""
 
 
 @contextlib.contextmanager
@@ -61,47 +64,57 @@ class OllamaServer:
         """
         sent = sent_messages(messages, self._prompt)
         started = time.monotonic()
-        pieces: list[str] = []
-        written = Generated(self._prompt.tags)
+        written = Generated(self._prompt.tags, generation.stops, on_text)
         end: ChatEvent | None = None
-        # Leaving this block by any exception closes the connection, which ends the generation too.
+        # Leaving this block in any way closes the connection, which ends the generation too.
         with contextlib.closing(self._server.chat(self._request(sent, generation))) as events:
             for event in events:
-                piece = written.add(event.message)
-                pieces.append(piece)
-                if on_text and piece:
-                    on_text(piece)
-                if event.done:
-                    end = event
-        finish = FINISHES.get(end.done_reason) if end else None
-        if end is None or finish is None:
-            raise ServiceError(f"Ollama: {_why_unfinished(pieces, end)}", "the answer is incomplete; ask again")
-        prompt, tokens = end.prompt_eval_count, end.eval_count
+                written.add(event.message)
+                end = event if event.done else end
+                if written.stopped:
+                    break
+        written.close()
+        seconds = time.monotonic() - started
+        finish = "stop" if written.stopped else FINISHES.get(end.done_reason) if end else None
+        if finish is None:
+            raise ServiceError(f"Ollama: {_why_unfinished(written.pieces, end)}", "the answer is incomplete; ask again")
+        if end is None:  # cut here: the counts of the last event are missing
+            prompt, tokens, speed = self._prompt_tokens(sent, generation), len(written.pieces), written.speed
+        else:
+            prompt, tokens = end.prompt_eval_count, end.eval_count
+            # Durations are in nanoseconds, and left out when zero.
+            speed = tokens / end.eval_duration * 1e9 if end.eval_duration else 0.0
         if self.context and prompt + tokens > self.context:
             logger.warning(
                 "the context of %d tokens was full: the beginning of the conversation was lost", self.context
             )
-        reply = self._prompt.reply("".join(pieces))
+        reply = self._prompt.reply(written.text)
         return Answer(
             text=reply.answer,
             finish=finish,
             prompt_tokens=prompt,
-            tokens=tokens - (finish == "stop"),  # the EOS, or the stop text's end
-            seconds=time.monotonic() - started,
-            # Durations are in nanoseconds, and left out when zero.
-            tokens_per_second=tokens / end.eval_duration * 1e9 if end.eval_duration else 0.0,
+            tokens=tokens - (finish == "eos"),
+            seconds=seconds,
+            tokens_per_second=speed,
             thought=reply.thought,
         )
+
+    def _prompt_tokens(self, messages: Sequence[dict[str, str]], generation: Generation) -> int:
+        """Return the number of a prompt's tokens, from an answer of one token; the server has the prompt cached."""
+        with contextlib.closing(
+            self._server.chat(self._request(messages, replace(generation, max_new_tokens=1)))
+        ) as events:
+            return max(event.prompt_eval_count for event in events)
 
     def _request(self, messages: Sequence[dict[str, str]], generation: Generation) -> dict[str, Any]:
         options: dict[str, Any] = {
             "num_predict": generation.max_new_tokens,  # above 0: Ollama reads 0 as no limit
             "temperature": generation.temperature,
             "top_p": generation.top_p,
-            "top_k": TOP_K,
+            "top_k": generation.top_k,
             "repeat_penalty": generation.repetition_penalty,
             "seed": generation.seed,
-            "stop": list(generation.stops),
+            "stop": [],  # in place of the Modelfile's: `answer` cuts
         }
         if self.context:
             # The penalty of transformers covers the full sequence; Ollama's default is 64 tokens.
@@ -113,17 +126,46 @@ class OllamaServer:
 
 
 class Generated:
-    """The text that the model generated: Ollama sends a thought apart, and without its tags.
+    """The text that the model generates, up to a stop text: Ollama sends a thought apart, and without its tags.
 
-    With a format without thoughts, those of a model that is not ours are left out.
+    With a format without thoughts, those of a model that is not ours are left out. `on_text` receives the text in
+    pieces, and no part of a stop text.
     """
 
-    def __init__(self, tags: tuple[str, str]) -> None:
+    def __init__(
+        self, tags: tuple[str, str], stops: Sequence[str] = (), on_text: Callable[[str], None] | None = None
+    ) -> None:
+        self.text = ""
+        self.pieces: list[str] = []
+        self.stopped = False  # by a stop text
         self._opening, self._closing = tags
         self._in_thought = False
+        self._stops, self._on_text = stops, on_text
+        self._sent = 0  # number of characters passed to `on_text`
+        self._times: list[float] = []  # of the pieces
 
-    def add(self, message: ChatMessage) -> str:
-        """Return the piece of an event, with the tags that belong between it and the piece before."""
+    def add(self, message: ChatMessage) -> None:
+        """Add the piece of an event, with the tags that belong between it and the piece before."""
+        if not (piece := self._piece(message)):
+            return
+        self.pieces.append(piece)
+        self._times.append(time.monotonic())
+        self.text += piece
+        if (at := find_stop(self.text, self._stops)) is not None:
+            self.text, self.stopped = self.text[:at], True
+        self._send(len(self.text) - (0 if self.stopped else withheld(self.text, self._stops)))
+
+    def close(self) -> None:
+        """Send the text that was held back."""
+        self._send(len(self.text))
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second between the first piece and the last, of one token each."""
+        seconds = self._times[-1] - self._times[0] if self._times else 0.0
+        return (len(self._times) - 1) / seconds if seconds else 0.0
+
+    def _piece(self, message: ChatMessage) -> str:
         if not self._opening:
             return message.content
         opening = closing = ""
@@ -132,6 +174,11 @@ class Generated:
         if message.content and self._in_thought:
             closing, self._in_thought = self._closing, False
         return opening + message.thinking + closing + message.content
+
+    def _send(self, end: int) -> None:
+        if self._on_text and end > self._sent:
+            self._on_text(self.text[self._sent : end])
+        self._sent = max(end, self._sent)
 
 
 def sent_messages(messages: Sequence[Message], prompt: PromptFormat) -> list[dict[str, str]]:

@@ -45,7 +45,7 @@ def _trace(events: Generator[ChatEvent, None, None] | Generator[CompletionEvent,
     finish = FINISHES.get(end.done_reason) if end else None
     if end is None or finish is None:
         raise ServiceError("Ollama: the answer ended without its last event", "ask again")
-    if finish == "stop":
+    if finish == "eos":  # the request has no stop texts
         steps.append(Step(EOS_TEXT, None))
     return Trace(tuple(steps), finish, end.prompt_eval_count)
 

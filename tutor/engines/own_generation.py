@@ -1,0 +1,49 @@
+"""Sampling with which a person asks the base: what its files state, else Ollama's defaults.
+
+In: the base stage's folder, a recipe. Out: the settings of a generation. Generates nothing.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tutor.artifacts.disk import read_json_object
+from tutor.engines.protocol import TOP_K, Generation
+from tutor.formats.models.model_folder import read_facts
+from tutor.formats.models.own_prompt import read_own_prompt
+
+if TYPE_CHECKING:
+    from tutor.recipe.settings import Recipe
+
+DEFAULTS = {"temperature": 0.8, "top_p": 0.9, "top_k": TOP_K, "repetition_penalty": 1.0}
+"""Ollama's sampling (api/types.go, 0.33), for what a base does not state."""
+ANSWER_TOKENS = 1024
+"""Minimum room for an answer in tokens: a model that was not tuned on the rows answers at more length than they do."""
+THOUGHT_TOKENS = 2048
+"""Room for a thought in tokens, for a base whose template knows thoughts."""
+
+
+def own_generation(base: Path, recipe: "Recipe") -> Generation:
+    """Return the settings with which the base is asked its own way, with the recipe's seed.
+
+    generation_config.json states sampling unless it has `do_sample` false; a value that it lacks is Ollama's. Raises
+    ArtifactError without the base stage.
+    """
+    found = read_json_object(read_facts(base)[1] / "generation_config.json") or {}
+    stated = DEFAULTS if found.get("do_sample") is False else {**DEFAULTS, **_numbers(found)}
+    thought = THOUGHT_TOKENS if read_own_prompt(base).thinks else 0
+    return Generation(
+        max_new_tokens=max(recipe.generate.max_new_tokens, ANSWER_TOKENS) + thought,
+        temperature=stated["temperature"],
+        top_p=stated["top_p"],
+        repetition_penalty=stated["repetition_penalty"],
+        seed=recipe.seed,
+        stops=(),
+        top_k=int(stated["top_k"]),
+        repeatable=True,
+    )
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """The sampling that a file states, as numbers."""
+    return {name: values[name] for name in DEFAULTS if type(values.get(name)) in (int, float)}
