@@ -11,6 +11,7 @@ from tutor.artifacts.stage_folder import writing
 from tutor.cli import summary
 from tutor.recipe.reading import read_recipe
 from tutor.recipe.settings import Recipe
+from tutor.stages.evaluate.generalization import drift
 
 VERDICTS = ("passed", "language", "stopped", "code_block", "no_loop")
 MODEL = {"all": {"n": 5, **{name: {"n": 4, "share": 0.8} for name in VERDICTS}}, "tokens_per_second": 95.2}
@@ -113,6 +114,19 @@ def test_example_shows_its_turn_and_the_length_of_the_thought(recipe, tmp_path):
     lines = summary.summary_lines(summary.collect(recipe, tmp_path / "build"), "r.toml")
     assert "» (turn 2) ¿Y?" in lines
     assert "  tutor: (thought of 3 words) (no answer) […cut at 9 tokens]" in lines
+
+
+def test_general_texts_are_listed_by_language_and_kind():
+    texts = [{"language": "pt", "kind": "poem"}] * 6 + [{"language": "xx"}]
+    general = drift({"base": [1.0] * 7, "tutor": [1.1] * 7}, texts, 1)
+    lines = summary.verdict_lines({"models": {"tutor": MODEL}, "general": general})
+    assert [" ".join(line.split()) for line in lines[-5:]] == [
+        "general texts: perplexity texts before after change (95 %)",
+        "all 7 2.72 3.00 +10.5 % (+10.5 to +10.5) worse",
+        "Portuguese 6 2.72 3.00 +10.5 % (+10.5 to +10.5) worse",
+        "xx 1 2.72 3.00 +10.5 % no difference shown",
+        "poem 6 2.72 3.00 +10.5 % (+10.5 to +10.5) worse",
+    ]
 
 
 def test_worse_findings_are_marked_below_the_table():

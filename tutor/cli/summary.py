@@ -27,6 +27,7 @@ from tutor.prompt.messages import display_text, row_questions
 from tutor.recipe.quantizations import BF16, F16
 from tutor.recipe.settings import Recipe
 from tutor.stages.parity.gate import parity_table
+from tutor.stages.report.tables import drift_rows
 
 EXAMPLES = 3
 """Number of prompts whose answers are printed side by side."""
@@ -167,6 +168,7 @@ def verdict_lines(evaluate: Mapping[str, Any]) -> list[str]:
     rows.append(f"  {'tokens per second':<22}{speeds}")
     rows += _references(list(models.values()), width)
     rows += _kinds(evaluate, width)
+    rows += _general(evaluate.get("general"))
     findings = [f"  {_finding(found)}" for found in evaluate.get("findings", ())]
     return [*rows, *([""] if findings else []), *findings]
 
@@ -191,6 +193,24 @@ def _reference_limits() -> list[str]:
 def _mean(overlap: Mapping[str, Any]) -> str:
     interval = "" if overlap["low"] is None else f" [{overlap['low']:.0f}, {overlap['high']:.0f}]"
     return f"{overlap['mean']:.1f}{interval}"
+
+
+def _general(general: Mapping[str, Any] | None) -> list[str]:
+    """Return the perplexity of general texts, in all and by language and kind."""
+    if not general:
+        return []
+    heads = ("texts", "before", "after", "change (95 %)")
+    rows = [("general texts: perplexity", heads, "")]
+    rows += [(row["label"], row["cells"], row["conclusion"]) for row in drift_rows(general)]
+    widths = (6, 10, 10, 26)
+    return [
+        "",
+        *(
+            f"  {label:<26}{''.join(f'{cell:>{width}}' for cell, width in zip(cells, widths, strict=True))}"
+            f"   {conclusion}".rstrip()
+            for label, cells, conclusion in rows
+        ),
+    ]
 
 
 def _kinds(evaluate: Mapping[str, Any], width: int) -> list[str]:

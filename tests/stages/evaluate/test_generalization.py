@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from support.outputs.records import PROMPTS, record
 from support.processes.command import ROOT
 
 from tutor.errors import DataError, RecipeError
+from tutor.graders.copied_text import longest_copies
+from tutor.graders.intervals import MIN_PAIRS
 from tutor.recipe.settings import Recipe
 from tutor.stages.evaluate import generalization
 from tutor.stages.evaluate.rates import change, changes
@@ -32,6 +35,7 @@ def test_missing_file_raises_recipe_error(tmp_path: Path) -> None:
         ("general", {"text": "una", "language": "es"}, "text is a single word"),
         ("general", {"text": "dos palabras", "language": " "}, "language is no text"),
         ("general", {"text": 3, "language": "es"}, "text is no text"),
+        ("general", {"text": "dos palabras", "language": "es", "kind": ""}, "kind is no text"),
         ("general", ["a"], "is not an object"),
         ("paraphrases", {"original": "¿A?", "instruction": "¿B?", "code": []}, "with only"),
         ("paraphrases", {"original": "¿A?", "instruction": "a\nRespuesta: b"}, "begins with 'Respuesta:'"),
@@ -62,6 +66,20 @@ def test_files_of_the_project_are_valid() -> None:
         assert row["instruction"].partition("```")[0] != same["instruction"].partition("```")[0]
 
 
+def test_general_texts_are_many_of_many_kinds_and_languages() -> None:
+    """Enough texts of each kind and language for an interval, and no passage in two of them."""
+    rows = generalization.read_texts(ROOT / "data" / "general.jsonl", generalization.GENERAL_KEYS)
+    assert len(rows) >= 100
+    for key, least in (("kind", 10), ("language", 8)):
+        counts = Counter(row[key] for row in rows)
+        assert len(counts) >= least
+        assert min(counts.values()) >= MIN_PAIRS
+    assert all(20 <= len(row["text"].split()) <= 70 for row in rows)
+    texts = [row["text"] for row in rows]
+    copies = [longest_copies([text], texts[:at])[0] for at, text in enumerate(texts)]
+    assert [copy.text for copy in copies if copy.run] == []
+
+
 def test_paraphrases_of_other_prompts_are_left_out() -> None:
     rows = [{"original": "¿3?", "instruction": "¿tres?"}, {"original": "¿99?", "instruction": "¿otra?"}]
     assert generalization.paraphrased_prompts(rows, PROMPTS) == [
@@ -79,7 +97,10 @@ def test_copied_passage_names_the_training_row() -> None:
     assert generalization.copied_summary([None]) == {"n": 0, "median": None, "longest": None, "half_copied": 0}
 
 
-TEXTS = [{"text": "a b", "language": "es" if number < 6 else "en"} for number in range(12)]
+TEXTS = [
+    {"text": "a b", "language": "es" if number < 6 else "en", "kind": "poem" if number < 8 else "code"}
+    for number in range(12)
+]
 
 
 def test_drift_is_by_text_and_language_and_more_is_worse() -> None:
@@ -89,6 +110,11 @@ def test_drift_is_by_text_and_language_and_more_is_worse() -> None:
     assert found["perplexity"]["tutor"] / found["perplexity"]["base"] == pytest.approx(math.exp(0.5), rel=1e-3)
     assert {name: entry["n"] for name, entry in found["languages"].items()} == {"en": 6, "es": 6}
     assert found["languages"]["es"]["perplexity"]["base"] < found["languages"]["en"]["perplexity"]["base"]
+    assert {name: entry["n"] for name, entry in found["kinds"].items()} == {"code": 4, "poem": 8}
+    assert (found["kinds"]["poem"]["conclusion"], found["kinds"]["poem"]["low"]) == ("worse", 0.5)
+    assert (found["kinds"]["code"]["conclusion"], found["kinds"]["code"]["low"]) == ("no difference shown", None)
+    plain = [{"text": "a b", "language": "es"}] * 12
+    assert generalization.drift({"base": base, "tutor": base}, plain, 7)["kinds"] == {}
     assert generalization.drift({"base": base, "tutor": base}, TEXTS, 7)["conclusion"] == "no difference shown"
     json.dumps(generalization.drift({"base": [9e9] * 12, "tutor": base}, TEXTS, 7), allow_nan=False)
 

@@ -7,6 +7,7 @@ import pytest
 from support.fakes.ollama import write_gguf
 from support.models.chat_templates import CHATML, FACTS
 
+from tutor.artifacts.stage_folder import writing
 from tutor.errors import ArtifactError
 from tutor.prompt.template_analysis import analyse_template
 from tutor.prompt.tutor_format import GO_TEMPLATE, STOPS
@@ -16,6 +17,8 @@ from tutor.stages.modelfile import stage
 from tutor.stages.modelfile.parse import parse
 from tutor.stages.modelfile.render import render
 from tutor.stages.modelfile.stage import create_body, ollama_parameters, stop_texts
+
+AUTO = '[generate]\nmax_new_tokens = "auto"\n'
 
 
 def test_empty_system_gives_no_instruction_and_no_field(build, spec):
@@ -71,7 +74,10 @@ def test_token_that_ends_a_turn_is_a_stop_where_it_is_not_eos(tmp_path, tokens, 
 
 
 def test_run_writes_modelfile_and_equal_create_json(build, tmp_path):
-    (tmp_path / "r.toml").write_text('system = "Eres un tutor."\nseed = 7\n[ollama]\nmodel = "mi-tutor"\n', "utf-8")
+    settings = ('system = "Eres un tutor."', "seed = 7", '[ollama]\nmodel = "mi-tutor"', AUTO)
+    (tmp_path / "r.toml").write_text("\n".join(settings), "utf-8")
+    with writing(build / "train", "train", {}) as (_, results):
+        results["longest_answer"] = {"tokens": 333, "line": 1}
     recipe = read_recipe(tmp_path / "r.toml")
     (build / "model").mkdir()
     summary = stage.run(
@@ -90,5 +96,6 @@ def test_run_writes_modelfile_and_equal_create_json(build, tmp_path):
     }
     assert parsed.template == GO_TEMPLATE
     assert parsed.parameters["stop"] == list(STOPS)
+    assert parsed.parameters["num_predict"] == 370
     assert summary["model"] == "mi-tutor"
     assert summary["parameters"] == create["parameters"]

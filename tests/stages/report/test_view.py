@@ -56,6 +56,7 @@ def test_page_shows_training_and_results(outputs: StageOutputs) -> None:
         "kept: step 2", "Eres un tutor.", "20.1 → 7.4", "F16 → Q8_0", "41/96", "✓ in budget", "the nf4 base, float16",
         "Worse: general texts", "+0.10 %", "perplexity of 20.50", "code compiles", "aplicacion", "(no kind)",
         "2.14.0, 2.15.0", "ab" * 32, "a CPU", "carry loss", "1 min 1 s",
+        "Spanish72.723.32+22.1 % (+22.1 to +22.1)worse", "poem72.72",
         "F16 is larger and less accurate than Q8_0", "Q8_0 in place of Q5_1 in 3 tensors",
         "not correctness: a right answer in other words scores low", "36.7 → 36.7", "Reference answer", "chrF 40",
     ):  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 
 from tutor.artifacts.manifest import Manifest
 from tutor.stages.evaluate import rates
+from tutor.stages.evaluate.generalization import drift
 from tutor.stages.report.view import StageOutputs
 
 EVIL = '</script><script>alert(1)</script><img src=x onerror="alert(2)">{{ 7*7 }}"\'--><style>*{display:none}</style>'
@@ -139,8 +140,7 @@ def evaluated(answers: list[dict[str, Any]]) -> dict[str, Any]:
     records = {name: [item["answers"][name] for item in answers] for name in ("base", "tutor")}
     models = {name: {"file": f"{name}-Q8_0", **rates.summarise(answers, found)} for name, found in records.items()}
     change = {"before": "base", "after": "tutor", **rates.changes(answers, records["base"], records["tutor"], 1)}
-    general = {"n": 2, "perplexity": {"base": 4.0, "tutor": 5.0}, "conclusion": "worse", "difference": 0.2, "low": 0.1,
-               "high": 0.3, "languages": {"es": {"n": 2, "perplexity": {"base": 4.0, "tutor": 5.0}}}}  # fmt: skip
+    general = drift({"base": [1.0] * 7, "tutor": [1.2] * 7}, [{"language": "es", "kind": "poem"}] * 7, 1)
     copied = {"tutor": {"n": 9, "median": 2.0, "longest": 30, "half_copied": 1}}
     findings = [{"conclusion": "worse", "text": "general texts: 4.00 before and 5.00 after"}]
     rest = {"paraphrases": change["all"]["passed"], "general": general, "copied": copied, "findings": findings}

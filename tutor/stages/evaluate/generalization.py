@@ -30,6 +30,8 @@ PARAPHRASE_KEYS = ("original", "instruction")
 """Required keys of a row of `evaluate.paraphrases`; every value is a text."""
 GENERAL_KEYS = ("text", "language")
 """Required keys of a row of `evaluate.general`; every value is a text."""
+KIND = "kind"
+"""Optional key of a row of `evaluate.general`, a text: prose, a poem, code, ..."""
 HELD_OUT = "held-out rows"
 """Key of the held-out rows among the models in `copied`: the baseline, because the author of the rows repeats text."""
 
@@ -44,12 +46,16 @@ def check_files(recipe: "Recipe") -> None:
 
 
 def read_texts(path: Path, keys: Sequence[str]) -> list[dict[str, str]]:
-    """Read a small JSONL file whose rows have exactly these keys, each with a text. Raises DataError."""
+    """Read a small JSONL file whose rows have exactly these keys, each with a text. Raises DataError.
+
+    A row of GENERAL_KEYS may also have KIND.
+    """
+    optional = {KIND} if keys == GENERAL_KEYS else set()
     rows, problems = [], []
     for line, value in read_values(path, EVALUATION_LIMITS, Counter()):
         if isinstance(value, RowError):
             problems.append(f"{path}:{line}: {value}")
-        elif not isinstance(value, dict) or set(value) != set(keys):
+        elif not isinstance(value, dict) or set(value) - optional != set(keys):
             problems.append(f"{path}:{line}: is not an object with only {' and '.join(keys)}")
         elif fault := _fault(value):
             problems.append(f"{path}:{line}: {fault}")
@@ -127,29 +133,30 @@ def copied_summary(copies: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]
 
 
 def drift(losses: Mapping[str, Sequence[float]], texts: Sequence[Mapping[str, str]], seed: int) -> dict[str, Any]:
-    """Return how well the `base` and the `tutor` predict general texts: perplexity, over all and by language.
+    """Return how well the `base` and the `tutor` predict general texts, over all, by language and by kind.
 
     `losses` are the mean loss of each text, in nats a token. Every text has the same weight: a model's perplexity is
-    the exponential of its mean loss, and `difference` is the mean change of the loss. A higher loss is worse.
+    the exponential of its mean loss, and `difference` is the mean change of the loss with its interval, paired by text.
+    A higher loss is worse. `kinds` is empty where no text has a kind.
     """
-    found = paired_values(losses["base"], losses["tutor"], seed)
-    languages = sorted({row["language"] for row in texts})
-    of_language = {name: [at for at, row in enumerate(texts) if row["language"] == name] for name in languages}
-    return {
-        "n": found.n,
-        "perplexity": {name: _perplexity(values) for name, values in losses.items()},
-        "languages": {
-            language: {
-                "n": len(at),
-                "perplexity": {name: _perplexity([values[one] for one in at]) for name, values in losses.items()},
-            }
-            for language, at in of_language.items()
-        },
-        "difference": round(found.mean, 4),
-        "low": None if found.low is None else round(found.low, 4),
-        "high": None if found.high is None else round(found.high, 4),
-        "conclusion": conclude(found, more_is_better=False),
-    }
+
+    def change(places: Sequence[int]) -> dict[str, Any]:
+        chosen = {name: [values[at] for at in places] for name, values in losses.items()}
+        found = paired_values(chosen["base"], chosen["tutor"], seed)
+        return {
+            "n": found.n,
+            "perplexity": {name: _perplexity(values) for name, values in chosen.items()},
+            "difference": round(found.mean, 4),
+            "low": None if found.low is None else round(found.low, 4),
+            "high": None if found.high is None else round(found.high, 4),
+            "conclusion": conclude(found, more_is_better=False),
+        }
+
+    def groups(key: str) -> dict[str, dict[str, Any]]:
+        names = sorted({row[key] for row in texts if key in row})
+        return {name: change([at for at, row in enumerate(texts) if row.get(key) == name]) for name in names}
+
+    return {**change(range(len(texts))), "languages": groups("language"), "kinds": groups(KIND)}
 
 
 def _perplexity(losses: Sequence[float]) -> float:

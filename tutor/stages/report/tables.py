@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tutor.graders.labels import LABELS, REFERENCE_LIMITS, verdict_labels
+from tutor.recipe.values import LANGUAGES
 from tutor.stages.report import charts
 
 Json = Mapping[str, Any]
@@ -140,6 +141,32 @@ def verdicts(evaluated: Json) -> dict[str, Any]:
             for name, model in models.items()
         ],
     }
+
+
+def drift_rows(general: Json) -> list[dict[str, Any]]:
+    """Return the perplexity of general texts before and after tuning: over all, by language, by kind.
+
+    `cells`: number of texts, perplexity before, after, and its change with the interval, paired by text.
+    """
+    languages = {LANGUAGES.get(name, name): entry for name, entry in general["languages"].items()}
+    rows = [("all", general), *languages.items(), *general["kinds"].items()]
+    return [
+        {"label": label, "conclusion": entry["conclusion"], "cells": [str(entry["n"]), *_drift_cells(entry)]}
+        for label, entry in rows
+    ]
+
+
+def _drift_cells(entry: Json) -> list[str]:
+    before, after = (f"{entry['perplexity'][name]:.2f}" for name in ("base", "tutor"))
+    changed = f"{_percent_more(entry['difference'])} %"
+    if entry["low"] is not None:
+        changed += f" ({_percent_more(entry['low'])} to {_percent_more(entry['high'])})"
+    return [before, after, changed]
+
+
+def _percent_more(nats: float) -> str:
+    """A change of the loss as the change of the perplexity, in percent."""
+    return f"{100 * math.expm1(min(nats, 700.0)):+.1f}"
 
 
 def _verdicts_by_kind(

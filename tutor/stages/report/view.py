@@ -14,7 +14,7 @@ from tutor.formats.models.served_quantization import resolve
 from tutor.prompt.base_format import BaseFormat
 from tutor.prompt.format import PromptFormat
 from tutor.stages.report import charts
-from tutor.stages.report.tables import Json, ladder, megabytes, parity, percent, references, verdicts
+from tutor.stages.report.tables import Json, drift_rows, ladder, megabytes, parity, percent, references, verdicts
 
 MISSING = {
     "base": ("the base model", "tutor base"),
@@ -69,6 +69,7 @@ class StageOutputs:
 def view(outputs: StageOutputs) -> dict[str, Any]:
     """Return all values of the page."""
     evaluated, gate, benchmark = outputs.evaluated, outputs.results("parity"), outputs.results("ladder")
+    general = (evaluated or {}).get("general")
     return {
         "name": outputs.name,
         "model": outputs.model,
@@ -86,7 +87,7 @@ def view(outputs: StageOutputs) -> dict[str, Any]:
         "verdicts": verdicts(evaluated) if evaluated else None,
         "references": references(evaluated) if evaluated else None,
         "paraphrases": (evaluated or {}).get("paraphrases"),
-        "general": (evaluated or {}).get("general"),
+        "general": drift_rows(general) if general else None,
         "copied": (evaluated or {}).get("copied"),
         "stages": stages(outputs),
         "versions": versions(outputs),
