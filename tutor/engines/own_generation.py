@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutor.artifacts.disk import read_json_object
+from tutor.engines.answer_limit import max_new_tokens
 from tutor.engines.protocol import TOP_K, Generation
 from tutor.formats.models.model_folder import read_facts
 from tutor.formats.models.own_prompt import read_own_prompt
@@ -26,14 +27,14 @@ THOUGHT_TOKENS = 2048
 def own_generation(base: Path, recipe: "Recipe") -> Generation:
     """Return the settings with which the base is asked its own way, with the recipe's seed.
 
-    generation_config.json states sampling unless it has `do_sample` false; a value that it lacks is Ollama's. Raises
-    ArtifactError without the base stage.
+    generation_config.json states sampling unless it has `do_sample` false; a value that it lacks is Ollama's. The
+    recipe went through `with_answer_limit`. Raises ArtifactError without the base stage.
     """
     found = read_json_object(read_facts(base)[1] / "generation_config.json") or {}
     stated = DEFAULTS if found.get("do_sample") is False else {**DEFAULTS, **_numbers(found)}
     thought = THOUGHT_TOKENS if read_own_prompt(base).thinks else 0
     return Generation(
-        max_new_tokens=max(recipe.generate.max_new_tokens, ANSWER_TOKENS) + thought,
+        max_new_tokens=max(max_new_tokens(recipe.generate), ANSWER_TOKENS) + thought,
         temperature=stated["temperature"],
         top_p=stated["top_p"],
         repetition_penalty=stated["repetition_penalty"],
