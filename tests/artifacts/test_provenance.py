@@ -135,7 +135,7 @@ def test_provenance_holds_assets_of_the_stages_that_use_them() -> None:
 def test_provenance_leaves_out_what_other_key_fields_hold() -> None:
     """The llama.cpp build is a separate key field, in the stages that start its programs."""
     reached = {stage for stage in STAGES if LLAMACPP_BUILD in found(PACKAGE, stage).left_out}
-    assert reached == {"base", "convert", "ladder", "parity", "evaluate"}
+    assert reached == {"base", "convert", "ladder", "parity", "forgetting", "evaluate"}
     assert not any(name.startswith(("recipe/", "artifacts/")) for name in found(PACKAGE, "train").sources)
 
 
@@ -149,7 +149,8 @@ def test_provenance_leaves_out_what_other_key_fields_hold() -> None:
         ("convert", {"gguf", "numpy", "safetensors"}),
         ("parity", {"torch", "transformers", "peft", "bitsandbytes"}),
         ("modelfile", {"jinja2"}),
-        ("evaluate", {"markdown-it-py", "lingua-language-detector", "transformers"}),
+        ("forgetting", {"transformers", "tokenizers"}),
+        ("evaluate", {"markdown-it-py", "lingua-language-detector"}),
         ("report", {"jinja2", "lingua-language-detector", "transformers"}),
     ],
 )

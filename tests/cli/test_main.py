@@ -115,7 +115,19 @@ def test_every_command_and_option_has_help(path, command):
 
 def test_commands_are_listed_in_pipeline_order():
     names = cli.list_commands(click.Context(cli))
-    stages = ["data", "base", "train", "merge", "convert", "ladder", "parity", "modelfile", "eval", "report"]
+    stages = [
+        "data",
+        "base",
+        "train",
+        "merge",
+        "convert",
+        "ladder",
+        "parity",
+        "modelfile",
+        "forgetting",
+        "eval",
+        "report",
+    ]
     assert [name for name in names if name in stages] == stages
 
 

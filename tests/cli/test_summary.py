@@ -11,7 +11,7 @@ from tutor.artifacts.stage_folder import writing
 from tutor.cli import summary
 from tutor.recipe.reading import read_recipe
 from tutor.recipe.settings import Recipe
-from tutor.stages.evaluate.generalization import drift
+from tutor.stages.forgetting.stage import drift
 
 VERDICTS = ("passed", "language", "stopped", "code_block", "no_loop")
 MODEL = {"all": {"n": 5, **{name: {"n": 4, "share": 0.8} for name in VERDICTS}}, "tokens_per_second": 95.2}
@@ -119,7 +119,7 @@ def test_example_shows_its_turn_and_the_length_of_the_thought(recipe, tmp_path):
 def test_general_texts_are_listed_by_language_and_kind():
     texts = [{"language": "pt", "kind": "poem"}] * 6 + [{"language": "xx"}]
     general = drift({"base": [1.0] * 7, "tutor": [1.1] * 7}, texts, 1)
-    lines = summary.verdict_lines({"models": {"tutor": MODEL}, "general": general})
+    lines = summary.forgetting_lines(general)
     assert [" ".join(line.split()) for line in lines[-5:]] == [
         "general texts: perplexity texts before after change (95 %)",
         "all 7 2.72 3.00 +10.5 % (+10.5 to +10.5) worse",

@@ -207,9 +207,9 @@ def files_below(path: Path) -> set[Path]:
 def test_services_run_every_stage_of_a_run_without_containers():
     """Every stage is reached, the gates before the publisher serves anything."""
     reached = {" ".join(service["command"]) for service in SERVICES.values()}
-    assert "tutor run --until modelfile --json" in reached
+    assert "tutor run --until forgetting --json" in reached
     names = list(BY_NAME)
-    until = names[: names.index("modelfile") + 1]
+    until = names[: names.index("forgetting") + 1]
     assert {"ladder", "parity"} <= set(until)
     by_services = {"evaluate": "tutor eval --engine ollama --json", "report": "tutor report --json"}
     assert {name: by_services.get(name) in reached for name in names if name not in until} == {

@@ -19,6 +19,7 @@ STAGE_FOLDERS = {
     "ladder": "ladder",
     "parity": "parity",
     "modelfile": "model",
+    "forgetting": "forgetting",
     "evaluate": "eval",
     "report": "report",
 }

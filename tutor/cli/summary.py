@@ -70,6 +70,8 @@ def summary_lines(summary: Mapping[str, Any], recipe: str) -> list[str]:
         parts += ["", *parity_table(stages["parity"]["hand_offs"])]
     if "evaluate" in stages:
         parts += verdict_lines(stages["evaluate"])
+    if general := stages.get("forgetting", {}).get("general"):
+        parts += forgetting_lines(general)
     for example in summary["examples"]:
         parts += _example(example)
     if "report" in stages:
@@ -168,7 +170,6 @@ def verdict_lines(evaluate: Mapping[str, Any]) -> list[str]:
     rows.append(f"  {'tokens per second':<22}{speeds}")
     rows += _references(list(models.values()), width)
     rows += _kinds(evaluate, width)
-    rows += _general(evaluate.get("general"))
     findings = [f"  {_finding(found)}" for found in evaluate.get("findings", ())]
     return [*rows, *([""] if findings else []), *findings]
 
@@ -195,10 +196,8 @@ def _mean(overlap: Mapping[str, Any]) -> str:
     return f"{overlap['mean']:.1f}{interval}"
 
 
-def _general(general: Mapping[str, Any] | None) -> list[str]:
+def forgetting_lines(general: Mapping[str, Any]) -> list[str]:
     """Return the perplexity of general texts, in all and by language and kind."""
-    if not general:
-        return []
     heads = ("texts", "before", "after", "change (95 %)")
     rows = [("general texts: perplexity", heads, "")]
     rows += [(row["label"], row["cells"], row["conclusion"]) for row in drift_rows(general)]

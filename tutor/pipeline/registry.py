@@ -12,7 +12,7 @@ from typing import Any
 from tutor.artifacts.layout import LORA, OLLAMA_EVALUATION, OLLAMA_PARITY, PUBLISHED_MERGED, STAGE_FOLDERS
 from tutor.artifacts.manifest import recipe_fields
 from tutor.formats.models.base_source import source_files
-from tutor.formats.rows.recipe_files import data_files, evaluation_files
+from tutor.formats.rows.recipe_files import data_files, general_files, paraphrase_files
 from tutor.recipe.settings import Recipe
 from tutor.stages.convert.lineage import TOOLS, recipe_hash
 
@@ -99,6 +99,10 @@ def _modelfile(recipe: Recipe) -> dict[str, Any]:
     return {**served, "system": recipe.system, "seed": recipe.seed}
 
 
+def _forgetting(recipe: Recipe) -> dict[str, Any]:
+    return {"base": recipe.convert.base, "served": recipe.ollama.quantization, "seed": recipe.seed}
+
+
 def _evaluate(recipe: Recipe) -> dict[str, Any]:
     names = ("max_new_tokens", "context", "repetition_penalty")
     greedy = {name: getattr(recipe.generate, name) for name in names}
@@ -168,11 +172,18 @@ STAGES = (
         settings=_modelfile,
     ),
     Stage(
+        "forgetting",
+        "score general texts with base and tutor",
+        needs=("base", "convert", "ladder"),
+        settings=_forgetting,
+        files=general_files,
+    ),
+    Stage(
         "evaluate",
         "answer the held-out prompts and grade the answers",
         needs=("data", "base", "train", "convert", "ladder"),
         settings=_evaluate,
-        files=evaluation_files,
+        files=paraphrase_files,
         derived=f"{STAGE_FOLDERS['evaluate']}-*",
     ),
     Stage(
@@ -181,7 +192,8 @@ STAGES = (
         needs=("data",),
         settings=_report,
         reads=(
-            *(STAGE_FOLDERS[name] for name in ("base", "train", "merge", "convert", "ladder", "parity", "evaluate")),
+            *(STAGE_FOLDERS[name] for name in ("base", "train", "merge", "convert", "ladder", "parity")),
+            *(STAGE_FOLDERS[name] for name in ("forgetting", "evaluate")),
             *(PUBLISHED_MERGED, OLLAMA_PARITY, OLLAMA_EVALUATION),
         ),
     ),

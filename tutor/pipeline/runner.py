@@ -209,7 +209,7 @@ def _refuse_at_gate(manifest: Manifest | None) -> None:
 
 def _refuse_files(recipe: Recipe) -> None:
     """Raise DataError for files that the evaluate stage would refuse after hours of training."""
-    from tutor.stages.evaluate.generalization import check_files
+    from tutor.formats.rows.evaluation_texts import check_files
 
     check_files(recipe)
 

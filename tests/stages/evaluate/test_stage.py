@@ -84,7 +84,7 @@ def test_run_answers_grades_and_scores_every_model(tmp_path: Path, out: Path) ->
     assert (change["before"], change["after"], change["all"]["passed"]["difference"]) == ("base", "tutor", 1.0)
     assert len(change["better"]) == 4
     assert summary["copied"]["tutor"]["half_copied"] == 4
-    assert (summary["paraphrases"], summary["general"]) == (None, None)
+    assert summary["paraphrases"] is None
     assert [finding["conclusion"] for finding in summary["findings"]] == ["worse", *["no difference shown"] * 1]
     json.dumps(summary, allow_nan=False)
 
@@ -156,20 +156,6 @@ def test_servers_share_the_cores_and_keep_their_logs(
     assert {threads for threads, _ in given} == {2}
     assert {name for _, name in given} >= {"base-1.log", "tutor-1.log"}
     assert len({name for _, name in given}) == len(given)
-
-
-@pytest.mark.usefixtures("llamacpp")
-def test_general_texts_are_scored_by_base_and_tutor(tmp_path: Path, out: Path) -> None:
-    write_rows(tmp_path / "general.jsonl", [{"text": f"Texto número {n}.", "language": "es"} for n in range(7)])
-    inputs = write_inputs(tmp_path, logprob=-3.0)
-    summary = run(recipe(tmp_path, evaluate={"general": "general.jsonl"}), inputs, out)
-    assert (summary["general"]["n"], summary["general"]["difference"]) == (7, 1.0)
-    assert summary["general"]["conclusion"] == "worse"
-    assert "general texts: perplexity 7.39 before and 20.09 after tuning (7 texts): worse" in [
-        finding["text"] for finding in summary["findings"]
-    ]
-    alone = recipe(tmp_path, evaluate={"general": "general.jsonl"}, convert={"base": False})
-    assert run(alone, inputs, out)["general"] is None
 
 
 @pytest.mark.usefixtures("llamacpp")

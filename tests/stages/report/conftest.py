@@ -2,7 +2,16 @@
 
 import pytest
 from support.models.small_tokenizer import make_tokenizer
-from support.outputs.report import LADDER, METRICS, TRAINED, evaluated, hand_off_record, manifest, prompts_with_answers
+from support.outputs.report import (
+    LADDER,
+    METRICS,
+    TRAINED,
+    evaluated,
+    forgotten,
+    hand_off_record,
+    manifest,
+    prompts_with_answers,
+)
 
 from tutor.prompt.encoding import RowEncoder
 from tutor.stages.report.labels import labelled_runs
@@ -24,6 +33,7 @@ def outputs() -> StageOutputs:
         "gguf": manifest("convert", files, None, tutor__Q8_0=144_000_000, tutor__F16=270_000_000),
         "ladder": manifest("ladder", LADDER),
         "parity": manifest("parity", parity),
+        "forgetting": manifest("forgetting", forgotten()),
         "eval": manifest("evaluate", evaluated(answers)),
     }
     row = {"instruction": "¿Qué es una interfaz?", "response": "Una forma.", "line": 7}

@@ -7,7 +7,7 @@ from typing import Any
 
 from tutor.artifacts.manifest import Manifest
 from tutor.stages.evaluate import rates
-from tutor.stages.evaluate.generalization import drift
+from tutor.stages.forgetting.stage import drift
 from tutor.stages.report.view import StageOutputs
 
 EVIL = '</script><script>alert(1)</script><img src=x onerror="alert(2)">{{ 7*7 }}"\'--><style>*{display:none}</style>'
@@ -140,11 +140,15 @@ def evaluated(answers: list[dict[str, Any]]) -> dict[str, Any]:
     records = {name: [item["answers"][name] for item in answers] for name in ("base", "tutor")}
     models = {name: {"file": f"{name}-Q8_0", **rates.summarise(answers, found)} for name, found in records.items()}
     change = {"before": "base", "after": "tutor", **rates.changes(answers, records["base"], records["tutor"], 1)}
-    general = drift({"base": [1.0] * 7, "tutor": [1.2] * 7}, [{"language": "es", "kind": "poem"}] * 7, 1)
     copied = {"tutor": {"n": 9, "median": 2.0, "longest": 30, "half_copied": 1}}
-    findings = [{"conclusion": "worse", "text": "general texts: 4.00 before and 5.00 after"}]
-    rest = {"paraphrases": change["all"]["passed"], "general": general, "copied": copied, "findings": findings}
+    rest = {"paraphrases": change["all"]["passed"], "copied": copied, "findings": []}
     return {"models": models, "differences": [change], **rest}
+
+
+def forgotten() -> dict[str, Any]:
+    general = drift({"base": [1.0] * 7, "tutor": [1.2] * 7}, [{"language": "es", "kind": "poem"}] * 7, 1)
+    findings = [{"conclusion": "worse", "text": "general texts: 4.00 before and 5.00 after"}]
+    return {"general": general, "findings": findings}
 
 
 def without(outputs: StageOutputs, *folders: str) -> StageOutputs:

@@ -157,6 +157,7 @@ STAGE_COMMANDS = (
     ladder_command,
     parity_command,
     _stage_command("modelfile", "modelfile", "Render the Modelfile for Ollama."),
+    _stage_command("forgetting", "forgetting", "Score texts about other subjects with base and tutor."),
 )
 """The commands that run one stage each, in pipeline order."""
 

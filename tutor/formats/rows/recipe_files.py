@@ -4,6 +4,7 @@ In: a recipe. Out: paths of files that can be read. Reads no row, and imports no
 """
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,9 +35,22 @@ def data_files(recipe: "Recipe") -> dict[str, Path]:
     return files
 
 
+def paraphrase_files(recipe: "Recipe") -> dict[str, Path]:
+    """Return the file of evaluate.paraphrases by its name; none where it is not set. Raises as `evaluation_files`."""
+    return _checked(recipe, {"paraphrases": recipe.evaluate.paraphrases})
+
+
+def general_files(recipe: "Recipe") -> dict[str, Path]:
+    """Return the file of evaluate.general by its name; none where it is not set. Raises as `evaluation_files`."""
+    return _checked(recipe, {"general": recipe.evaluate.general})
+
+
 def evaluation_files(recipe: "Recipe") -> dict[str, Path]:
     """Return the files that [evaluate] names. Raises RecipeError or DataError for a file that cannot be read."""
-    given = {"paraphrases": recipe.evaluate.paraphrases, "general": recipe.evaluate.general}
+    return {**paraphrase_files(recipe), **general_files(recipe)}
+
+
+def _checked(recipe: "Recipe", given: Mapping[str, str]) -> dict[str, Path]:
     files = {name: recipe.resolve(path) for name, path in given.items() if path}
     for path in files.values():
         check_file(path, EVALUATION_LIMITS.max_total_bytes)

@@ -1,7 +1,7 @@
 """The evaluate stage: greedy answers of the base and the tutor to every prompt, their verdicts, and the figures.
 
-In: data/ (prompts, train and held-out rows), base/ (its tokenizer), gguf/ (the GGUF files), ladder/ (the served
-quantization), adapter/ (its longest answer), the two small files of the recipe's [evaluate]. Out, in eval/:
+In: data/ (prompts, train and held-out rows), base/, gguf/ (the GGUF files), ladder/ (the served quantization), adapter/
+(its longest answer), the file of the recipe's evaluate.paraphrases. Out, in eval/:
 
     answers.json     a list, an entry a prompt: the prompt's own keys (instruction, category, topic, code, expect, line)
                      and `answers`: by model ("base", "tutor") a record (graders/verdict.py) with `copied`
@@ -13,7 +13,6 @@ and as the manifest's results:
     models           by model: `file`, `all` and `categories` (rates.py), `characters`, `tokens_per_second`
     differences      from the base to the tutor: a list of `before`, `after` and the keys of rates.changes
     paraphrases      a change (rates.py), from the prompts to their paraphrases; None without evaluate.paraphrases
-    general          the change on general texts (generalization.drift); None without evaluate.general or a base
     copied           by model, and for the held-out rows: the longest passages shared with a training row
     findings         the results as sentences: `conclusion` (better, worse, no difference shown) and `text`
 
@@ -22,7 +21,6 @@ Does not decide whether the model is good enough.
 
 import itertools
 import logging
-import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -36,14 +34,11 @@ from tutor.artifacts.manifest import read_manifest
 from tutor.artifacts.stage_folder import checkpoint_folder, log_folder
 from tutor.engines.answer_limit import with_answer_limit
 from tutor.engines.llamacpp.build import build_key
-from tutor.engines.llamacpp.score import score
 from tutor.engines.llamacpp.server import serve
 from tutor.engines.protocol import Engine, greedy
 from tutor.errors import ArtifactError
-from tutor.formats.models.model_folder import load_tokenizer, read_facts
 from tutor.formats.models.prompt_format import read_format
 from tutor.formats.models.served_quantization import served_quantization
-from tutor.formats.rows.recipe_files import evaluation_files
 from tutor.formats.rows.split_files import HELD_OUT, PROMPTS, TRAIN, read_split
 from tutor.graders.code import wants_code
 from tutor.graders.typescript.install import find_compiler
@@ -69,22 +64,17 @@ PARAPHRASED = "paraphrased.json"
 
 
 def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
-    """Answer, grade and score; write the answers into `out` and return the results listed above.
+    """Answer and grade; write the answers into `out` and return the results listed above.
 
     Raises ArtifactError when a file is missing, ServiceError when a model's server cannot be kept alive (its answers
     so far are kept beside `out` for the next run), HostError when prompts expect code and the compiler is not
-    installed, DataError for a file of [evaluate].
+    installed, DataError for the file of paraphrases.
     """
     recipe = with_answer_limit(recipe, inputs["train"])
     prompts = read_split(inputs["data"], PROMPTS)
     if any(map(wants_code, prompts)):
         find_compiler()  # before the answers, which take long
-    named = evaluation_files(recipe)
-    paraphrased = []
-    if "paraphrases" in named:
-        paraphrased = generalization.paraphrased_prompts(
-            generalization.read_texts(named["paraphrases"], generalization.PARAPHRASE_KEYS), prompts
-        )
+    paraphrased = generalization.read_paraphrases(recipe, prompts)
     served = served_quantization(recipe.ollama.quantization, inputs["ladder"])
     files = served_files(inputs["convert"], served, base=recipe.convert.base)
     training = read_split(inputs["data"], TRAIN)
@@ -104,7 +94,6 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
         },
         "differences": changes_from_first(prompts, plain, recipe.seed),
         "paraphrases": _paraphrase_change(prompts, paraphrased, records["tutor"], recipe.seed),
-        "general": _general(recipe, named, files, inputs["base"]),
         "copied": _copied(plain, read_split(inputs["data"], HELD_OUT), training),
     }
     return {**results, "findings": generalization.findings(results)}
@@ -177,25 +166,6 @@ def _paraphrase_change(
     places = {prompt["instruction"].strip(): place for place, prompt in enumerate(prompts)}
     originals = [records[places[row["original"].strip()]] for row in paraphrased]
     return rates.change(originals, records[len(prompts) :], "passed", seed)
-
-
-def _general(
-    recipe: "Recipe", named: Mapping[str, Path], files: Mapping[str, Path], base: Path
-) -> dict[str, Any] | None:
-    """The change of the loss on general texts, where there are a base and such texts."""
-    if "general" not in named:
-        return None
-    if "base" not in files:
-        log.info("general texts are left out: there is no base to compare with (convert.base = false)")
-        return None
-    texts = generalization.read_texts(named["general"], generalization.GENERAL_KEYS)
-    log.info("scoring %d general texts with the base and the tutor", len(texts))
-    tokenizer = load_tokenizer(read_facts(base)[1])
-    ids = [list(tokenizer(row["text"])["input_ids"]) for row in texts]
-    rows = [(each[:1], each[1:]) for each in ids]
-    scores = {name: score(gguf, rows, threads=usable_cores()) for name, gguf in files.items()}
-    losses = {name: [-statistics.fmean(item.logprobs) for item in found] for name, found in scores.items()}
-    return generalization.drift(losses, texts, recipe.seed)
 
 
 def _copied(

@@ -166,7 +166,7 @@ def _figures(outputs: StageOutputs) -> list[str]:
             cells = [_rate(model["all"][name]) for model in models.values()]
             rows.append(f"| {label} | {' | '.join(cells)} |")
     rows += _references([model.get("reference") for model in models.values()])
-    return [*rows, "", *_findings(evaluated.get("findings", ())), *_gate(outputs), ""]
+    return [*rows, "", *_findings(outputs.findings), *_gate(outputs), ""]
 
 
 def _references(overlaps: Sequence[Mapping[str, Any] | None]) -> list[str]:

@@ -61,6 +61,12 @@ class StageOutputs:
         return self.results("eval") or self.results(OLLAMA_EVALUATION)
 
     @property
+    def findings(self) -> list[Json]:
+        """What the stages found, as sentences; changes for the worse come first."""
+        found = [*(self.evaluated or {}).get("findings", ()), *(self.results("forgetting") or {}).get("findings", ())]
+        return sorted(found, key=lambda each: each["conclusion"] != "worse")
+
+    @property
     def ollama(self) -> Json:
         """The hand-off to Ollama from the last comparison, or else from publishing."""
         return self.results(OLLAMA_PARITY) or self.published
@@ -69,14 +75,14 @@ class StageOutputs:
 def view(outputs: StageOutputs) -> dict[str, Any]:
     """Return all values of the page."""
     evaluated, gate, benchmark = outputs.evaluated, outputs.results("parity"), outputs.results("ladder")
-    general = (evaluated or {}).get("general")
+    general = (outputs.results("forgetting") or {}).get("general")
     return {
         "name": outputs.name,
         "model": outputs.model,
         "language": outputs.language,
         "newest": moment(max((each.started for each in outputs.manifests.values()), default="")),
         "tiles": tiles(outputs),
-        "findings": list((evaluated or {}).get("findings", ())),
+        "findings": outputs.findings,
         "missing": missing(outputs),
         "training": training(outputs),
         "labels": outputs.labels,
