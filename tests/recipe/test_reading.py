@@ -33,7 +33,9 @@ def refused(tmp_path: Path) -> Any:
     return read
 
 
-@pytest.mark.parametrize("name", ["data/tutor.toml", "data/demo.toml", "tests/support/tiny.toml"])
+@pytest.mark.parametrize(
+    "name", ["data/tutor.toml", "data/recommended.toml", "data/demo.toml", "tests/support/tiny.toml"]
+)
 def test_recipe_of_the_checkout_is_valid_and_its_files_exist(name):
     recipe = read_recipe(ROOT / name)
     assert recipe.resolve(recipe.data.train).is_file()
