@@ -135,6 +135,37 @@ def test_worse_findings_are_marked_below_the_table():
     assert lines[-2:] == ["  WORSE: general texts: …", "  in Spanish: …"]
 
 
+def test_overlap_is_shown_with_its_control_and_limits():
+    change = {
+        "n": 8,
+        "before": 12.5,
+        "after": 30.0,
+        "difference": 17.5,
+        "low": 9.0,
+        "high": 22.0,
+        "conclusion": "better",
+    }
+    overlap = {"n": 8, "mean": 30.0, "low": 25.0, "high": 35.0, "control": change}
+    entry = {
+        "n": 5,
+        "before": MODEL["all"]["passed"],
+        "after": MODEL["all"]["passed"],
+        "difference": 0.0,
+        "low": None,
+        "high": None,
+        "conclusion": "better",
+    }
+    changed = {"before": "base", "after": "tutor", "all": {"passed": entry}, "categories": {}, "reference": change}
+    model = {**MODEL, "reference": overlap}
+    lines = summary.verdict_lines({"models": {"base": model, "tutor": model}, "differences": [changed]})
+    plain = [" ".join(line.split()) for line in lines]
+    assert "chrF to its reference 30.0 [25, 35] 30.0 [25, 35]" in plain
+    assert "chrF to another's 12.5 12.5" in plain
+    assert "chrF to its reference 12.5 30.0 +17.5 [+9.0, +22.0] better" in plain
+    assert any(line.startswith("No prompt states what an answer must contain") for line in plain)
+    assert any(line.startswith("chrF is the overlap of letter sequences") for line in plain)
+
+
 def test_kinds_have_counts_and_changes_have_intervals():
     def rate(n: int) -> dict[str, Any]:
         return {"n": n, "share": n / 8, "low": 0.0, "high": 1.0}

@@ -1,4 +1,6 @@
-"""The whole chain in folders with odd names, on a base in a folder of its own: it works, and no file names a path.
+"""The whole chain from one file of French rows, in folders with odd names, on a base in a folder of its own.
+
+It works twice, and no published file names a path.
 
 Run alone with: .venv/bin/pytest tests/end_to_end/test_odd_places.py
 """
@@ -8,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.files import write_rows
+from support.files import read_rows, write_rows
 from support.processes.command import ROOT, forked, in_process
 from support.shared import copied, linked, shared
 
@@ -30,8 +32,8 @@ PRIVATE = "proyecto-secreto"
 RECIPE = f"""
 seed = 7
 [data]
+language = "fr"
 held_out = 0.3
-prompts = 2
 [base]
 source = "path:../{PRIVATE}/{PRIVATE}-7B"
 [train]
@@ -53,11 +55,6 @@ PUBLISHED = ("adapter", "merged", "gguf", "model", "lora", "report")
 """Folders whose files are given to others."""
 
 
-def some_rows(name: str, count: int) -> list[dict[str, str]]:
-    with (ROOT / "data" / name).open(encoding="utf-8") as lines:
-        return [json.loads(line) for line, _ in zip(lines, range(count), strict=False)]
-
-
 def make(tiny: Path) -> Callable[[Path], None]:
     """Return a function that runs the chain in a folder, on a copy of the tiny model with all that can name a path."""
 
@@ -71,8 +68,7 @@ def make(tiny: Path) -> Callable[[Path], None]:
             (base / name).unlink()
             (base / name).write_text(json.dumps({**values, key: str(base)}), "utf-8")
         (base / "README.md").write_text(f"---\nbase_model: {base}\nmodel_name: {PRIVATE}\n---\n", "utf-8")
-        write_rows(place / "tutor.jsonl", some_rows("tutor.jsonl", 12))
-        write_rows(place / "eval.jsonl", some_rows("eval.jsonl", 2))
+        write_rows(place / "tutor.jsonl", read_rows(ROOT / "tests" / "support" / "cooking.jsonl")[::5])
         recipe = place / "mi receta $1.toml"
         recipe.write_text(RECIPE, "utf-8")
         llamacpp = folder / f"llama.cpp {PLACE}"

@@ -268,6 +268,15 @@ def test_loss_in_too_few_prompts_is_refused(n: int, after: int, worse: bool) -> 
     assert promote._is_worse({"n": n, **rates.changes(prompts, early, late, 1)}) is worse
 
 
+def test_less_overlap_with_the_references_is_worse() -> None:
+    prompts = [{**row, "reference": "Una forma."} for row in rows(GOOD)]
+    early, late = ([{"passed": True, "verdicts": {"chrf": base + n}} for n in range(24)] for base in (30.0, 20.0))
+    fell, rose = rates.changes(prompts, early, late, 1), rates.changes(prompts, late, early, 1)
+    assert (promote._is_worse({"n": 24, **fell}), promote._is_worse({"n": 24, **rose})) == (True, False)
+    line = promote._comparison_line("tutor:a", "tutor:b", {"n": 24, **fell})
+    assert line.endswith("tutor:a to tutor:b, chrF to its reference: 41.5, then 31.5 (-10.0, -10.0 to -10.0): worse")
+
+
 def test_change_that_is_no_number_is_worse() -> None:
     change = {"conclusion": "no difference shown", "difference": float("nan")}
     assert promote._is_worse({"n": 4, "all": {"passed": change}})

@@ -20,6 +20,7 @@ from tutor.graders.labels import (
     OTHER_REFERENCE_LABEL,
     REFERENCE_LABEL,
     REFERENCE_LIMITS,
+    limits,
     verdict_labels,
 )
 from tutor.pipeline.recipe_folder import refuse_folder
@@ -169,13 +170,14 @@ def verdict_lines(evaluate: Mapping[str, Any]) -> list[str]:
     speeds = "".join(f"{model['tokens_per_second'] or 0:>{width}.0f}" for model in models.values())
     rows.append(f"  {'tokens per second':<22}{speeds}")
     rows += _references(list(models.values()), width)
+    rows += [line for text in limits(models) for line in _wrapped(text)]
     rows += _kinds(evaluate, width)
     findings = [f"  {_finding(found)}" for found in evaluate.get("findings", ())]
     return [*rows, *([""] if findings else []), *findings]
 
 
 def _references(models: Sequence[Mapping[str, Any]], width: int) -> list[str]:
-    """Return the overlap with the reference answers, one column a model, and what it cannot show."""
+    """Return the overlap with the reference answers, one column a model."""
     found = [model.get("reference") for model in models]
     if not all(found):
         return []
@@ -184,11 +186,11 @@ def _references(models: Sequence[Mapping[str, Any]], width: int) -> list[str]:
     controls = [each["control"] for each in found if each and each["control"]]
     if controls:
         rows.append(f"  {OTHER_REFERENCE_LABEL:<22}" + "".join(f"{each['before']:>{width}.1f}" for each in controls))
-    return [*rows, *_reference_limits()]
+    return rows
 
 
-def _reference_limits() -> list[str]:
-    return textwrap.wrap(REFERENCE_LIMITS, 100, initial_indent="  ", subsequent_indent="  ")
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="  ")
 
 
 def _mean(overlap: Mapping[str, Any]) -> str:
@@ -256,7 +258,7 @@ def comparison_lines(result: Mapping[str, Any]) -> list[str]:
         f"  {'':<22}{'A':>18}{'B':>18}   B - A, in points (95 %)",
         *(_change(labels[name], entry) for name, entry in result["all"].items()),
         *_reference_change(result),
-        *(_reference_limits() if result.get("reference") else ()),
+        *(_wrapped(REFERENCE_LIMITS) if result.get("reference") else ()),
     ]
     for verdict, kinds in result["kinds"].items() if len(result["categories"]) > 1 else ():
         rows += ["", f"  {labels[verdict]}, by kind of question"]

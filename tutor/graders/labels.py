@@ -3,6 +3,9 @@
 In: the language of the answers. Out: texts. Grades nothing, and imports no grader: a summary needs the texts alone.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from tutor.recipe.values import LANGUAGES
 
 LABELS = {
@@ -31,8 +34,14 @@ REFERENCE_LIMITS = (
     "scores low, a wrong one in similar words high."
 )
 """What the overlap cannot show."""
-FORM_LIMITS = "No prompt states what an answer must contain: all that was asked is its form and its language."
+FORM_LIMITS = "No prompt states what an answer must contain: all that was asked is form and language, not content."
 """What the verdicts cannot show where no prompt has an expectation."""
+
+
+def limits(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return what the figures of evaluated models cannot show, by the models' rates."""
+    form = [FORM_LIMITS] if not any("expected" in model["all"] for model in models.values()) else []
+    return [*form, *([REFERENCE_LIMITS] if all(model.get("reference") for model in models.values()) else [])]
 
 
 def verdict_labels(language: str | None) -> dict[str, str]:

@@ -35,6 +35,7 @@ from tutor.serving.build_records import (
 from tutor.serving.evaluation import compare
 from tutor.serving.model_names import ModelChoice
 from tutor.serving.models import prompt_of
+from tutor.stages.evaluate.references import reference_findings
 from tutor.stages.parity.gate import HandOff, refusal
 
 log = logging.getLogger(__name__)
@@ -244,7 +245,8 @@ def _is_worse(result: Mapping[str, Any]) -> bool:
     """Return whether a comparison shows a loss, or a loss that too few prompts can show."""
     change = result["all"]["passed"]
     is_loss = not change["difference"] >= 0
-    return bool(change["conclusion"] == "worse" or (is_loss and result["n"] < MIN_PROMPTS))
+    overlap_fell = (result.get("reference") or {}).get("conclusion") == "worse"
+    return bool(change["conclusion"] == "worse" or overlap_fell or (is_loss and result["n"] < MIN_PROMPTS))
 
 
 def _comparison_line(old: str, new: str, result: Mapping[str, Any]) -> str:
@@ -254,6 +256,7 @@ def _comparison_line(old: str, new: str, result: Mapping[str, Any]) -> str:
     interval = f"{100 * change['difference']:+.0f} points [{100 * change['low']:+.0f}, {100 * change['high']:+.0f}]"
     text = f"{old}, in service, and {new} answer {shares} of {result['n']} prompts well, {interval}"
     text += f": {change['conclusion']}"
+    text += "".join(f"; {found['text']}" for found in reference_findings(f"{old} to {new}", result))
     if result["n"] < MIN_PROMPTS:
         text += f"; {result['n']} prompts are too few to show a loss"
     if not (questions := result["worse"]):

@@ -138,6 +138,22 @@ def test_builds_are_compared_over_their_common_prompts(recipe: Recipe, tmp_path:
     assert lines[-6:] == ["  better in B: 5 of 6", *(f"  » {prompt['instruction']}" for prompt in PROMPTS[1:6])]
 
 
+def test_overlap_with_the_references_is_compared(recipe: Recipe, tmp_path: Path) -> None:
+    asked = [{**prompt, "reference": f"Una forma, {place}."} for place, prompt in enumerate(PROMPTS)]
+    folders = [write_evaluation(tmp_path / name, [True] * 8, asked) for name in ("one", "two")]
+    for chrf, folder in zip((20.0, 35.0), folders, strict=True):
+        path = folder / "eval" / "answers.json"
+        stored = json.loads(path.read_text("utf-8"))
+        for place, row in enumerate(stored):
+            row["answers"]["tutor"]["verdicts"]["chrf"] = chrf + place
+        path.write_text(json.dumps(stored), "utf-8")
+    found = compare_models(recipe, tmp_path / "build", *map(str, folders))
+    assert (found["reference"]["n"], found["reference"]["difference"]) == (8, 15.0)
+    lines = [" ".join(line.split()) for line in summary.comparison_lines(found)]
+    assert "chrF to its reference 23.5 38.5 +15.0 [+15.0, +15.0] better" in lines
+    assert any("not correctness" in line for line in lines)
+
+
 def test_build_compared_with_itself_shows_no_difference(recipe: Recipe, tmp_path: Path) -> None:
     same = str(write_evaluation(tmp_path / "one", [True, False] * 4, PROMPTS))
     found = compare_models(recipe, tmp_path, same, same)

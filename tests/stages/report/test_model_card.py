@@ -20,7 +20,8 @@ def test_card_has_head_and_figures(outputs: StageOutputs) -> None:
     assert json.loads(head["pipeline_tag"]) == "text-generation"
     assert "| tutor-Q8\\_0.gguf | 144.0 MB | 7.40 | 0.0060 |" in text
     assert "67 % (" in text
-    assert "| chrF to its reference | 36.7 (33.3 to 38.9) | 36.7 (33.3 to 38.9) |\n\nchrF is the overlap of" in text
+    assert "| chrF to its reference | 36.7 (33.3 to 38.9) | 36.7 (33.3 to 38.9) |\n" in text
+    assert "\nchrF is the overlap of letter sequences with one reference answer, not correctness" in text
     assert "**Worse:** general texts" in text
 
 

@@ -138,7 +138,7 @@ def test_unchecked_hand_off_shows_the_reason(outputs: StageOutputs) -> None:
     gate = {**outputs.manifests["parity"].results, "precision": None, "hand_offs": [lone]}
     changed = replace(outputs, manifests={**outputs.manifests, "parity": manifest("parity", gate)})
     assert "too little memory" in Page(page(changed)).text
-    assert view(changed)["tiles"][2] == {"value": "0/1", "text": view(changed)["tiles"][2]["text"], "tone": "plain"}
+    assert view(changed)["tiles"][3] == {"value": "0/1", "text": view(changed)["tiles"][3]["text"], "tone": "plain"}
 
 
 def test_hand_off_to_ollama_is_shown_once_compared(outputs: StageOutputs) -> None:

@@ -110,7 +110,7 @@ def compare_answers(early: ModelAnswers, late: ModelAnswers, seed: int) -> dict[
     common = [place for place, prompt in enumerate(early.prompts) if _conversation(prompt) in places]
     if not common:
         raise ArtifactError(
-            f"{early.label} and {late.label} have no prompt in common", "evaluate both on the same data.eval"
+            f"{early.label} and {late.label} have no prompt in common", "evaluate both on the same prompts"
         )
     prompts = [early.prompts[place] for place in common]
     theirs = [late.records[places[_conversation(prompt)]] for prompt in prompts]

@@ -6,6 +6,7 @@ row fits.
 """
 
 import json
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -24,6 +25,8 @@ from tutor.recipe.settings import Recipe
 from tutor.stages.data.held_out_prompts import prompts_of_rows
 from tutor.stages.data.reading import read_examples, read_prompts, row_limits
 from tutor.stages.data.splitting import group_by_question, sample, split, without_leaks
+
+log = logging.getLogger(__name__)
 
 FEW_PROMPTS = 6
 """Minimum number of prompts for an interval of the overlap with their references."""
@@ -64,19 +67,22 @@ def run(recipe: Recipe, inputs: Mapping[str, Path], out: Path, *, strict: bool =
     for name, rows in ((TRAIN, train), (HELD_OUT, held_out), (PROMPTS, asked)):
         _write(out / name, (json.dumps(asdict(row), ensure_ascii=False) for row in rows))
     _write(out / STATISTICS, [json.dumps(report, ensure_ascii=False, indent=1)])
+    remarks = [
+        *notes.warnings(),
+        *(
+            _prompt_notes(examples, prompts, notes, prompt_notes, len(leaks))
+            if prompt_notes
+            else _few_prompts(len(asked))
+        ),
+    ]
+    for note in remarks:
+        log.info("%s", note)
     return {
         "rows": notes.rows,
         "train": len(train),
         "held_out": len(held_out),
         "prompts": len(asked),
-        "notes": [
-            *notes.warnings(),
-            *(
-                _prompt_notes(examples, prompts, notes, prompt_notes, len(leaks))
-                if prompt_notes
-                else _few_prompts(len(asked))
-            ),
-        ],
+        "notes": remarks,
     }
 
 

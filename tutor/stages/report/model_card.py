@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tutor.formats.models.base_source import LOCAL
-from tutor.graders.labels import REFERENCE_LABEL, REFERENCE_LIMITS, verdict_labels
+from tutor.graders.labels import REFERENCE_LABEL, limits, verdict_labels
 from tutor.prompt.base_format import BaseFormat
 from tutor.prompt.tutor_format import CUE, QUESTION, STOPS
 from tutor.recipe.values import HUB
@@ -166,11 +166,12 @@ def _figures(outputs: StageOutputs) -> list[str]:
             cells = [_rate(model["all"][name]) for model in models.values()]
             rows.append(f"| {label} | {' | '.join(cells)} |")
     rows += _references([model.get("reference") for model in models.values()])
+    rows += ["", *limits(models)]
     return [*rows, "", *_findings(outputs.findings), *_gate(outputs), ""]
 
 
 def _references(overlaps: Sequence[Mapping[str, Any] | None]) -> list[str]:
-    """The overlap with the reference answers as a row of the table, and what it cannot show."""
+    """The overlap with the reference answers as a row of the table."""
     found = [each for each in overlaps if each]
     if not found or len(found) < len(overlaps):
         return []
@@ -178,7 +179,7 @@ def _references(overlaps: Sequence[Mapping[str, Any] | None]) -> list[str]:
         f"{each['mean']:.1f}" + ("" if each["low"] is None else f" ({each['low']:.1f} to {each['high']:.1f})")
         for each in found
     ]
-    return [f"| {REFERENCE_LABEL} | {' | '.join(cells)} |", "", REFERENCE_LIMITS]
+    return [f"| {REFERENCE_LABEL} | {' | '.join(cells)} |"]
 
 
 def _findings(findings: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tutor.graders.labels import LABELS, REFERENCE_LIMITS, verdict_labels
+from tutor.graders.labels import LABELS, limits, verdict_labels
 from tutor.recipe.values import LANGUAGES
 from tutor.stages.report import charts
 
@@ -97,7 +97,6 @@ def references(evaluated: Json) -> dict[str, Any] | None:
         return None
     changes = list(evaluated.get("differences") or ())
     return {
-        "limits": REFERENCE_LIMITS,
         "models": models,
         "changes": {f"{change['before']} to {change['after']}": change["reference"] for change in changes},
     }
@@ -118,6 +117,7 @@ def verdicts(evaluated: Json) -> dict[str, Any]:
             name: {"file": each.get("file", ""), "speed": each["tokens_per_second"]} for name, each in models.items()
         },
         "changes": [f"{change['before']} to {change['after']}" for change in changes],
+        "limits": limits(models),
         "all": [
             {
                 "label": labels[name],

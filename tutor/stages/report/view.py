@@ -123,6 +123,10 @@ def tiles(outputs: StageOutputs) -> list[dict[str, str]]:
         rate = last["all"]["passed"]
         text = f"of {last['all']['n']} held-out prompts: {name} does all that was asked"
         found.append(_tile(percent(rate["share"]), f"{text}{f'; {conclusion}' if conclusion else ''}", tone))
+        if change and (overlap := change.get("reference")):
+            tone = {"better": "good", "worse": "bad"}.get(overlap["conclusion"], PLAIN)
+            what = f"chrF to the reference answers: {change['before']}, then {change['after']}; {overlap['conclusion']}"
+            found.append(_tile(f"{overlap['before']:.1f} → {overlap['after']:.1f}", what, tone))
     if gate := outputs.results("parity"):
         hand_offs = [*gate["hand_offs"], *outputs.ollama.get("hand_offs", ())]
         same = sum(each["state"] == "same" for each in hand_offs)
