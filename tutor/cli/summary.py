@@ -283,7 +283,7 @@ def _reference_change(change: Mapping[str, Any]) -> list[str]:
         return []
     interval = "" if entry["low"] is None else f"[{entry['low']:+.1f}, {entry['high']:+.1f}]"
     sides = f"{entry['before']:>18.1f}{entry['after']:>18.1f}"
-    return [f"  {REFERENCE_LABEL:<22}{sides}   {entry['difference']:+4.1f} {interval:<14}{entry['conclusion']}"]
+    return [f"  {REFERENCE_LABEL:<22}{sides}   {entry['difference']:+4.1f} {interval:<13} {entry['conclusion']}"]
 
 
 def _example(example: Mapping[str, Any]) -> list[str]:
