@@ -56,6 +56,9 @@ PUBLISHED_MERGED = f"{STAGE_FOLDERS['modelfile']}/{PUBLISHED}"
 OLLAMA_EVALUATION = f"{STAGE_FOLDERS['evaluate']}-{OLLAMA}"
 """Folder of the answers of the published model."""
 
+BASELINES = f"{STAGE_FOLDERS['evaluate']}-baselines"
+"""Folder of the comparison with ways to get an answer without training."""
+
 
 def gguf_name(model: str, quantization: str) -> str:
     """File name of a GGUF; `model` is tutor or base."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tutor.artifacts.layout import STAGE_FOLDERS, BuildFolder
+from tutor.artifacts.layout import BASELINES, STAGE_FOLDERS, BuildFolder
 from tutor.artifacts.manifest import find_manifest
 from tutor.graders.labels import (
     LABELS,
@@ -28,6 +28,7 @@ from tutor.prompt.messages import display_text, row_questions
 from tutor.recipe.quantizations import BF16, F16
 from tutor.recipe.settings import Recipe
 from tutor.stages.parity.gate import parity_table
+from tutor.stages.report.baselines import baseline_lines, current
 from tutor.stages.report.tables import drift_rows
 
 EXAMPLES = 3
@@ -37,7 +38,7 @@ TABLE_VERDICTS = ("passed", "language", "stopped", "code_block", "no_loop", "com
 
 
 def collect(recipe: Recipe, build: Path) -> dict[str, Any]:
-    """Collect the results of the stages that have run, by stage, and EXAMPLES prompts with their answers."""
+    """Collect the results of the stages that have run and of `tutor baselines`, and EXAMPLES prompts with answers."""
     refuse_folder(recipe, build)
     folder = BuildFolder(build, recipe.name)
     results: dict[str, Any] = {}
@@ -49,7 +50,9 @@ def collect(recipe: Recipe, build: Path) -> dict[str, Any]:
     examples: list[Any] = []
     with contextlib.suppress(OSError, ValueError, TypeError):  # not there, or damaged: the run makes it again
         examples = list(json.loads(answers.read_text("utf-8")))
-    return {"recipe": str(recipe.path), "stages": results, "examples": _spread(examples, EXAMPLES)}
+    compared = current(find_manifest(folder.path / BASELINES), find_manifest(folder.stage("convert")))
+    more = {"baselines": compared} if compared else {}
+    return {"recipe": str(recipe.path), "stages": results, **more, "examples": _spread(examples, EXAMPLES)}
 
 
 def _spread(items: Sequence[Any], count: int) -> list[Any]:
@@ -73,6 +76,8 @@ def summary_lines(summary: Mapping[str, Any], recipe: str) -> list[str]:
         parts += verdict_lines(stages["evaluate"])
     if general := stages.get("forgetting", {}).get("general"):
         parts += forgetting_lines(general)
+    if "baselines" in summary:
+        parts += baseline_lines(summary["baselines"])
     for example in summary["examples"]:
         parts += _example(example)
     if "report" in stages:

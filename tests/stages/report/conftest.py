@@ -6,6 +6,7 @@ from support.outputs.report import (
     LADDER,
     METRICS,
     TRAINED,
+    compared,
     evaluated,
     forgotten,
     hand_off_record,
@@ -35,6 +36,7 @@ def outputs() -> StageOutputs:
         "parity": manifest("parity", parity),
         "forgetting": manifest("forgetting", forgotten()),
         "eval": manifest("evaluate", evaluated(answers)),
+        "eval-baselines": manifest("eval-baselines", compared(left_out={"base + 5 examples": "it is too long"})),
     }
     row = {"instruction": "¿Qué es una interfaz?", "response": "Una forma.", "line": 7}
     labels = labelled_runs(RowEncoder(make_tokenizer(add_bos=True)), row)

@@ -151,6 +151,25 @@ def forgotten() -> dict[str, Any]:
     return {"general": general, "findings": findings}
 
 
+def compared(*, measure: str = "passed", left_out: dict[str, str] | None = None) -> dict[str, Any]:
+    """The results of `tutor baselines`: the tutor is better than the base, and costs more."""
+    records = {"base": [record(passed=False)] * 9, "tutor": [record(passed=True)] * 8 + [record(passed=False)]}
+    difference = {"n": 9, "higher": 8, "lower": 0, "mean": 0.8889, "low": 0.5, "high": 1.0, "conclusion": "better"}
+    if measure == "chrf":
+        difference |= {"mean": 22.5, "low": None, "high": None, "conclusion": "no difference shown"}
+    score = {"passed": (0.0, 0.8889), "chrf": (11.0, 33.5)}[measure]
+    costs = ({"prompt_tokens": 41.5, "tokens": 200.0, "seconds": 1.25}, dict.fromkeys(("prompt_tokens", "tokens")))
+    ways = {
+        name: {**rates.summarise(prompts_with_answers(), found), **costs[place], "score": score[place]}
+        for place, (name, found) in enumerate(records.items())
+    }
+    ways["tutor"]["seconds"] = None
+    decision = {"measure": measure, "n": 9, "outcome": "tune", "to_tuned": {"base": difference}}
+    decision["sentence"] = "Best: tutor <8 of 9>; fine-tuning pays."
+    texts = {"language": "es", "system": "Be brief.", "line": "Responde en español."}
+    return {"ways": ways, "decision": decision, "left_out": left_out or {}, "files": {"tutor": "ab" * 32}, **texts}
+
+
 def without(outputs: StageOutputs, *folders: str) -> StageOutputs:
     left = {name: each for name, each in outputs.manifests.items() if name not in folders}
     gone = {"answers": (), "paraphrased": ()} if "eval" in folders else {}

@@ -1,7 +1,7 @@
-"""The commands that evaluate models: eval, compare.
+"""The commands that evaluate models: eval, compare, baselines.
 
 In: names of models, folders with answers. Out: rates and differences on stdout. The work is done in
-tutor/serving/evaluation/compare.py.
+tutor/serving/evaluation.
 """
 
 import functools
@@ -122,4 +122,27 @@ def compare_command(  # noqa: PLR0913 - a command's options
     print_result(result, summary.comparison_lines(result), as_json=as_json)
 
 
-COMMANDS = (eval_command, compare_command)
+@click.command("baselines")
+@click.option("--system", metavar="TEXT", help="System text to try. Default: the recipe's, else the form of the rows.")
+@recipe_option
+@json_option
+@click.pass_obj
+def baselines_command(
+    flags: dict[str, bool], system: str | None, recipe_path: Path, build: Path, *, as_json: bool
+) -> None:
+    """Compare the tutor with ways that need no training.
+
+    The held-out prompts are asked to the base alone, with a system text, with 1, 3 and 5 examples of the rows, with
+    the most similar rows, and to the tutor. Ends with the best way, the cheapest that is not shown to be worse, and
+    whether fine-tuning pays.
+    """
+    from tutor.serving.evaluation.baselines import run_baselines
+    from tutor.stages.report.baselines import baseline_lines
+
+    recipe = load_recipe(recipe_path)
+    with progress_on_stderr(flags):
+        result = run_baselines(recipe, build, system)
+    print_result(result, baseline_lines(result), as_json=as_json)
+
+
+COMMANDS = (eval_command, compare_command, baselines_command)

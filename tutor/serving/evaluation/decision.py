@@ -21,13 +21,6 @@ Measure = Literal["passed", "chrf", "form"]
 """passed: all that was asked; chrf: overlap with the reference, 0 to 100; form: passed, where no prompt asks more."""
 Outcome = Literal["tune", "do not tune", "not shown", "nothing shown"]
 
-MEASURES: dict[Measure, str] = {
-    "passed": "answers that do all that was asked",
-    "chrf": "chrF with the reference answers",
-    "form": "answers in good form and in their language; no prompt states what an answer must contain",
-}
-"""Texts of the measures."""
-
 
 @dataclass(frozen=True)
 class Scored:
@@ -35,7 +28,7 @@ class Scored:
 
     name: str
     scores: Sequence[float]  # 1 or 0, or chrF
-    seconds: float  # mean of an answer
+    seconds: float  # mean of an answer; infinite without any answer
     tuned: bool = False
 
     @property

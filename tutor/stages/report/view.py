@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tutor.artifacts.layout import OLLAMA_EVALUATION, OLLAMA_PARITY, gguf_name
+from tutor.artifacts.layout import BASELINES, OLLAMA_EVALUATION, OLLAMA_PARITY, gguf_name
 from tutor.artifacts.manifest import Manifest
 from tutor.formats.models.served_quantization import resolve
 from tutor.prompt.base_format import BaseFormat
 from tutor.prompt.format import PromptFormat
 from tutor.stages.report import charts
+from tutor.stages.report.baselines import baselines, current
 from tutor.stages.report.tables import Json, drift_rows, ladder, megabytes, parity, percent, references, verdicts
 
 MISSING = {
@@ -74,6 +75,7 @@ class StageOutputs:
 
 def view(outputs: StageOutputs) -> dict[str, Any]:
     """Return all values of the page."""
+    compared = current(outputs.manifests.get(BASELINES), outputs.manifests.get("gguf"))
     evaluated, gate, benchmark = outputs.evaluated, outputs.results("parity"), outputs.results("ladder")
     general = (outputs.results("forgetting") or {}).get("general")
     return {
@@ -95,6 +97,7 @@ def view(outputs: StageOutputs) -> dict[str, Any]:
         "paraphrases": (evaluated or {}).get("paraphrases"),
         "general": drift_rows(general) if general else None,
         "copied": (evaluated or {}).get("copied"),
+        "baselines": baselines(compared) if compared else None,
         "stages": stages(outputs),
         "versions": versions(outputs),
         "machine": outputs.machine,
