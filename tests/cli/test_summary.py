@@ -1,4 +1,4 @@
-"""cli/summary.py: tables of the stages that have run, also when some have not."""
+"""cli/summary.py and cli/model_lines.py: tables of the stages that have run, also when some have not."""
 
 import json
 import shlex

@@ -88,7 +88,7 @@ def ladder_command(flags: dict[str, bool], recipe_path: Path, build: Path, *, as
     (reads) and of an answer (writes), and peak memory, in llama-server on this machine. ladder.svg is a chart of the
     table. With ollama.quantization = "auto" the smallest one within convert.budget is served.
     """
-    from tutor.cli.summary import ladder_lines
+    from tutor.cli.model_lines import ladder_lines
 
     _run_stage("ladder", flags, recipe_path, build, as_json=as_json, to_lines=ladder_lines)
 
