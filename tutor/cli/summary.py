@@ -79,9 +79,15 @@ def summary_lines(summary: Mapping[str, Any], recipe: str) -> list[str]:
         parts += baseline_lines(summary["baselines"])
     for example in summary["examples"]:
         parts += _example(example)
-    if "report" in stages:
+    return [*parts, *_next_steps(summary, recipe)]
+
+
+def _next_steps(summary: Mapping[str, Any], recipe: str) -> list[str]:
+    """Return the commands that show the page and ask the model."""
+    parts: list[str] = []
+    if "report" in summary["stages"]:
         parts += ["", f"Everything on one page: tutor report --open -r {_quoted(recipe)}"]
-    if "convert" in stages:
+    if "convert" in summary["stages"]:
         question = shlex.quote(_short_question(summary["examples"]))
         parts += ["", f"Next: make chat, or: tutor ask -r {_quoted(recipe)} {question}"]
     return parts
