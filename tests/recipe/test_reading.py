@@ -136,7 +136,7 @@ def test_retired_names_have_replacements_that_exist():
         ("[convert]\nquantizations = ['q4_k', 'Q4_K_M', 'Q5_K_M', 'Q8_0']", "names one twice: Q4_K_M, Q4_K_M"),
         (
             "[merge]\nbase = 'nf4'\n[train]\nquantization = 'none'",
-            "merge.base is 'nf4' and train.quantization is 'none'; set merge.base to original or auto",
+            "merge.base is 'nf4' and train.quantization is 'none'; set merge.base to original",
         ),
         ("[ollama]\nquantization = 'Q4'", "ollama.quantization is 'Q4'; converted are Q4_K_M, Q5_K_M, Q8_0, F16"),
         ("[ollama]\nmodel = 'us.er/tutor'", "ollama.model is 'us.er/tutor'"),

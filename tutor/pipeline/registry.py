@@ -73,8 +73,7 @@ def _train(recipe: Recipe) -> dict[str, Any]:
 
 
 def _merge(recipe: Recipe) -> dict[str, Any]:
-    trained = {"quantization": recipe.train.quantization, "system": recipe.system, "loss": recipe.data.loss}
-    return {**recipe.merge.model_dump(), **(trained if recipe.merge.base == "auto" else {})}
+    return recipe.merge.model_dump()
 
 
 def _convert(recipe: Recipe) -> dict[str, Any]:
@@ -141,7 +140,7 @@ STAGES = (
     Stage(
         "merge",
         "merge the adapter into the 16-bit base",
-        needs=("data", "base", "train"),
+        needs=("base", "train"),
         settings=_merge,
         resumes=True,
     ),

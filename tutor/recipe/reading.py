@@ -86,7 +86,7 @@ def _check_weights(recipe: Recipe) -> None:
     if recipe.merge.base == "nf4" and recipe.train.quantization != "nf4":
         raise RecipeError(
             f"{recipe.path}: merge.base is 'nf4' and train.quantization is {recipe.train.quantization!r}",
-            "set merge.base to original or auto",
+            "set merge.base to original",
         )
     made = recipe.convert.quantizations
     if len(set(made)) != len(made):

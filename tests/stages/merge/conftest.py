@@ -23,7 +23,7 @@ def merged(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> MergeStages:
 def stages(merged: MergeStages, tmp_path: Path) -> MergeStages:
     """A copy of the inputs of `merged`, to be changed."""
     made = object.__new__(MergeStages)
-    for name in ("model", "base", "adapter", "data"):
+    for name in ("model", "base", "adapter"):
         setattr(made, name, copied(getattr(merged, name), tmp_path / name))
     edit(made.base / "base.json", model=str(made.model))
     made.out = tmp_path / "merged"

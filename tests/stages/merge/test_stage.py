@@ -1,4 +1,4 @@
-"""stages/merge/stage.py: the choice of the base, files of the output, killed and resumed merges, refused inputs."""
+"""stages/merge/stage.py: the base of the recipe, files of the output, killed and resumed merges, refused inputs."""
 
 import json
 import logging
@@ -13,22 +13,18 @@ from typing import Any
 import pytest
 from support.models.tiny_models import edit, recipe, tensors
 from support.processes.command import forked
-from support.tolerances import forward_error, largest_logit
 
 torch = pytest.importorskip("torch")
 
 from safetensors.torch import load_file
-from support.models.merging import MERGE_MARKS, Q0, WORDS, MergeStages, by_peft, differing, written
+from support.models.merging import MERGE_MARKS, Q0, MergeStages, by_peft, differing, written
 
 from tutor.artifacts.disk import read_json
 from tutor.artifacts.manifest import find_damage
 from tutor.artifacts.stage_folder import RESUME, writing
-from tutor.engines.hf.loading import load_base
-from tutor.engines.hf.score import answer_logprobs
 from tutor.errors import ArtifactError, HostError
 from tutor.formats.models.model_folder import load_tokenizer, read_facts
 from tutor.formats.models.safetensors import read_folder
-from tutor.prompt.encoding import encode
 from tutor.prompt.messages import conversation
 from tutor.prompt.template_analysis import TokenFacts, analyse_template
 from tutor.prompt.tutor_format import chat_template, render
@@ -87,46 +83,21 @@ def test_progress_is_logged_up_to_the_total_bytes(
     assert (progress[0][0] > first) == bool(kept)
 
 
-def test_nf4_training_scores_both_bases_and_uses_the_better(stages: MergeStages, tmp_path: Path) -> None:
+@pytest.mark.parametrize("base", [None, "original", "nf4"])
+def test_base_of_the_recipe_is_used_after_nf4_training(stages: MergeStages, tmp_path: Path, base: str | None) -> None:
     stages.trained_in_nf4()
-    found = stages.merge()
-    rows = [encode(load_tokenizer(stages.model), f"¿Qué es {word}?", f"Un {word}.") for word in WORDS]
-    pairs = [(row.ids[: row.n_prompt], row.ids[row.n_prompt :]) for row in rows]
-    by_hf, bound = {}, 0.0
-    for base in ("original", "nf4"):
-        shutil.copytree(stages.out, tmp_path / base)
-        files = read_folder(stages.model)
-        shutil.rmtree(tmp_path / base / RESUME)
-        merge.write_shards(stages.merged(torch.bfloat16 if base == "nf4" else None), files, tmp_path / base)
-        loaded = load_base(tmp_path / base, "none", "fp32")
-        scores = answer_logprobs(loaded, pairs)
-        by_hf[base] = -sum(map(sum, scores)) / sum(map(len, scores))
-        longest = max(len(row.ids) for row in rows)
-        bound = max(bound, forward_error(loaded.config, longest) * largest_logit(loaded, pairs))
-    scored = found["held_out"]
-    assert scored["loss"] == pytest.approx(by_hf, abs=bound)
-    assert abs(by_hf["nf4"] - by_hf["original"]) > 2 * bound  # so rounding does not decide the choice
-    assert found["base"] == min(by_hf, key=by_hf.__getitem__)
-    assert (scored["rows"], scored["tokens"]) == (3, sum(sum(row.mask) for row in rows))
-    assert differing(tensors(stages.out), tensors(tmp_path / found["base"])) == []
+    found = stages.merge(**({"base": base} if base else {}))
+    assert found["base"] == (base or "original")
+    weights = stages.merged(torch.bfloat16 if base == "nf4" else None)
+    (tmp_path / "made").mkdir()
+    merge.write_shards(weights, read_folder(stages.model), tmp_path / "made")
+    assert differing(tensors(stages.out), tensors(tmp_path / "made")) == []
 
 
-def test_16_bit_training_uses_original_base_without_scoring(stages: MergeStages) -> None:
+def test_nf4_base_is_refused_after_16_bit_training(stages: MergeStages) -> None:
     stages.trained_on(read_facts(stages.base)[0].weights, quantization="none", precision="fp32")
-    (stages.data / "held_out.jsonl").unlink()
-    found = stages.merge()
-    assert found["base"] == "original"
-    assert "held_out" not in found
     with pytest.raises(ArtifactError, match=r"merge\.base is nf4 and .* was trained on the 16-bit base"):
         stages.merge(base="nf4")
-
-
-@pytest.mark.parametrize("base", ["original", "nf4"])
-def test_base_named_in_recipe_is_used_without_scoring(stages: MergeStages, base: str) -> None:
-    stages.trained_in_nf4()
-    (stages.data / "held_out.jsonl").unlink()
-    found = stages.merge(base=base)
-    assert (found["base"], "held_out" in found) == (base, False)
 
 
 # --- kills, disk and memory ------------------------------------------------------------------------------------------
@@ -147,7 +118,7 @@ def merge_stage() -> None:
                 signal.raise_signal(number)
 
     sys.addaudithook(hook)
-    inputs = {"data": folder / "data", "base": folder / "base", "train": folder / "adapter"}
+    inputs = {"base": folder / "base", "train": folder / "adapter"}
     with writing(folder / "merged", "merge", {"version": version}, resume=True) as (out, results):
         results.update(merge.run(Recipe().model_copy(update={"path": folder / "r.toml"}), inputs, out))
 
@@ -210,16 +181,6 @@ def test_files_of_another_key_are_not_reused(stages: MergeStages) -> None:
     first = shard(folder, 1, ".partial").stat()
     assert run_stage(folder, version="2") == 0
     assert shard(folder, 1).stat().st_mtime_ns != first.st_mtime_ns
-
-
-@pytest.mark.pipeline
-def test_resumed_merge_reads_the_recorded_choice(stages: MergeStages) -> None:
-    stages.trained_in_nf4()
-    stages.merge()
-    chosen = read_json(stages.out / RESUME / "choice.json")
-    (stages.data / "held_out.jsonl").write_text("", "utf-8")
-    again = merge.run(recipe(stages.out / "r.toml"), stages.inputs, stages.out)
-    assert (again["base"], again["held_out"]) == (chosen["base"], chosen["held_out"])
 
 
 @pytest.mark.pipeline

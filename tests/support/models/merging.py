@@ -3,7 +3,6 @@
 In: the tiny model. Out: a base in two shards, an adapter of it, merged weights. Does not check a merge.
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -41,9 +40,6 @@ MERGE_MARKS = [
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 
 
-WORDS = ("tipo", "objeto", "módulo")
-
-
 A0, B0 = (f"base_model.model.model.layers.0.self_attn.q_proj.lora_{side}.weight" for side in "AB")
 
 
@@ -54,16 +50,12 @@ class MergeStages:
         self.model = in_two_shards(copied(tiny, folder / "model"))
         self.base = base_stage(self.model, folder / "base")
         self.adapter = adapter_stage(self.model, folder / "adapter", read_facts(self.base)[0].weights, **lora)
-        self.data = folder / "data"
-        self.data.mkdir()
-        lines = (json.dumps({"instruction": f"¿Qué es {word}?", "response": f"Un {word}."}) for word in WORDS)
-        (self.data / "held_out.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
         self.out = folder / "merged"
 
     @property
     def inputs(self) -> dict[str, Path]:
         """The folders of the stages that merging needs."""
-        return {"data": self.data, "base": self.base, "train": self.adapter}
+        return {"base": self.base, "train": self.adapter}
 
     def merge(self, **settings: Any) -> dict[str, Any]:
         """Run the stage into a new folder; return its results."""

@@ -1,20 +1,19 @@
-"""The merge stage. In: adapter/, base/, data/. Out: merged/ in 16 bits, the base's tokenizer and our chat template.
+"""The merge stage. In: adapter/, base/. Out: merged/ in 16 bits, the base's tokenizer and our chat template.
 
 The weights go from file to file in pieces: W + scale·B·A in fp32, rounded once, bit for bit the rounded result of
 PEFT's merge_and_unload(safe_merge=True) on the base in fp32. (PEFT on an FP16 base rounds twice, and differs by up to
 one unit in the last place.) A file that a killed run finished is kept. The base is the original or its NF4 round trip,
-which training saw; with merge.base = "auto" it is the one with the lower held-out loss. An adapter of another base and
-values that the dtype cannot hold are errors. Does not load a model.
+which training saw: merge.base decides. An adapter of another base and values that the dtype cannot hold are errors.
+Does not load a model, and does not measure which base is better.
 """
 
 import contextlib
 import json
 import logging
-import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,10 +28,7 @@ from tutor.formats.models.model_folder import check_model_folder, load_tokenizer
 from tutor.formats.models.prompt_format import read_format
 from tutor.formats.models.safetensors import INDEX, WEIGHTS, WIDTHS, Stored, make_header, read_folder
 from tutor.formats.models.tensor_streams import open_writer
-from tutor.formats.rows.row_ids import row_encoder
-from tutor.formats.rows.split_files import HELD_OUT, read_split
 from tutor.machine.run_cost import require_disk
-from tutor.prompt.encoding import Encoded
 from tutor.prompt.format import PromptFormat
 from tutor.prompt.served_files import (
     served_generation_config,
@@ -52,12 +48,8 @@ COPIED = ("tokenizer.json", "tokenizer.model", "added_tokens.json", "LICENSE*", 
 """Patterns of files that are copied from the base byte for byte."""
 SAFETENSORS_DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 """Names of dtypes: in a recipe -> in safetensors."""
-MAX_SCORED_TOKENS = 8192
-"""Maximum number of held-out tokens that decide between the bases; more change nothing and take hours on a CPU."""
 Files = Mapping[Path, Sequence[Stored]]
 """Tensors of each weight file."""
-Base = Literal["original", "nf4"]
-"""Weights that the adapter is merged into."""
 
 
 def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
@@ -79,76 +71,18 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     family = architecture_of(config.get("model_type"), str(base))
     dtype = SAFETENSORS_DTYPES[family.merged_dtype if recipe.merge.dtype == "auto" else recipe.merge.dtype]
     _check_disk(files, dtype, out)
-    candidates: dict[Base, MergedWeights] = {"original": MergedWeights(tensors, adapter, dtype)}
-    if trained.get("quantization") == "nf4":
-        compute_dtype = DTYPES[SAFETENSORS_DTYPES[trained["precision"]]]
-        candidates["nf4"] = MergedWeights(tensors, adapter, dtype, compute_dtype)
-    if recipe.merge.base != "auto":
-        if recipe.merge.base not in candidates:
+    compute_dtype = None
+    if recipe.merge.base == "nf4":
+        if trained.get("quantization") != "nf4":
             raise ArtifactError(f"merge.base is nf4 and {inputs['train']} was trained on the 16-bit base")
-        candidates = {recipe.merge.base: candidates[recipe.merge.base]}
-    rows = _held_out(recipe, inputs) if len(candidates) > 1 else []
-    choice = choose(candidates, base, rows, out / RESUME)
-    largest = write_shards(candidates[choice["base"]], files, out)
+        compute_dtype = DTYPES[SAFETENSORS_DTYPES[trained["precision"]]]
+    log.info("merging into the %s base", recipe.merge.base)
+    largest = write_shards(MergedWeights(tensors, adapter, dtype, compute_dtype), files, out)
     dtype_name = str(DTYPES[dtype]).removeprefix("torch.")
     copy_other_files(base, out, read_format(recipe, inputs["base"]), dtype=dtype_name, add_bos=facts.add_bos)
     load_tokenizer(out)
     changes = {"layers": len(adapter.deltas), "largest_change": largest}
-    return {"base_weights": facts.weights, "dtype": dtype_name, **choice, **changes}
-
-
-def _held_out(recipe: "Recipe", inputs: Mapping[str, Path]) -> list[Encoded]:
-    """Return the first held-out rows as ids, at most MAX_SCORED_TOKENS tokens and at least one row."""
-    rows: list[Encoded] = []
-    encoder, tokens = row_encoder(recipe, inputs["base"]), 0
-    for row in read_split(inputs["data"], HELD_OUT):
-        encoded = encoder.encode(row)
-        tokens += sum(len(each.ids) for each in encoded)
-        if rows and tokens > MAX_SCORED_TOKENS:
-            break
-        rows += encoded
-    return rows
-
-
-def choose(
-    candidates: Mapping[Base, MergedWeights], base: Path, rows: Sequence[Encoded], notes: Path
-) -> dict[str, Any]:
-    """Return the base to merge into, and each candidate's held-out loss when there are several.
-
-    The choice is written below `notes`, and a resumed run reads it from there.
-    """
-    note = notes / "choice.json"
-    if (kept := read_json_object(note)) and kept.get("base") in candidates:
-        return kept
-    if len(candidates) == 1 or not rows:
-        return {"base": next(iter(candidates))}
-    losses = {name: held_out_loss(merged, base, rows) for name, merged in candidates.items()}
-    best = min(losses, key=losses.__getitem__)
-    listed = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-    log.info("merging into the %s base: held-out loss %s", best, listed)
-    choice = {
-        "base": best,
-        "held_out": {"rows": len(rows), "tokens": sum(sum(row.mask) for row in rows), "loss": losses},
-    }
-    notes.mkdir(exist_ok=True)
-    write_json(note, choice)
-    return choice
-
-
-def held_out_loss(merged: MergedWeights, base: Path, rows: Sequence[Encoded]) -> float:
-    """Return the mean negative log-likelihood (nats) of all supervised tokens.
-
-    Raises ArtifactError when the loss is NaN or infinite.
-    """
-    from tutor.engines.hf.streaming_score import streamed_logprobs
-
-    log.info("scoring a merge into the %s base on %d held-out rows", "nf4" if merged.nf4 else "original", len(rows))
-    pairs = [pair for row in rows for pair in row.answers()]
-    logprobs = streamed_logprobs(base, merged.tensors, pairs)
-    loss = -math.fsum(value for row in logprobs for value in row) / sum(len(row) for row in logprobs)
-    if not math.isfinite(loss):
-        raise ArtifactError(f"the held-out loss of the merged model is {loss}", "train again, or fetch the base again")
-    return loss
+    return {"base_weights": facts.weights, "dtype": dtype_name, "base": recipe.merge.base, **changes}
 
 
 def write_shards(merged: MergedWeights, files: Files, out: Path) -> float:
