@@ -5,8 +5,8 @@ from support.models import chat_templates
 from support.models.chat_templates import BOS, CHATML, EOS, FACTS, NO_SYSTEM, OPENS, TRIMS
 
 from tutor.prompt.format import AnswerText, SplitAnswer
-from tutor.prompt.messages import Message, conversation
-from tutor.prompt.own_format import OwnFormat, with_line
+from tutor.prompt.messages import Message, conversation, with_line
+from tutor.prompt.own_format import OwnFormat
 
 TOKENS = {"bos_token": BOS, "eos_token": EOS}
 

@@ -38,5 +38,5 @@ def test_name_that_ollama_cannot_have_is_refused() -> None:
 
 @pytest.mark.parametrize("text", ["", "hf:", "nada", "q8_0", "tutor-", "hf:Q8_0", "base-q4", "../gguf"])
 def test_unknown_model_name_is_refused_with_the_known_ones(text: str) -> None:
-    with pytest.raises(RecipeError, match="known: tutor, base, adapter"):
+    with pytest.raises(RecipeError, match=r"known: tutor, base \(as a person asks it\), base-as-tutor"):
         parse_model(text)

@@ -26,6 +26,12 @@ def with_system(messages: Sequence[Message], system: str) -> list[Message]:
     return [{"role": "system", "content": system}, *messages]
 
 
+def with_line(messages: Sequence[Message], line: str) -> list[Message]:
+    """Return messages whose last question ends with `line` as a paragraph of its own; unchanged for an empty line."""
+    *before, last = messages
+    return [*before, {**last, "content": f"{last['content']}\n\n{line}"} if line else last]
+
+
 def row_messages(row: Mapping[str, Any], system: str) -> list[Message]:
     """Return the messages of a row before its last answer; `system` where the row has no system text of its own."""
     return with_system([*row.get("history", ()), {"role": "user", "content": row["instruction"]}], system)

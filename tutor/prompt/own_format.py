@@ -125,9 +125,3 @@ def _without_system(messages: Sequence[Message]) -> list[Message]:
     """Return messages whose system text is the beginning of the first question."""
     system, first, *rest = messages
     return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
-
-
-def with_line(messages: Sequence[Message], line: str) -> list[Message]:
-    """Return messages whose last question ends with `line` as a paragraph of its own; unchanged for an empty line."""
-    *before, last = messages
-    return [*before, {**last, "content": f"{last['content']}\n\n{line}"} if line else last]

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 
 from tutor.errors import RecipeError
 
-MODELS = ("tutor", "base", "adapter")
+MODELS = ("tutor", "base", "base-as-tutor", "adapter")
 ENGINES = ("llamacpp", "ollama", "hf")
-KNOWN_NAMES = "tutor, base, adapter, a quantization as Q8_0 or base-Q8_0, hf:tutor, hf:base, ollama:NAME"
+KNOWN_NAMES = (
+    "tutor, base (as a person asks it), base-as-tutor, adapter, a quantization as Q8_0 or base-Q8_0, hf:tutor, "
+    "hf:base, ollama:NAME"
+)
 """Forms of a name, for help texts and errors."""
 
-_GGUF_NAME = re.compile(r"(?:(tutor|base)-)?([A-Z][A-Z0-9_]*)")
+_GGUF_NAME = re.compile(r"(?:(tutor|base|base-as-tutor)-)?([A-Z][A-Z0-9_]*)")
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,16 @@ class ModelChoice:
     quantization: str | None = None  # None: the recipe's ollama.quantization
     engine: str = "llamacpp"
     host: str | None = None  # of the Ollama server
+
+    @property
+    def weights(self) -> str:
+        """Whose weights answer: "base" for both ways to ask the base."""
+        return "base" if self.model == "base-as-tutor" and self.engine != "ollama" else self.model
+
+    @property
+    def asked(self) -> str:
+        """Name of the model for evaluate/asking.py: a model in Ollama is asked as the tutor, whatever its name."""
+        return "tutor" if self.engine == "ollama" else self.model
 
     @property
     def label(self) -> str:

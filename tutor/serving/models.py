@@ -6,6 +6,7 @@ makes no file.
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +15,7 @@ from tutor.artifacts.layout import BuildFolder, gguf_name
 from tutor.artifacts.manifest import read_manifest, require_stage
 from tutor.artifacts.provenance import SourceTree
 from tutor.errors import ArtifactError, RecipeError
+from tutor.formats.models.own_prompt import read_own_prompt
 from tutor.formats.models.prompt_format import read_format
 from tutor.formats.models.served_quantization import served_quantization
 from tutor.machine.host import usable_cores
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from tutor.engines.protocol import Engine
     from tutor.prompt.format import PromptFormat
     from tutor.recipe.settings import Recipe
+    from tutor.stages.evaluate.asking import Asking
 
 
 @contextlib.contextmanager
@@ -40,7 +43,7 @@ def open_engine(
     """
     refuse_folder(recipe, build)
     folder = BuildFolder(build, recipe.name)
-    prompt = prompt_of(recipe, folder)
+    prompt = prompt_of(recipe, folder, choice.asked)
     if choice.engine == "ollama":
         from tutor.engines.ollama.engine import serve as serve_published
 
@@ -49,7 +52,7 @@ def open_engine(
     elif choice.engine == "hf" or choice.model == "adapter":
         from tutor.engines.hf.loading import load
 
-        model, adapter = _folders(folder, choice.model)
+        model, adapter = _folders(folder, choice.weights)
         quantization = _quantization(folder, choice.model)
         precision = _precision(recipe, folder, model)
         yield load(model, adapter, quantization=quantization, precision=precision, prompt=prompt)
@@ -75,9 +78,26 @@ def gpu_notice(choice: ModelChoice) -> str | None:
         return health.gpu_notice(server, host_has_gpu=bool(host.gpus()), model=choice.model)
 
 
-def prompt_of(recipe: "Recipe", folder: BuildFolder) -> "PromptFormat":
-    """Return the format of the prompts of a recipe. Raises ArtifactError where the base's own is not known yet."""
-    return read_format(recipe, folder.stage("base"))
+def prompt_of(recipe: "Recipe", folder: BuildFolder, model: str = "tutor") -> "PromptFormat":
+    """Return the format of a model's prompts: the base has its own, every other name that of the recipe.
+
+    Raises ArtifactError where the base's template is not known yet.
+    """
+    return read_own_prompt(folder.stage("base")) if model == "base" else read_format(recipe, folder.stage("base"))
+
+
+def chat_asking(recipe: "Recipe", folder: BuildFolder, choice: ModelChoice) -> "Asking":
+    """Return how a person's own questions are put: with the sampling of the served model, the base with its own."""
+    from tutor.engines.answer_limit import with_answer_limit
+    from tutor.engines.protocol import sampling
+    from tutor.stages.evaluate.asking import BASE, asking
+
+    recipe = with_answer_limit(recipe, folder.stage("train"))
+    way = asking(recipe, folder.stage("base"), choice.asked)
+    generation = sampling(recipe.generate, recipe.seed, way.prompt.stops)
+    if choice.asked == BASE:
+        generation = replace(way.generation, repeatable=False)
+    return replace(way, generation=generation, line="")
 
 
 def quantization_of(recipe: "Recipe", folder: BuildFolder) -> str:
@@ -91,9 +111,9 @@ def gguf_of(recipe: "Recipe", build: Path, choice: ModelChoice) -> Path:
     made = folder.stage("convert")
     require_stage(made, "convert")
     kind = choice.quantization or quantization_of(recipe, folder)
-    gguf = folder.gguf(choice.model, kind)
+    gguf = folder.gguf(choice.weights, kind)
     if not gguf.is_file():
-        found = ", ".join(sorted(path.stem.partition("-")[2] for path in made.glob(gguf_name(choice.model, "*"))))
+        found = ", ".join(sorted(path.stem.partition("-")[2] for path in made.glob(gguf_name(choice.weights, "*"))))
         raise RecipeError(f"{gguf} is not there", f"made for {choice.model}: {found}")
     return gguf
 
@@ -114,8 +134,8 @@ def answer_dependencies(recipe: "Recipe", build: Path, choice: ModelChoice) -> d
             name = split_tag(choice.model)[0]
             return {"model": name, "host": server.host, "version": server.version(), "digest": digest}
     if choice.engine == "hf" or choice.model == "adapter":
-        _folders(folder, choice.model)
-        stages = {"base": ("base",), "tutor": ("merge",), "adapter": ("base", "train")}[choice.model]
+        _folders(folder, choice.weights)
+        stages = {"base": ("base",), "tutor": ("merge",), "adapter": ("base", "train")}[choice.weights]
         made = {name: require_stage(folder.stage(name), name).fingerprint for name in stages}
         settings = {
             "quantization": _quantization(folder, choice.model),

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 from support.fakes import ollama as fake
-from support.fakes.llamacpp_answers import ENGLISH, SPANISH, read_requests
+from support.fakes.llamacpp_answers import ENGLISH, SPANISH, read_requests, write_base
 from support.files import write_rows
 from support.outputs.evaluations import PROMPTS, write_evaluation
 
 from tutor.artifacts.stage_folder import writing
-from tutor.cli import summary
+from tutor.cli import verdict_tables
 from tutor.errors import ArtifactError, RecipeError, ServiceError
 from tutor.pipeline.cleaning import clean
 from tutor.pipeline.registry import BY_NAME
@@ -34,6 +34,7 @@ def build(tmp_path: Path) -> Path:
     with writing(folder / BY_NAME["data"].folder, "data", {}) as (out, _):
         write_rows(out / "prompts.jsonl", PROMPTS)
         write_rows(out / "train.jsonl", [{"instruction": "¿?", "response": SPANISH, "line": 1}])
+    write_base(folder / BY_NAME["base"].folder)
     base = {"text": ENGLISH, "requests": str(tmp_path / "base.requests"), "crashes_on": "", "times": 1}
     tuned = {**base, "text": SPANISH, "requests": str(tmp_path / "tutor.requests")}
     with writing(folder / BY_NAME["convert"].folder, "convert", {}) as (out, _):
@@ -61,9 +62,21 @@ def test_named_models_are_graded_and_compared_with_the_first(recipe: Recipe, bui
         ("base", "tutor-F16"),
     ]
     assert [row["instruction"] for row in answers(build, "eval-tutor-F16")] == [row["instruction"] for row in PROMPTS]
-    assert any("100 % (8/8)" in line for line in summary.verdict_lines(result))
-    assert any("better" in line for line in summary.verdict_lines(result))
+    assert any("100 % (8/8)" in line for line in verdict_tables.verdict_lines(result))
+    assert any("better" in line for line in verdict_tables.verdict_lines(result))
     json.dumps(result, allow_nan=False)
+
+
+@pytest.mark.usefixtures("llamacpp")
+def test_base_is_asked_its_own_way_or_as_the_tutor(recipe: Recipe, build: Path, tmp_path: Path) -> None:
+    result = evaluate_models(recipe, build, [parse_model("base"), parse_model("base-as-tutor")])
+    own, tutors = (result["models"][name]["asked"] for name in ("base", "base-as-tutor"))
+    assert own.startswith("its own chat template, with «Responde en español.»; temperature 0.8, top_p 0.9, top_k 40, ")
+    assert tutors == "the tutor's prompt; greedy, repetition penalty 1.15, at most 515 tokens"
+    asked = [line["prompt"] for line in read_requests(tmp_path / "base.requests") if line["n_predict"] != 1]
+    question = PROMPTS[0]["instruction"]
+    assert asked[0] == f"[user] {question}\n\nResponde en español.<fin>[assistant] "
+    assert asked[len(PROMPTS)] == f"Instrucción: {question}\nRespuesta:"
 
 
 @pytest.mark.usefixtures("llamacpp")
@@ -127,7 +140,7 @@ def test_builds_are_compared_over_their_common_prompts(recipe: Recipe, tmp_path:
     assert found["all"]["passed"]["conclusion"] == "better"
     assert found["better"] == [prompt["instruction"] for prompt in PROMPTS[1:6]]
     assert found["worse"] == []
-    lines = summary.comparison_lines(found)
+    lines = verdict_tables.comparison_lines(found)
     assert lines[:3] == [
         f"A: {early}",
         f"B: {late}/eval/answers.json",
@@ -149,7 +162,7 @@ def test_overlap_with_the_references_is_compared(recipe: Recipe, tmp_path: Path)
         path.write_text(json.dumps(stored), "utf-8")
     found = compare_models(recipe, tmp_path / "build", *map(str, folders))
     assert (found["reference"]["n"], found["reference"]["difference"]) == (8, 15.0)
-    lines = [" ".join(line.split()) for line in summary.comparison_lines(found)]
+    lines = [" ".join(line.split()) for line in verdict_tables.comparison_lines(found)]
     assert "chrF to its reference 23.5 38.5 +15.0 [+15.0, +15.0] better" in lines
     assert any("not correctness" in line for line in lines)
 

@@ -9,7 +9,7 @@ from support.fakes import ollama as fake
 from support.fakes.ollama import FakeOllama
 from support.outputs.published import write_data
 
-from tutor.cli import summary
+from tutor.cli import verdict_tables
 from tutor.errors import ServiceError
 from tutor.machine import host
 from tutor.recipe.settings import Recipe
@@ -39,7 +39,8 @@ def test_published_model_is_evaluated_greedily_and_once(
     assert result["all"]["n"] == 3
     assert result["all"]["stopped"]["n"] == 3
     assert result["agreement_with_llama_server"] is None
-    assert any("100 %" in line for line in summary.verdict_lines(result)), "shown as the evaluate stage's result is"
+    lines = verdict_tables.verdict_lines(result)
+    assert any("100 %" in line for line in lines), "shown as the evaluate stage's result is"
     asked = server.bodies("POST /api/chat")[1:]
     assert [body["messages"][-1]["content"] for body in asked] == [row["instruction"] for row in prompts]
     assert {body["options"]["temperature"] for body in asked} == {0.0}

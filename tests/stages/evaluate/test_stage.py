@@ -80,12 +80,13 @@ def test_run_answers_grades_and_scores_every_model(tmp_path: Path, out: Path) ->
     assert answers[0]["answers"]["base"]["reasons"] == ["its prose is not Spanish (confidence 0.00)"]
     assert (summary["models"]["tutor"]["all"]["passed"]["n"], summary["models"]["base"]["all"]["passed"]["n"]) == (4, 0)
     assert summary["models"]["tutor"]["tokens_per_second"] == 40.0
-    (change,) = summary["differences"]
-    assert (change["before"], change["after"], change["all"]["passed"]["difference"]) == ("base", "tutor", 1.0)
-    assert len(change["better"]) == 4
+    changes = [(each["before"], each["after"]) for each in summary["differences"]]
+    assert changes == [("base", "tutor"), ("base-as-tutor", "tutor")]
+    assert [each["all"]["passed"]["difference"] for each in summary["differences"]] == [1.0, 1.0]
+    assert len(summary["differences"][0]["better"]) == 4
     assert summary["copied"]["tutor"]["half_copied"] == 4
     assert summary["paraphrases"] is None
-    assert [finding["conclusion"] for finding in summary["findings"]] == ["worse", *["no difference shown"] * 1]
+    assert [finding["conclusion"] for finding in summary["findings"]] == ["worse", *["no difference shown"] * 2]
     json.dumps(summary, allow_nan=False)
 
 
@@ -102,7 +103,7 @@ def test_answers_are_compared_with_the_references(tmp_path: Path, out: Path) -> 
     overlap = summary["models"]["tutor"]["reference"]
     assert (overlap["n"], overlap["control"]["n"]) == (7, 7)
     assert overlap["low"] < overlap["mean"] < overlap["high"]
-    (change,) = summary["differences"]
+    change = summary["differences"][0]
     assert change["reference"]["after"] == overlap["mean"]
     assert change["reference"]["conclusion"] == "better"
     texts = [finding["text"] for finding in summary["findings"]]
@@ -122,6 +123,45 @@ def test_run_is_greedy_with_the_seed(tmp_path: Path, out: Path) -> None:
 
 
 @pytest.mark.usefixtures("llamacpp")
+def test_base_is_asked_its_own_way_and_as_the_tutor(tmp_path: Path, out: Path) -> None:
+    summary = run(recipe(tmp_path), write_inputs(tmp_path), out)
+    assert list(summary["models"]) == ["base", "base-as-tutor", "tutor"]
+    assert {model["file"] for name, model in summary["models"].items() if name != "tutor"} == {"base-Q4_K_M"}
+    requests = [line for line in read_requests(tmp_path / "base.requests") if not warms_up(line)]
+    own, tutors = requests[:4], requests[4:]
+    assert {line["prompt"] for line in own} == {
+        f"[user] {prompt['instruction']}\n\nResponde en español.<fin>[assistant] " for prompt in PROMPTS
+    }
+    assert {(line["temperature"], line["seed"], line["n_predict"], line["cache_prompt"]) for line in own} == {
+        (0.8, 5, 1024, False)
+    }
+    assert {line["prompt"] for line in tutors} == {
+        f"Instrucción: {prompt['instruction']}\nRespuesta:" for prompt in PROMPTS
+    }
+    assert {(line["temperature"], line["n_predict"]) for line in tutors} == {(0.0, 515)}
+    assert summary["models"]["base"]["asked"].startswith("its own chat template, with «Responde en español.»; ")
+
+
+@pytest.mark.usefixtures("llamacpp")
+def test_thought_of_the_base_is_no_part_of_its_answer(tmp_path: Path, out: Path) -> None:
+    inputs = write_inputs(tmp_path)
+    (inputs["convert"] / "base-Q4_K_M.gguf").write_text(
+        json.dumps({"text": f"<think>{ENGLISH}</think>\n\n{SPANISH}", "logprob": -1.0, "crashes_on": "", "times": 1,
+                    "requests": str(tmp_path / "base.requests")}), "utf-8"
+    )  # fmt: skip
+    run(recipe(tmp_path, data={"language": "any"}), inputs, out)
+    record = read(out / "answers.json")[0]["answers"]
+    assert (record["base"]["thought"], record["base"]["text"], record["base"]["passed"]) == (
+        ENGLISH.strip(),
+        SPANISH,
+        True,
+    )
+    assert record["base-as-tutor"]["reasons"] == ["it shows template text, a thinking tag or a special token"], (
+        "the tutor's prompt has no thoughts"
+    )
+
+
+@pytest.mark.usefixtures("llamacpp")
 def test_paraphrases_are_compared_with_their_originals(tmp_path: Path, out: Path) -> None:
     rows = [
         {"original": "¿Qué es c? Explícamelo.", "instruction": "Explícame qué es c, por favor."},
@@ -134,7 +174,7 @@ def test_paraphrases_are_compared_with_their_originals(tmp_path: Path, out: Path
     assert list(row["answers"]) == ["tutor"]
     assert (summary["paraphrases"]["n"], summary["paraphrases"]["difference"]) == (1, 0.0)
     assert summary["models"]["tutor"]["all"]["n"] == 4, "they are no prompts of their own"
-    for name, count in (("base", 4), ("tutor", 5)):
+    for name, count in (("base", 8), ("tutor", 5)):
         assert sum(not warms_up(line) for line in read_requests(tmp_path / f"{name}.requests")) == count
 
 
@@ -182,7 +222,11 @@ def test_failed_run_keeps_its_answers_for_the_next_run(tmp_path: Path, out: Path
     inputs = write_inputs(tmp_path, crashes_on="¿Qué es", times=6)
     with pytest.raises(ServiceError, match="crashed on 3 prompts in a row"):
         run(recipe(tmp_path), inputs, out)
-    assert sorted(path.name for path in checkpoint_folder(out).iterdir()) == ["base.jsonl", "tutor.jsonl"]
+    assert sorted(path.name for path in checkpoint_folder(out).iterdir()) == [
+        "base-as-tutor.jsonl",
+        "base.jsonl",
+        "tutor.jsonl",
+    ]
     before = len(read_requests(tmp_path / "base.requests"))
     assert run(recipe(tmp_path), inputs, out)["models"]["tutor"]["all"]["errors"] == 0
     since = [line for line in read_requests(tmp_path / "base.requests")[before:] if "n_predict" in line]

@@ -14,7 +14,14 @@ SPANISH = (
 ENGLISH = " An interface describes the shape of an object and all of its properties, one by one."
 
 
-def write_base(folder: Path) -> None:
+TEMPLATE = (
+    "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+"""Chat template of the base."""
+
+
+def write_base(folder: Path, template: str = TEMPLATE) -> None:
     """A base folder with a byte tokenizer: EOS is 256, no BOS."""
     tokenizers = pytest.importorskip("tokenizers")
     pytest.importorskip("transformers")
@@ -25,7 +32,7 @@ def write_base(folder: Path) -> None:
     core.decoder = tokenizers.decoders.ByteLevel()
     core.add_special_tokens([tokenizers.AddedToken("<fin>", normalized=False, special=True)])
     core.save(str(folder / "model" / "tokenizer.json"))
-    labels = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<fin>"}
+    labels = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<fin>", "chat_template": template}
     (folder / "model" / "tokenizer_config.json").write_text(json.dumps(labels), "utf-8")
     facts = {"source": "tiny", "model": "model", "weights": "0", "vocabulary": 257, "add_bos": False, "bos": None}
     (folder / "base.json").write_text(

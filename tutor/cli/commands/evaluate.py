@@ -76,7 +76,7 @@ def eval_command(  # noqa: PLR0913 - a command's options
 
     By default the base and the tutor are evaluated.
     """
-    from tutor.cli import summary
+    from tutor.cli import summary, verdict_tables
     from tutor.pipeline import runner
     from tutor.serving.evaluation import compare
     from tutor.serving.model_names import parse_model
@@ -92,7 +92,7 @@ def eval_command(  # noqa: PLR0913 - a command's options
         else:
             choices = [parse_model(name.strip(), engine, host) for name in (names or "base,tutor").split(",")]
             result = compare.evaluate_models(recipe, build, choices, parallel=parallel)
-    print_result(result, summary.verdict_lines(result), as_json=as_json)
+    print_result(result, verdict_tables.verdict_lines(result), as_json=as_json)
 
 
 @click.command("compare")
@@ -113,13 +113,13 @@ def compare_command(  # noqa: PLR0913 - a command's options
     as_json: bool,
 ) -> None:
     """Compare A with B, prompt by prompt. Each is a build folder, a file of answers, or a model to run."""
-    from tutor.cli import summary
+    from tutor.cli import verdict_tables
     from tutor.serving.evaluation import compare
 
     recipe = load_recipe(recipe_path)
     with progress_on_stderr(flags):
         result = compare.compare_models(recipe, build, before, after, **engine_settings)
-    print_result(result, summary.comparison_lines(result), as_json=as_json)
+    print_result(result, verdict_tables.comparison_lines(result), as_json=as_json)
 
 
 @click.command("baselines")

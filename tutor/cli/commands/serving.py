@@ -50,7 +50,8 @@ def model_options(command: Command) -> Command:
         type=click.Choice(MODELS),
         default="tutor",
         show_default=True,
-        help="tutor and base run in llama.cpp; adapter is the base with the adapter in transformers.",
+        help="tutor and base run in llama.cpp, base with its own chat template and sampling, base-as-tutor with the "
+        "tutor's; adapter is the base with the adapter in transformers.",
     )
     quantization = click.option("--quantization", help="Quantization of the GGUF; by default the served one.")
     engine = click.option(
@@ -90,11 +91,9 @@ def ask_command(
     A thought before the answer goes to stderr. A QUESTION that looks like an option goes behind --.
     """
     from tutor.artifacts.layout import BuildFolder
-    from tutor.engines.answer_limit import with_answer_limit
-    from tutor.engines.protocol import sampling
     from tutor.prompt.messages import conversation, display_text
     from tutor.serving.chat import ShownAnswer, Terminal
-    from tutor.serving.models import prompt_of
+    from tutor.serving.models import chat_asking
 
     recipe = load_recipe(recipe_path)
     try:
@@ -104,14 +103,14 @@ def ask_command(
     if not text:
         raise click.UsageError("no question: give it as an argument or on stdin")
     folder = BuildFolder(build, recipe.name)
-    recipe, prompt = with_answer_limit(recipe, folder.stage("train")), prompt_of(recipe, folder)
+    way = chat_asking(recipe, folder, choice)
     thought = terminal.ThoughtStream()
     place = Terminal(input, terminal.AnswerStream().write, terminal.write_note, thought.write, thought.close)
-    shown = ShownAnswer(prompt, replace(place, think=_ignore) if flags["quiet"] else place)
+    shown = ShownAnswer(way.prompt, replace(place, think=_ignore) if flags["quiet"] else place)
     with progress_on_stderr(flags), _answering_engine(recipe, build, choice) as engine:
         answer = engine.answer(
-            conversation(text, recipe.system),
-            sampling(recipe.generate, recipe.seed, prompt.stops),
+            conversation(text, way.system),
+            way.generation,
             None if as_json else shown.add,
         )
     if as_json:
@@ -130,16 +129,14 @@ def ask_command(
 def chat_command(flags: dict[str, bool], choice: ModelChoice, recipe_path: Path, build: Path) -> None:
     """Chat with the model; /salir ends the chat, Ctrl-C stops an answer."""
     from tutor.artifacts.layout import BuildFolder
-    from tutor.engines.answer_limit import with_answer_limit
-    from tutor.engines.protocol import sampling
     from tutor.serving.chat import Terminal, converse
-    from tutor.serving.models import gpu_notice, prompt_of
+    from tutor.serving.models import chat_asking, gpu_notice
 
     recipe = load_recipe(recipe_path)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() its line editing and history
     folder = BuildFolder(build, recipe.name)
-    recipe, prompt = with_answer_limit(recipe, folder.stage("train")), prompt_of(recipe, folder)
+    way = chat_asking(recipe, folder, choice)
     thought = terminal.ThoughtStream()
     place = Terminal(input, terminal.AnswerStream().write, terminal.write_note, thought.write, thought.close)
     with progress_on_stderr({**flags, "quiet": True}), _answering_engine(recipe, build, choice) as engine:
@@ -147,11 +144,11 @@ def chat_command(flags: dict[str, bool], choice: ModelChoice, recipe_path: Path,
             terminal.write_note(notice)
         converse(
             engine,
-            sampling(recipe.generate, recipe.seed, prompt.stops),
+            way.generation,
             place,
-            system=recipe.system,
+            system=way.system,
             context=recipe.generate.context,
-            prompt=prompt,
+            prompt=way.prompt,
         )
 
 
@@ -175,7 +172,7 @@ def published(recipe: "Recipe", choice: ModelChoice) -> ModelChoice:
 
     if choice.engine != "ollama":
         return choice
-    if choice.model == "base" or choice.quantization:
+    if choice.model.startswith("base") or choice.quantization:
         raise RecipeError("Ollama has only the published model: no base, and one quantization", "try --engine llamacpp")
     return replace(choice, model=served_name(recipe, adapter=choice.model == "adapter"))
 

@@ -20,7 +20,6 @@ from tutor.artifacts.layout import OLLAMA, STAGE_FOLDERS, BuildFolder
 from tutor.artifacts.manifest import find_damage, find_manifest, is_made, require_stage
 from tutor.artifacts.stage_folder import checkpoint_folder, log_folder, writing
 from tutor.engines.answer_limit import with_answer_limit
-from tutor.engines.protocol import greedy
 from tutor.errors import ArtifactError, RecipeError
 from tutor.formats.rows.split_files import PROMPTS, TRAIN, read_split
 from tutor.pipeline.recipe_folder import held
@@ -29,9 +28,10 @@ from tutor.prompt.messages import row_messages
 from tutor.recipe.settings import Recipe
 from tutor.serving.builds import served_name
 from tutor.serving.model_names import ModelChoice, parse_model
-from tutor.serving.models import answer_dependencies, gpu_notice, open_engine, prompt_of
+from tutor.serving.models import answer_dependencies, gpu_notice, open_engine
 from tutor.stages.evaluate import generalization, rates, stage
 from tutor.stages.evaluate.answers import Task, answer_prompts
+from tutor.stages.evaluate.asking import asking
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,13 @@ class ModelAnswers:
     records: list[dict[str, Any]]
     results: dict[str, Any]
     ran: bool  # whether the model ran now
+
+    @property
+    def asked(self) -> str:
+        """How the model was asked, in words; "" where that is not recorded."""
+        models = self.results.get("models", {})
+        found = models.get(self.label) or models.get("tutor") or {}
+        return str(found.get("asked", ""))
 
 
 def evaluate_published(
@@ -118,6 +125,7 @@ def compare_answers(early: ModelAnswers, late: ModelAnswers, seed: int) -> dict[
     return {
         "before": early.label,
         "after": late.label,
+        "asked": {"before": early.asked, "after": late.asked},
         "n": len(common),
         "language": _common_language(early, late),
         "left_out": {"before": len(early.prompts) - len(common), "after": len(late.prompts) - len(common)},
@@ -185,26 +193,28 @@ def _answers(recipe: Recipe, build: Path, choice: ModelChoice, label: str, paral
     """Return the stored answers of a model to the prompts of the recipe, or run the model."""
     folder = BuildFolder(build, recipe.name)
     recipe = with_answer_limit(recipe, folder.stage("train"))
-    prompt = prompt_of(recipe, folder)
-    generation = greedy(recipe.generate, recipe.seed, prompt.stops)
+    way = asking(recipe, folder.stage("base"), choice.asked)
     target = folder.evaluation(label)
     with held(recipe, build):
         data = require_stage(folder.stage("data"), "data").fingerprint
         served = answer_dependencies(recipe, build, choice)
         if choice.engine == "ollama" and parallel > 1:
             served["parallel"] = parallel  # a server with several slots batches prompts (stages/evaluate/answers.py)
-        sampling = {"system": recipe.system, "language": recipe.data.language, **asdict(generation)}
+        how = {"system": way.system, "line": way.line, "asked": way.text, **asdict(way.generation)}
         tree = provenance.SourceTree(folder.hashes)
         code = tree.provenance("serving/evaluation/compare.py", left_out=LEFT_OUT).code
-        fields = {"input.data": data, **sampling, **served, "code": code}
+        fields = {"input.data": data, "language": recipe.data.language, **how, **served, "code": code}
         ran = not is_made(target, fields) or find_damage(target, content=True) != []
         if ran:
             if notice := gpu_notice(choice):
                 log.warning("%s", notice)
             announcement = announced("evaluate", f"answer the prompts with {label} and grade")
             with announcement, writing(target, target.name, fields) as (out, results):
-                task = Task(label, generation, recipe.system, checkpoint_folder(out) / "answers.jsonl", served, prompt)
-                results.update(_answer_and_grade(recipe, build, choice, task, out, parallel))
+                journal = checkpoint_folder(out) / "answers.jsonl"
+                task = Task(label, way.generation, way.system, journal, served, way.prompt, way.line)
+                found = _answer_and_grade(recipe, build, choice, task, out, parallel)
+                found["models"][label]["asked"] = way.text
+                results.update(found)
         results = require_stage(target, target.name).results
         return replace(read_answers(target / stage.ANSWERS, label), results=results, ran=ran)
 

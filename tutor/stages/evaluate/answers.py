@@ -28,7 +28,7 @@ from tutor.engines.protocol import Engine, Generation
 from tutor.errors import ServiceError
 from tutor.graders.verdict import Record
 from tutor.prompt.format import PromptFormat, asked_messages
-from tutor.prompt.messages import conversation, row_messages
+from tutor.prompt.messages import conversation, row_messages, with_line
 from tutor.prompt.tutor_format import TUTOR
 
 log = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ class Task:
     journal: Path
     key: Mapping[str, Any]  # what else the answers depend on: the model's file, the engine's version; JSON values
     prompt: PromptFormat = TUTOR
+    line: str = ""  # last paragraph of every question
 
 
 @dataclass
@@ -130,7 +131,7 @@ def answer_prompts(
     engine does not start, or crashes on MAX_LOST consecutive prompts.
     """
     questions = [row_messages(prompt, "") for prompt in prompts]
-    key = {**task.key, "questions": questions, "system": task.system, **asdict(task.generation)}
+    key = {**task.key, "questions": questions, "system": task.system, "line": task.line, **asdict(task.generation)}
     with _journal(task.journal, json_sha256(key)) as (known, append):
         if known:
             log.info(
@@ -179,7 +180,7 @@ def _answered(engine: Engine, place: int, work: _Work, warm_up: Callable[[], obj
     prompt = work.prompts[place]["instruction"]
     try:
         messages = asked_messages(work.task.prompt, work.prompts[place], work.task.system)
-        answer = engine.answer(messages, work.task.generation, work.stop_if_failed)
+        answer = engine.answer(with_line(messages, work.task.line), work.task.generation, work.stop_if_failed)
     except ServiceError as error:
         try:
             warm_up()

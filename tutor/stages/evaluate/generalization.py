@@ -102,7 +102,7 @@ def findings(results: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def _is_tuned(name: str) -> bool:
     """Whether a model was tuned, so that it can copy training text: not the base (`hf:base`, `base-F16`)."""
-    return name != HELD_OUT and not re.fullmatch(r"(?:hf:)?base(?:-[A-Z0-9_]+)?", name)
+    return name != HELD_OUT and not re.fullmatch(r"(?:hf:)?base(?:-as-tutor)?(?:-[A-Z0-9_]+)?", name)
 
 
 def _changed(changed: Mapping[str, Any], labels: Mapping[str, str]) -> list[dict[str, str]]:

@@ -1,17 +1,22 @@
-"""The evaluate stage: greedy answers of the base and the tutor to every prompt, their verdicts, and the figures.
+"""The evaluate stage: answers of the base and the tutor to every prompt, their verdicts, and the figures.
+
+The base is asked twice: as a person would ask it ("base"), and as the tutor is ("base-as-tutor"; asking.py).
 
 In: data/ (prompts, train and held-out rows), base/, gguf/ (the GGUF files), ladder/ (the served quantization), adapter/
 (its longest answer), the file of the recipe's evaluate.paraphrases. Out, in eval/:
 
     answers.json     a list, an entry a prompt: the prompt's own keys (instruction, category, topic, code, expect, line)
-                     and `answers`: by model ("base", "tutor") a record (graders/verdict.py) with `copied`
+                     and `answers`: by model ("base", "base-as-tutor", "tutor") a record (graders/verdict.py) with
+                     `copied`
     paraphrased.json the same structure for the paraphrased prompts, each with its `original`; "tutor" only
 
 and as the manifest's results:
 
     language         of the recipe: an ISO 639-1 code, or "any"
-    models           by model: `file`, `all` and `categories` (rates.py), `characters`, `tokens_per_second`
-    differences      from the base to the tutor: a list of `before`, `after` and the keys of rates.changes
+    models           by model: `file`, `asked` (how, in words), `all` and `categories` (rates.py), `characters`,
+                     `tokens_per_second`
+    differences      from the base to the tutor, from the base as tutor to the tutor: a list of `before`, `after` and
+                     the keys of rates.changes
     paraphrases      a change (rates.py), from the prompts to their paraphrases; None without evaluate.paraphrases
     copied           by model, and for the held-out rows: the longest passages shared with a training row
     findings         the results as sentences: `conclusion` (better, worse, no difference shown) and `text`
@@ -35,18 +40,17 @@ from tutor.artifacts.stage_folder import checkpoint_folder, log_folder
 from tutor.engines.answer_limit import with_answer_limit
 from tutor.engines.llamacpp.build import build_key
 from tutor.engines.llamacpp.server import serve
-from tutor.engines.protocol import Engine, greedy
+from tutor.engines.protocol import Engine
 from tutor.errors import ArtifactError
-from tutor.formats.models.prompt_format import read_format
 from tutor.formats.models.served_quantization import served_quantization
 from tutor.formats.rows.split_files import HELD_OUT, PROMPTS, TRAIN, read_split
 from tutor.graders.code import wants_code
 from tutor.graders.typescript.install import find_compiler
 from tutor.graders.verdict import Record, grade
 from tutor.machine.host import usable_cores
-from tutor.prompt.format import PromptFormat
 from tutor.stages.evaluate import generalization, rates
 from tutor.stages.evaluate.answers import Task, answer_prompts
+from tutor.stages.evaluate.asking import BASE, BASE_AS_TUTOR, TUTOR_MODEL, Asking, asking
 
 if TYPE_CHECKING:
     from tutor.recipe.settings import Recipe
@@ -78,21 +82,24 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     served = served_quantization(recipe.ollama.quantization, inputs["ladder"])
     files = served_files(inputs["convert"], served, base=recipe.convert.base)
     training = read_split(inputs["data"], TRAIN)
-    answered = {name: [*prompts, *paraphrased] if name == "tutor" else prompts for name in files}
-    prompt = read_format(recipe, inputs["base"])
-    records = {name: _answers(recipe, prompt, gguf, out, answered[name]) for name, gguf in files.items()}
-    how = {"language": recipe.data.language, "kind": prompt.kind}
-    records = {name: graded(answered[name], found, training, **how) for name, found in records.items()}
+    records: dict[str, list[Record]] = {}
+    ways = {name: asking(recipe, inputs["base"], name) for name in files}
+    for name, way in ways.items():
+        asked = [*prompts, *paraphrased] if name == TUTOR_MODEL else prompts
+        answers = _answers(recipe, name, way, files[name], out, asked)
+        how = {"language": recipe.data.language, "kind": way.prompt.kind}
+        records[name] = graded(asked, answers, training, **how)
     plain = {name: found[: len(prompts)] for name, found in records.items()}
     write_json(out / ANSWERS, side_by_side(prompts, plain))
     write_json(out / PARAPHRASED, side_by_side(paraphrased, {"tutor": records["tutor"][len(prompts) :]}))
     results: dict[str, Any] = {
-        "generation": asdict(greedy(recipe.generate, recipe.seed, prompt.stops)),
+        "generation": asdict(ways[TUTOR_MODEL].generation),
         "language": recipe.data.language,
         "models": {
-            name: {"file": files[name].stem, **rates.summarise(prompts, plain[name], recipe.seed)} for name in files
+            name: {"file": files[name].stem, "asked": way.text, **rates.summarise(prompts, plain[name], recipe.seed)}
+            for name, way in ways.items()
         },
-        "differences": changes_from_first(prompts, plain, recipe.seed),
+        "differences": changes_to_last(prompts, plain, recipe.seed),
         "paraphrases": _paraphrase_change(prompts, paraphrased, records["tutor"], recipe.seed),
         "copied": _copied(plain, read_split(inputs["data"], HELD_OUT), training),
     }
@@ -100,28 +107,23 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
 
 
 def _answers(
-    recipe: "Recipe", prompt: PromptFormat, gguf: Path, out: Path, prompts: Sequence[Mapping[str, Any]]
+    recipe: "Recipe", name: str, way: Asking, gguf: Path, out: Path, prompts: Sequence[Mapping[str, Any]]
 ) -> list[Record]:
-    """The answers of one GGUF file, from llama-servers that serve this file alone."""
-    name = gguf.name.partition("-")[0]
+    """The answers of one model, from llama-servers that serve its file alone."""
     context, servers = recipe.generate.context, min(SERVERS, usable_cores())
     logs, numbers = log_folder(out), itertools.count(1)
     logs.mkdir(exist_ok=True)
 
     def start() -> AbstractContextManager[Engine]:
         log_file = logs / f"{name}-{next(numbers)}.log"
-        return serve(gguf, context=context, threads=usable_cores() // servers, log=log_file, prompt=prompt)
+        return serve(gguf, context=context, threads=usable_cores() // servers, log=log_file, prompt=way.prompt)
 
     manifest = read_manifest(gguf.parent)
     made = manifest.outputs.get(gguf.name, {}).get("sha256") if manifest else None
     key = {"model": made or file_sha256(gguf), "context": context, "engine": build_key()}
-    generation = greedy(recipe.generate, recipe.seed, prompt.stops)
-    return answer_prompts(
-        start,
-        prompts,
-        Task(name, generation, recipe.system, checkpoint_folder(out) / f"{name}.jsonl", key, prompt),
-        parallel=servers,
-    )
+    journal = checkpoint_folder(out) / f"{name}.jsonl"
+    task = Task(name, way.generation, way.system, journal, key, way.prompt, way.line)
+    return answer_prompts(start, prompts, task, parallel=servers)
 
 
 def graded(
@@ -154,6 +156,16 @@ def changes_from_first(
     ]
 
 
+def changes_to_last(
+    prompts: Sequence[Mapping[str, Any]], records: Mapping[str, Sequence[Record]], seed: int
+) -> list[dict[str, Any]]:
+    """Return the changes from each of the other models to the last."""
+    *others, last = records
+    return [
+        {"before": name, "after": last, **rates.changes(prompts, records[name], records[last], seed)} for name in others
+    ]
+
+
 def _paraphrase_change(
     prompts: Sequence[Mapping[str, Any]],
     paraphrased: Sequence[Mapping[str, Any]],
@@ -183,8 +195,11 @@ def _copied(
 
 
 def served_files(convert: Path, quantization: str, *, base: bool) -> dict[str, Path]:
-    """Return the compared files: the served tutor and, where converted, the base in the same quantization."""
-    files = {name: convert / gguf_name(name, quantization) for name in (("base",) if base else ()) + ("tutor",)}
+    """Return the file of each model: the served tutor's and, where converted, the base's in the same quantization."""
+    files = {TUTOR_MODEL: convert / gguf_name("tutor", quantization)}
+    if base:
+        of_base = convert / gguf_name("base", quantization)
+        files = {BASE: of_base, BASE_AS_TUTOR: of_base, **files}
     for path in files.values():
         if not path.is_file():
             raise ArtifactError(f"{path} is missing", "run: tutor convert")

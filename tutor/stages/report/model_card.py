@@ -157,8 +157,9 @@ def _figures(outputs: StageOutputs) -> list[str]:
     number = next(iter(models.values()))["all"]["n"]
     rows = [
         "", "## Evaluation", "",
-        f"{number} held-out prompts, answered greedily; shares with their 95 % intervals.", "",
-        f"| | {' | '.join(escaped(model.get('file', name)) for name, model in models.items())} |",
+        f"{number} held-out prompts; shares with their 95 % intervals.", "",
+        *_asked(models),
+        f"| | {' | '.join(_column(name, model) for name, model in models.items())} |",
         f"| --- |{' ---: |' * len(models)}",
     ]  # fmt: skip
     for name, label in verdict_labels(evaluated.get("language")).items():
@@ -168,6 +169,20 @@ def _figures(outputs: StageOutputs) -> list[str]:
     rows += _references([model.get("reference") for model in models.values()])
     rows += ["", *limits(models)]
     return [*rows, "", *_findings(outputs.findings), *_gate(outputs), ""]
+
+
+def _column(name: str, model: Mapping[str, Any]) -> str:
+    """The head of a model's column: the way to ask it and, where it is one, the file."""
+    file = model.get("file", "")
+    return escaped(name if not file else f"{name} ({file})")
+
+
+def _asked(models: Mapping[str, Any]) -> list[str]:
+    """How each model was asked, as a list."""
+    asked = [
+        f"- {escaped(name)}: asked with {escaped(each['asked'])}" for name, each in models.items() if "asked" in each
+    ]
+    return [*asked, ""] if asked else []
 
 
 def _references(overlaps: Sequence[Mapping[str, Any] | None]) -> list[str]:

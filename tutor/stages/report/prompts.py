@@ -30,7 +30,8 @@ def prompts(answers: Sequence[Json], language: str = "") -> dict[str, Any]:
     last = models[-1] if models else ""
     offered = {"pass": f"{last} passes", "fail": f"{last} fails"}
     if len(models) > 1:
-        offered |= {"won": f"only {last} passes", "lost": f"only {models[0]} passes"}
+        first = models[0]
+        offered |= {"won": f"{last} passes, {first} fails", "lost": f"{first} passes, {last} fails"}
     labels = verdict_labels(language)
     offered |= {f"f-{name}": f"{last} fails: {label}" for name, label in labels.items() if counted[f"f-{name}"]}
     return {

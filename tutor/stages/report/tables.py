@@ -114,7 +114,8 @@ def verdicts(evaluated: Json) -> dict[str, Any]:
         "errors": sum(model["all"]["errors"] for model in models.values()),
         # A model in Ollama has no file.
         "models": {
-            name: {"file": each.get("file", ""), "speed": each["tokens_per_second"]} for name, each in models.items()
+            name: {"file": each.get("file", ""), "speed": each["tokens_per_second"], "asked": each.get("asked", "")}
+            for name, each in models.items()
         },
         "changes": [f"{change['before']} to {change['after']}" for change in changes],
         "limits": limits(models),

@@ -122,10 +122,11 @@ def tiles(outputs: StageOutputs) -> list[dict[str, str]]:
         name, last = list(evaluated["models"].items())[-1]
         change = next(iter(evaluated.get("differences") or ()), None)
         conclusion = change["all"]["passed"]["conclusion"] if change else ""
+        against = f"; against {change['before']}: {conclusion}" if change else ""
         tone = {"better": "good", "worse": "bad"}.get(conclusion, PLAIN)
         rate = last["all"]["passed"]
         text = f"of {last['all']['n']} held-out prompts: {name} does all that was asked"
-        found.append(_tile(percent(rate["share"]), f"{text}{f'; {conclusion}' if conclusion else ''}", tone))
+        found.append(_tile(percent(rate["share"]), f"{text}{against}", tone))
         if change and (overlap := change.get("reference")):
             tone = {"better": "good", "worse": "bad"}.get(overlap["conclusion"], PLAIN)
             what = f"chrF to the reference answers: {change['before']}, then {change['after']}; {overlap['conclusion']}"
