@@ -74,11 +74,14 @@ def test_disk_bytes_count_only_written_files():
 def test_auto_quantization_counts_all_that_may_be_served():
     recipe = Recipe(data=DataSettings(prompts=120), ollama=OllamaSettings(quantization="auto"))
     work = run_cost.run_workload(recipe, LARGE, None, checkpointing=False)
-    assert set(work.served) == {F16, *recipe.convert.quantizations}
+    assert work.served == recipe.convert.quantizations
     written = {**dict.fromkeys(recipe.convert.quantizations, 2), F16: 1}  # of the tutor, and of the base
     assert disk_bytes(LARGE, work)["convert"] >= sum(gguf_bytes(LARGE, kind) * n for kind, n in written.items())
-    assert disk_bytes(LARGE, work)["publish"] == 4 * gguf_bytes(LARGE, F16)
+    assert disk_bytes(LARGE, work)["publish"] == 4 * gguf_bytes(LARGE, "Q8_0")
     assert estimate_seconds(LARGE, work, None, 2)["evaluate"]
+    named = replace(work, served=["Q4_K_M"])
+    more = estimate_seconds(LARGE, work, None, 2)["convert"] - estimate_seconds(LARGE, named, None, 2)["convert"]
+    assert more == pytest.approx(LARGE.parameters / 9e6), "the base is made in one more K-quant"
 
 
 def test_auto_answers_take_the_longest_answer_or_row():

@@ -58,7 +58,8 @@ def ladder_lines(ladder: Mapping[str, Any]) -> list[str]:
         marks = " *" * (kind == ladder["served"]) + " !" * (kind in worse)
         sized = zip(cells, widths.values(), strict=True)
         rows.append(f"  {kind + marks:<13}" + "".join(f"{cell:>{width}}" for cell, width in sized))
-    inside = f"{ladder['chosen']} is the smallest within {ladder['budget']:g} nats of {whole}, in loss and in KL"
+    chosen = "no quantization is" if ladder["chosen"] == whole else f"{ladder['chosen']} is the smallest"
+    inside = f"{chosen} within {ladder['budget']:g} nats of {whole}, in loss and in KL"
     flags = [
         f"  ! {kind} is larger and less accurate than {better}: remove it from convert.quantizations"
         for kind, better in worse.items()

@@ -210,7 +210,7 @@ def estimate_seconds(
     # Forward, backward to the inputs only, and forward again; held-out rows are scored forward only.
     operations = (6 if work.checkpointing else 4) * work.tokens + 2 * work.scored
     models = 2 if work.with_base else 1
-    slow = sum("_K" in kind for kind in work.quantizations) + work.with_base
+    slow = sum("_K" in kind for kind in (*work.quantizations, *(work.served if work.with_base else ())))
     answers = models * work.prompts * work.answer * max(gguf_bytes(shape, kind) for kind in work.served)
     return {
         "train": STARTUP_SECONDS + operations * shape.parameters / training_rate if training_rate else None,

@@ -178,7 +178,8 @@ class OllamaSettings(Settings):
     """The model that is published."""
 
     model: str = "tutor"
-    # The served one of convert.quantizations; "auto": the smallest within convert.budget.
+    # The served one of convert.quantizations; "auto": the smallest within convert.budget,
+    # and the closest to F16 where none is.
     quantization: ServedKind = "Q4_K_M"
 
 

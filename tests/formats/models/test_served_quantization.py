@@ -27,7 +27,7 @@ def test_setting_decides_unless_it_is_auto() -> None:
     assert (resolve("Q4_K_M", "Q8_0"), resolve("auto", "Q8_0")) == ("Q4_K_M", "Q8_0")
 
 
-def test_possible_quantizations_for_auto_are_all_and_f16() -> None:
-    assert possible_quantizations("auto", ["Q4_K_M", "Q8_0"]) == ["F16", "Q4_K_M", "Q8_0"]
+def test_possible_quantizations_for_auto_are_all_made() -> None:
+    assert possible_quantizations("auto", ["Q4_K_M", "Q8_0"]) == ["Q4_K_M", "Q8_0"]
     assert possible_quantizations("Q8_0", ["Q4_K_M", "Q8_0"]) == ["Q8_0"]
     assert possible_quantizations("F16", ["Q8_0"]) == ["F16"]

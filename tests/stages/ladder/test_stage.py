@@ -163,6 +163,16 @@ def test_quantization_named_by_the_recipe_is_served(inputs: dict[str, Path], tmp
 
 
 @pytest.mark.llamacpp
+def test_auto_without_one_inside_the_budget_serves_the_closest(
+    inputs: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    results = stage.run(recipe("Q4_0", "Q8_0", budget=1e-9), inputs, tmp_path)
+    assert (results["chosen"], results["served"]) == ("F16", "Q8_0")
+    assert json.loads((tmp_path / "served.json").read_text()) == {"quantization": "Q8_0"}
+    assert "Q8_0, the closest to F16, is served" in caplog.text
+
+
+@pytest.mark.llamacpp
 def test_missing_file_raises_and_leaves_no_distributions(inputs: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"tutor-Q6_K\.gguf is missing"):
         stage.run(recipe("Q6_K"), inputs, tmp_path)

@@ -9,7 +9,7 @@ from pathlib import Path
 from tutor.artifacts.disk import read_json, write_json
 from tutor.artifacts.manifest import MANIFEST
 from tutor.errors import ArtifactError
-from tutor.recipe.quantizations import AUTO, F16
+from tutor.recipe.quantizations import AUTO
 
 SERVED = "served.json"
 """Name of the file in the ladder stage's folder that holds its choice."""
@@ -20,12 +20,12 @@ def resolve(setting: str, chosen: str) -> str:
     return chosen if setting == AUTO else setting
 
 
-def possible_quantizations(setting: str, quantizations: Iterable[str], reference: str = F16) -> list[str]:
+def possible_quantizations(setting: str, quantizations: Iterable[str]) -> list[str]:
     """Return the quantizations that may be served for a setting, before the ladder stage has run.
 
-    `reference` is the type of the 16-bit file: of one size, whichever it is.
+    "auto" never serves the 16-bit file: the base's would have to be kept for it, on the disk and by Ollama.
     """
-    return [reference, *quantizations] if setting == AUTO else [setting]
+    return [*quantizations] if setting == AUTO else [setting]
 
 
 def served_quantization(setting: str, ladder: Path) -> str:

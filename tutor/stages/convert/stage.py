@@ -107,7 +107,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     text = CalibrationText(rows, recipe.system, prompt)
     quantizations = recipe.convert.quantizations
     reference = expected["base"].file_type
-    may_be_served = possible_quantizations(recipe.ollama.quantization, quantizations, reference)
+    may_be_served = possible_quantizations(recipe.ollama.quantization, quantizations)
     wanted: dict[str, list[str]] = {"tutor": [*quantizations]}
     if recipe.convert.base:
         # First, so that its 16-bit file is gone before the tutor's is there. The evaluate stage compares both in the

@@ -53,10 +53,14 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     threads = usable_cores()
     figures = benchmark(files, rows, threads, out)
     chosen = choose(figures, recipe.convert.budget)
-    served = resolve(recipe.ollama.quantization, chosen)
+    nearest = closest(figures) if chosen == reference else chosen
+    served = resolve(recipe.ollama.quantization, nearest)
     if recipe.ollama.quantization == AUTO and chosen == reference:
-        budget = recipe.convert.budget
-        log.warning("no quantization loses less than convert.budget (%g): %s is served", budget, reference)
+        log.warning(
+            "no quantization loses less than convert.budget (%g): %s, the closest to %s, is served (KL %.4f); add Q8_0 "
+            'to convert.quantizations, or set ollama.quantization = "%s"',
+            recipe.convert.budget, nearest, reference, figures[nearest]["kl"], reference,
+        )  # fmt: skip
     worse = worse_and_larger(figures)
     for kind, better in worse.items():
         log.warning("%s is larger and less accurate than %s: remove it from convert.quantizations", kind, better)
@@ -159,6 +163,12 @@ def choose(figures: Mapping[str, Mapping[str, Any]], budget: float) -> str:
     """
     inside = [kind for kind, each in figures.items() if each["more"] <= budget and each["kl"] <= budget]
     return min(inside, key=lambda kind: (figures[kind]["size"], kind), default=next(iter(figures), F16))
+
+
+def closest(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the quantization with the smallest KL divergence from the first file, the 16-bit one."""
+    _, *quantizations = figures
+    return min(quantizations, key=lambda kind: (figures[kind]["kl"], figures[kind]["size"]))
 
 
 def worse_and_larger(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
