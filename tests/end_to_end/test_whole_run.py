@@ -18,8 +18,11 @@ from support.shared import copied, linked
 from tutor.artifacts.disk import remove
 from tutor.artifacts.manifest import MANIFEST, find_damage, read_manifest
 from tutor.artifacts.stage_folder import PARTIAL
+from tutor.engines import own_generation
 from tutor.engines.llamacpp.build import build_folder, is_built
 from tutor.pipeline import registry
+from tutor.recipe.reading import read_recipe
+from tutor.serving.evaluation.baselines import run_baselines
 
 pytestmark = [
     pytest.mark.pipeline,
@@ -150,6 +153,25 @@ def test_chat_keeps_history_and_exits_on_command(built: Path) -> None:
     done = tutor("chat", build=built, stdin="hola\n¿y después?\n/salir\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") >= 2
+
+
+def test_base_with_more_examples_reads_longer_prompts(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real servers, with the base's own template and tokenizer; answers are short, so that it takes seconds."""
+    monkeypatch.setattr(own_generation, "ANSWER_TOKENS", 8)
+    monkeypatch.setattr(own_generation, "THOUGHT_TOKENS", 0)
+    found = run_baselines(read_recipe(TINY), linked(built, tmp_path / "build"))
+    ways = {name: (way["prompt_tokens"], way["tokens"]) for name, way in found["ways"].items()}
+    assert [name for name in ways if "example" in name] == [
+        "base + 1 example",
+        "base + 3 examples",
+        "base + 5 examples",
+    ]
+    read = [ways[name][0] for name in ("base", "base + 1 example", "base + 3 examples", "base + 5 examples")]
+    assert read == sorted(set(read))
+    assert all(0 < tokens <= 24 for _, tokens in ways.values())
+    assert found["decision"]["outcome"] == "nothing shown"
 
 
 def test_llama_server_ends_with_its_command(built: Path) -> None:
