@@ -60,7 +60,7 @@ log = logging.getLogger(__name__)
 
 JOURNALS = "journals"
 """Folder of the journals, one file a way."""
-GENERATING = ("stages/evaluate/answers.py", "engines/llamacpp/server.py")
+GENERATING = ("stages/evaluate/answers.py", "engines/llamacpp/server.py", "formats/models/own_prompt.py")
 """Modules whose code an answer depends on."""
 COSTS = ("prompt_tokens", "tokens", "seconds")
 """Costs of an answer; None without any answer."""
@@ -121,7 +121,8 @@ def _model(recipe: Recipe, build: Path, name: str) -> _Model:
     if name == "base":
         own = read_own_prompt(base)
         prompt: PromptFormat = own
-        generation, rendered = own_generation(base, recipe), {"template": own.template}
+        generation = own_generation(base, recipe)
+        rendered: dict[str, Any] = {"own_prompt": asdict(own)}
     else:
         prompt = prompt_of(recipe, folder)
         generation, rendered = greedy(recipe.generate, recipe.seed, prompt.stops), {"prompt": prompt.kind}
