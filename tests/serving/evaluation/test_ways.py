@@ -28,7 +28,7 @@ def words(way: Way, row: Any) -> int:
 
 
 def test_ways_ask_every_prompt_with_more_and_more_help(recipe: Recipe) -> None:
-    ways = base_ways(recipe, PROMPTS, TRAINING, "Responde en español.", "Sé breve.")
+    ways = base_ways(recipe, PROMPTS, TRAINING, "Sé breve.")
     assert [way.name for way in ways] == [
         "base",
         "base + system text",
@@ -43,18 +43,18 @@ def test_ways_ask_every_prompt_with_more_and_more_help(recipe: Recipe) -> None:
     assert [len(each[0]) for each in asked] == [1, 2, 3, 7, 11, 3, 7, 11]
     for conversations in asked:
         last = [conversation[-1]["content"] for conversation in conversations]
-        assert last == [f"{prompt['instruction']}\n\nResponde en español." for prompt in PROMPTS]
+        assert last == [prompt["instruction"] for prompt in PROMPTS]
     similar = [conversation[8]["content"] for conversation in asked[-1]]
     assert similar == ["¿Qué es pisto?", "¿Qué es fabada?"], "the most similar row stands next to the question"
 
 
 def test_few_training_rows_are_all_shown(recipe: Recipe) -> None:
-    names = [way.name for way in base_ways(recipe, PROMPTS, TRAINING[:4], "", "Sé breve.")]
+    names = [way.name for way in base_ways(recipe, PROMPTS, TRAINING[:4], "Sé breve.")]
     assert names[-4:] == ["base + 1 example", "base + 3 examples", "base + 1 similar row", "base + 3 similar rows"]
 
 
 def test_way_whose_longest_prompt_does_not_fit_is_left_out(recipe: Recipe) -> None:
-    ways = base_ways(recipe, PROMPTS, TRAINING, "", "Sé breve.")
+    ways = base_ways(recipe, PROMPTS, TRAINING, "Sé breve.")
     longest = max(words(ways[3], row) for row in ways[3].prompts)
     kept, left_out = fit(ways, Room(answer=300, context=256, limit=300 + longest), words)
     assert [way.name for way in kept] == [
@@ -70,7 +70,7 @@ def test_way_whose_longest_prompt_does_not_fit_is_left_out(recipe: Recipe) -> No
 
 
 def test_base_alone_is_asked_in_any_case(recipe: Recipe) -> None:
-    kept, left_out = fit(base_ways(recipe, PROMPTS, TRAINING, "", "Sé breve."), Room(300, 256, 256), words)
+    kept, left_out = fit(base_ways(recipe, PROMPTS, TRAINING, "Sé breve."), Room(300, 256, 256), words)
     assert [(way.name, way.context) for way in kept] == [("base", 256)]
     assert len(left_out) == 7
 

@@ -22,7 +22,7 @@ import shutil
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,33 +34,31 @@ from tutor.artifacts.stage_folder import checkpoint_folder, log_folder, writing
 from tutor.engines.answer_limit import with_answer_limit
 from tutor.engines.llamacpp.build import build_key
 from tutor.engines.llamacpp.server import LlamaServer, serve
-from tutor.engines.own_generation import own_generation
-from tutor.engines.protocol import Generation, greedy
 from tutor.errors import RecipeError
 from tutor.formats.models.model_folder import read_facts
-from tutor.formats.models.own_prompt import read_own_prompt
 from tutor.formats.rows.split_files import PROMPTS, TRAIN, read_split
 from tutor.graders.verdict import Record
 from tutor.machine.host import usable_cores
 from tutor.machine.memory.shapes import read_shape
 from tutor.pipeline.recipe_folder import held
 from tutor.pipeline.runner import announced
-from tutor.prompt.format import PromptFormat, asked_messages
-from tutor.recipe.language_lines import language_line
+from tutor.prompt.format import asked_messages
+from tutor.prompt.messages import with_line
 from tutor.recipe.settings import Recipe
 from tutor.serving.evaluation.compare import LEFT_OUT
 from tutor.serving.evaluation.decision import Scored, choose_measure, decide, scores
 from tutor.serving.evaluation.ways import Room, Row, Way, base_ways, fit, system_text
 from tutor.serving.model_names import ModelChoice
-from tutor.serving.models import answer_dependencies, gguf_of, prompt_of
+from tutor.serving.models import answer_dependencies, gguf_of
 from tutor.stages.evaluate import rates, stage
 from tutor.stages.evaluate.answers import Task, answer_prompts
+from tutor.stages.evaluate.asking import BASE, TUTOR_MODEL, Asking, asking
 
 log = logging.getLogger(__name__)
 
 JOURNALS = "journals"
 """Folder of the journals, one file a way."""
-GENERATING = ("stages/evaluate/answers.py", "engines/llamacpp/server.py", "formats/models/own_prompt.py")
+GENERATING = ("stages/evaluate/answers.py", "stages/evaluate/asking.py", "engines/llamacpp/server.py")
 """Modules whose code an answer depends on."""
 COSTS = ("prompt_tokens", "tokens", "seconds")
 """Costs of an answer; None without any answer."""
@@ -71,8 +69,7 @@ class _Model:
     """How one of the two models is asked."""
 
     gguf: Path
-    prompt: PromptFormat
-    generation: Generation
+    asking: Asking
     key: Mapping[str, Any]  # what its answers depend on
 
 
@@ -88,14 +85,14 @@ def run_baselines(recipe: Recipe, build: Path, system: str | None = None) -> dic
     with held(recipe, build):
         data = require_stage(folder.stage("data"), "data")
         require_stage(folder.stage("base"), "base")
-        models = {name: _model(recipe, build, name) for name in ("base", "tutor")}
+        models = {name: _model(recipe, build, name) for name in (BASE, TUTOR_MODEL)}
         training = read_split(folder.stage("data"), TRAIN)
         system = system_text(recipe, training) if system is None else system
         code = provenance.SourceTree(folder.hashes).provenance("serving/evaluation/baselines.py", left_out=LEFT_OUT)
         asked = {
             f"{name}.{key}": value
             for name, model in models.items()
-            for key, value in {**asdict(model.generation), **model.key}.items()
+            for key, value in {**asdict(model.asking.generation), "line": model.asking.line, **model.key}.items()
         }
         settings = {"language": recipe.data.language, "seed": recipe.seed, "system": [recipe.system, system]}
         fields = {"input.data": data.fingerprint, **asked, **settings, **code.fields}
@@ -112,24 +109,21 @@ def run_baselines(recipe: Recipe, build: Path, system: str | None = None) -> dic
 
 def _model(recipe: Recipe, build: Path, name: str) -> _Model:
     folder, choice = BuildFolder(build, recipe.name), ModelChoice(name)
-    base = folder.stage("base")
-    if name == "base" and not recipe.convert.base:
+    if name == BASE and not recipe.convert.base:
         raise RecipeError(
             f"{recipe.path} has convert.base = false: there is no base to compare with in the same quantization",
             "set convert.base = true, then: tutor convert",
         )
-    if name == "base":
-        own = read_own_prompt(base)
-        prompt: PromptFormat = own
-        generation = own_generation(base, recipe)
-        rendered: dict[str, Any] = {"own_prompt": asdict(own)}
-    else:
-        prompt = prompt_of(recipe, folder)
-        generation, rendered = greedy(recipe.generate, recipe.seed, prompt.stops), {"prompt": prompt.kind}
+    way = asking(recipe, folder.stage("base"), name)
     tree = provenance.SourceTree(folder.hashes)
     code = [tree.provenance(module).code for module in GENERATING]
     served = answer_dependencies(recipe, build, choice)
-    return _Model(gguf_of(recipe, build, choice), prompt, generation, {**served, **rendered, "code": code})
+    return _Model(gguf_of(recipe, build, choice), way, {**served, "template": _template(way), "code": code})
+
+
+def _template(way: Asking) -> str:
+    """What a prompt looks like, as one text: prompts are rendered here, by a template and its special tokens."""
+    return way.prompt.render([{"role": "user", "content": "¿?"}])
 
 
 def _reuse_journals(target: Path, out: Path) -> None:
@@ -145,30 +139,31 @@ def _compare(recipe: Recipe, build: Path, models: Mapping[str, _Model], system: 
     """Ask all ways, write their answers into `out`, and return the results."""
     data = BuildFolder(build, recipe.name).stage("data")
     prompts, training = read_split(data, PROMPTS), read_split(data, TRAIN)
-    line = language_line(recipe.data.language)
     logs = log_folder(out)
     logs.mkdir(exist_ok=True)
-    ways = base_ways(recipe, prompts, training, line, system)
-    ways, left_out = _fitting(recipe, build, ways, models["base"], logs)
+    ways = base_ways(recipe, prompts, training, system)
+    ways, left_out = _fitting(recipe, build, ways, models[BASE], logs)
     for name, reason in left_out.items():
         log.warning("%s is left out: %s", name, reason)
-    ways.append(Way("tutor", "tutor", prompts, recipe.system, recipe.generate.context))
+    ways.append(Way("tutor", TUTOR_MODEL, prompts, recipe.system, recipe.generate.context))
     records: dict[str, list[Record]] = {}
     for way in ways:
         model = models[way.model]
         answers = _answers(way, model, out, logs)
-        how = {"language": recipe.data.language, "kind": model.prompt.kind}
+        how = {"language": recipe.data.language, "kind": model.asking.prompt.kind}
         records[way.name] = stage.graded(prompts, answers, training, **how)
     write_json(out / stage.ANSWERS, stage.side_by_side(prompts, records))
     shutil.copytree(checkpoint_folder(out), out / JOURNALS)
     found = _results(prompts, ways, records, recipe.seed)
+    for way in ways:
+        found["ways"][way.name]["asked"] = replace(models[way.model].asking, system=way.system).text
     return {
         **found,
         "language": recipe.data.language,
         "left_out": left_out,
         "system": system,
-        "line": line,
-        "generation": {name: asdict(model.generation) for name, model in models.items()},
+        "line": models[BASE].asking.line,
+        "generation": {name: asdict(model.asking.generation) for name, model in models.items()},
         "files": {name: model.key["sha256"] for name, model in models.items()},
     }
 
@@ -179,18 +174,20 @@ def _fitting(
     """The ways that fit into the context that the base was trained for, counted with its own tokenizer."""
     model = read_facts(BuildFolder(build, recipe.name).stage("base"))[1]
     context = recipe.generate.context
-    room = Room(base.generation.max_new_tokens, context, read_shape(model).positions or context)
+    room = Room(base.asking.generation.max_new_tokens, context, read_shape(model).positions or context)
+    prompt = base.asking.prompt
     with _server(base, context, usable_cores(), logs / "tokens.log") as server:
 
         def count(way: Way, row: Row) -> int:
-            return len(server.tokenize(base.prompt.render(asked_messages(base.prompt, row, way.system))))
+            messages = with_line(asked_messages(prompt, row, way.system), base.asking.line)
+            return len(server.tokenize(prompt.render(messages)))
 
         return fit(ways, room, count)
 
 
 @contextmanager
 def _server(model: _Model, context: int, threads: int, log_file: Path) -> Iterator[LlamaServer]:
-    with serve(model.gguf, context=context, threads=threads, log=log_file, prompt=model.prompt) as server:
+    with serve(model.gguf, context=context, threads=threads, log=log_file, prompt=model.asking.prompt) as server:
         yield server
 
 
@@ -204,7 +201,8 @@ def _answers(way: Way, model: _Model, out: Path, logs: Path) -> list[Record]:
 
     key = {**model.key, "context": way.context, "engine": build_key()}
     journal = checkpoint_folder(out) / f"{name}.jsonl"
-    task = Task(way.name, model.generation, way.system, journal, key, model.prompt)
+    how = model.asking
+    task = Task(way.name, how.generation, way.system, journal, key, how.prompt, how.line)
     return answer_prompts(start, way.prompts, task, parallel=servers)
 
 
@@ -226,13 +224,9 @@ def _results(
             "context": way.context,
             "score": round(scored[-1].mean, 4),
         }
-    tuned = ways[-1].name
     return {
         "ways": summaries,
-        "differences": [
-            {"before": way.name, "after": tuned, **rates.changes(prompts, records[way.name], records[tuned], seed)}
-            for way in ways[:-1]
-        ],
+        "differences": stage.changes_to_last(prompts, records, seed),
         "decision": decide(scored, measure, seed),
     }
 

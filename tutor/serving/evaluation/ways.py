@@ -62,21 +62,18 @@ def system_text(recipe: Recipe, training: Sequence[Row]) -> str:
     return f"Answer the question directly, in about {max(5, round(words, -1)):.0f} words, and stop there.{code}"
 
 
-def base_ways(recipe: Recipe, prompts: Sequence[Row], training: Sequence[Row], line: str, system: str) -> list[Way]:
-    """Return the ways to ask the base, the cheapest first; `line`: the last paragraph of every question."""
-    asked = [
-        {**row, "instruction": f"{row['instruction']}\n\n{line}" if line else row["instruction"]} for row in prompts
-    ]
-    ways = [Way("base", "base", asked), Way("base + system text", "base", asked, system)]
+def base_ways(recipe: Recipe, prompts: Sequence[Row], training: Sequence[Row], system: str) -> list[Way]:
+    """Return the ways to ask the base, the cheapest first."""
+    ways = [Way("base", "base", prompts), Way("base + system text", "base", prompts, system)]
     counts = [count for count in EXAMPLES if count <= len(training)]
     for count in counts:
         shown = fixed_examples(training, count, recipe.seed)
         name = f"base + {count} example{'s' if count > 1 else ''}"
-        ways.append(Way(name, "base", [with_examples(row, shown) for row in asked]))
+        ways.append(Way(name, "base", [with_examples(row, shown) for row in prompts]))
     similar = similar_rows(training, prompts, max(counts), recipe.data.language)
     for count in counts:
         # The most similar row stands last, next to the question.
-        found = [with_examples(row, rows[:count][::-1]) for row, rows in zip(asked, similar, strict=True)]
+        found = [with_examples(row, rows[:count][::-1]) for row, rows in zip(prompts, similar, strict=True)]
         ways.append(Way(f"base + {count} similar row{'s' if count > 1 else ''}", "base", found, similar=True))
     return ways
 
