@@ -45,6 +45,18 @@ def test_prompt_without_expectation_demands_form_and_spanish() -> None:
     assert reasons(prompt(), " \n")[0] == "it is empty"
 
 
+def test_reference_with_code_demands_code_without_expectation() -> None:
+    python = f"{PROSE}\n\n```python\nx = 1\n```"
+    asked = [{**prompt(), "reference": python}, {**prompt(), "reference": PROSE}]
+    asked.append({**prompt({"code": False}), "reference": python})
+    records = grade(asked, [answer(f" {PROSE}")] * 3)
+    assert [record["reasons"] for record in records] == [["it has no code, and its reference has some"], [], []]
+    assert [record["verdicts"]["reference_code"] for record in records] == [False, True, False]
+    assert grade(asked[:1], [answer(python)])[0]["passed"]
+    assert "reference_code" not in grade(asked[1:2], [answer()])[0]["verdicts"]
+    assert records[1]["verdicts"]["chrf"] > 99 > records[0]["verdicts"]["chrf"]
+
+
 def test_prompts_in_other_language_do_not_demand_the_language() -> None:
     english = prompt(question="What is an interface, and when should one be used instead of a type alias?")
     assert not are_in_language([english], "es")

@@ -15,6 +15,7 @@ LABELS = {
     "ended": "ended by itself",
     "answered": "not empty",
     "code_block": "with code",
+    "reference_code": "code as its reference",
     "fences_closed": "code fences closed",
     "no_loop": "without a loop",
     "no_leak": "no template text",

@@ -10,12 +10,14 @@ states an expectation. Verdicts are about the answer alone, without the model's 
 properties in FORM_REASONS, and the language of the recipe when the prompts themselves are in it.
 `expect` and `code` of a prompt demand that the code compiles, that given code fails as stated and is corrected with its
 names kept, and which concepts must and which texts must not be in the answer. With a `reference` of its prompt an
-answer also has scores among its verdicts, `chrf` and `chrf_other` (reference.py), which demand nothing.
+answer also has scores among its verdicts, `chrf` and `chrf_other` (reference.py), which demand nothing; a reference
+with code demands code, of any language, where the prompt states no expectation.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tutor.formats.markdown import fenced_blocks
 from tutor.graders.code import MAX_TEXT, grade_answers
 from tutor.graders.format import grade_format
 from tutor.graders.language import is_in_language, prose
@@ -36,6 +38,8 @@ FORM_REASONS = {
 """Properties of the form that every answer must have, with the reason of a failure."""
 NO_ANSWER = "it is a thought without an answer"
 """Reason of a failure: the model ended within or behind its thought."""
+NO_CODE = "it has no code, and its reference has some"
+"""Reason of a failure, for prompts without an expectation of their own."""
 CODE_VERDICTS = ("compiles", "expected")
 """Verdicts on code and words, for prompts that state an expectation."""
 
@@ -57,10 +61,7 @@ def grade(
     demanded = language if are_in_language(prompts, language) else ""
     given = [index for index, answer in enumerate(answers) if "error" not in answer]
     texts = [answers[index]["text"] for index in given]
-    overlaps = grade_references(
-        [None if "error" in answer else answer["text"][:MAX_TEXT] for answer in answers],
-        [prompt.get("reference", "") for prompt in prompts],
-    )
+    compared = _compare_with_references(prompts, answers)
     code: dict[int, dict[str, Any]] = {}
     if any_expectation(prompts):
         code = dict(zip(given, grade_answers([prompts[index] for index in given], texts), strict=True))
@@ -69,8 +70,11 @@ def grade(
         if "error" in answer:
             records.append({**answer, "passed": False, "reasons": [f"no answer: {answer['error']}"]})
             continue
-        verdicts = {**_verdicts(answer, lengths, language, kind), **(overlaps[index] or {})}
-        records.append(_record(answer, verdicts, _text_reasons(answer, verdicts, demanded), code.get(index)))
+        verdicts = {**_verdicts(answer, lengths, language, kind), **compared[index]}
+        reasons = _text_reasons(answer, verdicts, demanded)
+        if not verdicts.get("reference_code", True) and not prompts[index].get("expect"):
+            reasons.append(NO_CODE)
+        records.append(_record(answer, verdicts, reasons, code.get(index)))
     return records
 
 
@@ -101,6 +105,22 @@ def _verdicts(answer: Record, lengths: tuple[int, int] | None, language: str, ki
     if lengths:
         verdicts["usual_length"] = lengths[0] / 2 <= verdicts["characters"] <= lengths[1] * 2
     return verdicts
+
+
+def _compare_with_references(prompts: Sequence[Mapping[str, Any]], answers: Sequence[Record]) -> list[dict[str, Any]]:
+    """The verdicts that depend on references; `reference_code` for every answer, where any reference has code."""
+    texts = [None if "error" in answer else answer["text"][:MAX_TEXT] for answer in answers]
+    references = [prompt.get("reference", "") for prompt in prompts]
+    overlaps = grade_references(texts, references)
+    needed = [_has_code(reference) for reference in references]
+    return [
+        {**(overlap or {}), **({"reference_code": not need or _has_code(text or "")} if any(needed) else {})}
+        for text, overlap, need in zip(texts, overlaps, needed, strict=True)
+    ]
+
+
+def _has_code(text: str) -> bool:
+    return any(block.code.strip() for block in fenced_blocks(text))
 
 
 def _text_reasons(answer: Record, verdicts: Mapping[str, Any], demanded: str) -> list[str]:

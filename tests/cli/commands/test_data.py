@@ -20,6 +20,17 @@ def test_wrong_rows_are_listed_with_file_and_line(tutor, tmp_path):
     ]
 
 
+def test_check_names_a_language_that_is_not_set(tmp_path):
+    shutil.copy(ROOT / "tests" / "support" / "cooking.jsonl", tmp_path / "tutor.jsonl")
+    notes = {}
+    for language in ("es", "fr", "any"):
+        (tmp_path / "r.toml").write_text(f'[data]\nlanguage = "{language}"\n', "utf-8")
+        done = in_process("data", "check", "--no-code", "-r", tmp_path / "r.toml", "-b", tmp_path / "build")
+        notes[language] = [line for line in done.stdout.splitlines() if "note:" in line]
+    expected = "  note: the questions are not Spanish, the language of data.language = 'es': correct one"
+    assert notes == {"es": [expected], "fr": [], "any": []}
+
+
 @pytest.mark.parametrize("command", ["check", "lint", "stats", "split"])
 def test_recipe_without_eval_reads_its_rows_alone(command, tmp_path):
     shutil.copy(ROOT / "tests" / "support" / "cooking.jsonl", tmp_path / "tutor.jsonl")

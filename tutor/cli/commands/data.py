@@ -18,8 +18,9 @@ from tutor.cli.options import indented, json_option, load_recipe, print_result, 
 from tutor.errors import ArtifactError, DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from tutor.formats.rows.examples import Example
     from tutor.recipe.settings import Recipe
     from tutor.stages.data.base_tokens import BaseTokens
     from tutor.stages.data.lint.linter import LintReport
@@ -86,17 +87,29 @@ def _read_recipe_files(recipe: "Recipe", *, strict: bool) -> list[tuple[Path, An
     inputs = data_files(recipe)
     limits = reading.row_limits(recipe)
     examples, notes = reading.read_examples(inputs["train"], strict=strict, limits=limits)
+    noted = [*notes.warnings(), *_language_notes(recipe, examples)]
     if "eval" not in inputs:
-        return [(inputs["train"], examples, notes.warnings())]
+        return [(inputs["train"], examples, noted)]
     prompts, prompt_notes = reading.read_prompts(inputs["eval"], strict=strict, limits=limits)
     _, leaks = splitting.without_leaks(examples, prompts)
     if leaks and strict:
         raise DataError(f"{inputs['train']}: {len(leaks)} rows repeat a question of {inputs['eval']}")
     shared = [f"{len(leaks)} rows are also prompts, and are left out of training"] if leaks else []
     return [
-        (inputs["train"], examples, [*notes.warnings(), *shared]),
+        (inputs["train"], examples, [*noted, *shared]),
         (inputs["eval"], prompts, prompt_notes.warnings()),
     ]
+
+
+def _language_notes(recipe: "Recipe", examples: "Sequence[Example]") -> list[str]:
+    """Return a note where the questions are not in the language of the recipe, which is then not demanded."""
+    from tutor.graders.verdict import are_in_language
+    from tutor.recipe.values import ANY_LANGUAGE, LANGUAGES
+
+    language = recipe.data.language
+    if language == ANY_LANGUAGE or are_in_language([{"instruction": each.instruction} for each in examples], language):
+        return []
+    return [f"the questions are not {LANGUAGES[language]}, the language of data.language = {language!r}: correct one"]
 
 
 def _code_line(code: dict[str, Any] | None) -> str:
