@@ -256,6 +256,8 @@ def _comparison_line(old: str, new: str, result: Mapping[str, Any]) -> str:
     interval = f"{100 * change['difference']:+.0f} points [{100 * change['low']:+.0f}, {100 * change['high']:+.0f}]"
     text = f"{old}, in service, and {new} answer {shares} of {result['n']} prompts well, {interval}"
     text += f": {change['conclusion']}"
+    ways = [way for way in result.get("asked", {}).values() if way]
+    text += f"; asked in different ways: {ways[0]}, then {ways[1]}" if len(set(ways)) > 1 else ""
     text += "".join(f"; {found['text']}" for found in reference_findings(f"{old} to {new}", result))
     if result["n"] < MIN_PROMPTS:
         text += f"; {result['n']} prompts are too few to show a loss"

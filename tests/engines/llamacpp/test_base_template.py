@@ -1,20 +1,22 @@
-"""prompt/base_format.py against the pinned llama-server, which renders a GGUF's own template with its own Jinja."""
+"""prompt/base_format.py and own_format.py against the pinned llama-server, which renders a GGUF's template itself."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.models.chat_templates import FACTS, SUPPORTED
+from support.models.chat_templates import BOS, CHATML, EOS, FACTS, NO_SYSTEM, OPENS, SUPPORTED
 
 pytest.importorskip("torch")
 
 from tutor.engines.llamacpp.convert import Conversion, to_gguf
 from tutor.engines.llamacpp.server import serve
 from tutor.engines.llamacpp.trace import rendered
+from tutor.engines.protocol import Generation
 from tutor.formats.models.pre_tokenizer import pre_tokenizer_name
 from tutor.prompt.base_format import BaseFormat
 from tutor.prompt.messages import Message
+from tutor.prompt.own_format import OwnFormat
 from tutor.prompt.template_analysis import analyse_template
 
 QUESTION: Message = {"role": "user", "content": "¿Qué <es> & 'esto'?\n\n  {{ x }}"}
@@ -86,3 +88,20 @@ def test_llama_server_knows_when_a_template_was_not_fixed(with_template, tmp_pat
         ) as server:
             messages = [QUESTION, ANSWER, QUESTION]
             assert rendered(server, messages) != prompt.render(messages)
+
+
+@pytest.mark.llamacpp
+@pytest.mark.parametrize("template", [CHATML, OPENS, NO_SYSTEM], ids=["CHATML", "OPENS", "NO_SYSTEM"])
+def test_llama_server_renders_a_bases_own_prompt(with_template, tmp_path, template):
+    own = OwnFormat.from_template(template, {"bos_token": BOS, "eos_token": EOS}, FACTS.added, add_bos=True)
+    gguf = with_template(template)
+    sampled = Generation(8, 0.8, 0.9, 1.0, 7, (), repeatable=True)
+    with serve(gguf, context=512, threads=1, log=tmp_path / "log", own_template=True, prompt=own) as server:
+        for messages in ([QUESTION], [QUESTION, ANSWER, QUESTION]):
+            assert rendered(server, messages) == own.render(messages)
+        first = server.answer([QUESTION], sampled)
+        server.answer([QUESTION, ANSWER, QUESTION], sampled)
+        again = server.answer([QUESTION], sampled)
+        assert (again.text, again.thought, again.finish) == (first.text, first.thought, first.finish)
+        assert first.prompt_tokens == len(server.tokenize(own.render([QUESTION])))
+        assert bool(first.thought) == own.opened, "an opened thought of eight tokens has no end"

@@ -110,6 +110,8 @@ def _changed(changed: Mapping[str, Any], labels: Mapping[str, str]) -> list[dict
     names = f"{changed['before']} to {changed['after']}"
     found = []
     for name, over_all in changed["all"].items():
+        if name == "stopped" and over_all == changed["all"].get("ended"):
+            continue  # no answer ended at a stop text
         if name == "passed" or over_all["conclusion"] != NO_DIFFERENCE:
             found.append(_sentence(f"{names}, {labels[name]}", over_all))
         for kind, entry in changed["kinds"].get(name, {}).items():

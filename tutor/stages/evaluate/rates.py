@@ -14,7 +14,7 @@ from tutor.graders.intervals import conclude, paired_verdicts, wilson
 from tutor.graders.labels import LABELS
 from tutor.stages.evaluate.references import reference_change, reference_summary
 
-BY_KIND = ("passed", "language", "stopped", "compiles")
+BY_KIND = ("passed", "language", "ended", "compiles")
 """Verdicts whose changes are also counted by kind of question: a small model can improve and still pass no prompt."""
 
 
