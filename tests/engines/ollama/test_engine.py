@@ -12,6 +12,7 @@ from tutor.engines.ollama.protocol import (
 from tutor.engines.protocol import Generation, greedy
 from tutor.errors import ServiceError
 from tutor.prompt.messages import Message, conversation
+from tutor.prompt.own_format import OwnFormat
 from tutor.recipe.settings import GenerateSettings
 
 GREEDY = Generation(max_new_tokens=24, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=7)
@@ -174,3 +175,14 @@ def test_ctrl_c_ends_the_generation_on_the_server(server: FakeOllama, engine: Ol
     with pytest.raises(KeyboardInterrupt):
         engine.answer(HOLA, GREEDY, interrupt)
     assert server.cancelled.wait(5)
+
+
+def test_raw_prompts_are_rendered_here_and_a_thought_stays_in_the_text(server: FakeOllama, api: Ollama) -> None:
+    base = OwnFormat("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|think|>", {}, add_bos=False)
+    server.reply_to = lambda prompt: [("<think>Pienso.", -0.1), ("</think>\n", -0.1), (prompt, -0.1)]
+    answer = OllamaServer(api, "tutor", base, raw=True).answer(HOLA, GREEDY)
+    assert (answer.thought, answer.text, answer.finish) == ("Pienso.", "<|user|>Hola<|think|>", "eos")
+    (body,) = server.bodies("POST /api/generate")
+    assert (body["raw"], body["think"], body["prompt"]) == (True, False, "<|user|>Hola<|think|>")
+    assert body["options"]["repeat_last_n"] == 64
+    assert not server.bodies("POST /api/chat")

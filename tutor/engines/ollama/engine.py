@@ -9,7 +9,7 @@ value would load the model again. Truncates nothing: a prompt that is too long i
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,18 +32,23 @@ FINISHES: dict[str, Finish] = {"stop": "eos", "length": "length"}
 
 
 @contextlib.contextmanager
-def serve(model: str, host: str | None = None, prompt: PromptFormat = TUTOR) -> Iterator["OllamaServer"]:
+def serve(
+    model: str, host: str | None = None, prompt: PromptFormat = TUTOR, *, raw: bool = False
+) -> Iterator["OllamaServer"]:
     """A published model as an engine. Raises ServiceError when there is no server or no such model."""
     with connect(host) as server:
-        yield OllamaServer(server, model, prompt)
+        yield OllamaServer(server, model, prompt, raw=raw)
 
 
 class OllamaServer:
-    """An `Engine`: one model of an Ollama server. The constructor reads the model's description from the server."""
+    """An `Engine`: one model of an Ollama server. The constructor reads the model's description from the server.
+
+    `raw`: the prompts are rendered here, whatever template the model has on the server.
+    """
 
     name = "ollama"
 
-    def __init__(self, server: Ollama, model: str, prompt: PromptFormat = TUTOR) -> None:
+    def __init__(self, server: Ollama, model: str, prompt: PromptFormat = TUTOR, *, raw: bool = False) -> None:
         description = server.show(model)
         if description is None:
             hint = "publish it: tutor publish; list the models: tutor models"
@@ -51,6 +56,7 @@ class OllamaServer:
         self._server = server
         self._model = model
         self._prompt = prompt
+        self._raw = raw
         # Refused with 400 for a model without the capability, and true by default for one with it.
         self._think = {"think": bool(prompt.think)} if thinks(description) else {}
         self.context = served_context(server.host, description)
@@ -62,12 +68,11 @@ class OllamaServer:
 
         Raises ValueError for a conversation that Ollama would render otherwise than the format.
         """
-        sent = sent_messages(messages, self._prompt)
         started = time.monotonic()
         written = Generated(self._prompt.tags, generation.stops, on_text)
         end: ChatEvent | None = None
         # Leaving this block in any way closes the connection, which ends the generation too.
-        with contextlib.closing(self._server.chat(self._request(sent, generation))) as events:
+        with contextlib.closing(self._events(messages, generation)) as events:
             for event in events:
                 written.add(event.message)
                 end = event if event.done else end
@@ -79,7 +84,7 @@ class OllamaServer:
         if finish is None:
             raise ServiceError(f"Ollama: {_why_unfinished(written.pieces, end)}", "the answer is incomplete; ask again")
         if end is None:  # cut here: the counts of the last event are missing
-            prompt, tokens, speed = self._prompt_tokens(sent, generation), len(written.pieces), written.speed
+            prompt, tokens, speed = self._prompt_tokens(messages, generation), len(written.pieces), written.speed
         else:
             prompt, tokens = end.prompt_eval_count, end.eval_count
             # Durations are in nanoseconds, and left out when zero.
@@ -99,14 +104,26 @@ class OllamaServer:
             thought=reply.thought,
         )
 
-    def _prompt_tokens(self, messages: Sequence[dict[str, str]], generation: Generation) -> int:
+    def _prompt_tokens(self, messages: Sequence[Message], generation: Generation) -> int:
         """Return the number of a prompt's tokens, from an answer of one token; the server has the prompt cached."""
-        with contextlib.closing(
-            self._server.chat(self._request(messages, replace(generation, max_new_tokens=1)))
-        ) as events:
+        with contextlib.closing(self._events(messages, replace(generation, max_new_tokens=1))) as events:
             return max(event.prompt_eval_count for event in events)
 
-    def _request(self, messages: Sequence[dict[str, str]], generation: Generation) -> dict[str, Any]:
+    def _events(self, messages: Sequence[Message], generation: Generation) -> Generator[ChatEvent, None, None]:
+        """The events of an answer to messages, or to the prompt that the format makes of them."""
+        body = self._request(generation)
+        if not self._raw:
+            return self._server.chat({**body, "messages": sent_messages(messages, self._prompt), **self._think})
+        # Without `think` the server would take the thought out of the text where it knows the model's tags.
+        return self._completed({**body, "prompt": self._prompt.render(messages), "raw": True, "think": False})
+
+    def _completed(self, body: Mapping[str, Any]) -> Generator[ChatEvent, None, None]:
+        with contextlib.closing(self._server.complete(body)) as events:
+            for event in events:
+                message = ChatMessage(content=event.response)
+                yield ChatEvent(message=message, **event.model_dump(exclude={"response"}))
+
+    def _request(self, generation: Generation) -> dict[str, Any]:
         options: dict[str, Any] = {
             "num_predict": generation.max_new_tokens,  # above 0: Ollama reads 0 as no limit
             "temperature": generation.temperature,
@@ -119,10 +136,8 @@ class OllamaServer:
         if self.context:
             # The penalty of transformers covers the full sequence; Ollama's default is 64 tokens.
             options["repeat_last_n"] = self.context
-        body: dict[str, Any] = {"model": self._model, "messages": list(messages)}
         # With Ollama's default of `truncate` old turns, or the middle of a long one, would be dropped silently.
-        body |= {"stream": True, "truncate": False, "options": options}
-        return body | self._think
+        return {"model": self._model, "stream": True, "truncate": False, "options": options}
 
 
 class Generated:
