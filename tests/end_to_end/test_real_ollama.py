@@ -39,7 +39,7 @@ from tutor.prompt.tutor_format import GO_TEMPLATE, render
 from tutor.recipe.reading import read_recipe
 from tutor.recipe.settings import Recipe
 from tutor.serving import builds, publish
-from tutor.serving.evaluation import compare
+from tutor.serving.evaluation import published
 
 HOST = os.environ.get("TUTOR_TEST_OLLAMA", "")
 BINARY = os.environ.get("OLLAMA_BINARY", shutil.which("ollama") or "")
@@ -374,7 +374,7 @@ def test_builds_survive_a_restart_of_the_server(
 
 def test_published_model_is_evaluated(recipe: Recipe, build: Path) -> None:
     render_and_publish(recipe, build)
-    result = compare.evaluate_published(recipe, build, host=HOST)
+    result = published.evaluate_published(recipe, build, host=HOST)
     answers = json.loads((build / "tiny/eval-ollama/answers.json").read_text("utf-8"))
     assert result["all"]["n"] == len(answers) == 5
     assert all(row["answers"]["ollama"].get("text") for row in answers)

@@ -60,6 +60,10 @@ BASELINES = f"{STAGE_FOLDERS['evaluate']}-baselines"
 """Folder of the comparison with ways to get an answer without training."""
 
 
+PUBLISHED_EVALUATION = f"{STAGE_FOLDERS['evaluate']}-published"
+"""Folder of the comparison of base and tutor in Ollama."""
+
+
 def gguf_name(model: str, quantization: str) -> str:
     """File name of a GGUF; `model` is tutor or base."""
     return f"{model}-{quantization}.gguf"

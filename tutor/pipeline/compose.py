@@ -44,10 +44,10 @@ DESCRIPTIONS = {
     "fetcher": "check the rows, fetch the base",
     "trainer": "train the adapter",
     "merger": "merge the adapter into the base",
-    "converter": "convert to GGUF, quantize, compare the engines' answers (the parity gate), render the Modelfile",
+    "converter": "convert to GGUF, quantize, compare the engines' answers (the parity gate), score general texts",
     "ollama": "start Ollama",
     "publisher": "publish the model, check it, and serve it unless it is worse",
-    "evaluator": "evaluate the published model on the held-out prompts",
+    "evaluator": "ask the published model and its untuned base the held-out prompts",
     "reporter": "write the report page and the model card",
 }
 """Text of the log line that announces each step."""

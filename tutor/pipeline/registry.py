@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tutor.artifacts.layout import BASELINES, LORA, OLLAMA_EVALUATION, OLLAMA_PARITY, PUBLISHED_MERGED, STAGE_FOLDERS
+from tutor.artifacts.layout import (
+    BASELINES,
+    LORA,
+    OLLAMA_EVALUATION,
+    OLLAMA_PARITY,
+    PUBLISHED_EVALUATION,
+    PUBLISHED_MERGED,
+    STAGE_FOLDERS,
+)
 from tutor.artifacts.manifest import recipe_fields
 from tutor.formats.models.base_source import source_files
 from tutor.formats.rows.recipe_files import data_files, general_files, paraphrase_files
@@ -193,7 +201,7 @@ STAGES = (
         reads=(
             *(STAGE_FOLDERS[name] for name in ("base", "train", "merge", "convert", "ladder", "parity")),
             *(STAGE_FOLDERS[name] for name in ("forgetting", "evaluate")),
-            *(PUBLISHED_MERGED, OLLAMA_PARITY, OLLAMA_EVALUATION, BASELINES),
+            *(PUBLISHED_MERGED, OLLAMA_PARITY, OLLAMA_EVALUATION, PUBLISHED_EVALUATION, BASELINES),
         ),
     ),
 )

@@ -177,7 +177,7 @@ def test_ctrl_c_ends_the_generation_on_the_server(server: FakeOllama, engine: Ol
     assert server.cancelled.wait(5)
 
 
-def test_raw_prompts_are_rendered_here_and_a_thought_stays_in_the_text(server: FakeOllama, api: Ollama) -> None:
+def test_raw_prompts_are_rendered_here(server: FakeOllama, api: Ollama) -> None:
     base = OwnFormat("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|think|>", {}, add_bos=False)
     server.reply_to = lambda prompt: [("<think>Pienso.", -0.1), ("</think>\n", -0.1), (prompt, -0.1)]
     answer = OllamaServer(api, "tutor", base, raw=True).answer(HOLA, GREEDY)

@@ -1,4 +1,4 @@
-"""serving/evaluation/compare.py: the published model is evaluated with a fake server."""
+"""serving/evaluation/published.py: the published model is evaluated with a fake server."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from tutor.errors import ServiceError
 from tutor.machine import host
 from tutor.recipe.settings import Recipe
 from tutor.serving import promote
-from tutor.serving.evaluation import compare
+from tutor.serving.evaluation import published
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def prompts(recipe: Recipe, build: Path) -> list[dict[str, Any]]:
 
 
 def evaluated(server: FakeOllama, recipe: Recipe, build: Path) -> dict[str, Any]:
-    return compare.evaluate_published(recipe, build, host=server.host)
+    return published.evaluate_published(recipe, build, host=server.host)
 
 
 def test_published_model_is_evaluated_greedily_and_once(

@@ -24,11 +24,16 @@ def make_recipe(folder: Path) -> Recipe:
     return Recipe(system=SYSTEM, ollama=OllamaSettings(quantization="Q8_0"), path=path)
 
 
-def make_stages(recipe: Recipe, build: Path, **facts: Any) -> Path:
-    """Write the stage folders around a fake GGUF with these properties; return the build folder."""
+def make_stages(recipe: Recipe, build: Path, base: str | None = None, **facts: Any) -> Path:
+    """Write the stage folders around a fake GGUF with these properties; return the build folder.
+
+    `base`: the chat template of a GGUF of the untuned base; None for none.
+    """
     folder = build / recipe.name
     with writing(folder / "gguf", "convert", {**BY_NAME["convert"].recipe_fields(recipe), **facts}) as (out, _):
         write_gguf(out / "tutor-Q8_0.gguf", **facts)
+        if base is not None:
+            write_gguf(out / "base-Q8_0.gguf", chat_template=base)
     gguf = require_stage(folder / "gguf", "convert")
     fields = BY_NAME["modelfile"].recipe_fields(recipe)
     with writing(folder / "model", "modelfile", {**fields, "input.convert": gguf.fingerprint}) as (out, _):
@@ -43,3 +48,4 @@ def write_data(recipe: Recipe, build: Path, questions: Sequence[str]) -> None:
     with writing(build / recipe.name / "data", "data", BY_NAME["data"].recipe_fields(recipe)) as (out, _):
         write_rows(out / "prompts.jsonl", prompts)
         write_rows(out / "train.jsonl", [{"instruction": "¿?", "response": answer} for answer in ("Sí.", 400 * "x")])
+        write_rows(out / "held_out.jsonl", [{"instruction": "¿Cómo?", "response": "Así."}])

@@ -57,7 +57,7 @@ def engine_options(engine_help: str) -> Callable[[Command], Command]:
     metavar="NAME[,NAME]",
     help=f"Models to evaluate: {KNOWN_NAMES}. The first is the baseline.",
 )
-@engine_options("Without --model: llamacpp compares base and tutor; ollama evaluates the published tutor.")
+@engine_options("Without --model: llamacpp compares base and tutor; ollama the published tutor and its base there.")
 @adapter_option
 @recipe_option
 @json_option
@@ -78,14 +78,14 @@ def eval_command(  # noqa: PLR0913 - a command's options
     """
     from tutor.cli import summary, verdict_tables
     from tutor.pipeline import runner
-    from tutor.serving.evaluation import compare
+    from tutor.serving.evaluation import compare, published
     from tutor.serving.model_names import parse_model
 
     recipe = load_recipe(recipe_path)
     with progress_on_stderr(flags):
         engine, host, parallel = (engine_settings[name] for name in ("engine", "host", "parallel"))
         if names is None and engine == "ollama":
-            result = compare.evaluate_published(recipe, build, host=host, adapter=adapter, parallel=parallel)
+            result = published.evaluate_published(recipe, build, host=host, adapter=adapter, parallel=parallel)
         elif names is None and engine == "llamacpp":
             runner.run_one("evaluate", recipe, build)
             result = summary.collect(recipe, build)["stages"]["evaluate"]

@@ -9,29 +9,31 @@ computes them.
 import itertools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tutor.artifacts import provenance
 from tutor.artifacts.disk import write_json
+from tutor.artifacts.hashing import json_sha256
 from tutor.artifacts.layout import OLLAMA, STAGE_FOLDERS, BuildFolder
 from tutor.artifacts.manifest import find_damage, find_manifest, is_made, require_stage
 from tutor.artifacts.stage_folder import checkpoint_folder, log_folder, writing
 from tutor.engines.answer_limit import with_answer_limit
+from tutor.engines.protocol import Engine
 from tutor.errors import ArtifactError, RecipeError
 from tutor.formats.rows.split_files import PROMPTS, TRAIN, read_split
 from tutor.pipeline.recipe_folder import held
 from tutor.pipeline.runner import announced
 from tutor.prompt.messages import row_messages
 from tutor.recipe.settings import Recipe
-from tutor.serving.builds import served_name
 from tutor.serving.model_names import ModelChoice, parse_model
 from tutor.serving.models import answer_dependencies, gpu_notice, open_engine
 from tutor.stages.evaluate import generalization, rates, stage
 from tutor.stages.evaluate.answers import Task, answer_prompts
-from tutor.stages.evaluate.asking import asking
+from tutor.stages.evaluate.asking import Asking, asking
 
 log = logging.getLogger(__name__)
 
@@ -57,21 +59,17 @@ class ModelAnswers:
         return str(found.get("asked", ""))
 
 
-def evaluate_published(
-    recipe: Recipe, build: Path, *, host: str | None = None, adapter: bool = False, parallel: int = 1
-) -> dict[str, Any]:
-    """Evaluate the published model; return its rates, and how many answers equal those of llama-server.
+@dataclass(frozen=True)
+class AskedModel:
+    """A model to ask: how, by which engine, and what its answers depend on."""
 
-    That number is None before the evaluate stage has run. Raises ArtifactError without the data stage, ServiceError
-    when the model is missing or the server dies.
-    """
-    choice = ModelChoice(served_name(recipe, adapter=adapter), None, "ollama", host)
-    found = published_answers(recipe, build, choice, parallel)
-    theirs = BuildFolder(build, recipe.name).stage("evaluate") / stage.ANSWERS
-    agreement = _agreement(theirs, found.records)
-    rated = found.results["models"][OLLAMA]
-    results = {**found.results, "models": {choice.model: rated}, "all": rated["all"]}
-    return {"ran": found.ran, **results, "agreement_with_llama_server": agreement}
+    label: str  # of its answers' folder
+    way: Asking
+    served: Mapping[str, Any]  # what the answers depend on, besides prompts and sampling: JSON values
+    start: Callable[[Path], AbstractContextManager[Engine]]  # an engine with this log file
+    parallel: int = 1  # number of engines that run at a time
+    prompts: Sequence[Mapping[str, Any]] | None = None  # None: those of the recipe
+    notice: Callable[[], str | None] = lambda: None  # a warning before the first question
 
 
 def published_answers(recipe: Recipe, build: Path, choice: ModelChoice, parallel: int = 1) -> ModelAnswers:
@@ -191,68 +189,87 @@ def read_answers(path: Path, label: str) -> ModelAnswers:
 
 def _answers(recipe: Recipe, build: Path, choice: ModelChoice, label: str, parallel: int) -> ModelAnswers:
     """Return the stored answers of a model to the prompts of the recipe, or run the model."""
+    return stored_answers(recipe, build, asked_model(recipe, build, choice, label, parallel))
+
+
+def asked_model(
+    recipe: Recipe,
+    build: Path,
+    choice: ModelChoice,
+    label: str,
+    parallel: int,
+    prompts: Sequence[Mapping[str, Any]] | None = None,
+) -> AskedModel:
+    """Return how the model of a name is asked, and what its answers depend on. `prompts`: None for the recipe's."""
     folder = BuildFolder(build, recipe.name)
     recipe = with_answer_limit(recipe, folder.stage("train"))
-    way = asking(recipe, folder.stage("base"), choice.asked)
-    target = folder.evaluation(label)
-    with held(recipe, build):
-        data = require_stage(folder.stage("data"), "data").fingerprint
-        served = answer_dependencies(recipe, build, choice)
-        if choice.engine == "ollama" and parallel > 1:
-            served["parallel"] = parallel  # a server with several slots batches prompts (stages/evaluate/answers.py)
-        how = {"system": way.system, "line": way.line, "asked": way.text, **asdict(way.generation)}
-        tree = provenance.SourceTree(folder.hashes)
-        code = tree.provenance("serving/evaluation/compare.py", left_out=LEFT_OUT).code
-        fields = {"input.data": data, "language": recipe.data.language, **how, **served, "code": code}
-        ran = not is_made(target, fields) or find_damage(target, content=True) != []
-        if ran:
-            if notice := gpu_notice(choice):
-                log.warning("%s", notice)
-            announcement = announced("evaluate", f"answer the prompts with {label} and grade")
-            with announcement, writing(target, target.name, fields) as (out, results):
-                journal = checkpoint_folder(out) / "answers.jsonl"
-                task = Task(label, way.generation, way.system, journal, served, way.prompt, way.line)
-                found = _answer_and_grade(recipe, build, choice, task, out, parallel)
-                found["models"][label]["asked"] = way.text
-                results.update(found)
-        results = require_stage(target, target.name).results
-        return replace(read_answers(target / stage.ANSWERS, label), results=results, ran=ran)
-
-
-def _answer_and_grade(
-    recipe: Recipe, build: Path, choice: ModelChoice, task: Task, out: Path, parallel: int
-) -> dict[str, Any]:
-    """Run a model on the prompts of the recipe and write its graded answers to `out`; return the results."""
-    data = BuildFolder(build, recipe.name).stage("data")
-    prompts, training = read_split(data, PROMPTS), read_split(data, TRAIN)
+    served = answer_dependencies(recipe, build, choice)
+    if choice.engine == "ollama" and parallel > 1:
+        served["parallel"] = parallel  # a server with several slots batches prompts (stages/evaluate/answers.py)
     at_once = 1 if choice.engine == "hf" or choice.model == "adapter" else parallel
+    return AskedModel(
+        label,
+        asking(recipe, folder.stage("base"), choice.asked),
+        served,
+        lambda log_file: open_engine(recipe, build, choice, share=at_once, log=log_file),
+        parallel=at_once,
+        prompts=prompts,
+        notice=lambda: gpu_notice(choice),
+    )
+
+
+def stored_answers(recipe: Recipe, build: Path, asked: AskedModel) -> ModelAnswers:
+    """Return the answers of a model that are stored in `eval-<label>/`, or ask the model.
+
+    Raises ArtifactError without the data stage, ServiceError when a server cannot be kept alive.
+    """
+    target = BuildFolder(build, recipe.name).evaluation(asked.label)
+    with held(recipe, build):
+        ran, fields = not are_stored(recipe, build, asked), _fields(recipe, build, asked)
+        if ran:
+            if notice := asked.notice():
+                log.warning("%s", notice)
+            announcement = announced("evaluate", f"answer the prompts with {asked.label} and grade")
+            with announcement, writing(target, target.name, fields) as (out, results):
+                results.update(_answer_and_grade(recipe, build, asked, out))
+        results = require_stage(target, target.name).results
+        return replace(read_answers(target / stage.ANSWERS, asked.label), results=results, ran=ran)
+
+
+def are_stored(recipe: Recipe, build: Path, asked: AskedModel) -> bool:
+    """Whether the answers of a model are stored, so that it need not be asked."""
+    target = BuildFolder(build, recipe.name).evaluation(asked.label)
+    return is_made(target, _fields(recipe, build, asked)) and find_damage(target, content=True) == []
+
+
+def _fields(recipe: Recipe, build: Path, asked: AskedModel) -> dict[str, Any]:
+    """All that the graded answers depend on."""
+    folder, way = BuildFolder(build, recipe.name), asked.way
+    data = require_stage(folder.stage("data"), "data").fingerprint
+    how = {"system": way.system, "line": way.line, "asked": way.text, **asdict(way.generation)}
+    given = {} if asked.prompts is None else {"prompts": json_sha256(list(asked.prompts))}
+    tree = provenance.SourceTree(folder.hashes)
+    code = tree.provenance("serving/evaluation/compare.py", left_out=LEFT_OUT).code
+    return {"input.data": data, "language": recipe.data.language, **how, **given, **asked.served, "code": code}
+
+
+def _answer_and_grade(recipe: Recipe, build: Path, asked: AskedModel, out: Path) -> dict[str, Any]:
+    """Ask a model and write its graded answers to `out`; return the results."""
+    data, way = BuildFolder(build, recipe.name).stage("data"), asked.way
+    prompts = read_split(data, PROMPTS) if asked.prompts is None else list(asked.prompts)
     number = itertools.count(1)  # numbers the log files: one for each started server
     logs = log_folder(out)
     logs.mkdir(exist_ok=True)
-    answers = answer_prompts(
-        lambda: open_engine(recipe, build, choice, share=at_once, log=logs / f"{next(number)}.log"),
-        prompts,
-        task,
-        parallel=at_once,
-    )
+    journal = checkpoint_folder(out) / "answers.jsonl"
+    task = Task(asked.label, way.generation, way.system, journal, asked.served, way.prompt, way.line)
+    answers = answer_prompts(lambda: asked.start(logs / f"{next(number)}.log"), prompts, task, parallel=asked.parallel)
     language = recipe.data.language
-    records = stage.graded(prompts, answers, training, language=language, kind=task.prompt.kind)
+    records = stage.graded(prompts, answers, read_split(data, TRAIN), language=language, kind=way.prompt.kind)
     write_json(out / stage.ANSWERS, stage.side_by_side(prompts, {task.name: records}))
     return {
-        **task.key,
-        "generation": asdict(task.generation),
+        **asked.served,
+        "generation": asdict(way.generation),
         "language": language,
-        "models": {task.name: rates.summarise(prompts, records, recipe.seed)},
+        "models": {task.name: {"asked": way.text, **rates.summarise(prompts, records, recipe.seed)}},
         "copied": {task.name: generalization.copied_summary([record.get("copied") for record in records])},
     }
-
-
-def _agreement(path: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, int] | None:
-    """Return how many answers equal those of llama-server in the evaluate stage; None before that stage."""
-    try:
-        rows = json.loads(path.read_text("utf-8"))
-        theirs = [row["answers"]["tutor"].get("text") for row in rows]
-    except (OSError, ValueError, KeyError):
-        return None
-    same = sum(text is not None and text == record.get("text") for text, record in zip(theirs, records, strict=False))
-    return {"same": same, "of": len(theirs)}

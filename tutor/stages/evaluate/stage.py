@@ -28,7 +28,7 @@ import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,17 @@ PARAPHRASED = "paraphrased.json"
 """File of the answers to the paraphrased prompts."""
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """The graded answers of all models to the same prompts, in the order of the columns; the tutor's are the last."""
+
+    prompts: Sequence[Mapping[str, Any]]
+    paraphrased: Sequence[Mapping[str, Any]]
+    ways: Mapping[str, Asking]  # by model, as the other fields
+    files: Mapping[str, str]
+    records: Mapping[str, Sequence[Record]]  # the tutor's also to the paraphrased prompts, behind the others
+
+
 def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
     """Answer and grade; write the answers into `out` and return the results listed above.
 
@@ -89,19 +100,26 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
         answers = _answers(recipe, name, way, files[name], out, asked)
         how = {"language": recipe.data.language, "kind": way.prompt.kind}
         records[name] = graded(asked, answers, training, **how)
-    plain = {name: found[: len(prompts)] for name, found in records.items()}
+    names = {name: path.stem for name, path in files.items()}
+    return write_results(recipe, inputs["data"], Evaluated(prompts, paraphrased, ways, names, records), out)
+
+
+def write_results(recipe: "Recipe", data: Path, found: Evaluated, out: Path) -> dict[str, Any]:
+    """Write the answers side by side into `out`; return the results listed above. `data`: folder of the data stage."""
+    prompts, paraphrased, tuned = found.prompts, found.paraphrased, found.records[TUTOR_MODEL]
+    plain = {name: records[: len(prompts)] for name, records in found.records.items()}
     write_json(out / ANSWERS, side_by_side(prompts, plain))
-    write_json(out / PARAPHRASED, side_by_side(paraphrased, {"tutor": records["tutor"][len(prompts) :]}))
+    write_json(out / PARAPHRASED, side_by_side(paraphrased, {TUTOR_MODEL: tuned[len(prompts) :]}))
     results: dict[str, Any] = {
-        "generation": asdict(ways[TUTOR_MODEL].generation),
+        "generation": asdict(found.ways[TUTOR_MODEL].generation),
         "language": recipe.data.language,
         "models": {
-            name: {"file": files[name].stem, "asked": way.text, **rates.summarise(prompts, plain[name], recipe.seed)}
-            for name, way in ways.items()
+            name: {"file": found.files[name], "asked": way.text, **rates.summarise(prompts, plain[name], recipe.seed)}
+            for name, way in found.ways.items()
         },
         "differences": changes_to_last(prompts, plain, recipe.seed),
-        "paraphrases": _paraphrase_change(prompts, paraphrased, records["tutor"], recipe.seed),
-        "copied": _copied(plain, read_split(inputs["data"], HELD_OUT), training),
+        "paraphrases": _paraphrase_change(prompts, paraphrased, tuned, recipe.seed),
+        "copied": _copied(plain, read_split(data, HELD_OUT), read_split(data, TRAIN)),
     }
     return {**results, "findings": generalization.findings(results)}
 

@@ -25,7 +25,7 @@ from tutor.prompt.format import PromptFormat
 from tutor.stages.report.labels import labelled_runs, sample_rows
 from tutor.stages.report.model_card import card
 from tutor.stages.report.prompts import prompts
-from tutor.stages.report.view import StageOutputs, view
+from tutor.stages.report.view import EVALUATIONS, StageOutputs, view
 
 if TYPE_CHECKING:
     from tutor.recipe.settings import Recipe
@@ -66,7 +66,7 @@ def page(outputs: StageOutputs, values: Mapping[str, Any] | None = None) -> str:
 def gather(recipe: "Recipe", inputs: Mapping[str, Path]) -> StageOutputs:
     """Read the outputs of the stages from their folders."""
     manifests = {folder: manifest for folder, path in inputs.items() if (manifest := find_manifest(path)) is not None}
-    evaluated = inputs["eval" if "eval" in manifests else OLLAMA_EVALUATION]
+    evaluated = inputs[next((name for name in EVALUATIONS if name in manifests), OLLAMA_EVALUATION)]
     answers = _json(evaluated / "answers.json", "tutor eval")
     labels, no_labels = _labels(recipe, inputs, manifests)
     return StageOutputs(

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tutor.artifacts.layout import BASELINES, OLLAMA_EVALUATION, OLLAMA_PARITY, gguf_name
+from tutor.artifacts.layout import BASELINES, OLLAMA_EVALUATION, OLLAMA_PARITY, PUBLISHED_EVALUATION, gguf_name
 from tutor.artifacts.manifest import Manifest
 from tutor.formats.models.served_quantization import resolve
 from tutor.prompt.base_format import BaseFormat
@@ -27,6 +27,8 @@ MISSING = {
     "eval": ("the verdicts and answers", "tutor eval"),
 }
 """By folder: the section that the page lacks without the folder, and the command that makes it."""
+EVALUATIONS = ("eval", PUBLISHED_EVALUATION, OLLAMA_EVALUATION)
+"""Folders of answers; the first one that is there is shown."""
 VARIANTS = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}
 """Names of adapters by train.variant."""
 PLAIN = "plain"
@@ -58,8 +60,8 @@ class StageOutputs:
 
     @property
     def evaluated(self) -> Json | None:
-        """The results of the evaluate stage, or else those of the published model."""
-        return self.results("eval") or self.results(OLLAMA_EVALUATION)
+        """The results of the evaluate stage, or else those of base and tutor, or of the tutor alone, in Ollama."""
+        return next((found for name in EVALUATIONS if (found := self.results(name))), None)
 
     @property
     def findings(self) -> list[Json]:
