@@ -378,3 +378,8 @@ def test_published_model_is_evaluated(recipe: Recipe, build: Path) -> None:
     answers = json.loads((build / "tiny/eval-ollama/answers.json").read_text("utf-8"))
     assert result["all"]["n"] == len(answers) == 5
     assert all(row["answers"]["ollama"].get("text") for row in answers)
+    assert list(result["models"]) == ["base", "base-as-tutor", "tutor"]
+    sides = json.loads((build / "tiny/eval-published/answers.json").read_text("utf-8"))
+    assert all("error" not in row["answers"]["base-as-tutor"] for row in sides)
+    with connect(HOST) as server:
+        assert not [tag.name for tag in server.tags() if "untuned" in tag.name]
