@@ -78,9 +78,9 @@ GROUPS: dict[str, dict[str, Setting]] = {
 
 PLAN: tuple[tuple[bool, Setting], ...] = (
     (True, REFERENCE),
+    (True, SHAPES["attention, rank 8"]),
     (False, SCHEDULES["1 epoch, cosine"]),
     (False, SCHEDULES["3 epochs, cosine"]),
-    (True, SHAPES["attention, rank 8"]),
     (False, SCHEDULES["2 epochs, linear"]),
     (True, SHAPES["all linear layers, rank 8"]),
     (True, SHAPES["attention, rank 16"]),
