@@ -38,8 +38,9 @@ from tutor.prompt.messages import Message, conversation
 from tutor.prompt.tutor_format import GO_TEMPLATE, render
 from tutor.recipe.reading import read_recipe
 from tutor.recipe.settings import Recipe
-from tutor.serving import builds, publish
+from tutor.serving import builds, ollama_parity, publish
 from tutor.serving.evaluation import published
+from tutor.stages.parity.gate import refusal
 
 HOST = os.environ.get("TUTOR_TEST_OLLAMA", "")
 BINARY = os.environ.get("OLLAMA_BINARY", shutil.which("ollama") or "")
@@ -266,6 +267,22 @@ def test_parameter_that_the_server_drops_is_refused(recipe: Recipe, build: Path,
     model, hashes = published_model(recipe, build)
     spoiled = replace(model, settings={**model.settings, "parameters": {"num_ctx": "many"}})
     refused(api, spoiled, hashes, ServiceError, "num_ctx")
+
+
+@pytest.mark.llamacpp
+@pytest.mark.parametrize("change", [{"repeat_last_n": 8}, {"repeat_penalty": 1.0}], ids=str)
+def test_another_repetition_penalty_is_refused(
+    recipe: Recipe, build: Path, api: Ollama, change: dict[str, Any]
+) -> None:
+    model, hashes = published_model(recipe, build)
+    reference = ollama_parity.read_reference(build / "tiny/parity")
+    assert ollama_parity.compare_model(reference, api, NAME).state == "same"
+    parameters = {**model.settings["parameters"], **change}
+    spoiled = replace(model, settings={**model.settings, "parameters": parameters})
+    tag = builds.publish_build(spoiled, hashes, api)["tag"]
+    refused = refusal([ollama_parity.compare_model(reference, api, tag)])
+    assert refused is not None
+    assert "diverges in its greedy answer: «repetition penalty»" in refused["message"]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])

@@ -10,6 +10,7 @@ import json
 import shutil
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,11 +27,13 @@ from tutor.artifacts.disk import remove, write_json
 from tutor.artifacts.hashing import file_sha256
 from tutor.artifacts.manifest import MANIFEST, read_manifest, require_stage
 from tutor.engines.llamacpp.build import build_folder, is_built
+from tutor.engines.trace import Penalty
 from tutor.errors import ArtifactError, DataError, GateError, TutorError
 from tutor.pipeline import registry, runner
 from tutor.recipe.reading import read_recipe
 from tutor.recipe.settings import OllamaSettings, Recipe
 from tutor.serving import promote, publish
+from tutor.stages.parity import collect
 
 pytestmark = [
     pytest.mark.pipeline,
@@ -241,8 +244,6 @@ def test_gguf_with_another_pre_tokenizer_is_refused(recipe: Recipe, folder: Path
 
 def read_back(folder: Path, kind: str, what: str) -> "pytest.ExceptionInfo[TutorError]":
     """Assert that the convert stage's own check refuses a file with a message that matches `what`."""
-    from dataclasses import replace
-
     from tutor.formats.models.model_folder import read_facts
     from tutor.prompt.tutor_format import chat_template
     from tutor.stages.convert import stage as convert
@@ -283,6 +284,22 @@ def test_damaged_f16_file_is_refused_by_parity(recipe: Recipe, folder: Path, rep
     spoil_weights(folder / "gguf/tutor-F16.gguf")
     caught = compared(recipe, folder, r"merged -> F16 \(convert\) diverges in its log-probabilities")
     report("damaged F16 file", "parity: convert", caught)
+
+
+@pytest.mark.parametrize(
+    ("what", "change"), [("another window", {"window": 64}), ("another penalty", {"factor": 1.3})]
+)
+def test_llama_server_with_another_penalty_is_refused_by_parity(
+    recipe: Recipe, folder: Path, report: Report, monkeypatch: pytest.MonkeyPatch, what: str, change: dict[str, Any]
+) -> None:
+    trace = collect.llamacpp_trace
+
+    def other(server: Any, prompt: str, tokens: int, penalty: Penalty | None = None) -> Any:
+        return trace(server, prompt, tokens, replace(penalty, **change) if penalty else None)
+
+    monkeypatch.setattr(collect, "llamacpp_trace", other)
+    caught = compared(recipe, folder, r"merged -> F16 \(convert\) diverges in its (log-probabilities|greedy answer)")
+    report(f"{what} of the penalty in llama.cpp", "parity: convert", caught)
 
 
 def spoil_weights(path: Path) -> None:
@@ -412,6 +429,32 @@ def test_ollama_with_other_weights_is_refused(
     server.reply_to = lambda _: [(piece, -1.4) for piece in server.pieces]
     caught = refused(server, tutor_recipe, build, GateError, r"diverges in its log-probabilities")
     report("other weights in Ollama", "parity: publish", caught)
+
+
+@pytest.mark.parametrize(
+    ("what", "change"), [("another window", {"repeat_last_n": 64}), ("another penalty", {"repeat_penalty": 1.0})]
+)
+def test_modelfile_with_another_penalty_is_refused(
+    server: fake.FakeOllama,
+    tutor_recipe: Recipe,
+    build: Path,
+    report: Report,
+    what: str,
+    change: dict[str, Any],
+) -> None:
+    """The fake answers the penalised conversation otherwise where the sampler is another one than the recipe's."""
+    path = build / "small/model/create.json"
+    body = json.loads(path.read_text("utf-8"))
+    served = {name: body["parameters"][name] for name in change}
+    body["parameters"] |= change
+    path.write_text(json.dumps(body), "utf-8")
+    reseal(build / "small/model")
+    server.reply_by_options = lambda options: [
+        (piece if options.items() >= served.items() or "repeat_penalty" in options["asked"] else f"{piece}!", -0.1)
+        for piece in server.pieces
+    ]
+    caught = refused(server, tutor_recipe, build, GateError, "diverges in its greedy answer: «repetition penalty»")
+    report(f"{what} of the penalty in the Modelfile", "parity: publish", caught)
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["by its digest", "by its answers"])

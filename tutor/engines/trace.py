@@ -37,12 +37,20 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Penalty:
+    """A repetition penalty: the logit of every token in the window is divided by it, or multiplied where negative."""
+
+    factor: float
+    window: int  # number of last tokens, of prompt and answer
+
+
+@dataclass(frozen=True)
 class Step:
     """One token of an answer, or several that only together are complete characters."""
 
     text: str
-    logprob: float | None  # natural log; None when the engine does not return it
-    top: Candidates = ()  # empty for several tokens
+    logprob: float | None  # natural log, before a repetition penalty; None when the engine does not return it
+    top: Candidates = ()  # those that the engine chose from: behind the penalty; empty for several tokens
     tokens: int = 1
 
     @property

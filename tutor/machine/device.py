@@ -270,6 +270,11 @@ def loading_memory(root: Path = Path("/")) -> DeviceMemory:
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         return DeviceMemory(int(free), int(total), torch.cuda.get_device_name(), gpu=True)
+    return main_memory(root)
+
+
+def main_memory(root: Path = Path("/")) -> DeviceMemory:
+    """Main memory for what this process loads now, without swap."""
     return _main_memory(host.memory(root), swap=False)
 
 

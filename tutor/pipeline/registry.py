@@ -97,7 +97,9 @@ def _ladder(recipe: Recipe) -> dict[str, Any]:
 
 
 def _parity(recipe: Recipe) -> dict[str, Any]:
-    served = {"served": recipe.ollama.quantization, "context": recipe.generate.context}
+    names = ("context", "repetition_penalty")
+    answered = {name: getattr(recipe.generate, name) for name in names}
+    served = {"served": recipe.ollama.quantization, **answered}
     return {**recipe.parity.model_dump(), **served, "system": recipe.system}
 
 

@@ -32,6 +32,7 @@ class Reference:
     steps: int  # number of tokens of a greedy answer
     messages: tuple[tuple[Message, ...], ...]
     answered: tuple[bool, ...]  # whether Ollama answers, or only renders the prompt
+    penalised: tuple[bool, ...]  # whether the answer is with the repetition penalty that is served
     seen: tuple[Observation, ...]
     prompt: PromptFormat = TUTOR
 
@@ -47,6 +48,7 @@ def read_reference(folder: Path, prompt: PromptFormat = TUTOR) -> Reference:
             steps=record["steps"],
             messages=tuple(tuple(item["messages"]) for item in conversations),
             answered=tuple(item["reach"] != "nowhere" for item in conversations),
+            penalised=tuple(bool(item["penalised"]) for item in conversations),
             seen=tuple(map(from_record, record["engines"][record["served"]])),
             prompt=prompt,
         )
@@ -72,7 +74,8 @@ def compare_digest(engine: str, found: str, wanted: str) -> HandOff:
 
 def _observe(reference: Reference, server: Ollama, model: str, *, same_file: bool) -> Iterator[Observation]:
     warn, form = True, reference.prompt
-    for messages, answered, item in zip(reference.messages, reference.answered, reference.seen, strict=True):
+    asked = zip(reference.messages, reference.answered, reference.penalised, reference.seen, strict=True)
+    for messages, answered, penalised, item in asked:
         if not _can_send(messages, form):
             yield Observation(item.name)
             continue
@@ -83,7 +86,8 @@ def _observe(reference: Reference, server: Ollama, model: str, *, same_file: boo
         if not answered:
             yield Observation(item.name, prompt)
             continue
-        found = trace(server, model, messages, reference.steps if same_file else 1, form)
+        steps = reference.steps if same_file else 1
+        found = trace(server, model, messages, steps, form, served_penalty=penalised)
         yield Observation(item.name, prompt, None, found.prompt_tokens, None, found if same_file else None)
         log.info("compared %r: %d tokens", item.name, found.prompt_tokens)
 

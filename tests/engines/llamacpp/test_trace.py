@@ -11,7 +11,7 @@ from tutor.engines.llamacpp.convert import Conversion, to_gguf
 from tutor.engines.llamacpp.server import LlamaServer, serve
 from tutor.engines.llamacpp.trace import rendered
 from tutor.engines.llamacpp.trace import trace as llamacpp_trace
-from tutor.engines.trace import Step, divergence
+from tutor.engines.trace import Penalty, Step, divergence
 from tutor.formats.models.pre_tokenizer import pre_tokenizer_name
 from tutor.prompt.tutor_format import render
 
@@ -43,11 +43,11 @@ def test_llama_server_renders_template_of_its_file(served: LlamaServer, messages
 def test_trace_of_llama_server_equals_trace_of_transformers(served: LlamaServer, loaded: Any, messages: Any) -> None:
     from support.tolerances import half_error, largest_logit
 
-    from tutor.engines.hf.trace import trace_along
+    from tutor.engines.hf.trace import Followed, observe
 
     ids = loaded.tokenizer(render(messages))["input_ids"]
     path = greedy_ids(loaded, ids, 12)
-    ours = trace_along(loaded, ids, path)
+    _, (ours,) = observe(loaded, [], [Followed(ids, path)])
     bound = half_error(loaded.model.config) * largest_logit(loaded.model, [(ids, path)])
     taken, theirs = llamacpp_trace(served, render(messages), 12)
     assert len(path) == len(taken) == 12
@@ -59,3 +59,30 @@ def test_trace_of_llama_server_equals_trace_of_transformers(served: LlamaServer,
     assert [step.logprob for step in found] == pytest.approx([step.logprob for step in wanted], abs=bound)
     assert [step.margin for step in found] == pytest.approx([step.margin for step in wanted], abs=2 * bound)
     assert divergence(dict(ours.steps[0].top), dict(theirs.steps[0].top)) < 1e-3
+
+
+@pytest.mark.llamacpp
+@pytest.mark.parametrize("window", [512, 9])
+def test_penalised_trace_of_llama_server_equals_that_of_transformers(
+    served: LlamaServer, loaded: Any, window: int
+) -> None:
+    from support.tolerances import half_error, largest_logit
+
+    from tutor.engines.hf.trace import Followed, observe
+
+    prompt, penalty = render(CONVERSATIONS[2]), Penalty(1.9, window)
+    ids = loaded.tokenizer(prompt)["input_ids"]
+    path, theirs = llamacpp_trace(served, prompt, 12, penalty)
+    _, (ours,) = observe(loaded, [], [Followed(ids, path, penalty)])
+    bound = half_error(loaded.model.config) * largest_logit(loaded.model, [(ids, path)])
+    pairs = list(zip(theirs.steps, ours.steps, strict=False))
+    if len(ours.steps) < len(path):  # its last token differs from the path's
+        assert ours.steps[-1].margin <= 2 * 1.9 * bound, "only a near tie behind the penalty may be another token"
+        pairs = pairs[:-1]
+    assert len(pairs) >= 4
+    for found, wanted in pairs:
+        assert found.text == wanted.text
+        assert found.logprob == pytest.approx(wanted.logprob, abs=bound), "before the penalty"
+        assert divergence(dict(wanted.top), dict(found.top)) < 1e-3, "behind it"
+    taken, _ = llamacpp_trace(served, prompt, 12)
+    assert taken != path, "the penalty must change an answer"

@@ -243,7 +243,7 @@ def test_activations_beyond_f16_need_the_family_reference(tmp_path: Path, tmp_pa
         score(files["F16"], rows, threads=1)
     theirs = score(files["BF16"], rows, threads=1)[0].logprobs
     differences = [abs(left - right) for left, right in zip(ours, theirs, strict=True)]
-    limit = SAME_WEIGHTS["bf16 weights"]
+    limit = SAME_WEIGHTS["BF16"]
     assert sum(differences) / len(differences) < (limit.mean or 0) / 2
     assert max(differences) < (limit.worst or 0) / 2
 

@@ -1,18 +1,29 @@
-"""stages/parity/stage.py: the precision of transformers. tests/end_to_end runs the stage, with collect.py."""
+"""stages/parity/in_transformers.py: how the weights get into memory. tests/end_to_end runs the stage."""
 
 import pytest
 
+from tutor.machine.device import DeviceMemory
+from tutor.stages.parity.in_transformers import choose_way
 
-def test_transformers_precision_depends_on_free_memory() -> None:
-    pytest.importorskip("torch")
-    from tutor.stages.parity.stage import transformers_precision
+GIGA = 1 << 30
+LAYER = GIGA // 4
+"""Numbers in a layer of an 8B; in fp32 with what is computed of them, 2 GiB."""
 
-    giga = 1 << 30
-    assert [transformers_precision(16 * giga, free * giga) for free in (40, 33, 32, 17, 16, 0)] == [
-        "fp32",
-        "fp32",
-        "bf16",
-        "bf16",
-        None,
-        None,
-    ]
+
+@pytest.mark.parametrize(
+    ("gpu", "main", "way"),
+    [
+        (33, 64, "loaded"),
+        (32, 64, "GPU, layer by layer"),
+        (3, 64, "GPU, layer by layer"),
+        (2, 64, "CPU, layer by layer"),
+        (2, 2, None),
+        (None, 33, "loaded"),
+        (None, 16, "CPU, layer by layer"),
+        (None, 2, None),
+    ],
+)
+def test_memory_decides_how_the_weights_are_read(gpu: int | None, main: int, way: str | None) -> None:
+    memory = DeviceMemory(main * GIGA, 64 * GIGA, "this machine", gpu=False)
+    device = memory if gpu is None else DeviceMemory(gpu * GIGA, 80 * GIGA, "a GPU", gpu=True)
+    assert choose_way(16 * GIGA, LAYER, device, memory) == way

@@ -22,7 +22,7 @@ from tutor.stages.report.view import StageOutputs
 @pytest.fixture
 def outputs() -> StageOutputs:
     answers = prompts_with_answers()
-    parity = {"conversations": 9, "precision": "fp32", "served": "Q8_0", "hand_offs": [hand_off_record()]}
+    parity = {"conversations": 9, "transformers": "loaded", "served": "Q8_0", "hand_offs": [hand_off_record()]}
     files = {"files": {"tutor-Q8_0.gguf": {"size": 144_000_000, "replaced": {"Q5_1": 3}}}}
     fields = {"recipe.rank": 8, "recipe.alpha": 16, "recipe.target_modules": ["q_proj"], "recipe.epochs": 6,
               "recipe.learning_rate": 2e-4, "recipe.system": "Eres un tutor.", "version.torch": "2.14.0"}  # fmt: skip

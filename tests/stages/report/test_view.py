@@ -135,7 +135,7 @@ def test_refused_gate_is_shown_before_the_sections(outputs: StageOutputs) -> Non
 
 def test_unchecked_hand_off_shows_the_reason(outputs: StageOutputs) -> None:
     lone = hand_off_record(checks=[], tolerance=None, missing="too little memory", state="not checked")
-    gate = {**outputs.manifests["parity"].results, "precision": None, "hand_offs": [lone]}
+    gate = {**outputs.manifests["parity"].results, "transformers": None, "hand_offs": [lone]}
     changed = replace(outputs, manifests={**outputs.manifests, "parity": manifest("parity", gate)})
     assert "too little memory" in Page(page(changed)).text
     assert view(changed)["tiles"][3] == {"value": "0/1", "text": view(changed)["tiles"][3]["text"], "tone": "plain"}

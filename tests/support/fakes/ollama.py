@@ -64,6 +64,8 @@ class FakeOllama(ThreadingHTTPServer):
         self.gpu_share = 0.75  # of every loaded model
         self.shows_prompts = True
         self.reply_to: Callable[[str], list[tuple[str, float]]] | None = None  # prompt -> pieces with log-probabilities
+        # all options of the answer, and as `asked` those of the request alone -> pieces with log-probabilities
+        self.reply_by_options: Callable[[dict[str, Any]], list[tuple[str, float]]] | None = None
         self.counts = lambda prompt: len(prompt.split())  # tokens
         self.requests: list[tuple[str, Any]] = []
         self.headers: list[Message] = []  # of each request
@@ -371,6 +373,9 @@ class Handler(BaseHTTPRequestHandler):
         answer = (
             self.server.reply_to(prompt) if self.server.reply_to else [(piece, -0.1) for piece in self.server.pieces]
         )
+        if self.server.reply_by_options:
+            options = {**model.body.get("parameters", {}), **body["options"], "asked": body["options"]}
+            answer = self.server.reply_by_options(options)
         pieces, words = answer[:limit], self.server.counts(prompt)
         if words > model.body.get("parameters", {}).get("num_ctx", 4096):
             what = {"code": 400, "message": f"request ({words} tokens) exceeds the available context size", "n_ctx": 64}

@@ -5,7 +5,7 @@ Does not load a model, does not fetch, train or merge one.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,6 +69,14 @@ class TransformersEngine:
             seconds=time.perf_counter() - started,
             tokens_per_second=reader.tokens_per_second(started),
         )
+
+    @torch.no_grad()
+    def logits(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[torch.Tensor]:
+        """Yield for each (prompt ids, answer ids) the logits in fp32 that each answer id was chosen from."""
+        for prompt, answer in rows:
+            ids = torch.tensor([[*prompt, *answer]], device=self.model.device)
+            found = self.model(input_ids=ids, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1]
+            yield found.float()
 
 
 class _Reader:

@@ -36,3 +36,10 @@ def round_trip(pieces: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
         state.absmax = scales[first:last]
         first = last
         yield functional.dequantize_4bit(codes, state).reshape(shape)
+
+
+def whole_round_trip(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return one weight after bitsandbytes' own quantization and dequantization of the whole, computed in `dtype`."""
+    codes, state = functional.quantize_4bit(weight.to(dtype), quant_type=QUANT_TYPE, compress_statistics=True)
+    found: torch.Tensor = functional.dequantize_4bit(codes, state)
+    return found

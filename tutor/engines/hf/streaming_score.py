@@ -16,8 +16,12 @@ from accelerate import init_empty_weights
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tutor.engines.protocol import SCORE_CHUNK_TOKENS
+
 log = logging.getLogger(__name__)
 
+Row = tuple[Sequence[int], Sequence[int]]
+"""Prompt ids and answer ids."""
 Weights = Callable[[str], Iterator[torch.Tensor]]
 """Function from a tensor's name to its rows from first to last, in pieces of any floating-point type."""
 LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
@@ -25,9 +29,7 @@ LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @torch.no_grad()
-def streamed_logprobs(
-    model: Path, weights: Weights, rows: Sequence[tuple[Sequence[int], Sequence[int]]]
-) -> list[list[float]]:
+def streamed_logprobs(model: Path, weights: Weights, rows: Sequence[Row]) -> list[list[float]]:
     """Return the log-probability (nats, in float32) of each answer id, given the prompt and the answer before it.
 
     `model` is the folder of config.json. Uses the first GPU when there is one; a layer must fit in it. Computes in fp32
@@ -35,6 +37,35 @@ def streamed_logprobs(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     streamed = StreamedModel(model, weights, device)
+    states = _states_before_answers(streamed, rows)
+    targets = torch.tensor([token for _, answer in rows for token in answer], device=device)
+    scores = iter(_log_probabilities(torch.cat(states), targets, streamed.head()).tolist())
+    return [[next(scores) for _ in answer] for _, answer in rows]
+
+
+@torch.no_grad()
+def logits_of_rows(streamed: "StreamedModel", rows: Sequence[Row]) -> Iterator[torch.Tensor]:
+    """Yield for each row the logits in fp32 that each of its answer's ids was chosen from, one line an id.
+
+    The output head is read once for each SCORE_CHUNK_TOKENS of the answers, whose logits are in memory together.
+    """
+    waiting: list[torch.Tensor] = []
+    for states in _states_before_answers(streamed, rows):
+        if waiting and sum(map(len, waiting)) + len(states) > SCORE_CHUNK_TOKENS:
+            yield from _logits(waiting, streamed.head())
+            waiting = []
+        waiting.append(states)
+    yield from _logits(waiting, streamed.head())
+
+
+def _logits(states: Sequence[torch.Tensor], head: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    together = torch.cat([*states])
+    lines = torch.cat([together @ piece.to(together.device, torch.float32).T for piece in head], dim=1)
+    return iter(torch.split(lines, [len(each) for each in states]))
+
+
+def _states_before_answers(streamed: "StreamedModel", rows: Sequence[Row]) -> list[torch.Tensor]:
+    """Return each row's hidden states, one line for each id of its answer: that before it, which gives its chances."""
     hidden = streamed.embed([[*prompt, *answer] for prompt, answer in rows])
     calls = [streamed.layer_calls(states) for states in hidden]
     total = len(streamed.layers)
@@ -45,22 +76,22 @@ def streamed_logprobs(
         progress = {"done": number + 1, "total": total}
         log.info("scored through layer %d of %d", number + 1, total, extra=progress)
     del filled
-    # The hidden state before an id gives the probability of that id.
-    states_before = [
-        streamed.finish(states)[0, len(prompt) - 1 : -1] for states, (prompt, _) in zip(hidden, rows, strict=True)
-    ]
-    targets = torch.tensor([token for _, answer in rows for token in answer], device=device)
-    scores = iter(_log_probabilities(torch.cat(states_before), targets, streamed.head()).tolist())
-    return [[next(scores) for _ in answer] for _, answer in rows]
+    ends = zip(hidden, rows, strict=True)
+    return [streamed.finish(states)[0, len(prompt) - 1 : -1] for states, (prompt, _) in ends]
 
 
 class StreamedModel:
     """A model that holds the weights of its norm alone; all others are read when they are needed, into fp32."""
 
-    def __init__(self, folder: Path, weights: Weights, device: torch.device) -> None:
+    def __init__(self, folder: Path, weights: Weights, device: torch.device, adapter: Path | None = None) -> None:
+        """`adapter`: the folder of a PEFT adapter, whose layers stand in the place of those that it changes."""
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+            if adapter is not None:
+                from peft import PeftConfig, inject_adapter_in_model
+
+                inject_adapter_in_model(PeftConfig.from_pretrained(adapter), model)
         self._model = model.eval()
         self._decoder = model.get_decoder()
         self._names = {module: name for name, module in model.named_modules()}

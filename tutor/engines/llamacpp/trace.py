@@ -3,12 +3,22 @@
 In: a server, conversations or prompts. Out: the prompt of the file's own chat template; a `Trace`. Compares nothing.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from tutor.engines.llamacpp.server import FINISHES, LlamaServer
-from tutor.engines.trace import EOS_TEXT, TOP_CANDIDATES, Step, Trace, candidates, group_characters
+from tutor.engines.trace import (
+    EOS_TEXT,
+    TOP_CANDIDATES,
+    Candidates,
+    Penalty,
+    Step,
+    Trace,
+    candidates,
+    group_characters,
+)
 from tutor.errors import ServiceError
 from tutor.prompt.messages import Message
 
@@ -18,8 +28,8 @@ def rendered(server: LlamaServer, messages: Sequence[Message]) -> str:
     return str(server.post("/apply-template", {"messages": [dict(message) for message in messages]})["prompt"])
 
 
-def trace(server: LlamaServer, prompt: str, tokens: int) -> tuple[list[int], Trace]:
-    """The greedy answer to a prompt, without repetition penalty: its ids (EOS included) and its trace.
+def trace(server: LlamaServer, prompt: str, tokens: int, penalty: Penalty | None = None) -> tuple[list[int], Trace]:
+    """The greedy answer to a prompt: its ids (EOS included) and its trace.
 
     There are no stop texts: the server would delay text that may be the beginning of one.
     Raises ServiceError when the server fails.
@@ -29,21 +39,58 @@ def trace(server: LlamaServer, prompt: str, tokens: int) -> tuple[list[int], Tra
         "stream": False,
         "n_predict": tokens,
         "n_probs": TOP_CANDIDATES,
-        "samplers": ["temperature"],
         "temperature": 0.0,
         "seed": 1,
         "cache_prompt": False,
         "return_tokens": True,
+        **_samplers(penalty, "temperature"),
     }
     answer = server.post("/completion", request)
     try:
         finish = FINISHES[answer["stop_type"]]
         found = [_step(item) for item in answer.get("completion_probabilities", ())]
-        ended = [replace(found.pop(), text=EOS_TEXT)] if finish == "eos" else []
         ids = [int(id_) for id_ in answer["tokens"]]
+        if penalty:
+            chosen_from = _penalised(server, server.tokenize(prompt), ids, penalty)
+            found = [replace(step, top=top) for step, top in zip(found, chosen_from, strict=True)]
+        ended = [replace(found.pop(), text=EOS_TEXT)] if finish == "eos" else []
         return ids, Trace((*group_characters(found), *ended), finish, int(answer["tokens_evaluated"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ServiceError(f"llama-server returned an unknown form: {error!r}", "make llamacpp") from error
+
+
+def _samplers(penalty: Penalty | None, *others: str) -> dict[str, Any]:
+    """The fields of a request that name its samplers, so that no default applies."""
+    if penalty is None:
+        return {"samplers": list(others)}
+    return {
+        "samplers": ["penalties", *others],
+        "repeat_penalty": penalty.factor,
+        "repeat_last_n": penalty.window,
+    }
+
+
+def _penalised(
+    server: LlamaServer, prompt: Sequence[int], answer: Sequence[int], penalty: Penalty
+) -> Iterator[Candidates]:
+    """The candidates behind the penalty at each token of an answer.
+
+    With its answers the server returns them before the penalty, or those that temperature 0 leaves: one. So it is asked
+    for one token after each, whatever that is.
+    """
+    for place in range(len(answer)):
+        request = {
+            "prompt": [*prompt, *answer[:place]],
+            "stream": False,
+            "n_predict": 1,
+            "n_probs": TOP_CANDIDATES,
+            "post_sampling_probs": True,
+            "seed": 1,
+            "cache_prompt": True,
+            **_samplers(penalty),
+        }
+        (item,) = server.post("/completion", request)["completion_probabilities"]
+        yield candidates((entry["token"], math.log(entry["prob"])) for entry in item["top_probs"])
 
 
 def _step(item: Mapping[str, Any]) -> Step:

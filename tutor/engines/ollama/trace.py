@@ -5,6 +5,7 @@ In: a server, a model's name, a conversation, its prompt format. Out: a `Trace`.
 
 import contextlib
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tutor.engines.ollama.answers import ChatEvent, CompletionEvent, Event, TokenLogprob
@@ -17,18 +18,35 @@ from tutor.prompt.messages import Message
 from tutor.prompt.tutor_format import TUTOR
 
 
-def trace(server: Ollama, model: str, messages: Sequence[Message], tokens: int, prompt: PromptFormat = TUTOR) -> Trace:
-    """The greedy answer, without repetition penalty and stop texts. Raises ServiceError when the server fails.
+def trace(
+    server: Ollama,
+    model: str,
+    messages: Sequence[Message],
+    tokens: int,
+    prompt: PromptFormat = TUTOR,
+    *,
+    served_penalty: bool = False,
+) -> Trace:
+    """The greedy answer without stop texts. Raises ServiceError when the server fails.
+
+    It is without a repetition penalty, or with `served_penalty` as the model's parameters set it: Ollama then returns
+    probabilities from before the penalty, so that the steps have no candidates.
 
     Ollama sends no token of the tags of a thought in a chat. In a format with thoughts the answer is therefore that to
     the prompt which the server renders for this chat, sent as it is.
     """
-    options = {"num_predict": tokens, "temperature": 0.0, "top_p": 1.0, "repeat_penalty": 1.0, "seed": 1}
-    body: dict[str, Any] = {"model": model, "stream": True, "truncate": False, "options": {**options, "stop": []}}
+    options: dict[str, Any] = {"num_predict": tokens, "temperature": 0.0, "top_p": 1.0, "seed": 1, "stop": []}
+    options |= {} if served_penalty else {"repeat_penalty": 1.0}
+    body: dict[str, Any] = {"model": model, "stream": True, "truncate": False, "options": options}
     body |= {"logprobs": True, "top_logprobs": TOP_CANDIDATES}
+    found = _answered(server, body, messages, prompt)
+    return replace(found, steps=tuple(replace(step, top=()) for step in found.steps)) if served_penalty else found
+
+
+def _answered(server: Ollama, body: dict[str, Any], messages: Sequence[Message], prompt: PromptFormat) -> Trace:
     if not prompt.tags[0]:
         return _trace(server.chat({**body, "messages": [dict(message) for message in messages]}))
-    text = server.rendered(model, sent_messages(messages, prompt), prompt.think)
+    text = server.rendered(str(body["model"]), sent_messages(messages, prompt), prompt.think)
     if text is None:
         raise ServiceError("this Ollama does not return its prompts, without which thoughts cannot be compared")
     return _trace(server.complete({**body, "prompt": text, "raw": True}))

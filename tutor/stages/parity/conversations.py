@@ -30,6 +30,10 @@ TURNS = (
     " También: `[x: number, y: number]`.\n",
     "Escribe una función que la reciba.",
 )
+ASKED_AGAIN = (*TURNS[:-1], TURNS[0])
+"""The first question again: an answer would repeat the one in the prompt, which the repetition penalty prevents.
+
+The first answer is more than 64 tokens back, beyond Ollama's default window."""
 CONTROL_TEXTS = "special tokens"
 """Name of the conversation of SPECIALS."""
 FILLER = "El compilador comprueba los tipos antes de ejecutar nada; 3 veces de 4, basta con leer su mensaje.\n"
@@ -44,6 +48,7 @@ class Conversation:
     messages: tuple[Message, ...]  # as an engine gets them
     reach: Reach
     answer: Message | None = None  # of a row
+    penalised: bool = False  # answered with the repetition penalty that is served; all others without one
 
     def prompt(self, prompt: PromptFormat) -> str:
         """Return the prompt that every engine must render, without BOS; an empty system text is left out."""
@@ -68,6 +73,7 @@ def make_conversations(
     fixed = {"accents": ACCENTS, "code": CODE, "emoji": EMOJI, CONTROL_TEXTS: SPECIALS}
     made += [Conversation(name, _messages(system, text), "everywhere") for name, text in fixed.items()]
     made.append(Conversation("several turns", _messages(system, *TURNS), "everywhere"))
+    made.append(Conversation("repetition penalty", _messages(system, *ASKED_AGAIN), "everywhere", penalised=True))
     own = prompt.kind == "tutor"  # engines write an empty system text and a prefill by a base's template in other ways
     if own:
         empty = ({"role": "system", "content": ""}, *_messages("", TURNS[0]))

@@ -18,7 +18,7 @@ def parity(gate: Json, published: Json) -> dict[str, Any]:
     """Return the hand-offs with their figures as texts; the last one is to the published model, if compared."""
     return {
         "conversations": gate["conversations"],
-        "precision": gate["precision"],
+        "transformers": gate["transformers"],
         "refused": gate.get("refused") or published.get("refused"),
         "published": bool(published),
         "rows": [_hand_off(item) for item in (*gate["hand_offs"], *published.get("hand_offs", ()))],
