@@ -29,11 +29,12 @@ from tutor.artifacts.manifest import MANIFEST, read_manifest, require_stage
 from tutor.engines.llamacpp.build import build_folder, is_built
 from tutor.engines.trace import Penalty
 from tutor.errors import ArtifactError, DataError, GateError, TutorError
+from tutor.machine.device import DeviceMemory
 from tutor.pipeline import registry, runner
 from tutor.recipe.reading import read_recipe
 from tutor.recipe.settings import OllamaSettings, Recipe
 from tutor.serving import promote, publish
-from tutor.stages.parity import collect
+from tutor.stages.parity import collect, in_transformers
 
 pytestmark = [
     pytest.mark.pipeline,
@@ -106,6 +107,30 @@ def test_untouched_build_passes_every_gate(recipe: Recipe, folder: Path) -> None
     assert runner.run_one("parity", recipe, folder.parent)
     states = {item["state"] for item in require_stage(folder / "parity", "parity").results["hand_offs"]}
     assert states == {"same"}
+
+
+def test_model_beyond_the_memory_is_compared_layer_by_layer(
+    recipe: Recipe, folder: Path, report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU with less free memory than one layer, on a machine with enough."""
+    full = DeviceMemory(0, 1 << 34, "a GPU", gpu=True)
+    monkeypatch.setattr(in_transformers, "loading_memory", lambda: full)
+    remove(folder / "parity")
+    assert runner.run_one("parity", recipe, folder.parent)
+    results = require_stage(folder / "parity", "parity").results
+    assert results["transformers"] == "CPU, layer by layer"
+    assert {item["state"] for item in results["hand_offs"]} == {"same"}
+    spoil_adapter(folder)
+    caught = compared(recipe, folder, r"base \+ adapter -> merged \(merge\) diverges in its log-probabilities")
+    report("adapter of another run, read layer by layer", "parity: merge", caught)
+    monkeypatch.setattr(in_transformers, "main_memory", lambda: DeviceMemory(0, 1 << 34, "this machine", gpu=False))
+    remove(folder / "parity")
+    assert runner.run_one("parity", recipe, folder.parent)
+    states = [item["state"] for item in require_stage(folder / "parity", "parity").results["hand_offs"]]
+    assert states[:2] == ["not checked", "not checked"]
+    with pytest.raises(GateError, match="not compared, so not proven") as stopped:
+        publish.publish(recipe, folder.parent)
+    report("hand-offs not compared, for lack of memory", "publish: proof", stopped)
 
 
 # Training
@@ -208,12 +233,17 @@ def test_merge_into_either_declared_base_passes(recipe: Recipe, folder: Path, ba
     assert require_stage(folder / "merged", "merged").results["base"] == base
 
 
-def test_adapter_of_another_run_is_refused_by_parity(recipe: Recipe, folder: Path, report: Report) -> None:
+def spoil_adapter(folder: Path) -> None:
+    """Change every layer of the adapter."""
     from safetensors.torch import load_file, save_file
 
     path = folder / "adapter/adapter_model.safetensors"
     tensors = {name: weight.roll(1, 0) if "lora_B" in name else weight for name, weight in load_file(path).items()}
     save_file({name: weight.contiguous() for name, weight in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def test_adapter_of_another_run_is_refused_by_parity(recipe: Recipe, folder: Path, report: Report) -> None:
+    spoil_adapter(folder)
     caught = compared(recipe, folder, r"base \+ adapter -> merged \(merge\) diverges in its log-probabilities")
     report("adapter of another run", "parity: merge", caught)
 

@@ -11,11 +11,14 @@ from support.outputs.parity import write_parity
 from support.outputs.published import SYSTEM, make_stages
 
 from tutor.artifacts.disk import remove
+from tutor.artifacts.layout import BuildFolder
 from tutor.artifacts.manifest import require_stage
 from tutor.artifacts.stage_folder import writing
+from tutor.cli import summary
 from tutor.errors import ArtifactError, GateError
 from tutor.recipe.settings import Recipe
 from tutor.serving import promote, publish
+from tutor.serving.build_records import read_record
 from tutor.serving.ollama_parity import read_reference
 from tutor.stages.parity.gate import parity_table
 
@@ -45,11 +48,38 @@ def test_model_without_a_parity_stage_is_not_published(server: FakeOllama, recip
     assert server.requests == []
 
 
-def test_hand_offs_that_memory_forbade_are_named(server: FakeOllama, recipe: Recipe, build: Path) -> None:
+UNCHECKED = "base + adapter -> merged: 16 GB are needed, 3 GB are free"
+
+
+def test_hand_off_that_memory_forbade_stops_publishing(server: FakeOllama, recipe: Recipe, build: Path) -> None:
     write_parity(recipe, build, missing="16 GB are needed, 3 GB are free")
-    result = promote.publish_and_promote(recipe, build, host=server.host)
-    assert result["not_checked"] == ["base + adapter -> merged: 16 GB are needed, 3 GB are free"]
-    assert any("Not checked by the parity gate: base + adapter" in line for line in publish.published_lines(result))
+    with pytest.raises(GateError, match=r"not compared, so not proven: base \+ adapter -> .*publish --unchecked"):
+        promote.publish_and_promote(recipe, build, host=server.host)
+    with pytest.raises(GateError, match="not proven"):
+        promote.publish_and_promote(recipe, build, host=server.host, force=True)
+    assert server.requests == []
+
+
+def test_unchecked_publication_is_recorded_for_ever(server: FakeOllama, recipe: Recipe, build: Path) -> None:
+    write_parity(recipe, build, missing="16 GB are needed, 3 GB are free")
+    result = promote.publish_and_promote(recipe, build, host=server.host, unchecked=True)
+    assert result["not_checked"] == [UNCHECKED]
+    assert f"UNCHECKED by the parity gate, as the record says: {UNCHECKED}" in publish.published_lines(result)
+    folder = BuildFolder(build, recipe.name)
+    record = read_record(folder, result["build"])
+    assert record["proven"] is False
+    (entry,) = record["unchecked"]
+    assert entry["not_compared"] == [UNCHECKED]
+    collected = summary.collect(recipe, build)
+    assert f"  NOT PROVEN, published unchecked: {UNCHECKED}" in summary.summary_lines(collected, "x.toml")
+    with pytest.raises(GateError, match="is not proven: it was published unchecked: base"):
+        promote.promote(recipe, build, host=server.host)
+    write_parity(recipe, build)  # compared on another machine
+    server.version = "0.33.1"
+    promote.publish_and_promote(recipe, build, host=server.host)
+    record = read_record(folder, result["build"])
+    assert (record["proven"], record["unchecked"]) == (True, [entry])
+    assert promote.promote(recipe, build, host=server.host)["promotion"]["overrode"] == []
 
 
 def test_model_is_compared_before_it_is_latest(server: FakeOllama, recipe: Recipe, build: Path) -> None:

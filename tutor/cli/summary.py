@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tutor.artifacts.disk import read_json_object
 from tutor.artifacts.layout import BASELINES, STAGE_FOLDERS, BuildFolder
 from tutor.artifacts.manifest import find_manifest
 from tutor.cli.model_lines import file_lines, ladder_lines, training_lines
@@ -19,7 +20,7 @@ from tutor.cli.verdict_tables import verdict_lines
 from tutor.pipeline.recipe_folder import refuse_folder
 from tutor.prompt.messages import display_text, row_questions
 from tutor.recipe.settings import Recipe
-from tutor.stages.parity.gate import parity_table
+from tutor.stages.parity.gate import parity_table, penalty_lines
 from tutor.stages.report.baselines import baseline_lines, current
 from tutor.stages.report.tables import drift_rows
 
@@ -42,7 +43,15 @@ def collect(recipe: Recipe, build: Path) -> dict[str, Any]:
         examples = list(json.loads(answers.read_text("utf-8")))
     compared = current(find_manifest(folder.path / BASELINES), find_manifest(folder.stage("convert")))
     more = {"baselines": compared} if compared else {}
-    return {"recipe": str(recipe.path), "stages": results, **more, "examples": _spread(examples, EXAMPLES)}
+    published = read_json_object(folder.published()) or {}
+    unchecked = list(published.get("not_checked", ()))
+    return {
+        "recipe": str(recipe.path),
+        "stages": results,
+        "unchecked": unchecked,
+        **more,
+        "examples": _spread(examples, EXAMPLES),
+    }
 
 
 def _spread(items: Sequence[Any], count: int) -> list[Any]:
@@ -61,7 +70,8 @@ def summary_lines(summary: Mapping[str, Any], recipe: str) -> list[str]:
     if "ladder" in stages:
         parts += ladder_lines(stages["ladder"])
     if "parity" in stages:
-        parts += ["", *parity_table(stages["parity"]["hand_offs"])]
+        parts += ["", *parity_table(stages["parity"]["hand_offs"]), *penalty_lines(stages["parity"])]
+        parts += [f"  NOT PROVEN, published unchecked: {line}" for line in summary.get("unchecked", ())]
     if "evaluate" in stages:
         parts += verdict_lines(stages["evaluate"])
     if general := stages.get("forgetting", {}).get("general"):

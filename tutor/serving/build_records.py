@@ -5,10 +5,11 @@ the next build is compared with. A damaged copy of answers is no copy. `tutor cl
 server.
 """
 
+import datetime
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,23 @@ def record_proof(folder: BuildFolder, build: str, host: str, proof: Mapping[str,
     """Record that a build passed every check on a host."""
     proofs = read_record(folder, build).get("proofs")
     update_record(folder, build, proofs={**(proofs if isinstance(proofs, dict) else {}), host: dict(proof)})
+
+
+def record_hand_offs(folder: BuildFolder, build: str, host: str, *, not_compared: Sequence[str]) -> None:
+    """Record whether a published build is proven; the list of publications that were not is never shortened."""
+    before = read_record(folder, build).get("unchecked", [])
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    more = [{"at": now, "host": host, "not_compared": list(not_compared)}] if not_compared else []
+    unchecked = {"unchecked": [*before, *more]} if before or more else {}
+    update_record(folder, build, proven=not not_compared, **unchecked)
+
+
+def unproven(folder: BuildFolder, build: str) -> str | None:
+    """Return which hand-off of a build was not compared when it was last published; None where all were."""
+    record = read_record(folder, build)
+    if record.get("proven", True):
+        return None
+    return f"it was published unchecked: {record['unchecked'][-1]['not_compared'][0]}"
 
 
 def kept_answers(folder: BuildFolder, build: str) -> ModelAnswers | None:

@@ -30,6 +30,7 @@ from tutor.serving.build_records import (
     last_proof,
     read_record,
     record_proof,
+    unproven,
     update_record,
 )
 from tutor.serving.evaluation import compare
@@ -48,7 +49,7 @@ MAX_QUESTIONS_NAMED = 3
 """Maximum number of worse questions in an error message; compared.json lists all of them."""
 
 
-def publish_and_promote(
+def publish_and_promote(  # noqa: PLR0913 - the options of the command
     recipe: Recipe,
     build: Path,
     *,
@@ -56,12 +57,13 @@ def publish_and_promote(
     adapter: bool = False,
     wait: float = 5.0,
     force: bool = False,
+    unchecked: bool = False,
 ) -> dict[str, Any]:
     """Publish the model of a build folder, compare it with `latest`, and serve it; return what was done.
 
     Raises as publish.publish, and GateError when it is worse: the build then stays on the server without `latest`.
     """
-    result = publish.publish(recipe, build, host=host, adapter=adapter, wait=wait, force=force)
+    result = publish.publish(recipe, build, host=host, adapter=adapter, wait=wait, force=force, unchecked=unchecked)
     folder = BuildFolder(build, recipe.name)
     record = folder.published(adapter=adapter)
     if not result["published"]:
@@ -73,7 +75,7 @@ def publish_and_promote(
     update_record(
         folder, result["build"], digest=result["digest"], parity=result["parity"]["state"], evaluate=evaluated
     )
-    promotion = _promote(recipe, build, result["tag"], host=host, force=force)
+    promotion = _promote(recipe, build, result["tag"], host=host, force=force, unchecked=unchecked)
     result = {**result, "promotion": promotion}
     write_json(record, result)
     return result
@@ -96,18 +98,25 @@ def promote(
     with connect(host) as server:
         found = builds.find_build(server, name, published)
         at = server.host
-    promotion = _promote(recipe, build, f"{name}:{found}", host=host, force=force)
+    promotion = _promote(recipe, build, f"{name}:{found}", host=host, force=force, unchecked=False)
     return {"model": name, "build": found, "host": at, "promotion": promotion}
 
 
-def _promote(recipe: Recipe, build: Path, tag: str, *, host: str | None, force: bool) -> dict[str, Any]:
-    """Compare a tag with `latest`, make it `latest` and record that. Raises GateError when refused and not forced."""
+def _promote(
+    recipe: Recipe, build: Path, tag: str, *, host: str | None, force: bool, unchecked: bool
+) -> dict[str, Any]:
+    """Compare a tag with `latest`, make it `latest` and record that. Raises GateError when refused and not forced.
+
+    `unchecked`: a hand-off that was not compared is no reason to refuse.
+    """
     refuse_folder(recipe, build)
     folder = BuildFolder(build, recipe.name)
     name, _, new = tag.rpartition(":")
     with connect(host) as server:
         old, at = _served_build(server, name), server.host
         problem = _parity_problem(folder, server, tag, prompt_of(recipe, folder))
+        if problem is None and not unchecked and (left_out := unproven(folder, new)):
+            problem = f"{tag} is not proven: {left_out}"
         overrode = [problem] if problem else []
         try:
             comparison, worse = _compare_with_latest(recipe, build, tag, old, host)

@@ -31,14 +31,14 @@ from tutor.prompt.messages import display_text
 from tutor.recipe.settings import Recipe
 from tutor.serving import builds, ollama_parity
 from tutor.serving.adapter import lora_folder, refuse_variant
-from tutor.serving.build_records import last_proof, record_proof
+from tutor.serving.build_records import last_proof, record_hand_offs, record_proof
 from tutor.serving.models import prompt_of, quantization_of
 from tutor.stages.parity.gate import parity_table, refusal
 
 log = logging.getLogger(__name__)
 
 
-def publish(
+def publish(  # noqa: PLR0913 - the options of the command
     recipe: Recipe,
     build: Path,
     *,
@@ -46,20 +46,23 @@ def publish(
     adapter: bool = False,
     wait: float = 5.0,
     force: bool = False,
+    unchecked: bool = False,
 ) -> dict[str, Any]:
     """Publish the model of a build folder and check it; return what was done. The server has `wait` seconds to start.
 
     Records where the build was checked; on another version of the server it is checked again. Neither tags the build
     `latest` nor records it as served: promote.py does both.
     Raises ArtifactError when the folders are missing, damaged or of other settings, or (unless `force`) when an input
-    was edited since; ServiceError for faults of the server, GateError when it would serve another model.
+    was edited since; ServiceError for faults of the server, GateError when it would serve another model, or (unless
+    `unchecked`) when engines on the way to it were not compared.
     """
     folder = BuildFolder(build, recipe.name)
     if adapter:
         refuse_variant(recipe)
     with held(recipe, build), announced("publish", "publish the model to Ollama and check it"):
         made, reference = _folder_of("modelfile", recipe, folder), _reference(recipe, folder)
-        edited, unchecked = _edited_inputs(recipe, folder, force=force), _unchecked(folder)
+        edited = _edited_inputs(recipe, folder, force=force)
+        left_out = _not_compared(folder, unchecked=unchecked)
         with connect(host) as server:
             server.wait_ready(wait)  # before gigabytes are hashed in vain
             made = lora_folder(recipe, folder) if adapter else made
@@ -74,8 +77,9 @@ def publish(
                 result |= {"checked_before_on": before} if before not in (None, result["version"]) else {}
                 checked = {name: result[name] for name in ("version", "digest")}
                 record_proof(folder, result["build"], server.host, checked)
+                record_hand_offs(folder, result["build"], server.host, not_compared=left_out)
             image = os.environ.get("TUTOR_OLLAMA_IMAGE")  # set by the stack
-            more = {"image": image, "edited": edited, "not_checked": unchecked}
+            more = {"image": image, "edited": edited, "not_checked": left_out}
             return {**result, **{name: value for name, value in more.items() if value}}
 
 
@@ -101,11 +105,23 @@ def _edited_inputs(recipe: Recipe, folder: BuildFolder, *, force: bool) -> list[
     return edited
 
 
-def _unchecked(folder: BuildFolder) -> list[str]:
-    """Return the hand-offs that the parity stage left out, with the reason of each."""
+def _not_compared(folder: BuildFolder, *, unchecked: bool) -> list[str]:
+    """Return the hand-offs that the parity stage left out, with the reason of each.
+
+    Raises GateError for the first one unless `unchecked`: what was not compared is not proven.
+    """
     manifest = read_manifest(folder.stage("parity"))
     hand_offs = manifest.results.get("hand_offs", []) if manifest else []
-    return [f"{item['ours']} -> {item['theirs']}: {item['missing']}" for item in hand_offs if item["missing"]]
+    left_out = [f"{item['ours']} -> {item['theirs']}: {item['missing']}" for item in hand_offs if item["missing"]]
+    if left_out and not unchecked:
+        raise GateError(
+            f"not compared, so not proven: {left_out[0]}; nothing was published",
+            "on a machine with more memory: tutor clean parity, and tutor run; to publish it unproven, which its "
+            "record then says: tutor publish --unchecked",
+        )
+    for line in left_out:
+        log.warning("published although it was not compared: %s", line)
+    return left_out
 
 
 def _folder_of(name: str, recipe: Recipe, folder: BuildFolder) -> Path:
@@ -200,7 +216,7 @@ def published_lines(result: Mapping[str, Any]) -> list[str]:
         return [f"Nothing to do: {where} is already served as {result['model']}.", *older]
     thought = f"thought: {result['thought']!r:.120}; " if "thought" in result else ""
     checked = f"{result['prompts']} prompts as in training; {thought}answer: {display_text(result['answer'])!r}"
-    older += [f"Not checked by the parity gate: {line}" for line in result.get("not_checked", ())]
+    older += [f"UNCHECKED by the parity gate, as the record says: {line}" for line in result.get("not_checked", ())]
     compared = parity_table([result["parity"]]) if "parity" in result else []
     compared += promotion_lines(result["promotion"]) if "promotion" in result else []
     done = "Published" if result["created"] or "checked_before_on" not in result else "Checked again"

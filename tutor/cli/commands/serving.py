@@ -184,6 +184,11 @@ def published(recipe: "Recipe", choice: ModelChoice) -> ModelChoice:
     "--wait", type=Seconds(), default=5.0, show_default=True, help="Maximum seconds to wait for the server to start."
 )
 @click.option("--if-there", is_flag=True, help="Exit 0 when no server answers.")
+@click.option(
+    "--unchecked",
+    is_flag=True,
+    help="Publish although engines were not compared, for lack of memory; record, summary and model card say so.",
+)
 @force_option
 @recipe_option
 @json_option
@@ -197,6 +202,7 @@ def publish_command(  # noqa: PLR0913 - a command's options
     *,
     adapter: bool,
     if_there: bool,
+    unchecked: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -204,7 +210,8 @@ def publish_command(  # noqa: PLR0913 - a command's options
 
     The published build is first compared with the trained model; a build that passes is served as latest. On another
     version of the server it is checked again, without an upload. Exit 5 when the rows, the recipe or another input
-    were edited since the model was made: what is published is then of the older ones, and stays.
+    were edited since the model was made: what is published is then of the older ones, and stays. Exit 8 when engines
+    on the way to the published model differ, or were not compared.
     """
     from tutor.engines.ollama.health import absence
     from tutor.serving import promote, publish
@@ -214,7 +221,9 @@ def publish_command(  # noqa: PLR0913 - a command's options
         if if_there and (absent := absence(host, wait)):
             print_result({"published": False, "why": absent}, [f"Not published: {absent}"], as_json=as_json)
             return
-        result = promote.publish_and_promote(recipe, build, host=host, adapter=adapter, wait=wait, force=force)
+        result = promote.publish_and_promote(
+            recipe, build, host=host, adapter=adapter, wait=wait, force=force, unchecked=unchecked
+        )
     print_result(result, publish.published_lines(result), as_json=as_json)
 
 

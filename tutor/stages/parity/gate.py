@@ -91,8 +91,10 @@ class HandOff:
 
     @property
     def state(self) -> str:
-        """Return `same`, `diverges` or `not checked`."""
-        return "not checked" if self.missing else "diverges" if self.failed else "same"
+        """Return `same`, `diverges`, `prompts only` (the answers were not compared) or `not checked`."""
+        if self.missing or self.failed:
+            return "not checked" if self.missing else "diverges"
+        return "prompts only" if {"log-probabilities", "greedy answer"} <= {*self.not_compared} else "same"
 
     @property
     def not_compared(self) -> list[str]:
@@ -164,9 +166,19 @@ def parity_table(records: Sequence[Mapping[str, Any]]) -> list[str]:
         ]
         unseen = ", ".join(item.get("not_compared", ()))
         failed = "not shown" if any(check["what"] == NOTHING for check in item["checks"]) else "diverges"
-        mark = f"  <- {failed}" if item["state"] != "same" else f"  not compared: {unseen}" if unseen else ""
+        mark = f"  <- {failed}" if item["state"] == "diverges" else f"  not compared: {unseen}" if unseen else ""
         rows.append(f"  {name:<26}" + "".join(f"{cell:>10}" for cell in cells) + mark)
     return rows
+
+
+def penalty_lines(gate: Mapping[str, Any]) -> list[str]:
+    """Return what the compared repetition penalty changes in its conversation, for a terminal."""
+    penalty = gate.get("penalty")
+    if not penalty or penalty["factor"] == 1:
+        return []
+    changes = [f"{name} {f'from token {at} on' if at else 'never'}" for name, at in penalty["departs"].items()]
+    told = f"its answer would be another one {', '.join(changes)}" if changes else "its prompt does not fit"
+    return [f"  repetition penalty {penalty['factor']:g} over {penalty['window']} tokens: {told}"]
 
 
 def _share(figures: Mapping[str, float], part: str = "equal", whole: str = "of") -> str:

@@ -208,7 +208,11 @@ def _gate(outputs: StageOutputs) -> list[str]:
     if refused := gate.get("refused"):
         return ["", f"**The engines differ:** {escaped(refused['message'])}"]
     checked = [each for each in gate["hand_offs"] if each["state"] == "same"]
-    return ["", f"{len(checked)} of {len(gate['hand_offs'])} hand-offs between engines are within their tolerance."]
+    lines = ["", f"{len(checked)} of {len(gate['hand_offs'])} hand-offs between engines are within their tolerance."]
+    unseen = [f"{each['ours']} -> {each['theirs']}: {each['missing']}" for each in gate["hand_offs"] if each["missing"]]
+    lines += [line for text in unseen for line in ("", f"**Not compared, so not proven:** {escaped(text)}")]
+    unchecked = outputs.published.get("not_checked", ())
+    return lines + [line for text in unchecked for line in ("", f"**Published unchecked:** {escaped(text)}")]
 
 
 def _rate(rate: Mapping[str, Any]) -> str:

@@ -109,8 +109,9 @@ def _published(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    record = value.get("parity") if isinstance(value, dict) else None
-    return {"hand_offs": [record]} if isinstance(record, dict) else {}
+    if not isinstance(value, dict) or not isinstance(record := value.get("parity"), dict):
+        return {}
+    return {"hand_offs": [record], "not_checked": value.get("not_checked", [])}
 
 
 def _json(path: Path, command: str) -> list[dict[str, Any]]:
