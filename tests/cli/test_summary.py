@@ -54,7 +54,7 @@ def recipe(recipe_file: Path) -> Recipe:
 
 def test_summary_of_an_empty_build_is_empty(recipe, tmp_path):
     found = summary.collect(recipe, tmp_path / "build")
-    assert found == {"recipe": str(recipe.path), "stages": {}, "examples": []}
+    assert found == {"recipe": str(recipe.path), "stages": {}, "unchecked": [], "examples": []}
     assert summary.summary_lines(found, str(recipe.path)) == []
 
 

@@ -20,7 +20,7 @@ from tutor.cli.verdict_tables import verdict_lines
 from tutor.pipeline.recipe_folder import refuse_folder
 from tutor.prompt.messages import display_text, row_questions
 from tutor.recipe.settings import Recipe
-from tutor.stages.parity.gate import parity_table, penalty_lines
+from tutor.stages.parity.gate import note_lines, parity_table
 from tutor.stages.report.baselines import baseline_lines, current
 from tutor.stages.report.tables import drift_rows
 
@@ -70,7 +70,7 @@ def summary_lines(summary: Mapping[str, Any], recipe: str) -> list[str]:
     if "ladder" in stages:
         parts += ladder_lines(stages["ladder"])
     if "parity" in stages:
-        parts += ["", *parity_table(stages["parity"]["hand_offs"]), *penalty_lines(stages["parity"])]
+        parts += ["", *parity_table(stages["parity"]["hand_offs"]), *note_lines(stages["parity"])]
         parts += [f"  NOT PROVEN, published unchecked: {line}" for line in summary.get("unchecked", ())]
     if "evaluate" in stages:
         parts += verdict_lines(stages["evaluate"])

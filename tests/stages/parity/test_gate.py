@@ -20,7 +20,7 @@ from tutor.recipe.quantizations import KINDS
 from tutor.recipe.reading import read_recipe
 from tutor.recipe.settings import BUDGETS, ParitySettings, Recipe
 from tutor.stages.parity.compare import Comparison, Observation
-from tutor.stages.parity.gate import HandOff, hand_off, parity_table, refusal
+from tutor.stages.parity.gate import HandOff, hand_off, note_lines, parity_table, refusal
 
 
 def compared(kind: Any, other: Observation | None = None, **names: str) -> HandOff:
@@ -159,3 +159,14 @@ def test_summary_shows_the_hand_offs(recipe: Recipe) -> None:
     stages = {"parity": {"hand_offs": [compared("merge").record()]}}
     found = summary.summary_lines({"stages": stages, "examples": []}, "x.toml")
     assert any("a -> b" in line and "6/7" not in line for line in found)
+
+
+def test_notes_say_where_another_penalty_would_change_the_answer() -> None:
+    penalty = {"factor": 1.15, "window": 4096, "departs": {"without a penalty": 2, "over 64 tokens": None}}
+    left_out, line = note_lines({"penalty": penalty, "left_out": ["special tokens"]})
+    assert left_out == "  not compared: the conversation «special tokens»"
+    assert line == (
+        "  repetition penalty 1.15 over 4096 tokens: its answer would be another one without a penalty from token 2 "
+        "on, over 64 tokens never"
+    )
+    assert note_lines({"penalty": {**penalty, "factor": 1.0}}) == []

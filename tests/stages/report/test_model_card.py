@@ -48,3 +48,17 @@ def test_name_with_markup_is_escaped_in_the_card() -> None:
     assert escaped("a|b\n---\n<b>[x](y)") == "a\\|b --- &lt;b&gt;\\[x\\](y)"
     assert hub_name("hub:a/b@" + "0" * 40) == "a/b"
     assert hub_name("hub:a/b\n---\n@" + "0" * 40) == ""
+
+
+def test_card_says_what_was_not_compared(outputs: StageOutputs) -> None:
+    gate = outputs.manifests["parity"]
+    missing = {**gate.results["hand_offs"][0], "state": "not checked", "missing": "3 GB are free"}
+    changed = replace(gate, results={**gate.results, "hand_offs": [missing]})
+    text = card(
+        replace(
+            outputs, manifests={**outputs.manifests, "parity": changed}, published={"not_checked": ["a -> b: 3 GB"]}
+        )
+    )
+    assert "0 of 1 hand-offs between engines are within their tolerance" in text
+    assert "**Not compared, so not proven:**" in text
+    assert "**Published unchecked:** a -&gt; b: 3 GB" in text

@@ -171,14 +171,15 @@ def parity_table(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return rows
 
 
-def penalty_lines(gate: Mapping[str, Any]) -> list[str]:
-    """Return what the compared repetition penalty changes in its conversation, for a terminal."""
+def note_lines(gate: Mapping[str, Any]) -> list[str]:
+    """Return what the gate left out, and what the compared repetition penalty changes, as lines for a terminal."""
+    left_out = [f"  not compared: the conversation «{name}»" for name in gate.get("left_out", ())]
     penalty = gate.get("penalty")
     if not penalty or penalty["factor"] == 1:
-        return []
+        return left_out
     changes = [f"{name} {f'from token {at} on' if at else 'never'}" for name, at in penalty["departs"].items()]
     told = f"its answer would be another one {', '.join(changes)}" if changes else "its prompt does not fit"
-    return [f"  repetition penalty {penalty['factor']:g} over {penalty['window']} tokens: {told}"]
+    return [*left_out, f"  repetition penalty {penalty['factor']:g} over {penalty['window']} tokens: {told}"]
 
 
 def _share(figures: Mapping[str, float], part: str = "equal", whole: str = "of") -> str:

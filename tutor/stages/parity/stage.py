@@ -50,7 +50,9 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
     require_equal_lengths({"generate.context": recipe.generate.context}, config, inputs["merge"])
     prompt = read_format(recipe, inputs["base"])
     conversations = _conversations(tokenizer, recipe, inputs["data"], prompt)
+    left_out = []
     if read_facts(inputs["base"])[0].check.get("control_texts_differ"):
+        left_out = [CONTROL_TEXTS]
         log.warning("not compared: a question with the text of a control token, of which llama.cpp makes other ids")
         conversations = tuple(item for item in conversations if item.name != CONTROL_TEXTS)
     served = served_quantization(recipe.ollama.quantization, inputs["ladder"])
@@ -84,6 +86,7 @@ def run(recipe: "Recipe", inputs: Mapping[str, Path], out: Path) -> dict[str, An
         "conversations": len(conversations),
         "transformers": trained.way,
         "served": served,
+        "left_out": left_out,
         "penalty": {**asdict(penalty), "departs": runs[served].departs},
         "hand_offs": records,
     }
