@@ -122,3 +122,30 @@ def test_streamed_logprobs_of_demo_model_equal_transformers(demo_base: Path) -> 
     tokenizer = load_tokenizer(model)
     text = encode(tokenizer, "What is a type in TypeScript?", "A type tells which values a variable can hold.")
     compare(model, [(text.ids[: text.n_prompt], text.ids[text.n_prompt :])])
+
+
+@pytest.mark.parametrize("variant", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
+def test_streamed_logits_of_an_adapter_equal_those_of_peft(tmp_path: Path, variant: dict[str, bool]) -> None:
+    peft = pytest.importorskip("peft")
+    from tutor.engines.hf.streamed_engine import _weights
+
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.half().save_pretrained(tmp_path / "base")
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    settings = {"r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False, "lora_dropout": 0.1}
+    adapted = peft.get_peft_model(loaded, peft.LoraConfig(task_type="CAUSAL_LM", **settings, **variant)).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    cpu = torch.device("cpu")
+    weights = _weights(tmp_path / "base", tmp_path / "adapter", cpu, None)
+    streamed = streaming_score.StreamedModel(tmp_path / "base", weights, cpu, tmp_path / "adapter")
+    bound = forward_error(loaded.config, 160) * largest_logit(adapted, ROWS)
+    for (prompt, answer), found in zip(ROWS, streaming_score.logits_of_rows(streamed, ROWS), strict=True):
+        with torch.no_grad():
+            wanted = adapted(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+            with adapted.disable_adapter():
+                without = adapted(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+        assert (found - wanted).abs().max() <= bound
+        assert (found - without).abs().max() > 100 * bound, "the adapter changes the logits"
