@@ -316,7 +316,7 @@ def test_damaged_f16_file_is_refused_by_parity(recipe: Recipe, folder: Path, rep
     report("damaged F16 file", "parity: convert", caught)
 
 
-@pytest.mark.parametrize(("what", "change"), [("another window", {"window": 64}), ("another penalty", {"factor": 1.3})])
+@pytest.mark.parametrize(("what", "change"), [("another window", {"window": 8}), ("another factor", {"factor": 1.3})])
 def test_llama_server_with_another_penalty_is_refused_by_parity(
     recipe: Recipe, folder: Path, report: Report, monkeypatch: pytest.MonkeyPatch, what: str, change: dict[str, Any]
 ) -> None:
@@ -460,7 +460,7 @@ def test_ollama_with_other_weights_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("what", "change"), [("another window", {"repeat_last_n": 64}), ("another penalty", {"repeat_penalty": 1.0})]
+    ("what", "change"), [("another window", {"repeat_last_n": 64}), ("another factor", {"repeat_penalty": 1.0})]
 )
 def test_modelfile_with_another_penalty_is_refused(
     server: fake.FakeOllama,
