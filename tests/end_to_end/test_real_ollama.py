@@ -157,6 +157,17 @@ def test_answers_equal_those_of_llama_server(recipe: Recipe, build: Path, tmp_pa
             assert published.answer(conversation(question), GREEDY).text == mine.text, "the model has its system text"
 
 
+def test_stop_text_is_told_from_the_end_of_sequence(recipe: Recipe, build: Path) -> None:
+    render_and_publish(recipe, build)
+    turns = conversation(QUESTIONS[0], recipe.system)
+    with serve(NAME, HOST) as published:
+        whole = published.answer(turns, replace(GREEDY, stops=()))
+        stop = whole.text[4:8]
+        cut = published.answer(turns, replace(GREEDY, stops=("nowhere", stop)))
+    assert (cut.text, cut.finish) == (whole.text.partition(stop)[0], "stop")
+    assert cut.prompt_tokens == whole.prompt_tokens
+
+
 def test_conversation_continues_from_unchanged_history(recipe: Recipe, build: Path, api: Ollama) -> None:
     render_and_publish(recipe, build)
     turns: list[Message] = conversation(QUESTIONS[0])
