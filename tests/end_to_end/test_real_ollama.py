@@ -285,7 +285,9 @@ def test_parameter_that_the_server_drops_is_refused(recipe: Recipe, build: Path,
 def test_another_repetition_penalty_is_refused(
     recipe: Recipe, build: Path, api: Ollama, change: dict[str, Any]
 ) -> None:
-    model, hashes = published_model(recipe, build)
+    """The tiny model's candidates are all about as probable: only a strong penalty decides more than a near tie."""
+    strong = recipe.generate.model_copy(update={"repetition_penalty": 2.0})
+    model, hashes = published_model(recipe.model_copy(update={"generate": strong}), build)
     reference = ollama_parity.read_reference(build / "tiny/parity")
     assert ollama_parity.compare_model(reference, api, NAME).state == "same"
     parameters = {**model.settings["parameters"], **change}

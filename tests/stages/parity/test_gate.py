@@ -166,7 +166,7 @@ def test_notes_say_where_another_penalty_would_change_the_answer() -> None:
     left_out, line = note_lines({"penalty": penalty, "left_out": ["special tokens"]})
     assert left_out == "  not compared: the conversation «special tokens»"
     assert line == (
-        "  repetition penalty 1.15 over 4096 tokens: its answer would be another one without a penalty from token 2 "
-        "on, over 64 tokens never"
+        "  repetition penalty 1.15 over 4096 tokens: another answer, by more than a near tie, without a penalty "
+        "from token 2 on, over 64 tokens never"
     )
     assert note_lines({"penalty": {**penalty, "factor": 1.0}}) == []

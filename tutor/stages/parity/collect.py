@@ -13,12 +13,13 @@ from tutor.engines.llamacpp.score import score
 from tutor.engines.llamacpp.server import LlamaServer, serve
 from tutor.engines.llamacpp.trace import rendered
 from tutor.engines.llamacpp.trace import trace as llamacpp_trace
-from tutor.engines.trace import TOP_CANDIDATES, Penalty
+from tutor.engines.trace import TOP_CANDIDATES, Penalty, Trace
 from tutor.prompt.encoding import continuation_ids
 from tutor.prompt.format import PromptFormat, end_token
 from tutor.prompt.tutor_format import TUTOR
-from tutor.stages.parity.compare import Observation
+from tutor.stages.parity.compare import Observation, departure
 from tutor.stages.parity.conversations import Conversation
+from tutor.stages.parity.gate import SAME_FILE
 
 GREEDY_TOKENS = 16
 """Number of tokens of a greedy answer: enough to diverge, and fewer than the repetitions at which Ollama stops."""
@@ -97,20 +98,21 @@ def from_gguf(gguf: Path, items: Sequence[Tokenized], settings: ServerSettings, 
             if conversation.reach in reaches:
                 paths[name], answer = llamacpp_trace(server, item.prompt, GREEDY_TOKENS, item.penalty(settings.penalty))
                 if served and conversation.penalised:
-                    departs = _departs(server, item.prompt, paths[name], settings.penalty)
+                    departs = _departs(server, item.prompt, answer, settings.penalty)
             prompt = rendered(server, conversation.messages).removeprefix(settings.bos)
             found.append(Observation(name, prompt, ids, len(ids), scored.get(name), answer))
     return GgufRun(tuple(found), paths, departs)
 
 
-def _departs(server: LlamaServer, prompt: str, path: Sequence[int], penalty: Penalty) -> dict[str, int | None]:
-    """Return the first token that another sampler would change in an answer, by sampler; None where it changes none.
+def _departs(server: LlamaServer, prompt: str, answer: Trace, penalty: Penalty) -> dict[str, int | None]:
+    """Return the first step of an answer that another sampler changes, by sampler; None where it changes none.
 
-    A comparison of answers alone, as with Ollama, sees the penalty only where it changes one.
+    A comparison of answers alone, as with Ollama, sees the penalty only where it changes one by more than a near tie.
     """
     others = {"without a penalty": None, f"over {OLLAMA_WINDOW} tokens": replace(penalty, window=OLLAMA_WINDOW)}
     found: dict[str, int | None] = {}
     for name, other in others.items():
-        ids, _ = llamacpp_trace(server, prompt, GREEDY_TOKENS, other)
-        found[name] = next((place for place, (a, b) in enumerate(zip(path, ids, strict=False), 1) if a != b), None)
+        _, changed = llamacpp_trace(server, prompt, GREEDY_TOKENS, other)
+        steps = tuple(replace(step, top=()) for step in changed.steps)  # as Ollama returns them
+        found[name] = departure(answer, replace(changed, steps=steps), SAME_FILE.margin)
     return found

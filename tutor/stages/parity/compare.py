@@ -214,6 +214,12 @@ def _first_difference(a: Trace, b: Trace) -> tuple[int, Step | None, Step | None
     return agreed, x, y
 
 
+def departure(a: Trace, b: Trace, margin: float | None) -> int | None:
+    """Return the number of the first step, from 1, at which two answers differ by more than a near tie; else None."""
+    common, x, y = _first_difference(a, b)
+    return common + 1 if x and y and not _is_tie(x, y, margin) else None
+
+
 def _greedy(pairs: Sequence[Pair], margin: float | None) -> Comparison:
     agreed = steps = equal = 0
     wrong = []

@@ -178,7 +178,7 @@ def note_lines(gate: Mapping[str, Any]) -> list[str]:
     if not penalty or penalty["factor"] == 1:
         return left_out
     changes = [f"{name} {f'from token {at} on' if at else 'never'}" for name, at in penalty["departs"].items()]
-    told = f"its answer would be another one {', '.join(changes)}" if changes else "its prompt does not fit"
+    told = f"another answer, by more than a near tie, {', '.join(changes)}" if changes else "its prompt does not fit"
     return [*left_out, f"  repetition penalty {penalty['factor']:g} over {penalty['window']} tokens: {told}"]
 
 
