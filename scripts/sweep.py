@@ -4,8 +4,8 @@
     .venv/bin/python scripts/sweep.py WORK --table      # trains nothing
 
 Trains with the stages of tutor (data, base, train) in the folder WORK, on the same rows in every cell: one setting,
-learning rate and seed. Its result is the held-out loss of the adapter at the end of its schedule. PLAN says what is
-done first. cells.jsonl gets one line for each cell that is done, which is never trained again: the same command
+learning rate and seed. Its result is the held-out loss of the adapter at the end of its schedule. sweep_plan.py has the
+order. cells.jsonl gets one line for each cell that is done, which is never trained again: the same command
 continues, in the middle of a cell too (from its checkpoint), and a second process with it takes other cells. It ends
 before a cell that would pass the hours. Prints tables with 95 % intervals over seeds. Writes no recipe.
 """
@@ -28,68 +28,12 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from sweep_plan import GROUPS, LIMITS, PLAN, PRIVATE, RATES, REFERENCE, SEEDS, Setting
 from sweep_table import Done, best_rate, group_table
 
 ROOT = Path(__file__).parent.parent
-SEEDS = (1, 2, 3)
-RATES = (5e-4, 1e-3, 2e-3)
-"""Learning rates of every setting; beyond the lowest and the highest, half and double as far as the loss falls."""
-LIMITS = (2e-5, 2e-2)
-"""Lowest and highest learning rate that is tried."""
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 KEPT = ("batch_size", "accumulation", "dropout", "quantization", "warmup", "max_length")
 """Settings of the recipe that all cells have."""
-PRIVATE = ("lr_scheduler_type", "neftune_noise_alpha")
-"""Arguments of transformers that a cell may set, and a recipe cannot."""
-
-Setting = Mapping[str, Any]
-"""Values of [train] that differ from the recipe's, and those of PRIVATE."""
-
-REFERENCE: Setting = {
-    "evaluations_per_epoch": 0,
-    "target_modules": "all-linear", "rank": 16, "alpha": 32, "epochs": 2, "lr_scheduler_type": "cosine",
-}  # fmt: skip
-SCHEDULES: dict[str, Setting] = {
-    f"{epochs} epoch{'s' * (epochs > 1)}, {kind}": {
-        **REFERENCE,
-        "epochs": epochs,
-        "lr_scheduler_type": kind,
-        "evaluations_per_epoch": int(epochs > 2),  # is an adapter on the way better than the last?
-    }
-    for kind in ("cosine", "linear")
-    for epochs in (2, 1, 3, 6)
-}
-SHAPES: dict[str, Setting] = {
-    f"{name}, rank {rank}": {**REFERENCE, "target_modules": modules, "rank": rank, "alpha": 2 * rank}
-    for name, modules in (("all linear layers", "all-linear"), ("attention", ATTENTION))
-    for rank in (16, 8, 32)
-}
-VARIANTS: dict[str, Setting] = {
-    "LoRA": REFERENCE,
-    "rsLoRA": {**REFERENCE, "variant": "rslora"},
-    "NEFTune, alpha 5": {**REFERENCE, "neftune_noise_alpha": 5.0},
-}
-GROUPS: dict[str, dict[str, Setting]] = {
-    "Epochs and schedule": SCHEDULES,
-    "Target modules and rank": SHAPES,
-    "Variants": VARIANTS,
-}
-"""The tables; the first setting of each is the one that others are compared with."""
-
-PLAN: tuple[tuple[bool, Setting], ...] = (
-    (True, REFERENCE),
-    (True, SHAPES["attention, rank 8"]),
-    (False, SCHEDULES["1 epoch, cosine"]),
-    (False, SCHEDULES["3 epochs, cosine"]),
-    (False, SCHEDULES["2 epochs, linear"]),
-    (True, SHAPES["all linear layers, rank 8"]),
-    (True, SHAPES["attention, rank 16"]),
-    (False, SCHEDULES["6 epochs, cosine"]),
-    (False, VARIANTS["NEFTune, alpha 5"]),
-    (True, VARIANTS["rsLoRA"]),
-    *((True, setting) for group in GROUPS.values() for setting in group.values()),
-)
-"""What is measured, in this order: at its own best rate (True), or at the best rate of REFERENCE (False)."""
 
 
 class OutOfTimeError(Exception):
@@ -201,8 +145,11 @@ class Sweep:
         with self.private(setting) as stage:
             try:
                 found = stage.run(recipe, self.inputs, out, plan_training(recipe, self.inputs))
-            except ArtifactError as error:  # the loss is NaN, or training diverged
-                return {"loss": None, "failed": str(error)}
+            except ArtifactError as error:
+                if "of another training" in str(error):  # a checkpoint by other code: the cell begins anew
+                    shutil.rmtree(folder)
+                    return self.train(setting, seed, folder)
+                return {"loss": None, "failed": str(error)}  # the loss is NaN, or training diverged
             finally:
                 gc.collect()
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
@@ -273,9 +220,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=40, help="number of rows, the held-out ones included")
     parser.add_argument("--held-out", type=float, default=0.4, help="share of the rows that is held out")
     parser.add_argument("--hours", type=float, default=4)
-    parser.add_argument(
-        "--table", action="store_true", help="train nothing, print the tables of the cells that are done"
-    )
+    parser.add_argument("--table", action="store_true", help="train nothing, print the tables of what is done")
     options = parser.parse_args()
     from tutor.cli.progress import quiet_libraries
 
@@ -286,7 +231,7 @@ def main() -> None:
     data = given["data"] | {"rows": options.rows, "held_out": options.held_out}
     # Every cell ends its schedule; what decides no result is left out, so that a changed recipe finds its cells.
     train = {name: given["train"][name] for name in KEPT if name in given["train"]}
-    train |= {"keep": "last", "logging_steps": 1000}
+    train |= {"keep": "last", "logging_steps": 1000, "evaluations_per_epoch": 0}
     sweep = Sweep(options.work, {"base": given["base"], "data": data, "train": train}, deadline)
     prepare(sweep)
     if not options.table:

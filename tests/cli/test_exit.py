@@ -34,7 +34,7 @@ def test_group_without_a_command_prints_help_and_exits_2(tutor, arguments):
         (("run", "--until", "dta"), 2, "'dta'; known: data, base, train"),
         (("why", "dta"), 2, "'dta'; known: data, base, train"),
         (("clean", "dta"), 2, "no stage 'dta'; known: data, base, train"),
-        (("ask", "-m", "gpt", "¿?"), 2, "'gpt' is not one of 'tutor', 'base', 'adapter'"),
+        (("ask", "-m", "gpt", "¿?"), 2, "'gpt' is not one of 'tutor', 'base', 'base-as-tutor', 'adapter'"),
         (
             ("status", "-r", "MISSING.toml"),
             2,

@@ -157,10 +157,8 @@ def test_eos_masked_in_training_is_refused_by_the_label_audit(recipe: Recipe, ma
         ids = torch.tensor([item["input_ids"]])
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([masked])}
 
-    data = [
-        {"input_ids": row.ids, "labels": [i if on else IGNORE_INDEX for i, on in zip(row.ids, row.mask, strict=True)]}
-        for row in rows
-    ]
+    labels = [[i if on else IGNORE_INDEX for i, on in zip(row.ids, row.mask, strict=True)] for row in rows]
+    data = [{"input_ids": row.ids, "labels": each} for row, each in zip(rows, labels, strict=True)]
     args = SimpleNamespace(per_device_train_batch_size=1)
     trainer: Any = SimpleNamespace(train_dataset=Dataset.from_list(data), data_collator=collate, args=args)
     with pytest.raises(DataError) as caught:
@@ -373,13 +371,13 @@ def test_gguf_of_the_untuned_base_is_refused_by_parity(recipe: Recipe, folder: P
     report("the untuned base's GGUF", "parity: quantize", caught)
 
 
-@pytest.mark.parametrize(("share", "what"), [(0.99, "bytes instead of"), (0.5, "bytes instead of")])
+@pytest.mark.parametrize("share", [0.99, 0.5])
 def test_truncated_quantization_is_refused_by_its_size(
-    recipe: Recipe, folder: Path, report: Report, share: float, what: str
+    recipe: Recipe, folder: Path, report: Report, share: float
 ) -> None:
     path = folder / "gguf/tutor-Q8_0.gguf"
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    with pytest.raises(ArtifactError, match=what) as caught:
+    with pytest.raises(ArtifactError, match="bytes instead of") as caught:
         runner.run_one("parity", recipe, folder.parent)
     report(f"quantization cut at {share:.0%}", "manifest: size", caught)
     report(f"quantization cut at {share:.0%}", "convert: GGUF read-back", read_back(folder, "Q8_0", "no whole GGUF"))

@@ -134,7 +134,7 @@ def test_ask_prints_the_answer_alone_on_stdout(built: Path) -> None:
     assert done.stdout == done.stdout.lstrip()
     as_json = result("ask", "¿Qué es una interfaz?", "--model", "base", build=built)
     assert as_json["finish"] in ("eos", "stop", "length")
-    assert as_json["tokens"] <= 24
+    assert as_json["tokens"] <= 1024  # the base asked as a person would, in a context of 1024
 
 
 def test_adapter_answers_in_transformers(built: Path) -> None:

@@ -19,6 +19,8 @@ def test_sampling_has_the_settings_of_the_recipe() -> None:
         "repetition_penalty": 1.1,
         "seed": 7,
         "stops": STOPS,
+        "top_k": 40,
+        "repeatable": False,
     }
 
 

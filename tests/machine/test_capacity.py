@@ -260,7 +260,7 @@ def test_full_disk_is_refused_with_the_stages_sizes(machine, based_on, tmp_path,
     monkeypatch.setattr("shutil.disk_usage", lambda path: free)
     stages = ["base", "train", "merge", "convert"]
     with pytest.raises(
-        HostError, match=r"will write 74\.5 GB \(hub 16\.1, merge 16\.1, convert 42\.4\).* has 50\.0 GB free"
+        HostError, match=r"will write 58\.3 GB \(hub 16\.1, merge 16\.1, convert 26\.2\).* has 50\.0 GB free"
     ):
         capacity.refuse_stages(based_on(max_length=64), tmp_path / "not" / "made", stages[:1] + stages[2:])
     capacity.refuse_stages(based_on(max_length=64), tmp_path, ["convert"])

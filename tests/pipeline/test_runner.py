@@ -271,7 +271,7 @@ def test_run_one_without_input_names_the_command_to_run(recipe_file, tmp_path, n
 
 
 def test_run_one_with_a_stale_input_warns(recipe_file, build, caplog):
-    for name in ("base", "gguf", "ladder"):
+    for name in ("base", "adapter", "gguf", "ladder"):
         shutil.copytree(build / "small" / "data", build / "small" / name)
     with caplog.at_level(logging.WARNING), pytest.raises(ArtifactError, match=r"\.gguf is not there"):
         run_one("modelfile", read_recipe(recipe_file), build)

@@ -1,4 +1,4 @@
-"""scripts/sweep.py: every cell is trained once in the plan's order, whatever ends it; tables have intervals."""
+"""scripts/sweep.py and sweep_plan.py: every cell is trained once in the plan's order, whatever ends it; tables have intervals."""
 
 import json
 import math
@@ -15,6 +15,7 @@ from support.processes.command import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import sweep
+import sweep_plan
 from sweep_table import best_cells, group_table
 
 BEST = {"all-linear": 1e-3, "attention": 4e-3}
@@ -62,9 +63,9 @@ def test_killed_sweep_continues_and_trains_no_cell_twice(tmp_path: Path) -> None
 def test_rates_go_on_beyond_the_grid_as_long_as_the_loss_falls(tmp_path: Path) -> None:
     made = swept(tmp_path, Trainings())
     made.run()
-    done = made.done(sweep.SHAPES["attention, rank 8"])
+    done = made.done(sweep_plan.SHAPES["attention, rank 8"])
     assert {rate: len(cells) for rate, cells in done.items()} == {5e-4: 1, 1e-3: 1, 2e-3: 1, 4e-3: 3, 8e-3: 1}
-    table = group_table("Shapes", {name: made.done(each) for name, each in sweep.SHAPES.items()}, sweep.SEEDS)
+    table = group_table("Shapes", {name: made.done(each) for name, each in sweep_plan.SHAPES.items()}, sweep.SEEDS)
     assert "| all linear layers, rank 16 | 0.001 | 2.020 ± 0.025 |  |  | 7 | 0 |" in table
     assert "| attention, rank 8 | 0.004 | 2.020 ± 0.025 |" in table
     assert "| attention, rank 8 | 5.010 | 4.010 | 3.010 | 2.010 | 3.010 |" in table

@@ -1,4 +1,4 @@
-"""engines/hf/streaming_score.py: log-probabilities equal to those of the loaded model."""
+"""engines/hf/streaming_score.py and streamed_engine.py: log-probabilities equal to those of the loaded model."""
 
 import logging
 import math

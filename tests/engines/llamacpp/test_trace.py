@@ -63,9 +63,7 @@ def test_trace_of_llama_server_equals_trace_of_transformers(served: LlamaServer,
 
 @pytest.mark.llamacpp
 @pytest.mark.parametrize("window", [512, 9])
-def test_penalised_trace_of_llama_server_equals_that_of_transformers(
-    served: LlamaServer, loaded: Any, window: int
-) -> None:
+def test_penalised_trace_equals_that_of_transformers(served: LlamaServer, loaded: Any, window: int) -> None:
     from support.tolerances import half_error, largest_logit
 
     from tutor.engines.hf.trace import Followed, observe

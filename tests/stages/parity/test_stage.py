@@ -1,4 +1,4 @@
-"""stages/parity/in_transformers.py: how the weights get into memory. tests/end_to_end runs the stage."""
+"""stages/parity/in_transformers.py and collect.py: how the weights get into memory. tests/end_to_end runs the stage."""
 
 import pytest
 

@@ -41,7 +41,7 @@ LONG = {"epochs": 3, "batch_size": 2, "accumulation": 1, "save_steps": 5}
 
 def run(inputs: dict[str, Path], out: Path, **changes: Any) -> dict[str, Any]:
     out.mkdir()
-    wanted = recipe(Path("r.toml"), train=settings(**{**LONG, **changes}).model_dump())
+    wanted = recipe(Path("r.toml"), data={"eval": "eval.jsonl"}, train=settings(**{**LONG, **changes}).model_dump())
     return train.run(wanted, inputs, out, plan_training(wanted, inputs))
 
 

@@ -202,6 +202,7 @@ def asked_model(
 ) -> AskedModel:
     """Return how the model of a name is asked, and what its answers depend on. `prompts`: None for the recipe's."""
     folder = BuildFolder(build, recipe.name)
+    require_stage(folder.stage("data"), "data")  # the first of the stages that it needs
     recipe = with_answer_limit(recipe, folder.stage("train"))
     served = answer_dependencies(recipe, build, choice)
     if choice.engine == "ollama" and parallel > 1:
