@@ -1,4 +1,4 @@
-"""scripts/sweep.py and sweep_plan.py: every cell is trained once in the plan's order, whatever ends it; tables have intervals."""
+"""scripts/sweep.py and sweep_plan.py: every cell is trained once in order, whatever ends it; tables have intervals."""
 
 import json
 import math
