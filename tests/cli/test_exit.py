@@ -11,7 +11,7 @@ import sys
 import pytest
 from support.files import write_rows, write_text
 from support.processes.command import TINY, TUTOR, environment, in_process
-from support.processes.waiting import unread, wait_for
+from support.processes.waiting import wait_for, waits_for_more
 
 # Errors
 
@@ -236,7 +236,7 @@ def test_signal_while_waiting_gives_the_shell_exit_code(start, number, code):
     process = start(TUTOR, "ask", "-r", TINY, stdin=subprocess.PIPE)
     process.stdin.write("¿Qué")
     process.stdin.flush()
-    wait_for(lambda: unread(process.stdin) == 0)
+    wait_for(lambda: waits_for_more(process))
     process.send_signal(number)
     assert process.wait(30) == code
     assert "Traceback" not in process.stderr.read()
@@ -246,7 +246,7 @@ def test_nohup_keeps_a_command_alive_without_its_terminal(start):
     process = start("nohup", TUTOR, "ask", "-r", TINY, stdin=subprocess.PIPE)
     process.stdin.write("¿Qué")
     process.stdin.flush()
-    wait_for(lambda: unread(process.stdin) == 0)
+    wait_for(lambda: waits_for_more(process))
     process.send_signal(signal.SIGHUP)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 5
