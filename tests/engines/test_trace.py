@@ -1,12 +1,12 @@
 """engines/trace.py: steps, candidates, divergence."""
 
 import math
-from typing import Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tutor.engines.protocol import Finish
 from tutor.engines.trace import Step, Trace, aligned, candidates, divergence, group_characters
 
 distributions = st.lists(st.floats(0.01, 1.0), min_size=4, max_size=9).map(
@@ -61,7 +61,7 @@ def test_divergence_of_no_probability_is_nan(value: float) -> None:
     assert math.isnan(divergence(other, known))
 
 
-def steps(*texts: str, finish: Literal["stop", "length"] | None = "length") -> Trace:
+def steps(*texts: str, finish: Finish | None = "length") -> Trace:
     return Trace(tuple(Step(text, -1.0) for text in texts), finish, 1)
 
 
@@ -70,14 +70,15 @@ def steps(*texts: str, finish: Literal["stop", "length"] | None = "length") -> T
     [
         (("a", "b"), ("a", "b"), ("a", "b")),
         (
-            ("\ufffd\ufffd\n", "\ufffdra", " as", "\ufffd.", "b"),
-            ("\ufffd\ufffd\n\ufffdra as", "\ufffd", ".", "b"),
-            ("\ufffd\ufffd\n\ufffdra as", "\ufffd.", "b"),
+            ("\ufffd\n", "\ufffdra", " as", "\ufffd.", "b"),
+            ("\ufffd\n\ufffdra as", "\ufffd", ".", "b"),
+            ("\ufffd\n\ufffdra as", "\ufffd.", "b"),
         ),
+        (("a", "\ufffd", "*", "b"), ("a", "*", "b"), ("a", "*", "b")),
         (("a", "\ufffd"), ("a", "\ufffdb", "c"), ("a",)),
-        (("a\ufffd", ""), ("a", "\ufffd", ""), ("a\ufffd", "")),
+        (("a\ufffd", ""), ("a", ""), ("a", "")),
     ],
-    ids=["no broken character", "held back for longer", "one ends within a step", "end of both"],
+    ids=["no broken character", "held back for longer", "left out", "one ends within a step", "end of both"],
 )
 def test_broken_characters_are_split_at_equal_places(
     ours: tuple[str, ...], theirs: tuple[str, ...], texts: tuple[str, ...]
@@ -92,9 +93,10 @@ def test_broken_characters_are_split_at_equal_places(
         (steps("\ufffda", "x"), steps("\ufffdb", "x")),
         (steps("a", "ab"), steps("a", "a", "b")),
         (steps("\ufffd", finish=None), steps("\ufffdb")),
-        (steps("\ufffd", "", finish="stop"), steps("\ufffdb", "c")),
+        (steps("\ufffd", "", finish="eos"), steps("\ufffdb", "c")),
+        (steps("\ufffda", "x"), steps("*", "x")),
     ],
-    ids=["other text", "other tokens", "own token differs", "one has ended"],
+    ids=["other text", "other tokens", "own token differs", "one has ended", "broken beside another"],
 )
 def test_differences_stay_differences(ours: Trace, theirs: Trace) -> None:
     pair = aligned(ours, theirs)

@@ -112,26 +112,32 @@ def _joined(held: Sequence[Step]) -> Step:
 
 
 def aligned(ours: Trace, theirs: Trace) -> tuple[Trace, Trace]:
-    """Join steps until both traces split bytes that are no character (U+FFFD) at equal places.
+    """Join steps until both traces have equal texts beside bytes that are no character (U+FFFD).
 
-    Engines hold such bytes back for different numbers of tokens. Where a whole trace ends within a step of the other,
-    both end before that step.
+    Engines hold such bytes back for different numbers of tokens, and Ollama leaves some out. Where a whole trace ends
+    within a step of the other, both end before that step.
     """
-    left, right = list(ours.steps), list(theirs.steps)
+    sides = (list(ours.steps), list(theirs.steps))
     place = 0
-    while place < min(len(left), len(right)):
-        x, y = left[place], right[place]
-        (steps, finish, short), (_, _, long) = sorted(
-            ((left, ours.finish, x.text), (right, theirs.finish, y.text)), key=lambda side: len(side[2])
-        )
-        apart = short not in (EOS_TEXT, long) and long.startswith(short) and BROKEN in long
-        if apart and place + 1 < len(steps) and steps[place + 1].text != EOS_TEXT:
-            steps[place : place + 2] = [_joined(steps[place : place + 2])]
-        elif apart and finish == "length":
-            del left[place:], right[place:]
+    while place < min(map(len, sides)):
+        texts = [steps[place].text for steps in sides]
+        bare = [text.replace(BROKEN, "") for text in texts]
+        short = bare.index(min(bare, key=len))
+        apart = texts[0] != texts[1] and EOS_TEXT not in texts and bare != texts
+        if apart and bare[0] == bare[1] != "":
+            for steps in sides:
+                steps[place] = replace(steps[place], text=bare[0], logprob=None, top=())
+            place += 1
+        elif not apart or not bare[1 - short].startswith(bare[short]):
+            place += 1
+        elif place + 1 < len(sides[short]) and sides[short][place + 1].text != EOS_TEXT:
+            sides[short][place : place + 2] = [_joined(sides[short][place : place + 2])]
+        elif (ours, theirs)[short].finish == "length":
+            for steps in sides:
+                del steps[place:]
         else:
             place += 1
-    return replace(ours, steps=tuple(left)), replace(theirs, steps=tuple(right))
+    return replace(ours, steps=tuple(sides[0])), replace(theirs, steps=tuple(sides[1]))
 
 
 def divergence(reference: Mapping[Key, float], other: Mapping[Key, float]) -> float:

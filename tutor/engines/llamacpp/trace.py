@@ -6,6 +6,7 @@ In: a server, conversations or prompts. Out: the prompt of the file's own chat t
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from tutor.engines.llamacpp.server import FINISHES, LlamaServer
@@ -48,11 +49,14 @@ def trace(server: LlamaServer, prompt: str, tokens: int, penalty: Penalty | None
     answer = server.post("/completion", request)
     try:
         finish = FINISHES[answer["stop_type"]]
-        found = [_step(item) for item in answer.get("completion_probabilities", ())]
+        items = answer.get("completion_probabilities", ())
         ids = [int(id_) for id_ in answer["tokens"]]
+        places = _places([int(item["id"]) for item in items], ids)
+        found = [_step(item, count) for item, count in zip(items, _counts(places), strict=True)]
         if penalty:
-            chosen_from = _penalised(server, server.tokenize(prompt), ids, penalty)
-            found = [replace(step, top=top) for step, top in zip(found, chosen_from, strict=True)]
+            chosen_from = list(_penalised(server, server.tokenize(prompt), ids, penalty))
+            tops = [chosen_from[place] if step.top else () for step, place in zip(found, places, strict=True)]
+            found = [replace(step, top=top) for step, top in zip(found, tops, strict=True)]
         ended = [replace(found.pop(), text=EOS_TEXT)] if finish == "eos" else []
         return ids, Trace((*group_characters(found), *ended), finish, int(answer["tokens_evaluated"]))
     except (KeyError, TypeError, ValueError) as error:
@@ -93,6 +97,22 @@ def _penalised(
         yield candidates((entry["token"], math.log(entry["prob"])) for entry in item["top_probs"])
 
 
-def _step(item: Mapping[str, Any]) -> Step:
+def _places(reported: Sequence[int], ids: Sequence[int]) -> list[int]:
+    """Return the place in an answer of each token that the server reports; of bytes held back it reports the last."""
+    places: list[int] = []
+    for id_ in reported:
+        places.append(ids.index(id_, places[-1] + 1 if places else 0))
+    return places
+
+
+def _counts(places: Sequence[int]) -> list[int]:
+    """Return the number of tokens up to each place, from the place before."""
+    return [place - before for before, place in pairwise([-1, *places])]
+
+
+def _step(item: Mapping[str, Any], tokens: int) -> Step:
+    """A step of one token; of several the server tells only the last one's probability."""
+    if tokens > 1:
+        return Step(str(item["token"]), None, tokens=tokens)
     top = candidates((entry["token"], float(entry["logprob"])) for entry in item["top_logprobs"])
     return Step(str(item["token"]), float(item["logprob"]), top)
