@@ -23,7 +23,7 @@ MAX_EXPONENT = 700.0
 """Upper bound of a natural logarithm whose exponential is a float."""
 Key = TypeVar("Key")
 Candidates = tuple[tuple[str, float], ...]
-"""Texts and their natural-log probabilities, best first; equal texts (parts of characters) are merged."""
+"""Texts and their natural-log probabilities, best first; of equal texts (parts of characters) the best one."""
 
 
 @dataclass(frozen=True)
@@ -80,16 +80,15 @@ class Trace:
 
 
 def candidates(pairs: Iterable[tuple[str, float]]) -> Candidates:
-    """The candidates of a position. Those that decode to no complete character are merged, whatever their bytes."""
+    """The candidates of a position. Of those that decode to no complete character only the best one is kept.
+
+    Their sum would hide that the best of them and a character are nearly equal.
+    """
     found: dict[str, float] = {}
     for decoded, logprob in pairs:
         text = decoded.replace(BROKEN, "")
-        found[text] = _added(found[text], logprob) if text in found else logprob
+        found[text] = max(logprob, found.get(text, logprob))
     return tuple(sorted(found.items(), key=lambda item: (-item[1], item[0])))
-
-
-def _added(a: float, b: float) -> float:
-    return max(a, b) + math.log1p(math.exp(-abs(a - b)))
 
 
 def group_characters(tokens: Iterable[Step]) -> Iterator[Step]:
