@@ -26,6 +26,13 @@ def test_of_candidates_without_complete_character_the_best_is_kept() -> None:
     )
 
 
+def test_step_joined_with_a_broken_character_keeps_its_first_candidates() -> None:
+    top = (("", -1.0), ("*", -1.001))
+    ours = Trace((Step("\ufffd", -1.0, top), Step("8", -0.1, (("8", -0.1),))), "length", 1)
+    joined, other = (side.steps[0] for side in aligned(ours, steps("*", "x")))
+    assert (joined.tokens, joined.distance(other)) == (2, pytest.approx(0.001))
+
+
 def test_margin_is_distance_to_second_candidate() -> None:
     assert Step("a", -0.1, (("a", -0.1), ("b", -2.6))).margin == pytest.approx(2.5)
     assert Step("a", -0.1).margin is None

@@ -50,7 +50,7 @@ class Step:
 
     text: str
     logprob: float | None  # natural log, before a repetition penalty; None when the engine does not return it
-    top: Candidates = ()  # those that the engine chose from: behind the penalty; empty for several tokens
+    top: Candidates = ()  # those that the engine chose its first token from, behind the penalty; empty: not known
     tokens: int = 1
 
     @property
@@ -130,7 +130,8 @@ def aligned(ours: Trace, theirs: Trace) -> tuple[Trace, Trace]:
         elif not apart or not bare[1 - short].startswith(bare[short]):
             place += 1
         elif place + 1 < len(sides[short]) and sides[short][place + 1].text != EOS_TEXT:
-            sides[short][place : place + 2] = [_joined(sides[short][place : place + 2])]
+            pair = sides[short][place : place + 2]  # its first candidates stay: a near tie with one is still seen
+            sides[short][place : place + 2] = [replace(_joined(pair), top=pair[0].top)]
         elif (ours, theirs)[short].finish == "length":
             for steps in sides:
                 del steps[place:]
