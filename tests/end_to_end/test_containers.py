@@ -196,7 +196,7 @@ def test_service_that_fails_returns_its_exit_code(images: None, recipe: Recipe, 
     """Exit code 5 without an adapter to merge; Docker's own error where a folder does not exist."""
     empty = Stack(recipe.path, tmp_path / "build", daemon=container_host.daemon())
     compose_command.prepare(empty)
-    with pytest.raises(StackError, match="tutor run --until data") as caught:
+    with pytest.raises(StackError, match="tutor run --until base") as caught:
         stack.run_service(empty, "merger")
     assert caught.value.code == 5
     assert "Error: " in (empty.logs / "merger.log").read_text()
