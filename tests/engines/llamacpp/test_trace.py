@@ -84,3 +84,32 @@ def test_penalised_trace_equals_that_of_transformers(served: LlamaServer, loaded
         assert divergence(dict(wanted.top), dict(found.top)) < 1e-3, "behind it"
     taken, _ = llamacpp_trace(served, prompt, 12)
     assert taken != path, "the penalty must change an answer"
+
+
+class SilentServer:
+    """Tells nothing of the first tokens that are drawn at the second place, and never of those at the third."""
+
+    def __init__(self) -> None:
+        self.draws: list[tuple[int, int]] = []
+
+    def tokenize(self, text: str) -> list[int]:
+        return [1] * len(text)
+
+    def post(self, path: str, request: dict[str, Any]) -> dict[str, Any]:
+        if "post_sampling_probs" not in request:
+            item = {"id": 5, "token": "a", "logprob": -0.5, "top_logprobs": [{"token": "a", "logprob": -0.5}]}
+            items = [{**item, "id": number} for number in (5, 6, 7)]
+            return {
+                "stop_type": "limit", "tokens": [5, 6, 7], "tokens_evaluated": 2, "completion_probabilities": items
+            }  # fmt: skip
+        place, seed = len(request["prompt"]) - 2, request["seed"]
+        self.draws.append((place, seed))
+        known = place == 0 or (place == 1 and seed == 3)
+        return {"completion_probabilities": [{"top_probs": [{"token": "b", "prob": 0.5}]}]} if known else {}
+
+
+def test_place_whose_drawn_token_is_part_of_a_character_is_drawn_again() -> None:
+    server: Any = SilentServer()
+    _, found = llamacpp_trace(server, "xx", 3, Penalty(1.1, 64))
+    assert [[text for text, _ in step.top] for step in found.steps] == [["b"], ["b"], []]
+    assert [place for place, _ in server.draws] == [0, 1, 1, 1, 2, 2, 2, 2]

@@ -23,6 +23,9 @@ from tutor.engines.trace import (
 from tutor.errors import ServiceError
 from tutor.prompt.messages import Message
 
+DRAWS = 4
+"""Maximum number of tokens that are drawn to see the candidates of one place."""
+
 
 def rendered(server: LlamaServer, messages: Sequence[Message]) -> str:
     """The prompt that the file's own chat template makes, without BOS; needs a server with `own_template`."""
@@ -80,7 +83,8 @@ def _penalised(
     """The candidates behind the penalty at each token of an answer.
 
     With its answers the server returns them before the penalty, or those that temperature 0 leaves: one. So it is asked
-    for one token after each, whatever that is.
+    for one token after each, whatever that is. It tells nothing of a token that is a part of a character: then it
+    draws again, and where that is in vain the candidates are empty, not known.
     """
     for place in range(len(answer)):
         request = {
@@ -89,12 +93,12 @@ def _penalised(
             "n_predict": 1,
             "n_probs": TOP_CANDIDATES,
             "post_sampling_probs": True,
-            "seed": 1,
             "cache_prompt": True,
             **_samplers(penalty),
         }
-        (item,) = server.post("/completion", request)["completion_probabilities"]
-        yield candidates((entry["token"], math.log(entry["prob"])) for entry in item["top_probs"])
+        drawn = (server.post("/completion", {**request, "seed": seed}) for seed in range(1, DRAWS + 1))
+        items = next((found for each in drawn if (found := each.get("completion_probabilities"))), ())
+        yield candidates((entry["token"], math.log(entry["prob"])) for item in items for entry in item["top_probs"])
 
 
 def _places(reported: Sequence[int], ids: Sequence[int]) -> list[int]:
