@@ -19,14 +19,14 @@ def test_parts_of_a_character_are_grouped_into_one_step() -> None:
     assert list(group_characters(tokens)) == [tokens[0], Step("👩", -5.5, tokens=3)]
 
 
-def test_of_candidates_without_complete_character_the_best_is_kept() -> None:
+def test_best_candidate_without_complete_character_is_kept() -> None:
     assert candidates([(" a", -1.0), ("\ufffd", -1.1), ("", -3.0), ("\ufffd\ufffd", -2.0)]) == (
         (" a", -1.0),
         ("", -1.1),
     )
 
 
-def test_step_joined_with_a_broken_character_keeps_its_first_candidates() -> None:
+def test_joined_step_keeps_the_candidates_of_its_first_token() -> None:
     top = (("", -1.0), ("*", -1.001))
     ours = Trace((Step("\ufffd", -1.0, top), Step("8", -0.1, (("8", -0.1),))), "length", 1)
     joined, other = (side.steps[0] for side in aligned(ours, steps("*", "x")))

@@ -108,7 +108,7 @@ class SilentServer:
         return {"completion_probabilities": [{"top_probs": [{"token": "b", "prob": 0.5}]}]} if known else {}
 
 
-def test_place_whose_drawn_token_is_part_of_a_character_is_drawn_again() -> None:
+def test_token_that_is_part_of_a_character_is_drawn_again() -> None:
     server: Any = SilentServer()
     _, found = llamacpp_trace(server, "xx", 3, Penalty(1.1, 64))
     assert [[text for text, _ in step.top] for step in found.steps] == [["b"], ["b"], []]
