@@ -15,13 +15,11 @@ is asked again only where its prompts, its model or the code that generates have
 change of the rest.
 """
 
-import itertools
 import logging
 import math
 import shutil
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +30,7 @@ from tutor.artifacts.layout import BASELINES, BuildFolder
 from tutor.artifacts.manifest import find_damage, is_made, require_stage
 from tutor.artifacts.stage_folder import checkpoint_folder, log_folder, writing
 from tutor.engines.answer_limit import with_answer_limit
-from tutor.engines.llamacpp.build import build_key
-from tutor.engines.llamacpp.server import LlamaServer, serve
+from tutor.engines.llamacpp.server import serve
 from tutor.errors import RecipeError
 from tutor.formats.models.model_folder import read_facts
 from tutor.formats.rows.split_files import PROMPTS, TRAIN, read_split
@@ -51,7 +48,6 @@ from tutor.serving.evaluation.ways import Room, Row, Way, base_ways, fit, system
 from tutor.serving.model_names import ModelChoice
 from tutor.serving.models import answer_dependencies, gguf_of
 from tutor.stages.evaluate import rates, stage
-from tutor.stages.evaluate.answers import Task, answer_prompts
 from tutor.stages.evaluate.asking import BASE, TUTOR_MODEL, Asking, asking
 
 log = logging.getLogger(__name__)
@@ -149,7 +145,7 @@ def _compare(recipe: Recipe, build: Path, models: Mapping[str, _Model], system: 
     records: dict[str, list[Record]] = {}
     for way in ways:
         model = models[way.model]
-        answers = _answers(way, model, out, logs)
+        answers = _answers(way, model, out)
         how = {"language": recipe.data.language, "kind": model.asking.prompt.kind}
         records[way.name] = stage.graded(prompts, answers, training, **how)
     write_json(out / stage.ANSWERS, stage.side_by_side(prompts, records))
@@ -176,7 +172,8 @@ def _fitting(
     context = recipe.generate.context
     room = Room(base.asking.generation.max_new_tokens, context, read_shape(model).positions or context)
     prompt = base.asking.prompt
-    with _server(base, context, usable_cores(), logs / "tokens.log") as server:
+    threads, log_file = usable_cores(), logs / "tokens.log"
+    with serve(base.gguf, context=context, threads=threads, log=log_file, prompt=prompt) as server:
 
         def count(way: Way, row: Row) -> int:
             messages = with_line(asked_messages(prompt, row, way.system), base.asking.line)
@@ -185,25 +182,11 @@ def _fitting(
         return fit(ways, room, count)
 
 
-@contextmanager
-def _server(model: _Model, context: int, threads: int, log_file: Path) -> Iterator[LlamaServer]:
-    with serve(model.gguf, context=context, threads=threads, log=log_file, prompt=model.asking.prompt) as server:
-        yield server
-
-
-def _answers(way: Way, model: _Model, out: Path, logs: Path) -> list[Record]:
+def _answers(way: Way, model: _Model, out: Path) -> list[Record]:
     """The answers of a way, from several llama-servers with the model's file."""
-    servers, numbers = min(stage.SERVERS, usable_cores()), itertools.count(1)
-    name = way.name.replace(" ", "-").replace("-+-", "-")
-
-    def start() -> AbstractContextManager[LlamaServer]:
-        return _server(model, way.context, usable_cores() // servers, logs / f"{name}-{next(numbers)}.log")
-
-    key = {**model.key, "context": way.context, "engine": build_key()}
-    journal = checkpoint_folder(out) / f"{name}.jsonl"
-    how = model.asking
-    task = Task(way.name, how.generation, way.system, journal, key, how.prompt, how.line)
-    return answer_prompts(start, way.prompts, task, parallel=servers)
+    file = way.name.replace(" ", "-").replace("-+-", "-")
+    questions = stage.FileQuestions(way.name, file, way.prompts, way.context)
+    return stage.answers_of_file(model.gguf, replace(model.asking, system=way.system), questions, model.key, out)
 
 
 def _results(

@@ -128,20 +128,40 @@ def _answers(
     recipe: "Recipe", name: str, way: Asking, gguf: Path, out: Path, prompts: Sequence[Mapping[str, Any]]
 ) -> list[Record]:
     """The answers of one model, from llama-servers that serve its file alone."""
-    context, servers = recipe.generate.context, min(SERVERS, usable_cores())
-    logs, numbers = log_folder(out), itertools.count(1)
+    manifest = read_manifest(gguf.parent)
+    made = manifest.outputs.get(gguf.name, {}).get("sha256") if manifest else None
+    key = {"model": made or file_sha256(gguf)}
+    return answers_of_file(gguf, way, FileQuestions(name, name, prompts, recipe.generate.context), key, out)
+
+
+@dataclass(frozen=True)
+class FileQuestions:
+    """What is asked of a GGUF file at a time."""
+
+    name: str  # for the log
+    file: str  # name of the journal and of the servers' logs
+    prompts: Sequence[Mapping[str, Any]]
+    context: int  # tokens of a server
+
+
+def answers_of_file(gguf: Path, way: Asking, asked: FileQuestions, key: Mapping[str, Any], out: Path) -> list[Record]:
+    """Return the answers of a GGUF from llama-servers that share the cores; their journal and logs are beside `out`.
+
+    `key`: what the answers depend on besides the context, the engine, the prompts and the way they are asked.
+    """
+    servers, numbers = min(SERVERS, usable_cores()), itertools.count(1)
+    logs = log_folder(out)
     logs.mkdir(exist_ok=True)
 
     def start() -> AbstractContextManager[Engine]:
-        log_file = logs / f"{name}-{next(numbers)}.log"
-        return serve(gguf, context=context, threads=usable_cores() // servers, log=log_file, prompt=way.prompt)
+        log_file = logs / f"{asked.file}-{next(numbers)}.log"
+        threads = usable_cores() // servers
+        return serve(gguf, context=asked.context, threads=threads, log=log_file, prompt=way.prompt)
 
-    manifest = read_manifest(gguf.parent)
-    made = manifest.outputs.get(gguf.name, {}).get("sha256") if manifest else None
-    key = {"model": made or file_sha256(gguf), "context": context, "engine": build_key()}
-    journal = checkpoint_folder(out) / f"{name}.jsonl"
-    task = Task(name, way.generation, way.system, journal, key, way.prompt, way.line)
-    return answer_prompts(start, prompts, task, parallel=servers)
+    key = {**key, "context": asked.context, "engine": build_key()}
+    journal = checkpoint_folder(out) / f"{asked.file}.jsonl"
+    task = Task(asked.name, way.generation, way.system, journal, key, way.prompt, way.line)
+    return answer_prompts(start, asked.prompts, task, parallel=servers)
 
 
 def graded(
