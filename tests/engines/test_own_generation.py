@@ -11,6 +11,7 @@ from support.models.gguf_bytes import facts
 
 from tutor.engines.own_generation import ANSWER_TOKENS, THOUGHT_TOKENS, own_generation
 from tutor.engines.protocol import TOP_K
+from tutor.formats.models.own_prompt import read_own_prompt
 from tutor.recipe.settings import Recipe
 
 
@@ -22,7 +23,8 @@ def asked(folder: Path, template: str = CHATML, stated: dict[str, Any] | None = 
     (folder / "model" / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
     if stated is not None:
         (folder / "model" / "generation_config.json").write_text(json.dumps(stated), "utf-8")
-    return own_generation(folder, Recipe.model_validate({"seed": 7, "generate": generate}))
+    own = read_own_prompt(folder)
+    return own_generation(folder, Recipe.model_validate({"seed": 7, "generate": generate}), thinks=own.thinks)
 
 
 @pytest.mark.parametrize("stated", [None, {}, {"eos_token_id": 2}, {"do_sample": False, "temperature": 0.1}])

@@ -1,6 +1,7 @@
 """engines/stop_texts.py: the first stop text, and beginnings of one at the end of a text."""
 
-from tutor.engines.stop_texts import find_stop, withheld
+from tutor.engines.stop_texts import find_stop
+from tutor.prompt.format import withheld
 
 STOPS = ("\nInstrucción:", "fin")
 

@@ -11,7 +11,6 @@ from tutor.artifacts.disk import read_json_object
 from tutor.engines.answer_limit import max_new_tokens
 from tutor.engines.protocol import TOP_K, Generation
 from tutor.formats.models.model_folder import read_facts
-from tutor.formats.models.own_prompt import read_own_prompt
 
 if TYPE_CHECKING:
     from tutor.recipe.settings import Recipe
@@ -24,17 +23,17 @@ THOUGHT_TOKENS = 2048
 """Room for a thought in tokens, for a base whose template knows thoughts."""
 
 
-def own_generation(base: Path, recipe: "Recipe") -> Generation:
+def own_generation(base: Path, recipe: "Recipe", *, thinks: bool) -> Generation:
     """Return the settings with which the base is asked its own way, with the recipe's seed.
 
+    `thinks`: its template knows thoughts, which get room.
     generation_config.json states sampling unless it has `do_sample` false; a value that it lacks is Ollama's. The
     recipe went through `with_answer_limit`. Raises ArtifactError without the base stage.
     """
     found = read_json_object(read_facts(base)[1] / "generation_config.json") or {}
     stated = DEFAULTS if found.get("do_sample") is False else {**DEFAULTS, **_numbers(found)}
-    thought = THOUGHT_TOKENS if read_own_prompt(base).thinks else 0
     return Generation(
-        max_new_tokens=max(max_new_tokens(recipe.generate), ANSWER_TOKENS) + thought,
+        max_new_tokens=max(max_new_tokens(recipe.generate), ANSWER_TOKENS) + (THOUGHT_TOKENS if thinks else 0),
         temperature=stated["temperature"],
         top_p=stated["top_p"],
         repetition_penalty=stated["repetition_penalty"],

@@ -107,7 +107,10 @@ class AnswerText:
         if first and first.startswith(self._text.strip()):
             return
         found = self._prompt.reply(self._text)
-        self._thought.send(found.thought if found.answer else _without_start_of(last, found.thought))
+        thought = found.thought
+        if not found.answer:
+            thought = thought[: len(thought) - withheld(thought, (last,))].rstrip()
+        self._thought.send(thought)
         if found.answer.strip():
             self._answer.send(found.answer)
 
@@ -132,10 +135,9 @@ class _Growing:
             self._sent = text
 
 
-def _without_start_of(tag: str, text: str) -> str:
-    """Return a text without the beginning of a tag at its end."""
-    found = next((length for length in range(len(tag) - 1, 0, -1) if text.endswith(tag[:length])), 0)
-    return text[: len(text) - found].rstrip()
+def withheld(text: str, awaited: Sequence[str]) -> int:
+    """Return the number of last characters that may be the beginning of one of these texts: a tag, a stop text."""
+    return max((n for each in awaited for n in range(len(each) - 1, 0, -1) if text.endswith(each[:n])), default=0)
 
 
 def _ignore(piece: str) -> None:

@@ -12,9 +12,9 @@ import torch
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from tutor.engines.protocol import Answer, Finish, Generation
-from tutor.engines.stop_texts import find_stop, withheld
+from tutor.engines.stop_texts import find_stop
 from tutor.errors import ServiceError
-from tutor.prompt.format import PromptFormat, end_token
+from tutor.prompt.format import PromptFormat, end_token, withheld
 from tutor.prompt.messages import Message
 from tutor.prompt.tutor_format import TUTOR
 

@@ -17,9 +17,9 @@ from tutor.engines.ollama.answers import ChatEvent, ChatMessage
 from tutor.engines.ollama.client import Ollama, connect
 from tutor.engines.ollama.protocol import LOOP_ERROR, MissingError, parse_parameters
 from tutor.engines.protocol import Answer, Finish, Generation
-from tutor.engines.stop_texts import find_stop, withheld
+from tutor.engines.stop_texts import find_stop
 from tutor.errors import ServiceError
-from tutor.prompt.format import PromptFormat
+from tutor.prompt.format import PromptFormat, withheld
 from tutor.prompt.messages import Message
 from tutor.prompt.tutor_format import TUTOR
 

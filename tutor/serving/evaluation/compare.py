@@ -226,7 +226,8 @@ def stored_answers(recipe: Recipe, build: Path, asked: AskedModel) -> ModelAnswe
     """
     target = BuildFolder(build, recipe.name).evaluation(asked.label)
     with held(recipe, build):
-        ran, fields = not are_stored(recipe, build, asked), _fields(recipe, build, asked)
+        fields = _fields(recipe, build, asked)
+        ran = not _is_whole(target, fields)
         if ran:
             if notice := asked.notice():
                 log.warning("%s", notice)
@@ -240,7 +241,11 @@ def stored_answers(recipe: Recipe, build: Path, asked: AskedModel) -> ModelAnswe
 def are_stored(recipe: Recipe, build: Path, asked: AskedModel) -> bool:
     """Whether the answers of a model are stored, so that it need not be asked."""
     target = BuildFolder(build, recipe.name).evaluation(asked.label)
-    return is_made(target, _fields(recipe, build, asked)) and find_damage(target, content=True) == []
+    return _is_whole(target, _fields(recipe, build, asked))
+
+
+def _is_whole(target: Path, fields: Mapping[str, Any]) -> bool:
+    return is_made(target, fields) and find_damage(target, content=True) == []
 
 
 def _fields(recipe: Recipe, build: Path, asked: AskedModel) -> dict[str, Any]:

@@ -51,8 +51,9 @@ def asking(recipe: "Recipe", base: Path, model: str) -> Asking:
     base's template is not known, or cannot be used.
     """
     if model == BASE:
-        generation = own_generation(base, recipe)
-        return Asking(read_own_prompt(base), generation, line=language_line(recipe.data.language))
+        own = read_own_prompt(base)
+        generation = own_generation(base, recipe, thinks=own.thinks)
+        return Asking(own, generation, line=language_line(recipe.data.language))
     prompt = read_format(recipe, base)
     return Asking(prompt, greedy(recipe.generate, recipe.seed, prompt.stops), recipe.system)
 
