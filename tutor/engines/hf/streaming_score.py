@@ -1,7 +1,7 @@
-"""Teacher-forced log-probabilities of a model, with one decoder layer in memory at a time.
+"""Teacher-forced logits of a model, with one decoder layer in memory at a time.
 
 All rows pass through a layer before the next one is read. In: a configuration, weights piece by piece, rows of ids.
-Out: nats, equal to those of score.py on the loaded model in fp32. Masks, positions, scaled embeddings and the last norm
+Out: logits, equal to those of the loaded model in fp32. Masks, positions, scaled embeddings and the last norm
 are those of the model's own code. Does not generate, and never loads the whole model.
 """
 
@@ -26,21 +26,6 @@ Weights = Callable[[str], Iterator[torch.Tensor]]
 """Function from a tensor's name to its rows from first to last, in pieces of any floating-point type."""
 LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of a decoder layer after its hidden states: positions, and a mask where it needs one."""
-
-
-@torch.no_grad()
-def streamed_logprobs(model: Path, weights: Weights, rows: Sequence[Row]) -> list[list[float]]:
-    """Return the log-probability (nats, in float32) of each answer id, given the prompt and the answer before it.
-
-    `model` is the folder of config.json. Uses the first GPU when there is one; a layer must fit in it. Computes in fp32
-    on every machine: two bases of one model differ by less than bf16 rounds.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    streamed = StreamedModel(model, weights, device)
-    states = _states_before_answers(streamed, rows)
-    targets = torch.tensor([token for _, answer in rows for token in answer], device=device)
-    scores = iter(_log_probabilities(torch.cat(states), targets, streamed.head()).tolist())
-    return [[next(scores) for _ in answer] for _, answer in rows]
 
 
 @torch.no_grad()
@@ -176,18 +161,3 @@ def _fill(parameter: torch.Tensor, pieces: Iterator[torch.Tensor]) -> None:
     for piece in pieces:
         parameter[first : first + len(piece)].copy_(piece)
         first += len(piece)
-
-
-def _log_probabilities(states: torch.Tensor, targets: torch.Tensor, head: Iterator[torch.Tensor]) -> torch.Tensor:
-    """Return the log-probability of each state's target over the whole vocabulary, read in pieces."""
-    # In 64 bits: the rounding errors of 32 bits over hundreds of pieces are as large as the difference of two bases.
-    total = torch.full((len(states),), -torch.inf, device=states.device, dtype=torch.float64)
-    chosen = torch.empty_like(total)
-    first = 0
-    for piece in head:
-        logits = states @ piece.to(states.device, torch.float32).T
-        total = torch.logaddexp(total, logits.logsumexp(dim=-1).double())
-        in_piece = (targets >= first) & (targets < first + len(piece))
-        chosen[in_piece] = logits[in_piece, targets[in_piece] - first].double()
-        first += len(piece)
-    return chosen - total

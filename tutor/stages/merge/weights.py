@@ -60,11 +60,6 @@ class MergedWeights:
                 raise _out_of_range(name, self.dtype, new)
             yield bits, change
 
-    def tensors(self, name: str) -> Iterator[torch.Tensor]:
-        """Yield the pieces of a tensor as torch tensors of whole rows, for a forward pass."""
-        shape = self.base[name].shape
-        return (as_tensor(bits, self.dtype).reshape(-1, *shape[1:]) for bits, _ in self.pieces(name))
-
     def is_quantized(self, name: str) -> bool:
         """Return whether the base weight is its NF4 round trip: bitsandbytes quantizes all matrices of the layers."""
         return self.nf4 is not None and ".layers." in name and len(self.base[name].shape) == 2
